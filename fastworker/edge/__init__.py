@@ -1,0 +1,1 @@
+"""Sockets, one driver per file (floor 2)."""

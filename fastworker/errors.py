@@ -1,0 +1,98 @@
+"""Errors by whose fault they are, the closed set of reasons, and the exit codes.
+
+The type of an error decides what happens next; nobody parses messages.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command (fixed interface)."""
+
+    DONE = 0
+    NO = 1  # the answer is no: drift found, a check failed
+    USAGE = 2  # usage or configuration
+    UNREACHABLE = 3  # a dependency could not be reached at start
+    STOPPED_ITSELF = 4  # dead-letter limit, FutureCursor
+    BUG = 70  # our own
+
+
+class Reason(StrEnum):
+    """Why an op was dropped or an entry was set aside. Every member is a metric series from the start."""
+
+    # entries (set aside whole)
+    BAD_ENTRY = "bad_entry"  # the stream entry has none of the known forms
+    BAD_FRAME = "bad_frame"  # not two DAG-CBOR objects, or a payload without its required members
+    BAD_JSON = "bad_json"  # `data` is not JSON
+    BAD_NATIVE = "bad_native"  # the native envelope does not decode
+    UNKNOWN_FORMAT = "unknown_format"  # a native envelope of a format version that this release does not read
+    UNKNOWN_TYPE = "unknown_type"  # the entry's `type` is none of commit, identity, account
+    NO_VERSION = "no_version"  # neither rev nor seq: the state law cannot order it
+    AMBIGUOUS_SEQ = "ambiguous_seq"  # no rev, and a second relay is known: seq alone orders nothing
+    OLDER_THAN_TOMBSTONES = "older_than_tombstones"  # before the horizon: its delete may be forgotten
+    ROW_REJECTED = "row_rejected"  # PostgreSQL refused the data
+    OVERSIZED = "oversized"  # beyond the protocol's size limits
+    # ops (dropped; the siblings are stored)
+    BAD_DID = "bad_did"
+    BAD_PATH = "bad_path"
+    BAD_ACTION = "bad_action"
+    BAD_CAR = "bad_car"  # the CAR framing is broken before the op's block was found
+    MISSING_BLOCK = "missing_block"
+    BAD_HASH = "bad_hash"  # the block's bytes are not those that the CID names
+    BAD_CBOR = "bad_cbor"
+    BAD_RECORD = "bad_record"  # a required member is missing or has the wrong type
+    TYPE_MISMATCH = "type_mismatch"  # `$type` is not the collection
+    GATE_MISMATCH = "gate_mismatch"  # a gate whose `post` is not its own rkey's post
+    NOT_OWNER = "not_owner"  # a list item in another account's list
+    TOO_LONG = "too_long"  # an identifier exceeds its column
+    TOO_DEEP = "too_deep"
+    # frames and events with nothing to store
+    UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
+    FORBIDDEN = "forbidden"  # data_collection_forbidden
+
+
+class FastworkerError(Exception):
+    """Root of our own errors. The message is one sentence an operator can act on."""
+
+    exit_code: ExitCode = ExitCode.BUG
+
+
+class ConfigError(FastworkerError):
+    """The operator's mistake: refuse to start, name the variable, the value and what is allowed."""
+
+    exit_code = ExitCode.USAGE
+
+
+class Unreachable(FastworkerError):
+    """A dependency could not be reached (or is unusable, such as a missing schema) at start."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+
+class StoppedItself(FastworkerError):
+    """Going on would do harm: the dead-letter limit, a FutureCursor."""
+
+    exit_code = ExitCode.STOPPED_ITSELF
+
+
+class InvalidEvent(Exception):
+    """The network's fault: set the entry aside with its reason. Never retried, never fatal."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason
+        self.detail = detail
+
+
+class StreamUnavailable(Exception):
+    """Redis cannot serve right now: pause reading, retry with backoff."""
+
+
+class StoreUnavailable(Exception):
+    """PostgreSQL cannot serve right now: pause reading, retry with backoff."""
+
+
+class RowRejected(Exception):
+    """PostgreSQL (or the driver's encoder) refused a value: isolate the entry by halving."""

@@ -1,0 +1,1 @@
+"""Time, tasks and processes (floor 3)."""

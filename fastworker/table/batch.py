@@ -1,0 +1,155 @@
+"""What one flush writes: changes coalesced per record, users, accounts, identities, and the entries they came from.
+
+A Batch knows how full it is; the pipeline knows when to flush it and what to ack.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from fastworker.errors import Reason
+from fastworker.event import Account, Drop, Identity, Sync
+from fastworker.table.schema import Table
+
+Row = tuple[Any, ...]
+
+
+class Version(msgspec.Struct, frozen=True, gc=False, order=False):
+    """The version of an operation: `rev` when both sides have one, else `seq` (state law, Winner)."""
+
+    rev: str | None
+    seq: int | None
+
+
+NO_VERSION = Version(None, None)
+
+
+def newer(a_rev: str | None, a_seq: int | None, b_rev: str | None, b_seq: int | None) -> bool:
+    """Whether version a is strictly higher than version b. The same rule as the SQL function fastworker.newer."""
+    if a_rev is not None and b_rev is not None and a_rev != b_rev:
+        return a_rev > b_rev
+    if a_seq is not None and b_seq is not None:
+        return a_seq > b_seq
+    return (a_rev is not None or a_seq is not None) and b_rev is None and b_seq is None
+
+
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """One record's operation, ready to write: `row` in the order of `table.columns`, None for a delete.
+
+    `cid` is the acting record's CID (None for a delete). `op_index` orders ops of one commit.
+    """
+
+    table: Table
+    uri: str
+    repo: str
+    rkey: str
+    rev: str | None
+    seq: int | None
+    op_index: int
+    cid: str | None
+    row: Row | None
+
+
+class Mapped(msgspec.Struct, frozen=True, gc=False):
+    """What one entry becomes. `dids`: users to ensure (the actor; followed, blocked and listed DIDs)."""
+
+    changes: list[Change]
+    dids: list[str]
+    drops: list[Drop]
+
+
+class TimedAccount(msgspec.Struct, frozen=True, gc=False):
+    """An #account event with the time it is ordered by when it has no seq (its own, else the entry id's)."""
+
+    event: Account
+    at: datetime
+
+
+class TimedIdentity(msgspec.Struct, frozen=True, gc=False):
+    event: Identity
+    at: datetime
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Bounds of one batch. A guess until bench/flush.py says otherwise; see docs/performance.md."""
+
+    entries_max: int = 5_000
+    changes_max: int = 6_000
+    bytes_max: int = 16 * 1024 * 1024
+    age_ms_max: int = 1_000
+
+
+class Settled(msgspec.Struct, frozen=True, gc=False):
+    """An entry whose content is in the batch (or had none): ack it when the batch is committed."""
+
+    entry_id: str
+    stored: bool  # False: nothing to store
+
+
+def beats(a: Change, b: Change) -> bool:
+    """Whether a wins over b for one record: version, then op index, then delete over upsert, then cid."""
+    if newer(a.rev, a.seq, b.rev, b.seq):
+        return True
+    if newer(b.rev, b.seq, a.rev, a.seq):
+        return False
+    return (a.op_index, a.row is None, a.cid or "") > (b.op_index, b.row is None, b.cid or "")
+
+
+class Batch:
+    """Accumulates; `changes` holds the winner of each record among what was put."""
+
+    __slots__ = ("accounts", "changes", "count", "dids", "drops", "entries", "identities", "payload_bytes", "syncs")
+
+    def __init__(self) -> None:
+        self.changes: dict[str, Change] = {}  # by uri: a uri names its collection, hence its table
+        self.dids: set[str] = set()
+        self.accounts: dict[str, list[TimedAccount]] = {}
+        self.identities: dict[str, list[TimedIdentity]] = {}
+        self.syncs: list[Sync] = []
+        self.drops: list[Drop] = []
+        self.entries: list[Settled] = []
+        self.payload_bytes = 0
+        self.count = 0  # changes put, before coalescing
+
+    def put(self, mapped: Mapped) -> None:
+        changes = self.changes
+        for change in mapped.changes:
+            held = changes.setdefault(change.uri, change)
+            if held is not change and beats(change, held):
+                changes[change.uri] = change
+        self.count += len(mapped.changes)
+        self.dids.update(mapped.dids)
+        if mapped.drops:
+            self.drops.extend(mapped.drops)
+
+    def put_account(self, event: Account, at: datetime) -> None:
+        self.accounts.setdefault(event.did, []).append(TimedAccount(event, at))
+        self.dids.add(event.did)
+
+    def put_identity(self, event: Identity, at: datetime) -> None:
+        self.identities.setdefault(event.did, []).append(TimedIdentity(event, at))
+        self.dids.add(event.did)
+
+    def put_sync(self, event: Sync) -> None:
+        self.syncs.append(event)
+
+    def drop(self, reason: Reason, collection: str = "", detail: str = "") -> None:
+        self.drops.append(Drop(reason, collection, detail))
+
+    def settle(self, entry_id: str, *, stored: bool, payload_bytes: int) -> None:
+        """Remember an entry; its ack follows the commit of this batch."""
+        self.entries.append(Settled(entry_id, stored))
+        self.payload_bytes += payload_bytes
+
+    def is_full(self, limits: Limits) -> bool:
+        return (
+            len(self.entries) >= limits.entries_max
+            or self.count >= limits.changes_max
+            or self.payload_bytes >= limits.bytes_max
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
