@@ -1,0 +1,908 @@
+"""The state law as a program: small, slow, obvious. It says what the tables must hold.
+
+`Model.apply` takes events in any order, any number of times; `Model.tables` computes every table from
+what is left. Nothing is updated in place and nothing is counted by deltas, so there is nothing to get
+wrong twice: one winner per record, then pure functions. It shares no code with the writer.
+
+An event is a plain dict, its records are lexicon JSON (`{"$link"}`, `{"$bytes"}`):
+
+    {"kind": "commit", "seq", "repo", "rev", "time", "ops": [{"action", "path", "cid", "record"?}]}
+    {"kind": "identity", "seq", "did", "handle" or None, "time"}
+    {"kind": "account", "seq", "did", "active", "status" or None, "time"}
+    {"kind": "sync", "seq", "did", "rev", "time"}
+
+Where the law (design, section 3) leaves a choice, the comment that starts with `Choice:` makes it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+Event = dict[str, Any]
+
+URI_MAX = 512
+DID_MAX = 255
+CID_MAX = 255
+NAME_MAX = 255
+MENTIONS_MAX = 100
+
+FULL = frozenset(
+    {
+        "counts",  # of likes, reposts and bookmarks
+        "reply_counts",
+        "feed_items",
+        "quotes",  # and their counts
+        "notifications",
+        "viewer_states",
+        "thread_contexts",
+        "gate_flags",
+        "like_counts",  # of generators and labelers
+    }
+)
+CORE = frozenset({"counts", "feed_items"})
+
+PAIRS: dict[str, tuple[str, ...]] = {
+    "likes": ("user_did", "post_uri"),
+    "reposts": ("user_did", "post_uri"),
+    "bookmarks": ("user_did", "post_uri"),
+    "follows": ("follower_did", "following_did"),
+    "blocks": ("blocker_did", "blocked_did"),
+    "list_items": ("list_uri", "subject_did"),
+    "list_blocks": ("blocker_did", "list_uri"),
+    "verifications": ("subject_did",),
+}
+"""Columns that the schema keeps unique: of several live records (twins), one is in the table."""
+
+
+# --- Text, identifiers, dates -----------------------------------------------------------------------------------------
+
+DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
+AT_URI_OF_DID = re.compile(rf"at://({DID.pattern})(/.*)?", re.DOTALL)
+POST_URI = re.compile(rf"at://{DID.pattern}/app\.bsky\.feed\.post/[^/]+")
+NSID = re.compile(
+    r"[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+\.[a-zA-Z][a-zA-Z0-9]{0,62}"
+)
+RKEY = re.compile(r"[A-Za-z0-9._:~-]{1,512}")
+HANDLE = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+TIMESTAMP = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)"
+    r"(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?(?:[Zz]|([+-])(\d\d):?(\d\d))?)?"
+)
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the tables hold UTC without a zone
+CLOCK_SKEW = timedelta(minutes=2)
+
+
+class Dropped(Exception):  # noqa: N818 - an outcome, not a fault
+    """This operation is not stored; the argument is the reason. As far as the tables go, it never happened."""
+
+
+def clean(value: Any) -> Any:
+    """The value as PostgreSQL can hold it: no NUL, no lone surrogate (keys too), no NaN or infinity."""
+    if isinstance(value, str):
+        return UNSTORABLE.sub("", value)
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    if isinstance(value, dict):
+        return {clean(key): clean(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def is_did(value: Any) -> bool:
+    return isinstance(value, str) and DID.fullmatch(value) is not None
+
+
+def authority(uri: str) -> str | None:
+    """The DID in an at:// URI, None if there is none (a handle, something else)."""
+    found = AT_URI_OF_DID.fullmatch(uri)
+    return found[1] if found else None
+
+
+def parse_time(value: Any) -> datetime | None:
+    """A naive UTC datetime; None for what is not a date."""
+    found = TIMESTAMP.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return None
+    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
+    micro = int(((found[7] or "") + "000000")[:6])
+    try:
+        local = datetime(year, month, day, hour, minute, second, micro)  # noqa: DTZ001
+        offset = timedelta(hours=int(found[9] or 0), minutes=int(found[10] or 0))
+        return local + offset if found[8] == "-" else local - offset
+    except (ValueError, OverflowError):
+        return None
+
+
+def real_handle(handle: Any) -> str | None:
+    """The handle in lower case; None for none, for the placeholder and for what is not one."""
+    if not isinstance(handle, str) or len(handle) > 253 or not HANDLE.fullmatch(handle):
+        return None
+    lowered = handle.lower()
+    return None if lowered == "handle.invalid" else lowered
+
+
+# --- Record to row: one function per collection -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a record comes from. `clock` is the commit's time, else that of the stream entry."""
+
+    uri: str
+    repo: str
+    collection: str
+    rkey: str
+    cid: str
+    seq: int
+    rev: str | None
+    commit_time: datetime | None
+    clock: datetime
+
+    def clamp(self, at: datetime) -> datetime:
+        return max(EPOCH, min(at, self.clock + CLOCK_SKEW))
+
+    def date(self, value: Any) -> datetime:
+        return self.clamp(parse_time(value) or self.clock)
+
+    def commit_columns(self) -> Row:
+        return {"commit_time": self.commit_time, "commit_seq": str(self.seq), "commit_rev": self.rev}
+
+
+def text_or_none(value: Any, length: int | None = None) -> str | None:
+    return value[:length] if isinstance(value, str) else None
+
+
+def required(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise Dropped("bad_record")
+    return value
+
+
+def fitting(value: str, length: int) -> str:
+    """Identifiers are never cut: one that exceeds its column costs the record."""
+    if len(value) > length:
+        raise Dropped("too_long")
+    return value
+
+
+def required_did(value: Any) -> str:
+    if not is_did(value):
+        raise Dropped("bad_record")
+    return fitting(value, DID_MAX)
+
+
+def required_uri(value: Any) -> str:
+    """An at:// URI whose authority is a DID: with a handle nobody could tell whose record is meant."""
+    if not isinstance(value, str) or authority(value) is None:
+        raise Dropped("bad_record")
+    return fitting(value, URI_MAX)
+
+
+def cid_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) and 0 < len(value) <= CID_MAX else None
+
+
+def member(value: Any, *names: str) -> Any:
+    """`value[name][name]...`, None where the path leaves the objects."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def blob_cid(blob: Any) -> str | None:
+    """A blob's CID: `ref.$link`, `ref` as text, the old form's `cid`, or the blob as text."""
+    if isinstance(blob, str):
+        found = blob
+    else:
+        ref = member(blob, "ref")
+        found = next((c for c in (member(ref, "$link"), ref, member(blob, "cid")) if isinstance(c, str) and c), "")
+    return found if found and found != "undefined" else None
+
+
+def normal_embed(embed: Any) -> Any:
+    """The embed without blobs that name no CID, as the API expects it."""
+    if not isinstance(embed, dict):
+        return None
+    kind = embed.get("$type")
+    if kind == "app.bsky.embed.images":
+        images = embed.get("images")
+        images = [i for i in images if blob_cid(member(i, "image"))] if isinstance(images, list) else []
+        return {**embed, "images": images} if images else None
+    if kind == "app.bsky.embed.external":
+        external = embed.get("external")
+        if isinstance(external, dict) and "thumb" in external and not blob_cid(external["thumb"]):
+            return {**embed, "external": {name: v for name, v in external.items() if name != "thumb"}}
+    if kind == "app.bsky.embed.video" and "thumbnail" in embed and not blob_cid(embed["thumbnail"]):
+        return {name: v for name, v in embed.items() if name != "thumbnail"}
+    if kind == "app.bsky.embed.recordWithMedia":
+        media = normal_embed(embed.get("media"))
+        if media is None:
+            return {"$type": "app.bsky.embed.record", "record": member(embed, "record", "record")}
+        return {**embed, "media": media}
+    return embed
+
+
+def post(source: Source, record: Row) -> Row:
+    reply = record.get("reply")
+    created_at = source.date(record.get("createdAt"))
+    row = {
+        "uri": source.uri,
+        "cid": source.cid,
+        "author_did": source.repo,
+        "text": text_or_none(record.get("text")) or "",
+        "langs": record.get("langs") if isinstance(record.get("langs"), list) else None,
+        "embed": normal_embed(record.get("embed")),
+        "facets": record.get("facets") if isinstance(record.get("facets"), list) else None,
+        "tags": record.get("tags") if isinstance(record.get("tags"), list) else [],
+        "created_at": created_at,
+        "indexed_at": created_at,
+        **source.commit_columns(),
+    }
+    for end in ("parent", "root"):
+        uri = member(reply, end, "uri")
+        known = isinstance(uri, str) and uri.startswith("at://")
+        row[f"{end}_uri"] = fitting(str(uri), URI_MAX) if known else None
+        row[f"{end}_cid"] = cid_or_none(member(reply, end, "cid")) if known else None
+    return row
+
+
+def like_or_repost(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "user_did": source.repo,
+        "post_uri": required_uri(member(record, "subject", "uri")),
+        "subject_cid": cid_or_none(member(record, "subject", "cid")),
+        "via": record.get("via") if isinstance(record.get("via"), dict) else None,
+        "created_at": source.date(record.get("createdAt")),
+        **source.commit_columns(),
+    }
+
+
+def bookmark(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "user_did": source.repo,
+        "post_uri": required_uri(member(record, "subject", "uri")),
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def follow(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "follower_did": source.repo,
+        "following_did": required_did(record.get("subject")),
+        "created_at": source.date(record.get("createdAt")),
+        **source.commit_columns(),
+    }
+
+
+def block(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "blocker_did": source.repo,
+        "blocked_did": required_did(record.get("subject")),
+        "created_at": source.date(record.get("createdAt")),
+        **source.commit_columns(),
+    }
+
+
+def list_(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "creator_did": source.repo,
+        "name": required(record.get("name"))[:NAME_MAX],
+        "purpose": fitting(required(record.get("purpose")), 64),
+        "description": text_or_none(record.get("description")),
+        "avatar_url": blob_cid(record.get("avatar")),
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def list_item(source: Source, record: Row) -> Row:
+    list_uri = required_uri(record.get("list"))
+    if authority(list_uri) != source.repo:
+        raise Dropped("not_owner")
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "list_uri": list_uri,
+        "subject_did": required_did(record.get("subject")),
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def list_block(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "blocker_did": source.repo,
+        "list_uri": required_uri(record.get("subject")),
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def feed_generator(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "creator_did": source.repo,
+        "did": required_did(record.get("did")),
+        "display_name": text_or_none(record.get("displayName"), NAME_MAX) or "",
+        "description": text_or_none(record.get("description")),
+        "avatar_url": blob_cid(record.get("avatar")),
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def starter_pack(source: Source, record: Row) -> Row:
+    feeds = record.get("feeds")
+    list_uri = record.get("list")
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "creator_did": source.repo,
+        "name": required(record.get("name"))[:NAME_MAX],
+        "description": text_or_none(record.get("description")),
+        "list_uri": required_uri(list_uri) if isinstance(list_uri, str) else None,
+        "feeds": [f["uri"] for f in feeds if isinstance(member(f, "uri"), str)] if isinstance(feeds, list) else [],
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def labeler_service(source: Source, record: Row) -> Row:
+    policies = record.get("policies")
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "creator_did": source.repo,
+        "policies": policies if isinstance(policies, dict) else {"labelValues": [], "labelValueDefinitions": []},
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def label(source: Source, record: Row) -> Row:
+    src = record.get("src")
+    subject = record.get("uri") or record.get("did")
+    return {
+        "uri": source.uri,
+        "src": fitting(str(src), DID_MAX) if is_did(src) else source.repo,
+        "subject": fitting(required(subject), URI_MAX),
+        "val": fitting(required(record.get("val")), 128),
+        "neg": record.get("neg") is True,
+        "created_at": source.date(record.get("cts")),
+    }
+
+
+def verification(source: Source, record: Row) -> Row:
+    created_at = source.date(record.get("createdAt"))
+    verified_at = parse_time(record.get("verifiedAt"))
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "subject_did": required_did(record.get("subject")),
+        "handle": required(record.get("handle")).lower()[:NAME_MAX],
+        "verified_at": source.clamp(verified_at) if verified_at else created_at,
+        "created_at": created_at,
+    }
+
+
+def generic_record(source: Source, record: Row) -> Row:
+    return {
+        "uri": source.uri,
+        "cid": source.cid,
+        "author_did": source.repo,
+        "record_type": fitting(source.collection, NAME_MAX),
+        "record": record,
+        "created_at": source.date(record.get("createdAt")),
+    }
+
+
+def gate(source: Source, record: Row) -> Row:
+    """A thread gate or post gate, with the post that its own rkey names."""
+    post_uri = f"at://{source.repo}/app.bsky.feed.post/{source.rkey}"
+    if record.get("post") is not None and record["post"] != post_uri:
+        raise Dropped("gate_mismatch")
+    return {"post_uri": post_uri, "record": record, "created_at": source.date(record.get("createdAt"))}
+
+
+def profile(source: Source, record: Row) -> Row:
+    if source.rkey != "self":
+        raise Dropped("bad_path")
+    pinned_uri, pinned_cid = member(record, "pinnedPost", "uri"), member(record, "pinnedPost", "cid")
+    pinned = isinstance(pinned_uri, str) and isinstance(pinned_cid, str)
+    return {
+        "display_name": text_or_none(record.get("displayName"), NAME_MAX),
+        "avatar_url": blob_cid(record.get("avatar")),
+        "banner_url": blob_cid(record.get("banner")),
+        "description": text_or_none(record.get("description")),
+        "profile_record": record,
+        "pinned_post": {"uri": pinned_uri, "cid": pinned_cid} if pinned else None,
+    }
+
+
+COLLECTIONS: dict[str, tuple[str, Callable[[Source, Row], Row]]] = {
+    "app.bsky.feed.post": ("posts", post),
+    "app.bsky.feed.like": ("likes", like_or_repost),
+    "app.bsky.feed.repost": ("reposts", like_or_repost),
+    "app.bsky.graph.follow": ("follows", follow),
+    "app.bsky.graph.block": ("blocks", block),
+    "app.bsky.bookmark": ("bookmarks", bookmark),
+    "app.bsky.graph.list": ("lists", list_),
+    "app.bsky.graph.listitem": ("list_items", list_item),
+    "app.bsky.graph.listblock": ("list_blocks", list_block),
+    "app.bsky.feed.generator": ("feed_generators", feed_generator),
+    "app.bsky.graph.starterpack": ("starter_packs", starter_pack),
+    "app.bsky.labeler.service": ("labeler_services", labeler_service),
+    "com.atproto.label.label": ("labels", label),
+    "app.bsky.graph.verification": ("verifications", verification),
+    "app.bsky.feed.threadgate": ("thread gates", gate),
+    "app.bsky.feed.postgate": ("post gates", gate),
+    "app.bsky.actor.profile": ("profiles", profile),
+}
+"""Collection to (table, function). Names with a space, and `profiles`, are not tables: others follow from them.
+Every other collection goes to `generic_records`."""
+
+NEW_USERS = {"follows": "following_did", "blocks": "blocked_did", "list_items": "subject_did"}
+"""Columns whose DID gets a users row."""
+
+
+# --- What is kept -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One operation on one record. `row` is None for a delete, `cid` is the acting record's."""
+
+    source: Source
+    op_index: int
+    table: str
+    row: Row | None
+
+
+def beats(a: Held, b: Held) -> bool:
+    """Whether operation a on a record wins over operation b: the higher version, then the ties."""
+    if a.source.rev is not None and b.source.rev is not None and a.source.rev != b.source.rev:
+        return a.source.rev > b.source.rev  # TIDs sort as they count
+    if a.source.seq != b.source.seq:
+        return a.source.seq > b.source.seq
+    return (a.op_index, a.row is None, a.source.cid) > (b.op_index, b.row is None, b.source.cid)
+
+
+@dataclass(frozen=True, slots=True)
+class Dated:
+    """An identity or account event with what orders it: its seq, else its time."""
+
+    seq: int | None
+    time: datetime
+    value: Any
+
+    def newer(self, other: Dated | None) -> bool:
+        if other is None:
+            return True
+        if self.seq is not None and other.seq is not None:
+            return self.seq > other.seq
+        return self.time > other.time
+
+
+class Model:
+    """Events in, tables out.
+
+    `derive` is "full", "core" or names of FULL: what is not derived is missing from the tables.
+    `forbidden` are DIDs with data_collection_forbidden.
+    """
+
+    def __init__(self, *, derive: str | Iterable[str] = "full", forbidden: Iterable[str] = ()) -> None:
+        named = {"full": FULL, "core": CORE}.get(derive) if isinstance(derive, str) else frozenset(derive)
+        if named is None or not named <= FULL:
+            raise ValueError(f"derive must be full, core or names of {sorted(FULL)}: {derive!r}")
+        self.derive = named
+        self.forbidden = frozenset(forbidden)
+        self.drops: dict[tuple[int, int], str] = {}  # (seq, op index) -> reason
+        self._records: dict[str, Held] = {}  # uri -> its winner
+        self._dids: set[str] = set()  # everyone who acted, or was followed, blocked or listed
+        self._handles: dict[str, Dated] = {}  # did -> newest real handle
+        self._accounts: dict[str, Dated] = {}  # did -> newest (active, status)
+        self._deleted: dict[str, int] = {}  # did -> highest seq of a deletion
+
+    # What happens
+
+    def apply(self, event: Event, entry_ms: int | None = None) -> None:
+        """Take one event. `entry_ms` (of the stream id) dates what carries no time of its own."""
+        match event["kind"]:
+            case "commit":
+                self._commit(event, entry_ms)
+            case "identity":
+                self._identity(event, entry_ms)
+            case "account":
+                self._account(event, entry_ms)
+            case _:  # a #sync is recorded for repair, no table shows it
+                pass
+
+    def _commit(self, event: Event, entry_ms: int | None) -> None:
+        repo = event["repo"]
+        if repo in self.forbidden:
+            return
+        self._meet(repo)  # a commit without a single op makes its author known too
+        for index, op in enumerate(event["ops"]):
+            try:
+                held = self._read(event, index, op, entry_ms)
+            except Dropped as reason:
+                self.drops[event["seq"], index] = str(reason)
+                continue
+            if held.row is not None and held.table in NEW_USERS:
+                self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
+            winner = self._records.get(held.source.uri)
+            if winner is None or beats(held, winner):
+                self._records[held.source.uri] = held
+
+    def _read(self, event: Event, index: int, op: Row, entry_ms: int | None) -> Held:
+        collection, slash, rkey = op["path"].partition("/")
+        if not slash or not NSID.fullmatch(collection) or not RKEY.fullmatch(rkey) or rkey in {".", ".."}:
+            raise Dropped("bad_path")
+        if op["action"] not in {"create", "update", "delete"}:
+            raise Dropped("bad_action")
+        commit_time = parse_time(event.get("time"))
+        source = Source(
+            uri=fitting(f"at://{event['repo']}/{collection}/{rkey}", URI_MAX),
+            repo=event["repo"],
+            collection=collection,
+            rkey=rkey,
+            cid=op.get("cid") or "",
+            seq=event["seq"],
+            rev=event.get("rev"),
+            commit_time=commit_time,
+            clock=commit_time or _from_ms(entry_ms),
+        )
+        table, to_row = COLLECTIONS.get(collection, ("generic_records", generic_record))
+        if op["action"] == "delete":
+            return Held(source, index, table, None)
+        record = clean(op.get("record"))
+        if not isinstance(record, dict) or not source.cid:
+            raise Dropped("bad_record")
+        if record.get("$type", collection) != collection:
+            raise Dropped("type_mismatch")
+        return Held(source, index, table, to_row(source, record))
+
+    def _identity(self, event: Event, entry_ms: int | None) -> None:
+        did = event["did"]
+        if did in self.forbidden:
+            return
+        self._meet(did)
+        handle = real_handle(event["handle"])
+        if handle is None:  # resolve again: what is known stays
+            return
+        dated = Dated(event.get("seq"), parse_time(event.get("time")) or _from_ms(entry_ms), handle)
+        if dated.newer(self._handles.get(did)):
+            self._handles[did] = dated
+
+    def _account(self, event: Event, entry_ms: int | None) -> None:
+        did, seq = event["did"], event.get("seq")
+        self._meet(did)
+        time = parse_time(event.get("time")) or _from_ms(entry_ms)
+        dated = Dated(seq, time, (event["active"], event.get("status")))
+        if dated.newer(self._accounts.get(did)):
+            self._accounts[did] = dated
+        # Choice: only the seq orders a deletion against commits; one without a seq is a status and no tombstone.
+        if not event["active"] and event.get("status") == "deleted" and seq is not None:
+            self._deleted[did] = max(seq, self._deleted.get(did, 0))
+
+    def _meet(self, did: str) -> None:
+        if did not in self.forbidden:
+            self._dids.add(did)
+
+    # What follows
+
+    def tables(self) -> Tables:
+        """Every table, computed from nothing but the winners."""
+        rows: dict[str, list[Held]] = {table: [] for table, _ in COLLECTIONS.values()}
+        rows["generic_records"] = []
+        for held in self._live():
+            rows[held.table].append(held)
+        for table, columns in PAIRS.items():
+            rows[table] = _without_twins(rows[table], columns)
+        tables: Tables = {table: [_row(held) for held in rows[table]] for table in rows if _is_table(table)}
+        tables["users"] = self._users(rows["profiles"])
+        tables["fastworker.accounts"] = [
+            {"did": did, "active": newest.value[0], "status": newest.value[1]} for did, newest in self._accounts.items()
+        ]
+        # Choice: one event for each label in the table; the foreign key takes it away with its label.
+        tables["label_events"] = [{"label_uri": row["uri"], "action": "created"} for row in tables["labels"]]
+        tables["thread_gates"] = thread_gates(rows["thread gates"])
+        tables["post_gates"] = post_gates(rows["post gates"])
+        self._derive(tables, rows)
+        return tables
+
+    def _live(self) -> list[Held]:
+        """Records whose winner is not a delete and that no deletion of their account came after."""
+        return [
+            held
+            for held in self._records.values()
+            if held.row is not None and held.source.seq >= self._deleted.get(held.source.repo, 0)
+        ]
+
+    def _users(self, profiles: list[Held]) -> list[Row]:
+        known = {held.source.repo: _row(held) for held in profiles}
+        nothing = dict.fromkeys(
+            ("display_name", "avatar_url", "banner_url", "description", "profile_record", "pinned_post")
+        )
+        return [
+            {
+                "did": did,
+                "handle": self._handles[did].value if did in self._handles else "handle.invalid",
+                **known.get(did, nothing),
+            }
+            for did in self._dids
+        ]
+
+    def _derive(self, tables: Tables, rows: dict[str, list[Held]]) -> None:
+        derive = self.derive
+        if "gate_flags" in derive:
+            threads = {_row(held)["post_uri"] for held in rows["thread gates"]}
+            posts = {_row(held)["post_uri"] for held in rows["post gates"]}
+            tables["posts"] = [
+                {
+                    **row,
+                    "has_thread_gate": row["uri"] in threads,
+                    "has_post_gate": row["uri"] in posts,
+                    "violates_thread_gate": False,
+                    "violates_embedding_rules": False,
+                }
+                for row in tables["posts"]
+            ]
+        if "like_counts" in derive:
+            likes = Counter(row["post_uri"] for row in tables["likes"])
+            for table in ("feed_generators", "labeler_services"):
+                tables[table] = [{**row, "like_count": likes[row["uri"]]} for row in tables[table]]
+        if derive & {"counts", "reply_counts", "quotes"}:
+            tables["post_aggregations"] = post_aggregations(tables, derive)
+        if "feed_items" in derive:
+            tables["feed_items"] = feed_items(tables["posts"], rows["reposts"])
+        if "quotes" in derive:
+            tables["quotes"] = quotes(tables["posts"])
+        if "notifications" in derive:
+            tables["notifications"] = notifications(rows)
+        if "viewer_states" in derive:
+            tables["post_viewer_states"] = viewer_states(tables)
+        if "thread_contexts" in derive:
+            tables["thread_contexts"] = thread_contexts(tables)
+
+
+def _from_ms(entry_ms: int | None) -> datetime:
+    if entry_ms is None:
+        raise ValueError("an event without a time needs the time of its entry")
+    return datetime.fromtimestamp(entry_ms / 1000, UTC).replace(tzinfo=None)
+
+
+def _is_table(name: str) -> bool:
+    return name != "profiles" and " " not in name
+
+
+def _row(held: Held) -> Row:
+    assert held.row is not None
+    return held.row
+
+
+def _without_twins(held: list[Held], columns: tuple[str, ...]) -> list[Held]:
+    """Of the live records with the same pair, the one with the lowest rkey (then URI)."""
+    first: dict[tuple[Any, ...], Held] = {}
+    for twin in sorted(held, key=lambda h: (h.source.rkey, h.source.uri)):
+        first.setdefault(tuple(_row(twin)[column] for column in columns), twin)
+    return list(first.values())
+
+
+# --- Derived tables: each a pure function of the primary ones ---------------------------------------------------------
+
+
+def quote_of(row: Row) -> tuple[str, str | None] | None:
+    """(uri, cid) of the post that a posts row quotes. An embedded list, generator or starter pack is no quote."""
+    kind = member(row["embed"], "$type")
+    if kind == "app.bsky.embed.record":
+        quoted = member(row["embed"], "record")
+    elif kind == "app.bsky.embed.recordWithMedia":
+        quoted = member(row["embed"], "record", "record")
+    else:
+        return None
+    uri = member(quoted, "uri")
+    if not isinstance(uri, str) or len(uri) > URI_MAX or not POST_URI.fullmatch(uri):
+        return None
+    return uri, cid_or_none(member(quoted, "cid"))
+
+
+def mentions_of(row: Row) -> list[str]:
+    """The DIDs that a posts row's facets mention, in their order, each once."""
+    found = []
+    for facet in row["facets"] or []:
+        features = member(facet, "features")
+        for feature in features if isinstance(features, list) else []:
+            did = member(feature, "did")
+            is_mention = member(feature, "$type") == "app.bsky.richtext.facet#mention"
+            if is_mention and is_did(did) and len(did) <= DID_MAX and did not in found:
+                found.append(did)
+    return found[:MENTIONS_MAX]
+
+
+def quotes(posts: list[Row]) -> list[Row]:
+    found = []
+    for row in posts:
+        quoted = quote_of(row)
+        uri = row["uri"] + "#quote"
+        if quoted is not None and len(uri) <= URI_MAX:
+            found.append(
+                {
+                    "uri": uri,
+                    "cid": row["cid"],
+                    "post_uri": row["uri"],
+                    "quoted_uri": quoted[0],
+                    "quoted_cid": quoted[1],
+                    "created_at": row["created_at"],
+                }
+            )
+    return found
+
+
+def post_aggregations(tables: Tables, derive: frozenset[str]) -> list[Row]:
+    """A row for every live post and for every subject. Counters are counts; those not derived are left out."""
+    counts: dict[str, Counter[str]] = {}
+    if "counts" in derive:
+        counts["like_count"] = Counter(row["post_uri"] for row in tables["likes"])
+        counts["repost_count"] = Counter(row["post_uri"] for row in tables["reposts"])
+        counts["bookmark_count"] = Counter(row["post_uri"] for row in tables["bookmarks"])
+    if "reply_counts" in derive:
+        counts["reply_count"] = Counter(row["parent_uri"] for row in tables["posts"] if row["parent_uri"] is not None)
+    if "quotes" in derive:
+        counts["quote_count"] = Counter(row["quoted_uri"] for row in quotes(tables["posts"]))
+    uris = {row["uri"] for row in tables["posts"]} if "counts" in derive else set()
+    uris = uris.union(*counts.values())
+    return [{"post_uri": uri, **{column: counted[uri] for column, counted in counts.items()}} for uri in uris]
+
+
+def feed_items(posts: list[Row], reposts: list[Held]) -> list[Row]:
+    return [
+        {
+            "uri": row["uri"],
+            "post_uri": row["uri"],
+            "originator_did": row["author_did"],
+            "type": "post",
+            "sort_at": row["created_at"],
+            "cid": row["cid"],
+            "created_at": row["created_at"],
+        }
+        for row in posts
+    ] + [
+        {
+            "uri": held.source.uri,
+            "post_uri": _row(held)["post_uri"],
+            "originator_did": held.source.repo,
+            "type": "repost",
+            "sort_at": _row(held)["created_at"],
+            "cid": held.source.cid,
+            "created_at": _row(held)["created_at"],
+        }
+        for held in reposts
+    ]
+
+
+def notifications(rows: dict[str, list[Held]]) -> list[Row]:
+    found = []
+
+    def notify(held: Held, suffix: str, recipient: str | None, reason: str, subject: str | None) -> None:
+        uri = held.source.uri + suffix
+        if recipient is None or recipient == held.source.repo or len(recipient) > DID_MAX or len(uri) > URI_MAX:
+            return
+        found.append(
+            {
+                "uri": uri,
+                "recipient_did": recipient,
+                "author_did": held.source.repo,
+                "reason": reason,
+                "reason_subject": subject,
+                "cid": held.source.cid,
+                "created_at": _row(held)["created_at"],
+            }
+        )
+
+    for table, reason in (("likes", "like"), ("reposts", "repost")):
+        for held in rows[table]:
+            subject = _row(held)["post_uri"]
+            notify(held, "#notification", authority(subject), reason, subject)
+    for held in rows["follows"]:
+        notify(held, "#notification", _row(held)["following_did"], "follow", None)
+    for held in rows["posts"]:
+        row = _row(held)
+        if row["parent_uri"] is not None:
+            notify(held, "#notification/reply", authority(row["parent_uri"]), "reply", row["parent_uri"])
+        if (quoted := quote_of(row)) is not None:
+            notify(held, "#notification/quote", authority(quoted[0]), "quote", quoted[0])
+        for did in mentions_of(row):
+            notify(held, f"#notification/mention/{did}", did, "mention", row["uri"])
+    return found
+
+
+def viewer_states(tables: Tables) -> list[Row]:
+    """One row for each (post, viewer) with anything to show."""
+    states: dict[tuple[str, str], Row] = {}
+
+    def state(row: Row) -> Row:
+        key = (row["post_uri"], row["user_did"])
+        return states.setdefault(
+            key, {"post_uri": key[0], "viewer_did": key[1], "like_uri": None, "repost_uri": None, "bookmarked": False}
+        )
+
+    for row in tables["likes"]:
+        state(row)["like_uri"] = row["uri"]
+    for row in tables["reposts"]:
+        state(row)["repost_uri"] = row["uri"]
+    for row in tables["bookmarks"]:
+        state(row)["bookmarked"] = True
+    return list(states.values())
+
+
+def thread_contexts(tables: Tables) -> list[Row]:
+    """For each live reply whose root is live: the like that the root's author gave to the reply."""
+    live = {row["uri"] for row in tables["posts"]}
+    likes = {(row["user_did"], row["post_uri"]): row["uri"] for row in tables["likes"]}
+    return [
+        {"post_uri": row["uri"], "root_author_like_uri": likes.get((authority(row["root_uri"]), row["uri"]))}
+        for row in tables["posts"]
+        if row["root_uri"] in live and row["root_uri"] != row["uri"]
+    ]
+
+
+def thread_gates(gates: list[Held]) -> list[Row]:
+    """No `allow` means everyone may reply: no row. A list that allows nobody has a row that says so."""
+    found = []
+    for held in gates:
+        allow = _row(held)["record"].get("allow")
+        if not isinstance(allow, list):
+            continue
+        rules = [rule for rule in allow if isinstance(rule, dict)]
+        kinds = [rule.get("$type") for rule in rules]
+        found.append(
+            {
+                "post_uri": _row(held)["post_uri"],
+                "owner_did": held.source.repo,
+                "allow_mentions": "app.bsky.feed.threadgate#mentionRule" in kinds,
+                "allow_following": "app.bsky.feed.threadgate#followingRule" in kinds,
+                "allow_list_members": "app.bsky.feed.threadgate#listRule" in kinds,
+                "allow_list_uris": [
+                    rule["list"]
+                    for rule in rules
+                    if rule.get("$type") == "app.bsky.feed.threadgate#listRule" and isinstance(rule.get("list"), str)
+                ],
+                "created_at": _row(held)["created_at"],
+            }
+        )
+    return found
+
+
+def post_gates(gates: list[Held]) -> list[Row]:
+    found = []
+    for held in gates:
+        record = _row(held)["record"]
+        rules, detached = record.get("embeddingRules"), record.get("detachedEmbeddingUris")
+        rules = rules if isinstance(rules, list) else []
+        detached = [uri for uri in detached if isinstance(uri, str)] if isinstance(detached, list) else []
+        embedding: Row = {}
+        if any(member(rule, "$type") == "app.bsky.feed.postgate#disableRule" for rule in rules):
+            embedding["disableRule"] = True
+        if detached:
+            embedding["detachedEmbeddingUris"] = detached
+        found.append(
+            {
+                "post_uri": _row(held)["post_uri"],
+                "embedding_rules": embedding,
+                "created_at": _row(held)["created_at"],
+            }
+        )
+    return found
