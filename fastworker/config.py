@@ -1,0 +1,499 @@
+"""Configuration: environment variables to one frozen, typed value, parsed once.
+
+Every variable is declared once, as a field of `Config`: its name, type, default, range, meaning and the
+commands that use it. Parsing, the help of the commands and docs/configuration.md follow from that.
+A variable of the predecessor keeps its name and meaning, names that are not ours are left alone, and a
+`FASTWORKER_*` name that nobody declared refuses to start: a setting that is silently not applied is worse.
+
+`python -m fastworker.config` prints docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from fastworker.errors import ConfigError
+from fastworker.table import derive as derived
+
+PREFIX: Final = "FASTWORKER_"
+WORKER_PORT: Final = 9400
+READER_PORT: Final = 9401
+
+_USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
+_SECRET_OPTION: Final = re.compile(r"(?i)\b(\w*(?:password|passwd|token|secret)=)[^&\s]+")
+
+
+def redact(text: str) -> str:
+    """The text with the passwords of its URLs as `***`; right for malformed URLs too."""
+    return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
+
+
+# Readers of one value: text to something that msgspec checks further. ValueError says what is wrong.
+
+
+def _url(schemes: tuple[str, ...], *, host_in_query: bool = False) -> Callable[[str], str]:
+    allowed = " or ".join(f"{scheme}://" for scheme in schemes)
+
+    def read(text: str) -> str:
+        scheme, separator, rest = text.partition("://")
+        if not separator or scheme.lower() not in schemes:
+            raise ValueError(f"it must start with {allowed}")
+        try:
+            parts = urlsplit(text)
+            _ = parts.port  # raises where it is not a number from 0 to 65535
+        except ValueError:
+            raise ValueError(
+                "its host or port cannot be read (a password with reserved characters must be percent-encoded)"
+            ) from None
+        local = scheme.lower() == "unix" or (host_in_query and ("host" in parse_qs(parts.query)))
+        if not (parts.hostname or local) or (scheme.lower() == "unix" and not parts.path.strip("/")):
+            raise ValueError("it names no host" if scheme.lower() != "unix" else "it names no socket path")
+        if re.search(r"\s", rest):
+            raise ValueError("it contains white space")
+        return text
+
+    return read
+
+
+_redis_url: Final = _url(("redis", "rediss", "unix"))
+_database_url: Final = _url(("postgresql", "postgres"), host_in_query=True)
+_http_url: Final = _url(("https", "http"))
+_relay_url: Final = _url(("wss", "ws", "https", "http"))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _relay_urls(text: str) -> tuple[str, ...]:
+    relays = _words(text)
+    if not relays:
+        raise ValueError("it names no relay")
+    for relay in relays:
+        _relay_url(relay if "://" in relay else f"wss://{relay}")
+    return relays
+
+
+def _derive(text: str) -> frozenset[str]:
+    named = {"full": derived.FULL, "core": derived.CORE}
+    words = _words(text.lower())
+    if unknown := [word for word in words if word not in derived.FULL and word not in named]:
+        raise ValueError(f"{unknown[0]!r} is none of them")
+    return frozenset[str]().union(*(named.get(word, frozenset({word})) for word in words))
+
+
+def _port(text: str) -> int | str:
+    return text.lower() if text.lower() == "off" else _integer(text)
+
+
+def _size(text: str) -> int:
+    """Bytes, with the suffixes of Redis (kb, mb, gb: powers of 1024)."""
+    found = re.fullmatch(r"(\d+)\s*(b|kb|mb|gb|)", text.lower())
+    if not found:
+        raise ValueError("it is not a size")
+    unit: dict[str, int] = {"kb": 1024, "mb": 1024**2, "gb": 1024**3}
+    return int(found[1]) * unit.get(found[2], 1)
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?\d{1,18}", text):
+        raise ValueError("it is not a whole number")
+    return int(text)
+
+
+def _flag(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in words:
+        raise ValueError("it is neither on nor off")
+    return words[text.lower()]
+
+
+def _level(text: str) -> str:
+    """The names that Python's logging has had; an old file may use any of them."""
+    return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
+
+
+_REDIS: Final = "reader worker up status check dlq replay"
+_POSTGRES: Final = "worker up migrate verify check"
+_STREAM: Final = "reader worker up status check dlq replay"
+
+
+def _env(
+    name: str, used_by: str, meaning: str, *, read: Callable[[str], Any] | None = None, allowed: str = "", **shown: str
+) -> Meta:
+    """What a field's environment variable is called and means.
+
+    `allowed` says in words what the type does not say by itself; `shown` may name the default's text.
+    """
+    return Meta(
+        description=meaning,
+        extra={"env": name, "used_by": tuple(used_by.split()), "read": read, "allowed": allowed, **shown},
+    )
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration. A field that is None was not set, and its meaning says what happens then."""
+
+    relay_urls: Annotated[
+        tuple[str, ...],
+        _env(
+            "RELAY_URL",
+            "reader up",
+            "The relay: a host, or a full `subscribeRepos` URL. A comma-separated list is tried in order; "
+            "each host has a cursor of its own.",
+            read=_relay_urls,
+            allowed="wss:// or ws:// URLs or bare hosts, comma-separated",
+        ),
+    ] = ("wss://bsky.network",)
+    redis_url: Annotated[
+        str,
+        _env(
+            "REDIS_URL",
+            _REDIS,
+            "Redis 6.2 or newer, or Valkey. `up` starts an embedded server when it is not set.",
+            read=_redis_url,
+            allowed="redis://, rediss:// (TLS, verified) or unix:// URL",
+        ),
+    ] = "redis://localhost:6379"
+    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = (
+        "firehose:events"
+    )
+    cursor_key: Annotated[
+        str,
+        Meta(min_length=1),
+        _env("REDIS_CURSOR_KEY", "reader up status", "Where the reader keeps its relay cursor (decimal seq)."),
+    ] = "firehose:python_cursor"
+    max_stream_len: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000_000),
+        _env(
+            "REDIS_MAX_STREAM_LEN",
+            "reader worker up replay status",
+            "Entries at which the stream is full. A full stream makes the reader wait; nothing unfinished is trimmed.",
+            read=_integer,
+        ),
+    ] = 500_000
+    dead_letter_maxlen: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000_000),
+        _env(
+            "REDIS_DEAD_LETTER_MAXLEN",
+            "reader worker up",
+            "Entries kept in `firehose:dead-letters` (approximately).",
+            read=_integer,
+        ),
+    ] = 10_000
+    group: Annotated[
+        str,
+        Meta(min_length=1),
+        _env("REDIS_CONSUMER_GROUP", "worker up status check dlq", "The consumer group; old workers may share it."),
+    ] = "firehose-processors"
+    consumer_id: Annotated[
+        str,
+        Meta(min_length=1, max_length=200),
+        _env(
+            "CONSUMER_ID",
+            "worker up",
+            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ.",
+        ),
+    ] = "python-worker"
+    database_url: Annotated[
+        str | None,
+        _env(
+            "DATABASE_URL",
+            _POSTGRES,
+            "PostgreSQL 14 or newer. `up` starts an embedded server when it is not set; the other commands require it.",
+            read=_database_url,
+            allowed="postgresql:// URL; a socket directory as `postgresql:///name?host=/directory`",
+        ),
+    ] = None
+    pool_size: Annotated[
+        int,
+        Meta(ge=1, le=10_000),
+        _env(
+            "DB_POOL_SIZE",
+            "worker up",
+            "Most PostgreSQL connections of the whole worker, all processes together; pipelines shrink to it.",
+            read=_integer,
+        ),
+    ] = 8
+    batch_size: Annotated[
+        int,
+        Meta(ge=1, le=100_000),
+        _env(
+            "BATCH_SIZE",
+            "worker up",
+            "COUNT of one XREADGROUP. A flush gathers many reads, so small values run well too.",
+            read=_integer,
+        ),
+    ] = 300
+    pipelines: Annotated[
+        int,
+        Meta(ge=1, le=1_000),
+        _env("PARALLEL_CONSUMERS", "worker up", "Pipelines (consumers) in each process.", read=_integer),
+    ] = 2
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        _env("LOG_LEVEL", "*", "Least level that is logged.", read=_level),
+    ] = "INFO"
+
+    processes: Annotated[
+        int, Meta(ge=1, le=128), _env("FASTWORKER_PROCESSES", "worker up", "Worker processes.", read=_integer)
+    ] = 2
+    stream_format: Annotated[
+        Literal["json", "native", "frame"],
+        _env(
+            "FASTWORKER_STREAM_FORMAT",
+            "reader up replay check",
+            "Form of the entries that the reader writes. Old workers read `json` only; `native` is the fast one; "
+            "`frame` leaves all decoding to the workers at ten times the Redis memory.",
+            read=str.lower,
+            default="json (up: native)",
+        ),
+    ] = "json"
+    derive: Annotated[
+        frozenset[str],
+        _env(
+            "FASTWORKER_DERIVE",
+            "worker up verify",
+            "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
+            "After widening it, `verify --repair` fills in the rest.",
+            read=_derive,
+            allowed="full, core, or a list of " + ", ".join(sorted(derived.FULL)),
+            default="full",
+        ),
+    ] = derived.FULL
+    http_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65_535)] | Literal["off"] | None,
+        _env(
+            "FASTWORKER_HTTP_PORT",
+            "reader worker up health",
+            "Port of /metrics, /livez, /readyz and the status page; 0 takes any free port and logs it.",
+            read=_port,
+            allowed="0 to 65535, or off",
+            default=f"worker and up {WORKER_PORT}, reader {READER_PORT}",
+        ),
+    ] = None
+    http_host: Annotated[
+        str,
+        Meta(min_length=1),
+        _env(
+            "FASTWORKER_HTTP_HOST",
+            "reader worker up health",
+            "Address that the port listens on; in a container 0.0.0.0. There is no password: keep it inside.",
+        ),
+    ] = "127.0.0.1"
+    home: Annotated[
+        str | None,
+        _env(
+            "FASTWORKER_HOME",
+            "up",
+            "Directory of the embedded servers' data.",
+            allowed="a directory path",
+            default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",
+        ),
+    ] = None
+    stream_bytes_max: Annotated[
+        Annotated[int, Meta(ge=1024)] | None,
+        _env(
+            "FASTWORKER_STREAM_BYTES_MAX",
+            "reader up",
+            "Memory of the stream in Redis at which it counts as full, beside REDIS_MAX_STREAM_LEN.",
+            read=_size,
+            allowed="bytes, or a number with kb, mb or gb",
+            default="no limit",
+        ),
+    ] = None
+    ignore_groups: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_IGNORE_GROUPS",
+            "reader worker up status check",
+            "Consumer groups that trimming does not wait for (forgotten ones that hold the stream back).",
+            read=_words,
+            allowed="group names, comma-separated",
+            default="none",
+        ),
+    ] = ()
+    plc_url: Annotated[
+        str,
+        _env(
+            "FASTWORKER_PLC_URL",
+            "worker up",
+            "DID directory for resolving handles beside the stream.",
+            read=_http_url,
+            allowed="https:// or http:// URL",
+        ),
+    ] = "https://plc.directory"
+    resolve_handles: Annotated[
+        bool,
+        _env(
+            "FASTWORKER_RESOLVE_HANDLES",
+            "worker up",
+            "Whether identity events without a handle are resolved over the network.",
+            read=_flag,
+            allowed="on or off",
+            default="on",
+        ),
+    ] = True
+    memory_max_bytes: Annotated[
+        Annotated[int, Meta(ge=32 * 1024 * 1024)] | None,
+        _env(
+            "FASTWORKER_MEMORY_MAX_BYTES",
+            "worker up",
+            "Resident memory at which one worker process is drained and replaced.",
+            read=_size,
+            allowed="bytes, or a number with kb, mb or gb; at least 32mb",
+            default="no limit",
+        ),
+    ] = None
+    log_format: Annotated[
+        Literal["human", "json"],
+        _env("FASTWORKER_LOG_FORMAT", "*", "Log lines for people or for machines.", read=str.lower),
+    ] = "human"
+    crashpoint: Annotated[
+        str | None,
+        _env(
+            "FASTWORKER_CRASHPOINT",
+            "worker up",
+            "For tests: a named place at which a process kills itself.",
+            allowed="a name, or name:n for the n-th time",
+            default="none",
+        ),
+    ] = None
+
+    given: frozenset[str] = frozenset()
+    """Names of the variables that were set (not from the environment itself)."""
+
+    def require_database_url(self, command: str) -> str:
+        if self.database_url is None:
+            raise ConfigError(
+                f"DATABASE_URL is not set: `fastworker {command}` needs a PostgreSQL URL such as "
+                "postgresql://user:password@host:5432/atproto"
+            )
+        return self.database_url
+
+
+class Variable(msgspec.Struct, frozen=True):
+    """One declared environment variable. `allowed` and `default` are texts for people."""
+
+    name: str
+    field: str
+    type: Any
+    read: Callable[[str], Any] | None
+    allowed: str
+    default: str
+    meaning: str
+    used_by: tuple[str, ...]
+
+    def is_used_by(self, command: str) -> bool:
+        return command in self.used_by or "*" in self.used_by
+
+
+def _in_words(kind: Any, metas: tuple[Meta, ...]) -> str:
+    if kind is int:
+        low, high = (next((v for m in metas if (v := getattr(m, side)) is not None), None) for side in ("ge", "le"))
+        return f"whole number from {low:,} to {high:,}" if high is not None else f"whole number, at least {low:,}"
+    choices = [arg for arg in get_args(kind) if isinstance(arg, str)]
+    return ", ".join(choices) if choices else "text"
+
+
+def _default_in_words(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "not set" if value is None else str(value)
+
+
+def _declared() -> tuple[Variable, ...]:
+    hints = get_type_hints(Config, include_extras=True)
+    variables = []
+    for field in msgspec.structs.fields(Config):
+        hint = hints[field.name]
+        metas: tuple[Meta, ...] = getattr(hint, "__metadata__", ())
+        described = next((meta for meta in metas if meta.extra), None)
+        if described is None or described.extra is None:
+            continue  # `given`
+        kind, extra = get_args(hint)[0], described.extra
+        variables.append(
+            Variable(
+                name=extra["env"],
+                field=field.name,
+                type=hint,
+                read=extra["read"],
+                allowed=extra["allowed"] or _in_words(kind, metas),
+                default=extra.get("default") or _default_in_words(field.default),
+                meaning=described.description or "",
+                used_by=extra["used_by"],
+            )
+        )
+    return tuple(variables)
+
+
+VARIABLES: Final = _declared()
+
+
+def _value(variable: Variable, text: str) -> Any:
+    try:
+        return msgspec.convert(variable.read(text) if variable.read else text, variable.type)
+    except msgspec.ValidationError:
+        why = "it is not among what is allowed"
+    except ValueError as error:
+        why = redact(str(error))
+    raise ConfigError(f"{variable.name}={redact(text)!r} is refused: {why}; allowed: {variable.allowed}") from None
+
+
+def parse_config(environment: Mapping[str, str]) -> Config:
+    """The configuration in `environment`. An empty value counts as not set (compose files write `${X:-}`).
+
+    Raises ConfigError for an unknown FASTWORKER_* name and for a value that is not allowed.
+    """
+    known = {variable.name for variable in VARIABLES}
+    for name in environment:
+        if name.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, [n for n in known if n.startswith(PREFIX)], n=1)
+            ours = ", ".join(sorted(n for n in known if n.startswith(PREFIX)))
+            hint = f"did you mean {close[0]}?" if close else f"the known ones are {ours}"
+            raise ConfigError(f"{name}={redact(environment[name])!r} is not a setting of fastworker: {hint}")
+    values = {}
+    given = set()
+    for variable in VARIABLES:
+        if text := environment.get(variable.name, "").strip():
+            values[variable.field] = _value(variable, text)
+            given.add(variable.name)
+    return Config(**values, given=frozenset(given))
+
+
+def markdown() -> str:
+    """docs/configuration.md; a test compares them."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated by `python -m fastworker.config`; do not edit.",
+        "",
+        "Settings are environment variables, read once at start. The names without `FASTWORKER_` and their meaning are",
+        "those of the worker that this one replaces, so its environment file starts this one unchanged. An unknown",
+        "`FASTWORKER_*` name or a value out of range refuses to start (exit code 2) and says what is allowed.",
+        "An empty value counts as not set.",
+        "",
+        "| variable | default | allowed | meaning | used by |",
+        "|---|---|---|---|---|",
+    ]
+    for variable in VARIABLES:
+        used_by = "every command" if "*" in variable.used_by else ", ".join(variable.used_by)
+        lines.append(
+            f"| `{variable.name}` | {variable.default} | {variable.allowed} | {variable.meaning} | {used_by} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(markdown())
