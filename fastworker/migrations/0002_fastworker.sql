@@ -29,7 +29,7 @@ CREATE INDEX versions_tombstones ON fastworker.versions (written_at) WHERE delet
 CREATE TABLE fastworker.twins (
     uri text COLLATE "C" PRIMARY KEY,
     table_name text NOT NULL,
-    pair text[] COLLATE "C" NOT NULL,
+    pair text COLLATE "C" NOT NULL, -- the pair's columns, joined by a newline
     rkey text COLLATE "C" NOT NULL,
     rev text COLLATE "C",
     seq bigint,

@@ -89,6 +89,15 @@ class Settled(msgspec.Struct, frozen=True, gc=False):
     stored: bool  # False: nothing to store
 
 
+class Progress(msgspec.Struct, frozen=True, gc=False):
+    """How far `consumer` saw the whole group finished: everything up to (seq, entry_id) is settled."""
+
+    stream: str
+    consumer: str
+    seq: int | None
+    entry_id: str
+
+
 def beats(a: Change, b: Change) -> bool:
     """Whether a wins over b for one record: version, then op index, then delete over upsert, then cid."""
     if newer(a.rev, a.seq, b.rev, b.seq):
@@ -101,7 +110,19 @@ def beats(a: Change, b: Change) -> bool:
 class Batch:
     """Accumulates; `changes` holds the winner of each record among what was put."""
 
-    __slots__ = ("accounts", "changes", "count", "dids", "drops", "entries", "identities", "payload_bytes", "syncs")
+    __slots__ = (
+        "accounts",
+        "changes",
+        "count",
+        "dids",
+        "drops",
+        "entries",
+        "identities",
+        "payload_bytes",
+        "progress",
+        "relays",
+        "syncs",
+    )
 
     def __init__(self) -> None:
         self.changes: dict[str, Change] = {}  # by uri: a uri names its collection, hence its table
@@ -111,6 +132,8 @@ class Batch:
         self.syncs: list[Sync] = []
         self.drops: list[Drop] = []
         self.entries: list[Settled] = []
+        self.relays: set[str] = set()
+        self.progress: Progress | None = None
         self.payload_bytes = 0
         self.count = 0  # changes put, before coalescing
 

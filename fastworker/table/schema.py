@@ -77,12 +77,8 @@ BLOCKS = _table(
 )
 BOOKMARKS = _table("bookmarks", "uri user_did post_uri created_at:timestamp", pair=("user_did", "post_uri"))
 LISTS = _table("lists", "uri cid creator_did name purpose description:text avatar_url:text created_at:timestamp")
-LIST_ITEMS = _table(
-    "list_items", "uri cid list_uri subject_did created_at:timestamp", pair=("list_uri", "subject_did")
-)
-LIST_BLOCKS = _table(
-    "list_blocks", "uri blocker_did list_uri created_at:timestamp", pair=("blocker_did", "list_uri")
-)
+LIST_ITEMS = _table("list_items", "uri cid list_uri subject_did created_at:timestamp", pair=("list_uri", "subject_did"))
+LIST_BLOCKS = _table("list_blocks", "uri blocker_did list_uri created_at:timestamp", pair=("blocker_did", "list_uri"))
 FEED_GENERATORS = _table(
     "feed_generators",
     "uri cid creator_did did display_name description:text avatar_url:text created_at:timestamp",
@@ -98,9 +94,7 @@ VERIFICATIONS = _table(
     "uri cid subject_did handle verified_at:timestamp created_at:timestamp",
     pair=("subject_did",),
 )
-GENERIC_RECORDS = _table(
-    "generic_records", "uri cid author_did record_type record:jsonb created_at:timestamp"
-)
+GENERIC_RECORDS = _table("generic_records", "uri cid author_did record_type record:jsonb created_at:timestamp")
 # Both gate kinds are records of ours: public.thread_gates and public.post_gates follow them. `kind` is
 # `thread` or `post`; `rules` is {"allow": [...] or null, "hiddenReplies": [...]} or
 # {"embeddingRules": [...], "detachedEmbeddingUris": [...]}, as lexicon JSON.
@@ -108,8 +102,7 @@ GATES = _table("fastworker.gates", "uri kind post_uri owner_did rules:jsonb crea
 # The profile record (`app.bsky.actor.profile/self`); the columns of public.users follow it.
 PROFILES = _table(
     "fastworker.profiles",
-    "uri did display_name description:text avatar_url:text banner_url:text "
-    "profile_record:jsonb pinned_post:jsonb",
+    "uri did display_name description:text avatar_url:text banner_url:text profile_record:jsonb pinned_post:jsonb",
 )
 
 # The order in which every writer locks (sorted keys inside a table): deadlocks need two orders.
@@ -153,3 +146,8 @@ COLLECTIONS: dict[str, Table] = {
     "app.bsky.actor.profile": PROFILES,
 }
 """Every other collection goes to `generic_records`."""
+
+
+def collection_table(uri: str) -> Table:
+    """The table of a record URI's collection."""
+    return COLLECTIONS.get(uri.split("/")[3], GENERIC_RECORDS)

@@ -1,0 +1,786 @@
+"""PostgreSQL: one flush is one main transaction. The only importer of asyncpg on the event's path.
+
+A flush (`Store.write`), docs/invariants.md has the proof:
+
+1. look: tombstones and deleted accounts that already beat this batch;
+2. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
+3. main transaction: the gate of the cold tables, rows under the version guard, twins, derived rows, counters;
+4. look again: what overtook us between 1 and 3 is removed the same way;
+5. rows that join two records are recomputed, now that this side has committed.
+
+The caller acks after `write` returns. Every step may be repeated: a crash anywhere means redelivery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from datetime import datetime
+from typing import Any, NamedTuple, TypeVar
+
+import asyncpg
+import orjson
+from asyncpg.exceptions import (
+    DataError,
+    DeadlockDetectedError,
+    IntegrityConstraintViolationError,
+    InterfaceError,
+    InternalClientError,
+    PostgresError,
+    ProgramLimitExceededError,
+    SerializationError,
+    UnsupportedClientFeatureError,
+)
+from asyncpg.pool import PoolConnectionProxy
+
+from fastworker.crashpoint import Place, crashpoint
+from fastworker.errors import RowRejected, StoreUnavailable
+from fastworker.table import derive as derived
+from fastworker.table import merge
+from fastworker.table.batch import Batch, Change, Row, TimedAccount, TimedIdentity, newer
+from fastworker.table.derive import Effects
+from fastworker.table.schema import FEED_GENERATORS, LIKES, POSTS, PROFILES, TABLES, Table, collection_table
+
+Connection = PoolConnectionProxy  # asyncpg's: dead after release
+Key = tuple[str, str]
+_T = TypeVar("_T")
+
+ATTEMPTS_MAX = 20  # deadlocks and serialisation failures of one transaction; each resolves one writer
+ROUNDS_MAX = 100  # of one conflict: each round means that another writer committed in between
+KNOWN_USERS_MAX = 65_536  # DIDs a process remembers as committed, about 12 MB
+PURGE_PIECE = 1_000  # rows of a deleted account per transaction
+OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
+RETRYABLE = (DeadlockDetectedError, SerializationError)
+
+# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys.
+_SESSION = (
+    "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
+    "SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET statement_timeout = '60s'; "
+    "SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '120s'"
+)
+
+
+class Written(NamedTuple):
+    """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest."""
+
+    rows: int
+    superseded: int
+    forbidden: int
+
+
+class _Member(NamedTuple):
+    """A live record of one unique pair, wherever it is."""
+
+    rkey: str
+    uri: str
+    row: Row
+    rev: str | None
+    seq: int | None
+    cid: str | None
+
+
+@contextlib.contextmanager
+def translating() -> Iterator[None]:
+    """Driver and server errors to ours, by fault. What is left is our own bug and crashes."""
+    try:
+        yield
+    except RETRYABLE:
+        raise
+    except (
+        DataError,
+        IntegrityConstraintViolationError,
+        ProgramLimitExceededError,
+        OverflowError,
+        UnicodeError,
+    ) as error:
+        raise RowRejected(f"{type(error).__name__}: {error}") from error
+    except (InternalClientError, UnsupportedClientFeatureError):
+        raise
+    except PostgresError as error:
+        if _is_our_bug(error):
+            raise
+        raise StoreUnavailable(f"PostgreSQL: {error} (SQLSTATE {error.sqlstate})") from error
+    except InterfaceError as error:
+        # the pool or the connection is closed under us
+        raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
+    except (OSError, TimeoutError) as error:
+        raise StoreUnavailable(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
+
+
+def _is_our_bug(error: PostgresError) -> bool:
+    """Syntax errors and cardinality violations are ours; missing tables, columns and rights are a state to wait out."""
+    state = error.sqlstate or ""
+    if state == "21000":
+        return True
+    return state.startswith("42") and state not in {"42P01", "42703", "42501", "42883", "3F000"}
+
+
+class Store:
+    """A process's writers: `pool_size` connections, the users it knows, and what is derived."""
+
+    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str]) -> None:
+        self._pool = pool
+        self._derive = derive
+        self._known: dict[str, None] = {}
+        self._relays: set[str] = set()
+        self._recount = merge.recount(derive) if "counts" in derive else None
+
+    @classmethod
+    async def connect(
+        cls,
+        database_url: str,
+        *,
+        pool_size: int = 1,
+        application_name: str = "fastworker",
+        derive: frozenset[str] = derived.FULL,
+        connect_timeout_s: float = 10.0,
+        command_timeout_s: float = 90.0,
+    ) -> Store:
+        """Raises StoreUnavailable where the server cannot be reached or refuses."""
+
+        async def session(connection: asyncpg.Connection[Any]) -> None:
+            await connection.execute(_SESSION)
+
+        async def keep(connection: asyncpg.Connection[Any]) -> None:
+            """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""
+
+        with translating():
+            pool = await asyncpg.create_pool(
+                database_url,
+                min_size=1,
+                max_size=pool_size,
+                init=session,
+                reset=keep,
+                timeout=connect_timeout_s,
+                command_timeout=command_timeout_s,
+                max_inactive_connection_lifetime=0,
+                server_settings={"application_name": application_name},
+            )
+        return cls(pool, derive)
+
+    async def close(self) -> None:
+        try:
+            await asyncio.wait_for(self._pool.close(), timeout=5)
+        except (TimeoutError, OSError, InterfaceError, PostgresError):
+            self._pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        with translating():
+            async with self._pool.acquire(timeout=10) as connection:
+                yield connection
+
+    async def write(self, batch: Batch) -> Written:
+        """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""
+        async with self._connection() as connection:
+            dids = batch.dids
+            forbidden = {r[0] for r in await connection.fetch(merge.FORBIDDEN, list(dids))} if dids else set()
+            changes = [c for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
+            refused = len(batch.changes) - len(changes)
+
+            await self._retry(lambda: self._prologue(connection, batch, changes, dids - forbidden))
+            upserts = [c for c in changes if c.row is not None]
+            kills = await self._overtaken(connection, upserts)
+            if kills:
+                changes = [kills.get(c.uri, c) for c in changes]
+            rows, _ = await self._main(connection, changes, batch)
+            # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
+            late = await self._overtaken(connection, [c for c in upserts if c.uri not in kills])
+            if late:
+                rows += (await self._main(connection, list(late.values()), None))[0]
+            crashpoint(Place.AFTER_LOOK_BACK)
+            await self._rejoin(connection, upserts)
+            return Written(rows, len(upserts) + len(kills) - rows if rows < len(upserts) else 0, refused)
+
+    async def maintain(self, *, owed_age_s: float = 10.0) -> int:
+        """What committed transactions still owe (joined rows, purges of deleted accounts): one bounded piece.
+
+        Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick.
+        """
+        async with self._connection() as connection:
+            owed = await connection.fetch(merge.OWED, owed_age_s, OWED_PIECE)
+            if owed:
+                crashpoint(Place.IN_RECHECK)
+                await self._recompute(connection, {(r[0], r[1]): r[2] for r in owed}, set())
+            return len(owed) + await self._purge(connection)
+
+    # 1 and 4: what beats this batch -------------------------------------------------------------
+
+    async def _overtaken(self, connection: Connection, upserts: list[Change]) -> dict[str, Change]:
+        """Deletes, by uri, for those upserts that a tombstone or a deleted account beats."""
+        if not upserts:
+            return {}
+        hot = [c.uri for c in upserts if c.table.hot]
+        found = await connection.fetch(merge.LOOK, hot, list({c.repo for c in upserts}))
+        if not found:
+            return {}
+        tombstones = {r[1]: (r[2], r[3]) for r in found if r[0]}
+        accounts = {r[1]: r[3] for r in found if not r[0]}
+        kills: dict[str, Change] = {}
+        for change in upserts:
+            tombstone = tombstones.get(change.uri)
+            if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
+                kills[change.uri] = _kill(change, *tombstone)
+            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
+                kills[change.uri] = _kill(change, None, deleted)
+        return kills
+
+    # 2: what must be committed before the rows --------------------------------------------------
+
+    async def _prologue(self, connection: Connection, batch: Batch, changes: list[Change], dids: set[str]) -> None:
+        tombstones = sorted(
+            ((c.uri, c.rev, c.seq) for c in changes if c.row is None and c.table.hot), key=lambda t: t[0]
+        )
+        users = sorted(dids.difference(self._known))
+        if not (tombstones or users or batch.accounts or batch.identities or batch.syncs or batch.relays):
+            return
+        async with connection.transaction():
+            if tombstones:
+                await connection.execute(merge.TOMBSTONES, *_columns(tombstones))
+            if users:
+                await connection.execute(merge.USERS, users)
+            if batch.accounts:
+                await self._accounts(connection, batch.accounts)
+            if batch.identities:
+                await self._identities(connection, batch.identities)
+            if batch.syncs:
+                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: s.seq or 0)}
+                rows = [(s.did, s.rev, s.seq) for _, s in sorted(newest.items())]
+                await connection.execute(merge.REPAIRS, *_columns(rows))
+            if hosts := batch.relays - self._relays:
+                await connection.execute(merge.RELAYS, sorted(hosts))
+        self._relays |= batch.relays
+        crashpoint(Place.AFTER_TOMBSTONE_COMMIT)
+        if len(self._known) + len(users) > KNOWN_USERS_MAX:
+            self._known.clear()
+        self._known.update(dict.fromkeys(users[:KNOWN_USERS_MAX]))
+
+    async def _accounts(self, connection: Connection, accounts: dict[str, list[TimedAccount]]) -> None:
+        rows = []
+        deleted = []
+        for did, events in sorted(accounts.items()):
+            newest = _newest(events)
+            event = newest.event
+            rows.append((did, event.active, event.status, event.relay, event.seq, newest.at))
+            seqs = [e.event.seq for e in events if not e.event.active and e.event.status == "deleted" and e.event.seq]
+            if seqs:
+                deleted.append((did, max(seqs)))
+        await connection.execute(merge.ACCOUNTS, *_columns(rows))
+        if deleted:
+            await connection.execute(merge.ACCOUNTS_DELETED, *_columns(deleted))
+
+    async def _identities(self, connection: Connection, identities: dict[str, list[TimedIdentity]]) -> None:
+        rows = []
+        unresolved = []
+        for did, events in sorted(identities.items()):
+            named = [e for e in events if e.event.handle is not None]
+            if named:
+                newest = _newest(named)
+                rows.append((did, newest.event.handle, newest.event.relay, newest.event.seq, newest.at))
+            if len(named) < len(events):
+                unresolved.append((did, max(e.at for e in events if e.event.handle is None)))
+        if rows:
+            won = await connection.fetch(merge.IDENTITIES, *_columns(rows))
+            if won:
+                await connection.execute(merge.HANDLES, *_columns(sorted(tuple(r) for r in won)))
+        if unresolved:
+            await connection.execute(merge.IDENTITIES_UNRESOLVED, *_columns(unresolved))
+
+    # 3: rows and what derives from them ---------------------------------------------------------
+
+    async def _main(self, connection: Connection, changes: list[Change], batch: Batch | None) -> tuple[int, Effects]:
+        """The main transaction; owed joined rows are recomputed after it. Returns (rows changed, effects)."""
+        progress = batch.progress if batch is not None else None
+        if not changes and progress is None:
+            return 0, Effects(self._derive)
+
+        async def transaction() -> tuple[int, Effects, dict[Key, datetime]]:
+            fx = Effects(self._derive)
+            async with connection.transaction():
+                rows = await self._apply(connection, changes, fx)
+                await self._derived(connection, fx)
+                owed: dict[Key, datetime] = {}
+                if fx.owed:
+                    keys = sorted(fx.owed)
+                    at = await connection.fetchval(merge.OWE, *_columns(keys))
+                    owed = dict.fromkeys(keys, at)
+                if progress is not None:
+                    await connection.execute(
+                        merge.PROGRESS, progress.stream, progress.consumer, progress.seq, progress.entry_id
+                    )
+                crashpoint(Place.BEFORE_MAIN_COMMIT)
+            crashpoint(Place.AFTER_MAIN_COMMIT)
+            return rows, fx, owed
+
+        rows, fx, owed = await self._retry(transaction)
+        if owed:
+            await self._recompute(connection, owed, set())
+        return rows, fx
+
+    async def _apply(self, connection: Connection, changes: Iterable[Change], fx: Effects) -> int:
+        """Write the changes that are the newest of their records; collect what follows. Returns rows changed."""
+        ordered = sorted(changes, key=lambda c: c.uri)
+        cold = [c for c in ordered if not c.table.hot]
+        if cold:
+            gate = await connection.fetch(
+                merge.GATE, *_columns([(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in cold])
+            )
+            newest = {r[0] for r in gate}
+            ordered = [c for c in ordered if c.table.hot or c.uri in newest]
+        by_table: dict[str, list[Change]] = {}
+        for change in ordered:
+            by_table.setdefault(change.table.name, []).append(change)
+        rows = 0
+        for table in TABLES:
+            if mine := by_table.get(table.name):
+                rows += await self._table(connection, table, mine, fx)
+        return rows
+
+    async def _table(self, connection: Connection, table: Table, changes: list[Change], fx: Effects) -> int:
+        """Insert what is new; what is refused, and deletes, go by the rows that are there."""
+        upserts = [c for c in changes if c.row is not None]
+        inserted: set[str] | None = set()
+        if upserts:
+            got = await connection.fetch(merge.insert(table), *_columns([c.row for c in upserts]))
+            inserted = None if len(got) == len(upserts) else {r[0] for r in got}
+            for change in upserts:
+                if inserted is None or change.uri in inserted:
+                    derived.added(fx, table, change.row, change.cid)  # type: ignore[arg-type]
+        rows = len(upserts) if inserted is None else len(inserted)
+        pending = {c.uri: c for c in changes if c.row is None or (inserted is not None and c.uri not in inserted)}
+        settle = self._settle_pairs if table.pair else self._settle_records
+        for _ in range(ROUNDS_MAX):
+            if not pending:
+                return rows
+            if table.hot:
+                await self._superseded(connection, table, pending)
+            rows += await settle(connection, table, pending, fx)
+        raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
+
+    async def _superseded(self, connection: Connection, table: Table, pending: dict[str, Change]) -> None:
+        """Forget upserts whose stored row is not older: most are redeliveries, and need no lock."""
+        upserts = [uri for uri, c in pending.items() if c.row is not None]
+        if upserts:
+            for uri, rev, seq in await connection.fetch(merge.versions_of(table), upserts):
+                change = pending[uri]
+                if not newer(change.rev, change.seq, rev, _seq(seq)):
+                    del pending[uri]
+
+    async def _settle_records(
+        self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects
+    ) -> int:
+        """Updates and deletes of rows that exist, under their locks. What vanished meanwhile stays pending."""
+        stored = {r[0]: tuple(r) for r in await connection.fetch(merge.lock(table), sorted(pending))}
+        updates: list[Row] = []
+        deletes: list[str] = []
+        again: list[Change] = []
+        for uri, change in list(pending.items()):
+            old = stored.get(uri)
+            if old is None:
+                if change.row is None:
+                    del pending[uri]  # nothing to delete: the tombstone stands
+                else:
+                    again.append(change)
+                continue
+            del pending[uri]
+            rev, seq = _version(table, old)
+            foreign = table.hot and rev is None and seq is None
+            if table.hot and not _replaces(change, rev, seq):
+                continue
+            derived.removed(fx, table, old, counted=not foreign)
+            if change.row is None:
+                deletes.append(uri)
+            else:
+                derived.added(fx, table, change.row, change.cid)
+                updates.append(change.row)
+        if updates:
+            await connection.execute(merge.update(table), *_columns(updates))
+        if deletes:
+            await connection.execute(merge.delete(table), deletes)
+        inserted = 0
+        if again:
+            for row in await connection.fetch(merge.insert(table), *_columns([c.row for c in again])):
+                change = pending.pop(row[0])
+                derived.added(fx, table, change.row, change.cid)  # type: ignore[arg-type]
+                inserted += 1
+        return len(updates) + len(deletes) + inserted
+
+    async def _settle_pairs(self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects) -> int:
+        """Work out who holds each unique pair, under the lock of the row that holds it now.
+
+        A pair's members are the row in the table and its twins in the shadow table; the lowest rkey belongs
+        in the table. Whoever changes the members of a pair holds its winner's row; where a pair has no winner,
+        the unique index decides, and the loser comes back here.
+        """
+        located = await connection.fetch(merge.locate(table), sorted(pending))
+        where: dict[str, str] = {r[0]: r[1] for r in located}
+        pairs: dict[str, None] = {}
+        for uri, change in pending.items():
+            if change.row is not None:
+                pairs[_pair(table, change.row)] = None
+            if uri in where:
+                pairs[where[uri]] = None
+        for uri in [u for u, c in pending.items() if c.row is None and u not in where]:
+            del pending[uri]  # nothing to delete: the tombstone stands
+        if not pending:
+            return 0
+        holders = {r[0] for r in await connection.fetch(merge.winners(table), *_columns(p.split("\n") for p in pairs))}
+        holders.update(r[0] for r in located if r[2])
+        stored = {r[0]: tuple(r) for r in await connection.fetch(merge.lock(table), sorted(holders))}
+        if len(stored) < len(holders):
+            return 0  # one vanished while we waited: look again
+        shadows: dict[str, list[_Member]] = {}
+        for r in await connection.fetch(merge.TWINS, table.name, list(pairs)):
+            shadows.setdefault(r[1], []).append(_Member(r[2], r[0], _thaw(table, r[6]), r[3], r[4], r[5]))
+        present = stored.keys() | {m.uri for members in shadows.values() for m in members}
+        if any(uri not in present for uri in where):
+            return 0  # it moved between the table and the shadow: look again
+
+        winners: dict[str, Row] = {}
+        for row in stored.values():
+            pair = _pair(table, row)
+            if pair not in pairs:
+                return 0  # its pair was changed under us: look again
+            winners[pair] = row
+        displaced_cids = await self._cids(connection, table, [row[0] for row in winners.values()])
+        return await self._rearrange(connection, table, pending, fx, pairs, winners, shadows, where, displaced_cids)
+
+    async def _cids(self, connection: Connection, table: Table, uris: list[str]) -> dict[str, str]:
+        """CIDs of rows that do not carry their own, from the derived rows that need them."""
+        statement = merge.CIDS.get(table.name)
+        if statement is None or not uris:
+            return {}
+        keys = uris if table.name == "reposts" else [uri + "#notification" for uri in uris]
+        return {r[0]: r[1] for r in await connection.fetch(statement, keys)}
+
+    async def _rearrange(
+        self,
+        connection: Connection,
+        table: Table,
+        pending: dict[str, Change],
+        fx: Effects,
+        pairs: Iterable[str],
+        winners: dict[str, Row],
+        shadows: dict[str, list[_Member]],
+        where: dict[str, str],
+        cids: dict[str, str],
+    ) -> int:
+        """Apply the changes to the members of each pair, then make table and shadow say so."""
+        before: dict[str, dict[str, _Member]] = {}
+        for pair in pairs:
+            members = {m.uri: m for m in shadows.get(pair, ())}
+            if (row := winners.get(pair)) is not None:
+                rev, seq = _version(table, row)
+                cid = cids.get(row[0]) or (row[1] if "cid" in table.columns else None)
+                members[row[0]] = _Member(_rkey(row[0]), row[0], row, rev, seq, cid)
+            before[pair] = members
+        after = {pair: dict(members) for pair, members in before.items()}
+        touched: set[str] = set()
+        applied: list[str] = []
+        for uri, change in sorted(pending.items()):
+            home = where.get(uri)
+            current = before[home].get(uri) if home is not None else None
+            applied.append(uri)
+            if current is not None and table.hot and not _replaces(change, current.rev, current.seq):
+                continue
+            if home is not None and current is not None:
+                after[home].pop(uri, None)
+                touched.add(home)
+            if change.row is not None:
+                pair = _pair(table, change.row)
+                after[pair][uri] = _Member(change.rkey, uri, change.row, change.rev, change.seq, change.cid)
+                touched.add(pair)
+
+        table_deletes: list[str] = []
+        twin_deletes: list[str] = []
+        updates: list[Row] = []
+        inserts: list[tuple[str, _Member]] = []  # (pair, winner)
+        twin_puts: dict[str, list[_Member]] = {}
+        for pair in sorted(touched):
+            old = winners.get(pair)
+            members = after[pair]
+            best = min(members.values(), default=None, key=lambda m: (m.rkey, m.uri))
+            foreign = old is not None and table.hot and _version(table, old) == (None, None)
+            if old is not None and (best is None or best.uri != old[0]):
+                table_deletes.append(old[0])
+                derived.removed(fx, table, old, counted=not foreign)
+            elif foreign and best is not None and best.row is old:
+                fx.recount.update(derived.subjects(table, old))
+            if best is not None and (old is None or best.uri != old[0]):
+                inserts.append((pair, best))
+            elif best is not None and old is not None and best.row is not old:
+                derived.removed(fx, table, old, counted=not foreign)
+                derived.added(fx, table, best.row, best.cid)
+                updates.append(best.row)
+            for member in before[pair].values():
+                is_twin = old is None or member.uri != old[0]
+                if is_twin and (member.uri not in members or (best is not None and member.uri == best.uri)):
+                    twin_deletes.append(member.uri)
+            twin_puts[pair] = [
+                m
+                for m in members.values()
+                if best is not None
+                and m.uri != best.uri
+                and (before[pair].get(m.uri) is not m or (old is not None and m.uri == old[0]))
+            ]
+
+        if table_deletes:
+            await connection.execute(merge.delete(table), sorted(table_deletes))
+        if twin_deletes:
+            await connection.execute(merge.TWINS_DELETE, sorted(twin_deletes))
+        if updates:
+            await connection.execute(merge.update(table), *_columns(updates))
+        if inserts:
+            inserts.sort(key=lambda item: item[1].uri)
+            got = await connection.fetch(merge.insert(table), *_columns([m.row for _, m in inserts]))
+            placed = {r[0] for r in got}
+            for pair, member in inserts:
+                if member.uri in placed:
+                    derived.added(fx, table, member.row, member.cid)
+                    continue
+                # Another writer took the empty pair first: those of ours come back and find it.
+                assert pair not in winners, "a pair whose winner we hold refused its next one"
+                twin_puts.pop(pair, None)
+                applied = [u for u in applied if u not in after[pair]]
+        puts = sorted(((m, pair) for pair, members in twin_puts.items() for m in members), key=lambda p: p[0].uri)
+        if puts:
+            await connection.execute(
+                merge.TWINS_PUT,
+                *_columns([(m.uri, table.name, pair, m.rkey, m.rev, m.seq, m.cid, _freeze(m.row)) for m, pair in puts]),
+            )
+        for uri in applied:
+            del pending[uri]
+        return len(applied)
+
+    async def _derived(self, connection: Connection, fx: Effects) -> None:
+        """Derived rows and counters; the counters last, because hot rows stay locked until the commit."""
+        execute = connection.execute
+        if fx.profiles:
+            empty = (None,) * len(PROFILES.columns)
+            profiles = [(did, *(row or empty)[2:]) for did, row in sorted(fx.profiles.items())]
+            await execute(merge.PROFILES, *_columns(profiles))
+        if fx.gates_set or fx.gates_removed:
+            await self._gates(connection, fx)
+        if fx.labels_added:
+            await execute(merge.LABEL_EVENTS, sorted(fx.labels_added))
+        if gone := fx.quotes_removed.difference(fx.quotes_added):
+            await execute(merge.QUOTES_DELETE, sorted(gone))
+        if fx.quotes_added:
+            await execute(merge.QUOTES, *_sorted_columns(fx.quotes_added))
+        if gone := fx.feed_removed.difference(fx.feed_added):
+            await execute(merge.FEED_ITEMS_DELETE, sorted(gone))
+        if fx.feed_added:
+            await execute(merge.FEED_ITEMS, *_sorted_columns(fx.feed_added))
+        if gone := fx.notes_removed.difference(fx.notes_added):
+            await execute(merge.NOTIFICATIONS_DELETE, sorted(gone))
+        if fx.notes_added:
+            await execute(merge.NOTIFICATIONS, *_sorted_columns(fx.notes_added))
+        await self._viewers(connection, fx)
+        await self._counts(connection, fx)
+
+    async def _gates(self, connection: Connection, fx: Effects) -> None:
+        set_rows = [row for _, row in sorted(fx.gates_set.items())]
+        threads = {row[2]: derived.thread_gate_row(row) for row in set_rows if row[1] == "thread"}
+        posts = {row[2]: derived.post_gate_row(row) for row in set_rows if row[1] == "post"}
+        gone = sorted(fx.gates_removed.items())
+        no_thread = [p for p, row in threads.items() if row is None]
+        no_thread += [post for uri, post in gone if "/app.bsky.feed.threadgate/" in uri and post not in threads]
+        no_post = [post for uri, post in gone if "/app.bsky.feed.postgate/" in uri and post not in posts]
+        if no_thread:
+            await connection.execute(merge.THREAD_GATES_DELETE, sorted(no_thread))
+        if live := {post: row for post, row in threads.items() if row is not None}:
+            await connection.execute(merge.THREAD_GATES, *_sorted_columns(live))
+        if no_post:
+            await connection.execute(merge.POST_GATES_DELETE, sorted(no_post))
+        if posts:
+            await connection.execute(merge.POST_GATES, *_sorted_columns(posts))
+
+    async def _viewers(self, connection: Connection, fx: Effects) -> None:
+        if fx.viewers_cleared:
+            cleared = [
+                (post, viewer, 0 in which, 1 in which, 2 in which)
+                for (post, viewer), which in sorted(fx.viewers_cleared.items())
+            ]
+            await connection.execute(merge.VIEWERS_CLEAR, *_columns(cleared))
+        states = [(*key, *state) for key, state in sorted(fx.viewers_set.items()) if state != [None, None, False]]
+        if states:
+            await connection.execute(merge.VIEWERS, *_columns(states))
+        if fx.viewers_cleared:
+            await connection.execute(merge.VIEWERS_DROP, *_columns(sorted(fx.viewers_cleared)))
+
+    async def _counts(self, connection: Connection, fx: Effects) -> None:
+        """Deltas and recounts: never both for one key. The recount is a later statement than its lock."""
+        if self._recount is None:
+            return
+        none = [0, 0, 0, 0, 0]
+        keys = sorted(fx.counts.keys() | fx.recount)
+        if keys:
+            rows = [(k, *(none if k in fx.recount else fx.counts[k])) for k in keys]
+            await connection.execute(merge.AGGREGATES, *_columns([(r[0], r[1], r[2], r[3], r[4], r[5]) for r in rows]))
+        if fx.recount:
+            await connection.execute(self._recount, sorted(fx.recount))
+
+    # 5: rows that join two records ----------------------------------------------------------------
+
+    async def _rejoin(self, connection: Connection, upserts: list[Change]) -> None:
+        """Recompute the joined rows that this batch's upserts may have changed. Those of removals are owed rows."""
+        posts: list[str] = []
+        likes: list[tuple[str, str]] = []
+        keys: set[Key] = set()
+        contexts, flags, services = (name in self._derive for name in ("thread_contexts", "gate_flags", "like_counts"))
+        for change in upserts:
+            table, row = change.table, change.row
+            assert row is not None
+            if table is LIKES:
+                if contexts:
+                    likes.append((row[2], row[1]))
+                if services and derived.is_liked_service(row[2]):
+                    keys.add(("like_count", row[2]))
+            elif table is POSTS:
+                posts.append(row[0])
+                if contexts and row[7] is not None and row[7] != row[0]:
+                    keys.add(("context", row[0]))
+            elif flags and table.name == "fastworker.gates":
+                keys.add(("gate", row[2]))
+            elif services and (table is FEED_GENERATORS or table.name == "labeler_services"):
+                keys.add(("like_count", row[0]))
+        if (contexts or flags) and (posts or likes):
+            found = await connection.fetch(
+                merge.JOINED, posts, [like[0] for like in likes], [like[1] for like in likes]
+            )
+            keys.update((r[0], r[1]) for r in found if (contexts if r[0] == "context" else flags))
+        if keys:
+            await self._recompute(connection, {}, keys)
+
+    async def _recompute(self, connection: Connection, owed: dict[Key, datetime], fresh: set[Key]) -> None:
+        """Recompute joined rows under the lock of the row that carries them; owed keys are paid with it."""
+
+        def of(kind: str) -> list[str]:
+            return sorted({key for k, key in (*owed, *fresh) if k == kind})
+
+        async def transaction() -> None:
+            async with connection.transaction():
+                contexts, gates, stale = of("context"), of("gate"), {k for kind, k in owed if kind == "context"}
+                if roots := of("root"):
+                    replies = {r[0] for r in await connection.fetch(merge.REPLIES, roots)}
+                    stale |= replies
+                    contexts = sorted(replies.union(contexts))
+                if contexts or gates:
+                    await connection.fetch(merge.POSTS_LOCK, sorted({*contexts, *gates}))
+                if contexts:
+                    await connection.execute(merge.CONTEXTS, contexts)
+                if stale:
+                    await connection.execute(merge.CONTEXTS_DROP, sorted(stale))
+                if gates:
+                    await connection.execute(merge.GATE_FLAGS, gates)
+                if services := of("like_count"):
+                    for name in merge.SERVICES_LOCK:
+                        if await connection.fetch(merge.SERVICES_LOCK[name], services):
+                            await connection.execute(merge.SERVICE_LIKES[name], services)
+                if aggregates := of("aggregate"):
+                    await connection.fetch(merge.AGGREGATES_LOCK, aggregates)
+                    await connection.execute(merge.AGGREGATES_DROP, aggregates)
+                if owed:
+                    paid = [(kind, key, at) for (kind, key), at in sorted(owed.items())]
+                    await connection.execute(merge.PAID, *_columns(paid))
+
+        await self._retry(transaction)
+
+    # Deleted accounts -----------------------------------------------------------------------------
+
+    async def _purge(self, connection: Connection) -> int:
+        """Remove one bounded piece of a deleted account's records, like deletes of each of them."""
+        account = await connection.fetchrow(merge.PURGE_NEXT)
+        if account is None:
+            return 0
+        did, deleted_seq = account
+        found = await connection.fetch(merge.PURGE_PIECE, did, deleted_seq, PURGE_PIECE)
+        tables = {table.name: table for table in TABLES}
+        kills = []
+        for name, uri in found:
+            table = tables[name] if name is not None else collection_table(uri)
+            kills.append(Change(table, uri, did, _rkey(uri), None, deleted_seq, 0, None, None))
+        if kills:
+            await self._main(connection, kills, None)
+            crashpoint(Place.IN_ACCOUNT_DELETION)
+        else:
+            await connection.execute(merge.PURGED, did, deleted_seq)
+        return len(kills) + 1
+
+    async def _retry(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Run a transaction again that lost a deadlock: the order of locks makes that rare, not impossible."""
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                return await work()
+            except RETRYABLE as error:
+                if attempt + 1 == ATTEMPTS_MAX:
+                    raise StoreUnavailable(f"PostgreSQL: {error} ({ATTEMPTS_MAX} attempts)") from error
+                await asyncio.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
+        raise AssertionError
+
+
+def _columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Rows to one array per column, as unnest takes them."""
+    return list(zip(*rows, strict=True))
+
+
+def _sorted_columns(rows: dict[str, Row]) -> list[tuple[Any, ...]]:
+    return _columns([row for _, row in sorted(rows.items())])
+
+
+def _newest(events: list[Any]) -> Any:
+    """The newest of one DID's account or identity events: by seq within one relay, else by time."""
+
+    def beats(a: Any, b: Any) -> bool:
+        if a.event.relay == b.event.relay and a.event.seq is not None and b.event.seq is not None:
+            return bool(a.event.seq > b.event.seq)
+        return bool(a.at > b.at)
+
+    best = events[0]
+    for event in events[1:]:
+        if beats(event, best):
+            best = event
+    return best
+
+
+def _kill(change: Change, rev: str | None, seq: int | None) -> Change:
+    return Change(change.table, change.uri, change.repo, change.rkey, rev, seq, 0, None, None)
+
+
+def _seq(text: str | None) -> int | None:
+    """commit_seq is text in the contract; what is not a number is no version."""
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def _version(table: Table, row: Row) -> tuple[str | None, int | None]:
+    """(rev, seq) of a stored row; nothing for cold tables, whose gate has ordered the writers already."""
+    return (row[-1], _seq(row[-2])) if table.hot else (None, None)
+
+
+def _replaces(change: Change, rev: str | None, seq: int | None) -> bool:
+    """Whether a change beats the stored version; at equal versions a delete beats an upsert."""
+    if change.row is None:
+        return not newer(rev, seq, change.rev, change.seq)
+    return newer(change.rev, change.seq, rev, seq)
+
+
+def _pair(table: Table, row: Row) -> str:
+    return "\n".join(row[table.index(column)] for column in table.pair)
+
+
+def _rkey(uri: str) -> str:
+    return uri[uri.rfind("/") + 1 :]
+
+
+def _freeze(row: Row) -> str:
+    return orjson.dumps(row).decode()
+
+
+def _thaw(table: Table, text: str) -> Row:
+    values = orjson.loads(text)
+    return tuple(
+        datetime.fromisoformat(value) if kind == "timestamp" and value is not None else value
+        for kind, value in zip(table.types, values, strict=True)
+    )

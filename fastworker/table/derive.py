@@ -1,0 +1,430 @@
+"""What follows from rows: the derived tables as a pure function of rows added to and removed from the primary ones.
+
+`Effects` collects what one flush changes in the derived tables. A replaced row is a removed one and an
+added one: deltas cancel, keys that are removed and added again are written once. State law, design
+section 3; nothing here knows SQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from fastworker.table import schema
+from fastworker.table.batch import Row
+
+URI_MAX = 512  # varchar(512) of notifications.uri and quotes.uri
+MENTIONS_MAX = 100  # notifications of one post; a post of 3,000 bytes has room for more facets than people
+
+FULL = frozenset(
+    {
+        "counts",  # post_aggregations: likes, reposts, bookmarks
+        "reply_counts",  # post_aggregations.reply_count
+        "feed_items",
+        "quotes",  # and post_aggregations.quote_count
+        "notifications",
+        "viewer_states",
+        "thread_contexts",
+        "gate_flags",  # posts.has_thread_gate, posts.has_post_gate
+        "like_counts",  # feed_generators.like_count, labeler_services.like_count
+    }
+)
+CORE = frozenset({"counts", "feed_items"})  # what the predecessor's Python worker wrote
+
+LIKE, REPOST, REPLY, BOOKMARK, QUOTE = range(5)  # positions in Effects.counts
+
+Counts = list[int]
+Viewer = list[Any]  # like_uri, repost_uri, bookmarked
+
+
+class Effects:
+    """What one transaction changes in the derived tables, keyed so that the last word per key wins."""
+
+    __slots__ = (
+        "counts",
+        "derive",
+        "feed_added",
+        "feed_removed",
+        "gates_removed",
+        "gates_set",
+        "labels_added",
+        "notes_added",
+        "notes_removed",
+        "owed",
+        "profiles",
+        "quotes_added",
+        "quotes_removed",
+        "recount",
+        "viewers_cleared",
+        "viewers_set",
+    )
+
+    def __init__(self, derive: frozenset[str]) -> None:
+        self.derive = derive
+        self.counts: dict[str, Counts] = {}  # post_uri -> deltas
+        self.recount: set[str] = set()  # post_uris whose deltas cannot be known
+        self.feed_added: dict[str, Row] = {}
+        self.feed_removed: set[str] = set()
+        self.quotes_added: dict[str, Row] = {}
+        self.quotes_removed: set[str] = set()
+        self.notes_added: dict[str, Row] = {}
+        self.notes_removed: set[str] = set()
+        self.viewers_set: dict[tuple[str, str], Viewer] = {}
+        self.viewers_cleared: dict[tuple[str, str], set[int]] = {}  # columns, by position in Viewer
+        self.profiles: dict[str, Row | None] = {}  # did -> PROFILES row
+        self.gates_set: dict[str, Row] = {}  # gate uri -> GATES row
+        self.gates_removed: dict[str, str] = {}  # gate uri -> post_uri
+        self.labels_added: list[str] = []
+        self.owed: set[tuple[str, str]] = set()  # (kind, key) to recompute after the commit
+
+    def count(self, uri: str, which: int, delta: int) -> None:
+        counts = self.counts.get(uri)
+        if counts is None:
+            counts = self.counts[uri] = [0, 0, 0, 0, 0]
+        counts[which] += delta
+        if delta < 0:
+            self.owed.add(("aggregate", uri))
+
+    def feed_item(self, row: Row) -> None:
+        self.feed_added[row[0]] = row
+        self.feed_removed.discard(row[0])
+
+    def no_feed_item(self, uri: str) -> None:
+        self.feed_added.pop(uri, None)
+        self.feed_removed.add(uri)
+
+    def note(self, uri: str, row: Row) -> None:
+        if len(uri) <= URI_MAX:
+            self.notes_added[uri] = row
+            self.notes_removed.discard(uri)
+
+    def no_note(self, uri: str) -> None:
+        self.notes_added.pop(uri, None)
+        self.notes_removed.add(uri)
+
+    def view(self, post_uri: str, viewer: str, which: int, value: object) -> None:
+        key = (post_uri, viewer)
+        state = self.viewers_set.get(key)
+        if state is None:
+            state = self.viewers_set[key] = [None, None, False]
+        state[which] = value
+
+    def no_view(self, post_uri: str, viewer: str, which: int) -> None:
+        key = (post_uri, viewer)
+        self.viewers_cleared.setdefault(key, set()).add(which)
+        state = self.viewers_set.get(key)
+        if state is not None:
+            state[which] = False if which == 2 else None
+
+
+def did_of(uri: str) -> str:
+    """The authority of an at:// URI."""
+    end = uri.find("/", 5)
+    return uri[5:end] if end > 0 else uri[5:]
+
+
+def quoted_post(embed: str | None) -> tuple[str, str | None] | None:
+    """(uri, cid) of the post that an embed (JSON text) quotes, if it quotes one."""
+    if embed is None or "app.bsky.embed.record" not in embed:
+        return None
+    value = orjson.loads(embed)
+    if not isinstance(value, dict):
+        return None
+    ref = value.get("record")
+    if value.get("$type") == "app.bsky.embed.recordWithMedia" and isinstance(ref, dict):
+        ref = ref.get("record")
+    elif value.get("$type") != "app.bsky.embed.record":
+        return None
+    if not isinstance(ref, dict):
+        return None
+    uri, cid = ref.get("uri"), ref.get("cid")
+    if not isinstance(uri, str) or len(uri) > URI_MAX or not uri.startswith("at://did:"):
+        return None
+    parts = uri.split("/")
+    if len(parts) != 5 or parts[3] != "app.bsky.feed.post" or not parts[4] or len(parts[2]) > 255:
+        return None
+    return uri, cid if isinstance(cid, str) and len(cid) <= 255 else None
+
+
+def mentioned(facets: str | None) -> list[str]:
+    """Distinct DIDs that facets (JSON text) mention, in their order, at most MENTIONS_MAX."""
+    if facets is None or "#mention" not in facets:
+        return []
+    value = orjson.loads(facets)
+    found: dict[str, None] = {}
+    for facet in value if isinstance(value, list) else ():
+        features = facet.get("features") if isinstance(facet, dict) else None
+        for feature in features if isinstance(features, list) else ():
+            if isinstance(feature, dict) and feature.get("$type") == "app.bsky.richtext.facet#mention":
+                did = feature.get("did")
+                if isinstance(did, str) and did.startswith("did:") and len(did) <= 255 and len(found) < MENTIONS_MAX:
+                    found[did] = None
+    return list(found)
+
+
+def _note_row(
+    uri: str, recipient: str, author: str, reason: str, subject: str | None, cid: str | None, at: datetime
+) -> Row:
+    return (uri, recipient, author, reason, subject, cid, at)
+
+
+# posts: uri cid author text langs parent_uri parent_cid root_uri root_cid embed facets tags created_at ...
+def _post_notes(row: Row, cid: str | None) -> list[Row]:
+    uri, author, parent, at = row[0], row[2], row[5], row[12]
+    notes = []
+    if parent is not None and (to := did_of(parent)) != author:
+        note = uri + "#notification/reply"
+        notes.append(_note_row(note, to, author, "reply", parent, cid, at))
+    quoted = quoted_post(row[9])
+    if quoted is not None and (to := did_of(quoted[0])) != author:
+        note = uri + "#notification/quote"
+        notes.append(_note_row(note, to, author, "quote", quoted[0], cid, at))
+    for did in mentioned(row[10]):
+        if did != author:
+            note = f"{uri}#notification/mention/{did}"
+            notes.append(_note_row(note, did, author, "mention", uri, cid, at))
+    return notes
+
+
+def _add_post(fx: Effects, row: Row, cid: str | None) -> None:
+    uri, parent = row[0], row[5]
+    derive = fx.derive
+    if "counts" in derive:
+        fx.counts.setdefault(uri, [0, 0, 0, 0, 0])
+    if parent is not None and "reply_counts" in derive:
+        fx.count(parent, REPLY, 1)
+    if "feed_items" in derive:
+        fx.feed_item((uri, uri, row[2], "post", row[12], row[1], row[12]))
+    if "quotes" in derive and (quoted := quoted_post(row[9])) is not None and len(uri) + 6 <= URI_MAX:
+        quote_uri = uri + "#quote"
+        fx.quotes_added[quote_uri] = (quote_uri, row[1], uri, quoted[0], quoted[1], row[12])
+        fx.quotes_removed.discard(quote_uri)
+        fx.count(quoted[0], QUOTE, 1)
+    if "notifications" in derive:
+        for note in _post_notes(row, cid):
+            fx.note(note[0], note)
+
+
+def _remove_post(fx: Effects, row: Row) -> None:
+    uri, parent = row[0], row[5]
+    derive = fx.derive
+    fx.owed.add(("aggregate", uri))
+    if parent is not None and "reply_counts" in derive:
+        fx.count(parent, REPLY, -1)
+    if "feed_items" in derive:
+        fx.no_feed_item(uri)
+    if "quotes" in derive and (quoted := quoted_post(row[9])) is not None and len(uri) + 6 <= URI_MAX:
+        quote_uri = uri + "#quote"
+        fx.quotes_added.pop(quote_uri, None)
+        fx.quotes_removed.add(quote_uri)
+        fx.count(quoted[0], QUOTE, -1)
+    if "notifications" in derive:
+        for note in _post_notes(row, None):
+            fx.no_note(note[0])
+    if "thread_contexts" in derive:
+        fx.owed.add(("context", uri))
+        fx.owed.add(("root", uri))
+
+
+# likes, reposts: uri user_did post_uri subject_cid via created_at ...
+def _add_like(fx: Effects, row: Row, cid: str | None) -> None:
+    uri, user, post = row[0], row[1], row[2]
+    derive = fx.derive
+    if "counts" in derive:
+        fx.count(post, LIKE, 1)
+    if "viewer_states" in derive:
+        fx.view(post, user, 0, uri)
+    if "notifications" in derive and (to := did_of(post)) != user:
+        note = uri + "#notification"
+        fx.note(note, (note, to, user, "like", post, cid, row[5]))
+
+
+def _remove_like(fx: Effects, row: Row) -> None:
+    uri, user, post = row[0], row[1], row[2]
+    derive = fx.derive
+    if "counts" in derive:
+        fx.count(post, LIKE, -1)
+    if "viewer_states" in derive:
+        fx.no_view(post, user, 0)
+    if "notifications" in derive:
+        fx.no_note(uri + "#notification")
+    if "thread_contexts" in derive:
+        fx.owed.add(("context", post))
+    if "like_counts" in derive and is_liked_service(post):
+        fx.owed.add(("like_count", post))
+
+
+def _add_repost(fx: Effects, row: Row, cid: str | None) -> None:
+    uri, user, post = row[0], row[1], row[2]
+    derive = fx.derive
+    if "counts" in derive:
+        fx.count(post, REPOST, 1)
+    if "feed_items" in derive:
+        fx.feed_item((uri, post, user, "repost", row[5], cid or uri[:255], row[5]))
+    if "viewer_states" in derive:
+        fx.view(post, user, 1, uri)
+    if "notifications" in derive and (to := did_of(post)) != user:
+        note = uri + "#notification"
+        fx.note(note, (note, to, user, "repost", post, cid, row[5]))
+
+
+def _remove_repost(fx: Effects, row: Row) -> None:
+    uri, user, post = row[0], row[1], row[2]
+    derive = fx.derive
+    if "counts" in derive:
+        fx.count(post, REPOST, -1)
+    if "feed_items" in derive:
+        fx.no_feed_item(uri)
+    if "viewer_states" in derive:
+        fx.no_view(post, user, 1)
+    if "notifications" in derive:
+        fx.no_note(uri + "#notification")
+
+
+# bookmarks: uri user_did post_uri created_at
+def _add_bookmark(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
+    if "counts" in fx.derive:
+        fx.count(row[2], BOOKMARK, 1)
+    if "viewer_states" in fx.derive:
+        fx.view(row[2], row[1], 2, value=True)
+
+
+def _remove_bookmark(fx: Effects, row: Row) -> None:
+    if "counts" in fx.derive:
+        fx.count(row[2], BOOKMARK, -1)
+    if "viewer_states" in fx.derive:
+        fx.no_view(row[2], row[1], 2)
+
+
+# follows: uri follower_did following_did created_at ...
+def _add_follow(fx: Effects, row: Row, cid: str | None) -> None:
+    if "notifications" in fx.derive and row[1] != row[2]:
+        note = row[0] + "#notification"
+        fx.note(note, (note, row[2], row[1], "follow", None, cid, row[3]))
+
+
+def _remove_follow(fx: Effects, row: Row) -> None:
+    if "notifications" in fx.derive:
+        fx.no_note(row[0] + "#notification")
+
+
+def _add_profile(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
+    fx.profiles[row[1]] = row
+
+
+def _remove_profile(fx: Effects, row: Row) -> None:
+    fx.profiles[row[1]] = None
+
+
+def _add_gate(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
+    fx.gates_set[row[0]] = row
+    fx.gates_removed.pop(row[0], None)
+
+
+def _remove_gate(fx: Effects, row: Row) -> None:
+    fx.gates_set.pop(row[0], None)
+    fx.gates_removed[row[0]] = row[2]
+    if "gate_flags" in fx.derive:
+        fx.owed.add(("gate", row[2]))
+
+
+def _add_label(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
+    fx.labels_added.append(row[0])
+
+
+def _add_nothing(fx: Effects, row: Row, cid: str | None) -> None: ...
+
+
+def _remove_nothing(fx: Effects, row: Row) -> None: ...
+
+
+_Add = Callable[[Effects, Row, str | None], None]
+_Remove = Callable[[Effects, Row], None]
+
+_DERIVED: dict[str, tuple[_Add, _Remove]] = {
+    schema.POSTS.name: (_add_post, _remove_post),
+    schema.LIKES.name: (_add_like, _remove_like),
+    schema.REPOSTS.name: (_add_repost, _remove_repost),
+    schema.BOOKMARKS.name: (_add_bookmark, _remove_bookmark),
+    schema.FOLLOWS.name: (_add_follow, _remove_follow),
+    schema.PROFILES.name: (_add_profile, _remove_profile),
+    schema.GATES.name: (_add_gate, _remove_gate),
+    schema.LABELS.name: (_add_label, _remove_nothing),
+}
+
+
+def added(fx: Effects, table: schema.Table, row: Row, cid: str | None) -> None:
+    """A row of ours is now in the table."""
+    functions = _DERIVED.get(table.name)
+    if functions is not None:
+        functions[0](fx, row, cid)
+
+
+def removed(fx: Effects, table: schema.Table, row: Row, *, counted: bool = True) -> None:
+    """A row has left the table. Not `counted`: nobody of ours versioned it, so its counters are recounted."""
+    functions = _DERIVED.get(table.name)
+    if functions is None:
+        return
+    functions[1](fx, row)
+    if not counted:
+        fx.recount.update(subjects(table, row))
+
+
+def subjects(table: schema.Table, row: Row) -> list[str]:
+    """The aggregate keys that a row counts for."""
+    if table is schema.POSTS:
+        quoted = quoted_post(row[9])
+        return [uri for uri in (row[5], quoted and quoted[0]) if uri is not None]
+    if table in (schema.LIKES, schema.REPOSTS, schema.BOOKMARKS):
+        return [row[2]]
+    return []
+
+
+def is_liked_service(uri: str) -> bool:
+    """Whether a like's subject is a record with its own like_count column."""
+    return "/app.bsky.feed.generator/" in uri or "/app.bsky.labeler.service/" in uri
+
+
+def thread_gate_row(gate: Row) -> Row | None:
+    """public.thread_gates row (post_uri, owner, mentions, following, list members, list uris, created_at), if any.
+
+    No `allow` means everyone may reply: there is no row.
+    """
+    rules = orjson.loads(gate[4])
+    allow = rules.get("allow")
+    if not isinstance(allow, list):
+        return None
+    kinds = [rule.get("$type") for rule in allow if isinstance(rule, dict)]
+    lists = [
+        rule["list"]
+        for rule in allow
+        if isinstance(rule, dict)
+        and rule.get("$type") == "app.bsky.feed.threadgate#listRule"
+        and isinstance(rule.get("list"), str)
+    ]
+    return (
+        gate[2],
+        gate[3],
+        "app.bsky.feed.threadgate#mentionRule" in kinds,
+        "app.bsky.feed.threadgate#followingRule" in kinds,
+        "app.bsky.feed.threadgate#listRule" in kinds,
+        orjson.dumps(lists).decode(),
+        gate[5],
+    )
+
+
+def post_gate_row(gate: Row) -> Row:
+    """public.post_gates row (post_uri, embedding_rules, created_at)."""
+    rules = orjson.loads(gate[4])
+    embedding: dict[str, Any] = {}
+    if any(
+        isinstance(rule, dict) and rule.get("$type") == "app.bsky.feed.postgate#disableRule"
+        for rule in rules.get("embeddingRules") or ()
+    ):
+        embedding["disableRule"] = True
+    if detached := [uri for uri in rules.get("detachedEmbeddingUris") or () if isinstance(uri, str)]:
+        embedding["detachedEmbeddingUris"] = detached
+    return (gate[2], orjson.dumps(embedding).decode(), gate[5])

@@ -1,0 +1,354 @@
+"""SQL text: functions of a table, and the statements of the derived tables. Pure; golden-tested.
+
+Every statement takes arrays and touches many rows. The caller passes keys sorted, and `unnest` keeps
+their order, so that every writer locks in the same order. A statement whose result depends on waiting
+for a lock never shares a WITH with what depends on that result: READ COMMITTED gives one snapshot
+per statement.
+"""
+
+from __future__ import annotations
+
+from fastworker.table.schema import Table
+
+
+def qualified(table: Table) -> str:
+    return table.name if "." in table.name else f"public.{table.name}"
+
+
+def _arrays(table: Table) -> str:
+    return ", ".join(f"${i}::{kind}[]" for i, kind in enumerate(table.types, 1))
+
+
+def insert(table: Table) -> str:
+    """Rows as one array per column; refused rows (any unique conflict) are not among the returned uris."""
+    columns = ", ".join(table.columns)
+    return (
+        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM unnest({_arrays(table)}) "
+        f"ON CONFLICT DO NOTHING RETURNING {table.key}"
+    )
+
+
+def update(table: Table) -> str:
+    """The whole record is replaced; columns that are not ours keep their values."""
+    sets = ", ".join(f"{c} = u.{c}" for c in table.columns if c != table.key)
+    columns = ", ".join(table.columns)
+    return (
+        f"UPDATE {qualified(table)} AS t SET {sets} FROM unnest({_arrays(table)}) AS u ({columns}) "
+        f"WHERE t.{table.key} = u.{table.key}"
+    )
+
+
+def lock(table: Table) -> str:
+    """The rows of $1 uris as they are, locked in key order; those that do not exist are left out."""
+    columns = ", ".join(table.columns)
+    return (
+        f"SELECT {columns} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[]) "
+        f"ORDER BY {table.key} FOR UPDATE"
+    )
+
+
+def delete(table: Table) -> str:
+    return f"DELETE FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+
+
+def versions_of(table: Table) -> str:
+    """(uri, rev, seq text) of the stored rows of $1 uris, without locking. Hot tables only."""
+    return f"SELECT uri, commit_rev, commit_seq FROM {qualified(table)} WHERE uri = ANY($1::varchar[])"
+
+
+def locate(table: Table) -> str:
+    """Where each of $1 uris is, table or shadow, with its pair: one statement, so one snapshot."""
+    pair = " || E'\\n' || ".join(table.pair)
+    version = "commit_rev, commit_seq" if table.hot else "NULL::text, NULL::text"
+    return (
+        f"SELECT uri, {pair} AS pair, true AS in_table, {version} FROM {qualified(table)} WHERE uri = ANY($1::varchar[]) "
+        "UNION ALL SELECT uri, pair, false, rev, seq::text FROM fastworker.twins "
+        f"WHERE uri = ANY($1::text[]) AND table_name = '{table.name}'"
+    )
+
+
+def winners(table: Table) -> str:
+    """uris of the rows that hold the given pairs (one array per pair column)."""
+    arrays = ", ".join(f"${i}::varchar[]" for i in range(1, len(table.pair) + 1))
+    names = ", ".join(f"p{i}" for i in range(len(table.pair)))
+    on = " AND ".join(f"t.{column} = p.p{i}" for i, column in enumerate(table.pair))
+    return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {qualified(table)} AS t ON {on}"
+
+
+TWINS = (
+    "SELECT uri, pair, rkey, rev, seq, cid, row_values FROM fastworker.twins "
+    "WHERE table_name = $1 AND pair = ANY($2::text[])"
+)
+TWINS_PUT = (
+    "INSERT INTO fastworker.twins (uri, table_name, pair, rkey, rev, seq, cid, row_values) "
+    "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
+    "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
+    "cid = excluded.cid, row_values = excluded.row_values"
+)
+TWINS_DELETE = "DELETE FROM fastworker.twins WHERE uri = ANY($1::text[])"
+CIDS = {
+    # where the CID of a record without a cid column is kept, exactly when something derived needs it
+    "likes": "SELECT left(uri, -13), cid FROM public.notifications WHERE uri = ANY($1::varchar[])",
+    "follows": "SELECT left(uri, -13), cid FROM public.notifications WHERE uri = ANY($1::varchar[])",
+    "reposts": "SELECT uri, cid FROM public.feed_items WHERE uri = ANY($1::varchar[])",
+}
+
+# Versions ---------------------------------------------------------------------------------------
+LOOK = (
+    "SELECT true, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
+    "UNION ALL SELECT false, did, NULL, deleted_seq FROM fastworker.accounts "
+    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL"
+)
+TOMBSTONES = (
+    "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
+    "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
+    "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, deleted = true, written_at = now() "
+    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq)"
+)
+# The gate of the cold tables: returns the uris whose operation is the newest. The row lock it takes orders
+# the writers of a record until they commit.
+GATE = (
+    "INSERT INTO fastworker.versions AS v (uri, rev, seq, cid, deleted) "
+    "SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::boolean[]) "
+    "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, cid = excluded.cid, "
+    "deleted = excluded.deleted, written_at = now() "
+    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq) "
+    "OR (NOT fastworker.newer(v.rev, v.seq, excluded.rev, excluded.seq) "
+    "AND (excluded.deleted, coalesce(excluded.cid, '')) > (v.deleted, coalesce(v.cid, ''))) "
+    "RETURNING uri"
+)
+
+# Users, accounts, identities ----------------------------------------------------------------------
+FORBIDDEN = (
+    "SELECT user_did FROM public.user_settings WHERE data_collection_forbidden AND user_did = ANY($1::varchar[])"
+)
+USERS = (
+    "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
+    "ON CONFLICT (did) DO NOTHING"
+)
+_EVENT_NEWER = (
+    "CASE WHEN {t}.relay IS NOT DISTINCT FROM excluded.relay AND {t}.seq IS NOT NULL AND excluded.seq IS NOT NULL "
+    "THEN excluded.seq > {t}.seq ELSE excluded.event_at > {t}.event_at END"
+)
+ACCOUNTS = (
+    "INSERT INTO fastworker.accounts AS t (did, active, status, relay, seq, event_at) "
+    "SELECT * FROM unnest($1::varchar[], $2::boolean[], $3::text[], $4::text[], $5::bigint[], $6::timestamptz[]) "
+    "ON CONFLICT (did) DO UPDATE SET active = excluded.active, status = excluded.status, relay = excluded.relay, "
+    "seq = excluded.seq, event_at = excluded.event_at WHERE " + _EVENT_NEWER.format(t="t")
+)
+ACCOUNTS_DELETED = (
+    "UPDATE fastworker.accounts AS a SET deleted_seq = u.seq, purge_pending = true "
+    "FROM unnest($1::varchar[], $2::bigint[]) AS u (did, seq) "
+    "WHERE a.did = u.did AND (a.deleted_seq IS NULL OR a.deleted_seq < u.seq)"
+)
+IDENTITIES = (
+    "INSERT INTO fastworker.identities AS t (did, handle, relay, seq, event_at, resolve_pending) "
+    "SELECT u.*, false FROM unnest($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[]) AS u "
+    "ON CONFLICT (did) DO UPDATE SET handle = excluded.handle, relay = excluded.relay, seq = excluded.seq, "
+    "event_at = excluded.event_at, resolve_pending = false "
+    "WHERE t.handle IS NULL OR " + _EVENT_NEWER.format(t="t") + " RETURNING did, handle"
+)
+IDENTITIES_UNRESOLVED = (
+    "INSERT INTO fastworker.identities AS t (did, event_at, resolve_pending) "
+    "SELECT u.*, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u "
+    "ON CONFLICT (did) DO UPDATE SET resolve_pending = true WHERE t.event_at < excluded.event_at"
+)
+HANDLES = (
+    "UPDATE public.users AS t SET handle = u.handle FROM unnest($1::varchar[], $2::varchar[]) AS u (did, handle) "
+    "WHERE t.did = u.did AND t.handle IS DISTINCT FROM u.handle"
+)
+PROFILES = (
+    "UPDATE public.users AS t SET display_name = u.display_name, description = u.description, avatar_url = u.avatar_url, "
+    "banner_url = u.banner_url, profile_record = u.profile_record, pinned_post = u.pinned_post "
+    "FROM unnest($1::varchar[], $2::varchar[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::jsonb[]) "
+    "AS u (did, display_name, description, avatar_url, banner_url, profile_record, pinned_post) WHERE t.did = u.did"
+)
+REPAIRS = (
+    "INSERT INTO fastworker.repairs AS r (did, rev, seq) SELECT * FROM unnest($1::varchar[], $2::text[], $3::bigint[]) "
+    "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, seen_at = now() "
+    "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
+)
+RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+PROGRESS = (
+    "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "
+    "ON CONFLICT (stream, consumer) DO UPDATE SET seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now()"
+)
+
+# Derived tables -----------------------------------------------------------------------------------
+FEED_ITEMS = (
+    "INSERT INTO public.feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at) "
+    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::timestamp[], $6::varchar[], $7::timestamp[]) "
+    "ON CONFLICT (uri) DO UPDATE SET post_uri = excluded.post_uri, originator_did = excluded.originator_did, "
+    "type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at"
+)
+FEED_ITEMS_DELETE = "DELETE FROM public.feed_items WHERE uri = ANY($1::varchar[])"
+QUOTES = (
+    "INSERT INTO public.quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at) "
+    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::varchar[], $6::timestamp[]) "
+    "ON CONFLICT (uri) DO UPDATE SET cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri, "
+    "quoted_cid = excluded.quoted_cid, created_at = excluded.created_at"
+)
+QUOTES_DELETE = "DELETE FROM public.quotes WHERE uri = ANY($1::varchar[])"
+NOTIFICATIONS = (
+    "INSERT INTO public.notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at) "
+    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::varchar[], $6::varchar[], $7::timestamp[]) "
+    "ON CONFLICT (uri) DO UPDATE SET recipient_did = excluded.recipient_did, author_did = excluded.author_did, "
+    "reason = excluded.reason, reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at"
+)
+NOTIFICATIONS_DELETE = "DELETE FROM public.notifications WHERE uri = ANY($1::varchar[])"
+VIEWERS = (
+    "INSERT INTO public.post_viewer_states AS t (post_uri, viewer_did, like_uri, repost_uri, bookmarked) "
+    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::boolean[]) "
+    "ON CONFLICT (post_uri, viewer_did) DO UPDATE SET like_uri = coalesce(excluded.like_uri, t.like_uri), "
+    "repost_uri = coalesce(excluded.repost_uri, t.repost_uri), bookmarked = t.bookmarked OR excluded.bookmarked, "
+    "updated_at = now()"
+)
+# Clears, then drops what is left empty: two statements, because the second must see the first.
+VIEWERS_CLEAR = (
+    "UPDATE public.post_viewer_states AS t SET "
+    "like_uri = CASE WHEN u.l THEN NULL ELSE t.like_uri END, "
+    "repost_uri = CASE WHEN u.r THEN NULL ELSE t.repost_uri END, "
+    "bookmarked = t.bookmarked AND NOT u.b, updated_at = now() "
+    "FROM unnest($1::varchar[], $2::varchar[], $3::boolean[], $4::boolean[], $5::boolean[]) AS u (post, viewer, l, r, b) "
+    "WHERE t.post_uri = u.post AND t.viewer_did = u.viewer"
+)
+VIEWERS_DROP = (
+    "DELETE FROM public.post_viewer_states AS t USING unnest($1::varchar[], $2::varchar[]) AS u (post, viewer) "
+    "WHERE t.post_uri = u.post AND t.viewer_did = u.viewer AND t.like_uri IS NULL AND t.repost_uri IS NULL "
+    "AND NOT (t.bookmarked OR t.thread_muted OR t.reply_disabled OR t.embedding_disabled OR t.pinned)"
+)
+THREAD_GATES = (
+    "INSERT INTO public.thread_gates (post_uri, owner_did, allow_mentions, allow_following, allow_list_members, "
+    "allow_list_uris, created_at) SELECT * FROM "
+    "unnest($1::varchar[], $2::varchar[], $3::boolean[], $4::boolean[], $5::boolean[], $6::jsonb[], $7::timestamp[]) "
+    "ON CONFLICT (post_uri) DO UPDATE SET owner_did = excluded.owner_did, allow_mentions = excluded.allow_mentions, "
+    "allow_following = excluded.allow_following, allow_list_members = excluded.allow_list_members, "
+    "allow_list_uris = excluded.allow_list_uris, created_at = excluded.created_at, updated_at = now()"
+)
+THREAD_GATES_DELETE = "DELETE FROM public.thread_gates WHERE post_uri = ANY($1::varchar[])"
+POST_GATES = (
+    "INSERT INTO public.post_gates (post_uri, embedding_rules, created_at) "
+    "SELECT * FROM unnest($1::varchar[], $2::jsonb[], $3::timestamp[]) "
+    "ON CONFLICT (post_uri) DO UPDATE SET embedding_rules = excluded.embedding_rules, created_at = excluded.created_at"
+)
+POST_GATES_DELETE = "DELETE FROM public.post_gates WHERE post_uri = ANY($1::varchar[])"
+LABEL_EVENTS = "INSERT INTO public.label_events (label_uri, action) SELECT unnest($1::varchar[]), 'created'"
+# DO UPDATE locks the row even where its WHERE is false: a touched aggregate cannot be removed under us.
+AGGREGATES = (
+    "INSERT INTO public.post_aggregations AS t (post_uri, like_count, repost_count, reply_count, bookmark_count, quote_count) "
+    "SELECT * FROM unnest($1::varchar[], $2::int[], $3::int[], $4::int[], $5::int[], $6::int[]) "
+    "ON CONFLICT (post_uri) DO UPDATE SET like_count = greatest(0, t.like_count + excluded.like_count), "
+    "repost_count = greatest(0, t.repost_count + excluded.repost_count), "
+    "reply_count = greatest(0, t.reply_count + excluded.reply_count), "
+    "bookmark_count = greatest(0, t.bookmark_count + excluded.bookmark_count), "
+    "quote_count = greatest(0, t.quote_count + excluded.quote_count), updated_at = now() "
+    "WHERE excluded.like_count <> 0 OR excluded.repost_count <> 0 OR excluded.reply_count <> 0 "
+    "OR excluded.bookmark_count <> 0 OR excluded.quote_count <> 0"
+)
+
+
+def recount(derive: frozenset[str]) -> str:
+    """Counts of $1 post_uris whose aggregate rows the transaction has locked in an earlier statement."""
+    counts = [
+        ("like_count", "likes", "post_uri", "counts"),
+        ("repost_count", "reposts", "post_uri", "counts"),
+        ("bookmark_count", "bookmarks", "post_uri", "counts"),
+        ("reply_count", "posts", "parent_uri", "reply_counts"),
+        ("quote_count", "quotes", "quoted_uri", "quotes"),
+    ]
+    sets = ", ".join(
+        f"{column} = (SELECT count(*) FROM public.{table} AS r WHERE r.{key} = a.post_uri)"
+        for column, table, key, name in counts
+        if name in derive
+    )
+    return f"UPDATE public.post_aggregations AS a SET {sets}, updated_at = now() WHERE a.post_uri = ANY($1::varchar[])"
+
+
+# Rows that join two records: recomputed after both sides have committed ------------------------------
+OWE = (
+    "INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest($1::text[], $2::text[]) "
+    "ON CONFLICT (kind, key) DO UPDATE SET owed_at = now() RETURNING owed_at"
+)
+OWED = (
+    "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
+    "ORDER BY owed_at LIMIT $2"
+)
+PAID = (
+    "DELETE FROM fastworker.recheck AS r USING unnest($1::text[], $2::text[], $3::timestamptz[]) AS u (kind, key, owed_at) "
+    "WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at"
+)
+# $1 posts of the batch, $2/$3 its likes (post, user): which joined rows may have changed
+JOINED = (
+    "SELECT 'context', p.uri FROM public.posts AS p WHERE p.root_uri = ANY($1::varchar[]) AND p.uri <> p.root_uri "
+    "UNION ALL SELECT 'context', p.uri FROM unnest($2::varchar[], $3::varchar[]) AS l (post, did) "
+    "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
+    "UNION ALL SELECT 'gate', g.post_uri FROM fastworker.gates AS g WHERE g.post_uri = ANY($1::varchar[])"
+)
+REPLIES = "SELECT uri FROM public.posts WHERE root_uri = ANY($1::varchar[]) AND uri <> root_uri"
+POSTS_LOCK = "SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[]) ORDER BY uri FOR NO KEY UPDATE"
+CONTEXTS = (
+    "INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri) "
+    "SELECT p.uri, (SELECT l.uri FROM public.likes AS l WHERE l.user_did = split_part(p.root_uri, '/', 3) AND l.post_uri = p.uri) "
+    "FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri "
+    "WHERE p.uri = ANY($1::varchar[]) AND r.uri <> p.uri "
+    "ON CONFLICT (post_uri) DO UPDATE SET root_author_like_uri = excluded.root_author_like_uri, updated_at = now() "
+    "WHERE t.root_author_like_uri IS DISTINCT FROM excluded.root_author_like_uri"
+)
+CONTEXTS_DROP = (
+    "DELETE FROM public.thread_contexts AS t WHERE t.post_uri = ANY($1::varchar[]) AND NOT EXISTS ("
+    "SELECT 1 FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri "
+    "WHERE p.uri = t.post_uri AND r.uri <> p.uri)"
+)
+CONTEXTS_DELETE = "DELETE FROM public.thread_contexts WHERE post_uri = ANY($1::varchar[])"
+GATE_FLAGS = (
+    "UPDATE public.posts AS p SET has_thread_gate = f.thread, has_post_gate = f.post FROM ("
+    "SELECT u.uri, EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'thread') AS thread, "
+    "EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'post') AS post "
+    "FROM unnest($1::varchar[]) AS u (uri)) AS f "
+    "WHERE p.uri = f.uri AND (p.has_thread_gate, p.has_post_gate) IS DISTINCT FROM (f.thread, f.post)"
+)
+SERVICES_LOCK = {
+    name: f"SELECT uri FROM public.{name} WHERE uri = ANY($1::varchar[]) ORDER BY uri FOR NO KEY UPDATE"
+    for name in ("feed_generators", "labeler_services")
+}
+SERVICE_LIKES = {
+    name: (
+        f"UPDATE public.{name} AS s SET like_count = f.likes FROM ("
+        "SELECT u.uri, coalesce((SELECT a.like_count FROM public.post_aggregations AS a WHERE a.post_uri = u.uri), 0) AS likes "
+        "FROM unnest($1::varchar[]) AS u (uri)) AS f WHERE s.uri = f.uri AND s.like_count <> f.likes"
+    )
+    for name in ("feed_generators", "labeler_services")
+}
+AGGREGATES_LOCK = (
+    "SELECT post_uri FROM public.post_aggregations WHERE post_uri = ANY($1::varchar[]) ORDER BY post_uri FOR UPDATE"
+)
+AGGREGATES_DROP = (
+    "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
+    "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
+    "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri)"
+)
+
+# Deleted accounts ---------------------------------------------------------------------------------
+PURGE_NEXT = "SELECT did, deleted_seq FROM fastworker.accounts WHERE purge_pending ORDER BY did LIMIT 1"
+_HOT_OF = "SELECT '{table}' AS name, uri FROM public.{table} WHERE {author} = $1 AND {older}"
+_OLDER = "(commit_seq IS NULL OR commit_seq !~ '^[0-9]+$' OR commit_seq::bigint < $2)"
+_RANGE = "uri >= 'at://' || $1 || '/' AND uri < 'at://' || $1 || '0'"  # '0' follows '/' in byte order
+# (table name or NULL, uri): $1 DID, $2 its deleted seq, $3 how many
+PURGE_PIECE = (
+    " UNION ALL ".join(
+        _HOT_OF.format(table=table, author=author, older=_OLDER)
+        for table, author in (
+            ("posts", "author_did"),
+            ("likes", "user_did"),
+            ("reposts", "user_did"),
+            ("follows", "follower_did"),
+            ("blocks", "blocker_did"),
+        )
+    )
+    + " UNION ALL SELECT table_name, uri FROM fastworker.twins WHERE "
+    + _RANGE
+    + " AND (seq IS NULL OR seq < $2) UNION ALL SELECT NULL, uri FROM fastworker.versions WHERE "
+    + _RANGE
+    + " AND NOT deleted AND (seq IS NULL OR seq < $2) LIMIT $3"
+)
+PURGED = "UPDATE fastworker.accounts SET purge_pending = false WHERE did = $1 AND deleted_seq = $2"
