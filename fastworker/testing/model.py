@@ -65,16 +65,18 @@ PAIRS: dict[str, tuple[str, ...]] = {
 # --- Text, identifiers, dates -----------------------------------------------------------------------------------------
 
 DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
-AT_URI_OF_DID = re.compile(rf"at://({DID.pattern})(/.*)?", re.DOTALL)
+AT_URI_OF_DID = re.compile(rf"at://({DID.pattern})(/[!-~]*)?")
 POST_URI = re.compile(rf"at://{DID.pattern}/app\.bsky\.feed\.post/[^/]+")
 NSID = re.compile(
     r"[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+\.[a-zA-Z][a-zA-Z0-9]{0,62}"
 )
 RKEY = re.compile(r"[A-Za-z0-9._:~-]{1,512}")
 HANDLE = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
-TIMESTAMP = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)"
-    r"(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?(?:[Zz]|([+-])(\d\d):?(\d\d))?)?"
+NEAR_DATE = re.compile(
+    r"\s*(\d{4})-(\d{1,2})-(\d{1,2})"
+    r"(?:(?:[Tt_]|\s+)(\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:[.,](\d*))?)?)?"
+    r"\s*(?:[Zz]|([+-])(\d{1,2}):?(\d\d)?)?\s*",
+    re.ASCII,
 )
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the tables hold UTC without a zone
@@ -109,18 +111,45 @@ def authority(uri: str) -> str | None:
 
 
 def parse_time(value: Any) -> datetime | None:
-    """A naive UTC datetime; None for what is not a date."""
-    found = TIMESTAMP.fullmatch(value.strip()) if isinstance(value, str) else None
+    """A naive UTC datetime; None for what is not a date.
+
+    Choice: a date is what `datetime.fromisoformat` reads (UTC where no offset is given), or the near misses that
+    clients write: spaces around it, one digit where two belong, lower-case `t` and `z`, 24:00, a leap second, year 0.
+    """
+    if not isinstance(value, str):
+        return None
+    try:
+        at = datetime.fromisoformat(value)
+    except ValueError:
+        return _near_date(value)
+    return _shift(at.replace(tzinfo=None), -(at.utcoffset() or timedelta()))
+
+
+def _near_date(text: str) -> datetime | None:
+    found = NEAR_DATE.fullmatch(text)
     if found is None:
         return None
     year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
-    micro = int(((found[7] or "") + "000000")[:6])
-    try:
-        local = datetime(year, month, day, hour, minute, second, micro)  # noqa: DTZ001
-        offset = timedelta(hours=int(found[9] or 0), minutes=int(found[10] or 0))
-        return local + offset if found[8] == "-" else local - offset
-    except (ValueError, OverflowError):
+    micro, offset_hour, offset_minute = int(((found[7] or "") + "000000")[:6]), int(found[9] or 0), int(found[10] or 0)
+    is_time = (hour < 24 or (hour, minute, second) == (24, 0, 0)) and minute < 60 and second <= 60
+    if not is_time or offset_hour > 23 or offset_minute > 59:
         return None
+    try:
+        midnight = datetime(year or 2000, month, day)  # noqa: DTZ001 - the calendar of year 0 is that of 2000
+    except ValueError:
+        return None
+    if year == 0:
+        return datetime.min  # noqa: DTZ901 - what Python cannot say is the nearest that it can
+    offset = timedelta(hours=offset_hour, minutes=offset_minute)
+    passed = timedelta(hours=hour, minutes=minute, seconds=second, microseconds=micro)
+    return _shift(midnight, passed + offset if found[8] == "-" else passed - offset)
+
+
+def _shift(at: datetime, by: timedelta) -> datetime:
+    try:
+        return at + by
+    except OverflowError:
+        return datetime.max if by > timedelta() else datetime.min  # noqa: DTZ901
 
 
 def real_handle(handle: Any) -> str | None:
@@ -159,13 +188,15 @@ class Source:
 
 
 def text_or_none(value: Any, length: int | None = None) -> str | None:
-    return value[:length] if isinstance(value, str) else None
+    """Text for people: cleaned, cut where the column ends."""
+    return clean(value)[:length] if isinstance(value, str) else None
 
 
-def required(value: Any) -> str:
-    if not isinstance(value, str) or not value:
+def required_text(value: Any, length: int | None = None) -> str:
+    """The same, of a member without which the record means nothing. It may be empty."""
+    if not isinstance(value, str):
         raise Dropped("bad_record")
-    return value
+    return str(clean(value))[:length]
 
 
 def fitting(value: str, length: int) -> str:
@@ -181,15 +212,44 @@ def required_did(value: Any) -> str:
     return fitting(value, DID_MAX)
 
 
-def required_uri(value: Any) -> str:
+def uri_or_none(value: Any) -> str | None:
     """An at:// URI whose authority is a DID: with a handle nobody could tell whose record is meant."""
-    if not isinstance(value, str) or authority(value) is None:
-        raise Dropped("bad_record")
+    owner = authority(value) if isinstance(value, str) else None
+    if owner is None:
+        return None
+    fitting(owner, DID_MAX)
     return fitting(value, URI_MAX)
 
 
+def required_uri(value: Any) -> str:
+    found = uri_or_none(value)
+    if found is None:
+        raise Dropped("bad_record")
+    return found
+
+
 def cid_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= CID_MAX else None
+    """The CID beside a URI. Choice: one that does not fit is left out, for the URI says enough."""
+    return clean(value) if isinstance(value, str) and len(value) <= CID_MAX else None
+
+
+def strong_ref(value: Any) -> tuple[str | None, str | None]:
+    """(uri, cid) of a reference to a record, of which the CID may be missing."""
+    found = uri_or_none(member(value, "uri"))
+    return found, cid_or_none(member(value, "cid")) if found else None
+
+
+def object_or_none(value: Any) -> Any:
+    return clean(value) if isinstance(value, dict) else None
+
+
+def array_or_none(value: Any) -> Any:
+    return clean(value) if isinstance(value, list) else None
+
+
+def strings(value: Any) -> list[str]:
+    """The texts among the items of an array; nothing for what is no array."""
+    return [clean(item) for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def member(value: Any, *names: str) -> Any:
@@ -201,59 +261,64 @@ def member(value: Any, *names: str) -> Any:
 
 def blob_cid(blob: Any) -> str | None:
     """A blob's CID: `ref.$link`, `ref` as text, the old form's `cid`, or the blob as text."""
+    ref = member(blob, "ref")
     if isinstance(blob, str):
-        found = blob
+        found: Any = blob
+    elif ref is None:
+        found = member(blob, "cid")
     else:
-        ref = member(blob, "ref")
-        found = next((c for c in (member(ref, "$link"), ref, member(blob, "cid")) if isinstance(c, str) and c), "")
-    return found if found and found != "undefined" else None
+        found = ref if isinstance(ref, str) else member(ref, "$link")
+    return text_or_none(found) or None
 
 
 def normal_embed(embed: Any) -> Any:
-    """The embed without blobs that name no CID, as the API expects it."""
-    if not isinstance(embed, dict):
-        return None
-    kind = embed.get("$type")
-    if kind == "app.bsky.embed.images":
-        images = embed.get("images")
-        images = [i for i in images if blob_cid(member(i, "image"))] if isinstance(images, list) else []
-        return {**embed, "images": images} if images else None
-    if kind == "app.bsky.embed.external":
-        external = embed.get("external")
-        if isinstance(external, dict) and "thumb" in external and not blob_cid(external["thumb"]):
-            return {**embed, "external": {name: v for name, v in external.items() if name != "thumb"}}
-    if kind == "app.bsky.embed.video" and "thumbnail" in embed and not blob_cid(embed["thumbnail"]):
-        return {name: v for name, v in embed.items() if name != "thumbnail"}
-    if kind == "app.bsky.embed.recordWithMedia":
-        media = normal_embed(embed.get("media"))
-        if media is None:
-            return {"$type": "app.bsky.embed.record", "record": member(embed, "record", "record")}
+    """The embed as the API expects it: media that name no blob are taken out, which can leave a plain quote."""
+    if member(embed, "$type") != "app.bsky.embed.recordWithMedia":
+        return normal_media(embed)
+    media = normal_media(embed.get("media"))
+    if media is not None:
         return {**embed, "media": media}
-    return embed
+    quoted = member(embed, "record", "record")
+    return {"$type": "app.bsky.embed.record", "record": quoted} if isinstance(quoted, dict) else None
+
+
+def normal_media(media: Any) -> Any:
+    if not isinstance(media, dict):
+        return None
+    kind = media.get("$type")
+    if kind == "app.bsky.embed.images":
+        images = media.get("images")
+        images = [i for i in images if blob_cid(member(i, "image"))] if isinstance(images, list) else []
+        return {**media, "images": images} if images else None
+    external = media.get("external")
+    if kind == "app.bsky.embed.external" and isinstance(external, dict) and not blob_cid(external.get("thumb")):
+        return {**media, "external": {name: v for name, v in external.items() if name != "thumb"}}
+    if kind == "app.bsky.embed.video" and not blob_cid(media.get("thumbnail")):
+        return {name: v for name, v in media.items() if name != "thumbnail"}
+    return media
 
 
 def post(source: Source, record: Row) -> Row:
-    reply = record.get("reply")
+    parent_uri, parent_cid = strong_ref(member(record, "reply", "parent"))
+    root_uri, root_cid = strong_ref(member(record, "reply", "root"))
     created_at = source.date(record.get("createdAt"))
-    row = {
+    return {
         "uri": source.uri,
         "cid": source.cid,
         "author_did": source.repo,
         "text": text_or_none(record.get("text")) or "",
-        "langs": record.get("langs") if isinstance(record.get("langs"), list) else None,
-        "embed": normal_embed(record.get("embed")),
-        "facets": record.get("facets") if isinstance(record.get("facets"), list) else None,
-        "tags": record.get("tags") if isinstance(record.get("tags"), list) else [],
+        "langs": array_or_none(record.get("langs")),
+        "parent_uri": parent_uri,
+        "parent_cid": parent_cid,
+        "root_uri": root_uri,
+        "root_cid": root_cid,
+        "embed": clean(normal_embed(record.get("embed"))),
+        "facets": array_or_none(record.get("facets")),
+        "tags": array_or_none(record.get("tags")) or [],
         "created_at": created_at,
         "indexed_at": created_at,
         **source.commit_columns(),
     }
-    for end in ("parent", "root"):
-        uri = member(reply, end, "uri")
-        known = isinstance(uri, str) and uri.startswith("at://")
-        row[f"{end}_uri"] = fitting(str(uri), URI_MAX) if known else None
-        row[f"{end}_cid"] = cid_or_none(member(reply, end, "cid")) if known else None
-    return row
 
 
 def like_or_repost(source: Source, record: Row) -> Row:
@@ -262,7 +327,7 @@ def like_or_repost(source: Source, record: Row) -> Row:
         "user_did": source.repo,
         "post_uri": required_uri(member(record, "subject", "uri")),
         "subject_cid": cid_or_none(member(record, "subject", "cid")),
-        "via": record.get("via") if isinstance(record.get("via"), dict) else None,
+        "via": object_or_none(record.get("via")),
         "created_at": source.date(record.get("createdAt")),
         **source.commit_columns(),
     }
@@ -302,8 +367,8 @@ def list_(source: Source, record: Row) -> Row:
         "uri": source.uri,
         "cid": source.cid,
         "creator_did": source.repo,
-        "name": required(record.get("name"))[:NAME_MAX],
-        "purpose": fitting(required(record.get("purpose")), 64),
+        "name": required_text(record.get("name"), NAME_MAX),
+        "purpose": fitting(required_text(record.get("purpose")), 64),
         "description": text_or_none(record.get("description")),
         "avatar_url": blob_cid(record.get("avatar")),
         "created_at": source.date(record.get("createdAt")),
@@ -338,7 +403,7 @@ def feed_generator(source: Source, record: Row) -> Row:
         "cid": source.cid,
         "creator_did": source.repo,
         "did": required_did(record.get("did")),
-        "display_name": text_or_none(record.get("displayName"), NAME_MAX) or "",
+        "display_name": required_text(record.get("displayName"), NAME_MAX),
         "description": text_or_none(record.get("description")),
         "avatar_url": blob_cid(record.get("avatar")),
         "created_at": source.date(record.get("createdAt")),
@@ -347,38 +412,39 @@ def feed_generator(source: Source, record: Row) -> Row:
 
 def starter_pack(source: Source, record: Row) -> Row:
     feeds = record.get("feeds")
-    list_uri = record.get("list")
     return {
         "uri": source.uri,
         "cid": source.cid,
         "creator_did": source.repo,
-        "name": required(record.get("name"))[:NAME_MAX],
+        "name": required_text(record.get("name"), NAME_MAX),
         "description": text_or_none(record.get("description")),
-        "list_uri": required_uri(list_uri) if isinstance(list_uri, str) else None,
-        "feeds": [f["uri"] for f in feeds if isinstance(member(f, "uri"), str)] if isinstance(feeds, list) else [],
+        "list_uri": uri_or_none(record.get("list")),
+        "feeds": strings([member(feed, "uri") for feed in feeds] if isinstance(feeds, list) else []),
         "created_at": source.date(record.get("createdAt")),
     }
 
 
 def labeler_service(source: Source, record: Row) -> Row:
-    policies = record.get("policies")
+    policies = object_or_none(record.get("policies"))
     return {
         "uri": source.uri,
         "cid": source.cid,
         "creator_did": source.repo,
-        "policies": policies if isinstance(policies, dict) else {"labelValues": [], "labelValueDefinitions": []},
+        "policies": {"labelValues": [], "labelValueDefinitions": []} if policies is None else policies,
         "created_at": source.date(record.get("createdAt")),
     }
 
 
 def label(source: Source, record: Row) -> Row:
     src = record.get("src")
-    subject = record.get("uri") or record.get("did")
+    subject = text_or_none(record.get("uri")) or text_or_none(record.get("did"))
+    if not subject:
+        raise Dropped("bad_record")
     return {
         "uri": source.uri,
-        "src": fitting(str(src), DID_MAX) if is_did(src) else source.repo,
-        "subject": fitting(required(subject), URI_MAX),
-        "val": fitting(required(record.get("val")), 128),
+        "src": required_did(src) if is_did(src) else source.repo,
+        "subject": fitting(subject, URI_MAX),
+        "val": fitting(required_text(record.get("val")), 128),
         "neg": record.get("neg") is True,
         "created_at": source.date(record.get("cts")),
     }
@@ -391,7 +457,7 @@ def verification(source: Source, record: Row) -> Row:
         "uri": source.uri,
         "cid": source.cid,
         "subject_did": required_did(record.get("subject")),
-        "handle": required(record.get("handle")).lower()[:NAME_MAX],
+        "handle": required_text(record.get("handle")).lower()[:NAME_MAX],
         "verified_at": source.clamp(verified_at) if verified_at else created_at,
         "created_at": created_at,
     }
@@ -402,8 +468,8 @@ def generic_record(source: Source, record: Row) -> Row:
         "uri": source.uri,
         "cid": source.cid,
         "author_did": source.repo,
-        "record_type": fitting(source.collection, NAME_MAX),
-        "record": record,
+        "record_type": source.collection,
+        "record": clean(record),
         "created_at": source.date(record.get("createdAt")),
     }
 
@@ -411,23 +477,22 @@ def generic_record(source: Source, record: Row) -> Row:
 def gate(source: Source, record: Row) -> Row:
     """A thread gate or post gate, with the post that its own rkey names."""
     post_uri = f"at://{source.repo}/app.bsky.feed.post/{source.rkey}"
-    if record.get("post") is not None and record["post"] != post_uri:
+    if record.get("post", post_uri) != post_uri:
         raise Dropped("gate_mismatch")
-    return {"post_uri": post_uri, "record": record, "created_at": source.date(record.get("createdAt"))}
+    return {"post_uri": post_uri, "record": clean(record), "created_at": source.date(record.get("createdAt"))}
 
 
 def profile(source: Source, record: Row) -> Row:
     if source.rkey != "self":
         raise Dropped("bad_path")
-    pinned_uri, pinned_cid = member(record, "pinnedPost", "uri"), member(record, "pinnedPost", "cid")
-    pinned = isinstance(pinned_uri, str) and isinstance(pinned_cid, str)
+    pinned_uri, pinned_cid = strong_ref(record.get("pinnedPost"))
     return {
         "display_name": text_or_none(record.get("displayName"), NAME_MAX),
         "avatar_url": blob_cid(record.get("avatar")),
         "banner_url": blob_cid(record.get("banner")),
         "description": text_or_none(record.get("description")),
-        "profile_record": record,
-        "pinned_post": {"uri": pinned_uri, "cid": pinned_cid} if pinned else None,
+        "profile_record": clean(record),
+        "pinned_post": {"uri": pinned_uri, "cid": pinned_cid} if pinned_uri else None,
     }
 
 
@@ -531,7 +596,7 @@ class Model:
 
     def _commit(self, event: Event, entry_ms: int | None) -> None:
         repo = event["repo"]
-        if repo in self.forbidden:
+        if repo in self.forbidden or len(repo) > DID_MAX:
             return
         self._meet(repo)  # a commit without a single op makes its author known too
         for index, op in enumerate(event["ops"]):
@@ -556,9 +621,9 @@ class Model:
         source = Source(
             uri=fitting(f"at://{event['repo']}/{collection}/{rkey}", URI_MAX),
             repo=event["repo"],
-            collection=collection,
+            collection=fitting(collection, NAME_MAX),
             rkey=rkey,
-            cid=op.get("cid") or "",
+            cid=fitting(op.get("cid") or "", CID_MAX),
             seq=event["seq"],
             rev=event.get("rev"),
             commit_time=commit_time,
@@ -567,8 +632,8 @@ class Model:
         table, to_row = COLLECTIONS.get(collection, ("generic_records", generic_record))
         if op["action"] == "delete":
             return Held(source, index, table, None)
-        record = clean(op.get("record"))
-        if not isinstance(record, dict) or not source.cid:
+        record = op.get("record")
+        if not isinstance(record, dict):
             raise Dropped("bad_record")
         if record.get("$type", collection) != collection:
             raise Dropped("type_mismatch")
@@ -786,7 +851,7 @@ def feed_items(posts: list[Row], reposts: list[Held]) -> list[Row]:
             "originator_did": held.source.repo,
             "type": "repost",
             "sort_at": _row(held)["created_at"],
-            "cid": held.source.cid,
+            "cid": held.source.cid or held.source.uri[:CID_MAX],  # the predecessor's choice
             "created_at": _row(held)["created_at"],
         }
         for held in reposts
@@ -807,7 +872,7 @@ def notifications(rows: dict[str, list[Held]]) -> list[Row]:
                 "author_did": held.source.repo,
                 "reason": reason,
                 "reason_subject": subject,
-                "cid": held.source.cid,
+                "cid": held.source.cid or None,
                 "created_at": _row(held)["created_at"],
             }
         )
@@ -890,9 +955,8 @@ def post_gates(gates: list[Held]) -> list[Row]:
     found = []
     for held in gates:
         record = _row(held)["record"]
-        rules, detached = record.get("embeddingRules"), record.get("detachedEmbeddingUris")
+        rules, detached = record.get("embeddingRules"), strings(record.get("detachedEmbeddingUris"))
         rules = rules if isinstance(rules, list) else []
-        detached = [uri for uri in detached if isinstance(uri, str)] if isinstance(detached, list) else []
         embedding: Row = {}
         if any(member(rule, "$type") == "app.bsky.feed.postgate#disableRule" for rule in rules):
             embedding["disableRule"] = True
