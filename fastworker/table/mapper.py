@@ -3,12 +3,12 @@
 Pure and hot. What the rows promise: they fit their columns (types, lengths, NOT NULL, characters), so that PostgreSQL
 refuses none of them for its data. What a bad member costs:
 
-- one that says what the record is about (a like's subject, a list's name) drops the record if it is missing, empty or
-  of the wrong type (`bad_record`); any other becomes null, empty or its default. A post needs no text: many are images;
+- one that says what the record is about (a like's subject, a list's name) drops the record if it is missing or of the
+  wrong type (`bad_record`); any other becomes null, empty or its default. A post needs no text: many are images;
 - an identifier that exceeds its column drops the record (`too_long`): a cut identifier names something else. Names are
   cut, at a character; a CID of another record is left out, its URI says enough.
 
-Text is cleaned of what PostgreSQL cannot hold before it is looked at, so that a NUL costs no record.
+DIDs and URIs are matched, never mended; every other text is cleaned of what PostgreSQL cannot hold.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _DETAIL_MAX = 200
 
 _DID = r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]"
 _is_did = re.compile(_DID).fullmatch
-_is_uri = re.compile(rf"at://{_DID}(?:/.*)?", re.DOTALL).fullmatch
+# A reference to a record. Its authority is a DID, also where the lexicon allows a handle: a handle moves, so that
+# nobody could tell whose record was meant, whom to notify, or who owns the list.
+_is_uri = re.compile(rf"at://({_DID})(?:/[!-~]*)?").fullmatch
 
 
 class _Origin(msgspec.Struct, frozen=True, gc=False):
@@ -71,17 +73,17 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
     changes: list[Change] = []
     dids = [repo]
     for index, op in enumerate(commit.ops):
-        collection, rkey, cid = op.collection, op.rkey, op.cid
+        collection, rkey, cid = op.collection, op.rkey, op.cid or ""
         uri = f"at://{repo}/{collection}/{rkey}"
         table, to_row, date_member, subject = _MAPPERS.get(collection, _GENERIC)
-        if len(uri) > URI_MAX:
+        if len(uri) > URI_MAX or len(collection) > NSID_MAX:
             drops.append(Drop(Reason.TOO_LONG, collection, "uri"))
             continue
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
             continue
-        if not cid or len(cid) > CID_MAX:
-            drops.append(Drop(Reason.BAD_RECORD, collection, "cid"))
+        if len(cid) > CID_MAX:
+            drops.append(Drop(Reason.TOO_LONG, collection, "cid"))
             continue
         try:
             record = load_record(op)
@@ -97,7 +99,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
             row += stamp
         if subject is not None:
             dids.append(row[subject])
-        changes.append(Change(table, uri, repo, rkey, rev, seq, index, cid, row))
+        changes.append(Change(table, uri, repo, rkey, rev, seq, index, op.cid, row))
     return Mapped(changes, dids, drops)
 
 
@@ -118,10 +120,9 @@ def _name(value: Any) -> str | None:
 
 
 def _required(value: Any, member: str) -> str:
-    text = _text(value)
-    if not text:
+    if type(value) is not str:
         raise _bad(member)
-    return text
+    return clean_text(value)
 
 
 def _fitting(identifier: str, length_max: int, member: str) -> str:
@@ -131,24 +132,37 @@ def _fitting(identifier: str, length_max: int, member: str) -> str:
 
 
 def _required_did(value: Any, member: str) -> str:
-    # Cleaned only if it does not match as it is: nearly always there is nothing to clean.
-    found = (_is_did(value) or _is_did(clean_text(value))) if type(value) is str else None
-    if found is None:
+    if type(value) is not str or _is_did(value) is None:
         raise _bad(member)
-    return _fitting(found[0], DID_MAX, member)
+    return _fitting(value, DID_MAX, member)
+
+
+def _uri_or_none(value: Any, member: str) -> str | None:
+    found = _is_uri(value) if type(value) is str else None
+    if found is None:
+        return None
+    uri = found[0]
+    if len(uri) > DID_MAX:
+        _fitting(found[1], DID_MAX, member)
+        _fitting(uri, URI_MAX, member)
+    return uri
 
 
 def _required_uri(value: Any, member: str) -> str:
-    """A reference to a record of a DID: a handle moves, nobody could tell whose record a URI with one ever meant."""
-    found = (_is_uri(value) or _is_uri(clean_text(value))) if type(value) is str else None
-    if found is None:
+    uri = _uri_or_none(value, member)
+    if uri is None:
         raise _bad(member)
-    return _fitting(found[0], URI_MAX, member)
+    return uri
 
 
 def _cid_or_none(value: Any) -> str | None:
-    """The CID that a strong reference pins."""
-    return (clean_text(value) or None) if type(value) is str and len(value) <= CID_MAX else None
+    return clean_text(value) if type(value) is str and len(value) <= CID_MAX else None
+
+
+def _strong_ref(value: Any, member: str) -> tuple[str | None, str | None]:
+    """URI and CID of a reference to a record; the CID may be missing, without the URI there is nothing."""
+    uri = _uri_or_none(value.get("uri"), member) if type(value) is dict else None
+    return (None, None) if uri is None else (uri, _cid_or_none(value.get("cid")))
 
 
 def _json_object(value: Any, op: Op) -> str | None:
@@ -162,43 +176,46 @@ def _json_array(value: Any, op: Op) -> str | None:
 def _blob_cid(value: Any, op: Op) -> str | None:
     """The CID of a blob in any of its forms: typed blob, old `{"cid", "mimeType"}`, bare text."""
     if type(value) is dict:
-        value = link_text(value.get("ref"), op) or value.get("cid")
-    text = _text(value)
-    return text if text and text != "undefined" else None  # a JavaScript client's idea of nothing
+        ref = value.get("ref")
+        value = value.get("cid") if ref is None else link_text(ref, op)
+    return (clean_text(value) or None) if type(value) is str else None
 
 
 # Embeds: what an API server would trip over is taken out (contract 3.3).
 
 
 def _embed(value: Any, op: Op) -> Record | None:
-    """The embed without blobs that name nothing; the very same object where there is nothing to mend."""
+    """The embed without media that name no blob; the very same object where there is nothing to mend."""
+    if type(value) is not dict or value.get("$type") != "app.bsky.embed.recordWithMedia":
+        return _media(value, op)
+    embed: Record = value
+    media = _media(embed.get("media"), op)
+    if media is not None:
+        return embed if media is embed["media"] else {**embed, "media": media}
+    # Without its media it is a plain quote, and without that nothing.
+    record = embed.get("record")
+    quoted = record.get("record") if type(record) is dict else None
+    return {"$type": "app.bsky.embed.record", "record": quoted} if type(quoted) is dict else None
+
+
+def _media(value: Any, op: Op) -> Record | None:
     if type(value) is not dict:
         return None
-    embed: Record = value
-    kind = embed.get("$type")
+    media: Record = value
+    kind = media.get("$type")
     if kind == "app.bsky.embed.images":
-        images = embed.get("images")
+        images = media.get("images")
         kept = [image for image in images if _has_blob(image, "image", op)] if type(images) is list else []
         if not kept:
             return None
-        return embed if len(kept) == len(embed["images"]) else {**embed, "images": kept}
+        return media if len(kept) == len(media["images"]) else {**media, "images": kept}
     if kind == "app.bsky.embed.external":
-        external = embed.get("external")
+        external = media.get("external")
         if type(external) is dict and "thumb" in external and not _has_blob(external, "thumb", op):
-            return {**embed, "external": _without(external, "thumb")}
-    elif kind == "app.bsky.embed.video":
-        if "thumbnail" in embed and not _has_blob(embed, "thumbnail", op):
-            return _without(embed, "thumbnail")
-    elif kind == "app.bsky.embed.recordWithMedia":
-        media = _embed(embed.get("media"), op)
-        if media is None:  # it is a plain quote then
-            record = embed.get("record")
-            return {
-                "$type": "app.bsky.embed.record",
-                "record": record.get("record") if type(record) is dict else None,
-            }
-        return embed if media is embed["media"] else {**embed, "media": media}
-    return embed
+            return {**media, "external": _without(external, "thumb")}
+    elif kind == "app.bsky.embed.video" and "thumbnail" in media and not _has_blob(media, "thumbnail", op):
+        return _without(media, "thumbnail")
+    return media
 
 
 def _has_blob(value: Any, member: str, op: Op) -> bool:
@@ -218,8 +235,8 @@ def _post(record: Record, origin: _Origin) -> Row:
     parent_uri = parent_cid = root_uri = root_cid = None
     reply = get("reply")
     if type(reply) is dict:
-        parent_uri, parent_cid = _reply_end(reply.get("parent"), "reply.parent.uri")
-        root_uri, root_cid = _reply_end(reply.get("root"), "reply.root.uri")
+        parent_uri, parent_cid = _strong_ref(reply.get("parent"), "reply.parent.uri")
+        root_uri, root_cid = _strong_ref(reply.get("root"), "reply.root.uri")
     return (
         origin.uri,
         origin.cid,
@@ -236,14 +253,6 @@ def _post(record: Record, origin: _Origin) -> Row:
         created_at,
         created_at,  # indexed_at: timelines order by it, as the API expects
     )
-
-
-def _reply_end(value: Any, member: str) -> tuple[str | None, str | None]:
-    """URI and CID of what a post replies to. Any at:// URI: without it the reply would pass for a post of its own."""
-    uri = _text(value.get("uri")) if type(value) is dict else None
-    if uri is None or not uri.startswith("at://"):
-        return None, None
-    return _fitting(uri, URI_MAX, member), _cid_or_none(value.get("cid"))
 
 
 def _like(record: Record, origin: _Origin) -> Row:
@@ -304,7 +313,7 @@ def _feed_generator(record: Record, origin: _Origin) -> Row:
         origin.cid,
         origin.repo,
         _required_did(record.get("did"), "did"),
-        _name(record.get("displayName")) or "",
+        _required(record.get("displayName"), "displayName")[:NAME_MAX],
         _text(record.get("description")),
         _blob_cid(record.get("avatar"), origin.op),
         origin.created_at,
@@ -312,7 +321,7 @@ def _feed_generator(record: Record, origin: _Origin) -> Row:
 
 
 def _starter_pack(record: Record, origin: _Origin) -> Row:
-    feeds, list_uri = record.get("feeds"), record.get("list")
+    feeds = record.get("feeds")
     uris = [feed.get("uri") for feed in feeds if type(feed) is dict] if type(feeds) is list else []
     return (
         origin.uri,
@@ -320,7 +329,7 @@ def _starter_pack(record: Record, origin: _Origin) -> Row:
         origin.repo,
         _required(record.get("name"), "name")[:NAME_MAX],
         _text(record.get("description")),
-        _required_uri(list_uri, "list") if type(list_uri) is str else None,
+        _uri_or_none(record.get("list"), "list"),
         json_text([uri for uri in uris if type(uri) is str], origin.op),
         origin.created_at,
     )
@@ -332,12 +341,14 @@ def _labeler(record: Record, origin: _Origin) -> Row:
 
 
 def _label(record: Record, origin: _Origin) -> Row:
-    source = _text(record.get("src"))
-    subject = record.get("uri") or record.get("did")  # a record or an account
+    source = record.get("src")
+    subject = _text(record.get("uri")) or _text(record.get("did"))  # a record or an account
+    if not subject:
+        raise _bad("uri")
     return (
         origin.uri,
-        _fitting(source, DID_MAX, "src") if source is not None and _is_did(source) else origin.repo,
-        _fitting(_required(subject, "uri"), URI_MAX, "uri"),
+        _required_did(source, "src") if type(source) is str and _is_did(source) else origin.repo,
+        _fitting(subject, URI_MAX, "uri"),
         _fitting(_required(record.get("val"), "val"), LABEL_VALUE_MAX, "val"),
         record.get("neg") is True,
         origin.created_at,
@@ -356,8 +367,7 @@ def _verification(record: Record, origin: _Origin) -> Row:
 
 
 def _generic(record: Record, origin: _Origin) -> Row:
-    kind = _fitting(origin.op.collection, NSID_MAX, "collection")
-    return (origin.uri, origin.cid, origin.repo, kind, json_text(record, origin.op), origin.created_at)
+    return (origin.uri, origin.cid, origin.repo, origin.op.collection, json_text(record, origin.op), origin.created_at)
 
 
 def _thread_gate(record: Record, origin: _Origin) -> Row:
@@ -381,7 +391,7 @@ def _post_gate(record: Record, origin: _Origin) -> Row:
 def _gate(kind: str, rules: Record, record: Record, origin: _Origin) -> Row:
     """A gate rules over the post of its own repository that has its rkey, and may not say otherwise."""
     post_uri = f"at://{origin.repo}/app.bsky.feed.post/{origin.op.rkey}"
-    if record.get("post") not in (None, post_uri):  # a tuple: it may be unhashable
+    if record.get("post", post_uri) != post_uri:
         raise InvalidEvent(Reason.GATE_MISMATCH, "post")
     return (origin.uri, kind, post_uri, origin.repo, json_text(rules, origin.op), origin.created_at)
 
@@ -390,6 +400,7 @@ def _profile(record: Record, origin: _Origin) -> Row:
     op = origin.op
     if op.rkey != "self":
         raise InvalidEvent(Reason.BAD_PATH, "a profile's rkey is self")
+    pinned_uri, pinned_cid = _strong_ref(record.get("pinnedPost"), "pinnedPost.uri")
     return (
         origin.uri,
         origin.repo,
@@ -398,15 +409,8 @@ def _profile(record: Record, origin: _Origin) -> Row:
         _blob_cid(record.get("avatar"), op),
         _blob_cid(record.get("banner"), op),
         json_text(record, op),
-        _pinned(record.get("pinnedPost"), op),
+        None if pinned_uri is None else json_text({"uri": pinned_uri, "cid": pinned_cid}, op),
     )
-
-
-def _pinned(value: Any, op: Op) -> str | None:
-    if type(value) is not dict:
-        return None
-    uri, cid = value.get("uri"), value.get("cid")
-    return json_text({"uri": uri, "cid": cid}, op) if type(uri) is str and type(cid) is str else None
 
 
 _ToRow = Callable[[Record, _Origin], Row]
