@@ -1,0 +1,267 @@
+"""The worker's side of Redis on a real server: every way an entry can come and end, and that nothing counts twice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from fastworker.edge.redis_client import connect
+from fastworker.edge.stream import (
+    CONSUMERS_KEY,
+    DEAD_LETTERS_KEY,
+    LEDGER_KEY,
+    LeaseLostError,
+    SetAside,
+    Tally,
+    WorkerStream,
+    id_order,
+    original_fields,
+)
+from fastworker.errors import Reason, StreamUnavailable, Unreachable
+
+KEY, GROUP = "firehose:events", "firehose-processors"
+COMMITTED = Tally("committed", "#commit")
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    client = connect(redis_url)
+    yield client
+    await client.aclose()
+
+
+async def consumer(redis: Redis, **options) -> WorkerStream:
+    stream = WorkerStream(redis, consumer_id="w", **options)
+    await stream.acquire()
+    return stream
+
+
+async def add(redis: Redis, count: int, first: int = 0) -> list[str]:
+    return [
+        (await redis.xadd(KEY, {"type": "commit", "data": f"{{{n}}}", "seq": str(n)})).decode()
+        for n in range(first, first + count)
+    ]
+
+
+async def ledger(redis: Redis) -> dict[str, int]:
+    return {name.decode(): int(value) for name, value in (await redis.hgetall(LEDGER_KEY)).items()}
+
+
+async def pending(redis: Redis) -> int:
+    return (await redis.xpending(KEY, GROUP))["pending"]
+
+
+async def test_a_small_batch_size_still_reads_a_burst(redis):
+    stream = await consumer(redis, batch_size=10)
+    ids = await add(redis, 2_500)
+    reads = []
+    while entries := await stream.read(block_ms=1):
+        reads.append([entry_id for entry_id, _ in entries])
+    assert [entry_id for read in reads for entry_id in read] == ids
+    assert [len(read) for read in reads] == [10, 1_000, 1_000, 490]
+
+
+async def test_big_entries_make_small_bursts(redis):
+    stream = await consumer(redis, batch_size=10)
+    for _ in range(200):
+        await redis.xadd(KEY, {"f": b"x" * 100_000})
+    await stream.read(block_ms=1)
+    assert len(await stream.read(block_ms=1)) == 40  # 4 MB
+
+
+async def test_names_are_leased_lowest_first_and_given_back(redis):
+    first, second = await consumer(redis), await consumer(redis)
+    assert (first.name, second.name) == ("w-0", "w-1")
+    await first.release()
+    assert (await consumer(redis)).name == "w-0"
+    await first.release()  # the name has another owner: nothing happens
+    assert await redis.exists("fastworker:consumer:w-0")
+
+
+async def test_a_released_consumer_goes_only_when_it_holds_nothing(redis):
+    await add(redis, 1)
+    idle, busy = await consumer(redis), await consumer(redis)
+    await busy.read(block_ms=1)
+    await idle.read(block_ms=1)
+    await idle.release()
+    await busy.release()
+    assert [c["name"] for c in await redis.xinfo_consumers(KEY, GROUP)] == [b"w-1"]
+    assert await redis.smembers(CONSUMERS_KEY) == {b"w-1"}
+
+
+async def test_losing_the_lease_is_told_and_a_lease_that_redis_lost_comes_back(redis):
+    stream = await consumer(redis)
+    await redis.flushall()
+    await stream.renew()
+    assert await redis.exists("fastworker:consumer:w-0")
+    await redis.set("fastworker:consumer:w-0", "another")
+    with pytest.raises(LeaseLostError):
+        await stream.renew()
+
+
+async def test_an_ack_counts_what_was_pending_once(redis):
+    stream = await consumer(redis)
+    ids = await add(redis, 3_000)
+    while await stream.read(block_ms=1):
+        pass
+    dropped = Tally("nothing_to_store", "#commit", ("bad_did", "bad_did", "too_long"))
+    tallies = {COMMITTED: ids[:2_500], dropped: ids[2_500:2_502], Tally("committed", "#identity"): ids[2_502:]}
+    assert await stream.ack(tallies, ["forbidden"]) == 3_000
+    assert await stream.ack(tallies, ["forbidden"]) == 0
+    assert await ledger(redis) == {
+        "committed": 2_998,
+        "nothing_to_store": 2,
+        "drop:bad_did": 4,
+        "drop:too_long": 2,
+        "drop:forbidden": 1,
+    }
+    assert await redis.hgetall("cluster:metrics") == {
+        b"totalEvents": b"3000",
+        b"#commit": b"2502",
+        b"#identity": b"498",
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {b"type": b"commit", b"data": b"{\xff", b"seq": b"7"},
+        {b"n": b"\x00\xff"},
+        {b"f": b"\xa1", b"relay": b"relay.example"},
+        {b"f": b"\xa1"},
+        {b"odd": b"\xff", b"": b"1"},
+    ],
+)
+async def test_setting_aside_is_idempotent_and_reversible(redis, fields):
+    stream = await consumer(redis)
+    entry_id = await redis.xadd(KEY, fields)
+    [entry] = await stream.read(block_ms=1)
+    letters = [SetAside(entry[0], entry[1], Reason.BAD_JSON, "why \ud800")]
+    assert await stream.set_aside(letters, now_ms=5) == 1
+    assert await stream.set_aside(letters, now_ms=6) == 0
+    [(_, letter)] = await redis.xrange(DEAD_LETTERS_KEY)
+    assert list(letter)[:5] == [b"type", b"data", b"seq", b"origId", b"deliveries"]
+    assert (letter[b"origId"], letter[b"deliveries"], letter[b"reason"]) == (entry_id, b"1", b"bad_json")
+    assert original_fields(letter) == fields
+    assert await ledger(redis) == {"set_aside": 1, "drop:bad_json": 1}
+    assert await pending(redis) == 0
+
+
+async def test_acks_and_dead_letters_pass_at_maxmemory(redis):
+    stream = await consumer(redis)
+    await add(redis, 2)
+    [first, second] = await stream.read(block_ms=1)
+    await redis.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(ResponseError, match="OOM|maxmemory"):
+            await add(redis, 1)
+        assert await stream.ack({COMMITTED: [first[0]]}) == 1
+        assert await stream.set_aside([SetAside(*second, Reason.BAD_JSON, "")], now_ms=1) == 1
+        assert await ledger(redis) == {"committed": 1, "set_aside": 1, "drop:bad_json": 1}
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+async def test_own_pending_entries_are_read_back_and_ghosts_acked(redis):
+    before = await consumer(redis)
+    ids = await add(redis, 5)
+    await before.read(block_ms=1)
+    await redis.xdel(KEY, ids[1], ids[3])
+    await before.release()
+    after = await consumer(redis)
+    assert after.name == before.name
+    entries, at = await after.read_own("0", count=2)
+    more, end = await after.read_own(at)
+    assert [e for e, _ in entries + more] == [ids[0], ids[2], ids[4]]
+    assert await after.read_own(end) == ([], None)
+    assert await ledger(redis) == {"ghosts": 2}
+    assert await pending(redis) == 3
+
+
+async def test_entries_are_claimed_from_the_dead_only(redis):
+    alive = await consumer(redis)
+    ids = await add(redis, 5)
+    await alive.read(block_ms=1)
+    other = await consumer(redis)
+    assert (await other.claim("w-0", idle_ms=0)).found == 0
+    await redis.delete("fastworker:consumer:w-0")
+    assert (await other.claim("w-0", idle_ms=60_000)).found == 0  # renewed or read a moment ago
+    await redis.xdel(KEY, ids[0])
+    piece = await other.claim("w-0", idle_ms=0, count=2)
+    assert (piece.found, piece.ghosts, [e for e, _ in piece.entries]) == (2, 1, [ids[1]])
+    rest = await other.claim("w-0", idle_ms=0)
+    assert [e for e, _ in rest.entries] == ids[2:]
+    assert {c["name"] for c in await redis.xinfo_consumers(KEY, GROUP)} == {b"w-0", b"w-1"}
+    await other.claim("w-0", idle_ms=0)  # holds nothing, has no lease, is ours: it goes
+    assert [c["name"] for c in await redis.xinfo_consumers(KEY, GROUP)] == [b"w-1"]
+    assert await other.ack({COMMITTED: [e for e, _ in piece.entries + rest.entries]}) == 4
+    assert await ledger(redis) == {"ghosts": 1, "committed": 4}
+
+
+async def test_a_foreign_consumer_is_emptied_but_never_deleted(redis):
+    stream = await consumer(redis)
+    [entry_id] = await add(redis, 1)
+    await redis.xreadgroup(GROUP, b"worker-0-p\xff", {KEY: ">"})
+    [foreign] = await stream.consumers()
+    assert (foreign.pending, foreign.name in await stream.known_names()) == (1, False)
+    assert [e for e, _ in (await stream.claim(foreign.name, idle_ms=0)).entries] == [entry_id]
+    await stream.claim(foreign.name, idle_ms=0)
+    assert len(await stream.consumers()) == 1
+
+
+async def test_renewing_keeps_old_workers_from_claiming(redis):
+    stream = await consumer(redis)
+    [entry_id] = await add(redis, 1)
+    await stream.read(block_ms=1)
+    [[_, _, idle, _]] = [list(p.values()) for p in await redis.xpending_range(KEY, GROUP, "-", "+", 1)]
+    while not await redis.xpending_range(KEY, GROUP, "-", "+", 1, idle=idle + 20):
+        pass
+    await stream.renew([entry_id])
+    [after] = await redis.xpending_range(KEY, GROUP, "-", "+", 1)
+    assert after["time_since_delivered"] < idle + 20
+    assert after["times_delivered"] == 1
+
+
+async def test_a_lost_group_starts_behind_what_postgresql_knows(redis):
+    stream = await consumer(redis)
+    ids = await add(redis, 10)
+
+    async def finished() -> str:
+        return ids[3]
+
+    stream = await consumer(redis, last_finished=finished)
+    await redis.xgroup_destroy(KEY, GROUP)
+    with pytest.raises(StreamUnavailable, match="group"):
+        await stream.read(block_ms=1)
+    assert [e for e, _ in await stream.read(block_ms=1)] == ids[4:]
+
+
+async def test_an_empty_redis_starts_at_the_beginning(redis):
+    async def finished() -> str:
+        return "99999999999999-0"  # an id of the stream that is gone, and the clock went back
+
+    stream = await consumer(redis, last_finished=finished)
+    await redis.flushall()
+    ids = await add(redis, 3)
+    with pytest.raises(StreamUnavailable):
+        await stream.read(block_ms=1)
+    assert [e for e, _ in await stream.read(block_ms=1)] == ids
+
+
+async def test_lowest_pending(redis):
+    stream = await consumer(redis)
+    assert await stream.lowest_pending() is None
+    ids = await add(redis, 3)
+    await stream.read(block_ms=1)
+    await stream.ack({COMMITTED: [ids[0]]})
+    assert await stream.lowest_pending() == ids[1]
+    assert id_order("9-1") < id_order("10-0") < id_order("10-12")
+
+
+async def test_a_key_of_the_wrong_type_is_for_the_operator(redis):
+    await redis.set(KEY, "text")
+    with pytest.raises(Unreachable, match="wrong type"):
+        await consumer(redis)
