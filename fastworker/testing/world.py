@@ -1,0 +1,103 @@
+"""Who lives on the simulated network: accounts with names and repositories, all from one seed."""
+
+from __future__ import annotations
+
+import base64
+import random
+from functools import lru_cache
+from hashlib import sha256
+
+from fastworker.testing import mst
+from fastworker.testing.cbor import DAG_CBOR
+from fastworker.testing.records import Person
+from fastworker.testing.repo import START_TIME, Clock, Repo, tid
+
+_HISTORY_SHARES = (
+    ("app.bsky.feed.like", 0.62),
+    ("app.bsky.graph.follow", 0.15),
+    ("app.bsky.feed.post", 0.13),
+    ("app.bsky.feed.repost", 0.08),
+    ("app.bsky.graph.block", 0.01),
+    ("app.bsky.graph.listitem", 0.01),
+)
+
+
+@lru_cache(32)
+def history(size: int) -> tuple[mst.Node, tuple[str, ...]]:
+    """(sealed tree, its paths): what a repository held before anyone listened. Accounts share the tree."""
+    root = mst.EMPTY
+    paths = []
+    moment = int(START_TIME.timestamp() * 1_000_000)
+    for collection, share in _HISTORY_SHARES:
+        for number in range(round(size * share)):
+            path = f"{collection}/{tid(moment - 60_000_000 * (number + 1), len(collection))}"
+            root = mst.put(root, path.encode(), DAG_CBOR + sha256(path.encode()).digest())
+            paths.append(path)
+    mst.seal(root)
+    return root, tuple(paths)
+
+
+class Account:
+    """`live`: paths that this account has shown; `unseen`: paths that it holds from before, in no particular order."""
+
+    __slots__ = ("handle", "live", "number", "repo", "unseen_left", "unseen_paths")
+
+    def __init__(self, number: int, person: Person, clock: Clock, history_size: int) -> None:
+        root, self.unseen_paths = history(history_size)
+        self.number = number
+        self.handle = person.handle
+        self.repo = Repo(person.did, clock, root=root)
+        self.live: list[str] = []
+        self.unseen_left = len(self.unseen_paths)
+
+    @property
+    def did(self) -> str:
+        return self.repo.did
+
+    def take_live(self, random_value: float) -> str | None:
+        """Forgets and returns one of the live paths."""
+        if not self.live:
+            return None
+        at = int(random_value * len(self.live))
+        self.live[at], self.live[-1] = self.live[-1], self.live[at]
+        return self.live.pop()
+
+    def take_unseen(self) -> str | None:
+        """A path from before that was not taken yet; strides through them, so that collections mix."""
+        if not self.unseen_left:
+            return None
+        self.unseen_left -= 1
+        return self.unseen_paths[(self.unseen_left * 7_919 + self.number) % len(self.unseen_paths)]
+
+
+class World:
+    """Accounts by number, made when they are first needed."""
+
+    def __init__(self, seed: int | str, clock: Clock, *, accounts: int, history_size: int) -> None:
+        self.rng = random.Random(f"fastworker {seed}")
+        self.clock = clock
+        self.accounts_max = accounts
+        self._seed = seed
+        self._history_size = history_size
+        self._accounts: dict[int, Account] = {}
+        self._persons: dict[int, Person] = {}
+
+    def account(self, number: int) -> Account:
+        found = self._accounts.get(number)
+        if found is None:
+            # Repositories differ by an order of magnitude, and so do the proofs.
+            size = self._history_size * (1, 4, 8, 24)[number & 3] // 8
+            found = self._accounts[number] = Account(number, self.person(number), self.clock, size)
+        return found
+
+    def person(self, number: int) -> Person:
+        found = self._persons.get(number)
+        if found is None:
+            digest = sha256(f"{self._seed} {number}".encode()).digest()
+            name = base64.b32encode(digest[:15]).decode().lower()
+            found = self._persons[number] = Person(f"did:plc:{name}", f"{name[:8]}.sim.test")
+        return found
+
+    def skewed(self, exponent: float = 2.0) -> int:
+        """The number of an account; low numbers are the busy ones (density falls as a power of the number)."""
+        return int(self.accounts_max * self.rng.random() ** exponent)
