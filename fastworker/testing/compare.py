@@ -97,7 +97,7 @@ def diff(expected: Tables, found: Tables) -> list[Difference]:
 
 
 def report(differences: list[Difference], limit: int = 20) -> str:
-    """Counts by table and column, then the first differences of each kind, for a person."""
+    """For a person: counts by table and column, then the first differences of each of those, about `limit` in all."""
     if not differences:
         return "no difference"
     kinds = Counter((d.table, d.column) for d in differences)
@@ -108,7 +108,7 @@ def report(differences: list[Difference], limit: int = 20) -> str:
     for difference in differences:
         kind = (difference.table, difference.column)
         shown[kind] += 1
-        if shown[kind] <= each and shown.total() - shown[kind] < limit:
+        if shown[kind] <= each:
             lines.append(str(difference))
     return "\n".join(lines)
 

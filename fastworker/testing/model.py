@@ -83,7 +83,7 @@ EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the tables hold UTC without a zon
 CLOCK_SKEW = timedelta(minutes=2)
 
 
-class Dropped(Exception):  # noqa: N818 - an outcome, not a fault
+class Dropped(Exception):
     """This operation is not stored; the argument is the reason. As far as the tables go, it never happened."""
 
 
