@@ -78,9 +78,11 @@ def servers_dir() -> Iterator[Path]:
 
 
 @pytest.fixture
-def server_dir(servers_dir: Path) -> Path:
-    """A folder for a server of the test's own, which the test stops."""
-    return servers_dir / f"own-{next(_numbers)}"
+def server_dir(servers_dir: Path) -> Iterator[Path]:
+    """A folder, not made yet, for servers of the test's own, which the test stops."""
+    path = servers_dir / f"own-{next(_numbers)}"
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

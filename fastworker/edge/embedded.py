@@ -7,7 +7,7 @@ directories, add system users and loosen the permissions of directories above th
     lock      held (flock) by the server's own processes: while any of them lives, nobody else starts on these files
     log       what the server printed since its last start
     data/     the cluster (PostgreSQL) or the append-only files (Valkey)
-    *.sock    the sockets, unless the path is too long for one: then in a directory of the temporary directory
+    *.sock    the sockets, unless the path does not do for one: then in a directory of the temporary directory
 
 Synchronous on purpose: the supervisor starts servers before it forks and has no loop. The servers die with the *thread*
 that started them (PR_SET_PDEATHSIG, also when we are killed by SIGKILL), so start them from the main thread.
@@ -163,14 +163,16 @@ class _Server(ABC):
 
     @property
     def socket_dir(self) -> Path:
-        """The directory of the socket: `data_dir` where its path is short enough.
+        """The directory of the socket: `data_dir` where its path is short enough and has no comma (in a URL, commas
+        part hosts).
 
         Else a directory of our own in the temporary directory, named after `data_dir`, so that a killed owner's is
         used again and never piles up.
         """
         if self._socket_dir is not None:
             return self._socket_dir
-        if len(os.fsencode(self.data_dir / self._socket_name)) <= SOCKET_PATH_BYTES_MAX:
+        path = os.fsencode(self.data_dir / self._socket_name)
+        if len(path) <= SOCKET_PATH_BYTES_MAX and b"," not in path:
             return self.data_dir
         digest = hashlib.sha256(os.fsencode(self.data_dir)).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"fastworker-{os.getuid()}-{digest}"

@@ -1,0 +1,224 @@
+"""`fastworker migrate` against real databases: empty, adopted, broken, ahead of us, raced and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import textwrap
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from fastworker.edge.embedded import EmbeddedPostgres
+from fastworker.edge.schema_admin import open_schema
+from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.run import migrate as module
+from fastworker.run.migrate import Migration, SchemaRefused, check, migrate, packaged
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [migration.name for migration in packaged()]
+CONTRACT_SQL = packaged()[0].sql
+
+
+async def execute(url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(url, timeout=10)
+    for statement in statements:
+        await connection.execute(statement)
+    await connection.close(timeout=10)
+
+
+async def fetch(url: str, statement: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(url, timeout=10)
+    rows = await connection.fetch(statement)
+    await connection.close(timeout=10)
+    return rows
+
+
+async def public_fingerprint(url: str) -> list[tuple[str, ...]]:
+    """Everything in public that a migration could touch, by oid: a table made again has another."""
+    return [
+        tuple(row)
+        for row in await fetch(
+            url,
+            "SELECT oid::text, relname, relkind::text FROM pg_class WHERE relnamespace = 'public'::regnamespace "
+            "UNION ALL SELECT oid::text, proname, 'p' FROM pg_proc WHERE pronamespace = 'public'::regnamespace "
+            "ORDER BY 2",
+        )
+    ]
+
+
+async def test_empty_database_gets_everything_once(empty_postgres_url: str) -> None:
+    assert await check(empty_postgres_url) == [f"{name} is not applied: run `fastworker migrate`." for name in NAMES]
+    assert await migrate(empty_postgres_url) == NAMES
+    assert await check(empty_postgres_url) == []
+    assert await migrate(empty_postgres_url) == []
+
+
+async def test_parsed_expectations_are_what_postgres_made(postgres_url: str) -> None:
+    """The patterns that read our SQL files find all of it: else a missing column would go unnoticed."""
+    async with open_schema(postgres_url) as admin:
+        schema = await admin.read()
+    expected = {table.name: table for migration in packaged() for table in module._expected(migration.sql)}
+    made = {name: columns for name, columns in schema.columns.items() if name != "fastworker.migrations"}
+    assert {name: table.columns for name, table in expected.items()} == made
+    uniques = {name: found for name, found in schema.uniques.items() if name != "fastworker.migrations"}
+    assert {name: table.uniques for name, table in expected.items() if table.uniques} == uniques
+
+
+async def test_search_vector_follows_the_user(pg: asyncpg.Connection) -> None:
+    await pg.execute("INSERT INTO users (did, handle, display_name) VALUES ('did:web:a', 'a.test', 'Running Ünal')")
+    find = "SELECT count(*) FROM users WHERE search_vector @@ plainto_tsquery('english', $1)"
+    assert await pg.fetchval(find, "runs ünal") == 1
+    await pg.execute("UPDATE users SET description = 'gardens'")
+    assert await pg.fetchval(find, "garden") == 1
+
+
+async def test_contract_details(pg: asyncpg.Connection) -> None:
+    """Names that others rely on: constraint and unique index names, defaults, the two cascades."""
+    indexes = {row[0] for row in await pg.fetch("SELECT indexname FROM pg_indexes WHERE schemaname = 'public'")}
+    assert {
+        "unique_like_user_post",
+        "unique_repost_user_post",
+        "unique_follow_follower_following",
+        "unique_block_blocker_blocked",
+        "unique_bookmark_user_post",
+        "unique_list_item",
+        "unique_list_block",
+        "unique_quote_post_quoted",
+        "unique_verification_subject",
+        "notifications_uri_unique",
+        "firehose_cursor_service_unique",
+        "idx_post_viewer_states_post_viewer",
+    } <= indexes
+    await pg.execute("INSERT INTO thread_gates (post_uri, owner_did) VALUES ('at://a', 'did:web:a')")
+    gate = await pg.fetchrow(
+        "SELECT allow_mentions, allow_following, allow_list_members, allow_list_uris FROM thread_gates"
+    )
+    assert tuple(gate) == (True, True, False, "[]")
+    await pg.execute("INSERT INTO labels VALUES ('at://l', 'did:web:a', 'at://a', 'spam', false, now())")
+    await pg.execute("INSERT INTO label_events (label_uri, action) VALUES ('at://l', 'created')")
+    await pg.execute("DELETE FROM labels")
+    assert await pg.fetchval("SELECT count(*) FROM label_events") == 0
+
+
+async def test_database_of_the_appview_is_adopted_untouched(empty_postgres_url: str) -> None:
+    await execute(
+        empty_postgres_url, CONTRACT_SQL, "CREATE TABLE sessions (id text)", "ALTER TABLE lists ALTER name TYPE text"
+    )
+    before = await public_fingerprint(empty_postgres_url)
+    assert await check(empty_postgres_url) == [f"{name} is not applied: run `fastworker migrate`." for name in NAMES]
+    assert await migrate(empty_postgres_url) == [f"{NAMES[0]} (adopted)", *NAMES[1:]]
+    assert await public_fingerprint(empty_postgres_url) == before
+    assert await check(empty_postgres_url) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ("DROP TABLE quotes", "Table quotes is missing."),
+        ("DROP TABLE users CASCADE", "Table users is missing."),
+        ("ALTER TABLE likes DROP via", "Column likes.via (jsonb) is missing."),
+        ("ALTER TABLE posts ALTER cid TYPE varchar(64)", "Column posts.cid is character varying(64), expected"),
+        ("ALTER TABLE posts ALTER created_at TYPE timestamptz", "Column posts.created_at is timestamp with time zone"),
+        ("DROP INDEX unique_like_user_post", "Table likes has no unique index on (post_uri, user_did)."),
+        ("ALTER TABLE posts DROP CONSTRAINT posts_pkey", "Table posts has no unique index on (uri)."),
+    ],
+)
+async def test_incomplete_database_is_refused_and_says_what(empty_postgres_url: str, damage: str, found: str) -> None:
+    await execute(empty_postgres_url, CONTRACT_SQL, damage)
+    assert any(found in sentence for sentence in await check(empty_postgres_url))
+    with pytest.raises(SchemaRefused) as refused:
+        await migrate(empty_postgres_url)
+    assert found in str(refused.value)
+    assert refused.value.exit_code == ExitCode.NO
+    assert await fetch(empty_postgres_url, "SELECT 1 FROM pg_namespace WHERE nspname = 'fastworker'") == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        ("DROP INDEX unique_like_user_post", "Table likes has no unique index on (post_uri, user_did)."),
+        ("DROP TABLE fastworker.versions", "Table fastworker.versions is missing."),
+    ],
+)
+async def test_later_damage_is_reported(postgres_url: str, damage: str, found: str) -> None:
+    await execute(postgres_url, damage)
+    assert await check(postgres_url) == [found]
+
+
+async def test_database_of_a_newer_release_is_refused(empty_postgres_url: str) -> None:
+    newer = (*packaged(), Migration(number=9000, name="9000_later", sql="CREATE TABLE later (x int)"))
+    assert (await migrate(empty_postgres_url, newer))[-1] == "9000_later"
+    with pytest.raises(SchemaRefused, match="9000_later"):
+        await migrate(empty_postgres_url)
+    assert "9000_later" in (await check(empty_postgres_url))[0]
+
+
+async def test_changed_migration_is_refused(empty_postgres_url: str) -> None:
+    first = packaged()[0]
+    other = (Migration(number=1, name=first.name, sql=first.sql + "\n-- another"), *packaged()[1:])
+    await migrate(empty_postgres_url, other)
+    with pytest.raises(SchemaRefused, match="another build"):
+        await migrate(empty_postgres_url)
+
+
+async def test_failing_migration_changes_nothing(empty_postgres_url: str) -> None:
+    broken = (*packaged(), Migration(number=9000, name="9000_broken", sql="CREATE TABLE half (x int); SELECT 1/0"))
+    before = await public_fingerprint(empty_postgres_url)
+    with pytest.raises(SchemaRefused, match="division by zero"):
+        await migrate(empty_postgres_url, broken)
+    assert await public_fingerprint(empty_postgres_url) == before
+    assert await migrate(empty_postgres_url) == NAMES
+
+
+async def test_several_at_once_apply_each_once(empty_postgres_url: str) -> None:
+    results = await asyncio.gather(*(migrate(empty_postgres_url) for _ in range(6)))
+    assert sorted(results) == [[], [], [], [], [], NAMES]
+
+
+async def test_killed_in_the_middle_leaves_no_half_migration(empty_postgres_url: str) -> None:
+    program = textwrap.dedent(
+        """
+        import asyncio, sys
+        from fastworker.run.migrate import Migration, migrate, packaged
+        slow = Migration(number=9000, name="9000_slow", sql="CREATE TABLE half (x int); SELECT pg_sleep(60)")
+        asyncio.run(migrate(sys.argv[1], (*packaged(), slow)))
+        """
+    )
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, empty_postgres_url, cwd=ROOT)
+    sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+    async with asyncio.timeout(20):
+        while not await fetch(empty_postgres_url, sleeping):
+            assert child.returncode is None
+    child.kill()
+    await child.wait()
+    await fetch(empty_postgres_url, f"SELECT pg_cancel_backend(pid) FROM ({sleeping}) AS its_backend")
+    assert await migrate(empty_postgres_url) == NAMES
+    assert await check(empty_postgres_url) == []
+
+
+async def test_migrated_database_needs_no_rights(postgres_url: str, postgres_server: EmbeddedPostgres) -> None:
+    role = "reader_" + postgres_url.partition("?")[0].rpartition("/")[2]
+    await execute(
+        postgres_url,
+        f"CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA fastworker TO {role};"
+        f"GRANT SELECT ON fastworker.migrations TO {role}",
+    )
+    url = postgres_url.replace("postgres@", f"{role}@")
+    assert await migrate(url) == []
+    assert await check(url) == []
+    await execute(postgres_url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_unreachable_and_unusable_urls_are_told_apart(postgres_server: EmbeddedPostgres, tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="no_such"):
+        await check(postgres_server.url_of("no_such"))
+    with pytest.raises(Unreachable):
+        await check(f"postgresql://x@/y?host={tmp_path}")
+    with pytest.raises(Unreachable) as gone:
+        await check("postgresql://x:secret@127.0.0.1:1/y")
+    assert "secret" not in str(gone.value)
+    with pytest.raises(ConfigError) as bad:
+        await check("mysql://x:secret@localhost/y")
+    assert "secret" not in str(bad.value)
