@@ -52,7 +52,13 @@ ROUNDS_MAX = 100  # of one conflict: each round means that another writer commit
 KNOWN_USERS_MAX = 65_536  # DIDs a process remembers as committed, about 12 MB
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
-RETRYABLE = (DeadlockDetectedError, SerializationError)
+
+
+class _Contended(Exception):
+    """What the transaction has read is no longer so, and part of it is written: begin again."""
+
+
+RETRYABLE = (DeadlockDetectedError, SerializationError, _Contended)
 
 # A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys.
 _SESSION = (
@@ -541,7 +547,8 @@ class Store:
                     derived.added(fx, table, member.row, member.cid)
                     continue
                 # Another writer took the empty pair first: those of ours come back and find it.
-                assert pair not in winners, "a pair whose winner we hold refused its next one"
+                if pair in winners:
+                    raise _Contended  # another writer put this very uri elsewhere: begin again, and see it
                 twin_puts.pop(pair, None)
                 applied = [u for u in applied if u not in after[pair]]
         puts = sorted(((m, pair) for pair, members in twin_puts.items() for m in members), key=lambda p: p[0].uri)
@@ -698,12 +705,12 @@ class Store:
         did, deleted_seq = account
         found = await connection.fetch(merge.PURGE_PIECE, did, deleted_seq, PURGE_PIECE)
         tables = {table.name: table for table in TABLES}
-        kills = []
+        kills = {}  # a twin of a cold table is found twice
         for name, uri in found:
             table = tables[name] if name is not None else collection_table(uri)
-            kills.append(Change(table, uri, did, _rkey(uri), None, deleted_seq, 0, None, None))
+            kills[uri] = Change(table, uri, did, _rkey(uri), None, deleted_seq, 0, None, None)
         if kills:
-            await self._main(connection, kills, None)
+            await self._main(connection, list(kills.values()), None)
             crashpoint(Place.IN_ACCOUNT_DELETION)
         else:
             await connection.execute(merge.PURGED, did, deleted_seq)

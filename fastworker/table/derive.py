@@ -51,6 +51,7 @@ class Effects:
         "gates_removed",
         "gates_set",
         "labels_added",
+        "labels_removed",
         "notes_added",
         "notes_removed",
         "owed",
@@ -78,6 +79,7 @@ class Effects:
         self.gates_set: dict[str, Row] = {}  # gate uri -> GATES row
         self.gates_removed: dict[str, str] = {}  # gate uri -> post_uri
         self.labels_added: list[str] = []
+        self.labels_removed: set[str] = set()  # replaced ones keep the event they have
         self.owed: set[tuple[str, str]] = set()  # (kind, key) to recompute after the commit
 
     def count(self, uri: str, which: int, delta: int) -> None:
@@ -332,13 +334,12 @@ def _remove_gate(fx: Effects, row: Row) -> None:
 
 
 def _add_label(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
-    fx.labels_added.append(row[0])
+    if row[0] not in fx.labels_removed:
+        fx.labels_added.append(row[0])
 
 
-def _add_nothing(fx: Effects, row: Row, cid: str | None) -> None: ...
-
-
-def _remove_nothing(fx: Effects, row: Row) -> None: ...
+def _remove_label(fx: Effects, row: Row) -> None:
+    fx.labels_removed.add(row[0])
 
 
 _Add = Callable[[Effects, Row, str | None], None]
@@ -352,7 +353,7 @@ _DERIVED: dict[str, tuple[_Add, _Remove]] = {
     schema.FOLLOWS.name: (_add_follow, _remove_follow),
     schema.PROFILES.name: (_add_profile, _remove_profile),
     schema.GATES.name: (_add_gate, _remove_gate),
-    schema.LABELS.name: (_add_label, _remove_nothing),
+    schema.LABELS.name: (_add_label, _remove_label),
 }
 
 
