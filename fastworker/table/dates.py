@@ -75,7 +75,7 @@ def _shifted(moment: datetime, by: timedelta) -> datetime:
 def date_or(value: Any, otherwise: datetime, latest: datetime) -> datetime:
     """A record's date: what it says, or `otherwise` if that is no date; never before 1970 nor after `latest`."""
     moment = (parse_date(value) if type(value) is str else None) or otherwise
-    return max(EPOCH, min(moment, latest))
+    return moment if EPOCH <= moment <= latest else max(EPOCH, min(moment, latest))
 
 
 def entry_moment(entry_ms: int) -> datetime:

@@ -138,13 +138,12 @@ def _required_did(value: Any, member: str) -> str:
 
 
 def _uri_or_none(value: Any, member: str) -> str | None:
-    found = _is_uri(value) if type(value) is str else None
-    if found is None:
+    if type(value) is not str or (found := _is_uri(value)) is None:
         return None
-    uri = found[0]
-    if len(uri) > DID_MAX:
-        _fitting(found[1], DID_MAX, member)
+    uri: str = value
+    if len(uri) > DID_MAX:  # a shorter one fits, and so does its DID
         _fitting(uri, URI_MAX, member)
+        _fitting(found[1], DID_MAX, member)
     return uri
 
 

@@ -517,6 +517,13 @@ def test_verified_at_of_its_own() -> None:
     assert row_of(collection, {**record, "verifiedAt": "?"})["verified_at"] == datetime(2024, 1, 1)
 
 
+def test_a_commit_at_the_end_of_time() -> None:
+    event = commit(create("app.bsky.feed.post", {"text": "", **CREATED}), time="9999-12-31T23:59:59.999999Z")
+    (change,) = map_commit(event, ENTRY_MS).changes
+    assert change.row is not None
+    assert change.row[change.table.index("created_at")] == WRITTEN
+
+
 def test_versions_that_are_missing() -> None:
     found = map_commit(commit(create("app.bsky.feed.like", {"subject": REF}), seq=None, rev=None), ENTRY_MS)
     (change,) = found.changes
