@@ -9,8 +9,9 @@ not supported.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -42,9 +43,9 @@ GAPS_KEPT: Final = 100
 CHUNK_ITEMS: Final = 500
 CHUNK_BYTES: Final = 2_000_000
 
-# KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps
+# KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS
 # ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
-#      dead-letter limit, gaps kept, then per item: what, count, count arguments
+#      dead-letter limit, gaps kept, ms now, then per item: what, count, count arguments
 # The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
 # script that has written finish, so OOM leaves either all or nothing.
 _APPEND: Final = """
@@ -57,7 +58,7 @@ if cursor ~= ARGV[3] then
 end
 local entries = tonumber(ARGV[6])
 if entries > 0 and redis.call('XLEN', KEYS[1]) + entries > tonumber(ARGV[7]) then return {'full', ''} end
-local at, last = 10, #ARGV
+local at, last = 11, #ARGV
 while at <= last do
   local what, upto = ARGV[at], at + 1 + tonumber(ARGV[at + 1])
   if what == 'e' then
@@ -76,6 +77,7 @@ if ARGV[4] ~= '' then
   redis.call('SET', KEYS[2], ARGV[4])
   redis.call('SET', KEYS[4], ARGV[4])
   redis.call('SET', KEYS[5], ARGV[5])
+  redis.call('HSETNX', KEYS[9], ARGV[5], ARGV[10])
 end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
 return {'ok', ''}
@@ -144,7 +146,7 @@ return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
 """
 
 
-class LeaseLost(Exception):  # noqa: N818
+class LeaseLost(Exception):
     """Another reader is at work (or Redis came back with other data): step back, wait, look again."""
 
 
@@ -281,9 +283,7 @@ class Feed:
             pipe.get(self._cursor_key)
             pipe.get(RELAY)
             pipe.get(CURSOR_OF + host)
-            pipe.time()
-            main, relay, kept, now = cast("tuple[bytes | None, bytes | None, bytes | None, Any]", await pipe.execute())
-            await self._redis.hsetnx(RELAYS, host, str(now[0] * 1000 + now[1] // 1000))
+            main, relay, kept = cast("tuple[bytes | None, bytes | None, bytes | None]", await pipe.execute())
         self._host = host
         self._cursor = (main or b"").decode("utf-8", "replace")
         owner: str | None = relay.decode() if relay and main else None
@@ -309,6 +309,7 @@ class Feed:
             DEAD_LETTERS,
             REPAIRS,
             GAPS,
+            RELAYS,
         ]
         head: list[bytes | str | int] = [
             self._token,
@@ -320,6 +321,7 @@ class Feed:
             self._max_len,
             self._dead_letter_maxlen,
             GAPS_KEPT,
+            int(time.time() * 1000),
         ]
         async with translating(self._redis):
             answer, detail = cast("list[bytes]", await self._append(keys=keys, args=head + chunk.arguments))

@@ -64,8 +64,8 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
     (exceptions.AuthenticationError, "WRONGPASS"),
 )
 # Redis 6.2 wraps what a command in a script answered: `Error running script (...): @user_script: 1: -OOM ...`;
-# newer ones lead with the code.
-_CODE: Final = re.compile(r"^-?([A-Z]{3,})\b|@user_script:? ?\d+: -?([A-Z]{3,})\b")
+# newer ones lead with the code. The client's pipelines wrap once more.
+_CODE: Final = re.compile(r"(?:^|@user_script: ?\d+: |caused error: )-?([A-Z]{3,})\b")
 
 _USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
 _SECRET_OPTION: Final = re.compile(r"(?i)\b((?:ssl_)?(?:password|passwd|token|secret)=)[^&\s]+")
@@ -115,7 +115,7 @@ def error_code(error: exceptions.RedisError) -> str:
         if isinstance(error, kind):
             return code
     found = _CODE.search(str(error))
-    return (found[1] or found[2]) if found else ""
+    return found[1] if found else ""
 
 
 def translate(error: Exception) -> Exception:

@@ -31,7 +31,7 @@ RETRY_AFTER_MAX_S: Final = 900.0
 _SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
-class RelayRefused(Exception):  # noqa: N818
+class RelayRefused(Exception):
     """No connection was made. `at_least`: seconds that the relay (or its answer) asks us to stay away."""
 
     def __init__(self, detail: str, at_least: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class RelayRefused(Exception):  # noqa: N818
         self.at_least = at_least
 
 
-class RelayLost(Exception):  # noqa: N818
+class RelayLost(Exception):
     """The connection ended. `oversized`: because of a frame beyond `FRAME_MAX`, which will come again."""
 
     def __init__(self, detail: str, *, oversized: bool = False) -> None:
@@ -68,14 +68,6 @@ class RelayAddress(msgspec.Struct, frozen=True):
         if url.path in ("", "/"):
             url = url.with_path(PATH)
         return cls(_host_of(url.with_port(port)), str(url))
-
-
-def parse_relays(text: str) -> tuple[RelayAddress, ...]:
-    """RELAY_URL: one relay, or several separated by commas, the first preferred."""
-    relays = tuple(RelayAddress.parse(part) for part in text.split(",") if part.strip())
-    if not relays:
-        raise ConfigError("RELAY_URL is empty: give a host, or a ws:// or wss:// URL")
-    return relays
 
 
 class Subscription:

@@ -1,0 +1,711 @@
+"""The reader between a scripted relay (real WebSockets) and a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import libipld
+import pytest
+import uvloop
+from aiohttp import web
+from redis.asyncio import Redis
+
+from fastworker.edge import feed as feed_module
+from fastworker.edge.embedded import EmbeddedRedis
+from fastworker.errors import ConfigError, StoppedItself, Unreachable
+from fastworker.run import reader as reader_module
+from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+
+DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
+TIME = "2026-01-02T03:04:05.678Z"
+STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
+
+
+def frame(kind: str, payload: dict[str, Any]) -> bytes:
+    return libipld.encode_dag_cbor({"op": 1, "t": kind}) + libipld.encode_dag_cbor(payload)
+
+
+def identity(seq: int) -> bytes:
+    return frame("#identity", {"seq": seq, "did": DID, "time": TIME, "handle": f"h{seq}.test"})
+
+
+def error(name: str) -> bytes:
+    return libipld.encode_dag_cbor({"op": -1}) + libipld.encode_dag_cbor({"error": name})
+
+
+Answer = Callable[["Relay", web.Request], Awaitable[web.StreamResponse]]
+
+
+class Relay:
+    """`frames` (seq, bytes) by the protocol's cursor rules; `answers` are used up first, one per connection."""
+
+    def __init__(self) -> None:
+        self.frames: list[tuple[int, bytes]] = []
+        self.answers: list[Answer] = []
+        self.asked: list[int | None] = []
+        self.asked_at: list[float] = []
+        self.open = 0
+        self._runner: web.AppRunner | None = None
+        self.host = ""
+
+    @property
+    def url(self) -> str:
+        return f"ws://{self.host}"
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_get("/xrpc/com.atproto.sync.subscribeRepos", self._connected)
+        app.router.add_get("/elsewhere", self._connected)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", int(self.host.rpartition(":")[2] or 0))
+        await site.start()
+        self.host = f"127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _connected(self, request: web.Request) -> web.StreamResponse:
+        cursor = request.query.get("cursor")
+        self.asked.append(None if cursor is None else int(cursor))
+        self.asked_at.append(time.monotonic())
+        answer = self.answers.pop(0) if self.answers else Relay.serve
+        return await answer(self, request)
+
+    async def serve(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        cursor = request.query.get("cursor")
+        at = len(self.frames) if cursor is None else 0
+        self.open += 1
+        try:
+            while not socket.closed:
+                while at < len(self.frames):
+                    seq, data = self.frames[at]
+                    at += 1
+                    if cursor is None or seq >= int(cursor):
+                        await socket.send_bytes(data)
+                with suppress(TimeoutError):
+                    await socket.receive(timeout=0.02)
+        except ConnectionError:
+            pass
+        finally:
+            self.open -= 1
+        return socket
+
+    def add(self, *seqs: int) -> None:
+        self.frames.extend((seq, identity(seq)) for seq in seqs)
+
+
+@pytest.fixture
+async def relay() -> AsyncIterator[Relay]:
+    server = Relay()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    client = Redis.from_url(redis_url, protocol=2)
+    yield client
+    await client.aclose()
+
+
+def settings(redis_url: str, *relays: Relay, **more: Any) -> ReaderSettings:
+    return ReaderSettings(redis_url=redis_url, relay_urls=tuple(relay.url for relay in relays), **more)
+
+
+@asynccontextmanager
+async def reading(config: ReaderSettings, **more: Any) -> AsyncIterator[ReaderStats]:
+    """A reader beside the test; its end is waited for, its errors are the test's."""
+    stop, stats = asyncio.Event(), ReaderStats()
+    task = asyncio.create_task(run_reader(config, stop, stats=stats, **more))
+    try:
+        yield stats
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
+
+
+async def until(true: Callable[[], Any], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = true()
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if answer:
+            return
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def seqs(redis: Redis) -> list[int]:
+    return [int(fields[b"seq"]) for _, fields in await redis.xrange(STREAM)]
+
+
+def cursor_is(redis: Redis, seq: int) -> Callable[[], Awaitable[bool]]:
+    async def check() -> bool:
+        return await redis.get(CURSOR) == str(seq).encode()
+
+    return check
+
+
+# What ends where
+
+
+async def test_frames_reach_the_stream_in_order_and_the_cursor_follows(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 1501))
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 1500))
+    entries = await redis.xrange(STREAM)
+    assert [list(fields) for _, fields in entries] == [[b"type", b"data", b"seq"]] * 1500
+    assert await seqs(redis) == list(range(1, 1501))
+    assert await redis.get(feed_module.CURSOR_OF + relay.host) == b"1500"
+    assert list(await redis.hgetall(feed_module.RELAYS)) == [relay.host.encode()]
+    assert (stats.entries, stats.last_seq, stats.identities) == (1500, 1500, 1500)
+    assert await redis.exists(feed_module.LEASE) == 0
+
+
+@pytest.mark.parametrize(("form", "names"), [("native", [b"n"]), ("frame", [b"f", b"relay"])])
+async def test_the_binary_forms(relay: Relay, redis: Redis, redis_url: str, form: str, names: list[bytes]) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(1, 2)
+    relay.frames.append(
+        (3, frame("#sync", {"seq": 3, "did": DID, "rev": "3l3qo2vutsw2b", "blocks": b"", "time": TIME}))
+    )
+    async with reading(settings(redis_url, relay, stream_format=form)):
+        await until(cursor_is(redis, 3))
+    entries = await redis.xrange(STREAM)
+    assert [list(fields) for _, fields in entries] == [names] * 3
+    if form == "frame":
+        assert [fields[b"f"] for _, fields in entries] == [data for _, data in relay.frames]
+
+
+async def test_starts_at_the_tip_without_a_cursor(relay: Relay, redis: Redis, redis_url: str) -> None:
+    relay.add(1, 2, 3)
+    async with reading(settings(redis_url, relay)):
+        await until(lambda: relay.open)
+        relay.add(4, 5)
+        await until(cursor_is(redis, 5))
+    assert relay.asked == [None]
+    assert await seqs(redis) == [4, 5]
+
+
+async def test_starts_at_what_postgresql_says_when_redis_is_empty(relay: Relay, redis: Redis, redis_url: str) -> None:
+    async def stored(host: str) -> int:
+        assert host == relay.host
+        return 2
+
+    relay.add(1, 2, 3)
+    async with reading(settings(redis_url, relay), fallback_seq=stored):
+        await until(cursor_is(redis, 3))
+    assert (relay.asked, await seqs(redis)) == ([2], [3])
+
+
+async def test_what_is_not_an_event_moves_the_cursor_and_is_counted(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    sync = {"seq": 3, "did": DID, "rev": "3l3qo2vutsw2b", "blocks": b"", "time": TIME}
+    relay.add(1)
+    relay.frames += [(2, frame("#new", {"seq": 2})), (3, frame("#sync", sync)), (3, identity(3))]
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 3))
+    assert await seqs(redis) == [1]
+    assert stats.drops["unknown_kind"] == 1
+    assert stats.duplicates == 1
+    repair = json.loads((await redis.hgetall(feed_module.REPAIRS))[DID.encode()])
+    assert repair == {"rev": "3l3qo2vutsw2b", "seq": 3, "relay": relay.host, "time": TIME}
+
+
+async def test_malformed_frames_are_set_aside_and_good_ones_pass(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(1)
+    relay.frames += [(2, b"\xff\x00"), (2, b"x" * 5_000_001), (2, identity(2)[:-5])]
+    relay.add(3)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 3))
+    assert await seqs(redis) == [1, 3]
+    letters = [fields for _, fields in await redis.xrange("firehose:dead-letters")]
+    assert [list(letter)[:5] for letter in letters] == [[b"type", b"data", b"seq", b"origId", b"deliveries"]] * 3
+    assert base64.b64decode(letters[0][b"data"]) == b"\xff\x00"
+    assert [letter[b"reason"] for letter in letters] == [b"bad_frame", b"oversized", b"bad_frame"]
+    assert len(letters[1][b"data"]) < 100_000
+    assert sum(stats.drops.values()) == stats.set_aside == 3
+
+
+async def test_many_malformed_frames_in_a_row_do_not_hold_the_reader_for_ever(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    await redis.set(CURSOR, "1")
+    relay.add(1)
+    relay.frames += [(2, b"\xff")] * (reader_module.MALFORMED_IN_A_ROW * 2 - 1)
+    relay.add(3)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 3))
+    assert relay.asked == [1, 1]
+    assert stats.set_aside == reader_module.SET_ASIDE_PER_MINUTE
+    assert stats.drops["bad_frame"] == reader_module.MALFORMED_IN_A_ROW * 3 - 1
+
+
+# Connections
+
+
+async def test_a_restart_replays_inclusively_without_doubling(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(1, 2, 3)
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 3))
+    relay.add(4)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 4))
+    assert relay.asked == [0, 3]
+    assert stats.duplicates == 1
+    assert await seqs(redis) == [1, 2, 3, 4]
+
+
+async def test_a_connection_cut_inside_a_frame(relay: Relay, redis: Redis, redis_url: str) -> None:
+    async def cut(self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for _, data in self.frames[:20]:
+            await socket.send_bytes(data)
+        transport = request.transport
+        assert transport is not None
+        data = self.frames[20][1]
+        transport.write(bytes([0x82, len(data)]) + data[: len(data) // 2])
+        await asyncio.sleep(0.1)
+        transport.abort()
+        return socket
+
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 101))
+    relay.answers = [cut]
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 100))
+    assert relay.asked == [0, 20]
+    assert (stats.reconnects, stats.set_aside) == (1, 0)
+    assert await seqs(redis) == list(range(1, 101))
+
+
+@pytest.mark.parametrize("last", ["close", "ConsumerTooSlow", "text"])
+async def test_a_relay_that_ends_the_connection_is_called_again(
+    relay: Relay, redis: Redis, redis_url: str, last: str
+) -> None:
+    async def end(self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_bytes(self.frames[0][1])
+        if last == "text":
+            await socket.send_str("what is this?")
+        elif last != "close":
+            await socket.send_bytes(error(last))
+        await socket.close()
+        return socket
+
+    await redis.set(CURSOR, "0")
+    relay.add(1, 2)
+    relay.answers = [end]
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 2))
+    assert relay.asked == [0, 1]
+    assert await seqs(redis) == [1, 2]
+    assert stats.drops["bad_frame"] == (last == "text")
+
+
+async def test_a_future_cursor_stops_the_reader_and_leaves_the_cursor(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    async def future(self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_bytes(error("FutureCursor"))
+        await socket.close()
+        return socket
+
+    await redis.set(CURSOR, "99")
+    relay.answers = [future]
+    with pytest.raises(StoppedItself, match=r"99.*delete firehose:python_cursor"):
+        await asyncio.wait_for(run_reader(settings(redis_url, relay), asyncio.Event()), 10)
+    assert await redis.get(CURSOR) == b"99"
+    assert json.loads(await redis.get("firehose:status"))["connected"] is False
+    assert await redis.exists(feed_module.LEASE) == 0
+
+
+async def test_an_outdated_cursor_is_recorded_as_a_gap(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "10")
+    relay.frames = [(10**9, frame("#info", {"name": "OutdatedCursor"}))]
+    relay.add(50, 51)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 51))
+        await until(lambda: redis.hget(feed_module.READER_STATS, "gaps"))
+    assert stats.gaps == 1
+    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert gap.pop("at") > 1_700_000_000_000
+    assert gap == {"relay": relay.host, "reason": "outdated_cursor", "after": 10, "resumed": 50}
+
+
+async def test_retry_after_is_honoured(relay: Relay, redis: Redis, redis_url: str) -> None:
+    async def too_many(self: Relay, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=429, headers={"Retry-After": "2"})
+
+    await redis.set(CURSOR, "0")
+    relay.add(1)
+    relay.answers = [too_many]
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 1))
+    assert relay.asked_at[1] - relay.asked_at[0] >= 2
+
+
+async def test_a_redirect_is_followed_to_the_other_hosts_cursor(relay: Relay, redis: Redis, redis_url: str) -> None:
+    target = Relay()
+    await target.start()
+
+    async def redirect(self: Relay, request: web.Request) -> web.StreamResponse:
+        raise web.HTTPFound(f"http://{target.host}{request.path_qs}")
+
+    target.add(*range(1, 11))
+    relay.answers = [redirect] * 9
+    await redis.set(CURSOR, "100")
+    await redis.set(feed_module.RELAY, target.host)
+    await redis.set(CURSOR, "7")
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 10))
+    assert target.asked == [None, 7]  # what the first host had, then its own
+    assert await seqs(redis) == [8, 9, 10]
+    assert list(await redis.hgetall(feed_module.RELAYS)) == [target.host.encode()]
+    assert stats.gaps == 0
+    await target.stop()
+
+
+async def test_endless_redirects_end(relay: Relay, redis: Redis, redis_url: str) -> None:
+    async def redirect(self: Relay, request: web.Request) -> web.StreamResponse:
+        raise web.HTTPFound(str(request.rel_url))
+
+    relay.answers = [redirect] * 11
+    relay.add(1)
+    await redis.set(CURSOR, "0")
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 1))
+
+
+async def test_a_frame_too_large_to_receive_is_passed_over(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastworker.edge.relay.FRAME_MAX", 100_000)
+    await redis.set(CURSOR, "0")
+    relay.add(1, 2)
+    relay.frames.append((5, b"x" * 200_000))
+    relay.add(6, 7)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 7))
+    assert await seqs(redis) == [1, 2, 6, 7]
+    assert relay.asked == [0, 3, 4, 6]
+    assert stats.drops["oversized"] == 3
+    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert (gap["reason"], gap["after"], gap["resumed"]) == ("oversized", 2, 6)
+
+
+async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "FAILURES_BEFORE_NEXT_RELAY", 1)
+    other = Relay()
+    await other.start()
+    await redis.set(CURSOR, "1000")
+    await redis.set(feed_module.RELAY, relay.host)
+    await redis.set(feed_module.CURSOR_OF + other.host, "7")
+    relay.add(1001, 1002)
+    other.add(*range(6, 10))
+    async with reading(settings(redis_url, relay, other)):
+        await until(cursor_is(redis, 1002))
+        await relay.stop()
+        await until(cursor_is(redis, 9))
+        await relay.start()
+        relay.add(1003)
+        await other.stop()
+        await until(cursor_is(redis, 1003))
+    assert other.asked[0] == 7
+    assert relay.asked == [1000, 1002]
+    assert await seqs(redis) == [1001, 1002, 8, 9, 1003]
+    assert await redis.get(feed_module.CURSOR_OF + other.host) == b"9"
+    assert await redis.llen(feed_module.GAPS) == 0
+
+
+async def test_a_relay_never_read_before_begins_at_its_tip_and_that_is_a_gap(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    await redis.set(CURSOR, "1000")
+    await redis.set(feed_module.RELAY, "old.test")
+    relay.add(1, 2)
+    async with reading(settings(redis_url, relay)):
+        await until(lambda: relay.open)
+        relay.add(3)
+        await until(cursor_is(redis, 3))
+    assert relay.asked == [None]
+    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert (gap["reason"], gap["switched_from"], gap["after"], gap["resumed"]) == ("relay_switch", "old.test", None, 3)
+
+
+async def test_a_silent_connection_is_replaced(relay: Relay, redis: Redis, redis_url: str) -> None:
+    async def silent(self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for _, data in self.frames[:400]:
+            await socket.send_bytes(data)
+        while not socket.closed:
+            with suppress(TimeoutError):
+                await socket.receive(timeout=0.05)
+            await socket.ping()  # a ping is not data
+        return socket
+
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 501))
+    relay.answers = [silent]
+    async with reading(settings(redis_url, relay, silence_floor_s=1.5)):
+        await until(cursor_is(redis, 500))
+    assert relay.asked == [0, 400]
+
+
+# Redis
+
+
+async def test_a_full_stream_holds_the_reader_back_and_loses_nothing(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    count, limit = 3000, 200
+    await redis.set(CURSOR, "0")
+    await redis.xgroup_create(STREAM, "firehose-processors", "0", mkstream=True)
+    relay.add(*range(1, count + 1))
+    longest, read = 0, []
+    async with reading(settings(redis_url, relay, max_stream_len=limit)) as stats:
+        await until(lambda: stats.full)
+        while len(read) < count:
+            longest = max(longest, await redis.xlen(STREAM))
+            answer = await redis.xreadgroup("firehose-processors", "c", {STREAM: ">"}, count=100, block=2000)
+            for id_, fields in answer[0][1] if answer else ():
+                read.append(int(fields[b"seq"]))
+                await redis.xack(STREAM, "firehose-processors", id_)
+    assert read == list(range(1, count + 1))
+    assert longest <= limit
+    assert stats.waits_full >= 1
+
+
+async def test_the_limit_in_bytes(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    await redis.xgroup_create(STREAM, "firehose-processors", "0", mkstream=True)
+    async with reading(settings(redis_url, relay, stream_bytes_max=200_000)) as stats:
+        await until(lambda: relay.open)
+        for start in range(1, 20_001, 500):
+            relay.add(*range(start, start + 500))
+            await asyncio.sleep(0.02)
+        await until(lambda: stats.full)
+        assert await redis.memory_usage(STREAM) < 600_000
+        seen = 0
+        while seen < 20_000:
+            answer = await redis.xreadgroup("firehose-processors", "c", {STREAM: ">"}, count=5000, block=3000)
+            ids = [id_ for id_, _ in answer[0][1]]
+            seen += await redis.xack(STREAM, "firehose-processors", *ids)
+    assert stats.last_seq == 20_000
+
+
+async def test_two_readers_do_no_harm(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 11))
+    async with reading(settings(redis_url, relay)) as first:
+        await until(cursor_is(redis, 10))
+        async with reading(settings(redis_url, relay)) as second:
+            await asyncio.sleep(1.2)
+            relay.add(*range(11, 21))
+            await until(cursor_is(redis, 20))
+            assert (first.standby, second.standby) == (False, True)
+    async with reading(settings(redis_url, relay)) as third:
+        await until(lambda: not third.standby)
+        relay.add(21)
+        await until(cursor_is(redis, 21))
+    assert await seqs(redis) == list(range(1, 22))
+
+
+async def test_steps_back_from_a_foreign_reader_and_goes_on_from_its_cursor(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "SETTLE_S", 2.5)
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 11))
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 10))
+        await redis.set(CURSOR, "12")  # the predecessor takes no lease
+        relay.add(*range(11, 16))
+        await until(lambda: stats.standby)
+        for seq in (13, 14):
+            await asyncio.sleep(1)
+            await redis.set(CURSOR, str(seq))
+            assert stats.standby
+        await until(cursor_is(redis, 15))
+    assert await seqs(redis) == [*range(1, 11), 15]
+
+
+async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None:
+    stored = 0
+
+    async def fallback(_host: str) -> int | None:
+        return stored
+
+    relay.add(*range(1, 101))
+    with EmbeddedRedis(server_dir, aof=False) as server:
+        redis = Redis.from_url(server.url, protocol=2)
+        async with reading(settings(server.url, relay), fallback_seq=fallback) as stats:
+            await until(cursor_is(redis, 100))
+            stored = 60  # what the workers had finished
+            await redis.config_set("save", "")
+            await asyncio.to_thread(server.stop)
+            for path in list(server_dir.rglob("*.rdb")):  # noqa: ASYNC240
+                path.unlink()
+            await asyncio.to_thread(server.start)
+            relay.add(101)
+            await until(cursor_is(redis, 101))
+            assert await seqs(redis) == list(range(61, 102))
+        assert stats.last_seq == 101
+        await redis.aclose()
+
+
+async def test_redis_without_memory_takes_all_of_a_chunk_or_nothing(relay: Relay, server_dir: Path) -> None:
+    with EmbeddedRedis(server_dir, aof=False) as server:
+        redis = Redis.from_url(server.url, protocol=2)
+        await redis.set(CURSOR, "0")
+        relay.add(*range(1, 11))
+        async with reading(settings(server.url, relay)) as stats:
+            await until(cursor_is(redis, 10))
+            await redis.config_set("maxmemory", "1")
+            relay.add(*range(11, 2001))
+            await until(lambda: "out of memory" in stats.last_error)
+            await asyncio.sleep(0.5)
+            assert await seqs(redis) == list(range(1, 11))
+            await redis.config_set("maxmemory", "0")
+            await until(cursor_is(redis, 2000))
+            assert await seqs(redis) == list(range(1, 2001))
+        await redis.aclose()
+
+
+async def test_connections_to_redis_cut_at_random(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    async with reading(settings(redis_url, relay)):
+        for start in range(1, 3001, 100):
+            relay.add(*range(start, start + 100))
+            await asyncio.sleep(random.uniform(0, 0.05))
+            await redis.client_kill_filter(_type="normal", skipme=True)
+        await until(cursor_is(redis, 3000), 20)
+    assert await seqs(redis) == list(range(1, 3001))
+
+
+async def test_sigkill_at_any_moment(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    config = settings(redis_url, relay)
+    context = multiprocessing.get_context("spawn")
+    for start in range(1, 5):
+        relay.add(*range(start * 1000 - 999, start * 1000 + 1))
+        child = context.Process(target=_run_until_killed, args=(config,))
+        child.start()
+        assert child.pid is not None
+        await until(lambda: relay.open, 15)
+        await asyncio.sleep(random.uniform(0, 0.1))
+        os.kill(child.pid, signal.SIGKILL)
+        await asyncio.to_thread(child.join)
+        await until(lambda: not relay.open)
+        await redis.delete(feed_module.LEASE)  # it would run out in five seconds
+        found, cursor = await seqs(redis), int(await redis.get(CURSOR))
+        assert found == list(range(1, cursor + 1))
+    async with reading(config):
+        await until(cursor_is(redis, 4000))
+    assert await seqs(redis) == list(range(1, 4001))
+
+
+def _run_until_killed(config: ReaderSettings) -> None:
+    uvloop.run(run_reader(config, asyncio.Event()))
+
+
+async def test_stops_within_seconds_while_the_stream_is_full(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 20_001))
+    async with reading(settings(redis_url, relay, max_stream_len=100)) as stats:
+        await until(lambda: stats.full)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    assert await redis.get(CURSOR) == b"100"
+    assert await redis.xlen(STREAM) == 100
+
+
+# What is wrong from the start
+
+
+async def test_redis_out_of_reach_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "START_S", 0.1)
+    config = ReaderSettings(redis_url="redis://:secret@127.0.0.1:1", relay_urls=("ws://127.0.0.1:1",))
+    with pytest.raises(Unreachable, match=r"redis://:\*\*\*@127.0.0.1:1: Redis cannot be reached"):
+        await run_reader(config, asyncio.Event())
+
+
+async def test_a_stream_key_of_the_wrong_type(redis: Redis, redis_url: str, relay: Relay) -> None:
+    await redis.set(STREAM, "x")
+    with pytest.raises(Unreachable, match="is a string, not a stream"):
+        await run_reader(settings(redis_url, relay), asyncio.Event())
+
+
+async def test_a_cursor_that_is_no_number(redis: Redis, redis_url: str, relay: Relay) -> None:
+    await redis.set(CURSOR, "abc")
+    with pytest.raises(ConfigError, match="firehose:python_cursor holds b'abc'"):
+        await asyncio.wait_for(run_reader(settings(redis_url, relay), asyncio.Event()), 10)
+
+
+# What others see
+
+
+async def test_the_dashboard(relay: Relay, redis: Redis, redis_url: str) -> None:
+    listener = redis.pubsub()
+    await listener.subscribe("firehose:events:broadcast")
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 61))
+    account = {"seq": 61, "did": DID, "time": TIME, "active": False, "status": "takendown"}
+    relay.frames.append((61, frame("#account", account)))
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 61))
+        await until(lambda: redis.exists("firehose:recent_events"))
+        status = json.loads(await redis.get("firehose:status"))
+        assert status == {
+            "connected": True,
+            "url": f"ws://{relay.host}/xrpc/com.atproto.sync.subscribeRepos",
+            "currentCursor": "61",
+        }
+        recent = json.loads(await redis.get("firehose:recent_events"))
+        assert 0 < await redis.ttl("firehose:recent_events") <= 10
+        assert 0 < await redis.ttl("firehose:status") <= 10
+        figures = await redis.hgetall(feed_module.READER_STATS)
+    assert len(recent) == 50
+    clock = recent[0].pop("timestamp")
+    assert time.strptime(clock, "%H:%M:%S")
+    assert recent[0] == {"type": "#account", "lexicon": "com.atproto.account", "did": DID, "action": "inactive"}
+    assert recent[1]["action"] == "\u2192 h60.test"
+    assert (figures[b"entries"], figures[b"connected"], figures[b"drop:bad_frame"]) == (b"61", b"1", b"0")
+    assert json.loads(await redis.get("firehose:status"))["connected"] is False
+    heard = []
+    while (message := await listener.get_message(timeout=0.2)) is not None:
+        if message["type"] == "message":
+            heard.append(json.loads(message["data"]))
+    assert 1 <= len(heard) <= 61
+    assert list(heard[-1]) == ["type", "lexicon", "did", "action", "timestamp"]
+    assert heard[-1]["type"] == "#account"
+    await listener.aclose()

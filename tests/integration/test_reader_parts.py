@@ -1,0 +1,481 @@
+"""The reader's parts one by one: addresses, errors, waiting, silence, and the Redis scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+from aiohttp import WSServerHandshakeError
+from multidict import CIMultiDict, CIMultiDictProxy
+from redis import exceptions
+from redis.asyncio import Redis
+
+from fastworker.edge.embedded import EmbeddedRedis
+from fastworker.edge.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
+from fastworker.edge.redis_client import connect, error_code, redact, translate, translating
+from fastworker.edge.relay import PATH, RelayAddress, _at_least
+from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.run import reader as reader_module
+from fastworker.run.reader import Outbox, SilenceWatch
+from fastworker.run.retry import Backoff, pause
+
+STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
+
+
+# Redis client
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("redis://:s3cret@host:6379", "redis://:***@host:6379"),
+        ("rediss://user:s3cret@host", "rediss://user:***@host"),
+        ("redis://user:s3c/r@et@host", "redis://user:***@host"),
+        ("unix:///run/redis.sock?db=1&password=s3cret", "unix:///run/redis.sock?db=1&password=***"),
+        ("cannot reach wss://u:s3cret@relay/x, sorry", "cannot reach wss://u:***@relay/x, sorry"),
+        ("a@b.example wrote", "a@b.example wrote"),
+    ],
+)
+def test_redact(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+@pytest.mark.parametrize("url", ["", "host:6379", "http://h", "redis://:s3c/ret@h", "redis://h:port"])
+def test_a_redis_url_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigError, match="not a Redis URL") as caught:
+        connect(url)
+    assert "s3c" not in str(caught.value)
+
+
+def test_options_in_a_url_do_not_change_the_replies() -> None:
+    options = connect("redis://h?decode_responses=true").connection_pool.connection_kwargs
+    assert (options["decode_responses"], options["protocol"]) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (exceptions.OutOfMemoryError("command not allowed"), "OOM", StreamUnavailable),
+        (exceptions.BusyLoadingError("Redis is loading"), "LOADING", StreamUnavailable),
+        (exceptions.ReadOnlyError("You can't write against a read only replica."), "READONLY", StreamUnavailable),
+        (
+            exceptions.ResponseError(
+                "Error running script (call to f_1): @user_script:7: @user_script: 7: -OOM command not allowed"
+            ),
+            "OOM",
+            StreamUnavailable,
+        ),
+        (exceptions.ResponseError("MISCONF Redis is configured to save"), "MISCONF", StreamUnavailable),
+        (
+            exceptions.ResponseError("Command # 1 (SET a b) of pipeline caused error: MISCONF Redis"),
+            "MISCONF",
+            StreamUnavailable,
+        ),
+        (exceptions.ConnectionError("Connection refused"), "", StreamUnavailable),
+        (exceptions.TimeoutError("Timeout reading"), "", StreamUnavailable),
+        (ConnectionResetError("reset"), "", StreamUnavailable),
+        (exceptions.AuthenticationError("invalid username-password pair"), "WRONGPASS", StreamUnavailable),
+        (exceptions.NoPermissionError("this user has no permissions to run"), "NOPERM", Unreachable),
+        (exceptions.ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE", Unreachable),
+        (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", Unreachable),
+        (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", exceptions.ResponseError),
+        (exceptions.ResponseError("wrong number of arguments"), "", exceptions.ResponseError),
+    ],
+)
+def test_errors_say_what_to_do(error: Exception, code: str, kind: type[Exception]) -> None:
+    if isinstance(error, exceptions.RedisError):
+        assert error_code(error) == code
+    assert type(translate(error)) is kind
+
+
+async def test_a_command_is_never_sent_twice(redis_url: str) -> None:
+    client = connect(redis_url)
+    await client.set("n", 0)
+    other = connect(redis_url)
+    for _ in range(20):
+        sent = asyncio.create_task(client.incr("n"))
+        await asyncio.sleep(0)
+        await other.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.gather(sent, return_exceptions=True)
+    assert int(await client.get("n")) <= 20
+    await client.aclose()
+    await other.aclose()
+
+
+# Waiting
+
+
+async def test_backoff_grows_to_its_cap_and_starts_again() -> None:
+    backoff = Backoff(first=1.0, cap=10.0)
+    ceilings = [1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
+    assert all(ceiling / 2 <= backoff.next() <= ceiling for ceiling in ceilings)
+    assert backoff.elapsed > 0
+    backoff.reset()
+    assert backoff.next() <= 1.0
+    assert 0 <= Backoff().elapsed == 0
+
+
+async def test_a_stop_ends_a_pause() -> None:
+    stop = asyncio.Event()
+    assert not await pause(0.001, stop)
+    asyncio.get_running_loop().call_later(0.01, stop.set)
+    begun = time.monotonic()
+    assert await Backoff(60.0, 60.0).wait(stop)
+    assert time.monotonic() - begun < 5
+
+
+# Relay addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "url"),
+    [
+        ("bsky.network", "bsky.network", f"wss://bsky.network{PATH}"),
+        ("wss://bsky.network", "bsky.network", f"wss://bsky.network{PATH}"),
+        ("https://Bsky.Network:443/", "bsky.network", f"wss://bsky.network{PATH}"),
+        (" ws://127.0.0.1:8080 ", "127.0.0.1:8080", f"ws://127.0.0.1:8080{PATH}"),
+        ("relay.test:8443", "relay.test:8443", f"wss://relay.test:8443{PATH}"),
+        ("wss://relay.test/firehose?key=1", "relay.test", "wss://relay.test/firehose?key=1"),
+        (f"wss://relay.test{PATH}", "relay.test", f"wss://relay.test{PATH}"),
+    ],
+)
+def test_relay_addresses(text: str, host: str, url: str) -> None:
+    assert RelayAddress.parse(text) == RelayAddress(host, url)
+
+
+@pytest.mark.parametrize("text", ["", "ftp://relay", "wss://", "wss://relay:99999", "wss://u:s3cret@"])
+def test_what_is_no_relay_address(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a relay") as caught:
+        RelayAddress.parse(text)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "low", "high"),
+    [
+        (429, "7", 7, 7),
+        (429, "86400", 900, 900),
+        (429, "in a minute", 50, 60),
+        (429, "soon", 30, 30),
+        (429, None, 30, 30),
+        (501, None, 900, 900),
+        (503, "3", 3, 3),
+        (503, None, 0, 0),
+        (404, None, 10, 10),
+    ],
+)
+def test_how_long_a_relay_wants_us_away(status: int, retry_after: str | None, low: float, high: float) -> None:
+    if retry_after == "in a minute":
+        retry_after = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    headers = CIMultiDictProxy(CIMultiDict({} if retry_after is None else {"Retry-After": retry_after}))
+    error = WSServerHandshakeError(None, (), status=status, headers=headers)  # type: ignore[arg-type]
+    assert low <= _at_least(error) <= high
+
+
+# Silence
+
+
+def test_a_busy_relay_is_silent_after_the_floor_and_a_quiet_one_is_left_in_peace() -> None:
+    busy = SilenceWatch(30)
+    busy.opened(0)
+    for second in range(1, 100):
+        busy.saw(second, 500)
+    assert busy.limit_s() == 30
+    quiet = SilenceWatch(30)
+    quiet.opened(0)
+    for minute in range(1, 10):
+        quiet.saw(minute * 60, 1)
+    assert quiet.limit_s() == pytest.approx(6000)
+    assert quiet.silent_for(600) == 60
+
+
+def test_a_relay_that_fell_quiet_is_replaced_ever_more_rarely() -> None:
+    watch = SilenceWatch(30)
+    watch.opened(0)
+    for second in range(1, 100):
+        watch.saw(second, 500)
+    now, limits = 99.0, []
+    for _ in range(3):
+        limits.append(watch.limit_s())
+        now += watch.limit_s() + 1
+        watch.gave_up(now)
+        watch.opened(now)
+    assert limits[0] == 30
+    assert limits[1] > 300
+    assert limits[2] > 3000
+
+
+def test_before_any_data_nothing_is_known() -> None:
+    watch = SilenceWatch(30)
+    watch.opened(0)
+    assert watch.limit_s() == SilenceWatch.UNKNOWN_S
+
+
+# Outbox
+
+
+async def test_the_outbox_keeps_order_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "OUTBOX_ITEMS", 30)
+    outbox = Outbox(10, 1000)
+
+    async def fill() -> None:
+        for seq in range(100):
+            outbox.filling.entry([(b"n", str(seq).encode())])
+            outbox.filling.seq = seq
+            await outbox.put()
+
+    filling = asyncio.create_task(fill())
+    await asyncio.sleep(0.01)
+    assert (outbox.items, outbox.blocked) == (30, True)
+    taken: list[int] = []
+    draining = asyncio.create_task(outbox.drained())
+    while len(taken) < 100:
+        await asyncio.sleep(0)
+        chunk = await outbox.take()
+        assert chunk.items <= 10
+        taken += [int(value) for value in chunk.arguments[3::4]]
+        assert chunk.seq == taken[-1]
+        assert not draining.done()
+    assert taken == list(range(100))
+    waiting = asyncio.create_task(outbox.take())
+    await asyncio.wait_for(draining, 1)
+    await filling
+    waiting.cancel()
+
+
+async def test_a_seq_without_an_entry_is_taken_too() -> None:
+    outbox = Outbox(10, 1000)
+    outbox.filling.seq = 7
+    await outbox.put()
+    chunk = await asyncio.wait_for(outbox.take(), 1)
+    assert (chunk.items, chunk.seq) == (0, 7)
+
+
+# The append script
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    client = connect(redis_url)
+    yield client
+    await client.aclose()
+
+
+def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None) -> Feed:
+    return Feed(redis, stream_key=STREAM, cursor_key=CURSOR, max_stream_len=limit, stream_bytes_max=limit_bytes)
+
+
+def chunk_of(*seqs: int) -> Chunk:
+    chunk = Chunk()
+    for seq in seqs:
+        chunk.entry([(b"type", b"commit"), (b"data", b"{}"), (b"seq", str(seq).encode())])
+        chunk.seq = seq
+    return chunk
+
+
+async def test_a_chunk_given_again_is_put_down_once(redis: Redis) -> None:
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1, 2))
+    again = feed_on(redis)  # as after a reply that was lost: same token, cursor not known to have moved
+    again._token = feed._token
+    again._host = "relay.test"
+    assert await again.append(chunk_of(1, 2))
+    assert await redis.xlen(STREAM) == 2
+    assert await again.append(chunk_of(3))
+    assert await redis.get(CURSOR) == b"3"
+
+
+async def test_append_refuses_without_the_lease_or_with_a_moved_cursor(redis: Redis) -> None:
+    first, second = feed_on(redis), feed_on(redis)
+    assert await first.acquire()
+    assert not await second.acquire()
+    await first.go_to("relay.test")
+    await second.go_to("relay.test")
+    with pytest.raises(LeaseLost):
+        await second.append(chunk_of(1))
+    assert await first.append(chunk_of(1))
+    await redis.set(CURSOR, "5")
+    with pytest.raises(LeaseLost, match="holds 5 where this reader had left 1"):
+        await first.append(chunk_of(2))
+    await first.release()
+    assert await second.acquire()
+    with pytest.raises(LeaseLost):
+        await first.renew()
+    await first.release()
+    assert await redis.get(LEASE) is not None
+    assert await redis.xlen(STREAM) == 1
+
+
+async def test_an_expired_lease_that_nobody_took_is_ours_again(redis: Redis) -> None:
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    await redis.delete(LEASE)
+    assert await feed.append(chunk_of(1))
+    assert 0 < await redis.pttl(LEASE) <= 5000
+
+
+async def test_a_full_stream_takes_nothing(redis: Redis) -> None:
+    feed = feed_on(redis, limit=3)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1, 2))
+    assert not await feed.append(chunk_of(3, 4))
+    assert (await redis.xlen(STREAM), await redis.get(CURSOR)) == (2, b"2")
+    passing = Chunk()
+    passing.seq = 9  # nothing to store needs no room
+    assert await feed.append(chunk_of(3))
+    assert await feed.append(passing)
+    assert await redis.get(CURSOR) == b"9"
+
+
+async def test_a_limit_in_bytes_is_measured_when_trimming(redis: Redis) -> None:
+    feed = feed_on(redis, limit_bytes=20_000)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    for start in itertools.count(1, 100):
+        if not await feed.append(chunk_of(*range(start, start + 100))):
+            break
+    await feed.trim()
+    assert await redis.memory_usage(STREAM) < 40_000
+    await redis.delete(STREAM)
+    await feed.trim()
+    assert await feed.append(chunk_of(start))
+
+
+async def test_out_of_memory_in_the_script_is_all_or_nothing(server_dir: Path) -> None:
+    with EmbeddedRedis(server_dir, aof=False) as server:
+        redis = connect(server.url)
+        feed = feed_on(redis)
+        assert await feed.acquire()
+        await feed.go_to("relay.test")
+        used = (await redis.info("memory"))["used_memory"]
+        outcomes = set()
+        for room in range(0, 400_000, 20_000):  # the limit is reached before, within and after the chunk
+            await redis.config_set("maxmemory", used + room)
+            before = await redis.xlen(STREAM)
+            chunk = Chunk()
+            for _ in range(100):
+                chunk.entry([(b"n", b"x" * 1000)])
+            chunk.seq = room + 1
+            try:
+                assert await feed.append(chunk)
+                outcomes.add("all")
+                assert await redis.xlen(STREAM) == before + 100
+            except StreamUnavailable:
+                outcomes.add("nothing")
+                assert await redis.xlen(STREAM) == before
+        assert outcomes == {"all", "nothing"}
+        await redis.aclose()
+
+
+async def test_a_cursor_is_never_used_on_another_relay(redis: Redis) -> None:
+    feed = feed_on(redis)
+    assert (await feed.go_to("a.test")).seq is None
+    await redis.set(CURSOR, "10")
+    assert (await feed.go_to("a.test")).seq == 10  # nobody's: the predecessor's
+    assert await feed.acquire()
+    assert await feed.append(chunk_of(11))
+    assert await redis.get(RELAY) == b"a.test"
+    position = await feed.go_to("b.test")
+    assert (position.seq, position.switched_from) == (None, "a.test")
+    assert await feed.append(chunk_of(5))
+    assert (await redis.get(CURSOR), await redis.get(CURSOR_OF + "a.test")) == (b"5", b"11")
+    position = await feed.go_to("a.test")
+    assert (position.seq, position.switched_from) == (11, "b.test")
+
+
+# Trimming
+
+
+async def fill(redis: Redis, count: int = 10) -> list[bytes]:
+    return [await redis.xadd(STREAM, {"n": number}, id=f"{number}-{number % 3}") for number in range(1, count + 1)]
+
+
+async def left(redis: Redis) -> list[bytes]:
+    return [id_ for id_, _ in await redis.xrange(STREAM)]
+
+
+async def test_without_a_stream_or_a_group_nothing_is_trimmed(redis: Redis) -> None:
+    assert (await trim_finished(redis, STREAM)).trimmed == 0
+    ids = await fill(redis)
+    assert (await trim_finished(redis, STREAM)).trimmed == 0
+    await redis.xgroup_create(STREAM, "osprey-consumers", "$")
+    result = await trim_finished(redis, STREAM, group="firehose-processors")
+    assert (result.trimmed, result.held_by, result.bound) == (0, "firehose-processors", "")
+    assert await left(redis) == ids
+
+
+async def test_only_what_every_group_has_finished_goes(redis: Redis) -> None:
+    ids = await fill(redis)
+    await redis.xgroup_create(STREAM, "firehose-processors", "0")
+    await redis.xgroup_create(STREAM, "osprey-consumers", "0")
+    result = await trim_finished(redis, STREAM)
+    assert result.trimmed == 0
+    await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, count=10)
+    await redis.xreadgroup("osprey-consumers", "o", {STREAM: ">"}, count=6, noack=True)
+    await redis.xack(STREAM, "firehose-processors", *ids[:3], *ids[4:])
+    result = await trim_finished(redis, STREAM)  # processors: 4 is pending; osprey: read up to 6
+    assert (result.trimmed, result.held_by, result.bound) == (3, "firehose-processors", ids[3].decode())
+    await redis.xack(STREAM, "firehose-processors", ids[3])
+    result = await trim_finished(redis, STREAM)
+    assert (result.trimmed, result.held_by) == (3, "osprey-consumers")
+    assert await left(redis) == ids[6:]
+    result = await trim_finished(redis, STREAM, ["osprey-consumers"])
+    assert result.trimmed == 4
+    assert await left(redis) == []
+
+
+async def test_an_entry_that_is_pending_for_any_consumer_stays(redis: Redis) -> None:
+    ids = await fill(redis)
+    await redis.xgroup_create(STREAM, "firehose-processors", "0")
+    for consumer in ("a", "b"):
+        await redis.xreadgroup("firehose-processors", consumer, {STREAM: ">"}, count=3)
+    await redis.xack(STREAM, "firehose-processors", *ids[:2])
+    assert (await trim_finished(redis, STREAM)).trimmed == 2
+    assert await left(redis) == ids[2:]
+
+
+async def test_large_ids_are_compared_exactly(redis: Redis) -> None:
+    big = 2**63 + 1
+    for seq in range(4):
+        await redis.xadd(STREAM, {"n": seq}, id=f"{big}-{2**63 + seq}")
+    await redis.xgroup_create(STREAM, "a", "0")
+    await redis.xgroup_create(STREAM, "b", "0")
+    await redis.xreadgroup("a", "c", {STREAM: ">"}, count=3, noack=True)
+    await redis.xreadgroup("b", "c", {STREAM: ">"}, count=2)
+    await redis.xack(STREAM, "b", f"{big}-{2**63}")
+    assert (await trim_finished(redis, STREAM)).trimmed == 1
+    await redis.xack(STREAM, "b", f"{big}-{2**63 + 1}")
+    assert (await trim_finished(redis, STREAM)).trimmed == 0  # an id this large keeps its last entry
+    assert len(await left(redis)) == 3
+
+
+async def test_finished_entries_can_be_kept_for_a_while(redis: Redis) -> None:
+    await redis.xgroup_create(STREAM, "firehose-processors", "$", mkstream=True)
+    now = int(time.time() * 1000)
+    for age in (100, 50, 10, 0):
+        await redis.xadd(STREAM, {"n": age}, id=f"{now - age * 1000}-0")
+    await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
+    assert (await trim_finished(redis, STREAM, keep_s=60)).trimmed == 1
+    assert (await trim_finished(redis, STREAM)).trimmed == 3
+
+
+async def test_errors_are_translated_around_the_scripts(redis: Redis) -> None:
+    await redis.set(STREAM, "x")
+    with pytest.raises(Unreachable, match="wrong type"):
+        await trim_finished(redis, STREAM)
+    unreachable = connect("redis://127.0.0.1:1")
+    with pytest.raises(StreamUnavailable, match="cannot be reached"):
+        async with translating(unreachable):
+            await unreachable.ping()
+    await unreachable.aclose()
