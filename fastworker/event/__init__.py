@@ -2,6 +2,9 @@
 
 These structs are the meanings that every floor above shares. Nothing here knows a clock, a socket,
 a logger or the environment.
+
+The four events, Op and Drop are also the layout of the native stream form (event/entry.py), field by
+field in this order: a new field goes to the end and has a default, anything else is a new format version.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ Action = Literal["create", "update", "delete"]
 Record = dict[str, Any]
 
 
-class Op(msgspec.Struct, frozen=True, gc=False):
+class Op(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One operation of a commit on the record `at://<repo>/<collection>/<rkey>`.
 
     `cid` is the record's CID as base32 text (`bafyrei...`), None for a delete.
@@ -33,7 +36,7 @@ class Op(msgspec.Struct, frozen=True, gc=False):
     record: Record | None = None
 
 
-class Drop(msgspec.Struct, frozen=True, gc=False):
+class Drop(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """An op that is not stored, and why. `detail` is for a person (a path, a member), at most 200 characters."""
 
     reason: Reason
@@ -41,7 +44,7 @@ class Drop(msgspec.Struct, frozen=True, gc=False):
     detail: str = ""
 
 
-class Commit(msgspec.Struct, frozen=True, gc=False):
+class Commit(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="c"):
     """`#commit`: ops in commit order. `rev` and `time` are None in the predecessor's JSON form."""
 
     seq: int | None
@@ -53,7 +56,7 @@ class Commit(msgspec.Struct, frozen=True, gc=False):
     relay: str | None = None
 
 
-class Identity(msgspec.Struct, frozen=True, gc=False):
+class Identity(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="i"):
     """`#identity`: `handle` None means that the handle must be resolved again."""
 
     seq: int | None
@@ -63,7 +66,7 @@ class Identity(msgspec.Struct, frozen=True, gc=False):
     relay: str | None = None
 
 
-class Account(msgspec.Struct, frozen=True, gc=False):
+class Account(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="a"):
     """`#account`: `status` is an open set (takendown, suspended, deleted, deactivated, ...)."""
 
     seq: int | None
@@ -74,7 +77,7 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     relay: str | None = None
 
 
-class Sync(msgspec.Struct, frozen=True, gc=False):
+class Sync(msgspec.Struct, frozen=True, gc=False, array_like=True, tag="s"):
     """`#sync`: the repository's state was replaced; recorded for repair, never on a JSON stream."""
 
     seq: int | None

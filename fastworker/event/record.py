@@ -1,0 +1,192 @@
+"""Records: decoding what is stored, and writing it as lexicon JSON that PostgreSQL accepts.
+
+libipld gives links and byte strings alike as `bytes`. Which of the two a value is follows from the
+block: a link stands there behind tag 42, a byte string behind its own length. When that does not
+decide, or the JSON is not what jsonb takes (NUL, lone surrogates, integers beyond 64 bits), the
+slow path decodes the block again exactly and cleans every value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from binascii import b2a_base64
+from typing import Any
+
+import libipld
+import orjson
+
+from fastworker.errors import InvalidEvent, Reason
+from fastworker.event import Op, Record
+from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, decode
+
+_dirty = re.compile("[\0\ud800-\udfff]")
+_hex_cid = re.compile(r"01(?:55|71)1220[0-9a-f]{64}", re.ASCII).fullmatch
+
+
+def load_record(op: Op) -> Record:
+    """The record of a create or update. Raises InvalidEvent (BAD_CBOR, TOO_DEEP, BAD_RECORD).
+
+    Links and byte strings in it are `bytes` or, from JSON, `{"$link"}` and `{"$bytes"}`: use `link_text` and `json_text`.
+    Text may hold NUL or lone surrogates: use `clean_text`.
+    """
+    block = op.block
+    if block is None:
+        if op.record is None:
+            raise InvalidEvent(Reason.BAD_RECORD, "no record")
+        return op.record
+    check_depth(block)
+    try:
+        record = libipld.decode_dag_cbor(block)
+    except (ValueError, RecursionError, MemoryError):
+        record = decode(block)
+    if type(record) is not dict:
+        raise InvalidEvent(Reason.BAD_RECORD, "not an object")
+    return record
+
+
+def json_text(value: Any, op: Op) -> str:
+    """Lexicon JSON of `op`'s record or of a part of it, as jsonb accepts it. Raises InvalidEvent (TOO_DEEP)."""
+    return json_bytes(value, op.block).decode()
+
+
+def json_bytes(value: Any, block: bytes | None) -> bytes:
+    """`json_text` as UTF-8; `block` is what the value was decoded from, None if from JSON."""
+    try:
+        text = orjson.dumps(value) if block is None else orjson.dumps(value, _lexicon_json(block))
+    except TypeError:
+        return _clean_json(value, block)
+    if b"\\u0000" in text:
+        return _clean_json(value, block)
+    return text
+
+
+def link_text(value: Any, op: Op) -> str | None:  # noqa: ARG001 the caller need not know that a blob's ref is never ambiguous
+    """The CID (base32 text) that a blob's `ref` or another link names, None when it names none.
+
+    Takes raw CID bytes (DAG-CBOR), `{"$link": text}` (lexicon JSON), text, and the lower-case hex of
+    the predecessor's reader.
+    """
+    if type(value) is dict:
+        value = value.get("$link")
+    if isinstance(value, bytes):
+        return cid_text(value)
+    if type(value) is not str or not value:
+        return None
+    if _hex_cid(value):
+        return cid_text(bytes.fromhex(value))
+    return clean_text(value)
+
+
+def cid_text(cid: bytes) -> str | None:
+    """Base32 text of a CID's raw bytes, None when they are not a CID."""
+    try:
+        return str(libipld.encode_cid(cid))
+    except ValueError:
+        return None
+
+
+def clean_text(text: str) -> str:
+    """Without NUL, which PostgreSQL cannot store, and lone surrogates, which UTF-8 cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return _dirty.sub("", text)
+    return text.replace("\0", "") if "\0" in text else text
+
+
+def nesting_exceeds(value: Any, levels: int) -> bool:
+    """Whether containers nest deeper than that. A link or byte string in lexicon JSON is a value, as it is in DAG-CBOR."""
+    if type(value) is dict:
+        if len(value) == 1 and ("$link" in value or "$bytes" in value):
+            return False
+        return not levels or any(nesting_exceeds(inner, levels - 1) for inner in value.values())
+    if type(value) is list:
+        return not levels or any(nesting_exceeds(inner, levels - 1) for inner in value)
+    return False
+
+
+def _lexicon_json(block: bytes) -> Any:
+    """The hook for orjson: called for each `bytes` in the value, it says what it is. Raising sends us to the slow path."""
+
+    def hook(value: bytes) -> dict[str, str] | None:
+        if type(value) is not bytes:
+            raise TypeError
+        is_link = b"\xd8\x2a" + _byte_string(b"\0" + value) in block
+        if is_link == (_byte_string(value) in block):
+            raise TypeError
+        return _link(value) if is_link else _bytes(value)
+
+    return hook
+
+
+def _byte_string(content: bytes) -> bytes:
+    """DAG-CBOR of a byte string."""
+    size = len(content)
+    if size < 24:
+        return bytes((0x40 + size,)) + content
+    if size < 256:
+        return bytes((0x58, size)) + content
+    if size < 65536:
+        return b"\x59" + size.to_bytes(2, "big") + content
+    return b"\x5a" + size.to_bytes(4, "big") + content
+
+
+def _link(cid: bytes) -> dict[str, str] | None:
+    text = cid_text(cid)
+    return None if text is None else {"$link": text}
+
+
+def _bytes(content: bytes) -> dict[str, str]:
+    return {"$bytes": b2a_base64(content, newline=False).rstrip(b"=").decode()}
+
+
+def _clean_json(value: Any, block: bytes | None) -> bytes:
+    if nesting_exceeds(value, DEPTH_MAX):
+        raise InvalidEvent(Reason.TOO_DEEP, f"more than {DEPTH_MAX} levels")
+    links: set[bytes] = set()
+    if block is not None:
+        record = decode(block)
+        found = _find(record, value)
+        value = value if found is None else found
+        contents: set[bytes] = set()
+        _collect(record, links, contents)
+        links -= contents
+    return json.dumps(_clean(value, links), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _find(tree: Any, value: Any) -> Any | None:
+    """The first part of the record that equals the value: the same, with its links told apart."""
+    if tree == value:
+        return tree
+    inner = tree.values() if type(tree) is dict else tree if type(tree) is list else ()
+    return next((found for part in inner if (found := _find(part, value)) is not None), None)
+
+
+def _collect(tree: Any, links: set[bytes], contents: set[bytes]) -> None:
+    if isinstance(tree, bytes):
+        (links if type(tree) is Link else contents).add(bytes(tree))
+    elif type(tree) is dict:
+        for inner in tree.values():
+            _collect(inner, links, contents)
+    elif type(tree) is list:
+        for inner in tree:
+            _collect(inner, links, contents)
+
+
+def _clean(value: Any, links: set[bytes]) -> Any:
+    """Plain JSON. `links`: values that are links wherever they stand, for values that were not found in the record."""
+    if type(value) is str:
+        return clean_text(value)
+    if isinstance(value, bytes):
+        return _link(value) if type(value) is Link or value in links else _bytes(value)
+    if type(value) is dict:
+        # When cleaning makes two keys the same, the one that was clean wins: it sorts first, so it comes last here.
+        return {clean_text(key): _clean(value[key], links) for key in sorted(value, reverse=True)}
+    if type(value) is list:
+        return [_clean(inner, links) for inner in value]
+    if type(value) is float and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,53 @@
+"""Identifier syntax of the protocol: DID, NSID, record key, TID, handle, repository path.
+
+On the hot path, hence compiled patterns and one small cache. Source: atproto.com/specs and the
+interop vectors. Lengths are the protocol's; what exceeds a database column is the mapper's business.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+_did = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]{0,2040}[a-zA-Z0-9._-]", re.ASCII).fullmatch
+_nsid = re.compile(
+    r"[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+    r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+"
+    r"\.[a-zA-Z][a-zA-Z0-9]{0,62}",
+    re.ASCII,
+).fullmatch
+_rkey = re.compile(r"[A-Za-z0-9._:~-]{1,512}", re.ASCII).fullmatch
+_tid = re.compile(r"[234567abcdefghij][234567abcdefghijklmnopqrstuvwxyz]{12}", re.ASCII).fullmatch
+_handle = re.compile(
+    r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?", re.ASCII
+).fullmatch
+
+
+def is_did(text: str) -> bool:
+    """Any method: `did:plc` and `did:web` are the only blessed ones today, but the set is open."""
+    return _did(text) is not None and len(text) <= 2048
+
+
+@lru_cache(maxsize=1024)  # a handful of collections is nearly all the traffic
+def is_nsid(text: str) -> bool:
+    return len(text) <= 317 and _nsid(text) is not None
+
+
+def is_rkey(text: str) -> bool:
+    return _rkey(text) is not None and text not in (".", "..")
+
+
+def is_tid(text: str) -> bool:
+    return _tid(text) is not None
+
+
+def is_handle(text: str) -> bool:
+    return len(text) <= 253 and _handle(text) is not None
+
+
+def split_path(path: str) -> tuple[str, str] | None:
+    """`collection/rkey` of a repository path, None when it is not one."""
+    collection, _, rkey = path.partition("/")
+    if _rkey(rkey) is None or not is_nsid(collection) or rkey in (".", ".."):
+        return None
+    return collection, rkey
