@@ -122,6 +122,6 @@ class Figures:
 
 
 _READER_ONLY: Final = frozenset(metric for metric in METRICS if metric.name.startswith("fastworker_reader_"))
-COMMON: Final = (BUILD, READY, STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, DEAD_LETTERS, MEMORY)
+COMMON: Final = (BUILD, READY, STREAM_ENTRIES_MAX, STREAM_TRIMMED, MEMORY)
 READER_METRICS: Final = tuple(m for m in METRICS if m in _READER_ONLY or m in COMMON)
 WORKER_METRICS: Final = tuple(m for m in METRICS if m not in _READER_ONLY)

@@ -133,7 +133,7 @@ class RedisAdmin:
     """All methods raise StreamUnavailable while Redis cannot serve, Unreachable where an operator has to act."""
 
     def __init__(self, redis: Redis, stream_key: str) -> None:
-        self._redis = redis
+        self.redis = self._redis = redis
         self._key = stream_key
         self._retry = redis.register_script(_RETRY)
         self._append = redis.register_script(_APPEND_IF_ROOM)
@@ -163,6 +163,12 @@ class RedisAdmin:
             save_failed="err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status")),
             time_ms=seconds * 1000 + micros // 1000,
         )
+
+    async def time_ms(self) -> int:
+        """The server's clock, which stream ids follow."""
+        async with translating(self._redis):
+            seconds, micros = await self._redis.time()
+        return int(seconds * 1000 + micros // 1000)
 
     async def _config(self, *names: str) -> dict[str, str]:
         """Settings the server tells; managed servers often refuse CONFIG."""

@@ -1,0 +1,130 @@
+"""PostgreSQL as an operator sees it: version, limits, rights, clock. Reads only; decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import msgspec
+
+from fastworker.errors import ConfigError, Unreachable
+
+CONNECT_SECONDS_MAX = 10.0
+STATEMENT_SECONDS_MAX = 30.0
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """`connections` are those of everybody now; `clock_ahead_s`: of the server against this machine."""
+
+    version_num: int
+    version: str
+    max_connections: int
+    reserved_connections: int
+    connections: int
+    in_recovery: bool
+    read_only: bool
+    encoding: str
+    role: str
+    superuser: bool
+    synchronous_commit: str
+    fsync: str
+    autovacuum: str
+    connection_limit: int  # of this role or database; -1: none
+    clock_ahead_s: float
+    lacking: tuple[str, ...]
+    """Rights that the worker needs on tables that exist and this role does not have."""
+    pooler: bool
+    """The server does not keep what a session sets: pgbouncer in transaction mode is in between."""
+
+
+async def facts(database_url: str, tables: Sequence[str], *, password_free: str) -> Facts:
+    """Look once. `password_free` names the server in errors. Raises ConfigError and Unreachable."""
+    try:
+        connection: asyncpg.Connection[Any] = await asyncpg.connect(
+            database_url,
+            timeout=CONNECT_SECONDS_MAX,
+            command_timeout=STATEMENT_SECONDS_MAX,
+            statement_cache_size=0,
+            server_settings={"application_name": "fastworker-check"},
+        )
+    except (ValueError, asyncpg.InterfaceError) as error:
+        raise ConfigError(f"DATABASE_URL is not a PostgreSQL URL: {error}") from error
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
+        raise Unreachable(f"{password_free}: {error or type(error).__name__}") from error
+    try:
+        before = time.time()
+        row = await connection.fetchrow(_FACTS)
+        after = time.time()
+        assert row is not None
+        lacking = [f"{right} on {table}" for table, right in await connection.fetch(_LACKING, list(tables))]
+        if not row["usage"]:
+            lacking.insert(0, "USAGE on schema fastworker")
+        await connection.execute("SET fastworker.probe = 'kept'")
+        kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
+        return Facts(
+            version_num=row["version_num"],
+            version=row["version"],
+            max_connections=row["max_connections"],
+            reserved_connections=row["reserved"],
+            connections=row["connections"],
+            in_recovery=row["in_recovery"],
+            read_only=row["read_only"] == "on",
+            encoding=row["encoding"],
+            role=row["role"],
+            superuser=row["superuser"],
+            synchronous_commit=row["synchronous_commit"],
+            fsync=row["fsync"],
+            autovacuum=row["autovacuum"],
+            connection_limit=row["connection_limit"],
+            clock_ahead_s=float(row["now"]) - (before + after) / 2,
+            lacking=tuple(lacking),
+            pooler=kept != "kept",
+        )
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
+        raise Unreachable(f"{password_free} was lost: {error or type(error).__name__}") from error
+    finally:
+        connection.terminate()
+
+
+def name_of(database_url: str) -> str:
+    """The server without user and password, for a sentence."""
+    parts = urlsplit(database_url)
+    host = parts.hostname or "its socket"
+    return f"PostgreSQL at {host}{f':{parts.port}' if parts.port else ''}"
+
+
+_FACTS = """
+SELECT current_setting('server_version_num')::int AS version_num,
+       split_part(current_setting('server_version'), ' ', 1) AS version,
+       current_setting('max_connections')::int AS max_connections,
+       current_setting('superuser_reserved_connections')::int AS reserved,
+       (SELECT count(*)::int FROM pg_stat_activity WHERE backend_type = 'client backend') AS connections,
+       pg_is_in_recovery() AS in_recovery,
+       current_setting('transaction_read_only') AS read_only,
+       current_setting('server_encoding') AS encoding,
+       current_user::text AS role,
+       (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
+       current_setting('synchronous_commit') AS synchronous_commit,
+       current_setting('fsync') AS fsync,
+       current_setting('autovacuum') AS autovacuum,
+       COALESCE((SELECT min(NULLIF(l, -1)) FROM (
+           SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user
+           UNION ALL SELECT datconnlimit FROM pg_database WHERE datname = current_database()) AS limits (l)
+       ), -1) AS connection_limit,
+       COALESCE(has_schema_privilege(to_regnamespace('fastworker')::oid, 'USAGE'), true) AS usage,
+       EXTRACT(epoch FROM clock_timestamp()) AS now
+"""
+
+# By pg_class, not to_regclass(): that fails where the role may not look into the schema.
+_LACKING = """
+SELECT name, string_agg(right_name, ', ' ORDER BY right_name)
+FROM (SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname AS name, c.oid
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables,
+     unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS right_name
+WHERE name = ANY ($1::text[]) AND NOT has_table_privilege(oid, right_name)
+GROUP BY name ORDER BY name
+"""

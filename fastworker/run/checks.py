@@ -1,0 +1,433 @@
+"""`fastworker check`: every hazard that can be seen from here, as a finding with the sentence that mends it.
+
+Each hazard is one function from facts to findings, pure, so that each can be tested without a server that has it.
+`preflight` is the short form that the services run before they begin: what would make them fail at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from fastworker.config import Config, redact
+from fastworker.edge.postgres_admin import Facts, facts, name_of
+from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
+from fastworker.edge.stream import form_of
+from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.run.migrate import check as check_schema
+from fastworker.table.schema import TABLES
+
+REDIS_MIN: Final = (6, 2)
+POSTGRES_MIN: Final = 140_000
+ACTIVE_MS: Final = 60_000
+"""A consumer that gave a sign within this time is at work."""
+SKEW_S: Final = 2.0
+"""Clamping of dates allows two minutes; more than this is a clock that nobody keeps."""
+PENDING_LOOKED_AT: Final = 100
+STALE_PENDING_S: Final = 600.0
+HOLDS_BACK_S: Final = 600.0
+DERIVED: Final = (
+    "users",
+    "post_aggregations",
+    "feed_items",
+    "quotes",
+    "notifications",
+    "post_viewer_states",
+    "thread_contexts",
+    "thread_gates",
+    "post_gates",
+    "label_events",
+)
+OURS: Final = ("versions", "twins", "accounts", "identities", "recheck", "progress", "relays", "repairs")
+WRITTEN: Final = (*(table.name for table in TABLES), *DERIVED, *(f"fastworker.{name}" for name in OURS))
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """`about` is one of configuration, redis, stream, postgresql. The sentence says what is and what mends it."""
+
+    verdict: Verdict
+    about: str
+    sentence: str
+
+
+def _ok(about: str, sentence: str) -> Finding:
+    return Finding(Verdict.OK, about, sentence)
+
+
+def _warn(about: str, sentence: str) -> Finding:
+    return Finding(Verdict.WARN, about, sentence)
+
+
+def _fail(about: str, sentence: str) -> Finding:
+    return Finding(Verdict.FAIL, about, sentence)
+
+
+# --- Redis
+
+
+def redis_version(server: Server) -> Iterator[Finding]:
+    if server.product == "redis" and server.version_parts < REDIS_MIN:
+        yield _fail("redis", f"Redis {server.version} is too old: install 6.2 or newer, or Valkey.")
+    else:
+        yield _ok("redis", f"{server.product.capitalize()} {server.version}.")
+
+
+def redis_role(server: Server) -> Iterator[Finding]:
+    if server.role != "master":
+        yield _fail("redis", "This is a replica: set REDIS_URL to the master.")
+    if server.cluster:
+        yield _fail("redis", "Redis Cluster is not supported yet: use one server, with a replica if you like.")
+
+
+def redis_eviction(server: Server) -> Iterator[Finding]:
+    if server.maxmemory_policy not in ("noeviction", "unknown"):
+        yield _fail(
+            "redis",
+            f"maxmemory-policy is {server.maxmemory_policy}: Redis may throw the stream away. "
+            "CONFIG SET maxmemory-policy noeviction, and write it into redis.conf.",
+        )
+
+
+def redis_memory(server: Server) -> Iterator[Finding]:
+    if server.maxmemory_bytes and server.used_memory_bytes > 0.9 * server.maxmemory_bytes:
+        share = 100 * server.used_memory_bytes / server.maxmemory_bytes
+        yield _warn(
+            "redis",
+            f"{share:.0f} % of maxmemory is in use; when it is full the reader waits. Raise maxmemory, or set "
+            "FASTWORKER_STREAM_BYTES_MAX below it.",
+        )
+
+
+def redis_persistence(server: Server) -> Iterator[Finding]:
+    if not server.aof:
+        lost = "all since the last snapshot" if server.saves else "stream, group and cursor"
+        yield _warn(
+            "redis",
+            f"appendonly is off: a crash loses {lost}. The worker resumes from PostgreSQL's progress, at the price of "
+            "what the relay no longer has. CONFIG SET appendonly yes, and keep its directory on a volume.",
+        )
+    elif server.aof_fsync == "no":
+        yield _warn("redis", "appendfsync is no: a crash loses what the system did not write yet. Set it to everysec.")
+    if server.save_failed:
+        yield _fail("redis", "The last save failed, and Redis may refuse writes: look at its log and its disk.")
+
+
+def clock(about: str, ahead_s: float) -> Iterator[Finding]:
+    if abs(ahead_s) > SKEW_S:
+        which = "ahead of" if ahead_s > 0 else "behind"
+        yield _warn(about, f"Its clock is {abs(ahead_s):.1f} s {which} this machine's: run NTP on both.")
+
+
+# --- the stream and its groups
+
+
+def stream_kind(kind: str, key: str) -> Iterator[Finding]:
+    if kind not in ("stream", "none"):
+        yield _fail("stream", f"{key} is a {kind}, not a stream: set REDIS_STREAM_KEY to another key or remove it.")
+
+
+def stream_room(stream: Stream, config: Config) -> Iterator[Finding]:
+    share = stream.length / config.max_stream_len
+    group = stream.group(config.group)
+    if share > 0.9 and group is not None and group.lag + group.pending > 0.5 * stream.length:
+        yield _warn(
+            "stream",
+            f"The stream is {100 * share:.0f} % full with a backlog of {group.lag:,} entries: the reader will wait. "
+            "Are the workers running?",
+        )
+    else:
+        yield _ok("stream", f"{stream.length:,} of {config.max_stream_len:,} entries.")
+
+
+def group_exists(stream: Stream, config: Config) -> Iterator[Finding]:
+    if stream.group(config.group) is None:
+        yield _warn("stream", f"There is no group {config.group} yet: the worker makes it at its first start.")
+
+
+def groups_that_hold(stream: Stream, config: Config, now_ms: int) -> Iterator[Finding]:
+    """A group that does not move keeps every entry: nothing can be trimmed."""
+    for group in stream.groups:
+        age = age_s(group.unfinished_id, now_ms)
+        if group.name == config.group or group.name in config.ignore_groups or age < HOLDS_BACK_S:
+            continue
+        yield _warn(
+            "stream",
+            f"Group {group.name} has not finished an entry of {age / 60:,.0f} minutes ago, so nothing newer can be "
+            f"trimmed. Start its consumers, or if it is forgotten: FASTWORKER_IGNORE_GROUPS={group.name}, or XGROUP "
+            "DESTROY it.",
+        )
+
+
+def foreign_consumers(consumers: Iterable[Consumer], config: Config) -> Iterator[Finding]:
+    """Old workers on the same group: allowed, with what follows from it."""
+    active = [one.name for one in consumers if not one.ours and one.idle_ms < ACTIVE_MS]
+    if not active:
+        return
+    yield _warn(
+        "stream",
+        f"Other workers are active in group {config.group}: {_some(active)}. Counters they write may be wrong until "
+        "they stop; afterwards `fastworker verify --repair`, and `worker --reapply` for what they dropped.",
+    )
+    if config.stream_format != "json":
+        yield _fail(
+            "stream",
+            f"FASTWORKER_STREAM_FORMAT is {config.stream_format}, which they cannot read: set it to json meanwhile.",
+        )
+
+
+def unreadable_for_others(consumers: Iterable[Consumer], newest: Iterable[Fields]) -> Iterator[Finding]:
+    forms = {form_of(fields) for fields in newest} & {"native", "frame"}
+    if forms and any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
+        yield _fail(
+            "stream",
+            f"The stream holds {' and '.join(sorted(forms))} entries, which the other workers acknowledge without "
+            "storing: stop them now, then run `fastworker worker --reapply` from before they began.",
+        )
+
+
+def other_groups_read_json(stream: Stream, config: Config) -> Iterator[Finding]:
+    others = [group.name for group in stream.groups if group.name != config.group and group.consumers]
+    if others and config.stream_format != "json":
+        yield _fail(
+            "stream",
+            f"FASTWORKER_STREAM_FORMAT is {config.stream_format}, but {_some(others)} read the stream too and know "
+            "json only: set it to json.",
+        )
+
+
+def abandoned_pending(consumers: Iterable[Consumer], oldest: Iterable[Pending]) -> Iterator[Finding]:
+    dead = [one for one in consumers if one.pending and not one.leased and one.idle_ms >= ACTIVE_MS]
+    if dead:
+        count = sum(one.pending for one in dead)
+        yield _warn(
+            "stream",
+            f"{count:,} entries are pending for consumers that are gone ({_some([one.name for one in dead])}): a "
+            "running worker adopts them.",
+        )
+    stale = [one for one in oldest if one.idle_ms > STALE_PENDING_S * 1000]
+    if stale and not dead:
+        yield _warn(
+            "stream",
+            f"Entry {stale[0].entry_id} is pending for {stale[0].consumer} since {stale[0].idle_ms / 60_000:,.0f} "
+            "minutes: look at the worker's log.",
+        )
+
+
+def trimmed_pending(missing: list[str]) -> Iterator[Finding]:
+    if missing:
+        yield _fail(
+            "stream",
+            f"{len(missing)} of the oldest pending entries are not on the stream any more, the first {missing[0]}: a "
+            "reader that trims with MAXLEN has removed them unread. Replace it with `fastworker reader`.",
+        )
+
+
+def dead_letters(count: int) -> Iterator[Finding]:
+    if count:
+        yield _warn("stream", f"{count:,} dead letters: see `fastworker dlq list`.")
+
+
+# --- PostgreSQL
+
+
+def postgres_version(found: Facts) -> Iterator[Finding]:
+    if found.version_num < POSTGRES_MIN:
+        yield _fail("postgresql", f"PostgreSQL {found.version} is too old: 14 or newer is needed.")
+    else:
+        yield _ok("postgresql", f"PostgreSQL {found.version}.")
+
+
+def postgres_state(found: Facts) -> Iterator[Finding]:
+    if found.in_recovery:
+        yield _fail("postgresql", "This is a standby: set DATABASE_URL to the primary.")
+    elif found.read_only:
+        yield _fail(
+            "postgresql",
+            "Transactions are read-only by default: ALTER ROLE ... SET default_transaction_read_only = off.",
+        )
+    if found.encoding != "UTF8":
+        yield _fail("postgresql", f"The database's encoding is {found.encoding}: create it with ENCODING 'UTF8'.")
+    if found.pooler:
+        yield _fail(
+            "postgresql",
+            "Session settings are not kept: a pooler in transaction mode is in between. Connect to PostgreSQL itself, "
+            "or use session mode.",
+        )
+    if found.fsync != "on":
+        yield _warn("postgresql", "fsync is off: after a crash of the machine acknowledged rows may be lost.")
+    if found.synchronous_commit == "off":
+        yield _warn(
+            "postgresql",
+            "synchronous_commit is off: a crash may lose rows whose entries were acknowledged. Set it to on.",
+        )
+    if found.autovacuum != "on":
+        yield _warn("postgresql", "autovacuum is off: counters and versions bloat. Turn it on.")
+
+
+def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
+    room = found.max_connections - found.reserved_connections
+    if config.pool_size > room:
+        yield _fail(
+            "postgresql",
+            f"DB_POOL_SIZE={config.pool_size} exceeds max_connections less the reserved ones ({room}): lower "
+            "DB_POOL_SIZE; more connections than cores do not make it faster.",
+        )
+    elif found.connections + config.pool_size > room:
+        yield _warn(
+            "postgresql",
+            f"{found.connections} of {room} connections are in use, and DB_POOL_SIZE={config.pool_size} may not fit. "
+            "Other clients hold them: lower theirs (the old stack's 32 processes take DB_POOL_SIZE each).",
+        )
+    if 0 <= found.connection_limit < config.pool_size:
+        yield _fail(
+            "postgresql",
+            f"This role or database allows {found.connection_limit} connections, less than "
+            f"DB_POOL_SIZE={config.pool_size}: lower DB_POOL_SIZE, or ALTER ROLE ... CONNECTION LIMIT.",
+        )
+
+
+def postgres_rights(found: Facts) -> Iterator[Finding]:
+    if found.lacking:
+        yield _fail("postgresql", f"The role {found.role} lacks {_some(list(found.lacking), 5)}: GRANT it.")
+    elif found.superuser:
+        yield _warn("postgresql", f"{found.role} is a superuser: the worker needs far less.")
+
+
+# --- all of it
+
+
+def configuration(config: Config) -> Iterator[Finding]:
+    yield _ok("configuration", f"{len(config.given)} variables are set.")
+    needed = config.processes * config.pipelines + 1
+    if needed > config.pool_size:
+        yield _warn(
+            "configuration",
+            f"{config.processes} processes x {config.pipelines} pipelines and the monitor want {needed} connections, "
+            f"DB_POOL_SIZE is {config.pool_size}: pipelines shrink to it.",
+        )
+
+
+async def _redis_findings(config: Config) -> list[Finding]:
+    try:
+        async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-check") as admin:
+            return [finding async for finding in _ask_redis(admin, config)]
+    except (Unreachable, ConfigError) as error:
+        return [_fail("redis", f"{error}.")]
+
+
+async def _ask_redis(admin: RedisAdmin, config: Config) -> AsyncIterator[Finding]:
+    server = await admin.server()
+    for hazard in (redis_version, redis_role, redis_eviction, redis_memory, redis_persistence):
+        for finding in hazard(server):
+            yield finding
+    for finding in clock("redis", server.time_ms / 1000 - time.time()):
+        yield finding
+    kind = await admin.kind()
+    for finding in stream_kind(kind, config.stream_key):
+        yield finding
+    stream = await admin.stream() if kind == "stream" else None
+    if stream is not None:
+        consumers = await admin.consumers(config.group)
+        exists = stream.group(config.group) is not None
+        oldest = await admin.pending(config.group, PENDING_LOOKED_AT) if exists else []
+        missing = await admin.missing([one.entry_id for one in oldest])
+        newest = await admin.newest_fields(20)
+        found = [
+            *stream_room(stream, config),
+            *group_exists(stream, config),
+            *groups_that_hold(stream, config, server.time_ms),
+            *foreign_consumers(consumers, config),
+            *unreadable_for_others(consumers, newest),
+            *other_groups_read_json(stream, config),
+            *abandoned_pending(consumers, oldest),
+            *trimmed_pending(missing),
+        ]
+        for finding in found:
+            yield finding
+    for finding in dead_letters(await admin.dead_letters()):
+        yield finding
+
+
+async def _postgres_findings(config: Config, url: str) -> list[Finding]:
+    try:
+        found = await facts(url, WRITTEN, password_free=name_of(url))
+        problems = await check_schema(url)
+    except (Unreachable, ConfigError) as error:
+        return [_fail("postgresql", f"{redact(str(error))}.")]
+    return [
+        *postgres_version(found),
+        *postgres_state(found),
+        *postgres_connections(found, config),
+        *postgres_rights(found),
+        *clock("postgresql", found.clock_ahead_s),
+        *([_fail("postgresql", problem) for problem in problems] or [_ok("postgresql", "The schema is complete.")]),
+    ]
+
+
+async def check(config: Config, *, as_json: bool) -> ExitCode:
+    """Print every finding; NO when one of them is a failure."""
+    findings = [*configuration(config), *await _redis_findings(config)]
+    if config.database_url is None:
+        findings.append(_warn("postgresql", "DATABASE_URL is not set, so PostgreSQL was not looked at."))
+    else:
+        findings += await _postgres_findings(config, config.database_url)
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(findings).decode() + "\n")
+    else:
+        _print(findings)
+    return ExitCode.NO if any(finding.verdict is Verdict.FAIL for finding in findings) else ExitCode.DONE
+
+
+def _print(findings: list[Finding]) -> None:
+    console = Console(highlight=False)
+    styles = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+    for finding in findings:
+        line = Text(f"{finding.verdict:<4} ", style=styles[finding.verdict])
+        line.append(f"{finding.about}: {finding.sentence}", style="")
+        console.print(line)
+    counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
+    console.print(f"{counts[Verdict.FAIL]} to mend, {counts[Verdict.WARN]} to look at, {counts[Verdict.OK]} ok")
+
+
+async def preflight(config: Config, *, database_url: str | None) -> None:
+    """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable."""
+    await asyncio.gather(_redis_preflight(config), _postgres_preflight(database_url))
+
+
+async def _redis_preflight(config: Config) -> None:
+    async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-check") as admin:
+        server = await admin.server()
+        kind = await admin.kind()
+    for finding in (*redis_version(server), *redis_role(server), *stream_kind(kind, config.stream_key)):
+        if finding.verdict is Verdict.FAIL:
+            raise Unreachable(f"{redact(config.redis_url)}: {finding.sentence}")
+
+
+async def _postgres_preflight(database_url: str | None) -> None:
+    if database_url is None:
+        return
+    problems = await check_schema(database_url)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise Unreachable(
+            f"{name_of(database_url)}: the schema is not ready: {problems[0]}{more} Run `fastworker migrate`."
+        )
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    shown = ", ".join(names[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown
