@@ -39,7 +39,7 @@ from fastworker.crashpoint import Place, crashpoint
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.table import derive as derived
 from fastworker.table import merge
-from fastworker.table.batch import Batch, Change, Row, TimedAccount, TimedIdentity, newer
+from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
 from fastworker.table.derive import Effects
 from fastworker.table.schema import FEED_GENERATORS, LIKES, POSTS, PROFILES, TABLES, Table, collection_table
 
@@ -211,6 +211,13 @@ class Store:
                 crashpoint(Place.IN_RECHECK)
                 await self._recompute(connection, {(r[0], r[1]): r[2] for r in owed}, set())
             return len(owed) + await self._purge(connection)
+
+    async def finished(self, stream: str) -> Progress | None:
+        """The furthest that any consumer saw the stream's group finished: where reader and worker resume."""
+        async with self._connection() as connection:
+            found = await connection.fetch(merge.FINISHED, stream)
+        marks = [Progress(stream, r[0], r[1], r[2]) for r in found]
+        return max(marks, key=lambda mark: [int(part) for part in mark.entry_id.split("-")], default=None)
 
     # 1 and 4: what beats this batch -------------------------------------------------------------
 

@@ -173,6 +173,7 @@ PROGRESS = (
     "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "
     "ON CONFLICT (stream, consumer) DO UPDATE SET seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now()"
 )
+FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
 FEED_ITEMS = (

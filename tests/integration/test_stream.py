@@ -154,9 +154,9 @@ async def test_acks_and_dead_letters_pass_at_maxmemory(redis):
     stream = await consumer(redis)
     await add(redis, 2)
     [first, second] = await stream.read(block_ms=1)
-    await redis.config_set("maxmemory", "1mb")
+    await redis.config_set("maxmemory", "100kb")
     try:
-        with pytest.raises(ResponseError, match="OOM|maxmemory"):
+        with pytest.raises(ResponseError, match="maxmemory"):
             await add(redis, 1)
         assert await stream.ack({COMMITTED: [first[0]]}) == 1
         assert await stream.set_aside([SetAside(*second, Reason.BAD_JSON, "")], now_ms=1) == 1

@@ -1,0 +1,93 @@
+"""The life of one child process: its loop, its signals, its pulse. What it does is handed in.
+
+A child stops when it is told to (SIGTERM, also sent by the kernel when the parent dies) or when it notices that its
+parent is gone. SIGINT is the parent's business: a terminal sends it to the whole group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from fastworker.errors import ExitCode, FastworkerError
+from fastworker.run.heartbeat import Slot, State, now_ms
+
+log = logging.getLogger(__name__)
+
+Main = Callable[[Slot, asyncio.Event], Awaitable[None]]
+"""What a child does until `stopping` is set; it returns when it has drained. It sets `ready` in its slot."""
+
+TICK_S = 0.5
+STUCK_S = 60.0
+"""A loop that does not turn for so long ends the process with its stacks on standard error. The parent's watchdog is
+faster; this one is for children that have no parent any more."""
+AGAIN = 75  # exit code: nothing is wrong here, start me again (EX_TEMPFAIL)
+
+
+class StartAgain(Exception):
+    """Raised by a child that must begin anew, such as one that lost its lease: replaced after a backoff."""
+
+
+def run_child(slot: Slot, main: Main) -> int:
+    """Run `main` to its end in a fresh loop; the exit code. Call it after the fork, in the child only."""
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_live(slot, main))
+    except BaseException as error:  # noqa: BLE001 - the last line of a process: every error becomes an exit code
+        return _verdict(slot, error)
+    return ExitCode.DONE
+
+
+async def _live(slot: Slot, main: Main) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pulse = asyncio.create_task(_pulse(slot, stopping), name="pulse")
+    try:
+        await main(slot, stopping)
+    finally:
+        pulse.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
+    parent = os.getppid()
+    while True:
+        slot.set(tick_ms=now_ms())
+        faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__ or sys.stderr)
+        if os.getppid() != parent and not stopping.is_set():
+            log.error("The supervisor is gone: stopping")
+            stopping.set()
+        if stopping.is_set():
+            slot.set(state=State.DRAINING)
+        await asyncio.sleep(TICK_S)
+
+
+def _verdict(slot: Slot, error: BaseException) -> int:
+    """The exit code that says whose fault it was; what is not ours to explain gets a traceback."""
+    cause = _first_cause(error)
+    slot.text("error", f"{type(cause).__name__}: {cause}")
+    if isinstance(cause, FastworkerError):
+        log.error("%s", cause)
+        return cause.exit_code
+    if isinstance(cause, StartAgain):
+        log.warning("%s", cause)
+        return AGAIN
+    log.critical("Unexpected error", exc_info=error)
+    return ExitCode.BUG
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Of a group, one of ours if there is one, else the first: siblings are cancelled for its sake."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    causes = [_first_cause(one) for one in error.exceptions]
+    return next((one for one in causes if isinstance(one, FastworkerError | StartAgain)), causes[0])

@@ -1,0 +1,437 @@
+"""The path of an entry: read, decode, map, batch, flush, ack. One batch fills, one is written, never a third.
+
+Natural batching: whatever arrived while the last flush ran is the next one, so a quiet stream flushes single entries
+at once and a busy one fills batches. Back-pressure is not reading. An entry leaves in one of three ways, each ending
+in one ack: rows committed, nothing to store, set aside. Everything else stays pending, and is read again by whoever
+comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Protocol, TypeVar
+
+from fastworker.crashpoint import Place, crashpoint
+from fastworker.edge.store import Written
+from fastworker.edge.stream import Entry, SetAside, Tally, id_order
+from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
+from fastworker.event import Account, Commit, Event, Identity, Sync
+from fastworker.event.entry import decode_entry
+from fastworker.run.heartbeat import Slot, State, now_ms
+from fastworker.run.retry import Backoff
+from fastworker.table.batch import Batch, Limits, Mapped, Progress
+from fastworker.table.dates import date_or, entry_moment, latest_date
+from fastworker.table.mapper import map_commit
+
+log = logging.getLogger(__name__)
+
+BLOCK_MS = 500  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
+TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
+ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
+MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
+
+_COMMIT = Tally("committed", "#commit")
+_NOTHING = Tally("nothing_to_store", "#commit")
+_IDENTITY = Tally("committed", "#identity")
+_ACCOUNT = Tally("committed", "#account")
+_SYNC = Tally("committed")
+_NEVER = datetime.min.replace(tzinfo=UTC)
+_T = TypeVar("_T")
+
+
+class Stream(Protocol):
+    """What a pipeline needs of `edge.stream.WorkerStream`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stream_key(self) -> str: ...
+    async def ack(self, tallies: Mapping[Tally, Sequence[str]], more_drops: Sequence[str] = ...) -> int: ...
+    async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int: ...
+    async def lowest_pending(self) -> str | None: ...
+
+
+class Source(Protocol):
+    """What a pipeline needs of `run.reclaim.Intake`."""
+
+    async def next(self, block_ms: int) -> list[Entry]: ...
+    def look_again(self) -> None: ...
+
+
+class Store(Protocol):
+    """What a pipeline needs of `edge.store.Store`."""
+
+    async def write(self, batch: Batch) -> Written: ...
+
+
+class DeadLetterLimit:
+    """Stops the worker when too much is set aside: a bad release must not empty the stream into the dead letters."""
+
+    def __init__(self, *, run_max: int = 500, ratio_max: float = 0.5, window: int = 4_000) -> None:
+        """More than `run_max` in a row, or more than `ratio_max` of about the last `window` entries. Guesses: far
+        above what hostile accounts get past the reader, far below what an operator would want to repair."""
+        self._run_max = run_max
+        self._ratio_max = ratio_max
+        self._window = window
+        self._run = 0
+        self._good = 0
+        self._bad = 0
+
+    def good(self, count: int = 1) -> None:
+        self._run = 0
+        self._good += count
+
+    def bad(self, why: object) -> None:
+        """Call before setting an entry aside; raises StoppedItself, and the entry stays pending."""
+        self._run += 1
+        self._bad += 1
+        seen = self._good + self._bad
+        if self._run > self._run_max or (seen >= self._window and self._bad > self._ratio_max * seen):
+            raise StoppedItself(
+                f"Too many entries cannot be stored: {self._run} in a row, {self._bad} of the last {seen}. They stay "
+                f"pending. The last one: {why}"
+            )
+        if seen >= self._window:  # forget half: old entries fade out
+            self._good //= 2
+            self._bad //= 2
+
+
+class Held:
+    """A batch, the entries it came from (to apply them again in halves), and how each will be counted."""
+
+    __slots__ = ("batch", "entries", "kinds", "mark", "rejected", "since_ms", "tallies")
+
+    def __init__(self) -> None:
+        self.batch = Batch()
+        self.entries: dict[str, dict[bytes, bytes]] = {}
+        self.tallies: dict[Tally, list[str]] = {}
+        self.kinds: Counter[type[Event]] = Counter()
+        self.rejected: list[SetAside] = []  # never settled: they leave through the dead letters
+        self.since_ms = 0  # when its first entry was read
+        self.mark: tuple[str, int | None] | None = None  # id and seq of the latest entry understood
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def is_full(self, limits: Limits) -> bool:
+        return self.batch.is_full(limits) or len(self.entries) >= limits.entries_max
+
+    def apply(self, entry_id: str, fields: dict[bytes, bytes]) -> None:
+        """Put one entry's content into the batch, all of it or nothing, and settle it; or reject it."""
+        self.entries[entry_id] = fields
+        try:
+            event = decode_entry(fields)
+            entry_ms = int(entry_id.partition("-")[0])
+            tally, mapped, at = _understand(event, entry_ms)
+        except InvalidEvent as error:
+            self.rejected.append(SetAside(entry_id, fields, error.reason, error.detail))
+            return
+        except Exception as error:
+            # A bug of ours that some bytes can reach must not stop the stream for everybody else's: the entry waits
+            # in the dead letters for the release that mends it, and the limit still stops a worker that is all bug.
+            log.exception("Entry %s could not be understood", entry_id)
+            self.rejected.append(SetAside(entry_id, fields, Reason.BAD_ENTRY, f"our bug: {error!r}"))
+            return
+        batch = self.batch
+        if mapped is not None:
+            batch.put(mapped)
+        elif isinstance(event, Identity):
+            batch.put_identity(event, at)
+        elif isinstance(event, Account):
+            batch.put_account(event, at)
+        elif isinstance(event, Sync):
+            batch.put_sync(event)
+        if event.relay is not None:
+            batch.relays.add(event.relay)
+        self.mark = (entry_id, event.seq)
+        self.kinds[type(event)] += 1
+        batch.settle(entry_id, stored=tally.outcome == "committed", payload_bytes=sum(map(len, fields.values())))
+        self.tallies.setdefault(tally, []).append(entry_id)
+
+
+def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, datetime]:
+    """How an event is counted, what a commit becomes, and when the other kinds happened."""
+    if isinstance(event, Commit):
+        mapped = map_commit(event, entry_ms)
+        tally = _COMMIT if mapped.changes or mapped.dids else _NOTHING
+        if mapped.drops:
+            tally = Tally(tally.outcome, tally.kind, tuple(sorted(drop.reason for drop in mapped.drops)))
+        return tally, mapped, _NEVER
+    entry_time = entry_moment(entry_ms)
+    at = date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
+    if isinstance(event, Identity):
+        return _IDENTITY, None, at
+    return (_ACCOUNT if isinstance(event, Account) else _SYNC), None, at
+
+
+class Pipeline:
+    """One consumer's loop. `run` returns when it was stopped and everything it held is settled."""
+
+    def __init__(
+        self,
+        source: Source,
+        stream: Stream,
+        store: Store,
+        slot: Slot,
+        *,
+        limits: Limits,
+        dead_letters: DeadLetterLimit,
+    ) -> None:
+        self.stream = stream
+        self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
+        self._source = source
+        self._store = store
+        self._slot = slot
+        self._limits = limits
+        self._dead_letters = dead_letters
+        self._filling = Held()
+        self._writing: Held | None = None
+        self._reading_state = State.RUNNING
+        self._writing_state = State.RUNNING
+        self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
+        self._progress: Progress | None = None
+
+    # --- what others look at
+
+    @property
+    def state(self) -> State:
+        """Running, or what one of its two halves waits for."""
+        return max(self._reading_state, self._writing_state)
+
+    def held(self, older_than_ms: int = 0) -> list[str]:
+        """Ids of unsettled entries in batches that were begun so long ago."""
+        before = now_ms() - older_than_ms
+        return [
+            entry_id
+            for batch in (self._writing, self._filling)
+            if batch is not None and batch and batch.since_ms <= before
+            for entry_id in batch.entries
+        ]
+
+    @property
+    def held_count(self) -> int:
+        return len(self._filling.entries) + (len(self._writing.entries) if self._writing else 0)
+
+    @property
+    def oldest_ms(self) -> int:
+        """When the oldest unsettled entry was read; 0 if there is none."""
+        return (self._writing or self._filling).since_ms
+
+    async def note_progress(self) -> None:
+        """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
+        marks = list(self._marks)  # before we ask: what is read meanwhile is not covered by the answer
+        if not marks:
+            return
+        lowest = await self.stream.lowest_pending()
+        if lowest is not None:
+            bound = id_order(lowest)
+            marks = [mark for mark in marks if id_order(mark[0]) < bound]
+        newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
+        if newest is not None:
+            self._progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
+
+    # --- the loop
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        reading: asyncio.Task[list[Entry]] | None = None
+        writing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                if writing is None and self._filling:
+                    self._writing, self._filling = self._filling, Held()
+                    writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
+                may_read = not (
+                    stopping.is_set() or self._filling.is_full(self._limits) or self.state is not State.RUNNING
+                )
+                if reading is None and may_read:
+                    reading = asyncio.create_task(self._read(stopping), name=f"read {self.stream.name}")
+                tasks = {task for task in (reading, writing) if task is not None}
+                if not tasks:
+                    return
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if writing is not None and writing.done():
+                    writing.result()
+                    self._writing = writing = None
+                if reading is not None and reading.done():
+                    entries = reading.result()
+                    reading = None
+                    await self._take(entries)
+        finally:
+            for task in (reading, writing):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait([task])
+
+    async def _read(self, stopping: asyncio.Event) -> list[Entry]:
+        backoff = Backoff()
+        while True:
+            try:
+                entries = await self._source.next(BLOCK_MS)
+            except StreamUnavailable as error:
+                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error)
+                # The reply that did not come may have handed us entries: they are pending in our name now.
+                self._source.look_again()
+                if await backoff.wait(stopping):
+                    return []
+            else:
+                self._reading_state = self._go_on(self._reading_state)
+                return entries
+
+    async def _take(self, entries: list[Entry]) -> None:
+        """Decode and map, in turns short enough for the flush and the heartbeat beside it."""
+        filling, writing = self._filling, self._writing.entries if self._writing else {}
+        if entries and not filling:
+            filling.since_ms = now_ms()
+        turn_ends = time.perf_counter() + TURN_S
+        taken = 0
+        for entry_id, fields in entries:
+            if entry_id in filling.entries or entry_id in writing:
+                continue  # read back while we hold it
+            rejected = len(filling.rejected)
+            filling.apply(entry_id, fields)
+            if len(filling.rejected) > rejected:
+                self._dead_letters.bad(filling.rejected[-1].error)
+            else:
+                self._dead_letters.good()
+            taken += 1
+            if not taken & 15 and time.perf_counter() >= turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.perf_counter() + TURN_S
+        if taken:
+            self._slot.add(read=taken)
+            if filling.mark is not None:
+                self._marks.append(filling.mark)
+
+    # --- the flush
+
+    async def _flush(self, held: Held) -> None:
+        """Write, then ack. Cancelled or killed anywhere, it can be done again."""
+        if held.rejected:
+            await self._leave_aside(held.rejected)
+        if not held.batch:
+            return
+        held.batch.progress = self._progress
+        try:
+            store_drops = await self._write(held.batch)
+        except RowRejected as error:
+            await self._isolate(held, error)
+        else:
+            await self._ack(held, store_drops)
+
+    async def _write(self, batch: Batch) -> list[Reason]:
+        """One flush, as often as it takes; the reasons of ops that the store itself dropped."""
+        if not (batch.changes or batch.dids or batch.accounts or batch.identities or batch.syncs):
+            return []
+        drops = len(batch.drops)
+        started = time.perf_counter()
+
+        async def attempt() -> Written:
+            del batch.drops[drops:]  # an earlier attempt's
+            return await self._store.write(batch)
+
+        written = await self._persist(State.WAITING_FOR_STORE, attempt)
+        took_us = int((time.perf_counter() - started) * 1e6)
+        self._slot.add(flushes=1, flush_us_total=took_us, rows=written.rows, superseded=written.superseded)
+        self._slot.set(flush_us_last=took_us)
+        for table, count in Counter(change.table.name for change in batch.changes.values()).items():
+            self._slot.wrote(table, count)
+        return [drop.reason for drop in batch.drops[drops:]] + [Reason.FORBIDDEN] * written.forbidden
+
+    async def _ack(self, held: Held, store_drops: list[Reason]) -> None:
+        crashpoint(Place.BEFORE_ACK)
+        await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.ack(held.tallies, store_drops))
+        wall_ms = time.time_ns() // 1_000_000
+        slot = self._slot
+        for tally, ids in held.tallies.items():
+            slot.add(**{tally.outcome: len(ids)})
+            slot.observe_latency(wall_ms - int(entry_id.partition("-")[0]) for entry_id in ids)
+            for reason in tally.drops:
+                slot.drop(Reason(reason), len(ids))
+        for reason in store_drops:
+            slot.drop(reason)
+        kinds = held.kinds
+        slot.add(commits=kinds[Commit], identities=kinds[Identity], accounts=kinds[Account], syncs=kinds[Sync])
+
+    async def _leave_aside(self, letters: list[SetAside]) -> None:
+        crashpoint(Place.BETWEEN_DEAD_LETTER_AND_ACK)
+        wall_ms = time.time_ns() // 1_000_000
+        await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.set_aside(letters, wall_ms))
+        self._slot.add(set_aside=len(letters))
+        for letter in letters:
+            self._slot.drop(letter.reason)
+            log.warning("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
+
+    async def _isolate(self, held: Held, error: RowRejected) -> None:
+        """PostgreSQL refused a value: apply the entries again in halves, until the one that holds it is alone."""
+        entries = [(settled.entry_id, held.entries[settled.entry_id]) for settled in held.batch.entries]
+        if len(entries) == 1:
+            await self._isolate_op(entries[0], error)
+            return
+        middle = len(entries) // 2
+        for half in (entries[:middle], entries[middle:]):
+            part = Held()
+            part.since_ms = held.since_ms
+            for entry_id, fields in half:
+                part.apply(entry_id, fields)
+            await self._flush(part)
+            await asyncio.sleep(0)
+
+    async def _isolate_op(self, entry: Entry, error: RowRejected) -> None:
+        """One bad record must not cost the commit: its siblings are stored, then the entry is set aside whole.
+
+        A retry of the dead letter is harmless: the siblings are there already.
+        """
+        entry_id, fields = entry
+        self._dead_letters.bad(error)
+        event = decode_entry(fields)
+        if isinstance(event, Commit) and len(event.ops) > 1:
+            mapped = map_commit(event, int(entry_id.partition("-")[0]))
+            await self._write_parts(mapped, 0, len(mapped.changes))
+        await self._leave_aside([SetAside(entry_id, fields, Reason.ROW_REJECTED, str(error))])
+
+    async def _write_parts(self, mapped: Mapped, first: int, stop: int) -> None:
+        batch = Batch()
+        batch.put(Mapped(mapped.changes[first:stop], mapped.dids, []))
+        try:
+            await self._write(batch)
+        except RowRejected:
+            if stop - first > 1:
+                middle = (first + stop) // 2
+                await self._write_parts(mapped, first, middle)
+                await self._write_parts(mapped, middle, stop)
+
+    async def _persist(self, waiting: State, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Try until it works: whoever stops us cancels us. Reading pauses meanwhile."""
+        backoff = Backoff()
+        while True:
+            try:
+                async with asyncio.timeout(ATTEMPT_S):
+                    result = await attempt()
+            except (StoreUnavailable, StreamUnavailable, TimeoutError) as error:
+                self._writing_state = self._wait(self._writing_state, waiting, error)
+                await asyncio.sleep(backoff.next())
+            else:
+                self._writing_state = self._go_on(self._writing_state)
+                return result
+
+    def _wait(self, before: State, state: State, error: Exception) -> State:
+        if before is not state:
+            log.warning("%s waits: %s", self.stream.name, error)
+        self.progress_ms = now_ms()
+        self._slot.text("error", f"{type(error).__name__}: {error}")
+        if state is State.WAITING_FOR_STORE:
+            self._slot.add(store_retries=1)
+        else:
+            self._slot.add(stream_retries=1)
+        return state
+
+    def _go_on(self, before: State) -> State:
+        if before is not State.RUNNING:
+            log.info("%s goes on", self.stream.name)
+        self.progress_ms = now_ms()
+        return State.RUNNING

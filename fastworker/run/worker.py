@@ -1,0 +1,227 @@
+"""One worker process: its connections, its pipelines, their side tasks, and the order in which they stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import msgspec
+from redis.asyncio import Redis
+
+from fastworker.crashpoint import arm
+from fastworker.edge.redis_client import connect
+from fastworker.edge.store import Store
+from fastworker.edge.stream import LeaseLostError, WorkerStream
+from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.run.child import StartAgain, run_child
+from fastworker.run.heartbeat import Slot, State, now_ms
+from fastworker.run.pipeline import DeadLetterLimit, Pipeline
+from fastworker.run.reclaim import Intake
+from fastworker.table.batch import Limits
+from fastworker.table.derive import FULL
+
+log = logging.getLogger(__name__)
+
+RENEW_S = 3.0  # old TypeScript workers claim at 10 s, our leases end at 15 s
+HELD_MS = 3_000  # a batch held for longer has its entries' idle time renewed
+MAINTAIN_S = 10.0
+FIGURES_S = 0.5
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told. `pool_size` is a ceiling for all processes and the monitor together."""
+
+    redis_url: str
+    database_url: str
+    stream_key: str = "firehose:events"
+    group: str = "firehose-processors"
+    consumer_id: str = "python-worker"
+    batch_size: int = 10
+    pool_size: int = 8
+    processes: int = 2
+    pipelines: int = 2  # per process
+    derive: frozenset[str] = FULL
+    limits: Limits = Limits()
+    dead_letter_maxlen: int = 10_000
+    drain_s: float = 4.0
+    crashpoint: str | None = None  # tests only
+    scan_s: float = 10.0  # between two looks for dead consumers
+    lease_ms: int = 15_000
+    foreign_idle_ms: int = 60_000
+
+
+def shrunk(settings: WorkerSettings) -> WorkerSettings:
+    """Settings whose connections, one per pipeline and one for the monitor, fit under `pool_size`; says so once."""
+    room = max(1, settings.pool_size - 1)
+    processes = min(settings.processes, room)
+    pipelines = min(settings.pipelines, room // processes)
+    if (processes, pipelines) == (settings.processes, settings.pipelines):
+        return settings
+    log.warning(
+        "DB_POOL_SIZE=%d leaves room for %d processes with %d pipelines each, not %d with %d",
+        settings.pool_size, processes, pipelines, settings.processes, settings.pipelines,
+    )  # fmt: skip
+    return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
+
+
+def worker_main(settings: WorkerSettings, slot: Slot) -> int:
+    """The target of a worker child: runs in the forked process, returns its exit code."""
+    arm(settings.crashpoint)
+    return run_child(slot, partial(work, settings))
+
+
+async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event) -> None:
+    """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
+    redis = connect(settings.redis_url, client_name="fastworker-worker")
+    try:
+        try:
+            store = await Store.connect(
+                settings.database_url,
+                pool_size=settings.pipelines,
+                application_name="fastworker",
+                derive=settings.derive,
+            )
+        except StoreUnavailable as error:
+            raise Unreachable(str(error)) from error
+        try:
+            await _work(settings, slot, stopping, redis, store)
+        finally:
+            await store.close()
+    finally:
+        await redis.aclose()
+
+
+async def _work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, redis: Redis, store: Store) -> None:
+    async def last_finished() -> str | None:
+        progress = await store.finished(settings.stream_key)
+        return progress.entry_id if progress is not None else None
+
+    streams = [
+        WorkerStream(
+            redis,
+            stream_key=settings.stream_key,
+            group=settings.group,
+            consumer_id=settings.consumer_id,
+            batch_size=settings.batch_size,
+            dead_letter_maxlen=settings.dead_letter_maxlen,
+            last_finished=last_finished,
+            lease_ms=settings.lease_ms,
+        )
+        for _ in range(settings.pipelines)
+    ]
+    try:
+        try:
+            for stream in streams:
+                await stream.acquire()
+        except (StreamUnavailable, StoreUnavailable) as error:
+            raise Unreachable(str(error)) from error
+        slot.text("consumers", " ".join(stream.name for stream in streams))
+        dead_letters = DeadLetterLimit()
+        pipelines = [
+            Pipeline(
+                Intake(
+                    stream,
+                    slot,
+                    scan_s=settings.scan_s,
+                    own_idle_ms=settings.lease_ms,
+                    foreign_idle_ms=settings.foreign_idle_ms,
+                ),
+                stream,
+                store,
+                slot,
+                limits=settings.limits,
+                dead_letters=dead_letters,
+            )
+            for stream in streams
+        ]
+        await _run(settings, slot, stopping, store, streams, pipelines)
+    finally:
+        await _release(streams)
+
+
+async def _run(
+    settings: WorkerSettings,
+    slot: Slot,
+    stopping: asyncio.Event,
+    store: Store,
+    streams: list[WorkerStream],
+    pipelines: list[Pipeline],
+) -> None:
+    """Everything in one group: an unexpected end of any task ends them all, and the process."""
+    async with asyncio.TaskGroup() as group:
+        side_tasks = [
+            group.create_task(_every(RENEW_S, partial(_renew, streams, pipelines)), name="renew leases"),
+            group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
+            group.create_task(_figures(slot, pipelines), name="figures"),
+        ]
+        loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
+        slot.set(ready=1, state=State.RUNNING)
+        await stopping.wait()
+        # No intake from here on; what is held is settled within the budget, or stays pending for the next worker.
+        _, late = await asyncio.wait(loops, timeout=settings.drain_s)
+        if late:
+            held = sum(pipeline.held_count for pipeline in pipelines)
+            log.error("Not drained within %.1f s: %d entries stay pending", settings.drain_s, held)
+        for task in (*late, *side_tasks):
+            task.cancel()
+
+
+async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await act()
+        await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
+
+
+async def _renew(streams: list[WorkerStream], pipelines: list[Pipeline]) -> None:
+    try:
+        for stream, pipeline in zip(streams, pipelines, strict=True):
+            await stream.renew(pipeline.held(HELD_MS))
+    except StreamUnavailable:
+        pass  # the pipelines wait for Redis, and say so
+    except LeaseLostError as error:
+        raise StartAgain(str(error)) from error
+
+
+async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
+    """What committed transactions still owe, in bounded pieces; and how far the group has come."""
+    try:
+        for pipeline in pipelines:
+            await pipeline.note_progress()
+        while await store.maintain():
+            pass
+    except (StoreUnavailable, StreamUnavailable):
+        pass  # the pipelines wait for the same server, and say so
+
+
+async def _figures(slot: Slot, pipelines: list[Pipeline]) -> None:
+    """What the pipelines know, into the slot. Running is an effort of all: the slowest one is what is shown."""
+    acked, at = 0, now_ms()
+    while True:
+        await asyncio.sleep(FIGURES_S)
+        now = now_ms()
+        total = slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+        oldest = [pipeline.oldest_ms for pipeline in pipelines if pipeline.oldest_ms]
+        if slot.get("state") != State.DRAINING:
+            slot.set(state=max(pipeline.state for pipeline in pipelines))
+        slot.set(
+            progress_ms=min(pipeline.progress_ms for pipeline in pipelines),
+            oldest_ms=min(oldest, default=0),
+            held=sum(pipeline.held_count for pipeline in pipelines),
+            acked_per_second=(total - acked) * 1000 // max(1, now - at) if acked else 0,
+        )
+        acked, at = total, now
+
+
+async def _release(streams: list[WorkerStream]) -> None:
+    """Give the names back, so that a successor need not wait for the leases to end."""
+    for stream in streams:
+        if stream.name:
+            try:
+                async with asyncio.timeout(2):
+                    await stream.release()
+            except (StreamUnavailable, Unreachable, TimeoutError) as error:
+                log.warning("The lease of %s ends by itself: %s", stream.name, error)
+                return

@@ -1,0 +1,344 @@
+"""The pipeline on a real Redis, with a store whose faults the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from fastworker.edge.redis_client import connect
+from fastworker.edge.store import Written
+from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
+from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
+from fastworker.run.heartbeat import Heartbeats, State
+from fastworker.run.pipeline import DeadLetterLimit, Pipeline
+from fastworker.run.reclaim import Intake
+from fastworker.table.batch import Batch, Limits
+
+KEY, GROUP = "firehose:events", "firehose-processors"
+DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
+
+
+def like(rkey: str) -> dict:
+    subject = {
+        "uri": f"at://{DID}/app.bsky.feed.post/3kaaaaaaaaa2a",
+        "cid": "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge",
+    }
+    record = {"$type": "app.bsky.feed.like", "subject": subject, "createdAt": "2024-01-01T00:00:00.000Z"}
+    return {"action": "create", "path": f"app.bsky.feed.like/{rkey}", "cid": subject["cid"], "record": record}
+
+
+def commit(seq: int, *ops: dict) -> dict[str, str]:
+    data = {"repo": DID, "ops": list(ops), "rev": None, "time": "2024-01-01T00:00:00.000Z"}
+    return {"type": "commit", "data": json.dumps(data), "seq": str(seq)}
+
+
+def likes(count: int, poison: frozenset[int] = frozenset()) -> list[dict[str, str]]:
+    return [commit(n + 1, like(f"{'poison' if n in poison else 'good'}{n}")) for n in range(count)]
+
+
+class MemoryStore:
+    """Keeps uris; refuses batches that hold a poisonous one; may be down."""
+
+    def __init__(self) -> None:
+        self.uris: set[str] = set()
+        self.batches: list[Batch] = []
+        self.writes = 0
+        self.down = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def write(self, batch: Batch) -> Written:
+        self.writes += 1
+        await self.open.wait()
+        if self.down.is_set():
+            raise StoreUnavailable("down")
+        if any("poison" in uri for uri in batch.changes):
+            raise RowRejected("poison")
+        self.uris |= set(batch.changes)
+        self.batches.append(batch)
+        return Written(len(batch.changes), 0, 0)
+
+
+class Bench:
+    """A pipeline on a stream, and how to wait for what it does."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self.store = MemoryStore()
+        self.slot = Heartbeats(1)[0]
+        self.slot.open("test")
+        self.stream = WorkerStream(redis, consumer_id="w", batch_size=10)
+        self.limits = Limits()
+        self.dead_letters = DeadLetterLimit()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Pipeline]:
+        await self.stream.acquire()
+        self.pipeline = Pipeline(
+            Intake(self.stream, self.slot, own_idle_ms=0),
+            self.stream,
+            self.store,
+            self.slot,
+            limits=self.limits,
+            dead_letters=self.dead_letters,
+        )
+        self.stopping = asyncio.Event()
+        self.task = asyncio.create_task(self.pipeline.run(self.stopping))
+        try:
+            yield self.pipeline
+            self.stopping.set()
+            if not self.task.cancelled():
+                async with asyncio.timeout(10):
+                    await self.task
+        finally:
+            self.task.cancel()
+            await asyncio.wait([self.task])
+
+    async def add(self, entries: list[dict]) -> list[str]:
+        pipe = self.redis.pipeline(transaction=False)
+        for fields in entries:
+            pipe.xadd(KEY, fields)
+        return [entry_id.decode() for entry_id in await pipe.execute()]
+
+    async def until(self, fact: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not fact():
+                if self.task.done():
+                    self.task.result()
+                await asyncio.sleep(0.002)
+
+    async def until_settled(self, count: int) -> None:
+        await self.until(lambda: self.slot.snapshot().acked >= count)
+
+    async def ledger(self) -> dict[str, int]:
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+
+    async def pending(self) -> int:
+        return (await self.redis.xpending(KEY, GROUP))["pending"]
+
+
+@pytest.fixture
+async def bench(redis_url: str) -> AsyncIterator[Bench]:
+    client = connect(redis_url)
+    yield Bench(client)
+    await client.aclose()
+
+
+async def test_every_entry_ends_once_and_the_ledger_says_how(bench):
+    account = {"type": "account", "data": json.dumps({"did": DID, "active": False, "status": "odd"}), "seq": "8"}
+    identity = {"type": "identity", "data": json.dumps({"did": DID, "handle": None}), "seq": ""}
+    bad_op = commit(9, {"action": "create", "path": "no-slash", "cid": None, "record": {}})
+    await bench.add([*likes(3), account, identity, bad_op, {"type": "commit", "data": "{", "seq": "1"}, {"odd": "1"}])
+    async with bench.running():
+        await bench.until_settled(8)
+    ledger = await bench.ledger()
+    assert ledger == {
+        "committed": 6,
+        "set_aside": 2,
+        "drop:bad_path": 1,
+        "drop:bad_json": 1,
+        "drop:bad_entry": 1,
+    }
+    assert await bench.pending() == 0
+    snapshot = bench.slot.snapshot()
+    assert (snapshot.counters.committed, snapshot.counters.set_aside) == (6, 2)
+    assert (snapshot.counters.commits, snapshot.counters.accounts, snapshot.counters.identities) == (4, 1, 1)
+    assert {reason: n for reason, n in snapshot.drops.items() if n} == {
+        Reason.BAD_PATH: 1,
+        Reason.BAD_JSON: 1,
+        Reason.BAD_ENTRY: 1,
+    }
+    assert sum(snapshot.latency) == 6
+    assert snapshot.tables["likes"] == 3
+    [account_batch] = [batch for batch in bench.store.batches if batch.accounts]
+    assert account_batch.accounts[DID][0].at.tzinfo is not None
+
+
+async def test_what_arrives_during_a_flush_is_the_next_batch(bench):
+    async with bench.running() as pipeline:
+        bench.store.open.clear()
+        await bench.add(likes(1))
+        await bench.until(lambda: bench.store.writes == 1)
+        await bench.add(likes(2_000)[1:])
+        await bench.until(lambda: pipeline.held_count == 2_000)
+        bench.store.open.set()
+        await bench.until_settled(2_000)
+    assert [len(batch.entries) for batch in bench.store.batches] == [1, 1_999]
+
+
+async def test_a_full_batch_stops_reading_and_nothing_third_is_held(bench):
+    bench.limits = Limits(entries_max=20)
+    async with bench.running() as pipeline:
+        bench.store.open.clear()
+        await bench.add(likes(100))
+        await bench.until(lambda: pipeline.held_count >= 30)
+        waiting = len(bench.slot.snapshot().consumers)
+        for _ in range(50):  # turns of the loop in which more could be read
+            await asyncio.sleep(0.002)
+        assert pipeline.held_count <= 10 + 100, waiting
+        held = pipeline.held_count
+        assert await bench.pending() == held
+        bench.store.open.set()
+        await bench.until_settled(100)
+
+
+async def test_poison_is_isolated_and_its_siblings_are_committed(bench):
+    entries = likes(300, poison=frozenset({7, 150, 151}))
+    entries.append(commit(400, like("good-a"), like("poison-b"), like("good-c")))
+    ids = await bench.add(entries)
+    async with bench.running():
+        await bench.until_settled(301)
+    letters = [letter for _, letter in await bench.redis.xrange(DEAD_LETTERS_KEY)]
+    assert {letter[b"origId"].decode() for letter in letters} == {ids[7], ids[150], ids[151], ids[300]}
+    assert {letter[b"reason"] for letter in letters} == {b"row_rejected"}
+    assert len(bench.store.uris) == 297 + 2
+    assert await bench.ledger() == {"committed": 297, "set_aside": 4, "drop:row_rejected": 4}
+    assert bench.store.writes < 80  # not one by one
+
+
+async def test_too_much_poison_stops_the_worker_with_the_rest_pending(bench):
+    bench.dead_letters = DeadLetterLimit(run_max=5)
+    await bench.add(likes(50, poison=frozenset(range(20, 50))))
+    with pytest.raises(StoppedItself, match="in a row"):
+        async with bench.running():
+            await bench.until_settled(50)
+    assert (await bench.ledger())["set_aside"] <= 5
+    assert await bench.pending() >= 25
+
+
+async def test_too_much_garbage_stops_the_worker_before_it_is_set_aside(bench):
+    bench.dead_letters = DeadLetterLimit(run_max=5)
+    await bench.add([{"type": "commit", "data": "{", "seq": "1"}] * 50)
+    with pytest.raises(StoppedItself):
+        async with bench.running():
+            await bench.until_settled(50)
+    assert await bench.pending() >= 10
+    assert (await bench.ledger()).get("set_aside", 0) <= 5
+
+
+def test_the_limit_by_ratio():
+    limit = DeadLetterLimit(run_max=10, ratio_max=0.5, window=100)
+
+    def mostly_bad() -> None:
+        limit.good()
+        limit.bad("x")
+        limit.bad("x")
+
+    for _ in range(40):
+        limit.good(2)
+        limit.bad("x")
+    with pytest.raises(StoppedItself):
+        exhaust(mostly_bad, times=400)
+
+
+def exhaust(act: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        act()
+
+
+async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
+    bench.store.down.set()
+    async with bench.running() as pipeline:
+        await bench.add(likes(5))
+        await bench.until(lambda: pipeline.state is State.WAITING_FOR_STORE)
+        await bench.until(lambda: bench.store.writes >= 2)
+        held = pipeline.held_count
+        await bench.add(likes(2_000))
+        writes = bench.store.writes
+        await bench.until(lambda: bench.store.writes > writes)
+        assert pipeline.held_count <= held + 1_010  # at most the reads that were under way
+        bench.store.down.clear()
+        await bench.until_settled(2_005)
+        assert pipeline.state is State.RUNNING
+    assert "down" in bench.slot.snapshot().error
+
+
+async def test_a_stop_settles_what_is_held(bench):
+    async with bench.running() as pipeline:
+        bench.store.open.clear()
+        await bench.add(likes(100))
+        await bench.until(lambda: pipeline.held_count > 0)
+        bench.stopping.set()
+        held = pipeline.held_count
+        bench.store.open.set()
+    assert len(bench.store.uris) >= held
+    assert await bench.pending() == 0
+
+
+async def test_a_stop_cut_short_leaves_everything_pending(bench):
+    async with bench.running() as pipeline:
+        bench.store.open.clear()
+        await bench.add(likes(100))
+        await bench.until(lambda: pipeline.held_count == 100)
+        bench.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await bench.task
+    assert await bench.pending() == 100
+    assert await bench.ledger() == {}
+
+
+async def test_entries_whose_reply_was_lost_are_read_back(bench):
+    """A read's reply that never came: the entries are pending in our name, and nobody else may take them."""
+    await bench.stream.acquire()
+    await bench.add(likes(5))
+    await bench.redis.xreadgroup(GROUP, bench.stream.name, {KEY: ">"}, count=3)
+    await bench.stream.release()
+    async with bench.running():
+        await bench.until_settled(5)
+        await bench.add(likes(7)[5:])
+        await bench.redis.xreadgroup(GROUP, bench.stream.name, {KEY: ">"}, count=1)
+        await bench.until_settled(6)
+        await bench.redis.client_kill_filter(_type="normal", skipme=True)
+        await bench.until_settled(7)
+    assert await bench.ledger() == {"committed": 7}
+
+
+async def test_read_back_does_not_repeat_what_is_held(bench):
+    async with bench.running() as pipeline:
+        bench.store.open.clear()
+        await bench.add(likes(50))
+        await bench.until(lambda: pipeline.held_count == 50)
+        await bench.redis.client_kill_filter(_type="normal", skipme=True)
+        await bench.until(lambda: bench.slot.get("stream_retries") > 0)
+        await bench.add(likes(51)[50:])
+        await bench.until(lambda: pipeline.held_count == 51)
+        assert bench.slot.get("read") == 51
+        bench.store.open.set()
+        await bench.until_settled(51)
+
+
+async def test_entries_of_a_dead_consumer_are_adopted(bench):
+    dead = WorkerStream(bench.redis, consumer_id="gone")
+    await dead.acquire()
+    await bench.add(likes(250))
+    while await dead.read(block_ms=1):
+        pass
+    await bench.redis.delete(f"fastworker:consumer:{dead.name}")
+    async with bench.running():
+        await bench.until_settled(250)
+    assert bench.slot.get("claimed") == 250
+    assert await bench.ledger() == {"committed": 250}
+
+
+async def test_progress_is_stored_only_as_far_as_the_group_has_finished(bench):
+    ids = await bench.add(likes(10))
+    await bench.stream.acquire()
+    await bench.redis.xreadgroup(GROUP, "other", {KEY: ">"}, count=5)
+    await bench.stream.release()
+    async with bench.running() as pipeline:
+        await bench.until_settled(5)
+        await pipeline.note_progress()
+        [more] = await bench.add([commit(11, like("more"))])
+        await bench.until_settled(6)
+        assert bench.store.batches[-1].progress is None  # the other one holds everything before ours
+        await bench.redis.xack(KEY, GROUP, *ids[:5])
+        await pipeline.note_progress()
+        await bench.add([commit(12, like("last"))])
+        await bench.until_settled(7)
+    progress = bench.store.batches[-1].progress
+    assert (progress.stream, progress.consumer, progress.seq, progress.entry_id) == (KEY, "w-0", 11, more)
