@@ -188,14 +188,16 @@ class Store:
 
             await self._retry(lambda: self._prologue(connection, batch, changes, dids - forbidden))
             upserts = [c for c in changes if c.row is not None]
-            kills = await self._overtaken(connection, upserts)
+            kills, shadowed = await self._look(connection, upserts)
             if kills:
                 changes = [kills.get(c.uri, c) for c in changes]
-            rows, _ = await self._main(connection, changes, batch)
+            rows = await self._main(connection, changes, shadowed, batch)
             # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
-            late = await self._overtaken(connection, [c for c in upserts if c.uri not in kills])
-            if late:
-                rows += (await self._main(connection, list(late.values()), None))[0]
+            # A record in the shadow may by now be in the table as well, with another pair: settle it again.
+            late, shadowed = await self._look(connection, [c for c in upserts if c.uri not in kills])
+            if late or shadowed:
+                again = [late.get(c.uri, c) for c in upserts if c.uri in late or c.uri in shadowed]
+                rows += await self._main(connection, again, shadowed, None)
             crashpoint(Place.AFTER_LOOK_BACK)
             await self._rejoin(connection, upserts)
             return Written(rows, len(upserts) + len(kills) - rows if rows < len(upserts) else 0, refused)
@@ -221,16 +223,16 @@ class Store:
 
     # 1 and 4: what beats this batch -------------------------------------------------------------
 
-    async def _overtaken(self, connection: Connection, upserts: list[Change]) -> dict[str, Change]:
-        """Deletes, by uri, for those upserts that a tombstone or a deleted account beats."""
+    async def _look(self, connection: Connection, upserts: list[Change]) -> tuple[dict[str, Change], set[str]]:
+        """Deletes, by uri, for those upserts that a tombstone or a deleted account beats; uris in the shadow."""
         if not upserts:
-            return {}
+            return {}, set()
         hot = [c.uri for c in upserts if c.table.hot]
         found = await connection.fetch(merge.LOOK, hot, list({c.repo for c in upserts}))
         if not found:
-            return {}
-        tombstones = {r[1]: (r[2], r[3]) for r in found if r[0]}
-        accounts = {r[1]: r[3] for r in found if not r[0]}
+            return {}, set()
+        tombstones = {r[1]: (r[2], r[3]) for r in found if r[0] == "tombstone"}
+        accounts = {r[1]: r[3] for r in found if r[0] == "account"}
         kills: dict[str, Change] = {}
         for change in upserts:
             tombstone = tombstones.get(change.uri)
@@ -238,7 +240,7 @@ class Store:
                 kills[change.uri] = _kill(change, *tombstone)
             elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
                 kills[change.uri] = _kill(change, None, deleted)
-        return kills
+        return kills, {r[1] for r in found if r[0] == "twin"}
 
     # 2: what must be committed before the rows --------------------------------------------------
 
@@ -303,16 +305,18 @@ class Store:
 
     # 3: rows and what derives from them ---------------------------------------------------------
 
-    async def _main(self, connection: Connection, changes: list[Change], batch: Batch | None) -> tuple[int, Effects]:
-        """The main transaction; owed joined rows are recomputed after it. Returns (rows changed, effects)."""
+    async def _main(
+        self, connection: Connection, changes: list[Change], shadowed: set[str], batch: Batch | None
+    ) -> int:
+        """The main transaction; owed joined rows are recomputed after it. Returns how many rows changed."""
         progress = batch.progress if batch is not None else None
         if not changes and progress is None:
-            return 0, Effects(self._derive)
+            return 0
 
-        async def transaction() -> tuple[int, Effects, dict[Key, datetime]]:
+        async def transaction() -> tuple[int, dict[Key, datetime]]:
             fx = Effects(self._derive)
             async with connection.transaction():
-                rows = await self._apply(connection, changes, fx)
+                rows = await self._apply(connection, changes, shadowed, fx)
                 await self._derived(connection, fx)
                 owed: dict[Key, datetime] = {}
                 if fx.owed:
@@ -325,14 +329,14 @@ class Store:
                     )
                 crashpoint(Place.BEFORE_MAIN_COMMIT)
             crashpoint(Place.AFTER_MAIN_COMMIT)
-            return rows, fx, owed
+            return rows, owed
 
-        rows, fx, owed = await self._retry(transaction)
+        rows, owed = await self._retry(transaction)
         if owed:
             await self._recompute(connection, owed, set())
-        return rows, fx
+        return rows
 
-    async def _apply(self, connection: Connection, changes: Iterable[Change], fx: Effects) -> int:
+    async def _apply(self, connection: Connection, changes: Iterable[Change], shadowed: set[str], fx: Effects) -> int:
         """Write the changes that are the newest of their records; collect what follows. Returns rows changed."""
         ordered = sorted(changes, key=lambda c: c.uri)
         cold = [c for c in ordered if not c.table.hot]
@@ -342,27 +346,39 @@ class Store:
             )
             newest = {r[0] for r in gate}
             ordered = [c for c in ordered if c.table.hot or c.uri in newest]
+            twins = [c.uri for c in ordered if c.table.pair and not c.table.hot and c.row is not None]
+            if twins:  # under the gate's locks, so that the answer stays true
+                shadowed = shadowed.union(r[0] for r in await connection.fetch(merge.SHADOWED, twins))
         by_table: dict[str, list[Change]] = {}
         for change in ordered:
             by_table.setdefault(change.table.name, []).append(change)
         rows = 0
         for table in TABLES:
             if mine := by_table.get(table.name):
-                rows += await self._table(connection, table, mine, fx)
+                rows += await self._table(connection, table, mine, shadowed, fx)
         return rows
 
-    async def _table(self, connection: Connection, table: Table, changes: list[Change], fx: Effects) -> int:
-        """Insert what is new; what is refused, and deletes, go by the rows that are there."""
-        upserts = [c for c in changes if c.row is not None]
-        inserted: set[str] | None = set()
+    async def _table(
+        self, connection: Connection, table: Table, changes: list[Change], shadowed: set[str], fx: Effects
+    ) -> int:
+        """Insert what is new; what is refused or in the shadow, and deletes, go by the rows that are there."""
+        pending: dict[str, Change] = {}
+        upserts: list[Change] = []
+        for change in changes:
+            if change.row is None or change.uri in shadowed:
+                pending[change.uri] = change
+            else:
+                upserts.append(change)
+        rows = 0
         if upserts:
             got = await connection.fetch(merge.insert(table), *_columns([c.row for c in upserts]))
-            inserted = None if len(got) == len(upserts) else {r[0] for r in got}
+            rows = len(got)
+            inserted = None if rows == len(upserts) else {r[0] for r in got}
             for change in upserts:
                 if inserted is None or change.uri in inserted:
                     derived.added(fx, table, change.row, change.cid)  # type: ignore[arg-type]
-        rows = len(upserts) if inserted is None else len(inserted)
-        pending = {c.uri: c for c in changes if c.row is None or (inserted is not None and c.uri not in inserted)}
+                else:
+                    pending[change.uri] = change
         settle = self._settle_pairs if table.pair else self._settle_records
         for _ in range(ROUNDS_MAX):
             if not pending:
@@ -428,37 +444,32 @@ class Store:
         the unique index decides, and the loser comes back here.
         """
         located = await connection.fetch(merge.locate(table), sorted(pending))
-        where: dict[str, str] = {r[0]: r[1] for r in located}
-        pairs: dict[str, None] = {}
-        for uri, change in pending.items():
-            if change.row is not None:
-                pairs[_pair(table, change.row)] = None
-            if uri in where:
-                pairs[where[uri]] = None
-        for uri in [u for u, c in pending.items() if c.row is None and u not in where]:
+        homes: dict[str, list[str]] = {}  # two of them if it changed its pair on the way
+        for r in located:
+            homes.setdefault(r[0], []).append(r[1])
+        for uri in [u for u, c in pending.items() if c.row is None and u not in homes]:
             del pending[uri]  # nothing to delete: the tombstone stands
         if not pending:
             return 0
+        pairs = {pair for uri in pending for pair in homes.get(uri, ())}
+        pairs.update(_pair(table, c.row) for c in pending.values() if c.row is not None)
         holders = {r[0] for r in await connection.fetch(merge.winners(table), *_columns(p.split("\n") for p in pairs))}
         holders.update(r[0] for r in located if r[2])
         stored = {r[0]: tuple(r) for r in await connection.fetch(merge.lock(table), sorted(holders))}
         if len(stored) < len(holders):
             return 0  # one vanished while we waited: look again
-        shadows: dict[str, list[_Member]] = {}
+        winners = {_pair(table, row): row for row in stored.values()}
+        shadows: dict[str, dict[str, _Member]] = {}
         for r in await connection.fetch(merge.TWINS, table.name, list(pairs)):
-            shadows.setdefault(r[1], []).append(_Member(r[2], r[0], _thaw(table, r[6]), r[3], r[4], r[5]))
-        present = stored.keys() | {m.uri for members in shadows.values() for m in members}
-        if any(uri not in present for uri in where):
-            return 0  # it moved between the table and the shadow: look again
-
-        winners: dict[str, Row] = {}
-        for row in stored.values():
-            pair = _pair(table, row)
-            if pair not in pairs:
-                return 0  # its pair was changed under us: look again
-            winners[pair] = row
+            shadows.setdefault(r[1], {})[r[0]] = _Member(r[2], r[0], _thaw(table, r[6]), r[3], r[4], r[5])
+        for r in located:  # what moved between table and shadow since, or into another pair: look again
+            held = winners.get(r[1])
+            if (held is None or held[0] != r[0]) if r[2] else r[0] not in shadows.get(r[1], ()):
+                return 0
+        if not winners.keys() <= pairs:
+            return 0
         displaced_cids = await self._cids(connection, table, [row[0] for row in winners.values()])
-        return await self._rearrange(connection, table, pending, fx, pairs, winners, shadows, where, displaced_cids)
+        return await self._rearrange(connection, table, pending, fx, pairs, winners, shadows, homes, displaced_cids)
 
     async def _cids(self, connection: Connection, table: Table, uris: list[str]) -> dict[str, str]:
         """CIDs of rows that do not carry their own, from the derived rows that need them."""
@@ -476,14 +487,14 @@ class Store:
         fx: Effects,
         pairs: Iterable[str],
         winners: dict[str, Row],
-        shadows: dict[str, list[_Member]],
-        where: dict[str, str],
+        shadows: dict[str, dict[str, _Member]],
+        homes: dict[str, list[str]],
         cids: dict[str, str],
     ) -> int:
         """Apply the changes to the members of each pair, then make table and shadow say so."""
         before: dict[str, dict[str, _Member]] = {}
         for pair in pairs:
-            members = {m.uri: m for m in shadows.get(pair, ())}
+            members = dict(shadows.get(pair, ()))
             if (row := winners.get(pair)) is not None:
                 rev, seq = _version(table, row)
                 cid = cids.get(row[0]) or (row[1] if "cid" in table.columns else None)
@@ -493,14 +504,20 @@ class Store:
         touched: set[str] = set()
         applied: list[str] = []
         for uri, change in sorted(pending.items()):
-            home = where.get(uri)
-            current = before[home].get(uri) if home is not None else None
             applied.append(uri)
-            if current is not None and table.hot and not _replaces(change, current.rev, current.seq):
-                continue
-            if home is not None and current is not None:
-                after[home].pop(uri, None)
-                touched.add(home)
+            # The newest of what is there; an older one stayed behind in another pair and goes.
+            here = homes.get(uri, [])
+            if len(here) == 2 and _is_newer(before[here[0]][uri], before[here[1]][uri]):
+                here = here[::-1]
+            for pair in here[:-1]:
+                after[pair].pop(uri, None)
+                touched.add(pair)
+            if here:
+                current = before[here[-1]][uri]
+                if table.hot and not _replaces(change, current.rev, current.seq):
+                    continue
+                after[here[-1]].pop(uri, None)
+                touched.add(here[-1])
             if change.row is not None:
                 pair = _pair(table, change.row)
                 after[pair][uri] = _Member(change.rkey, uri, change.row, change.rev, change.seq, change.cid)
@@ -527,16 +544,13 @@ class Store:
                 derived.removed(fx, table, old, counted=not foreign)
                 derived.added(fx, table, best.row, best.cid)
                 updates.append(best.row)
-            for member in before[pair].values():
-                is_twin = old is None or member.uri != old[0]
-                if is_twin and (member.uri not in members or (best is not None and member.uri == best.uri)):
-                    twin_deletes.append(member.uri)
+            twin_deletes.extend(
+                uri for uri in shadows.get(pair, ()) if uri not in members or (best is not None and uri == best.uri)
+            )
             twin_puts[pair] = [
                 m
                 for m in members.values()
-                if best is not None
-                and m.uri != best.uri
-                and (before[pair].get(m.uri) is not m or (old is not None and m.uri == old[0]))
+                if best is not None and m.uri != best.uri and shadows.get(pair, {}).get(m.uri) is not m
             ]
 
         if table_deletes:
@@ -717,7 +731,7 @@ class Store:
             table = tables[name] if name is not None else collection_table(uri)
             kills[uri] = Change(table, uri, did, _rkey(uri), None, deleted_seq, 0, None, None)
         if kills:
-            await self._main(connection, list(kills.values()), None)
+            await self._main(connection, list(kills.values()), set(), None)
             crashpoint(Place.IN_ACCOUNT_DELETION)
         else:
             await connection.execute(merge.PURGED, did, deleted_seq)
@@ -778,6 +792,10 @@ def _replaces(change: Change, rev: str | None, seq: int | None) -> bool:
     if change.row is None:
         return not newer(rev, seq, change.rev, change.seq)
     return newer(change.rev, change.seq, rev, seq)
+
+
+def _is_newer(a: _Member, b: _Member) -> bool:
+    return newer(a.rev, a.seq, b.rev, b.seq)
 
 
 def _pair(table: Table, row: Row) -> str:

@@ -83,7 +83,8 @@ TWINS_PUT = (
     "INSERT INTO fastworker.twins (uri, table_name, pair, rkey, rev, seq, cid, row_values) "
     "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
     "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
-    "cid = excluded.cid, row_values = excluded.row_values"
+    "cid = excluded.cid, row_values = excluded.row_values "
+    "WHERE NOT fastworker.newer(twins.rev, twins.seq, excluded.rev, excluded.seq)"
 )
 TWINS_DELETE = "DELETE FROM fastworker.twins WHERE uri = ANY($1::text[])"
 CIDS = {
@@ -94,11 +95,14 @@ CIDS = {
 }
 
 # Versions ---------------------------------------------------------------------------------------
+# $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
 LOOK = (
-    "SELECT true, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
-    "UNION ALL SELECT false, did, NULL, deleted_seq FROM fastworker.accounts "
-    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL"
+    "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
+    "UNION ALL SELECT 'account', did, NULL, deleted_seq FROM fastworker.accounts "
+    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
+    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[])"
 )
+SHADOWED = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
     "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
