@@ -6,13 +6,19 @@ counter. Nothing here imports the code under test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Literal, Protocol
 
+from fastworker.testing.adversary import Adversary
+from fastworker.testing.hostile import hostile_frames
 from fastworker.testing.production import PRODUCTION, SURGE, Production
-from fastworker.testing.repo import START_SEQ, START_TIME, Clock, SimFrame
+from fastworker.testing.repo import START_SEQ, START_TIME, Block, Clock, Lost, Repo, SimFrame, repo_to_frames
 from fastworker.testing.world import World
+
+__all__ = ["Block", "Clock", "Lost", "Network", "Repo", "SimFrame", "hostile_frames", "repo_to_frames"]
+
+Mix = Literal["production", "surge", "adversarial"]
 
 
 class Traffic(Protocol):
@@ -20,28 +26,46 @@ class Traffic(Protocol):
 
 
 class Network:
-    """`accounts`, `history` (records that a repository held before, on average) and the seed fix the world."""
+    """The seed, `mix`, `accounts` and `history` fix everything that will ever happen.
+
+    `history` is the number of records that a repository held before, on average: proofs have the size of real ones at
+    about 2,000 (8 nodes, 4.3 KB a frame). `weights` replaces some of the mix's: shares of collections in production and
+    surge (`production.PRODUCTION`), of moves in the adversarial mix (`adversary.ADVERSARIAL`).
+    """
 
     def __init__(
         self,
         seed: int | str,
         *,
-        mix: Literal["production", "surge"] = "production",
+        mix: Mix = "production",
         accounts: int | None = None,
         history: int | None = None,
+        weights: Mapping[str, float] | None = None,
+        relay: str = "sim.test",
         start_seq: int = START_SEQ,
         start_time: datetime = START_TIME,
     ) -> None:
+        adversarial = mix == "adversarial"
+        self.relay = relay
         self.clock = Clock(start_seq, start_time)
-        self.world = World(seed, self.clock, accounts=accounts or 16_000, history_size=history or 0)
-        self._traffic: Traffic = Production(self.world, SURGE if mix == "surge" else PRODUCTION)
+        self.world = World(
+            seed,
+            self.clock,
+            accounts=accounts or (8 if adversarial else 16_000),
+            history_size=(32 if adversarial else 0) if history is None else history,
+        )
+        self._traffic: Traffic
+        if adversarial:
+            self._traffic = Adversary(self.world, weights or {})
+        else:
+            self._traffic = Production(self.world, {**(SURGE if mix == "surge" else PRODUCTION), **(weights or {})})
 
     def step(self) -> list[SimFrame]:
         """The next frames, at least one; more than one where one thing that happens is several events."""
         return self._traffic.step()
 
     def frames(self, count: int) -> Iterator[SimFrame]:
-        """The next `count` frames."""
+        """The next `count` frames, less what the last step had too many."""
         left = count
         while left > 0:
             for frame in self.step()[:left]:
