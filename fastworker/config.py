@@ -311,6 +311,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="no limit",
         ),
     ] = None
+    keep_s: Annotated[
+        int,
+        Meta(ge=0, le=31_536_000),
+        _env(
+            "FASTWORKER_KEEP_SECONDS",
+            "reader worker up",
+            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once.",
+            read=_integer,
+        ),
+    ] = 0
     ignore_groups: Annotated[
         tuple[str, ...],
         _env(

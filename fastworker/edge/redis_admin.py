@@ -273,6 +273,11 @@ class RedisAdmin:
             found = await pipe.execute()
         return [entry_id for entry_id, entry in zip(entry_ids, found, strict=True) if not entry]
 
+    async def entries(self, after: str, last: str, count: int) -> list[tuple[str, Fields]]:
+        """Entries beyond `after`, up to and including `last`."""
+        async with translating(self._redis):
+            return await self._range(self._key, f"({after}", count, last)
+
     async def newest_fields(self, count: int) -> list[Fields]:
         """Fields of the newest entries: they tell in which form the stream is written."""
         async with translating(self._redis):

@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from fastworker import __version__, metrics
-from fastworker.edge.expose import serve
+from fastworker.edge.expose import ask, serve
 from fastworker.edge.feed import trim_finished
 from fastworker.edge.redis_admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.edge.redis_client import connect
@@ -513,6 +513,14 @@ async def _serve(stack: AsyncExitStack, source: _WorkerMonitor | _ReaderView, ht
             raise
         log.warning("%s; taking a free one", error)
         return await stack.enter_async_context(serve(source, http.host, 0))
+
+
+async def ask_health(host: str, ports: Sequence[int], path: str) -> tuple[bool, str]:
+    """Whether every service that answers on these ports is well (at least one must), and what they say."""
+    answers = [answer for port in ports if (answer := await ask(host, port, path)) is not None]
+    if not answers:
+        return False, f"nobody answers on {host}, port {' or '.join(map(str, ports))}"
+    return all(well for well, _ in answers), "; ".join(words for _, words in answers)
 
 
 def _since(at_ms: int, now: int) -> float:
