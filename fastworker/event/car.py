@@ -21,39 +21,43 @@ def select_blocks(car: bytes, wanted: AbstractSet[bytes]) -> tuple[dict[bytes, b
     kept. Blocks are not verified: see `is_block_of`. Never raises.
     """
     found: dict[bytes, bytes] = {}
-    missing = len(wanted)
-    end = len(car)
     position = 0
-    in_header = True
-    while missing:
-        if position == end:
-            return found, not in_header  # an empty file has not even a header
-        size = car[position]
-        position += 1
-        if size > 127:
-            size &= 127
-            shift = 7
-            while True:
-                if position == end or shift > 28:  # 2**35 bytes: no length, and no endless varint
-                    return found, False
-                byte = car[position]
+    try:
+        size, position = _varint(car, 0)
+        position += size  # the header
+        missing = len(wanted)
+        while missing:
+            size = car[position]
+            if size < 128:
                 position += 1
-                size |= (byte & 127) << shift
-                if byte < 128:
-                    break
-                shift += 7
-        stop = position + size
-        if not size or stop > end:
-            return found, False
-        if in_header:
-            in_header = False
-        else:
+            elif (high := car[position + 1]) < 128:  # nearly every block is 128 bytes to 16 KB
+                size += (high << 7) - 128
+                position += 2
+            else:
+                size, position = _varint(car, position)
             cid = car[position : position + RECORD_CID_BYTES]
-            if cid in wanted and cid not in found and size >= RECORD_CID_BYTES:
-                found[cid] = car[position + RECORD_CID_BYTES : stop]
+            start = position
+            position += size
+            if cid in wanted and size >= RECORD_CID_BYTES and cid not in found:
+                if position > len(car):
+                    return found, False
+                found[cid] = car[start + RECORD_CID_BYTES : position]
                 missing -= 1
-        position = stop
+    except IndexError:  # the end; a sound CAR ends after a block
+        return found, position == len(car) > 0
     return found, True
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """An unsigned LEB128 number and where it ends. Raises IndexError where there is none."""
+    number = 0
+    for shift in range(0, 63, 7):
+        byte = data[position]
+        position += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, position
+    raise IndexError
 
 
 def is_block_of(cid: bytes, block: bytes) -> bool:

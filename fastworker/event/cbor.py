@@ -36,7 +36,7 @@ def decode(data: bytes) -> Any:
 
 def decode_sequence(data: bytes, count_max: int) -> list[Any]:
     """Values one after the other, at most `count_max`."""
-    values = []
+    values: list[Any] = []
     position = 0
     while position < len(data):
         if len(values) == count_max:
@@ -153,7 +153,7 @@ def _simple(data: bytes, start: int, stop: int) -> tuple[Any, int]:
 
 
 def _text(content: bytes) -> str:
-    """Lone surrogates stay (they are cleaned where text is written, as those from JSON are); other damage becomes U+FFFD."""
+    """Lone surrogates stay, to be cleaned where text is written as those from JSON are; other damage becomes U+FFFD."""
     try:
         return content.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:

@@ -20,7 +20,7 @@ import msgspec
 import orjson
 
 from fastworker.errors import InvalidEvent, Reason
-from fastworker.event import Account, Commit, Drop, Event, Identity, Op, Record, Sync
+from fastworker.event import Account, Commit, Drop, Event, Identity, Op, Record
 from fastworker.event.cbor import DEPTH_MAX
 from fastworker.event.dialect import lexicon_record
 from fastworker.event.frame import SEQ_END, account_of, decode_frame, detail_of, identity_of, time_of

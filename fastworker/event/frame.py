@@ -127,7 +127,7 @@ def _commit(payload: dict[str, Any], relay: str | None) -> Commit:
             drops.append(Drop(Reason.BAD_ACTION, "", "an op is not an object"))
             continue
         action = entry.get("action")
-        path = entry.get("path")
+        path: Any = entry.get("path")
         names = split_path(path) if type(path) is str else None
         if names is None:
             drops.append(Drop(Reason.BAD_PATH, "", detail_of(path)))
@@ -167,9 +167,7 @@ def _account(payload: dict[str, Any], relay: str | None) -> Account:
     active = payload.get("active")
     if type(active) is not bool:
         raise InvalidEvent(Reason.BAD_FRAME, "active is not a boolean")
-    return account_of(
-        _did(payload, "did"), active, payload.get("status"), _seq(payload), payload.get("time"), relay
-    )
+    return account_of(_did(payload, "did"), active, payload.get("status"), _seq(payload), payload.get("time"), relay)
 
 
 def _seq(payload: dict[str, Any]) -> int:

@@ -28,8 +28,8 @@ _hex_cid = re.compile(r"01(?:55|71)1220[0-9a-f]{64}", re.ASCII).fullmatch
 def load_record(op: Op) -> Record:
     """The record of a create or update. Raises InvalidEvent (BAD_CBOR, TOO_DEEP, BAD_RECORD).
 
-    Links and byte strings in it are `bytes` or, from JSON, `{"$link"}` and `{"$bytes"}`: use `link_text` and `json_text`.
-    Text may hold NUL or lone surrogates: use `clean_text`.
+    Links and byte strings in it are `bytes` or, from JSON, `{"$link"}` and `{"$bytes"}`: see `link_text`, `json_text`.
+    Text may hold NUL or lone surrogates: see `clean_text`.
     """
     block = op.block
     if block is None:
@@ -98,9 +98,9 @@ def clean_text(text: str) -> str:
 
 
 def nesting_exceeds(value: Any, levels: int) -> bool:
-    """Whether containers nest deeper than that. A link or byte string in lexicon JSON is a value, as it is in DAG-CBOR."""
+    """Whether containers nest deeper than that. Links and byte strings are no containers: in DAG-CBOR they are none."""
     if type(value) is dict:
-        if len(value) == 1 and ("$link" in value or "$bytes" in value):
+        if len(value) == 1 and type(value.get("$link", value.get("$bytes"))) is str:
             return False
         return not levels or any(nesting_exceeds(inner, levels - 1) for inner in value.values())
     if type(value) is list:
@@ -109,7 +109,7 @@ def nesting_exceeds(value: Any, levels: int) -> bool:
 
 
 def _lexicon_json(block: bytes) -> Any:
-    """The hook for orjson: called for each `bytes` in the value, it says what it is. Raising sends us to the slow path."""
+    """The hook for orjson, called for each `bytes` in the value. Raising sends us to the slow path."""
 
     def hook(value: bytes) -> dict[str, str] | None:
         if type(value) is not bytes:
