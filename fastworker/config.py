@@ -121,7 +121,7 @@ def _level(text: str) -> str:
 
 
 _REDIS: Final = "reader worker up status check dlq replay"
-_POSTGRES: Final = "worker up migrate verify check"
+_POSTGRES: Final = "reader worker up migrate verify check"
 _STREAM: Final = "reader worker up status check dlq replay"
 
 
@@ -209,7 +209,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "DATABASE_URL",
             _POSTGRES,
-            "PostgreSQL 14 or newer. `up` starts an embedded server when it is not set; the other commands require it.",
+            "PostgreSQL 14 or newer. `up` starts an embedded server when it is not set. The reader may do without: it "
+            "asks for its cursor there when Redis has lost it. The other commands require it.",
             read=_database_url,
             allowed="postgresql:// URL; a socket directory as `postgresql:///name?host=/directory`",
         ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,53 +41,73 @@ class Facts(msgspec.Struct, frozen=True):
     """The server does not keep what a session sets: pgbouncer in transaction mode is in between."""
 
 
-async def facts(database_url: str, tables: Sequence[str], *, password_free: str) -> Facts:
-    """Look once. `password_free` names the server in errors. Raises ConfigError and Unreachable."""
+@asynccontextmanager
+async def _connection(database_url: str, application_name: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """One connection for one look, with the driver's errors as ours."""
+    where = name_of(database_url)
     try:
-        connection: asyncpg.Connection[Any] = await asyncpg.connect(
+        connection = await asyncpg.connect(
             database_url,
             timeout=CONNECT_SECONDS_MAX,
             command_timeout=STATEMENT_SECONDS_MAX,
-            statement_cache_size=0,
-            server_settings={"application_name": "fastworker-check"},
+            statement_cache_size=0,  # behind pgbouncer too
+            server_settings={"application_name": application_name},
         )
     except (ValueError, asyncpg.InterfaceError) as error:
         raise ConfigError(f"DATABASE_URL is not a PostgreSQL URL: {error}") from error
     except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{password_free}: {error or type(error).__name__}") from error
+        raise Unreachable(f"{where} cannot be reached: {error or type(error).__name__}") from error
     try:
+        yield connection
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
+        raise Unreachable(f"{where}: {error or type(error).__name__}") from error
+    finally:
+        connection.terminate()
+
+
+async def finished_seq(database_url: str, stream_key: str, host: str) -> int | None:
+    """Up to which seq of `host` everything is in the tables; None when nobody knows.
+
+    None also when the tables were fed from another relay: its numbers mean nothing here.
+    """
+    async with _connection(database_url, "fastworker-reader") as connection:
+        if await connection.fetchval("SELECT to_regnamespace('fastworker')") is None:
+            return None
+        seq: int | None = await connection.fetchval(_FINISHED, stream_key, host)
+        return seq
+
+
+async def facts(database_url: str, tables: Sequence[str]) -> Facts:
+    """Look once. Raises ConfigError and Unreachable."""
+    async with _connection(database_url, "fastworker-check") as connection:
         before = time.time()
         row = await connection.fetchrow(_FACTS)
         after = time.time()
         assert row is not None
-        lacking = [f"{right} on {table}" for table, right in await connection.fetch(_LACKING, list(tables))]
+        lacking = [f"{rights} on {table}" for table, rights in await connection.fetch(_LACKING, list(tables))]
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
         await connection.execute("SET fastworker.probe = 'kept'")
         kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
-        return Facts(
-            version_num=row["version_num"],
-            version=row["version"],
-            max_connections=row["max_connections"],
-            reserved_connections=row["reserved"],
-            connections=row["connections"],
-            in_recovery=row["in_recovery"],
-            read_only=row["read_only"] == "on",
-            encoding=row["encoding"],
-            role=row["role"],
-            superuser=row["superuser"],
-            synchronous_commit=row["synchronous_commit"],
-            fsync=row["fsync"],
-            autovacuum=row["autovacuum"],
-            connection_limit=row["connection_limit"],
-            clock_ahead_s=float(row["now"]) - (before + after) / 2,
-            lacking=tuple(lacking),
-            pooler=kept != "kept",
-        )
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{password_free} was lost: {error or type(error).__name__}") from error
-    finally:
-        connection.terminate()
+    return Facts(
+        version_num=row["version_num"],
+        version=row["version"],
+        max_connections=row["max_connections"],
+        reserved_connections=row["reserved"],
+        connections=row["connections"],
+        in_recovery=row["in_recovery"],
+        read_only=row["read_only"] == "on",
+        encoding=row["encoding"],
+        role=row["role"],
+        superuser=row["superuser"],
+        synchronous_commit=row["synchronous_commit"],
+        fsync=row["fsync"],
+        autovacuum=row["autovacuum"],
+        connection_limit=row["connection_limit"],
+        clock_ahead_s=float(row["now"]) - (before + after) / 2,
+        lacking=tuple(lacking),
+        pooler=kept != "kept",
+    )
 
 
 def name_of(database_url: str) -> str:
@@ -95,6 +116,11 @@ def name_of(database_url: str) -> str:
     host = parts.hostname or "its socket"
     return f"PostgreSQL at {host}{f':{parts.port}' if parts.port else ''}"
 
+
+_FINISHED = """
+SELECT max(seq) FROM fastworker.progress
+WHERE stream = $1 AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+"""
 
 _FACTS = """
 SELECT current_setting('server_version_num')::int AS version_num,

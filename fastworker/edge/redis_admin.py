@@ -204,8 +204,7 @@ class RedisAdmin:
                 for group in await self._redis.xinfo_groups(self._key)
             ]
             size = int(await self._redis.memory_usage(self._key, samples=5) or 0) if measure else None
-        added = found.get("entries-added")
-        return Stream(length, None if added is None else int(added), size, first_id, last_id, tuple(groups))
+        return Stream(length, _optional(found.get("entries-added")), size, first_id, last_id, tuple(groups))
 
     async def _group(self, found: dict[str, Any], length: int, first_id: str | None, last_id: str) -> Group:
         name = _text(found["name"])
@@ -226,7 +225,7 @@ class RedisAdmin:
             consumers=int(found["consumers"]),
             pending=pending,
             last_delivered_id=delivered,
-            entries_read=None if found.get("entries-read") is None else int(found["entries-read"]),
+            entries_read=0 if delivered == "0-0" else _optional(found.get("entries-read")),
             lag=int(lag),
             lag_is_exact=exact,
             oldest_pending_id=_text(summary["min"]) if summary.get("min") else None,
@@ -419,6 +418,10 @@ def _share(first_id: str | None, delivered: str, last_id: str, length: int) -> i
     if at <= first:
         return length
     return round(length * (last - at) / (last - first)) if last > first else length
+
+
+def _optional(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _text(value: Any) -> str:

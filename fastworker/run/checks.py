@@ -364,7 +364,7 @@ async def _ask_redis(admin: RedisAdmin, config: Config) -> AsyncIterator[Finding
 
 async def _postgres_findings(config: Config, url: str) -> list[Finding]:
     try:
-        found = await facts(url, WRITTEN, password_free=name_of(url))
+        found = await facts(url, WRITTEN)
         problems = await check_schema(url)
     except (Unreachable, ConfigError) as error:
         return [_fail("postgresql", f"{redact(str(error))}.")]

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -29,7 +29,8 @@ from fastworker.edge.redis_client import connect
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Snapshot, State, now_ms
-from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.run.reader import ReaderSettings, ReaderStats
+from fastworker.run.resume import read_and_resume
 from fastworker.run.retry import pause
 from fastworker.run.status import ProcessStatus, WorkerStatus
 
@@ -99,11 +100,13 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     reader_connected: bool
 
 
-async def run_monitor(settings: MonitorSettings, heartbeats: Heartbeats, stop: asyncio.Event) -> None:
+async def run_monitor(
+    settings: MonitorSettings, heartbeats: Heartbeats, stop: asyncio.Event, *, on_ready: Callable[[], None]
+) -> None:
     """Monitor the worker's processes until `stop`. Raises Unreachable when the chosen port is taken."""
     redis = connect(settings.redis_url, client_name="fastworker-monitor", max_connections=2)
     try:
-        await _WorkerMonitor(settings, heartbeats, RedisAdmin(redis, settings.stream_key)).run(stop)
+        await _WorkerMonitor(settings, heartbeats, RedisAdmin(redis, settings.stream_key)).run(stop, on_ready)
     finally:
         await redis.aclose()
 
@@ -129,9 +132,10 @@ class _WorkerMonitor:
         self._logged = (self._started, 0)
         self._port: int | None = None
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         async with AsyncExitStack() as stack:
             self._port = await _serve(stack, self, self._settings.http)
+            on_ready()
             turn = 0
             while True:
                 try:
@@ -198,6 +202,10 @@ class _WorkerMonitor:
     def _children(self) -> list[Snapshot]:
         return [snapshot for snapshot in self._heartbeats.snapshot() if snapshot.gauges.state != State.FREE]
 
+    def _workers(self) -> list[Snapshot]:
+        """Those that process entries: not the monitor itself, nor the reader."""
+        return [snapshot for snapshot in self._children() if snapshot.name.startswith("worker")]
+
     def _judge(self) -> None:
         """Keep the times that readiness is told by: since when there is work, and when some was last finished."""
         snapshots = self._heartbeats.snapshot()
@@ -217,11 +225,10 @@ class _WorkerMonitor:
     def why_not_ready(self) -> list[str]:
         now = time.monotonic()
         why = self.why_not_live()
-        children = self._children()
-        if not any(snapshot.gauges.ready for snapshot in children):
+        if not any(snapshot.gauges.ready for snapshot in self._workers()):
             why.append("no worker process is ready")
         waits = {State.WAITING_FOR_STORE: "PostgreSQL", State.WAITING_FOR_STREAM: "Redis"}
-        for snapshot in children:
+        for snapshot in self._workers():
             if (server := waits.get(State(snapshot.gauges.state))) is not None:
                 why.append(f"{snapshot.name} waits for {server}: {snapshot.error or 'no error yet'}")
         read_at = self._reading.at if self._reading else self._started
@@ -352,19 +359,20 @@ class _WorkerMonitor:
 
     def _process_figures(self, figures: Figures) -> None:
         m, now = metrics, now_ms()
-        children = self._children()
-        states = [State(snapshot.gauges.state).name.lower() for snapshot in children]
+        workers = self._workers()
+        states = [State(snapshot.gauges.state).name.lower() for snapshot in workers]
         for state in State:
             if state is not State.FREE:
                 figures.set(m.PROCESSES, states.count(state.name.lower()), state.name.lower())
-        for snapshot in children:
+        for snapshot in workers:
             gauges, name = snapshot.gauges, snapshot.name
             figures.set(m.LAST_FLUSH, gauges.flush_us_last / 1e6, name)
             figures.set(m.UNSETTLED_AGE, _since(gauges.oldest_ms, now), name)
             figures.set(m.PROGRESS_AGE, _since(gauges.progress_ms, now), name)
             figures.set(m.HELD, gauges.held, name)
-            if gauges.pid in self._memory:
-                figures.set(m.MEMORY, self._memory[gauges.pid], name)
+        for snapshot in self._children():
+            if snapshot.gauges.pid in self._memory:
+                figures.set(m.MEMORY, self._memory[snapshot.gauges.pid], snapshot.name)
         everybody = self._heartbeats.snapshot()
         counters = [snapshot.counters for snapshot in everybody]
         figures.set(m.RESTARTS, sum(max(0, counter.starts - 1) for counter in counters))
@@ -393,12 +401,14 @@ class _WorkerMonitor:
 # --- the reader as a service
 
 
-async def serve_reader(settings: ReaderSettings, http: HttpSettings, stop: asyncio.Event) -> None:
+async def serve_reader(
+    settings: ReaderSettings, http: HttpSettings, stop: asyncio.Event, *, database_url: str | None
+) -> None:
     """The reader with its own HTTP port."""
     view = _ReaderView(settings)
     async with AsyncExitStack() as stack:
         await _serve(stack, view, http)
-        await run_reader(settings, stop, stats=view.stats, on_tick=view.tick)
+        await read_and_resume(settings, stop, database_url=database_url, stats=view.stats, on_tick=view.tick)
 
 
 class _ReaderView:

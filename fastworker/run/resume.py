@@ -1,0 +1,36 @@
+"""The reader with a way back: when Redis comes back empty, PostgreSQL knows how far the stream was finished."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from fastworker.edge.postgres_admin import finished_seq
+from fastworker.errors import ConfigError, Unreachable
+from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+
+log = logging.getLogger(__name__)
+
+
+async def read_and_resume(
+    settings: ReaderSettings,
+    stop: asyncio.Event,
+    *,
+    database_url: str | None,
+    stats: ReaderStats | None = None,
+    on_tick: Callable[[ReaderStats], None] | None = None,
+) -> None:
+    """`run_reader`, which asks PostgreSQL for the cursor if there is one to ask and Redis has none."""
+
+    async def fallback_seq(host: str) -> int | None:
+        assert database_url is not None
+        try:
+            return await finished_seq(database_url, settings.stream_key, host)
+        except (Unreachable, ConfigError) as error:
+            log.warning("Redis has no cursor, and PostgreSQL could not be asked: %s", error)
+            return None
+
+    await run_reader(
+        settings, stop, stats=stats, on_tick=on_tick, fallback_seq=fallback_seq if database_url is not None else None
+    )
