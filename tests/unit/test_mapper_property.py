@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import libipld
@@ -318,3 +319,24 @@ def test_rows_are_the_models(op: tuple[str, str, dict[str, Any]], time: str | No
             continue  # tables of ours; what follows from them in public is compared with the database
         (expected,) = tables[change.table.name]
         assert row == {column: expected[column] for column in row}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["bsky.app.car", "jetstream-repo.car", "little.car"])
+def test_every_record_of_a_real_repository_has_its_row(real_data: Path, name: str) -> None:
+    _, blocks = libipld.decode_car((real_data / "cars" / name).read_bytes())
+    records = [block for block in blocks.values() if type(block) is dict and "$type" in block]
+    repo = next(block["did"] for block in blocks.values() if type(block) is dict and "sig" in block)
+    made = []
+    for number, record in enumerate(records):
+        rkey = "self" if record["$type"] == "app.bsky.actor.profile" else f"{number:013}"
+        if "gate" in record["$type"]:
+            rkey = record["post"].rpartition("/")[2]
+        made.append(Op("create", record["$type"], rkey, CID, libipld.encode_dag_cbor(record)))
+    found = map_commit(Commit(7, repo, None, "2026-07-04T00:00:00Z", made, []), ENTRY_MS)
+    assert len(records) > 20
+    assert found.drops == []
+    assert len(found.changes) == len(records)
+    for change, record in zip(found.changes, records, strict=True):
+        assert_fits(change)
+        assert change.table is schema.COLLECTIONS.get(record["$type"], schema.GENERIC_RECORDS)
