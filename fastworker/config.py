@@ -27,12 +27,22 @@ WORKER_PORT: Final = 9400
 READER_PORT: Final = 9401
 
 _USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
-_SECRET_OPTION: Final = re.compile(r"(?i)\b(\w*(?:password|passwd|token|secret)=)[^&\s]+")
+_SECRET_OPTION: Final = re.compile(r"(?i)(\w*(?:password|passwd|token|secret)=)[^&\s]+")
 
 
 def redact(text: str) -> str:
     """The text with the passwords of its URLs as `***`; right for malformed URLs too."""
     return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
+
+
+def _shown(name: str, text: str) -> str:
+    """A refused value for a message. It may be a malformed URL, so everything before an @ may be a password."""
+    if re.search(r"PASS|SECRET|TOKEN", name):
+        return "'***'"
+    redacted = redact(text)
+    if "@" in text and ":***@" not in redacted:
+        redacted = f"***@{text.rpartition('@')[2]}"
+    return repr(redacted)
 
 
 # Readers of one value: text to something that msgspec checks further. ValueError says what is wrong.
@@ -457,7 +467,9 @@ def _value(variable: Variable, text: str) -> Any:
         why = "it is not among what is allowed"
     except ValueError as error:
         why = redact(str(error))
-    raise ConfigError(f"{variable.name}={redact(text)!r} is refused: {why}; allowed: {variable.allowed}") from None
+    raise ConfigError(
+        f"{variable.name}={_shown(variable.name, text)} is refused: {why}; allowed: {variable.allowed}"
+    ) from None
 
 
 def parse_config(environment: Mapping[str, str]) -> Config:
@@ -468,10 +480,12 @@ def parse_config(environment: Mapping[str, str]) -> Config:
     known = {variable.name for variable in VARIABLES}
     for name in environment:
         if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, [n for n in known if n.startswith(PREFIX)], n=1)
-            ours = ", ".join(sorted(n for n in known if n.startswith(PREFIX)))
-            hint = f"did you mean {close[0]}?" if close else f"the known ones are {ours}"
-            raise ConfigError(f"{name}={redact(environment[name])!r} is not a setting of fastworker: {hint}")
+            ours = sorted(one for one in known if one.startswith(PREFIX))
+            close = difflib.get_close_matches(
+                name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in ours], n=1
+            )
+            hint = f"did you mean {PREFIX}{close[0]}?" if close else f"the known ones are {', '.join(ours)}"
+            raise ConfigError(f"{name}={_shown(name, environment[name])} is not a setting of fastworker: {hint}")
     values = {}
     given = set()
     for variable in VARIABLES:

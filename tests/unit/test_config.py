@@ -1,0 +1,172 @@
+"""Configuration: what is accepted, what is refused and in which words, and that the reference page follows the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastworker.config import VARIABLES, Config, markdown, parse_config, redact
+from fastworker.errors import ConfigError, ExitCode
+from fastworker.table.derive import CORE, FULL
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_nothing_set_is_the_guides_defaults() -> None:
+    config = parse_config({})
+    assert config == Config()
+    assert config.relay_urls == ("wss://bsky.network",)
+    assert config.redis_url == "redis://localhost:6379"
+    assert (config.stream_key, config.cursor_key) == ("firehose:events", "firehose:python_cursor")
+    assert (config.group, config.consumer_id) == ("firehose-processors", "python-worker")
+    assert (config.max_stream_len, config.dead_letter_maxlen) == (500_000, 10_000)
+    assert (config.stream_format, config.derive, config.log_level) == ("json", FULL, "INFO")
+    assert config.database_url is None
+
+
+def test_the_old_workers_environment_starts_unchanged() -> None:
+    """The variables of the predecessor's compose file for both Python services, with everything else that is around."""
+    config = parse_config(
+        {
+            "RELAY_URL": "wss://bsky.network",
+            "REDIS_URL": "redis://redis:6379",
+            "REDIS_STREAM_KEY": "firehose:events",
+            "REDIS_CURSOR_KEY": "firehose:python_cursor",
+            "REDIS_MAX_STREAM_LEN": "500000",
+            "REDIS_CONSUMER_GROUP": "firehose-processors",
+            "CONSUMER_ID": "python-worker",
+            "DATABASE_URL": "postgresql://postgres:password@db:5432/atproto",
+            "DB_POOL_SIZE": "20",
+            "BATCH_SIZE": "10",
+            "PARALLEL_CONSUMERS": "5",
+            "LOG_LEVEL": "WARNING",
+            "MAX_CONCURRENT_OPS": "100",
+            "SKIP_PDS_FETCHING": "true",
+            "PATH": "/usr/bin",
+        }
+    )
+    assert (config.batch_size, config.pipelines, config.pool_size, config.log_level) == (10, 5, 20, "WARNING")
+    assert config.database_url == "postgresql://postgres:password@db:5432/atproto"
+    assert "DB_POOL_SIZE" in config.given
+    assert "PATH" not in config.given
+
+
+def test_an_empty_value_is_not_set() -> None:
+    config = parse_config({"RELAY_URL": "", "BATCH_SIZE": " ", "DATABASE_URL": ""})
+    assert config == Config()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "field", "value"),
+    [
+        ("LOG_LEVEL", "debug", "log_level", "DEBUG"),
+        ("LOG_LEVEL", "warn", "log_level", "WARNING"),
+        ("FASTWORKER_HTTP_PORT", "off", "http_port", "off"),
+        ("FASTWORKER_HTTP_PORT", "0", "http_port", 0),
+        ("FASTWORKER_DERIVE", "full", "derive", FULL),
+        ("FASTWORKER_DERIVE", "core", "derive", CORE),
+        ("FASTWORKER_DERIVE", "core, quotes", "derive", CORE | {"quotes"}),
+        ("FASTWORKER_STREAM_BYTES_MAX", "2gb", "stream_bytes_max", 2 * 1024**3),
+        ("FASTWORKER_STREAM_BYTES_MAX", "65536", "stream_bytes_max", 65_536),
+        ("FASTWORKER_STREAM_FORMAT", "NATIVE", "stream_format", "native"),
+        ("FASTWORKER_IGNORE_GROUPS", "osprey-consumers, old", "ignore_groups", ("osprey-consumers", "old")),
+        ("FASTWORKER_RESOLVE_HANDLES", "off", "resolve_handles", False),
+        ("RELAY_URL", "relay.one, wss://relay.two/xrpc/x", "relay_urls", ("relay.one", "wss://relay.two/xrpc/x")),
+        ("REDIS_URL", "unix:///run/redis.sock", "redis_url", "unix:///run/redis.sock"),
+        ("REDIS_URL", "rediss://:p@h:6380/0", "redis_url", "rediss://:p@h:6380/0"),
+        ("DATABASE_URL", "postgres:///x?host=/run/pg", "database_url", "postgres:///x?host=/run/pg"),
+        ("DATABASE_URL", "postgresql://u@[::1]:5432/x", "database_url", "postgresql://u@[::1]:5432/x"),
+    ],
+)
+def test_accepted(name: str, text: str, field: str, value: object) -> None:
+    assert getattr(parse_config({name: text}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("BATCH_SIZE", "ten", "whole number from 1 to 100,000"),
+        ("BATCH_SIZE", "0", "whole number from 1 to 100,000"),
+        ("BATCH_SIZE", "1e3", "whole number from 1 to 100,000"),
+        ("BATCH_SIZE", "9" * 30, "whole number from 1 to 100,000"),
+        ("DB_POOL_SIZE", "-1", "whole number from 1 to 10,000"),
+        ("FASTWORKER_PROCESSES", "1000", "whole number from 1 to 128"),
+        ("FASTWORKER_HTTP_PORT", "70000", "0 to 65535, or off"),
+        ("FASTWORKER_HTTP_PORT", "of", "0 to 65535, or off"),
+        ("FASTWORKER_STREAM_FORMAT", "xml", "json, native, frame"),
+        ("FASTWORKER_DERIVE", "ful", "full, core, or a list of"),
+        ("FASTWORKER_LOG_FORMAT", "yaml", "human, json"),
+        ("FASTWORKER_STREAM_BYTES_MAX", "2tb", "kb, mb or gb"),
+        ("LOG_LEVEL", "loud", "DEBUG, INFO"),
+        ("RELAY_URL", "ftp://relay", "wss://"),
+        ("RELAY_URL", ",", "wss://"),
+        ("REDIS_URL", "localhost:6379", "redis://"),
+        ("REDIS_URL", "unix://", "unix://"),
+        ("REDIS_URL", "redis://h:port", "redis://"),
+        ("DATABASE_URL", "mysql://h/x", "postgresql://"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/x", "postgresql://"),
+        ("DATABASE_URL", "host=h dbname=x", "postgresql://"),
+        ("DATABASE_URL", "postgresql:///x", "postgresql://"),
+        ("FASTWORKER_PLC_URL", "plc.directory", "https://"),
+    ],
+)
+def test_refused_with_name_value_and_what_is_allowed(name: str, text: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({name: text})
+    said = str(refusal.value)
+    assert said.startswith(f"{name}={text!r} is refused:")
+    assert allowed in said
+    assert "\n" not in said
+    assert refusal.value.exit_code == ExitCode.USAGE
+
+
+def test_an_unknown_name_of_ours_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"FASTWORKER_PROCESES='4'.*did you mean FASTWORKER_PROCESSES\?"):
+        parse_config({"FASTWORKER_PROCESES": "4"})
+    with pytest.raises(ConfigError, match=r"QQQQ='1'.*the known ones are FASTWORKER_CRASHPOINT, "):
+        parse_config({"FASTWORKER_QQQQ": "1"})
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"FASTWORKER_DB_PASSWORD": "hunter2"})
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://user:hunter2@host/x",
+        "postgresql://user:hunt/er2@ho:st:5432/x",
+        "postgresql://user:hunter2@p@host:port/x",
+        "postgres:// user:hunter2@host/x",
+        "redis://:hunter2@",
+        "redis//:hunter2@host?password=hunter2",
+    ],
+)
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
+def test_a_refused_url_never_shows_its_password(name: str, url: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({name: url})
+    assert "hunter2" not in str(refusal.value).replace("hunt/er2", "hunter2")
+
+
+def test_redact() -> None:
+    assert redact("at postgresql://u:p@ss@h:1/x?sslpassword=p&a=b end") == (
+        "at postgresql://u:***@h:1/x?sslpassword=***&a=b end"
+    )
+    assert redact("redis://:p@h") == "redis://:***@h"
+    assert redact("at://did:plc:abc/app.bsky.feed.post/1") == "at://did:plc:abc/app.bsky.feed.post/1"
+
+
+def test_every_field_is_declared_once_with_all_that_the_reference_shows() -> None:
+    names = [variable.name for variable in VARIABLES]
+    assert len(names) == len(set(names)) == len(Config.__struct_fields__) - 1  # less `given`
+    for variable in VARIABLES:
+        assert variable.meaning, variable.name
+        assert variable.allowed, variable.name
+        assert variable.used_by, variable.name
+        assert "|" not in variable.meaning + variable.allowed + variable.default, "would break the table"
+
+
+def test_the_configuration_page_is_what_the_code_says() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    assert page == markdown(), "run: python -m fastworker.config > docs/configuration.md"

@@ -1,0 +1,77 @@
+"""Log lines: the predecessor's form, JSON on request, no secret, no flood."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from fastworker import log as fastworker_log
+from fastworker.log import REPEATS_MAX, WINDOW_S, RepeatLimit, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def test_human_lines_have_the_predecessors_form(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("INFO", "human")
+    logging.getLogger("fastworker.x").info("Processed %s events", "1,000")
+    logging.getLogger("fastworker.x").debug("not shown")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] \[INFO\] Processed 1,000 events\n", line)
+
+
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("INFO", "json")
+    try:
+        int("redis://:hunter2@h")
+    except ValueError:
+        logging.getLogger("fastworker.x").exception("at %s", "redis://u:hunter2@h")
+    line = json.loads(capsys.readouterr().err)
+    assert line["level"] == "ERROR"
+    assert line["message"] == "at redis://u:***@h"
+    assert line["logger"] == "fastworker.x"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+    assert "hunter2" not in line["error"]
+    assert "ValueError" in line["error"]
+
+
+def test_no_secret_in_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("INFO", "human")
+    try:
+        int("postgresql://u:hunter2@h/x")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+    assert "hunter2" not in capsys.readouterr().err
+
+
+def _record(message: str, created: float) -> logging.LogRecord:
+    record = logging.LogRecord("x", logging.WARNING, "", 0, message, (int(created),), None)
+    record.created = created
+    return record
+
+
+def test_repeats_of_one_template_are_limited_and_counted() -> None:
+    limit = RepeatLimit()
+    passed = [limit.filter(_record("attempt %d", n / 100)) for n in range(100)]
+    assert passed.count(True) == REPEATS_MAX
+    assert limit.filter(_record("another %d", 1.0))
+    late = _record("attempt %d", WINDOW_S + 1)
+    assert limit.filter(late)
+    assert late.getMessage() == f"attempt 11 (and {100 - REPEATS_MAX} more like it since)"
+    assert limit.filter(_record("attempt %d", WINDOW_S + 2))
+
+
+def test_templates_remembered_are_bounded() -> None:
+    limit = RepeatLimit()
+    for n in range(fastworker_log.TEMPLATES_MAX * 3):
+        assert limit.filter(_record(f"{n} %d", 0.0))
+    assert len(limit._windows) <= fastworker_log.TEMPLATES_MAX
