@@ -41,7 +41,7 @@ def _shown(name: str, text: str) -> str:
         return "'***'"
     redacted = redact(text)
     if "@" in text and ":***@" not in redacted:
-        redacted = f"***@{text.rpartition('@')[2]}"
+        redacted = f"***@{redacted.rpartition('@')[2]}"
     return repr(redacted)
 
 
