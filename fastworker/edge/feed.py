@@ -45,7 +45,9 @@ CHUNK_BYTES: Final = 2_000_000
 
 # KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS
 # ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
-#      dead-letter limit, gaps kept, ms now, then per item: what, count, count arguments
+#      dead-letter limit, gaps kept, ms now, the chunk's body
+# The body is one argument, because the client packs every argument in Python: per item a count, then so many strings,
+# each after its length; numbers are four bytes, little-endian.
 # The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
 # script that has written finish, so OOM leaves either all or nothing.
 _APPEND: Final = """
@@ -58,20 +60,22 @@ if cursor ~= ARGV[3] then
 end
 local entries = tonumber(ARGV[6])
 if entries > 0 and redis.call('XLEN', KEYS[1]) + entries > tonumber(ARGV[7]) then return {'full', ''} end
-local at, last = 11, #ARGV
-while at <= last do
-  local what, upto = ARGV[at], at + 1 + tonumber(ARGV[at + 1])
-  if what == 'e' then
-    redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 2, upto))
-  elseif what == 'd' then
-    redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(ARGV, at + 2, upto))
-  elseif what == 's' then
-    redis.call('HSET', KEYS[7], ARGV[at + 2], ARGV[at + 3])
+local body, at = ARGV[11], 1
+while at <= #body do
+  local item, count = {}, nil
+  count, at = struct.unpack('<I4', body, at)
+  for i = 1, count do item[i], at = struct.unpack('<I4c0', body, at) end
+  local what = item[1]
+  if what == 'entry' then
+    redis.call('XADD', KEYS[1], '*', unpack(item, 2))
+  elseif what == 'dead letter' then
+    redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(item, 2))
+  elseif what == 'repair' then
+    redis.call('HSET', KEYS[7], item[2], item[3])
   else
-    redis.call('LPUSH', KEYS[8], ARGV[at + 2])
+    redis.call('LPUSH', KEYS[8], item[2])
     redis.call('LTRIM', KEYS[8], 0, ARGV[9] - 1)
   end
-  at = upto + 1
 end
 if ARGV[4] ~= '' then
   redis.call('SET', KEYS[2], ARGV[4])
@@ -174,34 +178,41 @@ class Chunk:
     `seq` None: nothing in it moves the cursor. `entries` counts what goes on the stream.
     """
 
-    __slots__ = ("arguments", "bytes", "entries", "items", "seq")
+    __slots__ = ("_pieces", "bytes", "entries", "items", "seq")
 
     def __init__(self) -> None:
-        self.arguments: list[bytes | str | int] = []
+        self._pieces: list[bytes] = []
         self.items = 0
         self.entries = 0
         self.bytes = 0
         self.seq: int | None = None
 
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._pieces)
+
     def entry(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
-        self._add("e", [part for field in fields for part in field])
+        self._add(b"entry", [part for field in fields for part in field])
         self.entries += 1
 
     def dead_letter(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
-        self._add("d", [part for field in fields for part in field])
+        self._add(b"dead letter", [part for field in fields for part in field])
 
     def repair(self, did: str, text: bytes) -> None:
-        self._add("s", [did.encode(), text])
+        self._add(b"repair", [did.encode(), text])
 
     def gap(self, text: bytes) -> None:
-        self._add("g", [text])
+        self._add(b"gap", [text])
 
-    def _add(self, what: str, parts: list[bytes]) -> None:
-        self.arguments.append(what)
-        self.arguments.append(len(parts))
-        self.arguments.extend(parts)
+    def _add(self, what: bytes, parts: list[bytes]) -> None:
+        pieces = self._pieces
+        pieces.append((len(parts) + 1).to_bytes(4, "little"))
+        for part in (what, *parts):
+            length = len(part)
+            self.bytes += length
+            pieces.append(length.to_bytes(4, "little"))
+            pieces.append(part)
         self.items += 1
-        self.bytes += sum(map(len, parts))
 
 
 class Feed:
@@ -311,7 +322,7 @@ class Feed:
             GAPS,
             RELAYS,
         ]
-        head: list[bytes | str | int] = [
+        arguments: list[bytes | str | int] = [
             self._token,
             LEASE_MS,
             self._cursor,
@@ -322,9 +333,10 @@ class Feed:
             self._dead_letter_maxlen,
             GAPS_KEPT,
             int(time.time() * 1000),
+            chunk.body,
         ]
         async with translating(self._redis):
-            answer, detail = cast("list[bytes]", await self._append(keys=keys, args=head + chunk.arguments))
+            answer, detail = cast("list[bytes]", await self._append(keys=keys, args=arguments))
         if answer == b"full":
             return False
         if answer == b"lease":

@@ -118,7 +118,7 @@ class ReaderStats(msgspec.Struct):
     silent: bool = False
     """No frame for long against the relay's own rate, though connected; a quiet relay is not silent."""
     drops: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Reason), 0))
-    """By reason. In the native and frame forms the ops' drops travel with the entry and are counted by the worker."""
+    """Whole frames, by reason. The drops of single ops travel with their entry and are counted by the worker."""
 
 
 class SilenceWatch:
@@ -647,12 +647,9 @@ class _Reader:
             told = {"rev": event.rev, "seq": event.seq, "relay": event.relay, "time": event.time}
             chunk.repair(event.did, orjson.dumps(told))
         else:
-            if isinstance(event, Commit):
-                for drop in event.drops:
-                    self._drop(drop.reason)
             fields = encode_json(event)
-            if fields is not None:
-                chunk.entry(fields)
+            assert fields is not None  # only a #sync has no JSON form
+            chunk.entry(fields)
 
     def _note(self, event: Event) -> None:
         self._recent.append((time.time(), event))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -240,7 +241,7 @@ async def test_the_outbox_keeps_order_and_is_bounded(monkeypatch: pytest.MonkeyP
         await asyncio.sleep(0)
         chunk = await outbox.take()
         assert chunk.items <= 10
-        taken += [int(value) for value in chunk.arguments[3::4]]
+        taken += [int(number) for number in re.findall(rb"n.\0\0\0(\d+)", chunk.body)]
         assert chunk.seq == taken[-1]
         assert not draining.done()
     assert taken == list(range(100))
