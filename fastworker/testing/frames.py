@@ -9,7 +9,7 @@ from typing import IO, cast
 
 from fastworker.errors import ConfigError
 
-_FRAME_BYTES_MAX = 1 << 28
+_FRAME_BYTES_MAX = 1 << 24
 """A length beyond this is not a frame of any relay: most likely the other byte order."""
 
 

@@ -187,13 +187,15 @@ def seal(root: Node) -> bytes:
 
 
 def blocks(root: Node, keys: Iterable[bytes]) -> tuple[bytes, dict[bytes, bytes]]:
-    """(root CID, blocks of a commit that touched `keys`): the new nodes, and the proofs that cover the keys.
+    """(root CID, blocks of a commit that touched `keys`): the root, the new nodes, the proofs that cover the keys.
 
     A covering proof is the path to the key and to its neighbours: what a consumer needs in order to undo the op and
     arrive at `prevData` (sync 1.1).
     """
     found: dict[bytes, bytes] = {}
     root_cid = _seal(root, found)
+    if not found:
+        found[root_cid] = root.encode()
     for key in keys:
         _prove(root, key, found)
     return root_cid, found
