@@ -320,6 +320,6 @@ class Records:
         if self.chance(0.3):
             record["image"] = self.blob("image/webp")
         if self.chance(0.2):
-            digest = {"$bytes": "q83vEjRWeJ"}
+            digest = {"$bytes": "q83vEjRWeA"}
             record["nested"] = {"a": {"b": [1, -2, None, True, {"c": 0.5}]}, "digest": digest}
         return record
