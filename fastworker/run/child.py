@@ -28,6 +28,8 @@ TICK_S = 0.5
 STUCK_S = 60.0
 """A loop that does not turn for so long ends the process with its stacks on standard error. The parent's watchdog is
 faster; this one is for children that have no parent any more."""
+LEFT_S = 20.0
+"""Longest life after the order to stop. The parent's budget is shorter; this is for children without a parent."""
 AGAIN = 75  # exit code: nothing is wrong here, start me again (EX_TEMPFAIL)
 
 
@@ -60,6 +62,7 @@ async def _live(slot: Slot, main: Main) -> None:
 
 async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
     parent = os.getppid()
+    told_ms = 0
     while True:
         slot.set(tick_ms=now_ms())
         faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__ or sys.stderr)
@@ -68,6 +71,10 @@ async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
             stopping.set()
         if stopping.is_set():
             slot.set(state=State.DRAINING)
+            told_ms = told_ms or now_ms()
+            if now_ms() - told_ms > LEFT_S * 1000:
+                log.error("Not drained after %g s: giving up", LEFT_S)
+                os._exit(AGAIN)
         await asyncio.sleep(TICK_S)
 
 

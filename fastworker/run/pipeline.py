@@ -30,7 +30,7 @@ from fastworker.table.mapper import map_commit
 
 log = logging.getLogger(__name__)
 
-BLOCK_MS = 500  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
+BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them

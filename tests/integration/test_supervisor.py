@@ -1,0 +1,433 @@
+"""The supervisor as an operator meets it: a real process, real signals, its log and its exit code.
+
+Run as a program, this file is the process under test: `python test_supervisor.py SCENARIO`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastworker.crashpoint import Place, arm, crashpoint
+from fastworker.errors import ExitCode, StoppedItself, Unreachable
+from fastworker.log import setup_logging
+from fastworker.run.child import run_child
+from fastworker.run.heartbeat import Heartbeats, Slot, now_ms
+from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
+
+# --- the process under test
+
+
+def say(line: str) -> None:
+    os.write(1, f"{line}\n".encode())  # in one piece: the children share the pipe
+
+
+async def healthy(slot: Slot, stopping: asyncio.Event) -> None:
+    slot.set(ready=1)
+    say(f"up {slot.number} {os.getpid()} starts {slot.get('starts')}")
+    while not stopping.is_set():
+        slot.set(progress_ms=now_ms())
+        await asyncio.sleep(0.05)
+    say(f"drained {slot.number} {os.getpid()}")
+
+
+async def unreachable(slot: Slot, stopping: asyncio.Event) -> None:
+    raise Unreachable("PostgreSQL cannot be reached")
+
+
+async def later_unreachable(slot: Slot, stopping: asyncio.Event) -> None:
+    if slot.get("starts") > 1:
+        raise Unreachable("gone meanwhile")
+    await healthy(slot, stopping)
+
+
+async def limit_reached(slot: Slot, stopping: asyncio.Event) -> None:
+    slot.set(ready=1)
+    if slot.number == 0:
+        raise StoppedItself("too much is rejected")
+    await healthy(slot, stopping)
+
+
+async def buggy_later(slot: Slot, stopping: asyncio.Event) -> None:
+    if slot.get("starts") == 1:
+        slot.set(ready=1)
+        await asyncio.sleep(0.3)
+        raise ZeroDivisionError("a bug")
+    await healthy(slot, stopping)
+
+
+async def deaf_loop(slot: Slot, stopping: asyncio.Event) -> None:
+    slot.set(ready=1)
+    if slot.get("starts") == 1:
+        say(f"up {slot.number} {os.getpid()} starts 1")
+        time.sleep(3600)  # noqa: ASYNC251 - the loop must hang
+    await healthy(slot, stopping)
+
+
+async def idle_hands(slot: Slot, stopping: asyncio.Event) -> None:
+    if slot.get("starts") > 1:
+        await healthy(slot, stopping)
+        return
+    slot.set(ready=1)
+    await stopping.wait()
+
+
+async def never_ready_again(slot: Slot, stopping: asyncio.Event) -> None:
+    if slot.number == 0:
+        await healthy(slot, stopping)
+    else:
+        await stopping.wait()
+
+
+async def will_not_drain(slot: Slot, stopping: asyncio.Event) -> None:
+    slot.set(ready=1)
+    say(f"up {slot.number} {os.getpid()} starts 1")
+    await stopping.wait()
+    say("told to stop")
+    await asyncio.sleep(60)
+
+
+async def fat(slot: Slot, stopping: asyncio.Event) -> None:
+    ballast = b"x" * (200 << 20) if slot.get("starts") == 1 and slot.number == 0 else b""
+    await healthy(slot, stopping)
+    del ballast
+
+
+async def brief(slot: Slot, stopping: asyncio.Event) -> None:
+    slot.set(ready=1)
+    await asyncio.sleep(0.2)
+
+
+def child(main: Callable) -> Callable[[Slot], int]:
+    return lambda slot: run_child(slot, main)
+
+
+def dies(slot: Slot) -> int:
+    arm("in_recheck:2" if slot.get("starts") == 1 else None)
+    crashpoint(Place.IN_RECHECK)
+    crashpoint(Place.IN_RECHECK)
+    return run_child(slot, healthy)
+
+
+SCENARIOS = {
+    name: [ChildSpec(name="worker", target=child(main), count=count)]
+    for name, main, count in [
+        ("healthy", healthy, 2),
+        ("unreachable", unreachable, 2),
+        ("later_unreachable", later_unreachable, 1),
+        ("limit_reached", limit_reached, 2),
+        ("buggy_later", buggy_later, 1),
+        ("deaf_loop", deaf_loop, 1),
+        ("idle_hands", idle_hands, 1),
+        ("never_ready_again", never_ready_again, 1),
+        ("will_not_drain", will_not_drain, 1),
+        ("fat", fat, 1),
+    ]
+}
+SCENARIOS["dies"] = [ChildSpec(name="worker", target=dies, count=1)]
+SCENARIOS["family"] = [
+    ChildSpec(name="worker", target=child(healthy), count=1),
+    ChildSpec(name="monitor", target=child(healthy)),
+]
+SCENARIOS["demo"] = [
+    ChildSpec(name="worker", target=child(healthy), count=1),
+    ChildSpec(name="display", target=child(brief), ends_run=True),
+]
+
+
+def main() -> int:
+    setup_logging("INFO", "human")
+    return Supervisor(
+        SCENARIOS[sys.argv[1]],
+        Heartbeats(8),
+        patience=Patience(drain_s=2.0, tick_s=2.0, progress_s=4.0, start_s=2.0),
+        memory_max_bytes=150 << 20,
+        workers_max=3,
+        notify_socket=sys.argv[2] if len(sys.argv) > 2 else None,
+    ).run()
+
+
+# --- the tests
+
+ROOT = Path(__file__).parents[2]
+
+
+class Run:
+    """A running scenario: what it prints, line by line, and how it ends."""
+
+    def __init__(self, scenario: str, *args: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, scenario, *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path) + os.pathsep + str(ROOT)},
+            cwd=ROOT,
+        )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.seen: list[str] = []
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(line.rstrip("\n"))
+        self.lines.put(None)
+
+    def line(self, pattern: str, seconds: float = 10.0) -> re.Match[str]:
+        """The next line that matches."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                line = None
+            if line is None:
+                pytest.fail(f"no line like {pattern!r} in:\n" + "\n".join(self.seen))
+            self.seen.append(line)
+            if found := re.search(pattern, line):
+                return found
+
+    def ups(self, count: int) -> list[int]:
+        """The pids of the next children at work."""
+        return [int(self.line(r"^up \d+ (\d+)")[1]) for _ in range(count)]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self, seconds: float = 10.0) -> int:
+        code = self.process.wait(timeout=seconds)
+        self.thread.join(timeout=5)
+        while not self.lines.empty():
+            if (line := self.lines.get()) is not None:
+                self.seen.append(line)
+        return code
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.seen)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(scenario: str, *args: str) -> Run:
+        runs.append(Run(scenario, *args))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
+        run.thread.join(timeout=5)
+        run.process.stdout.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def until(fact: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_drains_and_exits_0(start, number):
+    run = start("healthy")
+    pids = run.ups(2)
+    run.send(number)
+    assert run.end() == 0
+    assert {int(pid) for pid in re.findall(r"^drained \d+ (\d+)", run.text, re.MULTILINE)} == set(pids)
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_the_second_signal_means_now(start):
+    run = start("will_not_drain")
+    [pid] = run.ups(1)
+    run.send(signal.SIGTERM)
+    run.line("told to stop")
+    began = time.monotonic()
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    assert time.monotonic() - began < 1.5  # the budget is 2 s
+    assert not alive(pid)
+
+
+def test_the_budget_ends_a_drain(start):
+    run = start("will_not_drain")
+    [pid] = run.ups(1)
+    run.send(signal.SIGTERM)
+    assert run.end(5) == 0
+    assert not alive(pid)
+
+
+def test_a_start_that_fails_is_not_repeated(start):
+    run = start("unreachable")
+    assert run.end() == ExitCode.UNREACHABLE
+    assert "PostgreSQL cannot be reached" in run.text
+    assert "Traceback" not in run.text
+    assert "again" not in run.text
+
+
+def test_what_fails_after_it_was_ready_once_is_tried_again(start):
+    run = start("later_unreachable")
+    [pid] = run.ups(1)
+    os.kill(pid, signal.SIGKILL)
+    run.line("was killed by SIGKILL: starting it again")
+    run.line("exit code 3: starting it again in 1.0 s")
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+
+
+def test_who_stops_itself_stops_all(start):
+    run = start("limit_reached")
+    assert run.end() == ExitCode.STOPPED_ITSELF
+    assert "too much is rejected" in run.text
+
+
+def test_a_bug_is_shown_and_the_child_replaced(start):
+    run = start("buggy_later")
+    run.line("ZeroDivisionError: a bug")
+    run.line("exit code 70: starting it again in 0.5 s")
+    run.line("^up 0 .* starts 2")
+
+
+def test_a_crash_point_kills_as_a_pulled_plug(start):
+    run = start("dies")
+    run.line("was killed by SIGKILL: starting it again")
+    run.line("^up 0 .* starts 2")
+
+
+def test_a_hanging_loop_has_its_stacks_dumped_and_is_replaced(start):
+    run = start("deaf_loop")
+    run.line("has not turned its loop for 2 s", 15)
+    run.line("in deaf_loop")
+    run.line("was killed by SIGKILL")
+    run.line("^up 0 .* starts 2")
+
+
+def test_a_stopped_child_is_replaced(start):
+    run = start("healthy")
+    pid, _ = run.ups(2)
+    os.kill(pid, signal.SIGSTOP)
+    run.line(f"pid {pid}.*has not turned its loop", 15)
+    [new] = run.ups(1)
+    assert new != pid
+    assert not alive(pid)
+
+
+def test_no_progress_is_noticed_although_the_loop_turns(start):
+    run = start("idle_hands")
+    run.line("has made no progress for 4 s", 15)
+    run.line("^up 0 .* starts 2")
+
+
+def test_hup_replaces_with_no_gap(start):
+    run = start("healthy")
+    old = set(run.ups(2))
+    run.send(signal.SIGHUP)
+    new: set[int] = set()
+    gone: set[int] = set()
+    while len(gone) < 2:
+        found = run.line(r"^(up|drained) \d+ (\d+)")
+        (new if found[1] == "up" else gone).add(int(found[2]))
+        assert len(new) >= len(gone)  # a new one is ready before an old one ends
+    assert gone == old
+    until(lambda: not any(map(alive, old)))
+    assert all(map(alive, new))
+
+
+def test_hup_keeps_the_old_when_the_new_does_not_start(start):
+    run = start("never_ready_again")
+    [pid] = run.ups(1)
+    run.send(signal.SIGHUP)
+    run.line("keeping the old ones", 15)
+    assert alive(pid)
+
+
+def test_hup_stops_what_exists_once_before_starting_it_anew(start):
+    run = start("family")
+    run.ups(2)
+    run.line("monitor .* is ready")
+    run.send(signal.SIGHUP)
+    run.line("^drained 1 ")
+    run.line("^up 1 .* starts 2")
+
+
+def test_more_and_fewer(start):
+    run = start("healthy")
+    pids = run.ups(2)
+    run.send(signal.SIGTTIN)
+    [third] = run.ups(1)
+    run.send(signal.SIGTTIN)
+    run.line("3 worker processes, as before")
+    run.send(signal.SIGTTOU)
+    run.line(rf"^drained \d+ {third}")
+    assert all(map(alive, pids))
+
+
+def test_status_to_the_log(start):
+    run = start("healthy")
+    run.ups(2)
+    run.send(signal.SIGUSR1)
+    assert "events/sec" in run.line(r"worker-0 pid \d+ .* held")[0]
+
+
+def test_no_orphan_survives_the_supervisor(start):
+    run = start("healthy")
+    pids = run.ups(2)
+    run.send(signal.SIGKILL)
+    until(lambda: not any(map(alive, pids)))
+
+
+def test_a_fat_worker_is_replaced(start):
+    run = start("fat")
+    [pid] = run.ups(1)
+    run.line(r"MB of its own: replacing it", 15)
+    run.line(r"^up 1 ")
+    run.line(rf"^drained 0 {pid}")
+
+
+def test_a_child_that_ends_the_run(start):
+    run = start("demo")
+    assert run.end() == 0
+
+
+def test_systemd_is_told(start, tmp_path):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(path)
+        receiver.settimeout(10)
+        run = start("healthy", path)
+        told = set()
+        while not {b"READY=1", b"WATCHDOG=1"} <= told:
+            told.add(receiver.recv(100))
+        run.send(signal.SIGTERM)
+        while b"STOPPING=1" not in told:
+            told.add(receiver.recv(100))
+    assert run.end() == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
