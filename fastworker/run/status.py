@@ -254,7 +254,7 @@ def _overview(status: Status) -> RenderableType:
     reader = status.reader
     if reader.connected:
         age = "" if reader.frame_age_s is None else f", last frame {_seconds(reader.frame_age_s)} ago"
-        table.add_row("reader", f"connected to {reader.url}{age}")
+        table.add_row("reader", f"connected to {reader.url.partition('/xrpc/')[0]}{age}")
     else:
         table.add_row("reader", Text("not connected" if reader.running else "not running", style="yellow"))
     cursor = f"cursor {reader.cursor or 'none'}, {reader.reconnects} reconnects, {reader.gaps} gaps"

@@ -1,0 +1,537 @@
+"""Commands as an operator runs them: a process, its environment, its words and its exit code, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+
+from fastworker import __version__
+from fastworker.cli import cli
+from fastworker.config import VARIABLES
+from fastworker.edge.embedded import EmbeddedRedis
+from fastworker.event.entry import decode_entry
+from fastworker.metrics import WORKER_METRICS
+from fastworker.testing.frames import write_frames
+from fastworker.testing.network import Network
+
+ROOT = Path(__file__).resolve().parents[2]
+STREAM, GROUP, DEAD = "firehose:events", "firehose-processors", "firehose:dead-letters"
+DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
+CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
+NOBODY = "127.0.0.1:1"  # a port where nobody listens
+
+
+def _environment(env: dict[str, str]) -> dict[str, str]:
+    """Nothing of the tests' own environment but what a process needs to run; HOME does not exist."""
+    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
+
+
+def run(*args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastworker", *args],
+        env=_environment(env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Service:
+    """A running `fastworker` service whose log can be waited for."""
+
+    def __init__(self, *args: str, **env: str) -> None:
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fastworker", *args],
+            env=_environment(env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._news:
+                self.lines.append(line.rstrip("\n"))
+                self._news.notify_all()
+
+    def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
+        def found() -> re.Match[str] | None:
+            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
+
+        with self._news:
+            self._news.wait_for(lambda: found() or self.process.poll() is not None, timeout)
+            match = found()
+        assert match, f"no line like {pattern!r} in\n" + "\n".join(self.lines)
+        return match
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture
+def services() -> Iterator[Callable[..., Service]]:
+    """Starts services, and ends those that the test left."""
+    started: list[Service] = []
+
+    def start(*args: str, **env: str) -> Service:
+        started.append(Service(*args, **env))
+        return started[-1]
+
+    yield start
+    for service in started:
+        if service.process.poll() is None:
+            service.process.kill()
+        service.stop()
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as connection:
+        yield connection
+
+
+def until(condition: Callable[[], object], timeout: float = 30) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.02)
+
+
+def post(number: int) -> dict[str, str]:
+    """A JSON stream entry with one post."""
+    record = {"$type": "app.bsky.feed.post", "text": f"post {number}", "createdAt": "2024-01-01T00:00:00.000Z"}
+    op = {"action": "create", "path": f"app.bsky.feed.post/3k{number:011d}", "cid": CID, "record": record}
+    return {"type": "commit", "data": json.dumps({"repo": DID, "ops": [op]}), "seq": str(number)}
+
+
+def fetch(url: str, query: str) -> list[tuple[object, ...]]:
+    async def main() -> list[tuple[object, ...]]:
+        connection = await asyncpg.connect(url, timeout=10)
+        try:
+            return [tuple(row) for row in await connection.fetch(query)]
+        finally:
+            await connection.close(timeout=10)
+
+    return asyncio.run(main())
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+# --- help
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"fastworker {__version__}\n")
+
+
+@pytest.mark.parametrize("command", sorted(set(cli.commands) - {"dlq"}))
+def test_help_shows_the_environment_and_its_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(
+        [command, "--help"],
+        prog_name="fastworker",
+        standalone_mode=False,
+        terminal_width=1000,
+        max_content_width=1000,
+    )
+    said = " ".join(capsys.readouterr().out.partition("Environment:")[2].split())
+    for variable in VARIABLES:
+        assert (f" {variable.name} " in f" {said}") == variable.is_used_by(command)
+        if variable.is_used_by(command):
+            assert variable.default.split()[0] in said
+    assert "70 a bug of ours" in said
+
+
+def test_every_command_of_a_variable_exists() -> None:
+    commands = {*cli.commands, "*"}
+    for variable in VARIABLES:
+        assert set(variable.used_by) <= commands, variable.name
+
+
+# --- refusals: one sentence, the right exit code, no traceback, no password
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "code", "words"),
+    [
+        (["worker"], {}, 2, "DATABASE_URL is not set"),
+        (["worker"], {"DATABASE_URL": "mysql://u:hunter2@h/x"}, 2, "postgresql://"),
+        (["worker"], {"FASTWORKER_PROCESES": "2"}, 2, "did you mean FASTWORKER_PROCESSES?"),
+        (["worker"], {"DATABASE_URL": f"postgresql://u:hunter2@{NOBODY}/x", "REDIS_URL": "{redis}"}, 3, "PostgreSQL"),
+        (["worker"], {"DATABASE_URL": "{empty}", "REDIS_URL": "{redis}"}, 3, "fastworker migrate"),
+        (["worker"], {"DATABASE_URL": "{pg}", "REDIS_URL": f"redis://:hunter2@{NOBODY}"}, 3, "Redis cannot be reached"),
+        (["worker", "--reapply", "yesterday"], {"DATABASE_URL": "{pg}", "REDIS_URL": "{redis}"}, 2, "stream id"),
+        (["reader"], {"REDIS_URL": f"redis://:hunter2@{NOBODY}"}, 3, "Redis cannot be reached"),
+        (["reader"], {"REDIS_URL": "{redis}", "REDIS_STREAM_KEY": "a-list"}, 3, "a-list is a list, not a stream"),
+        (["reader"], {"RELAY_URL": "ftp://x"}, 2, "RELAY_URL"),
+        (["status"], {"REDIS_URL": f"redis://u:hunter2@{NOBODY}"}, 3, "Redis cannot be reached"),
+        (["dlq", "list"], {"REDIS_URL": "redis://x:hunter2@nowhere.invalid"}, 3, "Redis cannot be reached"),
+        (["dlq", "purge"], {}, 2, "--all"),
+        (["migrate"], {"DATABASE_URL": f"postgresql://u:hunter2@{NOBODY}/x"}, 3, "PostgreSQL"),
+        (["replay", "/nonexistent"], {}, 2, "does not exist"),
+        (["health"], {"FASTWORKER_HTTP_PORT": "1"}, 1, "nobody answers"),
+        (["health"], {"FASTWORKER_HTTP_PORT": "off"}, 2, "FASTWORKER_HTTP_PORT"),
+        (["nonsense"], {}, 2, "No such command"),
+        (["up"], {"FASTWORKER_HOME": "/proc/nowhere"}, 2, "FASTWORKER_HOME"),
+    ],
+)
+def test_refusal(
+    args: list[str],
+    env: dict[str, str],
+    code: int,
+    words: str,
+    client: redis.Redis,
+    redis_url: str,
+    postgres_url: str,
+    empty_postgres_url: str,
+) -> None:
+    client.rpush("a-list", "x")
+    urls = {"{redis}": redis_url, "{pg}": postgres_url, "{empty}": empty_postgres_url}
+    done = run(*args, **{name: urls.get(value, value) for name, value in env.items()})
+    said = done.stderr
+    assert done.returncode == code, said
+    assert words in said
+    assert "Traceback" not in said
+    assert "hunter2" not in said + done.stdout
+    if "Usage:" not in said:
+        assert said.count("\n") == 1, said
+
+
+# --- services
+
+
+def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
+    services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
+) -> None:
+    for number in range(1, 101):
+        client.xadd(STREAM, post(number))
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "0"}
+    worker = services("worker", BATCH_SIZE="10", PARALLEL_CONSUMERS="5", DB_POOL_SIZE="20", **env)
+    port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until(lambda: client.hget("fastworker:ledger", "committed") == b"100")
+    assert fetch(postgres_url, "SELECT count(*) FROM posts") == [(100,)]
+    worker.wait_for(r"^\[[-\d]{10} [:\d]{8}\] \[INFO\] Processed 100 events \(~[\d,]+ events/sec\)$")
+
+    until(lambda: get(port, "/readyz") == (200, "ok\n"))
+    assert get(port, "/livez") == (200, "ok\n")
+    health = run("health", FASTWORKER_HTTP_PORT=str(port))
+    assert (health.returncode, health.stdout) == (0, "ok\n")
+
+    until(lambda: 'fastworker_entries_total{outcome="committed"} 100.0' in get(port, "/metrics")[1])
+    families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
+    # Nobody's client library sends `_total` in a family's name. Only a reader has the reader's.
+    known = {metric.name.removesuffix("_total") for metric in WORKER_METRICS}
+    assert set(families) == known
+    drops = {sample.labels["reason"]: sample.value for sample in families["fastworker_drops"].samples}
+    assert drops["bad_frame"] == 0.0, "drops are visible at zero"
+    until(lambda: not client.xlen(STREAM))  # what the only group has finished is trimmed
+
+    page = json.loads(get(port, "/status.json")[1])
+    assert page["ready"] is True
+    assert {"worker-0", "worker-1"} <= {process["name"] for process in page["processes"]}
+    assert "<title>fastworker</title>" in get(port, "/")[1]
+
+    until(lambda: client.hlen("fastworker:status:worker"))
+    shown = run("status", "--json", REDIS_URL=redis_url)
+    status = json.loads(shown.stdout)
+    assert (status["ledger"]["committed"], status["unaccounted_entries"], status["lag_entries"]) == (100, 0, 0)
+    assert [process["ready"] for process in status["workers"][0]["processes"]] == [True, True, True]
+    shown = run("status", REDIS_URL=redis_url)
+    assert "100 committed" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+    started = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - started < 10
+    assert not client.hlen("fastworker:status:worker")
+    assert "Traceback" not in "\n".join(worker.lines)
+
+
+def test_a_worker_that_cannot_finish_entries_is_not_ready(
+    services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
+) -> None:
+    """Health means progress: the sockets are open, the processes live, and nothing gets done."""
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "0"}
+    worker = services("worker", **env)
+    port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until(lambda: get(port, "/readyz")[0] == 200)
+    fetch(postgres_url, "ALTER TABLE posts RENAME TO posts_away")
+    client.xadd(STREAM, post(1))
+    until(lambda: get(port, "/readyz")[0] == 503)
+    assert "waits for PostgreSQL" in get(port, "/readyz")[1]
+    assert run("health", FASTWORKER_HTTP_PORT=str(port)).returncode == 1
+    assert run("health", "--live", FASTWORKER_HTTP_PORT=str(port)).returncode == 0
+    fetch(postgres_url, "ALTER TABLE posts_away RENAME TO posts")
+    until(lambda: get(port, "/readyz")[0] == 200)
+    assert fetch(postgres_url, "SELECT count(*) FROM posts") == [(1,)]
+    assert worker.stop() == 0
+
+
+def test_a_port_that_the_operator_chose_must_be_free(
+    services: Callable[..., Service], redis_url: str, postgres_url: str
+) -> None:
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    first = services("worker", FASTWORKER_HTTP_PORT="0", **env)
+    port = first.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1]
+    second = services("worker", FASTWORKER_HTTP_PORT=port, **env)
+    second.wait_for(f"Port {port} of 127.0.0.1 is in use")
+    assert second.process.wait(30) == 3
+    assert first.stop() == 0
+
+
+def test_relay_reader_and_its_port(services: Callable[..., Service], client: redis.Redis, redis_url: str) -> None:
+    relay = services("relay", "--events", "300", "--port", "0", "--seed", "5")
+    url = relay.wait_for("RELAY_URL=(.+)")[1]
+    env = {"RELAY_URL": url, "REDIS_URL": redis_url, "FASTWORKER_HTTP_PORT": "0", "FASTWORKER_STREAM_FORMAT": "native"}
+    reader = services("reader", **env)
+    port = int(reader.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until(lambda: client.xlen(STREAM) > 250)
+    until(lambda: get(port, "/readyz") == (200, "ok\n"))
+    figures = get(port, "/metrics")[1]
+    assert re.search(r"^fastworker_reader_frames_total 300\.0$", figures, re.MULTILINE)
+    assert json.loads(get(port, "/status.json")[1])["processes"][0]["state"] == "connected"
+    relay.stop(signal.SIGINT)
+    until(lambda: get(port, "/readyz")[0] == 503)
+    assert "not connected to the relay" in get(port, "/readyz")[1]
+    assert reader.stop() == 0
+    reader.wait_for("Stopped. Total events: ")
+
+
+def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_path: Path) -> None:
+    relay = services("relay", "--events", "200", "--port", "0", "--seed", "7")
+    url = relay.wait_for("RELAY_URL=(.+)")[1]
+    home = tmp_path / "a home"
+    env = {"RELAY_URL": url, "FASTWORKER_HOME": str(home), "FASTWORKER_HTTP_PORT": "0"}
+    up = services("up", **env)
+    database = up.wait_for("psql '(.+)'", 60)[1]
+    stream = up.wait_for("REDIS_URL='(.+)' fastworker status")[1]
+    up.wait_for("is ready after")
+    until(lambda: fetch(database, "SELECT count(*) > 50 FROM likes") == [(True,)])
+    assert "connected to ws://127.0.0.1" in run("status", REDIS_URL=stream).stdout
+    second = run("up", **env)
+    assert second.returncode == 2
+    assert "Another `fastworker up` runs in" in second.stderr
+    until(lambda: json.loads(run("status", "--json", REDIS_URL=stream).stdout)["lag_entries"] == 0)
+    likes = fetch(database, "SELECT count(*) FROM likes")
+    assert up.stop(signal.SIGINT) == 0
+
+    again = services("up", **env)
+    again.wait_for("is ready after", 60)
+    assert fetch(database, "SELECT count(*) FROM likes") == likes
+    assert again.stop() == 0
+
+
+# --- one-shot commands
+
+
+def test_migrate_and_its_check(empty_postgres_url: str) -> None:
+    before = run("migrate", "--check", DATABASE_URL=empty_postgres_url)
+    assert before.returncode == 1
+    assert "0001_contract is not applied" in before.stdout
+    assert "applied 0001_contract" in run("migrate", DATABASE_URL=empty_postgres_url).stdout
+    after = run("migrate", "--check", DATABASE_URL=empty_postgres_url)
+    assert (after.returncode, after.stdout) == (0, "The schema is up to date.\n")
+
+
+@pytest.mark.parametrize("form", ["json", "native", "frame"])
+def test_replay_skips_bad_frames(form: str, tmp_path: Path, client: redis.Redis, redis_url: str) -> None:
+    frames = [frame.data for frame in Network(11, accounts=20).frames(60)]
+    file = tmp_path / "some.frames"
+    write_frames(file, [*frames[:30], b"not a frame", b"", *frames[30:]])
+    with file.open("ab") as tail:
+        tail.write(b"\x00\x00\x01\x00cut off")
+    done = run("replay", str(file), REDIS_URL=redis_url, FASTWORKER_STREAM_FORMAT=form)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^{client.xlen(STREAM)} entries appended to firehose:events as {form}, ", done.stdout)
+    assert "bad_frame 2" in done.stdout
+    assert "ends in the middle of a frame" in done.stderr
+    assert client.xlen(STREAM) >= 55
+    for _, fields in client.xrange(STREAM):
+        decode_entry(fields)
+    swapped = run("replay", str(file), "--little-endian", REDIS_URL=redis_url)
+    assert swapped.returncode == 2
+    assert "byte order" in swapped.stderr
+
+
+def test_replay_waits_while_the_stream_is_full(
+    tmp_path: Path, services: Callable[..., Service], client: redis.Redis, redis_url: str
+) -> None:
+    file = tmp_path / "some.frames"
+    write_frames(file, [frame.data for frame in Network(11, accounts=20).frames(40)])
+    replay = services("replay", str(file), REDIS_URL=redis_url, REDIS_MAX_STREAM_LEN="15")
+    replay.wait_for("The stream is full")
+    seen = client.xlen(STREAM)
+    assert seen == 15
+    while replay.process.poll() is None:
+        assert client.xlen(STREAM) <= 15
+        seen += client.xtrim(STREAM, maxlen=0, approximate=False)
+        time.sleep(0.05)
+    assert replay.stop() == 0
+    replay.wait_for(r"^\d+ entries appended")
+
+
+def test_reapply_heals_what_an_old_worker_dropped(client: redis.Redis, redis_url: str, postgres_url: str) -> None:
+    ids = [client.xadd(STREAM, post(number)) for number in range(1, 31)]
+    client.xgroup_create(STREAM, GROUP, id="0")
+    client.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
+    client.xack(STREAM, GROUP, *ids)  # and stored nothing
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    done = run("worker", "--reapply", ids[10].decode(), **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("20 entries applied again from ")
+    assert fetch(postgres_url, "SELECT count(*) FROM posts") == [(20,)]
+    assert run("worker", "--reapply", "0", **env).stdout.startswith("30 entries applied again from 0 ")
+    assert fetch(postgres_url, "SELECT count(*), max(uri) FROM posts") == [
+        (30, f"at://{DID}/app.bsky.feed.post/3k00000000030")
+    ]
+    assert client.xlen(STREAM) == 30
+    assert not client.exists("fastworker:ledger")
+
+
+def test_check_on_good_servers_and_on_one_that_evicts(
+    client: redis.Redis, redis_url: str, postgres_url: str, server_dir: Path
+) -> None:
+    client.xadd(STREAM, post(1))
+    done = run("check", REDIS_URL=redis_url, DATABASE_URL=postgres_url)
+    assert done.returncode == 0, done.stdout
+    assert "ok   postgresql: The schema is complete." in done.stdout
+    assert "warn redis: appendonly is off" in done.stdout
+    with EmbeddedRedis(server_dir, settings={"maxmemory-policy": "allkeys-lru"}) as server:
+        done = run("check", "--json", REDIS_URL=server.url, DATABASE_URL=f"postgresql://u:hunter2@{NOBODY}/x")
+    findings = json.loads(done.stdout)
+    assert done.returncode == 1
+    failed = [finding["sentence"] for finding in findings if finding["verdict"] == "fail"]
+    assert any("maxmemory-policy noeviction" in sentence for sentence in failed)
+    assert any("PostgreSQL at 127.0.0.1:1 cannot be reached" in sentence for sentence in failed)
+    assert "hunter2" not in done.stdout
+
+
+def test_check_sees_trimmed_pending_and_a_missing_table(client: redis.Redis, redis_url: str, postgres_url: str) -> None:
+    for number in range(5):
+        client.xadd(STREAM, post(number + 1))
+    client.xgroup_create(STREAM, GROUP, id="0")
+    client.xreadgroup(GROUP, "worker-0-p0", {STREAM: ">"})
+    client.xtrim(STREAM, maxlen=1, approximate=False)
+    fetch(postgres_url, "DROP TABLE quotes")
+    done = run("check", REDIS_URL=redis_url, DATABASE_URL=postgres_url)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 1
+    assert "4 of the oldest pending entries are not on the stream" in said
+    assert "Other workers are active in group firehose-processors: worker-0-p0" in said
+    assert "fail postgresql: Table quotes is missing." in said
+
+
+# --- dead letters
+
+
+@pytest.fixture
+def letters(client: redis.Redis) -> dict[str, str]:
+    """One of each kind: the predecessor's, our worker's (JSON, native, unknown), our reader's."""
+    frame = next(frame for frame in Network(3).frames(5) if frame.event and frame.event["kind"] == "commit")
+    base = {"seq": "7", "origId": "1-0", "deliveries": "3"}
+    ours = {"error": "why", "consumer": "python-worker-0", "setAsideAt": "1700000000000"}
+    found = {
+        "predecessor": {"type": "commit", "data": post(1)["data"], **base, "deliveries": "10"},
+        "json": {"type": "commit", "data": post(2)["data"], **base, "reason": "row_rejected", "form": "json", **ours},
+        "native": {"type": "native", "data": b"\xff\x00", **base, "reason": "unknown_format", "form": "native", **ours},
+        "reader": {
+            "type": "frame",
+            "data": base64.b64encode(frame.data),
+            "seq": "",
+            "origId": "",
+            "deliveries": "0",
+            "reason": "bad_frame",
+            "error": "",
+            "form": "frame",
+            "consumer": "reader",
+            "setAsideAt": "1700000000000",
+        },
+        "broken": {
+            "type": "frame",
+            "data": base64.b64encode(b"nothing"),
+            "seq": "",
+            "origId": "",
+            "deliveries": "0",
+            "reason": "bad_frame",
+            "form": "frame",
+            "consumer": "reader",
+        },
+    }
+    return {name: client.xadd(DEAD, fields).decode() for name, fields in found.items()}
+
+
+def test_dlq_list_and_show(letters: dict[str, str], redis_url: str) -> None:
+    listed = run("dlq", "list", REDIS_URL=redis_url)
+    assert listed.returncode == 0
+    assert "5 dead letters: bad_frame 2, deliveries 1, row_rejected 1, unknown_format 1" in listed.stdout
+    lines = run("dlq", "list", "--json", "--reason", "bad_frame", REDIS_URL=redis_url).stdout.splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [letters["reader"], letters["broken"]]
+    shown = json.loads(run("dlq", "show", letters["predecessor"], REDIS_URL=redis_url).stdout)
+    assert shown["reason"] == "deliveries"
+    assert shown["event"]["ops"][0]["record"]["text"] == "post 1"
+    shown = json.loads(run("dlq", "show", letters["reader"], REDIS_URL=redis_url).stdout)
+    assert shown["event"]["kind"] == "commit"
+    shown = json.loads(run("dlq", "show", letters["native"], REDIS_URL=redis_url).stdout)
+    assert shown["not_understood"].startswith("unknown_format")
+    assert shown["data"] == {"$bytes": "/wA="}
+    assert run("dlq", "show", "9-9", REDIS_URL=redis_url).returncode == 1
+
+
+def test_dlq_retry_gives_back_what_the_entry_was(letters: dict[str, str], client: redis.Redis, redis_url: str) -> None:
+    done = run("dlq", "retry", letters["json"], "9-9", REDIS_URL=redis_url)
+    assert done.returncode == 1
+    assert "9-9: there is no such dead letter" in done.stderr
+    ((_, fields),) = client.xrange(STREAM)
+    assert list(fields.items()) == [(b"type", b"commit"), (b"data", post(2)["data"].encode()), (b"seq", b"7")]
+    done = run("dlq", "retry", "--all", REDIS_URL=redis_url, FASTWORKER_STREAM_FORMAT="native")
+    assert done.returncode == 1
+    assert "3 dead letters went back" in done.stdout
+    assert letters["broken"] in done.stderr
+    assert [letter_id.decode() for letter_id, _ in client.xrange(DEAD)] == [letters["broken"]]
+    forms = [set(fields) for _, fields in client.xrange(STREAM)][1:]
+    assert forms == [{b"type", b"data", b"seq"}, {b"n"}, {b"n"}]
+
+
+def test_dlq_purge(letters: dict[str, str], client: redis.Redis, redis_url: str) -> None:
+    done = run("dlq", "purge", "--reason", "bad_frame", REDIS_URL=redis_url)
+    assert (done.returncode, done.stdout) == (0, "2 dead letters are gone.\n")
+    assert client.xlen(DEAD) == 3
+    assert run("dlq", "purge", "--all", REDIS_URL=redis_url).returncode == 0
+    assert client.xlen(DEAD) == 0
+    assert run("dlq", "list", REDIS_URL=redis_url).stdout == "No dead letters.\n"
