@@ -53,7 +53,7 @@ def check_depth(block: bytes) -> None:
     length costs memory for all of it at each level: 1 MB of such heads takes it seconds. Bytes that
     may be heads of containers are counted first, which settles nearly every record without a walk.
     """
-    if len(block) - len(block.translate(None, _HEADS)) <= DEPTH_MAX:
+    if len(block) - len(block.translate(None, _HEADS)) < DEPTH_MAX:  # the innermost may be empty and is not counted
         return
     pending: list[int] = []  # of each open container: how many values it still wants
     position = 0

@@ -2,8 +2,8 @@
 
 libipld gives links and byte strings alike as `bytes`. Which of the two a value is follows from the
 block: a link stands there behind tag 42, a byte string behind its own length. When that does not
-decide, or the JSON is not what jsonb takes (NUL, lone surrogates, integers beyond 64 bits), the
-slow path decodes the block again exactly and cleans every value.
+decide, or the JSON is not what jsonb takes (NUL, lone surrogates) or what orjson writes (integers
+beyond 64 bits), the slow path decodes the block again exactly and cleans every value.
 """
 
 from __future__ import annotations
@@ -187,6 +187,9 @@ def _clean(value: Any, links: set[bytes]) -> Any:
         return {clean_text(key): _clean(value[key], links) for key in sorted(value, reverse=True)}
     if type(value) is list:
         return [_clean(inner, links) for inner in value]
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        # What orjson reads such a number as: so that a record is the same whichever form of the stream it came by.
+        value = float(value) if value.bit_length() <= 1023 else math.inf
     if type(value) is float and not math.isfinite(value):
         return None
     return value
