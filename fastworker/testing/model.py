@@ -641,8 +641,6 @@ class Model:
 
     def _identity(self, event: Event, entry_ms: int | None) -> None:
         did = event["did"]
-        if did in self.forbidden:
-            return
         self._meet(did)
         handle = real_handle(event["handle"])
         if handle is None:  # resolve again: what is known stays
@@ -779,7 +777,9 @@ def quote_of(row: Row) -> tuple[str, str | None] | None:
     else:
         return None
     uri = member(quoted, "uri")
-    if not isinstance(uri, str) or len(uri) > URI_MAX or not POST_URI.fullmatch(uri):
+    if not isinstance(uri, str) or not POST_URI.fullmatch(uri):
+        return None
+    if len(uri) > URI_MAX or len(authority(uri) or "") > DID_MAX:  # Choice: it does not fit, so it is no quote
         return None
     return uri, cid_or_none(member(quoted, "cid"))
 
@@ -863,7 +863,7 @@ def notifications(rows: dict[str, list[Held]]) -> list[Row]:
 
     def notify(held: Held, suffix: str, recipient: str | None, reason: str, subject: str | None) -> None:
         uri = held.source.uri + suffix
-        if recipient is None or recipient == held.source.repo or len(recipient) > DID_MAX or len(uri) > URI_MAX:
+        if recipient is None or recipient == held.source.repo or len(uri) > URI_MAX:
             return
         found.append(
             {

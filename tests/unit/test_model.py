@@ -292,7 +292,7 @@ def test_a_quote_for_each_live_post_that_embeds_a_post() -> None:
         "2": with_media,
         "3": generator,
         "4": by_handle,
-        "5": {"$type": "com.example"},
+        "5": quoting(5),
         "6": 7,
     }
     found = tables(commit(1, B, *[post(rkey, embed=embed) for rkey, embed in embeds.items()]))
@@ -305,6 +305,14 @@ def test_a_quote_for_each_live_post_that_embeds_a_post() -> None:
         "quoted_cid": "q",
         "created_at": NOON,
     }
+
+
+def test_no_quote_of_a_post_whose_uri_or_did_does_not_fit() -> None:
+    far, odd = f"at://{A}/app.bsky.feed.post/" + "r" * 500, "at://did:plc:" + "a" * 250 + "/app.bsky.feed.post/1"
+    found = tables(commit(1, B, post("1", embed=quoting(far)), post("2", embed=quoting(odd))))
+    assert len(found["posts"]) == 2
+    assert found["quotes"] == []
+    assert found["notifications"] == []
 
 
 def test_no_quote_whose_uri_does_not_fit_and_no_count_of_it() -> None:
@@ -459,6 +467,8 @@ def test_labels_keep_uri_src_and_cts_and_have_one_event() -> None:
 def test_a_label_of_an_account_by_its_own_repository() -> None:
     row = only(tables(commit(1, A, put("com.atproto.label.label/1", did=B, val="x")))["labels"])
     assert (row["src"], row["subject"], row["neg"], row["created_at"]) == (A, B, False, NOON)
+    odd = put("com.atproto.label.label/1", src=C, did=B, val="x", neg="yes")
+    assert only(tables(commit(1, A, odd))["labels"])["neg"] is False
 
 
 def test_only_the_owner_puts_people_on_a_list_before_or_after_it_exists() -> None:
@@ -636,6 +646,10 @@ def test_an_update_after_the_deletion_lives_an_older_one_does_not() -> None:
     assert only(in_any_order(*events)["posts"])["text"] == "new"
 
 
+def test_an_active_account_is_not_deleted_whatever_its_status_says() -> None:
+    assert len(tables(commit(1, A, post()), account(2, A, "deleted", active=True))["posts"]) == 1
+
+
 def test_forbidden_accounts_leave_nothing() -> None:
     events = [commit(1, A, post()), identity(2, A, "a.test"), commit(3, B, put("app.bsky.graph.follow/1", subject=A))]
     found = tables(*events, forbidden=[A])
@@ -657,6 +671,7 @@ def test_forbidden_accounts_leave_nothing() -> None:
         ("2026-01-01", datetime(2026, 1, 1)),
         (" 2026-1-1 3:04 ", datetime(2026, 1, 1, 3, 4)),
         ("2026-01-01t00:00:00z", datetime(2026, 1, 1)),
+        ("2026-1-1 00:00 +09:00", datetime(2025, 12, 31, 15)),
         ("2026-01-01T24:00:00Z", datetime(2026, 1, 2)),
         ("2025-12-31T23:59:60Z", datetime(2026, 1, 1)),
         ("2025-12-31T23:59:59.5-01:30", datetime(2026, 1, 1, 1, 29, 59, 500000)),
@@ -723,6 +738,8 @@ def test_nul_and_lone_surrogates_are_cleaned_everywhere_also_in_keys() -> None:
         ("app.bsky.feed.like", {}, "bad_record"),
         ("app.bsky.feed.like", {"subject": {"uri": "at://alice.test/app.bsky.feed.post/1"}}, "bad_record"),
         ("app.bsky.feed.like", {"subject": {"uri": f"at://{A}/app.bsky.feed.post/" + "r" * 500}}, "too_long"),
+        ("app.bsky.feed.like", {"subject": {"uri": "at://did:plc:" + "a" * 250 + "/app.bsky.feed.post/1"}}, "too_long"),
+        ("com.example." + "x" * 60 + (".x" + "x" * 60) * 4, {}, "too_long"),
         ("app.bsky.feed.repost", {"subject": None}, "bad_record"),
         ("app.bsky.bookmark", {"subject": POST}, "bad_record"),
         ("app.bsky.graph.follow", {"subject": "alice.test"}, "bad_record"),
