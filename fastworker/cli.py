@@ -238,7 +238,7 @@ def migrate(*, only_check: bool) -> ExitCode:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/status.md describes it).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; members are added, never renamed.")
 @click.option("--watch", is_flag=True, help="Stay, and refresh every second.")
 def status(*, as_json: bool, watch: bool) -> ExitCode:
     """Rates, lag, oldest pending, processes, dead letters, memory."""

@@ -407,7 +407,8 @@ def test_replay_waits_while_the_stream_is_full(
 
 
 def test_reapply_heals_what_an_old_worker_dropped(client: redis.Redis, redis_url: str, postgres_url: str) -> None:
-    ids = [client.xadd(STREAM, post(number)) for number in range(1, 31)]
+    half = 1_700_000_000_000
+    ids = [client.xadd(STREAM, post(n), id=f"{half}-{n}" if n < 16 else f"{half + n}-0") for n in range(1, 31)]
     client.xgroup_create(STREAM, GROUP, id="0")
     client.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
     client.xack(STREAM, GROUP, *ids)  # and stored nothing
@@ -416,6 +417,7 @@ def test_reapply_heals_what_an_old_worker_dropped(client: redis.Redis, redis_url
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("20 entries applied again from ")
     assert fetch(postgres_url, "SELECT count(*) FROM posts") == [(20,)]
+    assert run("worker", "--reapply", ids[20].decode(), **env).stdout.startswith("10 entries applied again from ")
     assert run("worker", "--reapply", "0", **env).stdout.startswith("30 entries applied again from 0 ")
     assert fetch(postgres_url, "SELECT count(*), max(uri) FROM posts") == [
         (30, f"at://{DID}/app.bsky.feed.post/3k00000000030")
