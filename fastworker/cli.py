@@ -277,19 +277,6 @@ def health(*, live: bool) -> ExitCode:
     return ExitCode.DONE if well else ExitCode.NO
 
 
-@cli.command()
-@click.option("--repair", is_flag=True, help="Mend what is found, while workers run.")
-def verify(*, repair: bool) -> ExitCode:
-    """Recompute the derived tables and report drift.
-
-    Exit 1 when there is any that was not mended.
-    """
-    from fastworker.run.verify import verify as run_verify
-
-    config = _config()
-    return _run(run_verify(config.require_database_url("verify"), derive=config.derive, repair=repair))
-
-
 @cli.group(cls=_Group)
 def dlq() -> None:
     """Dead letters: what could not be stored, and why."""

@@ -131,7 +131,7 @@ def _level(text: str) -> str:
 
 
 _REDIS: Final = "reader worker up status check dlq replay"
-_POSTGRES: Final = "reader worker up migrate verify check"
+_POSTGRES: Final = "reader worker up migrate check"
 _STREAM: Final = "reader worker up status check dlq replay"
 
 
@@ -273,9 +273,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up verify",
+            "worker up",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
-            "After widening it, `verify --repair` fills in the rest.",
+            "A wider list applies to what is written from then on.",
             read=_derive,
             allowed="full, core, or a list of " + ", ".join(sorted(derived.FULL)),
             default="full",

@@ -5,7 +5,7 @@ object (also where the lexicon implies the type and JSON has no `$type`), nulls 
 for links and bytes. Members that the SDK did not know stand beside these under their own names, so
 only the names that the lexicon has for an object's `py_type` are renamed: a blind rename would
 corrupt what people wrote. What cannot be undone: an explicit `$type` where it is implied, an explicit
-null, defaults that were filled in, bytes inside members that the SDK did not know.
+null, defaults that were filled in, links and bytes inside members that the SDK did not know.
 
 Names as in the SDK's versions 0.0.55 to 0.0.73, which is what predecessors run.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import Any
 
-from fastworker.event import Op, Record
-from fastworker.event.record import link_text
+from fastworker.event import Record
+from fastworker.event.record import hex_cid_text
 
 
 def _camel(name: str) -> str:
@@ -119,8 +119,6 @@ _TYPES = _IMPLIED | _TAGGED
 # Where the lexicon has bytes (a text of hex digits could be just that anywhere else).
 _BYTES = {("com.germnetwork.declaration", name) for name in ("current_key", "continuity_proofs", "key_package")}
 
-_NO_OP = Op("create", "", "")  # links in JSON need no block to be read
-
 
 def lexicon_record(record: Record) -> Record:
     """A record whose top level has `py_type`, as lexicon JSON. The argument is left as it is."""
@@ -161,7 +159,7 @@ def _object(value: dict[str, Any], *, is_implied: bool) -> dict[str, Any]:
 
 def _with_link(blob: dict[str, Any]) -> dict[str, Any]:
     ref = blob.get("ref")
-    if type(ref) is str and (link := link_text(ref, _NO_OP)) != ref:
+    if type(ref) is str and (link := hex_cid_text(ref)) is not None:
         blob["ref"] = {"$link": link}
     return blob
 

@@ -74,9 +74,12 @@ def link_text(value: Any, op: Op) -> str | None:  # noqa: ARG001 the caller need
         return cid_text(value)
     if type(value) is not str or not value:
         return None
-    if _hex_cid(value):
-        return cid_text(bytes.fromhex(value))
-    return clean_text(value)
+    return hex_cid_text(value) or clean_text(value)
+
+
+def hex_cid_text(text: str) -> str | None:
+    """Base32 text of a CID that is written as hex, as the predecessor's reader does; None for other text."""
+    return cid_text(bytes.fromhex(text)) if _hex_cid(text) else None
 
 
 def cid_text(cid: bytes) -> str | None:

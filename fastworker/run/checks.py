@@ -180,7 +180,7 @@ def foreign_consumers(consumers: Iterable[Consumer], config: Config) -> Iterator
     yield _warn(
         "stream",
         f"Other workers are active in group {config.group}: {_some(active)}. Counters they write may be wrong until "
-        "they stop; afterwards `fastworker verify --repair`, and `worker --reapply` for what they dropped.",
+        "they stop; afterwards run `worker --reapply` for what they dropped.",
     )
     if config.stream_format != "json":
         yield _fail(

@@ -93,6 +93,7 @@ class _Kind:
         self.was_ready = False  # any of them, ever: before that a failure is a failure to start
         self.failures = 0
         self.start_at = 0.0
+        self.slots: set[int] = set()  # numbers of those that its children had
 
 
 class _Child:
@@ -332,11 +333,14 @@ class Supervisor:
 
     def _fork(self, kind: _Kind, now: float) -> _Child | None:
         taken = {child.slot.number for child in self._children}
-        slot = next((slot for slot in self._heartbeats if slot.number not in taken), None)
-        if slot is None:
+        free = [slot for slot in self._heartbeats if slot.number not in taken]
+        if not free:
             log.error("No room for another %s", kind.spec.name)
             kind.start_at = now + BACKOFF_S[1]
             return None
+        # A slot's counters go on over the lives of its children: so it should stay with one kind of them.
+        slot = min(free, key=lambda slot: (slot.number not in kind.slots, slot.get("starts") > 0, slot.number))
+        kind.slots.add(slot.number)
         slot.close()
         parent = os.getpid()
         sys.stdout.flush()

@@ -9,7 +9,6 @@ it where it is exact, and the unit tests hold the two against each other.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import struct
 from typing import Any
@@ -99,7 +98,7 @@ def encode(value: Any) -> bytes:
 
 
 def encode_record(record: Any) -> bytes:
-    """`encode`, by libipld where it can: it has no byte strings that look like CIDs and no lone surrogates."""
+    """`encode`, by libipld where it can: it has no byte strings that look like CIDs, no -0.0, no surrogates."""
     try:
         return libipld.encode_dag_cbor(_for_libipld(record))
     except ValueError:
@@ -129,18 +128,20 @@ def _for_libipld(value: Any) -> Any:
             if not is_link or len(raw) != 36:
                 raise ValueError("libipld would guess")
             return raw
-        return {k: _for_libipld(v) if type(v) in _CONTAINERS else v for k, v in value.items()}
+        return {k: _for_libipld(v) if type(v) in _LOOKED_INTO else v for k, v in value.items()}
+    if kind is float and value == 0:
+        raise ValueError("libipld loses the sign of -0.0")
     return [_for_libipld(v) for v in value] if kind is list else value
 
 
-_CONTAINERS = (dict, list)
+_LOOKED_INTO = (dict, list, float)
 
 
 def decode(data: bytes) -> Any:
     """One DAG-CBOR item as lexicon JSON, exact about links and byte strings. Raises DecodeError."""
     try:
         value, end = _item(data, 0)
-    except (IndexError, UnicodeDecodeError, binascii.Error) as error:
+    except (ValueError, IndexError, RecursionError, struct.error) as error:
         raise DecodeError(str(error)) from error
     if end != len(data):
         raise DecodeError(f"{len(data) - end} bytes after the item")

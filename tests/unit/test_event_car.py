@@ -51,7 +51,16 @@ def test_a_second_block_of_the_same_cid_is_ignored() -> None:
 
 @pytest.mark.parametrize(
     "car",
-    [b"", b"\x00", b"\x80", b"\xff" * 100, b"\x3a", CAR[:60] + b"\x80" * 20, CAR[:60] + b"\x80" * 8 + b"\x01", bytes(500)],
+    [
+        b"",
+        b"\x00",
+        b"\x80",
+        b"\xff" * 100,
+        b"\x3a",
+        CAR[:60] + b"\x80" * 20,
+        CAR[:60] + b"\x80" * 8 + b"\x01",
+        bytes(500),
+    ],
 )
 def test_no_framing(car: bytes) -> None:
     found, _ = select_blocks(car, set(CIDS))

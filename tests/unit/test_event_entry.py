@@ -118,7 +118,9 @@ def test_json_of_a_record_that_does_not_decode() -> None:
 
 def test_json_of_a_record_that_jsonb_does_not_take() -> None:
     """Whichever form it came by, it becomes the same JSON."""
-    commit = Commit(7, DID, REV, TIME, [Op("create", "a.b.c", "1", CID, encode({"t": "a\0b\ud800", "n": -(2**64)}))], [])
+    commit = Commit(
+        7, DID, REV, TIME, [Op("create", "a.b.c", "1", CID, encode({"t": "a\0b\ud800", "n": -(2**64)}))], []
+    )
     texts = set()
     for fields in (encode_native(commit), encode_json(commit)):
         (op,) = decode_entry(dict(fields or ())).ops
@@ -267,7 +269,10 @@ def test_depth() -> None:
     ],
 )
 def test_json_that_orjson_refuses(text: bytes, value: Any) -> None:
-    data = b'{"repo":"%s","ops":[{"action":"create","path":"a.b.c/1","cid":"","record":{"v":%s}}]}' % (DID.encode(), text)
+    data = b'{"repo":"%s","ops":[{"action":"create","path":"a.b.c/1","cid":"","record":{"v":%s}}]}' % (
+        DID.encode(),
+        text,
+    )
     (op,) = decode_entry(entry("commit", data)).ops
     clean = value.replace("\ud800", "") if type(value) is str else value
     assert json.loads(json_text(op.record, op)) == {"v": clean}
@@ -309,7 +314,9 @@ def test_json_that_is_no_event(kind: str, data: Any, reason: Reason) -> None:
 def test_identity_and_account_of_the_typescript_reader() -> None:
     """No seq, and the DID where there is no handle."""
     assert decode_entry(entry("identity", {"did": DID, "handle": DID}, "")) == Identity(None, DID, None, None)
-    assert decode_entry(entry("identity", {"did": DID, "handle": "Bob.Test"}, "")) == Identity(None, DID, "bob.test", None)
+    assert decode_entry(entry("identity", {"did": DID, "handle": "Bob.Test"}, "")) == Identity(
+        None, DID, "bob.test", None
+    )
     assert decode_entry(entry("account", {"did": DID, "active": True}, "")) == Account(None, DID, True, None, None)
     odd = {"did": DID, "active": False, "status": 5, "time": [], "relay": {}}
     assert decode_entry(entry("account", odd, "9")) == Account(9, DID, False, None, None)

@@ -43,7 +43,9 @@ def commit(*ops: Any, **members: Any) -> Any:
 
 
 def test_commit() -> None:
-    event = commit(op(), op("update", "app.bsky.feed.like/2", cid_of(OTHER)), op("delete", "app.bsky.feed.post/3", None))
+    event = commit(
+        op(), op("update", "app.bsky.feed.like/2", cid_of(OTHER)), op("delete", "app.bsky.feed.post/3", None)
+    )
     assert (event.seq, event.repo, event.rev, event.time, event.drops) == (7, DID, REV, TIME, [])
     assert [(o.action, o.collection, o.rkey, o.cid) for o in event.ops] == [
         ("create", "app.bsky.feed.like", "3mptbyplj5d2a", cid_text(CID)),
@@ -109,7 +111,15 @@ def test_no_car_at_all(blocks: Any) -> None:
 
 @pytest.mark.parametrize(
     "members",
-    [{"tooBig": True}, {"rebase": True}, {"time": ...}, {"time": 5}, {"time": "\ud800"}, {"time": "x" * 99}, {"new": [{}]}],
+    [
+        {"tooBig": True},
+        {"rebase": True},
+        {"time": ...},
+        {"time": 5},
+        {"time": "\ud800"},
+        {"time": "x" * 99},
+        {"new": [{}]},
+    ],
 )
 def test_optional_members_never_cost_the_commit(members: dict[str, Any]) -> None:
     event = commit(op(), **members)
@@ -157,7 +167,9 @@ def test_limits_are_inclusive() -> None:
 def test_many_ops_on_one_large_block_are_bounded() -> None:
     large = encode({"text": "x" * 600_000})
     cid = cid_of(large)
-    event = commit(*[op(path=f"app.bsky.feed.post/{n}", cid=cid) for n in range(200)], blocks=car_bytes(cid, {cid: large}))
+    event = commit(
+        *[op(path=f"app.bsky.feed.post/{n}", cid=cid) for n in range(200)], blocks=car_bytes(cid, {cid: large})
+    )
     assert len(event.ops) == 3
     assert {drop.reason for drop in event.drops} == {Reason.OVERSIZED}
 
@@ -204,7 +216,9 @@ def test_other_kinds() -> None:
     )
     assert decode_frame(frame("#info", {"name": "OutdatedCursor", "message": "m"})) == Info("OutdatedCursor", "m")
     assert decode_frame(encode({"op": -1}) + encode({"error": "FutureCursor"})) == ErrorFrame("FutureCursor")
-    assert decode_frame(frame("#info", {"error": "ConsumerTooSlow", "message": 5}, op=-1)) == ErrorFrame("ConsumerTooSlow")
+    assert decode_frame(frame("#info", {"error": "ConsumerTooSlow", "message": 5}, op=-1)) == ErrorFrame(
+        "ConsumerTooSlow"
+    )
     assert decode_frame(frame("#tombstone", {"seq": 9})) == Unknown("#tombstone", 9)
     assert decode_frame(frame("#new", {"seq": "x"})) == Unknown("#new")
     assert decode_frame(encode({"op": 1}) + encode({})) == Unknown("op 1")

@@ -59,7 +59,11 @@ def test_a_byte_string_that_looks_like_a_link() -> None:
 @pytest.mark.parametrize("part", ["a", "b"])
 def test_one_value_that_is_both(part: str) -> None:
     """Nothing in the decoded value tells them apart: only the exact decoder can."""
-    record = {"a": {"x": lexicon_bytes(CID)}, "b": {"x": lexicon_link(CID)}, "c": [lexicon_link(CID), lexicon_bytes(CID)]}
+    record = {
+        "a": {"x": lexicon_bytes(CID)},
+        "b": {"x": lexicon_link(CID)},
+        "c": [lexicon_link(CID), lexicon_bytes(CID)],
+    }
     assert roundtrip(record) == record
     op = born_of(encode(record))
     found = {"a", "b"} & {key for key in ("a", "b") if json.loads(json_text(load_record(op)["c"], op)) == record["c"]}
@@ -151,7 +155,16 @@ def test_integers_beyond_64_bits_in_json(number: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("dirty", "clean"),
-    [("plain", "plain"), ("é", "é"), ("\0", ""), ("é\0", "é"), ("\ud800", ""), ("é\udfff\0x", "éx"), ("😀", "😀"), ("", "")],
+    [
+        ("plain", "plain"),
+        ("é", "é"),
+        ("\0", ""),
+        ("é\0", "é"),
+        ("\ud800", ""),
+        ("é\udfff\0x", "éx"),
+        ("😀", "😀"),
+        ("", ""),
+    ],
 )
 def test_clean_text(dirty: str, clean: str) -> None:
     assert clean_text(dirty) == clean
@@ -259,7 +272,9 @@ def test_hostile_depth_is_refused_before_it_costs_anything(block: bytes) -> None
 
 
 def test_bytes_that_only_look_like_heads_are_no_depth() -> None:
-    check_depth(encode({"text": "あ" * 500, "blob": lexicon_bytes(b"\x81" * 500), "many": [[1]] * 500, "last": {"a": [[]]}}))
+    check_depth(
+        encode({"text": "あ" * 500, "blob": lexicon_bytes(b"\x81" * 500), "many": [[1]] * 500, "last": {"a": [[]]}})
+    )
 
 
 def test_a_link_that_hides_depth() -> None:

@@ -1,0 +1,240 @@
+"""The whole worker, real processes on real servers, killed at every named place: nothing lost, nothing counted twice.
+
+Run as a program, this file is the process under test; its arguments are the settings as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import asyncpg
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from fastworker.crashpoint import Place
+from fastworker.edge.redis_client import connect
+from fastworker.edge.stream import LEDGER_KEY
+from fastworker.errors import ExitCode
+from fastworker.log import setup_logging
+from fastworker.run.heartbeat import Heartbeats
+from fastworker.run.supervisor import ChildSpec, Supervisor
+from fastworker.run.worker import WorkerSettings, shrunk, worker_main
+
+ROOT = Path(__file__).parents[2]
+KEY, GROUP = "firehose:events", "firehose-processors"
+POST = "at://did:plc:aaaaaaaaaaaaaaaaaaaaaaaa/app.bsky.feed.post/3kaaaaaaaaa2a"
+CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
+
+
+def main() -> int:
+    setup_logging("INFO", "human")
+    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
+    worker = partial(worker_main, settings)
+    return Supervisor([ChildSpec("worker", worker, count=settings.processes)], Heartbeats(8)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+class Bench:
+    """A worker to be, its servers, and what it must make of what is put on the stream."""
+
+    def __init__(self, redis: Redis, redis_url: str, postgres_url: str) -> None:
+        self.redis = redis
+        self.settings = WorkerSettings(
+            redis_url=redis_url,
+            database_url=postgres_url,
+            consumer_id="w",
+            lease_ms=1_500,
+            scan_s=0.3,
+            processes=2,
+            pipelines=2,
+        )
+        self.process: subprocess.Popen[str] | None = None
+        self.seq = 0
+        self.likes = 0
+
+    def start(self, **changes: object) -> None:
+        settings = msgspec.structs.replace(self.settings, **changes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, msgspec.json.encode(settings).decode()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def stop(self, expected: int = 0) -> str:
+        """Drain; what it printed."""
+        self.process.send_signal(signal.SIGTERM)
+        text, _ = self.process.communicate(timeout=15)
+        assert self.process.returncode == expected, text
+        return text
+
+    async def add(self, count: int) -> None:
+        """Likes of one post by `count` accounts; every tenth is deleted again."""
+        pipe = self.redis.pipeline(transaction=False)
+        for _ in range(count):
+            self.seq += 1
+            did, rkey = f"did:plc:{self.seq:024d}".replace("0", "a").replace("1", "b"), f"3k{self.seq:011d}"
+            subject = {"uri": POST, "cid": CID}
+            record = {"$type": "app.bsky.feed.like", "subject": subject, "createdAt": "2024-01-01T00:00:00.000Z"}
+            ops = [{"action": "create", "path": f"app.bsky.feed.like/{rkey}", "cid": CID, "record": record}]
+            pipe.xadd(KEY, {"type": "commit", "data": json.dumps({"repo": did, "ops": ops}), "seq": str(self.seq)})
+            self.likes += 1
+            if self.seq % 10 == 0:
+                self.seq += 1
+                ops = [{"action": "delete", "path": f"app.bsky.feed.like/{rkey}"}]
+                pipe.xadd(KEY, {"type": "commit", "data": json.dumps({"repo": did, "ops": ops}), "seq": str(self.seq)})
+                self.likes -= 1
+        await pipe.execute()
+
+    async def until(self, fact: Callable[[], Awaitable[bool]], seconds: float = 30.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not await fact():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.process.kill()
+                pytest.fail(f"{await self.ledger()} {await self.pending()} pending\n{self.process.communicate()[0]}")
+            await asyncio.sleep(0.02)
+
+    async def ledger(self) -> dict[str, int]:
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+
+    async def pending(self) -> int:
+        return (await self.redis.xpending(KEY, GROUP))["pending"]
+
+    async def settled(self) -> bool:
+        return sum((await self.ledger()).values()) == await self.redis.xlen(KEY)
+
+    async def assert_all_is_well(self, pg: asyncpg.Connection) -> None:
+        assert await self.ledger() == {"committed": await self.redis.xlen(KEY)}
+        assert await self.pending() == 0
+        assert await self.redis.exists("firehose:dead-letters") == 0
+        assert await pg.fetchval("SELECT count(*) FROM likes") == self.likes
+        assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == self.likes
+
+
+@pytest.fixture
+async def bench(redis_url: str, postgres_url: str) -> AsyncIterator[Bench]:
+    client = connect(redis_url)
+    bench = Bench(client, redis_url, postgres_url)
+    await client.xgroup_create(KEY, GROUP, id="0", mkstream=True)
+    yield bench
+    if bench.process is not None and bench.process.poll() is None:
+        bench.kill()
+    await client.aclose()
+
+
+async def test_entries_become_rows_and_a_stop_leaves_nothing(bench, pg):
+    bench.start()
+    await bench.add(3_000)
+    await bench.until(bench.settled)
+    text = bench.stop()
+    await bench.assert_all_is_well(pg)
+    assert "Traceback" not in text
+    assert await bench.redis.keys("fastworker:consumer:*") == []
+    assert await bench.redis.xinfo_consumers(KEY, GROUP) == []
+    assert await pg.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'fastworker'") == 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "after_tombstone_commit",
+        "before_main_commit",
+        "after_main_commit",
+        "after_look_back",
+        "before_ack",
+        "before_ack:3",
+    ],
+)
+async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(bench, pg, place):
+    await bench.add(1_500)
+    bench.start(crashpoint=place)
+    await bench.until(bench.settled)
+    await bench.add(500)
+    await bench.until(bench.settled)
+    text = bench.stop()
+    assert "was killed by SIGKILL" in text  # the fault was there
+    await bench.assert_all_is_well(pg)
+
+
+async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
+    await bench.add(1_000)
+    bench.start(crashpoint="before_ack")
+    await bench.until(lambda: _has(bench.pending))
+    bench.kill()
+    # Another host takes over; its first claims are cut off too.
+    bench.start(consumer_id="x", crashpoint=str(Place.IN_CLAIM))
+    await bench.until(bench.settled)
+    text = bench.stop()
+    assert "was killed by SIGKILL" in text
+    assert "Adopted" in text
+    await bench.assert_all_is_well(pg)
+
+
+async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
+    await bench.redis.xadd(KEY, {"type": "commit", "data": "{", "seq": "1"})
+    bench.start(crashpoint="between_dead_letter_and_ack")
+    await bench.until(lambda: _has(lambda: bench.redis.xlen("firehose:dead-letters")))
+    assert "was killed by SIGKILL" in bench.stop()
+    assert await bench.redis.xlen("firehose:dead-letters") == 1
+    assert await bench.ledger() == {"set_aside": 1, "drop:bad_json": 1}
+
+
+async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(bench, pg):
+    bench.start()
+    await bench.add(1_000)
+    await bench.until(bench.settled)
+    await bench.redis.xgroup_destroy(KEY, GROUP)
+    await bench.add(500)
+    await bench.until(lambda: _is(pg.fetchval("SELECT count(*) FROM likes"), bench.likes))
+    bench.stop()
+    assert await bench.pending() == 0
+
+
+@pytest.mark.parametrize("which", ["redis", "postgres"])
+async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench, which, tmp_path):
+    if which == "redis":
+        bench.start(redis_url=f"unix://{tmp_path}/none")
+    else:
+        bench.start(database_url=f"postgresql:///x?host={tmp_path}")
+    text, _ = bench.process.communicate(timeout=20)
+    assert bench.process.returncode == ExitCode.UNREACHABLE, text
+    assert "cannot be reached" in text
+    assert "Traceback" not in text
+
+
+def test_pipelines_shrink_to_the_connections():
+    settings = WorkerSettings(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
+    fits = shrunk(settings)
+    assert (fits.processes, fits.pipelines) == (4, 4)
+    fits = shrunk(msgspec.structs.replace(settings, pool_size=1))
+    assert (fits.processes, fits.pipelines) == (1, 1)
+    few = msgspec.structs.replace(settings, processes=2, pipelines=2, pool_size=8)
+    assert shrunk(few) is few
+
+
+async def _has(count: Callable[[], Awaitable[int]]) -> bool:
+    return await count() > 0
+
+
+async def _is(value: Awaitable[object], expected: object) -> bool:
+    return await value == expected
