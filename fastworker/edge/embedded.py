@@ -48,6 +48,9 @@ POLL_SECONDS = 0.005
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_KEEPCAPS = 8
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
+_SECBIT_KEEP_CAPS = 1 << 4
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -429,6 +432,8 @@ def _in_child(death_signal: signal.Signals, account: pwd.struct_passwd | None) -
         permitted = header.sets[1]
         kept = _CAP_DAC_READ_SEARCH if permitted >> _CAP_DAC_READ_SEARCH & 1 else _CAP_DAC_OVERRIDE
         libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        # access(2), with which initdb looks for postgres, drops the capabilities of an ordinary user without this bit.
+        libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP | _SECBIT_KEEP_CAPS, 0, 0, 0)
         os.setgroups([])
         os.setresgid(to.pw_gid, to.pw_gid, to.pw_gid)
         os.setresuid(to.pw_uid, to.pw_uid, to.pw_uid)
