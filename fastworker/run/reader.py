@@ -27,7 +27,15 @@ import orjson
 from fastworker.edge.feed import CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
 from fastworker.edge.redis_client import connect, redact
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
-from fastworker.errors import FastworkerError, InvalidEvent, Reason, StoppedItself, StreamUnavailable, Unreachable
+from fastworker.errors import (
+    FastworkerError,
+    InvalidEvent,
+    Reason,
+    StoppedItself,
+    StoreUnavailable,
+    StreamUnavailable,
+    Unreachable,
+)
 from fastworker.event import Account, Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
@@ -236,7 +244,8 @@ async def run_reader(
     """Read until `stop` is set. Raises FastworkerError when going on is impossible or would do harm.
 
     `fallback_seq(host)` says, from PostgreSQL, how far that relay's events were stored; it is asked when Redis has no
-    cursor. `on_tick` is called about every second.
+    cursor, and asked again while it raises StoreUnavailable: to begin at the relay's tip instead would lose what came
+    since. `on_tick` is called about every second.
     """
     await _Reader(settings, stop, stats or ReaderStats(), fallback_seq, on_tick).run()
 
@@ -439,7 +448,9 @@ class _Reader:
                 self._stats.trimmed += result.trimmed
                 self._stats.held_by = result.held_by
                 await self._feed.publish(self._status(), *self._dashboard(), stats=self._figures())
+                self._stats.standby = False
             except StreamUnavailable as error:
+                self._stats.standby = True
                 self._stats.last_error = str(error)
             if self._on_tick is not None:
                 self._on_tick(self._stats)
@@ -520,17 +531,20 @@ class _Reader:
         while True:
             try:
                 position = await self._feed.go_to(relay.host)
+                if position.seq is None and position.switched_from is None and self._fallback_seq is not None:
+                    position = Position(await self._fallback_seq(relay.host), None)
+                    if position.seq is not None:
+                        log.info("Redis has no cursor: going on from PostgreSQL's, %d", position.seq)
                 break
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)
-                await asyncio.sleep(backoff.next())
+            except StoreUnavailable as error:
+                self._stats.last_error = f"Redis has no cursor, and PostgreSQL cannot be asked: {error}"
+                log.warning("%s; waiting (without DATABASE_URL the reader begins at the tip)", self._stats.last_error)
+            await asyncio.sleep(backoff.next())
         if position.switched_from is not None:
             self._skip = 0
-        elif position.seq is None and self._fallback_seq is not None:
-            position = Position(await self._fallback_seq(relay.host), None)
-            if position.seq is not None:
-                log.info("Redis has no cursor: going on from PostgreSQL's, %d", position.seq)
         self._last_seq = self._stats.last_seq = position.seq
         self._stats.relay = relay.host
         return position

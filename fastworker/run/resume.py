@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 from fastworker.edge.postgres_admin import finished_seq
-from fastworker.errors import ConfigError, Unreachable
+from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
-
-log = logging.getLogger(__name__)
 
 
 async def read_and_resume(
@@ -27,9 +24,8 @@ async def read_and_resume(
         assert database_url is not None
         try:
             return await finished_seq(database_url, settings.stream_key, host)
-        except (Unreachable, ConfigError) as error:
-            log.warning("Redis has no cursor, and PostgreSQL could not be asked: %s", error)
-            return None
+        except Unreachable as error:
+            raise StoreUnavailable(str(error)) from error
 
     await run_reader(
         settings, stop, stats=stats, on_tick=on_tick, fallback_seq=fallback_seq if database_url is not None else None

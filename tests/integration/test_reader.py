@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 
 from fastworker.edge import feed as feed_module
 from fastworker.edge.embedded import EmbeddedRedis
-from fastworker.errors import ConfigError, StoppedItself, Unreachable
+from fastworker.errors import ConfigError, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 
@@ -216,6 +216,21 @@ async def test_starts_at_what_postgresql_says_when_redis_is_empty(relay: Relay, 
     async with reading(settings(redis_url, relay), fallback_seq=stored):
         await until(cursor_is(redis, 3))
     assert (relay.asked, await seqs(redis)) == ([2], [3])
+
+
+async def test_waits_for_postgresql_rather_than_begin_at_the_tip(relay: Relay, redis: Redis, redis_url: str) -> None:
+    answers: list[int | Exception] = [StoreUnavailable("down"), StoreUnavailable("still down"), 1]
+
+    async def stored(_host: str) -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    relay.add(1, 2, 3)
+    async with reading(settings(redis_url, relay), fallback_seq=stored):
+        await until(cursor_is(redis, 3))
+    assert (relay.asked, await seqs(redis)) == ([1], [2, 3])
 
 
 async def test_what_is_not_an_event_moves_the_cursor_and_is_counted(relay: Relay, redis: Redis, redis_url: str) -> None:
@@ -573,12 +588,14 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
             stored = 60  # what the workers had finished
             await redis.config_set("save", "")
             await asyncio.to_thread(server.stop)
+            await until(lambda: stats.standby)
             for path in list(server_dir.rglob("*.rdb")):  # noqa: ASYNC240
                 path.unlink()
             await asyncio.to_thread(server.start)
             relay.add(101)
             await until(cursor_is(redis, 101))
             assert await seqs(redis) == list(range(61, 102))
+            await until(lambda: not stats.standby)
         assert stats.last_seq == 101
         await redis.aclose()
 
