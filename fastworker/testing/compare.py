@@ -97,20 +97,20 @@ def diff(expected: Tables, found: Tables) -> list[Difference]:
 
 
 def report(differences: list[Difference], limit: int = 20) -> str:
-    """For a person: counts by table and column, then the first differences of each of those, about `limit` in all."""
+    """For a person: counts by table and column, then examples of as many of those as `limit` lines have room for."""
     if not differences:
         return "no difference"
     kinds = Counter((d.table, d.column) for d in differences)
     lines = [f"{len(differences)} differences"]
     lines += [f"  {count:>8} {table} {column}" for (table, column), count in kinds.most_common()]
+    examples = []
     shown: Counter[tuple[str, str]] = Counter()
-    each = max(1, limit // len(kinds))
     for difference in differences:
         kind = (difference.table, difference.column)
         shown[kind] += 1
-        if shown[kind] <= each:
-            lines.append(str(difference))
-    return "\n".join(lines)
+        if shown[kind] <= max(1, limit // len(kinds)):
+            examples.append(str(difference))
+    return "\n".join(lines + examples[:limit])
 
 
 def _diff(table: str, expected: Tables, found: Tables) -> Iterator[Difference]:

@@ -923,6 +923,7 @@ def test_a_long_report_is_cut_but_shows_each_kind() -> None:
     lines = report(diff(expected, {"likes": [], "quotes": []}), limit=10).splitlines()
     assert len(lines) <= 1 + 2 + 10
     assert any(line.startswith("quotes q") for line in lines)
+    assert len(report(diff(expected, {"likes": [], "quotes": []}), limit=1).splitlines()) == 1 + 2 + 1
 
 
 @pytest.mark.parametrize(
