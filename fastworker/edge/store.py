@@ -379,18 +379,23 @@ class Store:
                     derived.added(fx, table, change.row, change.cid)  # type: ignore[arg-type]
                 else:
                     pending[change.uri] = change
+        if table.hot:
+            await self._superseded(connection, table, pending, shadowed)
         settle = self._settle_pairs if table.pair else self._settle_records
         for _ in range(ROUNDS_MAX):
             if not pending:
                 return rows
-            if table.hot:
-                await self._superseded(connection, table, pending)
             rows += await settle(connection, table, pending, fx)
         raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
-    async def _superseded(self, connection: Connection, table: Table, pending: dict[str, Change]) -> None:
-        """Forget upserts whose stored row is not older: most are redeliveries, and need no lock."""
-        upserts = [uri for uri, c in pending.items() if c.row is not None]
+    async def _superseded(
+        self, connection: Connection, table: Table, pending: dict[str, Change], shadowed: set[str]
+    ) -> None:
+        """Forget upserts whose stored row is not older: most are redeliveries, and need no lock.
+
+        Not what is in the shadow as well: whichever of the two is older has to go.
+        """
+        upserts = [uri for uri, c in pending.items() if c.row is not None and uri not in shadowed]
         if upserts:
             for uri, rev, seq in await connection.fetch(merge.versions_of(table), upserts):
                 change = pending[uri]
@@ -468,16 +473,31 @@ class Store:
                 return 0
         if not winners.keys() <= pairs:
             return 0
-        displaced_cids = await self._cids(connection, table, [row[0] for row in winners.values()])
+        twins = {uri: member for members in shadows.values() for uri, member in members.items()}
+        if table.hot and (strays := twins.keys() - pending.keys()):
+            # A twin whose record is in the table too, with another pair, cannot be promoted: settle it with the rest.
+            for r in await connection.fetch(merge.versions_of(table), sorted(strays)):
+                twin = twins[r[0]]
+                pending[r[0]] = Change(
+                    table, r[0], derived.did_of(r[0]), twin.rkey, twin.rev, twin.seq, 0, twin.cid, twin.row
+                )
+            if pending.keys() & strays:
+                return 0
+        displaced_cids = await self._cids(connection, table, [row[0] for row in winners.values()], fx)
         return await self._rearrange(connection, table, pending, fx, pairs, winners, shadows, homes, displaced_cids)
 
-    async def _cids(self, connection: Connection, table: Table, uris: list[str]) -> dict[str, str]:
-        """CIDs of rows that do not carry their own, from the derived rows that need them."""
+    async def _cids(self, connection: Connection, table: Table, uris: list[str], fx: Effects) -> dict[str, str | None]:
+        """CIDs of rows that do not carry their own, from the derived rows that need them, written or about to be."""
         statement = merge.CIDS.get(table.name)
         if statement is None or not uris:
             return {}
-        keys = uris if table.name == "reposts" else [uri + "#notification" for uri in uris]
-        return {r[0]: r[1] for r in await connection.fetch(statement, keys)}
+        reposts = table.name == "reposts"
+        keys = uris if reposts else [uri + "#notification" for uri in uris]
+        cids: dict[str, str | None] = {r[0]: r[1] for r in await connection.fetch(statement, keys)}
+        for uri, key in zip(uris, keys, strict=True):
+            if (row := (fx.feed_added if reposts else fx.notes_added).get(key)) is not None:
+                cids[uri] = row[5]
+        return cids
 
     async def _rearrange(
         self,
@@ -489,7 +509,7 @@ class Store:
         winners: dict[str, Row],
         shadows: dict[str, dict[str, _Member]],
         homes: dict[str, list[str]],
-        cids: dict[str, str],
+        cids: dict[str, str | None],
     ) -> int:
         """Apply the changes to the members of each pair, then make table and shadow say so."""
         before: dict[str, dict[str, _Member]] = {}

@@ -25,8 +25,7 @@ from fastworker.table.derive import FULL
 
 log = logging.getLogger(__name__)
 
-RENEW_S = 3.0  # old TypeScript workers claim at 10 s, our leases end at 15 s
-HELD_MS = 3_000  # a batch held for longer has its entries' idle time renewed
+RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
 FIGURES_S = 0.5
 
@@ -152,9 +151,10 @@ async def _run(
     pipelines: list[Pipeline],
 ) -> None:
     """Everything in one group: an unexpected end of any task ends them all, and the process."""
+    renew_s = settings.lease_ms / 1000 / RENEWALS
     async with asyncio.TaskGroup() as group:
         side_tasks = [
-            group.create_task(_every(RENEW_S, partial(_renew, streams, pipelines)), name="renew leases"),
+            group.create_task(_every(renew_s, partial(_renew, streams, pipelines, renew_s)), name="renew leases"),
             group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
             group.create_task(_figures(slot, pipelines), name="figures"),
         ]
@@ -176,10 +176,10 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
 
-async def _renew(streams: list[WorkerStream], pipelines: list[Pipeline]) -> None:
+async def _renew(streams: list[WorkerStream], pipelines: list[Pipeline], renew_s: float) -> None:
     try:
         for stream, pipeline in zip(streams, pipelines, strict=True):
-            await stream.renew(pipeline.held(HELD_MS))
+            await stream.renew(pipeline.held(older_than_ms=int(renew_s * 1000)))
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except LeaseLostError as error:

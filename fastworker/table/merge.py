@@ -352,7 +352,8 @@ PURGE_PIECE = (
     )
     + " UNION ALL SELECT table_name, uri FROM fastworker.twins WHERE "
     + _RANGE
-    + " AND (seq IS NULL OR seq < $2) UNION ALL SELECT NULL, uri FROM fastworker.versions WHERE "
+    + " AND (seq < $2 OR (seq IS NULL AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = twins.uri)))"
+    + " UNION ALL SELECT NULL, uri FROM fastworker.versions WHERE "
     + _RANGE
     + " AND NOT deleted AND (seq IS NULL OR seq < $2) LIMIT $3"
 )
