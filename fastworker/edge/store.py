@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import asyncpg
@@ -50,6 +50,9 @@ _T = TypeVar("_T")
 ATTEMPTS_MAX = 20  # deadlocks and serialisation failures of one transaction; each resolves one writer
 ROUNDS_MAX = 100  # of one conflict: each round means that another writer committed in between
 KNOWN_USERS_MAX = 65_536  # DIDs a process remembers as committed, about 12 MB
+TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what the stream's group has finished, too
+HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and pruning below it; workers look every 10 s
+PRUNE_PIECE = 5_000  # tombstones per transaction
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
 
@@ -74,6 +77,13 @@ class Written(NamedTuple):
     rows: int
     superseded: int
     forbidden: int
+
+
+class Ground(NamedTuple):
+    """What an entry may assume: tombstones up to `pruned_until` are gone; `ambiguous`: seq alone orders nothing."""
+
+    pruned_until: datetime
+    ambiguous: bool
 
 
 class _Member(NamedTuple):
@@ -213,6 +223,30 @@ class Store:
                 crashpoint(Place.IN_RECHECK)
                 await self._recompute(connection, {(r[0], r[1]): r[2] for r in owed}, set())
             return len(owed) + await self._purge(connection)
+
+    async def ground(self) -> Ground:
+        async with self._connection() as connection:
+            row = await connection.fetchrow(merge.GROUND)
+        assert row is not None
+        # asyncpg reads -infinity as the first naive moment
+        return Ground(row[0].replace(tzinfo=UTC) if row[0].tzinfo is None else row[0], row[1])
+
+    async def absent(self, changes: list[Change]) -> set[str]:
+        """uris of the changes of which the database knows nothing, not even that they were deleted."""
+        by_table: dict[str, tuple[Table, list[str]]] = {}
+        for change in changes:
+            by_table.setdefault(change.table.name, (change.table, []))[1].append(change.uri)
+        async with self._connection() as connection:
+            return {
+                r[0] for table, uris in by_table.values() for r in await connection.fetch(merge.absent(table), uris)
+            }
+
+    async def prune(self, *, keep: timedelta = TOMBSTONES_KEPT, notice: timedelta = HORIZON_NOTICE) -> int:
+        """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
+        async with self._connection() as connection:
+            gone = await connection.execute(merge.PRUNE, notice, PRUNE_PIECE)
+            await connection.execute(merge.ANNOUNCE, keep, PRUNE_PIECE)
+        return int(gone.rpartition(" ")[2])
 
     async def finished(self, stream: str) -> Progress | None:
         """The furthest that any consumer saw the stream's group finished: where reader and worker resume."""

@@ -110,10 +110,11 @@ CREATE TABLE fastworker.relays (
     first_seen timestamptz NOT NULL DEFAULT now()
 );
 
--- Tombstones written before this time are gone.
+-- Tombstones written until this time are gone, or go soon: it is announced first, then they are deleted.
 CREATE TABLE fastworker.horizon (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
-    pruned_until timestamptz NOT NULL DEFAULT '-infinity'
+    pruned_until timestamptz NOT NULL DEFAULT '-infinity',
+    announced_at timestamptz NOT NULL DEFAULT now()
 );
 INSERT INTO fastworker.horizon DEFAULT VALUES;
 

@@ -13,18 +13,18 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.edge.store import Written
+from fastworker.edge.store import Ground, Written
 from fastworker.edge.stream import Entry, SetAside, Tally, id_order
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.retry import Backoff
-from fastworker.table.batch import Batch, Limits, Mapped, Progress
+from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
 
@@ -41,6 +41,8 @@ _IDENTITY = Tally("committed", "#identity")
 _ACCOUNT = Tally("committed", "#account")
 _SYNC = Tally("committed")
 _NEVER = datetime.min.replace(tzinfo=UTC)
+UNBOUNDED = Ground(_NEVER, ambiguous=False)
+CLOCKS = timedelta(minutes=10)  # by which the clocks of relay, Redis and PostgreSQL may differ
 _T = TypeVar("_T")
 
 
@@ -67,6 +69,7 @@ class Store(Protocol):
     """What a pipeline needs of `edge.store.Store`."""
 
     async def write(self, batch: Batch) -> Written: ...
+    async def absent(self, changes: list[Change]) -> set[str]: ...
 
 
 class DeadLetterLimit:
@@ -104,9 +107,11 @@ class DeadLetterLimit:
 class Held:
     """A batch, the entries it came from (to apply them again in halves), and how each will be counted."""
 
-    __slots__ = ("batch", "entries", "kinds", "mark", "rejected", "since_ms", "tallies")
+    __slots__ = ("batch", "before_horizon", "entries", "ground", "kinds", "mark", "rejected", "since_ms", "tallies")
 
-    def __init__(self) -> None:
+    def __init__(self, ground: Ground = UNBOUNDED) -> None:
+        self.ground = ground
+        self.before_horizon: dict[str, list[Change]] = {}  # upserts of entries that a forgotten delete may beat
         self.batch = Batch()
         self.entries: dict[str, dict[bytes, bytes]] = {}
         self.tallies: dict[Tally, list[str]] = {}
@@ -127,6 +132,9 @@ class Held:
         try:
             event = decode_entry(fields)
             entry_ms = int(entry_id.partition("-")[0])
+            if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
+                self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
+                return
             tally, mapped, at = _understand(event, entry_ms)
         except InvalidEvent as error:
             self.rejected.append(SetAside(entry_id, fields, error.reason, error.detail))
@@ -139,6 +147,11 @@ class Held:
             return
         batch = self.batch
         if mapped is not None:
+            if self.ground.pruned_until > _NEVER and _moment(event, entry_ms) < self.ground.pruned_until + CLOCKS:
+                upserts = [change for change in mapped.changes if change.row is not None]
+                if upserts:
+                    self.before_horizon[entry_id] = upserts
+                    return
             batch.put(mapped)
         elif isinstance(event, Identity):
             batch.put_identity(event, at)
@@ -162,11 +175,16 @@ def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, date
         if mapped.drops:
             tally = Tally(tally.outcome, tally.kind, tuple(sorted(drop.reason for drop in mapped.drops)))
         return tally, mapped, _NEVER
-    entry_time = entry_moment(entry_ms)
-    at = date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
+    at = _moment(event, entry_ms)
     if isinstance(event, Identity):
         return _IDENTITY, None, at
     return (_ACCOUNT if isinstance(event, Account) else _SYNC), None, at
+
+
+def _moment(event: Event, entry_ms: int) -> datetime:
+    """When the relay saw the event: its own time, else its entry's."""
+    entry_time = entry_moment(entry_ms)
+    return date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
 
 
 class Pipeline:
@@ -189,6 +207,7 @@ class Pipeline:
         self._slot = slot
         self._limits = limits
         self._dead_letters = dead_letters
+        self._ground = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
         self._reading_state = State.RUNNING
@@ -235,6 +254,10 @@ class Pipeline:
         if newest is not None:
             self._progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
 
+    def stand_on(self, ground: Ground) -> None:
+        """From the next entry on."""
+        self._ground = self._filling.ground = ground
+
     # --- the loop
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -243,7 +266,7 @@ class Pipeline:
         try:
             while True:
                 if writing is None and self._filling:
-                    self._writing, self._filling = self._filling, Held()
+                    self._writing, self._filling = self._filling, Held(self._ground)
                     writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
                 may_read = not (
                     stopping.is_set() or self._filling.is_full(self._limits) or self.state is not State.RUNNING
@@ -311,6 +334,8 @@ class Pipeline:
 
     async def _flush(self, held: Held) -> None:
         """Write, then ack. Cancelled or killed anywhere, it can be done again."""
+        if held.before_horizon:
+            await self._judge(held)
         if held.rejected:
             await self._leave_aside(held.rejected)
         if not held.batch:
@@ -322,6 +347,19 @@ class Pipeline:
             await self._isolate(held, error)
         else:
             await self._ack(held, store_drops)
+
+    async def _judge(self, held: Held) -> None:
+        """Entries from before the horizon: what the database does not know may have been deleted and forgotten."""
+        upserts = [change for changes in held.before_horizon.values() for change in changes]
+        absent = await self._persist(State.WAITING_FOR_STORE, lambda: self._store.absent(upserts))
+        held.ground = held.ground._replace(pruned_until=_NEVER)
+        for entry_id, changes in held.before_horizon.items():
+            fields = held.entries[entry_id]
+            unknown = sorted(change.uri for change in changes if change.uri in absent)
+            if unknown:
+                held.rejected.append(SetAside(entry_id, fields, Reason.OLDER_THAN_TOMBSTONES, " ".join(unknown[:3])))
+            else:
+                held.apply(entry_id, fields)
 
     async def _write(self, batch: Batch) -> list[Reason]:
         """One flush, as often as it takes; the reasons of ops that the store itself dropped."""

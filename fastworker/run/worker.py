@@ -137,6 +137,10 @@ async def _work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, r
             )
             for stream in streams
         ]
+        try:
+            await _take_ground(store, pipelines)
+        except StoreUnavailable as error:
+            raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, streams, pipelines)
     finally:
         await _release(streams)
@@ -191,10 +195,19 @@ async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
     try:
         for pipeline in pipelines:
             await pipeline.note_progress()
+        await _take_ground(store, pipelines)
         while await store.maintain():
+            pass
+        while await store.prune():
             pass
     except (StoreUnavailable, StreamUnavailable):
         pass  # the pipelines wait for the same server, and say so
+
+
+async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
+    ground = await store.ground()
+    for pipeline in pipelines:
+        pipeline.stand_on(ground)
 
 
 async def _figures(slot: Slot, pipelines: list[Pipeline]) -> None:

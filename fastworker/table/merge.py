@@ -122,6 +122,36 @@ GATE = (
     "RETURNING uri"
 )
 
+# What an entry may assume: how far tombstones are pruned, and whether more than one sequence space was seen.
+GROUND = "SELECT (SELECT pruned_until FROM fastworker.horizon), (SELECT count(*) > 1 FROM fastworker.relays)"
+# Tombstones are pruned in two steps, so that every worker knows the horizon before they are gone: $1 keep, $2 notice.
+PRUNE = (
+    "DELETE FROM fastworker.versions AS v USING (SELECT v.uri FROM fastworker.horizon AS h JOIN fastworker.versions AS v "
+    "ON v.deleted AND v.written_at <= h.pruned_until WHERE h.announced_at < now() - $1::interval "
+    "ORDER BY v.written_at LIMIT $2 FOR UPDATE OF v SKIP LOCKED) AS old WHERE v.uri = old.uri"
+)
+# The next piece, never past what any stream's group has finished: an unread entry may still be beaten by them.
+ANNOUNCE = (
+    "UPDATE fastworker.horizon AS h SET pruned_until = n.until, announced_at = now() FROM ("
+    "SELECT max(t.written_at) AS until FROM (SELECT written_at FROM fastworker.versions WHERE deleted "
+    "AND written_at < least(now() - $1::interval, (SELECT min(f.at) FROM (SELECT to_timestamp("
+    "max(split_part(entry_id, '-', 1)::numeric) / 1000.0) AS at FROM fastworker.progress GROUP BY stream) AS f)) "
+    "ORDER BY written_at LIMIT $2) AS t) AS n WHERE n.until > h.pruned_until "
+    "AND EXISTS (SELECT 1 FROM fastworker.progress) AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v "
+    "WHERE v.deleted AND v.written_at <= h.pruned_until)"
+)
+
+
+def absent(table: Table) -> str:
+    """Those of $1 uris of which nothing is known: no row, no twin, no version."""
+    return (
+        "SELECT u.uri FROM unnest($1::text[]) AS u (uri) WHERE NOT EXISTS ("
+        f"SELECT 1 FROM {qualified(table)} AS t WHERE t.{table.key} = u.uri) "
+        "AND NOT EXISTS (SELECT 1 FROM fastworker.twins AS w WHERE w.uri = u.uri) "
+        "AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = u.uri)"
+    )
+
+
 # Users, accounts, identities ----------------------------------------------------------------------
 FORBIDDEN = (
     "SELECT user_did FROM public.user_settings WHERE data_collection_forbidden AND user_did = ANY($1::varchar[])"

@@ -17,7 +17,7 @@ from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailab
 from fastworker.run.heartbeat import Heartbeats, State
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
-from fastworker.table.batch import Batch, Limits
+from fastworker.table.batch import Batch, Change, Limits
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -51,6 +51,9 @@ class MemoryStore:
         self.down = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
+
+    async def absent(self, changes: list[Change]) -> set[str]:
+        return set()
 
     async def write(self, batch: Batch) -> Written:
         self.writes += 1

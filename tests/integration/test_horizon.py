@@ -1,0 +1,127 @@
+"""Tombstones are pruned; what they would have beaten is set aside, never revived. Real servers."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+
+from fastworker.edge.redis_client import connect
+from fastworker.edge.store import Store
+from fastworker.edge.stream import WorkerStream
+from fastworker.event import Commit, Op
+from fastworker.event.entry import encode_native
+from fastworker.run.heartbeat import Heartbeats
+from fastworker.run.pipeline import DeadLetterLimit, Pipeline
+from fastworker.run.reclaim import Intake
+from fastworker.table.batch import Batch, Limits, Progress
+
+KEY = "firehose:events"
+ALICE = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
+NONE = timedelta(0)
+NOW = datetime.now(UTC)
+OLD = (NOW - timedelta(days=30)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+NEW = (NOW + timedelta(hours=1)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def commit(action: str, rkey: str, seq: int, time: str, *, rev: bool = True, relay: str = "one") -> Commit:
+    record = None if action == "delete" else {"$type": "app.bsky.feed.post", "text": "hi", "createdAt": OLD}
+    op = Op(action, "app.bsky.feed.post", rkey, None if record is None else "bafyreia", None, record)
+    tid = f"3k{seq:011d}".translate(str.maketrans("0189", "2345")) if rev else None
+    return Commit(seq, ALICE, tid, time, [op], [], relay)
+
+
+class Bench:
+    def __init__(self, redis, store: Store) -> None:
+        self.redis, self.store = redis, store
+        self.slot = Heartbeats(1)[0]
+        self.slot.open("test")
+
+    async def ingest(self, *events: Commit) -> None:
+        """Through a real stream and a pipeline that knows the ground as it is now, until all is acked."""
+        stream = WorkerStream(self.redis, consumer_id="w", batch_size=10)
+        await stream.acquire()
+        intake = Intake(stream, self.slot, own_idle_ms=0)
+        limit = DeadLetterLimit()
+        pipeline = Pipeline(intake, stream, self.store, self.slot, limits=Limits(), dead_letters=limit)
+        pipeline.stand_on(await self.store.ground())
+        before = self.slot.snapshot().acked
+        for event in events:
+            await self.redis.xadd(KEY, dict(encode_native(event)))
+        stopping = asyncio.Event()
+        task = asyncio.create_task(pipeline.run(stopping))
+        async with asyncio.timeout(30):
+            while self.slot.snapshot().acked < before + len(events) and not task.done():  # noqa: ASYNC110 shared memory
+                await asyncio.sleep(0.01)
+            stopping.set()
+            await task
+        await stream.release()
+
+    async def finish(self) -> None:
+        """As if the group had finished everything until now."""
+        batch = Batch()
+        batch.progress = Progress(KEY, "w", 1, f"{int((NOW.timestamp() + 3600) * 1000)}-0")
+        await self.store.write(batch)
+
+    async def letters(self) -> list[bytes]:
+        return [fields[b"reason"] for _, fields in await self.redis.xrange("firehose:dead-letters")]
+
+
+@pytest.fixture
+async def bench(redis_url: str, postgres_url: str):
+    redis = connect(redis_url)
+    store = await Store.connect(postgres_url, pool_size=2)
+    yield Bench(redis, store)
+    await store.close()
+    await redis.aclose()
+
+
+async def posts(pg: asyncpg.Connection) -> set[str]:
+    return {r[0].rsplit("/", 1)[1] for r in await pg.fetch("SELECT uri FROM public.posts")}
+
+
+async def tombstones(pg: asyncpg.Connection) -> int:
+    return await pg.fetchval("SELECT count(*) FROM fastworker.versions WHERE deleted")
+
+
+async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(bench: Bench, pg: asyncpg.Connection):
+    await bench.ingest(commit("create", "kept", 1, OLD), commit("delete", "gone", 3, OLD))
+    await bench.finish()
+    assert await tombstones(pg) == 1
+    assert await bench.store.prune(keep=NONE, notice=NONE) == 0  # announced
+    assert await bench.store.prune(keep=NONE, notice=NONE) == 1  # and gone
+    assert await tombstones(pg) == 0
+    await pg.execute("UPDATE fastworker.horizon SET pruned_until = pruned_until - interval '20 minutes'")  # clocks differ
+    await bench.ingest(
+        commit("create", "gone", 2, OLD),
+        commit("update", "kept", 4, OLD),
+        commit("create", "late", 5, NEW),
+        commit("delete", "late", 6, NEW),  # a delete needs no memory
+    )
+    assert await posts(pg) == {"kept"}  # and late was not refused: it was deleted
+    assert await bench.letters() == [b"older_than_tombstones"]
+    assert await pg.fetchval("SELECT commit_seq FROM public.posts") == "4"
+
+
+async def test_a_tombstone_stays_while_it_is_young_unannounced_or_unfinished(bench: Bench, pg: asyncpg.Connection):
+    await bench.ingest(commit("delete", "gone", 3, OLD))
+    for _ in range(2):
+        assert await bench.store.prune(keep=NONE, notice=NONE) == 0  # nobody has finished anything
+    await bench.finish()
+    for _ in range(2):
+        assert await bench.store.prune(keep=timedelta(days=1), notice=NONE) == 0
+    for _ in range(2):
+        assert await bench.store.prune(keep=NONE, notice=timedelta(hours=1)) == 0
+    assert await tombstones(pg) == 1
+    assert await bench.store.prune(keep=NONE, notice=NONE) == 1
+
+
+async def test_a_second_relay_makes_seq_ambiguous(bench: Bench, pg: asyncpg.Connection):
+    await bench.ingest(commit("create", "a", 1, NEW, rev=False))
+    await bench.ingest(commit("create", "b", 2, NEW, relay="two"))
+    assert (await bench.store.ground()).ambiguous
+    await bench.ingest(commit("create", "c", 3, NEW, rev=False), commit("create", "d", 4, NEW))
+    assert await posts(pg) == {"a", "b", "d"}
+    assert await bench.letters() == [b"ambiguous_seq"]
