@@ -93,7 +93,9 @@ async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(be
     assert await bench.store.prune(keep=NONE, notice=NONE) == 0  # announced
     assert await bench.store.prune(keep=NONE, notice=NONE) == 1  # and gone
     assert await tombstones(pg) == 0
-    await pg.execute("UPDATE fastworker.horizon SET pruned_until = pruned_until - interval '20 minutes'")  # clocks differ
+    await pg.execute(
+        "UPDATE fastworker.horizon SET pruned_until = pruned_until - interval '20 minutes'"
+    )  # clocks differ
     await bench.ingest(
         commit("create", "gone", 2, OLD),
         commit("update", "kept", 4, OLD),

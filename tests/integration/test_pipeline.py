@@ -52,7 +52,7 @@ class MemoryStore:
         self.open = asyncio.Event()
         self.open.set()
 
-    async def absent(self, changes: list[Change]) -> set[str]:
+    async def absent(self, changes: list[Change]) -> set[str]:  # noqa: ARG002
         return set()
 
     async def write(self, batch: Batch) -> Written:
