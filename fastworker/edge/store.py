@@ -405,7 +405,7 @@ class Store:
                 upserts.append(change)
         rows = 0
         if upserts:
-            got = await connection.fetch(merge.insert(table), *_columns([c.row for c in upserts]))
+            got = await connection.fetch(merge.insert(table), [c.row for c in upserts])
             rows = len(got)
             inserted = None if rows == len(upserts) else {r[0] for r in got}
             for change in upserts:
@@ -464,12 +464,12 @@ class Store:
                 derived.added(fx, table, change.row, change.cid)
                 updates.append(change.row)
         if updates:
-            await connection.execute(merge.update(table), *_columns(updates))
+            await connection.execute(merge.update(table), updates)
         if deletes:
             await connection.execute(merge.delete(table), deletes)
         inserted = 0
         if again:
-            for row in await connection.fetch(merge.insert(table), *_columns([c.row for c in again])):
+            for row in await connection.fetch(merge.insert(table), [c.row for c in again]):
                 change = pending.pop(row[0])
                 derived.added(fx, table, change.row, change.cid)  # type: ignore[arg-type]
                 inserted += 1
@@ -612,10 +612,10 @@ class Store:
         if twin_deletes:
             await connection.execute(merge.TWINS_DELETE, sorted(twin_deletes))
         if updates:
-            await connection.execute(merge.update(table), *_columns(updates))
+            await connection.execute(merge.update(table), updates)
         if inserts:
             inserts.sort(key=lambda item: item[1].uri)
-            got = await connection.fetch(merge.insert(table), *_columns([m.row for _, m in inserts]))
+            got = await connection.fetch(merge.insert(table), [m.row for _, m in inserts])
             placed = {r[0] for r in got}
             for pair, member in inserts:
                 if member.uri in placed:
@@ -650,15 +650,15 @@ class Store:
         if gone := fx.quotes_removed.difference(fx.quotes_added):
             await execute(merge.QUOTES_DELETE, sorted(gone))
         if fx.quotes_added:
-            await execute(merge.QUOTES, *_sorted_columns(fx.quotes_added))
+            await execute(merge.QUOTES_PUT, _sorted_rows(fx.quotes_added))
         if gone := fx.feed_removed.difference(fx.feed_added):
             await execute(merge.FEED_ITEMS_DELETE, sorted(gone))
         if fx.feed_added:
-            await execute(merge.FEED_ITEMS, *_sorted_columns(fx.feed_added))
+            await execute(merge.FEED_ITEMS_PUT, _sorted_rows(fx.feed_added))
         if gone := fx.notes_removed.difference(fx.notes_added):
             await execute(merge.NOTIFICATIONS_DELETE, sorted(gone))
         if fx.notes_added:
-            await execute(merge.NOTIFICATIONS, *_sorted_columns(fx.notes_added))
+            await execute(merge.NOTIFICATIONS_PUT, _sorted_rows(fx.notes_added))
         await self._viewers(connection, fx)
         await self._counts(connection, fx)
 
@@ -688,7 +688,7 @@ class Store:
             await connection.execute(merge.VIEWERS_CLEAR, *_columns(cleared))
         states = [(*key, *state) for key, state in sorted(fx.viewers_set.items()) if state != [None, None, False]]
         if states:
-            await connection.execute(merge.VIEWERS, *_columns(states))
+            await connection.execute(merge.VIEWERS, states)
         if fx.viewers_cleared:
             await connection.execute(merge.VIEWERS_DROP, *_columns(sorted(fx.viewers_cleared)))
 
@@ -700,7 +700,7 @@ class Store:
         keys = sorted(fx.counts.keys() | fx.recount)
         if keys:
             rows = [(k, *(none if k in fx.recount else fx.counts[k])) for k in keys]
-            await connection.execute(merge.AGGREGATES, *_columns([(r[0], r[1], r[2], r[3], r[4], r[5]) for r in rows]))
+            await connection.execute(merge.AGGREGATES, rows)
         if fx.recount:
             await connection.execute(self._recount, sorted(fx.recount))
 
@@ -808,8 +808,12 @@ def _columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:
     return list(zip(*rows, strict=True))
 
 
+def _sorted_rows(rows: dict[str, Row]) -> list[Row]:
+    return [row for _, row in sorted(rows.items())]
+
+
 def _sorted_columns(rows: dict[str, Row]) -> list[tuple[Any, ...]]:
-    return _columns([row for _, row in sorted(rows.items())])
+    return _columns(_sorted_rows(rows))
 
 
 def _newest(events: list[Any]) -> Any:

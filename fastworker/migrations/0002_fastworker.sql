@@ -134,3 +134,79 @@ CREATE TABLE fastworker.gaps (
     seen_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (relay, from_seq)
 );
+
+-- One row of ours per table, in the order of fastworker/table/schema.py: statements take arrays of these.
+CREATE TYPE fastworker.posts_row AS (
+    uri varchar, cid varchar, author_did varchar, text text, langs jsonb, parent_uri varchar, parent_cid varchar,
+    root_uri varchar, root_cid varchar, embed jsonb, facets jsonb, tags jsonb, created_at timestamp,
+    indexed_at timestamp, commit_time timestamp, commit_seq varchar, commit_rev varchar
+);
+CREATE TYPE fastworker.likes_row AS (
+    uri varchar, user_did varchar, post_uri varchar, subject_cid varchar, via jsonb, created_at timestamp,
+    commit_time timestamp, commit_seq varchar, commit_rev varchar
+);
+CREATE TYPE fastworker.reposts_row AS (
+    uri varchar, user_did varchar, post_uri varchar, subject_cid varchar, via jsonb, created_at timestamp,
+    commit_time timestamp, commit_seq varchar, commit_rev varchar
+);
+CREATE TYPE fastworker.follows_row AS (
+    uri varchar, follower_did varchar, following_did varchar, created_at timestamp, commit_time timestamp,
+    commit_seq varchar, commit_rev varchar
+);
+CREATE TYPE fastworker.blocks_row AS (
+    uri varchar, blocker_did varchar, blocked_did varchar, created_at timestamp, commit_time timestamp,
+    commit_seq varchar, commit_rev varchar
+);
+CREATE TYPE fastworker.bookmarks_row AS (uri varchar, user_did varchar, post_uri varchar, created_at timestamp);
+CREATE TYPE fastworker.lists_row AS (
+    uri varchar, cid varchar, creator_did varchar, name varchar, purpose varchar, description text, avatar_url text,
+    created_at timestamp
+);
+CREATE TYPE fastworker.list_items_row AS (
+    uri varchar, cid varchar, list_uri varchar, subject_did varchar, created_at timestamp
+);
+CREATE TYPE fastworker.list_blocks_row AS (uri varchar, blocker_did varchar, list_uri varchar, created_at timestamp);
+CREATE TYPE fastworker.feed_generators_row AS (
+    uri varchar, cid varchar, creator_did varchar, did varchar, display_name varchar, description text,
+    avatar_url text, created_at timestamp
+);
+CREATE TYPE fastworker.starter_packs_row AS (
+    uri varchar, cid varchar, creator_did varchar, name varchar, description text, list_uri varchar, feeds jsonb,
+    created_at timestamp
+);
+CREATE TYPE fastworker.labeler_services_row AS (
+    uri varchar, cid varchar, creator_did varchar, policies jsonb, created_at timestamp
+);
+CREATE TYPE fastworker.labels_row AS (
+    uri varchar, src varchar, subject varchar, val varchar, neg boolean, created_at timestamp
+);
+CREATE TYPE fastworker.verifications_row AS (
+    uri varchar, cid varchar, subject_did varchar, handle varchar, verified_at timestamp, created_at timestamp
+);
+CREATE TYPE fastworker.generic_records_row AS (
+    uri varchar, cid varchar, author_did varchar, record_type varchar, record jsonb, created_at timestamp
+);
+CREATE TYPE fastworker.gates_row AS (
+    uri varchar, kind varchar, post_uri varchar, owner_did varchar, rules jsonb, created_at timestamp
+);
+CREATE TYPE fastworker.profiles_row AS (
+    uri varchar, did varchar, display_name varchar, description text, avatar_url text, banner_url text,
+    profile_record jsonb, pinned_post jsonb
+);
+CREATE TYPE fastworker.feed_items_row AS (
+    uri varchar, post_uri varchar, originator_did varchar, type varchar, sort_at timestamp, cid varchar,
+    created_at timestamp
+);
+CREATE TYPE fastworker.quotes_row AS (
+    uri varchar, cid varchar, post_uri varchar, quoted_uri varchar, quoted_cid varchar, created_at timestamp
+);
+CREATE TYPE fastworker.notifications_row AS (
+    uri varchar, recipient_did varchar, author_did varchar, reason varchar, reason_subject varchar, cid varchar,
+    created_at timestamp
+);
+CREATE TYPE fastworker.post_viewer_states_row AS (
+    post_uri varchar, viewer_did varchar, like_uri varchar, repost_uri varchar, bookmarked boolean
+);
+CREATE TYPE fastworker.post_aggregations_row AS (
+    post_uri varchar, like_count int, repost_count int, reply_count int, bookmark_count int, quote_count int
+);

@@ -8,22 +8,34 @@ per statement.
 
 from __future__ import annotations
 
-from fastworker.table.schema import Table
+from fastworker.table.schema import AGGREGATIONS, FEED_ITEMS, NOTIFICATIONS, QUOTES, VIEWER_STATES, Table
 
 
 def qualified(table: Table) -> str:
     return table.name if "." in table.name else f"public.{table.name}"
 
 
-def _arrays(table: Table) -> str:
-    return ", ".join(f"${i}::{kind}[]" for i, kind in enumerate(table.types, 1))
+def _rows(table: Table) -> str:
+    """$1 as rows: one array of composites costs the client and the server half of what an array per column does."""
+    return f"unnest($1::{table.row_type}[])"
+
+
+def upsert(table: Table, *replaced: str) -> str:
+    """Rows of a derived table, whole: a later word replaces an earlier one."""
+    columns = ", ".join(table.columns)
+    key = table.key.split(", ")
+    sets = ", ".join(replaced) or ", ".join(f"{c} = excluded.{c}" for c in table.columns if c not in key)
+    return (
+        f"INSERT INTO {qualified(table)} AS t ({columns}) SELECT * FROM {_rows(table)} "
+        f"ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
+    )
 
 
 def insert(table: Table) -> str:
-    """Rows as one array per column; refused rows (any unique conflict) are not among the returned uris."""
+    """Refused rows (any unique conflict) are not among the returned uris."""
     columns = ", ".join(table.columns)
     return (
-        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM unnest({_arrays(table)}) "
+        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} "
         f"ON CONFLICT DO NOTHING RETURNING {table.key}"
     )
 
@@ -31,11 +43,7 @@ def insert(table: Table) -> str:
 def update(table: Table) -> str:
     """The whole record is replaced; columns that are not ours keep their values."""
     sets = ", ".join(f"{c} = u.{c}" for c in table.columns if c != table.key)
-    columns = ", ".join(table.columns)
-    return (
-        f"UPDATE {qualified(table)} AS t SET {sets} FROM unnest({_arrays(table)}) AS u ({columns}) "
-        f"WHERE t.{table.key} = u.{table.key}"
-    )
+    return f"UPDATE {qualified(table)} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
 
 
 def lock(table: Table) -> str:
@@ -210,33 +218,18 @@ PROGRESS = (
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
-FEED_ITEMS = (
-    "INSERT INTO public.feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at) "
-    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::timestamp[], $6::varchar[], $7::timestamp[]) "
-    "ON CONFLICT (uri) DO UPDATE SET post_uri = excluded.post_uri, originator_did = excluded.originator_did, "
-    "type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at"
-)
+FEED_ITEMS_PUT = upsert(FEED_ITEMS)
 FEED_ITEMS_DELETE = "DELETE FROM public.feed_items WHERE uri = ANY($1::varchar[])"
-QUOTES = (
-    "INSERT INTO public.quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at) "
-    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::varchar[], $6::timestamp[]) "
-    "ON CONFLICT (uri) DO UPDATE SET cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri, "
-    "quoted_cid = excluded.quoted_cid, created_at = excluded.created_at"
-)
+QUOTES_PUT = upsert(QUOTES)
 QUOTES_DELETE = "DELETE FROM public.quotes WHERE uri = ANY($1::varchar[])"
-NOTIFICATIONS = (
-    "INSERT INTO public.notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at) "
-    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::varchar[], $6::varchar[], $7::timestamp[]) "
-    "ON CONFLICT (uri) DO UPDATE SET recipient_did = excluded.recipient_did, author_did = excluded.author_did, "
-    "reason = excluded.reason, reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at"
-)
+NOTIFICATIONS_PUT = upsert(NOTIFICATIONS)
 NOTIFICATIONS_DELETE = "DELETE FROM public.notifications WHERE uri = ANY($1::varchar[])"
-VIEWERS = (
-    "INSERT INTO public.post_viewer_states AS t (post_uri, viewer_did, like_uri, repost_uri, bookmarked) "
-    "SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::varchar[], $5::boolean[]) "
-    "ON CONFLICT (post_uri, viewer_did) DO UPDATE SET like_uri = coalesce(excluded.like_uri, t.like_uri), "
-    "repost_uri = coalesce(excluded.repost_uri, t.repost_uri), bookmarked = t.bookmarked OR excluded.bookmarked, "
-    "updated_at = now()"
+VIEWERS = upsert(
+    VIEWER_STATES,
+    "like_uri = coalesce(excluded.like_uri, t.like_uri)",
+    "repost_uri = coalesce(excluded.repost_uri, t.repost_uri)",
+    "bookmarked = t.bookmarked OR excluded.bookmarked",
+    "updated_at = now()",
 )
 # Clears, then drops what is left empty: two statements, because the second must see the first.
 VIEWERS_CLEAR = (
@@ -269,16 +262,11 @@ POST_GATES = (
 POST_GATES_DELETE = "DELETE FROM public.post_gates WHERE post_uri = ANY($1::varchar[])"
 LABEL_EVENTS = "INSERT INTO public.label_events (label_uri, action) SELECT unnest($1::varchar[]), 'created'"
 # DO UPDATE locks the row even where its WHERE is false: a touched aggregate cannot be removed under us.
+_COUNTS = AGGREGATIONS.columns[1:]
 AGGREGATES = (
-    "INSERT INTO public.post_aggregations AS t (post_uri, like_count, repost_count, reply_count, bookmark_count, quote_count) "
-    "SELECT * FROM unnest($1::varchar[], $2::int[], $3::int[], $4::int[], $5::int[], $6::int[]) "
-    "ON CONFLICT (post_uri) DO UPDATE SET like_count = greatest(0, t.like_count + excluded.like_count), "
-    "repost_count = greatest(0, t.repost_count + excluded.repost_count), "
-    "reply_count = greatest(0, t.reply_count + excluded.reply_count), "
-    "bookmark_count = greatest(0, t.bookmark_count + excluded.bookmark_count), "
-    "quote_count = greatest(0, t.quote_count + excluded.quote_count), updated_at = now() "
-    "WHERE excluded.like_count <> 0 OR excluded.repost_count <> 0 OR excluded.reply_count <> 0 "
-    "OR excluded.bookmark_count <> 0 OR excluded.quote_count <> 0"
+    upsert(AGGREGATIONS, *(f"{c} = greatest(0, t.{c} + excluded.{c})" for c in _COUNTS), "updated_at = now()")
+    + " WHERE "
+    + " OR ".join(f"excluded.{c} <> 0" for c in _COUNTS)
 )
 
 

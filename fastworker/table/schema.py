@@ -21,13 +21,18 @@ class Table(msgspec.Struct, frozen=True):
 
     name: str
     columns: tuple[str, ...]
-    types: tuple[str, ...]  # PostgreSQL types, used for unnest($n::type[])
+    types: tuple[str, ...]  # PostgreSQL types of the columns of `row_type`
     key: str = "uri"
     pair: tuple[str, ...] = ()
     hot: bool = False
 
     def index(self, column: str) -> int:
         return self.columns.index(column)
+
+    @property
+    def row_type(self) -> str:
+        """The composite type of one row of ours; statements take arrays of it (0002_fastworker.sql makes it)."""
+        return f"fastworker.{self.name.rpartition('.')[2]}_row"
 
 
 def _table(name: str, columns: str, *, key: str = "uri", pair: tuple[str, ...] = (), hot: bool = False) -> Table:
@@ -104,6 +109,20 @@ PROFILES = _table(
     "fastworker.profiles",
     "uri did display_name description:text avatar_url:text banner_url:text profile_record:jsonb pinned_post:jsonb",
 )
+
+# Derived tables that follow from high traffic. The others are written by statements of their own (merge.py).
+FEED_ITEMS = _table("feed_items", "uri post_uri originator_did type sort_at:timestamp cid created_at:timestamp")
+QUOTES = _table("quotes", "uri cid post_uri quoted_uri quoted_cid created_at:timestamp")
+NOTIFICATIONS = _table("notifications", "uri recipient_did author_did reason reason_subject cid created_at:timestamp")
+VIEWER_STATES = _table(
+    "post_viewer_states", "post_uri viewer_did like_uri repost_uri bookmarked:boolean", key="post_uri, viewer_did"
+)
+AGGREGATIONS = _table(
+    "post_aggregations",
+    "post_uri like_count:int repost_count:int reply_count:int bookmark_count:int quote_count:int",
+    key="post_uri",
+)
+DERIVED: tuple[Table, ...] = (FEED_ITEMS, QUOTES, NOTIFICATIONS, VIEWER_STATES, AGGREGATIONS)
 
 # The order in which every writer locks (sorted keys inside a table): deadlocks need two orders.
 TABLES: tuple[Table, ...] = (
