@@ -53,7 +53,7 @@ class Bench:
         stopping = asyncio.Event()
         task = asyncio.create_task(pipeline.run(stopping))
         async with asyncio.timeout(30):
-            while self.slot.snapshot().acked < before + len(events) and not task.done():  # noqa: ASYNC110 shared memory
+            while self.slot.snapshot().acked < before + len(events) and not task.done():
                 await asyncio.sleep(0.01)
             stopping.set()
             await task
