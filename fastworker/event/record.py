@@ -12,6 +12,7 @@ import json
 import math
 import re
 from binascii import b2a_base64
+from collections.abc import Callable
 from typing import Any
 
 import libipld
@@ -48,18 +49,26 @@ def load_record(op: Op) -> Record:
 
 def json_text(value: Any, op: Op) -> str:
     """Lexicon JSON of `op`'s record or of a part of it, as jsonb accepts it. Raises InvalidEvent (TOO_DEEP)."""
-    return json_bytes(value, op.block).decode()
+    try:
+        text = _fast_json(value, op.block)
+    except TypeError:
+        return _slow_json(value, op.block, clean=True).decode()
+    return (_slow_json(value, op.block, clean=True) if b"\\u0000" in text else text).decode()
 
 
 def json_bytes(value: Any, block: bytes | None) -> bytes:
-    """`json_text` as UTF-8; `block` is what the value was decoded from, None if from JSON."""
+    """Lexicon JSON for a stream or a person, every character as it is; `block` is what the value was decoded from.
+
+    Cleaned here, an identifier with a NUL would become another identifier on a JSON stream, and none on the others.
+    """
     try:
-        text = orjson.dumps(value) if block is None else orjson.dumps(value, _lexicon_json(block))
+        return _fast_json(value, block)
     except TypeError:
-        return _clean_json(value, block)
-    if b"\\u0000" in text:
-        return _clean_json(value, block)
-    return text
+        return _slow_json(value, block, clean=False)
+
+
+def _fast_json(value: Any, block: bytes | None) -> bytes:
+    return orjson.dumps(value) if block is None else orjson.dumps(value, _lexicon_json(block))
 
 
 def link_text(value: Any, op: Op) -> str | None:  # noqa: ARG001 the caller need not know that a blob's ref is never ambiguous
@@ -146,7 +155,7 @@ def _bytes(content: bytes) -> dict[str, str]:
     return {"$bytes": b2a_base64(content, newline=False).rstrip(b"=").decode()}
 
 
-def _clean_json(value: Any, block: bytes | None) -> bytes:
+def _slow_json(value: Any, block: bytes | None, *, clean: bool) -> bytes:
     if nesting_exceeds(value, DEPTH_MAX):
         raise InvalidEvent(Reason.TOO_DEEP, f"more than {DEPTH_MAX} levels")
     links: set[bytes] = set()
@@ -157,7 +166,8 @@ def _clean_json(value: Any, block: bytes | None) -> bytes:
         contents: set[bytes] = set()
         _collect(record, links, contents)
         links -= contents
-    return json.dumps(_clean(value, links), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    plain = _plain(value, links, clean_text if clean else str)
+    return json.dumps(plain, ensure_ascii=not clean, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _find(tree: Any, value: Any) -> Any | None:
@@ -179,17 +189,17 @@ def _collect(tree: Any, links: set[bytes], contents: set[bytes]) -> None:
             _collect(inner, links, contents)
 
 
-def _clean(value: Any, links: set[bytes]) -> Any:
-    """Plain JSON. `links`: values that are links wherever they stand, for values that were not found in the record."""
+def _plain(value: Any, links: set[bytes], text: Callable[[str], str]) -> Any:
+    """What JSON can hold. `links`: links wherever they stand, for values that were not found in the record."""
     if type(value) is str:
-        return clean_text(value)
+        return text(value)
     if isinstance(value, bytes):
         return _link(value) if type(value) is Link or value in links else _bytes(value)
     if type(value) is dict:
         # When cleaning makes two keys the same, the one that was clean wins: it sorts first, so it comes last here.
-        return {clean_text(key): _clean(value[key], links) for key in sorted(value, reverse=True)}
+        return {text(key): _plain(value[key], links, text) for key in sorted(value, reverse=True)}
     if type(value) is list:
-        return [_clean(inner, links) for inner in value]
+        return [_plain(inner, links, text) for inner in value]
     if type(value) is int and not -(2**63) <= value < 2**64:
         # What orjson reads such a number as: so that a record is the same whichever form of the stream it came by.
         value = float(value) if value.bit_length() <= 1023 else math.inf

@@ -31,6 +31,7 @@ class House:
         self.stats = ReaderStats()
         self.slot = Heartbeats(1)[0]
         self.slot.open("worker-0")
+        self._task: asyncio.Task[None]
 
     async def ingest(self, frames: Iterable[SimFrame | bytes], *, form: Form = "json", last_seq: int) -> None:
         """Serve the frames until `last_seq` is on the stream and every entry is settled."""
@@ -71,7 +72,12 @@ class House:
             await self.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
         stopping = asyncio.Event()
         task = asyncio.create_task(work(settings, self.slot, stopping))
+        self._task = task
+        self.slot.set(ready=0)
         try:
+            async with asyncio.timeout(30):
+                while not self.slot.get("ready"):
+                    await self._alive()
             yield
             stopping.set()
             async with asyncio.timeout(20):
@@ -92,7 +98,13 @@ class House:
 
     async def settled(self) -> None:
         while sum((await self.ledger()).values()) < await self.redis.xlen(KEY) or await self.pending():
-            await asyncio.sleep(0.02)
+            await self._alive()
+
+    async def _alive(self) -> None:
+        await asyncio.sleep(0.02)
+        if self._task.done():
+            self._task.result()
+            raise AssertionError("the worker ended by itself")
 
     async def ledger(self) -> dict[str, int]:
         """Entries by how they ended; drops of single ops are fields of their own kind."""
