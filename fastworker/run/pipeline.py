@@ -137,7 +137,9 @@ class Held:
                 return
             tally, mapped, at = _understand(event, entry_ms)
         except InvalidEvent as error:
-            self.rejected.append(SetAside(entry_id, fields, error.reason, error.detail))
+            self.rejected.append(
+                SetAside(entry_id, fields, error.reason, error.detail or f"{error.reason}: nothing there")
+            )
             return
         except Exception as error:
             # A bug of ours that some bytes can reach must not stop the stream for everybody else's: the entry waits
