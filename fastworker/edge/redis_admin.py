@@ -388,7 +388,8 @@ async def open_redis(url: str, stream_key: str, *, client_name: str) -> AsyncIte
     admin = RedisAdmin(redis, stream_key)
     try:
         try:
-            await asyncio.wait_for(admin.ping(), READY_TIMEOUT_S)
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await admin.ping()
         except (StreamUnavailable, TimeoutError) as error:
             raise Unreachable(f"{redact(url)}: {error or 'Redis did not answer in time'}") from error
         yield admin

@@ -7,6 +7,7 @@ knows what may be done again. `translating` turns the client's many errors into 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -137,10 +138,19 @@ async def translating(redis: Redis) -> AsyncIterator[None]:
     """Run Redis commands with their errors translated.
 
     After READONLY the idle connections are closed, so that the next attempt finds the new master.
+    A cancellation that arrives while a command is sent is not lost: on Python 3.11 the client's
+    `asyncio.wait_for` swallows it when the bytes have just left, and a loop of commands would go on for ever.
     """
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
     try:
         yield
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError
     except (exceptions.RedisError, OSError) as error:
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError from error
         if isinstance(error, exceptions.RedisError) and error_code(error) == "READONLY":
             await redis.connection_pool.disconnect(inuse_connections=False)
         translated = translate(error)

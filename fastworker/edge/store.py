@@ -178,7 +178,8 @@ class Store:
 
     async def close(self) -> None:
         try:
-            await asyncio.wait_for(self._pool.close(), timeout=5)
+            async with asyncio.timeout(5):
+                await self._pool.close()
         except (TimeoutError, OSError, InterfaceError, PostgresError):
             self._pool.terminate()
 

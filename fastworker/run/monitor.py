@@ -153,7 +153,8 @@ class _WorkerMonitor:
                     break
             self._log()
             try:
-                await asyncio.wait_for(self._admin.remove_status(self._owner), 1.0)
+                async with asyncio.timeout(1):
+                    await self._admin.remove_status(self._owner)
             except (StreamUnavailable, Unreachable, TimeoutError) as error:
                 log.debug("The status field goes stale by itself: %s", error)
 

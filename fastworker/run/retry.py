@@ -45,7 +45,8 @@ class Backoff:
 async def pause(seconds: float, stop: asyncio.Event) -> bool:
     """Sleep, but not past a stop; True when stopped."""
     try:
-        await asyncio.wait_for(stop.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await stop.wait()
     except TimeoutError:
         return False
     return True
