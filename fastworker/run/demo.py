@@ -403,6 +403,7 @@ class _Conductor:
             f"latency     {latency} from the stream to the ack ({flat_out})\n"
             f"memory      {self._peak_bytes >> 20} MB at most (PSS): supervisor, reader, worker processes",
             highlight=False,
+            soft_wrap=True,
         )
         if differences or set_aside:
             self._console.print("[bold red]NOT verified.[/]")
