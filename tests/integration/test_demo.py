@@ -1,0 +1,81 @@
+"""`fastworker demo` as a user starts it: it verifies every table, and Ctrl-C at any moment leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where the demo puts its temporary folder; short, for the sockets."""
+    with tempfile.TemporaryDirectory(prefix="fw") as path:
+        Path(path).chmod(0o711)
+        yield Path(path)
+
+
+def demo(folder: Path, *args: str) -> subprocess.Popen[str]:
+    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastworker", "demo", *args],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def left_behind(folder: Path, group: int) -> list[str]:
+    """Files, and processes of the demo's session or with its folder on their command line."""
+    found = [str(path) for path in folder.iterdir()]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if command and (session == group or str(folder) in command):
+                found.append(command)
+    return found
+
+
+def test_it_verifies_every_table_and_leaves_nothing(folder: Path) -> None:
+    with demo(folder, "--events", "2000", "--seed", "5") as process:
+        said, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert "Verified: every row and every counter is as it must be." in said
+    assert re.search(r"likes +│? *[1-9]", said), said
+    assert re.search(r"^throughput .* relay to commit, all on this machine$", said, re.MULTILINE), said
+    assert left_behind(folder, process.pid) == []
+
+
+@pytest.mark.parametrize("after", ["Starting PostgreSQL", "Servers are ready", "events settled"])
+def test_an_interrupt_leaves_nothing_behind(folder: Path, after: str) -> None:
+    with demo(folder, "--events", "20000", "--rate", "500") as process:
+        assert process.stdout is not None
+        heard: list[str] = []
+        for line in process.stdout:
+            heard.append(line)
+            if after in line:
+                break
+        assert after in heard[-1], heard
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        rest, _ = process.communicate(timeout=30)
+    assert "Traceback" not in "".join(heard) + rest
+    give_up = time.monotonic() + 5
+    while (left := left_behind(folder, process.pid)) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert left == []
