@@ -131,7 +131,7 @@ def _level(text: str) -> str:
 
 
 _REDIS: Final = "reader worker up status check dlq replay"
-_POSTGRES: Final = "reader worker up migrate check"
+_POSTGRES: Final = "reader worker up migrate check verify"
 _STREAM: Final = "reader worker up status check dlq replay"
 
 
@@ -273,9 +273,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up",
+            "worker up verify",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
-            "A wider list applies to what is written from then on.",
+            "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
             allowed="full, core, or a list of " + ", ".join(sorted(derived.FULL)),
             default="full",

@@ -18,7 +18,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import asyncpg
 import orjson
@@ -153,7 +153,7 @@ class Store:
         derive: frozenset[str] = derived.FULL,
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
-    ) -> Store:
+    ) -> Self:
         """Raises StoreUnavailable where the server cannot be reached or refuses."""
 
         async def session(connection: asyncpg.Connection[Any]) -> None:
@@ -348,10 +348,23 @@ class Store:
         if not changes and progress is None:
             return 0
 
+        return await self._commit(
+            connection, lambda fx: self._apply(connection, changes, shadowed, fx), progress=progress
+        )
+
+    async def _commit(
+        self,
+        connection: Connection,
+        apply: Callable[[Effects], Awaitable[int]],
+        *,
+        progress: Progress | None = None,
+    ) -> int:
+        """One transaction: primary rows, what derives from them, what is owed; then the owed is paid."""
+
         async def transaction() -> tuple[int, dict[Key, datetime]]:
             fx = Effects(self._derive)
             async with connection.transaction():
-                rows = await self._apply(connection, changes, shadowed, fx)
+                rows = await apply(fx)
                 await self._derived(connection, fx)
                 owed: dict[Key, datetime] = {}
                 if fx.owed:
@@ -501,7 +514,7 @@ class Store:
         winners = {_pair(table, row): row for row in stored.values()}
         shadows: dict[str, dict[str, _Member]] = {}
         for r in await connection.fetch(merge.TWINS, table.name, list(pairs)):
-            shadows.setdefault(r[1], {})[r[0]] = _Member(r[2], r[0], _thaw(table, r[6]), r[3], r[4], r[5])
+            shadows.setdefault(r[1], {})[r[0]] = _Member(r[2], r[0], thaw(table, r[6]), r[3], r[4], r[5])
         for r in located:  # what moved between table and shadow since, or into another pair: look again
             held = winners.get(r[1])
             if (held is None or held[0] != r[0]) if r[2] else r[0] not in shadows.get(r[1], ()):
@@ -569,10 +582,10 @@ class Store:
                 touched.add(pair)
             if here:
                 current = before[here[-1]][uri]
+                touched.add(here[-1])
                 if table.hot and not _replaces(change, current.rev, current.seq):
                     continue
                 after[here[-1]].pop(uri, None)
-                touched.add(here[-1])
             if change.row is not None:
                 pair = _pair(table, change.row)
                 after[pair][uri] = _Member(change.rkey, uri, change.row, change.rev, change.seq, change.cid)
@@ -869,7 +882,8 @@ def _freeze(row: Row) -> str:
     return orjson.dumps(row).decode()
 
 
-def _thaw(table: Table, text: str) -> Row:
+def thaw(table: Table, text: str) -> Row:
+    """A row as the shadow table keeps it."""
     values = orjson.loads(text)
     return tuple(
         datetime.fromisoformat(value) if kind == "timestamp" and value is not None else value

@@ -46,13 +46,14 @@ def update(table: Table) -> str:
     return f"UPDATE {qualified(table)} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
 
 
+def select(table: Table) -> str:
+    """The rows of $1 uris as they are; those that do not exist are left out."""
+    return f"SELECT {', '.join(table.columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+
+
 def lock(table: Table) -> str:
-    """The rows of $1 uris as they are, locked in key order; those that do not exist are left out."""
-    columns = ", ".join(table.columns)
-    return (
-        f"SELECT {columns} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[]) "
-        f"ORDER BY {table.key} FOR UPDATE"
-    )
+    """The same, locked in key order."""
+    return f"{select(table)} ORDER BY {table.key} FOR UPDATE"
 
 
 def delete(table: Table) -> str:

@@ -1,0 +1,562 @@
+"""`fastworker verify`: silent on what the writer wrote, finds and mends every way in which a table can drift."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+
+import asyncpg
+import pytest
+
+from fastworker.edge.embedded import EmbeddedPostgres
+from fastworker.edge.store import Store
+from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.event import Account, Commit, Identity
+from fastworker.event.entry import decode_entry
+from fastworker.run.verify import Wish, names, verify
+from fastworker.table import derive
+from fastworker.table.batch import Batch
+from fastworker.table.mapper import map_commit
+from fastworker.testing import compare
+from fastworker.testing.histories import Event, entry_ms, random_history, to_entry
+from fastworker.testing.model import Model
+
+SEED = 11
+EVENTS = 2_500
+
+
+def put(batch: Batch, event: Event) -> None:
+    decoded = decode_entry(to_entry(event))
+    at = datetime.fromtimestamp(entry_ms(event) / 1000, UTC)
+    if isinstance(decoded, Commit):
+        batch.put(map_commit(decoded, entry_ms(event)))
+    elif isinstance(decoded, Identity):
+        batch.put_identity(decoded, datetime.fromisoformat(decoded.time) if decoded.time else at)
+    elif isinstance(decoded, Account):
+        batch.put_account(decoded, datetime.fromisoformat(decoded.time) if decoded.time else at)
+
+
+async def write(url: str, events: list[Event], features: frozenset[str] = derive.FULL, size: int = 400) -> None:
+    store = await Store.connect(url, derive=features)
+    try:
+        for start in range(0, len(events), size):
+            batch = Batch()
+            for event in events[start : start + size]:
+                put(batch, event)
+            await store.write(batch)
+        while await store.maintain(owed_age_s=0):
+            pass
+    finally:
+        await store.close()
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    return random_history(SEED, EVENTS).events
+
+
+@pytest.fixture(scope="module")
+def expected(events: list[Event]) -> compare.Tables:
+    model = Model()
+    for event in events:
+        model.apply(event, entry_ms(event))
+    return model.tables()
+
+
+@pytest.fixture(scope="module")
+def written(postgres_server: EmbeddedPostgres, events: list[Event]) -> Iterator[str]:
+    """A template: the history, written by the writer."""
+    name = "template_verify"
+    run(f"CREATE DATABASE {name} TEMPLATE template_contract", postgres_server.url_of("postgres"))
+    asyncio.run(write(postgres_server.url_of(name), events))
+    yield name
+    run(f"DROP DATABASE {name} WITH (FORCE)", postgres_server.url_of("postgres"))
+
+
+_numbers = iter(range(10_000))
+
+
+@pytest.fixture
+def url(postgres_server: EmbeddedPostgres, written: str) -> Iterator[str]:
+    name = f"verify_{next(_numbers)}"
+    run(f"CREATE DATABASE {name} TEMPLATE {written}", postgres_server.url_of("postgres"))
+    yield postgres_server.url_of(name)
+    run(f"DROP DATABASE {name} WITH (FORCE)", postgres_server.url_of("postgres"))
+
+
+@pytest.fixture
+async def db(url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(url, timeout=10)
+    yield connection
+    connection.terminate()
+
+
+def run(statement: str, url: str) -> None:
+    async def execute() -> None:
+        connection = await asyncpg.connect(url, timeout=10)
+        await connection.execute(statement)
+        await connection.close(timeout=10)
+
+    asyncio.run(execute())
+
+
+async def told(
+    url: str, capsys: pytest.CaptureFixture[str], wish: Wish, features: frozenset[str] = derive.FULL
+) -> tuple[ExitCode, dict[str, dict[str, int]]]:
+    """The exit code and the drift by check."""
+    code = await verify(url, features, wish)
+    report = json.loads(capsys.readouterr().out)
+    return code, {found["check"]: found["drift"] for found in report["checks"] if found["drift"]}
+
+
+async def differences(url: str, expected: compare.Tables) -> str:
+    connection = await asyncpg.connect(url, timeout=10)
+    try:
+        return compare.report(compare.diff(expected, await compare.dump(connection)))
+    finally:
+        await connection.close(timeout=10)
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else writes: what differs need not be waited for."""
+    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_S", (0.0,))
+    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_JOINED_S", (0.0,))
+
+
+FIND = Wish(as_json=True, rows=300)
+MEND = Wish(as_json=True, rows=300, repair=True)
+
+
+async def test_what_the_writer_wrote_has_no_drift(
+    url: str, expected: compare.Tables, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await differences(url, expected) == "no difference"
+    assert await told(url, capsys, FIND) == (ExitCode.DONE, {})
+    assert await told(url, capsys, Wish(as_json=True, rows=1_000_000)) == (ExitCode.DONE, {})
+
+
+_SOME = "(SELECT {key} FROM public.{table} WHERE {where} ORDER BY {key} LIMIT 3)"
+
+
+def some(table: str, key: str = "uri", where: str = "true") -> str:
+    return _SOME.format(table=table, key=key, where=where)
+
+
+# name: (statement, check, problem, how many); what is mended must equal the model again
+CORRUPTIONS: dict[str, tuple[str, str, str]] = {
+    "counter": (
+        f"UPDATE post_aggregations SET like_count = like_count + 2 WHERE post_uri IN {some('post_aggregations', 'post_uri')}",
+        "post_aggregations",
+        "wrong",
+    ),
+    "replies never counted": (
+        (
+            "UPDATE post_aggregations SET reply_count = 0 WHERE post_uri IN "
+            f"{some('post_aggregations', 'post_uri', 'reply_count > 0')}"
+        ),
+        "post_aggregations",
+        "wrong",
+    ),
+    "no aggregate": (
+        f"DELETE FROM post_aggregations WHERE post_uri IN {some('post_aggregations', 'post_uri')}",
+        "post_aggregations",
+        "missing",
+    ),
+    "aggregate of nothing": (
+        (
+            "INSERT INTO post_aggregations (post_uri) SELECT 'at://did:plc:gone/app.bsky.feed.post/' || n "
+            "FROM generate_series(1, 3) AS n"
+        ),
+        "post_aggregations",
+        "extra",
+    ),
+    "no feed item": (
+        f"DELETE FROM feed_items WHERE uri IN {some('feed_items', where='type = $$post$$')}",
+        "feed_items",
+        "missing",
+    ),
+    "feed item of nothing": (
+        (
+            "INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at) SELECT "
+            "'at://did:plc:gone/app.bsky.feed.post/' || n, 'x', 'did:plc:gone', 'post', now(), 'c', now() "
+            "FROM generate_series(1, 3) AS n"
+        ),
+        "feed_items",
+        "extra",
+    ),
+    "feed item of another": (
+        f"UPDATE feed_items SET originator_did = 'did:plc:other' WHERE uri IN {some('feed_items')}",
+        "feed_items",
+        "wrong",
+    ),
+    "no quote": (f"DELETE FROM quotes WHERE uri IN {some('quotes')}", "quotes", "missing"),
+    "quote of nothing": (
+        (
+            "INSERT INTO quotes (uri, cid, post_uri, quoted_uri, created_at) SELECT uri || '#gone', 'c', uri, "
+            f"'at://did:plc:gone/app.bsky.feed.post/1', now() FROM posts WHERE uri IN {some('posts')}"
+        ),
+        "quotes",
+        "extra",
+    ),
+    "quote under another key": (
+        f"UPDATE quotes SET uri = post_uri || '#other' WHERE uri IN {some('quotes')}",
+        "quotes",
+        "missing",
+    ),
+    "no notification of a post": (
+        f"DELETE FROM notifications WHERE uri IN {some('notifications', where='reason = $$reply$$')}",
+        "notifications.posts",
+        "missing",
+    ),
+    "notification to another": (
+        (
+            "UPDATE notifications SET recipient_did = 'did:plc:other' WHERE uri IN "
+            f"{some('notifications', where='reason = $$like$$')}"
+        ),
+        "notifications.likes",
+        "wrong",
+    ),
+    "notification of a like that is gone": (
+        (
+            "INSERT INTO notifications (uri, recipient_did, author_did, reason, created_at) SELECT "
+            "'at://did:plc:gone/app.bsky.feed.like/' || n || '#notification', 'did:plc:a', 'did:plc:gone', 'like', now() "
+            "FROM generate_series(1, 3) AS n"
+        ),
+        "notifications.extra",
+        "extra",
+    ),
+    "no viewer state": (
+        f"DELETE FROM post_viewer_states WHERE viewer_did IN {some('post_viewer_states', 'viewer_did')}",
+        "post_viewer_states",
+        "missing",
+    ),
+    "viewer state of a like that is gone": (
+        (
+            "UPDATE post_viewer_states SET like_uri = 'at://did:plc:gone/app.bsky.feed.like/1' WHERE post_uri IN "
+            f"{some('post_viewer_states', 'post_uri')}"
+        ),
+        "post_viewer_states",
+        "wrong",
+    ),
+    "empty viewer state": (
+        (
+            "INSERT INTO post_viewer_states (post_uri, viewer_did) SELECT 'at://did:plc:gone/app.bsky.feed.post/' || n, "
+            "'did:plc:gone' FROM generate_series(1, 3) AS n"
+        ),
+        "post_viewer_states",
+        "extra",
+    ),
+    "no thread context": (
+        f"DELETE FROM thread_contexts WHERE post_uri IN {some('thread_contexts', 'post_uri')}",
+        "thread_contexts",
+        "missing",
+    ),
+    "thread context without its like": (
+        "UPDATE thread_contexts SET root_author_like_uri = 'at://did:plc:gone/app.bsky.feed.like/1'",
+        "thread_contexts",
+        "wrong",
+    ),
+    "thread context of nothing": (
+        "INSERT INTO thread_contexts (post_uri) VALUES ('at://did:plc:gone/app.bsky.feed.post/1')",
+        "thread_contexts",
+        "extra",
+    ),
+    "gate flags": ("UPDATE posts SET has_thread_gate = NOT has_thread_gate", "posts.gates", "wrong"),
+    "no thread gate": (
+        f"DELETE FROM thread_gates WHERE post_uri IN {some('thread_gates', 'post_uri')}",
+        "thread_gates",
+        "missing",
+    ),
+    "thread gate of nothing": (
+        (
+            "INSERT INTO thread_gates (post_uri, owner_did, created_at) VALUES "
+            "('at://did:plc:gone/app.bsky.feed.post/1', 'did:plc:gone', now())"
+        ),
+        "thread_gates",
+        "extra",
+    ),
+    "post gate without its rules": (
+        "UPDATE post_gates SET embedding_rules = '{\"disableRule\": false}'",
+        "post_gates",
+        "wrong",
+    ),
+    "likes of a generator": ("UPDATE feed_generators SET like_count = 77", "feed_generators.like_count", "wrong"),
+    "likes of a labeler": ("UPDATE labeler_services SET like_count = 77", "labeler_services.like_count", "wrong"),
+    "profile": (
+        "UPDATE users SET display_name = 'somebody else' WHERE did IN (SELECT did FROM fastworker.profiles LIMIT 3)",
+        "users.profile",
+        "wrong",
+    ),
+    "no label event": (
+        f"DELETE FROM label_events WHERE label_uri IN {some('labels')}",
+        "label_events",
+        "missing",
+    ),
+    "label event twice": (
+        f"INSERT INTO label_events (label_uri, action) SELECT uri, 'created' FROM labels WHERE uri IN {some('labels')}",
+        "label_events",
+        "extra",
+    ),
+}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", CORRUPTIONS)
+async def test_drift_is_found_and_mended(
+    name: str, url: str, expected: compare.Tables, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statement, check, problem = CORRUPTIONS[name]
+    connection = await asyncpg.connect(url, timeout=10)
+    changed = int((await connection.execute(statement)).rpartition(" ")[2])
+    await connection.close(timeout=10)
+    assert changed
+    assert await differences(url, expected) != "no difference"
+
+    code, drift = await told(url, capsys, FIND)
+    assert code is ExitCode.NO
+    assert drift.get(check, {}).get(problem, 0) > 0, drift
+
+    code, drift = await told(url, capsys, MEND)
+    assert code is ExitCode.DONE, drift
+    assert drift.get(check, {}).get(problem, 0) > 0
+    assert await told(url, capsys, FIND) == (ExitCode.DONE, {})
+    left = await differences(url, expected)
+    # a notification's and a repost's CID are nowhere else: what was deleted has lost it
+    assert left == "no difference"
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_users_that_are_missing_are_made_again(
+    url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = await db.fetchval("SELECT count(*) FROM users")
+    gone = await db.fetchval(
+        "WITH d AS (DELETE FROM users WHERE did IN (SELECT author_did FROM posts LIMIT 5) RETURNING 1) SELECT count(*) FROM d"
+    )
+    assert gone
+    code, drift = await told(url, capsys, MEND)
+    assert (code, drift["users.posts"]) == (ExitCode.DONE, {"missing": gone})
+    assert await db.fetchval("SELECT count(*) FROM users") == before
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("narrow", [derive.CORE, frozenset({"counts"})], ids=["core", "counts"])
+async def test_widening_fills_in_what_was_left_out(
+    narrow: frozenset[str],
+    postgres_url: str,
+    events: list[Event],
+    expected: compare.Tables,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await write(postgres_url, events, narrow)
+    assert await told(postgres_url, capsys, FIND, narrow) == (ExitCode.DONE, {})
+    code, drift = await told(postgres_url, capsys, MEND)
+    assert code is ExitCode.DONE, drift
+    connection = await asyncpg.connect(postgres_url, timeout=10)
+    found = compare.diff(expected, await compare.dump(connection))
+    await connection.close(timeout=10)
+    # The CID of a like, a repost and a follow is only in what follows from it.
+    lost = [d for d in found if (d.table, d.column) in {("notifications", "cid"), ("feed_items", "cid")}]
+    assert found == lost, compare.report(found)
+    assert len(drift) >= 5
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_twin_takes_the_place_of_a_row_that_the_api_process_deleted(
+    url: str, db: asyncpg.Connection, expected: compare.Tables, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = await db.fetch("SELECT DISTINCT table_name, pair FROM fastworker.twins")
+    tables = {r["table_name"] for r in waiting}
+    assert {"likes", "bookmarks"} & tables
+    promoted = []
+    for table, columns in (
+        ("likes", "user_did, post_uri"),
+        ("follows", "follower_did, following_did"),
+        ("bookmarks", "user_did, post_uri"),
+    ):
+        for row in waiting:
+            if row["table_name"] == table:
+                names_ = columns.split(", ")
+                await db.execute(
+                    f"DELETE FROM {table} WHERE {names_[0]} = $1 AND {names_[1]} = $2", *row["pair"].split("\n")
+                )
+                promoted.append(row["pair"])
+    assert promoted
+    code, drift = await told(url, capsys, MEND)
+    assert code is ExitCode.DONE, drift
+    assert drift["twins"]["missing"] >= len(promoted)
+    assert await told(url, capsys, FIND) == (ExitCode.DONE, {})
+    for row in waiting:
+        if row["pair"] in promoted:
+            columns = (
+                "user_did || E'\\n' || post_uri"
+                if row["table_name"] != "follows"
+                else "follower_did || E'\\n' || following_did"
+            )
+            assert await db.fetchval(f"SELECT count(*) FROM {row['table_name']} WHERE {columns} = $1", row["pair"]) == 1
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_records_of_a_user_who_forbade_it_later_are_removed(
+    url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    did = await db.fetchval("SELECT author_did FROM posts GROUP BY 1 ORDER BY count(*) DESC LIMIT 1")
+    await db.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", did)
+    code, drift = await told(url, capsys, FIND)
+    assert code is ExitCode.NO
+    assert drift["forbidden.posts"]["forbidden"] > 0
+    code, drift = await told(url, capsys, MEND)
+    assert code is ExitCode.DONE, drift
+    for table, column in (
+        ("posts", "author_did"),
+        ("likes", "user_did"),
+        ("follows", "follower_did"),
+        ("generic_records", "author_did"),
+        ("lists", "creator_did"),
+        ("feed_items", "originator_did"),
+        ("notifications", "author_did"),
+        ("post_viewer_states", "viewer_did"),
+        ("fastworker.profiles", "did"),
+        ("thread_gates", "owner_did"),
+    ):
+        assert await db.fetchval(f"SELECT count(*) FROM {table} WHERE {column} = $1", did) == 0, table
+    assert await db.fetchval("SELECT count(*) FROM fastworker.twins WHERE uri LIKE $1", f"at://{did}/%") == 0
+    assert await told(url, capsys, FIND) == (ExitCode.DONE, {})
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_gates_of_an_earlier_system_are_left_alone(
+    url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await db.execute("UPDATE fastworker.migrations SET adopted = true WHERE number = 1")
+    post = await db.fetchval("SELECT uri FROM posts WHERE NOT has_thread_gate ORDER BY uri LIMIT 1")
+    await db.execute("INSERT INTO thread_gates (post_uri, owner_did, created_at) VALUES ($1, 'did:plc:x', now())", post)
+    await db.execute("UPDATE posts SET has_thread_gate = true WHERE uri = $1", post)
+    assert await told(url, capsys, MEND) == (ExitCode.DONE, {"thread_gates": {"unowned": 1}})
+    assert await db.fetchval("SELECT has_thread_gate FROM posts WHERE uri = $1", post)
+    assert await db.fetchval("SELECT count(*) FROM thread_gates WHERE post_uri = $1", post) == 1
+
+
+async def test_writing_beside_it_is_no_drift(
+    postgres_url: str, events: list[Event], expected: compare.Tables, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verify and repair again and again while two writers work: nothing is found, nothing is harmed."""
+    r = random.Random(3)
+    ends = asyncio.Event()
+    rounds = 0
+
+    async def writer(mine: list[Event]) -> None:
+        store = await Store.connect(postgres_url)
+        try:
+            while mine:
+                batch = Batch()
+                size = r.choice([1, 5, 40])
+                for event in mine[:size]:
+                    put(batch, event)
+                mine = mine[size:]
+                await store.write(batch)
+            while await store.maintain(owed_age_s=0):
+                pass
+        finally:
+            await store.close()
+
+    async def verifier() -> None:
+        nonlocal rounds
+        while not ends.is_set():
+            code, drift = await told(postgres_url, capsys, MEND)
+            assert (code, drift) == (ExitCode.DONE, {})
+            rounds += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        verifying = tasks.create_task(verifier())
+        async with asyncio.TaskGroup() as writing:
+            for n in range(2):
+                writing.create_task(writer(events[n::2]))
+        ends.set()
+        await verifying
+    assert rounds >= 1
+    assert await differences(postgres_url, expected) == "no difference"
+
+
+async def test_a_stopped_run_says_where_to_go_on(
+    url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await db.execute("UPDATE feed_generators SET like_count = 77")
+
+    stop = asyncio.Event()
+    stopping = asyncio.get_running_loop().call_later(0.3, stop.set)
+    code = await verify(url, derive.FULL, Wish(rows=5, pause_s=0.01, as_json=True), stop)
+    stopping.cancel()
+    report = json.loads(capsys.readouterr().out)
+    assert code is ExitCode.NO
+    assert report["continue_from"].partition(":")[0] in names()
+    done = len(report["checks"])
+    code = await verify(url, derive.FULL, Wish(start=report["continue_from"], as_json=True))
+    rest = json.loads(capsys.readouterr().out)
+    assert code is ExitCode.NO
+    assert rest["checks"][0]["check"] == report["checks"][-1]["check"]
+    assert done + len(rest["checks"]) - 1 == len([n for n in names() if not n.startswith("forbidden.")])
+    assert sum(found["drift"].get("wrong", 0) for found in rest["checks"]) > 0
+
+
+async def test_wishes_that_cannot_be(url: str, empty_postgres_url: str) -> None:
+    with pytest.raises(ConfigError, match="--check nonsense: there are"):
+        await verify(url, derive.FULL, Wish(only=("nonsense",)))
+    with pytest.raises(ConfigError, match="--from"):
+        await verify(url, derive.FULL, Wish(start="nonsense:at://"))
+    with pytest.raises(Unreachable, match="fastworker migrate"):
+        await verify(empty_postgres_url, derive.FULL, Wish())
+
+
+def test_the_command(url: str) -> None:
+    def command(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fastworker", "verify", *args],
+            env={**os.environ, "DATABASE_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    done = command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no drift" in done.stdout
+    run("UPDATE labeler_services SET like_count = 77", url)
+    found = command("--check", "labeler_services.like_count")
+    assert found.returncode == 1
+    assert "like_count 77 -> " in found.stdout
+    assert "verify --repair" in found.stdout
+    mended = command("--repair")
+    assert mended.returncode == 0
+    assert "all mended" in mended.stdout
+    assert command("--check", "list").stdout.split() == names()
+    wrong = command("--check", "nonsense")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+def test_ctrl_c_says_where_to_go_on(url: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastworker", "verify", "--rows", "1", "--pause", "0.05"],
+        env={**os.environ, "DATABASE_URL": url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "fastworker verify --from '" in out
