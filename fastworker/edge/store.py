@@ -197,7 +197,8 @@ class Store:
             changes = [c for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
             refused = len(batch.changes) - len(changes)
 
-            await self._retry(lambda: self._prologue(connection, batch, changes, dids - forbidden))
+            identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
+            await self._retry(lambda: self._prologue(connection, batch, changes, dids - forbidden, identities))
             upserts = [c for c in changes if c.row is not None]
             kills, shadowed = await self._look(connection, upserts)
             if kills:
@@ -279,12 +280,19 @@ class Store:
 
     # 2: what must be committed before the rows --------------------------------------------------
 
-    async def _prologue(self, connection: Connection, batch: Batch, changes: list[Change], dids: set[str]) -> None:
+    async def _prologue(
+        self,
+        connection: Connection,
+        batch: Batch,
+        changes: list[Change],
+        dids: set[str],
+        identities: dict[str, list[TimedIdentity]],
+    ) -> None:
         tombstones = sorted(
             ((c.uri, c.rev, c.seq) for c in changes if c.row is None and c.table.hot), key=lambda t: t[0]
         )
         users = sorted(dids.difference(self._known))
-        if not (tombstones or users or batch.accounts or batch.identities or batch.syncs or batch.relays):
+        if not (tombstones or users or batch.accounts or identities or batch.syncs or batch.relays):
             return
         async with connection.transaction():
             if tombstones:
@@ -293,8 +301,8 @@ class Store:
                 await connection.execute(merge.USERS, users)
             if batch.accounts:
                 await self._accounts(connection, batch.accounts)
-            if batch.identities:
-                await self._identities(connection, batch.identities)
+            if identities:
+                await self._identities(connection, identities)
             if batch.syncs:
                 newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: s.seq or 0)}
                 rows = [(s.did, s.rev, s.seq) for _, s in sorted(newest.items())]
@@ -463,6 +471,8 @@ class Store:
             if old is None:
                 if change.row is None:
                     del pending[uri]  # nothing to delete: the tombstone stands
+                    if table is PROFILES:
+                        fx.profiles[change.repo] = None  # what another writer may have put into users
                 else:
                     again.append(change)
                 continue

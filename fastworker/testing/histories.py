@@ -157,8 +157,8 @@ def histories(max_events: int = 12, *, bare: bool = True) -> SearchStrategy[Hist
 def random_history(seed: int, count: int, *, bare: bool = True) -> History:
     """A long history: `count` events, a tenth of them delivered twice, none more than about 200 places too late."""
     random = Random(seed)
-    dids = [f"did:plc:{_tid(n).lower():a>24}" for n in range(max(4, count // 500))]
-    author = Author(random, dids, [_tid(n) for n in range(8)])
+    dids = [f"did:plc:{tid(n).lower():a>24}" for n in range(max(4, count // 500))]
+    author = Author(random, dids, [tid(n) for n in range(8)])
     events = number([author.step() for _ in range(count)], bare=bare)
     twice = [random.randrange(count) for _ in range(count // 10)]
     order = sorted([*range(count), *twice], key=lambda position: position + random.randrange(200))
@@ -179,7 +179,7 @@ def number(steps: list[Event], *, bare: bool) -> list[Event]:
         numbered["time"] = (BEGIN + timedelta(seconds=seq)).isoformat(timespec="milliseconds") + "Z"
         if event["kind"] == "commit":
             is_bare = numbered.pop("bare") and bare
-            numbered["rev"] = None if is_bare else _tid(seq)
+            numbered["rev"] = None if is_bare else tid(seq)
             numbered["time"] = None if is_bare else numbered["time"]
         events.append(numbered)
     return events
@@ -388,7 +388,7 @@ def cid_of(value: Any) -> str:
     return "b" + base64.b32encode(b"\x01\x71\x12\x20" + digest).decode().lower().rstrip("=")
 
 
-def _tid(position: int) -> str:
+def tid(position: int) -> str:
     """A timestamp identifier (13 characters, sorts as it counts)."""
     alphabet = "234567abcdefghijklmnopqrstuvwxyz"
     return "".join(alphabet[position >> shift & 31] for shift in range(60, -1, -5))

@@ -1,0 +1,73 @@
+"""Half of the entries are taken by a worker in the predecessor's style; afterwards everything can be made right."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import chain
+from typing import Any
+
+import asyncpg
+from e2e.house import GROUP, KEY, House
+from property.feeding import differences, lawful
+from redis.asyncio import Redis
+
+from fastworker.edge.stream import LEDGER_KEY
+from fastworker.errors import ExitCode
+from fastworker.run.reapply import reapply
+from fastworker.run.verify import LOOK_AGAIN_S, Wish, verify
+from fastworker.run.worker import WorkerSettings
+from fastworker.table import derive
+from fastworker.testing.foreign import Foreign
+from fastworker.testing.histories import random_history, to_entry
+
+EVENTS = 2_500
+
+
+async def test_reapply_and_verify_make_it_right(
+    redis_url: str, postgres_url: str, pg: asyncpg.Connection, capsys: Any
+) -> None:
+    history = random_history(8, EVENTS, bare=False)
+    order = list(chain.from_iterable(history.batches))
+    async with Redis.from_url(redis_url) as redis:
+        house = House(redis, redis_url, postgres_url)
+        foreign, taken = Foreign(pg), 0
+
+        async def old_worker() -> None:
+            nonlocal taken
+            while True:
+                found = await redis.xreadgroup(GROUP, "python-worker-0", {KEY: ">"}, count=10, block=20)
+                for entry_id, fields in found[0][1] if found else ():
+                    await foreign.apply(history.events[int(fields[b"seq"]) - history.events[0]["seq"]])
+                    await redis.xack(KEY, GROUP, entry_id)
+                    taken += 1
+
+        async with house.worker():
+            old = asyncio.create_task(old_worker())
+            for start in range(0, len(order), 20):
+                pipe = redis.pipeline(transaction=False)
+                for position in order[start : start + 20]:
+                    pipe.xadd(KEY, to_entry(history.events[position]))
+                await pipe.execute()
+                await asyncio.sleep(0.01)
+            async with asyncio.timeout(90):
+                while (await redis.xinfo_groups(KEY))[0]["lag"] or await house.pending():
+                    await asyncio.sleep(0.05)
+            old.cancel()
+            await asyncio.wait([old])
+        ours = sum(int(n) for name, n in (await redis.hgetall(LEDGER_KEY)).items() if not name.startswith(b"drop:"))
+        assert taken > EVENTS / 10, "the old worker took hardly anything"
+        assert ours > EVENTS / 10, "ours took hardly anything"
+
+    expected = lawful(history.events)
+    assert await differences(expected, pg) != "no difference"
+    assert LOOK_AGAIN_S  # nobody writes any more: what differs is drift
+
+    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.NO
+    assert await verify(postgres_url, derive.FULL, Wish(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.DONE
+
+    settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL)
+    assert await reapply(settings, "0") is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.DONE
+    assert await differences(expected, pg) == "no difference"
+    capsys.readouterr()

@@ -1,0 +1,150 @@
+"""Bugs of the systems before us (docs/bugs.md) that no other test shows to be absent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from property.feeding import batch_of, settle
+
+from fastworker.edge.store import Store
+from fastworker.event import Sync
+from fastworker.table.batch import Batch
+from fastworker.testing import compare
+from fastworker.testing.histories import DIDS, Event, cid_of, entry_ms, number, random_history
+from fastworker.testing.model import Model
+
+POST = f"at://{DIDS[1]}/app.bsky.feed.post/p"
+
+
+@pytest.fixture
+async def store(postgres_url: str) -> AsyncIterator[Store]:
+    store = await Store.connect(postgres_url)
+    yield store
+    await store.close()
+
+
+def commits(*ops: tuple[str, str, dict[str, Any] | None]) -> list[Event]:
+    """Of the first account: (collection, rkey, record or None for a delete)."""
+    made = []
+    for collection, rkey, record in ops:
+        op: dict[str, Any] = {"action": "delete", "path": f"{collection}/{rkey}", "cid": None}
+        if record is not None:
+            full = {"$type": collection, "createdAt": "2026-01-01T00:00:00Z", **record}
+            op |= {"action": "create", "cid": cid_of(full), "record": full}
+        made.append({"kind": "commit", "repo": DIDS[0], "bare": False, "ops": [op]})
+    return number(made, bare=False)
+
+
+async def test_viewer_states_keep_what_is_not_ours(store: Store, pg: asyncpg.Connection) -> None:
+    """T8, T9, U10: a like resets nothing, an unlike deletes nothing of the API's."""
+    await pg.execute(
+        "INSERT INTO post_viewer_states (post_uri, viewer_did, thread_muted, pinned) VALUES ($1, $2, true, true)",
+        POST,
+        DIDS[0],
+    )
+    about = {"subject": {"uri": POST, "cid": cid_of(POST)}}
+    events = commits(
+        ("app.bsky.feed.like", "l", about),
+        ("app.bsky.bookmark", "b", about),
+        ("app.bsky.feed.repost", "r", about),
+        ("app.bsky.feed.like", "l", None),
+        ("app.bsky.feed.repost", "r", None),
+        ("app.bsky.bookmark", "b", None),
+    )
+    uri = f"at://{DIDS[0]}/app.bsky.feed"
+    states = [
+        (f"{uri}.like/l", None, False),
+        (f"{uri}.like/l", None, True),
+        (f"{uri}.like/l", f"{uri}.repost/r", True),
+        (None, f"{uri}.repost/r", True),
+        (None, None, True),
+        (None, None, False),
+    ]
+    for event, state in zip(events, states, strict=True):
+        await store.write(batch_of([event]))
+        found = await pg.fetchrow("SELECT * FROM post_viewer_states")
+        assert (found["like_uri"], found["repost_uri"], found["bookmarked"]) == state
+        assert (found["thread_muted"], found["pinned"]) == (True, True)
+
+
+async def test_nothing_is_kept_of_who_forbids_it(store: Store, pg: asyncpg.Connection) -> None:
+    """T40, W15, U18: in no collection, not even in derived tables."""
+    events = random_history(5, 1_500).events
+    dids = sorted({event["repo"] for event in events if event["kind"] == "commit"})
+    forbidden = dids[0]
+    await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid')", forbidden)
+    await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", forbidden)
+    model = Model(forbidden=frozenset({forbidden}))
+    for event in events:
+        model.apply(event, entry_ms(event))
+    for start in range(0, len(events), 100):
+        await store.write(batch_of(events[start : start + 100]))
+    await settle(store)
+    found = await compare.dump(pg)
+    (theirs,) = [row for row in found["users"] if row["did"] == forbidden]
+    assert (theirs["handle"], theirs["profile_record"]) == ("handle.invalid", None)  # of the API's own row
+    found["users"].remove(theirs)
+    assert compare.report(compare.diff(model.tables(), found)) == "no difference"
+    assert len(found["posts"]) > 10
+    assert not [row for row in found["posts"] if row["author_did"] == forbidden]
+    assert sum(event.get("repo") == forbidden for event in events) > 100
+
+
+async def test_a_sync_is_remembered(store: Store, pg: asyncpg.Connection) -> None:
+    """R13: a repository whose state was replaced is written down, the newest time of it."""
+    for seq, rev in ((8, "3kbbbbbbbbb22"), (7, "3kaaaaaaaaa22")):
+        batch = Batch()
+        batch.put_sync(Sync(seq, DIDS[0], rev, None))
+        await store.write(batch)
+    assert [tuple(row) for row in await pg.fetch("SELECT did, rev, seq FROM fastworker.repairs")] == [
+        (DIDS[0], "3kbbbbbbbbb22", 8)
+    ]
+
+
+class _Watched:
+    """A connection that notes what it is asked to write."""
+
+    def __init__(self, connection: Any, seen: list[tuple[str, Any]]) -> None:
+        self._connection = connection
+        self._seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._connection, name)
+        if name not in ("execute", "fetch"):
+            return member
+
+        def call(statement: str, *arguments: Any) -> Any:
+            self._seen.append((statement, arguments))
+            return member(statement, *arguments)
+
+        return call
+
+
+async def test_every_statement_takes_its_keys_sorted(postgres_url: str) -> None:
+    """W24, T4: writers that lock in one order do not meet head on."""
+    seen: list[tuple[str, Any]] = []
+
+    class Watched(Store):
+        @contextlib.asynccontextmanager
+        async def _connection(self) -> AsyncIterator[Any]:
+            async with super()._connection() as connection:
+                yield _Watched(connection, seen)
+
+    store = await Watched.connect(postgres_url)
+    try:
+        history = random_history(3, 1_200)
+        for events in history.deliveries():
+            await store.write(batch_of(events))
+        await settle(store)
+    finally:
+        await store.close()
+    written = [(s, a[0]) for s, a in seen if s.startswith(("INSERT", "UPDATE", "DELETE")) and a and len(a[0]) > 1]
+    assert len({statement for statement, _ in written}) > 30
+    for statement, keys in written:
+        if not isinstance(keys, str):
+            firsts = [key[0] if isinstance(key, tuple) else key for key in keys]
+            assert firsts == sorted(firsts), statement

@@ -1,0 +1,414 @@
+"""Two flushes about the same records, driven through every interleaving of their steps on real connections.
+
+Each writer can be held at the places between its steps, inside and outside its transactions. For each pair of places:
+the first runs to its place, the second to its own (or until it waits for a lock of the first), then the first goes on to
+its end (or until it waits for the second), then the second. Nothing depends on timing: each step waits for a fact. Every
+case has records of its own, so that one comparison with the law at the end judges all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import asyncpg
+import pytest
+from property.feeding import batch_of, differences, lawful, settle
+
+from fastworker.edge.store import Store
+from fastworker.table.batch import Batch
+from fastworker.testing.histories import Event, cid_of, number, tid
+
+PLACES = (
+    "first look",  # nothing is written yet
+    "main",  # tombstones and users are committed
+    "rows written",  # in the main transaction, derived rows are not
+    "derived written",  # in the main transaction, before its commit
+    "recompute owed",  # main transaction committed
+    "look back",
+    "rejoin",  # looked back; rows that join two records are not recomputed
+)
+
+
+class Held(Store):
+    """A writer that waits at one of the places, once, until it is let go."""
+
+    place: str | None = None
+
+    def hold(self, place: str | None) -> None:
+        self.place = place
+        self.looked = 0
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+
+    async def _at(self, place: str) -> None:
+        if place == self.place and not self.go.is_set():
+            self.reached.set()
+            await self.go.wait()
+
+    async def _look(self, *args: Any) -> Any:
+        self.looked += 1
+        await self._at("first look" if self.looked == 1 else "look back")
+        return await super()._look(*args)
+
+    async def _main(self, *args: Any) -> Any:
+        await self._at("main")
+        return await super()._main(*args)
+
+    async def _apply(self, *args: Any) -> Any:
+        rows = await super()._apply(*args)
+        await self._at("rows written")
+        return rows
+
+    async def _derived(self, *args: Any) -> None:
+        await super()._derived(*args)
+        await self._at("derived written")
+
+    async def _recompute(self, *args: Any) -> None:
+        await self._at("recompute owed")
+        await super()._recompute(*args)
+
+    async def _rejoin(self, *args: Any) -> None:
+        await self._at("rejoin")
+        await super()._rejoin(*args)
+
+
+class Stage:
+    """Two writers and somebody who sees which of them waits for a lock."""
+
+    def __init__(self, stores: list[Held], watcher: asyncpg.Connection) -> None:
+        self.stores = stores
+        self.watcher = watcher
+
+    async def waits(self, n: int) -> bool:
+        return bool(
+            await self.watcher.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'",
+                f"writer-{n}",
+            )
+        )
+
+    async def until(self, n: int, task: asyncio.Task[Any], reached: asyncio.Event) -> None:
+        """The writer is at its place, at its end, or waits for a lock."""
+        async with asyncio.timeout(60):
+            while not (task.done() or reached.is_set() or await self.waits(n)):
+                await asyncio.sleep(0.001)
+
+    async def play(self, batches: tuple[Batch, Batch], places: tuple[str | None, str | None]) -> None:
+        tasks = []
+        for n, (store, batch, place) in enumerate(zip(self.stores, batches, places, strict=True)):
+            store.hold(place)
+            tasks.append(asyncio.create_task(store.write(batch)))
+            await self.until(n, tasks[n], store.reached)
+        for n, store in enumerate(self.stores):
+            store.go.set()
+            await self.until(n, tasks[n], asyncio.Event())
+        async with asyncio.timeout(60):
+            await asyncio.gather(*tasks)
+
+
+# What two writers do to each other -----------------------------------------------------------------------------
+
+
+class Scene:
+    """Events of one case: its own accounts `a`, `b`, `c`, in the order of their seq."""
+
+    def __init__(self, case: int) -> None:
+        self.a, self.b, self.c = (f"did:plc:{name}{case:023}".replace("0", "z").replace("1", "y") for name in "abc")
+        self.first_seq = 1_000 + 100 * case
+        self.count = 0
+        self.events: list[Event] = []
+
+    def _event(self, event: Event) -> Event:
+        made = number([event], bare=False)[0]
+        seq = self.first_seq + self.count
+        self.count += 1
+        if made["kind"] == "commit":
+            made["rev"] = tid(seq)
+        made["seq"] = seq
+        self.events.append(made)
+        return made
+
+    def put(self, repo: str, path: str, record: dict[str, Any], action: str = "create") -> Event:
+        full = {"$type": path.split("/", maxsplit=1)[0], "createdAt": "2026-01-01T00:00:00Z", **record}
+        ops = [{"action": action, "path": path, "cid": cid_of(full), "record": full}]
+        return self._event({"kind": "commit", "repo": repo, "bare": False, "ops": ops})
+
+    def delete(self, repo: str, path: str) -> Event:
+        ops = [{"action": "delete", "path": path, "cid": None}]
+        return self._event({"kind": "commit", "repo": repo, "bare": False, "ops": ops})
+
+    def account(self, did: str, status: str | None) -> Event:
+        return self._event({"kind": "account", "did": did, "active": status is None, "status": status})
+
+    def identity(self, did: str, handle: str) -> Event:
+        return self._event({"kind": "identity", "did": did, "handle": handle})
+
+    # Records, shortly ---------------------------------------------------------
+
+    def ref(self, uri: str) -> dict[str, str]:
+        return {"uri": uri, "cid": cid_of(uri)}
+
+    def post(self, repo: str, rkey: str = "p", action: str = "create", **record: Any) -> Event:
+        return self.put(repo, f"app.bsky.feed.post/{rkey}", {"text": "x", **record}, action)
+
+    def reply(self, repo: str, root: str, rkey: str = "r") -> Event:
+        return self.post(repo, rkey, reply={"root": self.ref(root), "parent": self.ref(root)})
+
+    def quote(self, repo: str, uri: str, action: str = "create") -> Event:
+        return self.post(repo, "q", action, embed={"$type": "app.bsky.embed.record", "record": self.ref(uri)})
+
+    def like(self, repo: str, uri: str, rkey: str = "l", action: str = "create") -> Event:
+        return self.put(repo, f"app.bsky.feed.like/{rkey}", {"subject": self.ref(uri)}, action)
+
+    def gate(self, repo: str, rkey: str = "p", kind: str = "threadgate") -> Event:
+        rules = {"allow": []} if kind == "threadgate" else {}
+        return self.put(repo, f"app.bsky.feed.{kind}/{rkey}", {"post": self.uri(repo, rkey), **rules})
+
+    def item(self, repo: str, rkey: str, name: str, subject: str, action: str = "create") -> Event:
+        record = {"list": f"at://{repo}/app.bsky.graph.list/{name}", "subject": subject}
+        return self.put(repo, f"app.bsky.graph.listitem/{rkey}", record, action)
+
+    def verification(self, repo: str, rkey: str, action: str = "create") -> Event:
+        record = {"subject": self.c, "handle": "c.test", "displayName": "C"}
+        return self.put(repo, f"app.bsky.graph.verification/{rkey}", record, action)
+
+    def uri(self, repo: str, rkey: str = "p", collection: str = "app.bsky.feed.post") -> str:
+        return f"at://{repo}/{collection}/{rkey}"
+
+
+Race = Callable[[Scene], tuple[list[Event], list[Event], list[Event]]]
+"""What is there before, what the one writes, what the other writes."""
+
+
+def create_and_delete(s: Scene) -> Any:
+    return [s.post(s.b)], [s.like(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.like/l")]
+
+
+def create_and_delete_of_a_post(s: Scene) -> Any:
+    return [s.post(s.b)], [s.reply(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.post/r")]
+
+
+def create_and_delete_of_a_cold_record(s: Scene) -> Any:
+    return [], [s.item(s.a, "i", "one", s.b)], [s.delete(s.a, "app.bsky.graph.listitem/i")]
+
+
+def delete_and_create_again(s: Scene) -> Any:
+    return [s.post(s.a)], [s.delete(s.a, "app.bsky.feed.post/p")], [s.post(s.a, text="again")]
+
+
+def two_updates(s: Scene) -> Any:
+    return [s.quote(s.a, s.uri(s.b))], [s.quote(s.a, s.uri(s.c), "update")], [s.post(s.a, "q", "update", text="none")]
+
+
+def two_updates_of_a_profile(s: Scene) -> Any:
+    path = "app.bsky.actor.profile/self"
+    base = [s.put(s.a, path, {"displayName": "one"})]
+    return base, [s.put(s.a, path, {"displayName": "two"}, "update")], [s.delete(s.a, path)]
+
+
+def a_winner_deleted_while_its_twin_arrives(s: Scene) -> Any:
+    to = s.uri(s.b)
+    return [s.post(s.b), s.like(s.a, to, "l1")], [s.like(s.a, to, "l2")], [s.delete(s.a, "app.bsky.feed.like/l1")]
+
+
+def two_twins(s: Scene) -> Any:
+    return [], [s.like(s.a, s.uri(s.b), "l2")], [s.like(s.a, s.uri(s.b), "l1")]
+
+
+def a_third_twin(s: Scene) -> Any:
+    to = s.uri(s.b)
+    base = [s.like(s.a, to, "l1"), s.like(s.a, to, "l2")]
+    return (
+        base,
+        [s.delete(s.a, "app.bsky.feed.like/l1")],
+        [s.like(s.a, to, "l0"), s.delete(s.a, "app.bsky.feed.like/l2")],
+    )
+
+
+def a_pair_changed_both_ways(s: Scene) -> Any:
+    base = [s.like(s.a, s.uri(s.b), "l1"), s.like(s.a, s.uri(s.c), "l2")]
+    return base, [s.like(s.a, s.uri(s.c), "l1", "update")], [s.like(s.a, s.uri(s.b), "l2", "update")]
+
+
+def cold_twins(s: Scene) -> Any:
+    return [s.verification(s.a, "v2")], [s.verification(s.b, "v1")], [s.delete(s.a, "app.bsky.graph.verification/v2")]
+
+
+def cold_pairs_changed(s: Scene) -> Any:
+    base = [s.item(s.a, "i1", "one", s.b), s.item(s.a, "i2", "two", s.b)]
+    return base, [s.item(s.a, "i1", "two", s.b, "update")], [s.item(s.a, "i2", "one", s.b, "update")]
+
+
+def two_first_likes(s: Scene) -> Any:
+    return [], [s.like(s.a, s.uri(s.c))], [s.like(s.b, s.uri(s.c))]
+
+
+def the_last_like_goes_and_one_comes(s: Scene) -> Any:
+    return [s.like(s.a, s.uri(s.c))], [s.delete(s.a, "app.bsky.feed.like/l")], [s.like(s.b, s.uri(s.c))]
+
+
+def a_post_and_its_reply(s: Scene) -> Any:
+    return [], [s.post(s.a)], [s.reply(s.b, s.uri(s.a))]
+
+
+def a_root_goes_while_its_reply_arrives(s: Scene) -> Any:
+    return [s.post(s.a)], [s.delete(s.a, "app.bsky.feed.post/p")], [s.reply(s.b, s.uri(s.a))]
+
+
+def a_gate_and_its_post(s: Scene) -> Any:
+    return [], [s.gate(s.a)], [s.post(s.a)]
+
+
+def a_gate_goes_while_its_post_arrives(s: Scene) -> Any:
+    return [s.gate(s.a), s.gate(s.a, kind="postgate")], [s.delete(s.a, "app.bsky.feed.threadgate/p")], [s.post(s.a)]
+
+
+def a_reply_and_its_root_authors_like(s: Scene) -> Any:
+    return [s.post(s.a)], [s.reply(s.b, s.uri(s.a))], [s.like(s.a, s.uri(s.b, "r"))]
+
+
+def the_root_authors_like_goes(s: Scene) -> Any:
+    base = [s.reply(s.b, s.uri(s.a)), s.like(s.a, s.uri(s.b, "r"))]
+    return base, [s.post(s.a)], [s.delete(s.a, "app.bsky.feed.like/l")]
+
+
+def a_generator_and_its_like(s: Scene) -> Any:
+    record = {"did": "did:web:feeds.example", "displayName": "Feed"}
+    made = s.put(s.a, "app.bsky.feed.generator/g", record)
+    return [], [made], [s.like(s.b, s.uri(s.a, "g", "app.bsky.feed.generator"))]
+
+
+def a_post_goes_while_it_is_quoted(s: Scene) -> Any:
+    return [s.post(s.a)], [s.delete(s.a, "app.bsky.feed.post/p")], [s.quote(s.b, s.uri(s.a))]
+
+
+def two_account_events(s: Scene) -> Any:
+    return [s.post(s.a)], [s.account(s.a, "deactivated")], [s.account(s.a, None)]
+
+
+def two_deletions(s: Scene) -> Any:
+    return [s.post(s.a)], [s.account(s.a, "deleted")], [s.account(s.a, "deleted")]
+
+
+def two_identities(s: Scene) -> Any:
+    return [s.post(s.a)], [s.identity(s.a, "one.test")], [s.identity(s.a, "two.test")]
+
+
+def an_account_deleted_while_its_older_record_arrives(s: Scene) -> Any:
+    made = [s.post(s.a), s.like(s.a, s.uri(s.b)), s.item(s.a, "i", "one", s.b)]
+    return [s.post(s.b)], [s.account(s.a, "deleted")], made
+
+
+def an_account_deleted_while_its_newer_record_arrives(s: Scene) -> Any:
+    base = [s.post(s.a), s.like(s.b, s.uri(s.a)), s.like(s.a, s.uri(s.b), "l1")]
+    return base, [s.account(s.a, "deleted")], [s.post(s.a, "new"), s.like(s.a, s.uri(s.b), "l2")]
+
+
+RACES: tuple[Race, ...] = (
+    create_and_delete,
+    create_and_delete_of_a_post,
+    create_and_delete_of_a_cold_record,
+    delete_and_create_again,
+    two_updates,
+    two_updates_of_a_profile,
+    a_winner_deleted_while_its_twin_arrives,
+    two_twins,
+    a_third_twin,
+    a_pair_changed_both_ways,
+    cold_twins,
+    cold_pairs_changed,
+    two_first_likes,
+    the_last_like_goes_and_one_comes,
+    a_post_and_its_reply,
+    a_root_goes_while_its_reply_arrives,
+    a_gate_and_its_post,
+    a_gate_goes_while_its_post_arrives,
+    a_reply_and_its_root_authors_like,
+    the_root_authors_like_goes,
+    a_generator_and_its_like,
+    a_post_goes_while_it_is_quoted,
+    two_account_events,
+    two_deletions,
+    two_identities,
+    an_account_deleted_while_its_older_record_arrives,
+    an_account_deleted_while_its_newer_record_arrives,
+)
+
+
+@pytest.fixture
+async def stage(postgres_url: str, pg: asyncpg.Connection) -> Any:
+    stores = [await Held.connect(postgres_url, application_name=f"writer-{n}") for n in range(2)]
+    yield Stage(stores, pg)
+    for store in stores:
+        await store.close()
+
+
+@pytest.mark.parametrize("race", RACES, ids=lambda race: race.__name__)
+async def test_every_interleaving_ends_as_the_law_says(race: Race, stage: Stage, pg: asyncpg.Connection) -> None:
+    await pg.execute("SET deadlock_timeout = '20ms'")
+    events: list[Event] = []
+    for case, (turned, one, other) in enumerate(_cases()):
+        scene = Scene(case)
+        base, *parts = race(scene)
+        if turned:
+            parts.reverse()
+        for store in stage.stores:
+            store.hold(None)
+        if base:
+            await stage.stores[0].write(batch_of(base))
+        await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))
+        events += scene.events
+    stage.stores[0].hold(None)
+    await settle(stage.stores[0])
+    expected = lawful(events)
+    assert sum(map(len, expected.values())) >= 112, "the cases are about nothing"
+    told = await differences(expected, pg)
+    assert told == "no difference", _explain(told)
+
+
+def _cases() -> Iterable[tuple[bool, str, str | None]]:
+    for turned in (False, True):
+        for one in PLACES:
+            for other in (*PLACES, None):
+                yield turned, one, other
+
+
+def _explain(told: str) -> str:
+    """Cases are told apart by the number in their DIDs (z is 0, y is 1)."""
+    return "\n".join(f"{n}: {case}" for n, case in enumerate(_cases())) + "\n" + told
+
+
+async def test_a_recount_beside_a_delta(stage: Stage, pg: asyncpg.Connection) -> None:
+    """A like that nobody of ours versioned is delivered again (a recount) while another like arrives (a delta)."""
+    events: list[Event] = []
+    for case, (turned, one, other) in enumerate(_cases()):
+        s = Scene(case)
+        parts = [[s.like(s.a, s.uri(s.c))], [s.like(s.b, s.uri(s.c))]]
+        await pg.execute(
+            "INSERT INTO likes (uri, user_did, post_uri, created_at) VALUES ($1, $2, $3, now())",
+            s.uri(s.a, "l", "app.bsky.feed.like"),
+            s.a,
+            s.uri(s.c),
+        )
+        await pg.execute("INSERT INTO post_aggregations (post_uri, like_count) VALUES ($1, 5)", s.uri(s.c))
+        if turned:
+            parts.reverse()
+        await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))
+        events += s.events
+    stage.stores[0].hold(None)
+    await settle(stage.stores[0])
+    assert await differences(lawful(events), pg) == "no difference"
+
+
+async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connection) -> None:
+    """A writer that does not look back leaves the row that the delete had overtaken."""
+    s = Scene(0)
+    parts = [s.like(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.like/l")]
+
+    async def blind(*_: Any) -> Any:
+        return {}, set()
+
+    stage.stores[0]._look = blind  # type: ignore[method-assign]
+    await stage.play((batch_of(parts[0]), batch_of(parts[1])), ("rows written", None))
+    assert await pg.fetchval("SELECT count(*) FROM likes") == 1
