@@ -145,12 +145,16 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
 
 
 def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
+    from fastworker.run.resolver import ResolverSettings
     from fastworker.run.up import Plan
+
+    url = config.require_database_url(command)
 
     return Plan(
         worker=_worker_settings(config, command),
         monitor=_monitor_settings(config, with_reader=with_reader),
         reader=_reader_settings(config) if with_reader else None,
+        resolver=ResolverSettings(url, config.plc_url) if config.resolve_handles else None,
         memory_max_bytes=config.memory_max_bytes,
         notify_socket=os.environ.get("NOTIFY_SOCKET") or None,
     )

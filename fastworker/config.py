@@ -358,7 +358,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_RESOLVE_HANDLES",
             "worker up",
-            "Whether identity events without a handle are resolved over the network.",
+            "Whether handles that identity events do not name are resolved over DNS and HTTPS, beside the stream "
+            "(one more connection).",
             read=_flag,
             allowed="on or off",
             default="on",

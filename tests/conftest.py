@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "template_contract"
+os.environ.setdefault("FASTWORKER_RESOLVE_HANDLES", "off")  # no test asks the network; test_resolver.py has servers
 _numbers = itertools.count(1)
 
 

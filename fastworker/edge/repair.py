@@ -65,7 +65,9 @@ class Repair(Store):
         kills = []
         for uri in uris:
             rev, seq = versions.get(uri) or twins.get(uri) or (None, None)
-            kills.append(Change(collection_table(uri), uri, derived.did_of(uri), "", rev, seq, 0, None, None))
+            kills.append(
+                Change(collection_table(uri), uri, derived.did_of(uri), uri.rpartition("/")[2], rev, seq, 0, None, None)
+            )
         await self._main(connection, kills, set(twins), None)
 
     async def _mend_twins(self, connection: Connection, drifts: Sequence[Drift]) -> None:

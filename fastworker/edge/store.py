@@ -257,6 +257,33 @@ class Store:
         marks = [Progress(stream, r[0], r[1], r[2]) for r in found]
         return max(marks, key=lambda mark: [int(part) for part in mark.entry_id.split("-")], default=None)
 
+    # Handles that are resolved beside the stream ---------------------------------------------------
+
+    async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:
+        """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
+        async with self._connection() as connection:
+            return [(r[0], r[1]) for r in await connection.fetch(merge.UNRESOLVED, limit)]
+
+    async def resolved(self, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
+        """(did, its handle or None, asked at, marked at). Not taken where an event came meanwhile; how many were."""
+        if not rows:
+            return 0
+
+        async def transaction() -> int:
+            async with connection.transaction():
+                taken = await connection.fetch(merge.RESOLVED, *_columns(sorted(rows, key=lambda row: row[0])))
+                if named := sorted((r[0], r[1]) for r in taken if r[1] is not None):
+                    await connection.execute(merge.HANDLES, *_columns(named))
+                return len(taken)
+
+        async with self._connection() as connection:
+            return await self._retry(transaction)
+
+    async def unresolvable(self, dids: list[str]) -> None:
+        """Ask later, ever more rarely: from half a minute to a day."""
+        async with self._connection() as connection:
+            await connection.execute(merge.UNRESOLVABLE, sorted(dids))
+
     # 1 and 4: what beats this batch -------------------------------------------------------------
 
     async def _look(self, connection: Connection, upserts: list[Change]) -> tuple[dict[str, Change], set[str]]:
@@ -471,7 +498,7 @@ class Store:
             if old is None:
                 if change.row is None:
                     del pending[uri]  # nothing to delete: the tombstone stands
-                    if table is PROFILES:
+                    if table is PROFILES and change.rkey == "self":
                         fx.profiles[change.repo] = None  # what another writer may have put into users
                 else:
                     again.append(change)

@@ -75,16 +75,20 @@ CREATE TABLE fastworker.accounts (
 );
 CREATE INDEX accounts_purge ON fastworker.accounts (did) WHERE purge_pending;
 
--- The newest #identity event of each DID. `resolve_pending` when it carried no usable handle.
+-- The newest #identity event of each DID. `resolve_pending` when it carried no usable handle: marked at `marked_at`, not
+-- asked again before `resolve_after`.
 CREATE TABLE fastworker.identities (
     did varchar(255) PRIMARY KEY,
     handle text,
     relay text,
     seq bigint,
     event_at timestamptz NOT NULL,
-    resolve_pending boolean NOT NULL DEFAULT false
+    resolve_pending boolean NOT NULL DEFAULT false,
+    marked_at timestamptz,
+    resolve_after timestamptz NOT NULL DEFAULT '-infinity',
+    attempts integer NOT NULL DEFAULT 0
 );
-CREATE INDEX identities_resolve ON fastworker.identities (event_at) WHERE resolve_pending;
+CREATE INDEX identities_resolve ON fastworker.identities (resolve_after) WHERE resolve_pending;
 
 -- Keys of joined rows (two records each) that a committed transaction still owes a recomputation.
 CREATE TABLE fastworker.recheck (

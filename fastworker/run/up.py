@@ -26,6 +26,7 @@ from fastworker.run.heartbeat import Heartbeats, Slot, State
 from fastworker.run.migrate import migrate
 from fastworker.run.monitor import MonitorSettings, run_monitor
 from fastworker.run.reader import ReaderSettings
+from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.run.resume import read_and_resume
 from fastworker.run.supervisor import ChildSpec, Supervisor
 from fastworker.run.worker import WorkerSettings, shrunk, worker_main
@@ -34,11 +35,12 @@ log = logging.getLogger(__name__)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What a supervisor runs. `reader` None: the reader is another service."""
+    """What a supervisor runs. `reader` None: the reader is another service; `resolver`: of handles."""
 
     worker: WorkerSettings
     monitor: MonitorSettings
     reader: ReaderSettings | None = None
+    resolver: ResolverSettings | None = None
     memory_max_bytes: int | None = None
     notify_socket: str | None = None
 
@@ -49,7 +51,7 @@ def supervise(plan: Plan) -> ExitCode:
     worker = shrunk(plan.worker)
     specs = [
         ChildSpec("worker", partial(worker_main, worker), count=worker.processes),
-        ChildSpec("monitor", partial(_monitor_main, plan.monitor, heartbeats)),
+        ChildSpec("monitor", partial(_monitor_main, plan.monitor, plan.resolver, heartbeats)),
     ]
     if plan.reader is not None:
         specs.append(ChildSpec("reader", partial(_reader_main, plan.reader, worker.database_url)))
@@ -64,9 +66,14 @@ def supervise(plan: Plan) -> ExitCode:
     return supervisor.run()
 
 
-def _monitor_main(settings: MonitorSettings, heartbeats: Heartbeats, slot: Slot) -> int:
+def _monitor_main(
+    settings: MonitorSettings, resolver: ResolverSettings | None, heartbeats: Heartbeats, slot: Slot
+) -> int:
     async def main(slot: Slot, stopping: asyncio.Event) -> None:
-        await run_monitor(settings, heartbeats, stopping, on_ready=lambda: slot.set(ready=1, state=State.RUNNING))
+        async with asyncio.TaskGroup() as tasks:
+            if resolver is not None:
+                tasks.create_task(run_resolver(resolver, stopping))
+            await run_monitor(settings, heartbeats, stopping, on_ready=lambda: slot.set(ready=1, state=State.RUNNING))
 
     return run_child(slot, main)
 

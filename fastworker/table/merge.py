@@ -192,9 +192,30 @@ IDENTITIES = (
     "WHERE t.handle IS NULL OR " + _EVENT_NEWER.format(t="t") + " RETURNING did, handle"
 )
 IDENTITIES_UNRESOLVED = (
-    "INSERT INTO fastworker.identities AS t (did, event_at, resolve_pending) "
-    "SELECT u.*, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u "
-    "ON CONFLICT (did) DO UPDATE SET resolve_pending = true WHERE t.event_at < excluded.event_at"
+    "INSERT INTO fastworker.identities AS t (did, event_at, marked_at, resolve_pending) "
+    "SELECT u.did, u.at, u.at, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u (did, at) "
+    "ON CONFLICT (did) DO UPDATE SET resolve_pending = true, marked_at = excluded.marked_at, "
+    "resolve_after = '-infinity', attempts = 0 WHERE t.event_at < excluded.event_at"
+)
+# Handle resolution, beside the stream. An event with a handle clears the mark, another without one moves it: what was
+# being resolved meanwhile is then not taken.
+UNRESOLVED = (
+    "SELECT i.did, i.marked_at FROM fastworker.identities AS i WHERE i.resolve_pending AND i.resolve_after <= now() "
+    "AND NOT EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = i.did AND s.data_collection_forbidden) "
+    "ORDER BY i.resolve_after LIMIT $1"
+)
+RESOLVED = (
+    "UPDATE fastworker.identities AS t SET resolve_pending = false, attempts = 0, "
+    "handle = coalesce(u.handle, t.handle), relay = CASE WHEN u.handle IS NULL THEN t.relay END, "
+    "seq = CASE WHEN u.handle IS NULL THEN t.seq END, "
+    "event_at = CASE WHEN u.handle IS NULL THEN t.event_at ELSE greatest(t.event_at, u.at) END "
+    "FROM unnest($1::varchar[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS u (did, handle, at, marked_at) "
+    "WHERE t.did = u.did AND t.resolve_pending AND t.marked_at = u.marked_at RETURNING t.did, u.handle"
+)
+UNRESOLVABLE = (
+    "UPDATE fastworker.identities SET attempts = attempts + 1, "
+    "resolve_after = now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12)) "
+    "WHERE did = ANY($1::varchar[]) AND resolve_pending"
 )
 HANDLES = (
     "UPDATE public.users AS t SET handle = u.handle FROM unnest($1::varchar[], $2::varchar[]) AS u (did, handle) "

@@ -1,0 +1,352 @@
+"""Handles over a local directory, local well-known files and a local name server, into a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import dns.flags
+import dns.message
+import dns.rdatatype
+import dns.rrset
+import pytest
+from aiohttp import web
+from redis.asyncio import Redis
+
+from fastworker.edge import identity
+from fastworker.edge.identity import Breaker, Directory, Unresolved, is_host
+from fastworker.edge.store import Store
+from fastworker.event import Identity
+from fastworker.run import resolver
+from fastworker.run.resolver import ResolverSettings, run_resolver
+from fastworker.table.batch import Batch
+
+ALICE, BOB = "did:plc:" + "a" * 24, "did:plc:" + "b" * 24
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+class World:
+    """What the servers say; `asked` is what they were asked."""
+
+    def __init__(self) -> None:
+        self.documents: dict[str, Any] = {}  # did -> document, or a status
+        self.files: dict[str, str] = {}  # host -> atproto-did
+        self.records: dict[str, list[str]] = {}  # handle -> TXT
+        self.asked: list[str] = []
+        self.hold: asyncio.Event | None = None
+
+    def is_called(self, did: str, *handles: str) -> None:
+        self.documents[did] = {"id": did, "alsoKnownAs": [f"at://{handle}" for handle in handles]}
+
+    async def document(self, request: web.Request) -> web.StreamResponse:
+        did = request.match_info["did"]
+        self.asked.append(did)
+        if self.hold is not None:
+            await self.hold.wait()
+        found = self.documents.get(did, 404)
+        return web.Response(status=found) if isinstance(found, int) else web.json_response(found)
+
+    async def well_known(self, request: web.Request) -> web.StreamResponse:
+        host, name = request.match_info["host"], request.match_info["name"]
+        self.asked.append(f"{host}/{name}")
+        if name == "did.json":
+            found = self.documents.get(f"did:web:{host}", 404)
+            return web.Response(status=found) if isinstance(found, int) else web.json_response(found)
+        return web.Response(text=self.files[host]) if host in self.files else web.Response(status=404)
+
+
+class _Names(asyncio.DatagramProtocol):
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        query = dns.message.from_wire(data)
+        question = query.question[0]
+        name = question.name.to_text().rstrip(".")
+        self._world.asked.append(f"TXT {name}")
+        response = dns.message.make_response(query)
+        if texts := self._world.records.get(name.removeprefix("_atproto.")):
+            rows = [f'"{text}"' for text in texts]
+            response.answer.append(dns.rrset.from_text_list(question.name, 60, "IN", "TXT", rows))
+        else:
+            response.set_rcode(3)
+        self._transport.sendto(response.to_wire(), address)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[tuple[World, dict[str, Any]]]:
+    world = World()
+    app = web.Application()
+    app.router.add_get("/plc/{did}", world.document)
+    app.router.add_get("/hosts/{host}/{name}", world.well_known)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: _Names(world), local_addr=("127.0.0.1", 0)
+    )
+    yield (
+        world,
+        {
+            "plc_url": f"http://127.0.0.1:{port}/plc",
+            "well_known": f"http://127.0.0.1:{port}/hosts/{{host}}",
+            "nameserver": ("127.0.0.1", transport.get_extra_info("sockname")[1]),
+            "allow_private": True,
+        },
+    )
+    transport.close()
+    if world.hold is not None:
+        world.hold.set()
+    await runner.cleanup()
+
+
+async def mark(store: Store, *events: tuple[str, str | None, int]) -> None:
+    """Identity events: (did, handle or none, minutes)."""
+    batch = Batch()
+    for did, handle, minutes in events:
+        batch.put_identity(Identity(minutes, did, handle, None), NOW + timedelta(minutes=minutes))
+    await store.write(batch)
+
+
+@contextlib.asynccontextmanager
+async def resolving(url: str, servers: dict[str, Any]) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(run_resolver(ResolverSettings(url, **servers), stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        async with asyncio.timeout(20):
+            await task
+
+
+async def until(pg: asyncpg.Connection, question: str, answer: object = 0) -> None:
+    async with asyncio.timeout(30):
+        while await pg.fetchval(question) != answer:
+            await asyncio.sleep(0.02)
+
+
+PENDING = "SELECT count(*) FROM fastworker.identities WHERE resolve_pending"
+HANDLE = "SELECT handle FROM users WHERE did = $1"
+
+
+@pytest.fixture
+async def store(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Store]:
+    monkeypatch.setattr(resolver, "IDLE_S", 0.05)
+    monkeypatch.setattr(resolver, "APART_S", 0.0)
+    store = await Store.connect(postgres_url)
+    yield store
+    await store.close()
+
+
+@pytest.mark.parametrize("by", ["dns", "file"])
+async def test_a_handle_that_both_sides_name(by: str, world: Any, store: Store, postgres_url: str, pg: Any) -> None:
+    says, servers = world
+    web_did = "did:web:bob.test"
+    says.is_called(ALICE, "Alice.Test", "other.test")
+    says.is_called(web_did, "bob.test")
+    for handle, did in (("alice.test", ALICE), ("bob.test", web_did)):
+        if by == "dns":
+            says.records[handle] = ["v=spf1", f"did={did}"]
+        else:
+            says.files[handle] = f" {did}\n"
+    await mark(store, (ALICE, None, 1), (web_did, None, 1))
+    assert await pg.fetchval(HANDLE, ALICE) == "handle.invalid"
+    async with resolving(postgres_url, servers):
+        await until(pg, PENDING)
+    assert await pg.fetchval(HANDLE, ALICE) == "alice.test"
+    assert await pg.fetchval(HANDLE, web_did) == "bob.test"
+    assert ("alice.test/atproto-did" in says.asked) == (by == "file")
+    await mark(store, (ALICE, "older.test", 0))
+    assert await pg.fetchval(HANDLE, ALICE) == "alice.test", "an older event beat what was resolved"
+    later = Batch()
+    later.put_identity(Identity(9, ALICE, "newer.test", None), datetime.now(UTC) + timedelta(seconds=1))
+    await store.write(later)
+    assert await pg.fetchval(HANDLE, ALICE) == "newer.test"
+
+
+@pytest.mark.parametrize(
+    "case", ["names another", "two records", "no document", "another document", "no handle", "too large", "no host"]
+)
+async def test_a_handle_that_nobody_vouches_for(
+    case: str, world: Any, store: Store, postgres_url: str, pg: Any
+) -> None:
+    """The mark goes; a real handle is never replaced by handle.invalid."""
+    says, servers = world
+    says.is_called(ALICE, "alice.test")
+    match case:
+        case "names another":
+            says.records["alice.test"] = [f"did={BOB}"]
+        case "two records":
+            says.records["alice.test"] = [f"did={ALICE}", f"did={BOB}"]
+        case "no document":
+            del says.documents[ALICE]
+        case "another document":
+            says.documents[ALICE]["id"] = BOB
+            says.records["alice.test"] = [f"did={ALICE}"]
+        case "no handle":
+            says.is_called(ALICE)
+        case "too large":
+            says.records["alice.test"] = [f"did={ALICE}"]
+            says.documents[ALICE]["x"] = "y" * 100_000
+        case "no host":
+            says.is_called(ALICE, "alice.test:8080/path")
+    await mark(store, (ALICE, "real.test", 1), (BOB, None, 1))
+    await mark(store, (ALICE, None, 2))
+    assert await pg.fetchval(PENDING) == 2
+    async with resolving(postgres_url, servers):
+        await until(pg, PENDING)
+    assert await pg.fetchval(HANDLE, ALICE) == "real.test"
+    assert await pg.fetchval(HANDLE, BOB) == "handle.invalid"
+
+
+async def test_what_fails_is_asked_again_ever_more_rarely(world: Any, store: Store, postgres_url: str, pg: Any) -> None:
+    says, servers = world
+    dids = ["did:plc:" + letter * 24 for letter in "abcdefghijklmnopqrst"]
+    says.documents.update(dict.fromkeys(dids, 500))
+    await mark(store, *((did, None, 1) for did in dids))
+    async with resolving(postgres_url, servers):
+        await until(pg, "SELECT count(*) FROM fastworker.identities WHERE attempts > 0", len(dids))
+        await asyncio.sleep(0.3)
+    assert await pg.fetchval(PENDING) == len(dids)
+    assert identity.FAILURES_MAX <= len(says.asked) < len(dids), "a failing directory is left alone"
+    waits = await pg.fetch("SELECT DISTINCT resolve_after > now() + interval '20 seconds' FROM fastworker.identities")
+    assert [row[0] for row in waits] == [True]
+
+
+async def test_an_event_that_comes_meanwhile_wins(world: Any, store: Store, postgres_url: str, pg: Any) -> None:
+    says, servers = world
+    for did, handle in ((ALICE, "alice.test"), (BOB, "bob.test")):
+        says.is_called(did, handle)
+        says.records[handle] = [f"did={did}"]
+    await mark(store, (ALICE, None, 1), (BOB, None, 1))
+    says.hold = asyncio.Event()
+    async with resolving(postgres_url, servers):
+        async with asyncio.timeout(20):
+            while len(says.asked) < 2:
+                await asyncio.sleep(0.01)
+        await mark(store, (ALICE, "newer.test", 2), (BOB, None, 3))
+        says.hold.set()
+        await until(pg, PENDING)
+    assert await pg.fetchval(HANDLE, ALICE) == "newer.test"
+    assert await pg.fetchval(HANDLE, BOB) == "bob.test"
+    assert says.asked.count(BOB) == 2, "another event without a handle means another look"
+
+
+async def test_nothing_is_asked_about_who_forbids_it(world: Any, store: Store, postgres_url: str, pg: Any) -> None:
+    says, servers = world
+    await mark(store, (ALICE, None, 1), (BOB, None, 1))
+    await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", ALICE)
+    async with resolving(postgres_url, servers):
+        await until(pg, PENDING, 1)
+    assert BOB in says.asked
+    assert ALICE not in says.asked
+
+
+async def test_private_hosts_are_not_asked(world: Any) -> None:
+    says, servers = world
+    says.is_called(ALICE, "alice.test")
+    port = servers["plc_url"].split(":")[2].split("/")[0]
+    where = {"well_known": f"http://localhost:{port}/hosts/{{host}}", "nameserver": servers["nameserver"]}
+    async with Directory(servers["plc_url"], **where) as directory:
+        with pytest.raises(Unresolved, match="localhost"):
+            await directory.handle_of(ALICE)
+    assert "alice.test/atproto-did" not in says.asked
+    async with Directory(servers["plc_url"], allow_private=True, **where) as directory:
+        assert await directory.handle_of(ALICE) is None
+    assert "alice.test/atproto-did" in says.asked, "it was the address that was refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "may"),
+    [
+        ("alice.test", True),
+        ("xn--bcher-kva.example.com", True),
+        ("127.0.0.1", False),
+        ("localhost", False),
+        ("a.localhost", False),
+        ("a.internal", False),
+        ("alice.test:80", False),
+        ("alice.test/x", False),
+        ("-a.test", False),
+        ("a" * 250 + ".test", False),
+    ],
+)
+def test_which_hosts_may_be_asked(name: str, may: bool) -> None:
+    assert is_host(name) is may
+
+
+def test_a_failing_host_is_left_alone_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(identity.time, "monotonic", lambda: now[0])
+    breaker = Breaker()
+    for _ in range(identity.FAILURES_MAX):
+        breaker.check("a.test")
+        breaker.failed("a.test")
+    with pytest.raises(Unresolved, match="left alone"):
+        breaker.check("a.test")
+    breaker.check("b.test")
+    now[0] += identity.OPEN_S + 1
+    breaker.check("a.test")
+    breaker.failed("a.test")
+    now[0] += identity.OPEN_S + 1
+    with pytest.raises(Unresolved):
+        breaker.check("a.test")
+    now[0] += identity.OPEN_S
+    breaker.check("a.test")
+    breaker.worked("a.test")
+    breaker.failed("a.test")
+    breaker.check("a.test")
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+async def test_the_worker_resolves_beside_its_stream(
+    switch: str, world: Any, redis_url: str, postgres_url: str, pg: Any
+) -> None:
+    says, servers = world
+    says.is_called(ALICE)
+    async with Redis.from_url(redis_url) as redis:
+        await redis.xgroup_create("firehose:events", "firehose-processors", id="0", mkstream=True)
+        data = f'{{"did":"{ALICE}","handle":null,"time":"2026-11-01T00:00:00Z"}}'
+        await redis.xadd("firehose:events", {"type": "identity", "data": data, "seq": "5"})
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "fastworker",
+            "worker",
+            env={
+                **os.environ,
+                "REDIS_URL": redis_url,
+                "DATABASE_URL": postgres_url,
+                "FASTWORKER_HTTP_PORT": "off",
+                "FASTWORKER_PLC_URL": servers["plc_url"],
+                "FASTWORKER_RESOLVE_HANDLES": switch,
+                "LOG_LEVEL": "WARNING",
+            },
+        )
+        try:
+            await until(pg, "SELECT count(*) FROM fastworker.identities", 1)
+            if switch == "on":
+                await until(pg, PENDING)
+            else:
+                await asyncio.sleep(1.0)
+                assert await pg.fetchval(PENDING) == 1
+            process.terminate()
+            async with asyncio.timeout(20):
+                assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    assert bool(says.asked) is (switch == "on")
