@@ -208,6 +208,16 @@ def _profiles(where: Where, _: frozenset[str]) -> str:
     )
 
 
+def _handles(where: Where, _: frozenset[str]) -> str:
+    """A users row whose handle is not that of the newest identity event: somebody else wrote it."""
+    return _compare(
+        "handle",
+        f"SELECT did AS k1, did AS target, handle FROM fastworker.identities WHERE {where('did')} AND handle IS NOT NULL",
+        "SELECT did AS target, handle::text AS handle FROM public.users",
+        join="LEFT",
+    )
+
+
 # What follows from one row -----------------------------------------------------------------------------------
 
 
@@ -471,6 +481,7 @@ CHECKS: tuple[Check, ...] = (
     _users("fastworker.accounts", "did", "did"),
     _users("fastworker.identities", "did", "did"),
     Check("users.profile", "users", None, (("fastworker.profiles", "uri"),), _profiles, "profiles"),
+    Check("users.handle", "users", None, (("fastworker.identities", "did"),), _handles, "handles"),
     Check("label_events", "label_events", None, (("labels", "uri"),), _label_events, "label_events"),
     _THREAD_GATES,
     _POST_GATES,

@@ -124,6 +124,17 @@ class Repair(Store):
 
         await self._retry(transaction)
 
+    async def _mend_handles(self, connection: Connection, drifts: Sequence[Drift]) -> None:
+        keys = _keys(drifts)
+
+        async def transaction() -> None:
+            async with connection.transaction():
+                rows = [tuple(row) for row in await connection.fetch(_HANDLES_LOCK, keys)]
+                if rows:
+                    await connection.execute(merge.HANDLES, *zip(*rows, strict=True))
+
+        await self._retry(transaction)
+
     async def _mend_label_events(self, connection: Connection, drifts: Sequence[Drift]) -> None:
         """One `created` for each live label: the first one stays."""
         keys = _keys(drifts)
@@ -287,6 +298,10 @@ _VERSIONS = "SELECT uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::t
 _TWIN_VERSIONS = "SELECT uri, rev, seq FROM fastworker.twins WHERE uri = ANY($1::text[])"
 _TWINS = "SELECT uri, table_name, rkey, rev, seq, cid, row_values FROM fastworker.twins WHERE uri = ANY($1::text[])"
 _VERSIONS_LOCK = "SELECT uri FROM fastworker.versions WHERE uri = ANY($1::text[]) ORDER BY uri FOR UPDATE"
+_HANDLES_LOCK = (
+    "SELECT did, handle FROM fastworker.identities WHERE did = ANY($1::varchar[]) AND handle IS NOT NULL "
+    "ORDER BY did FOR UPDATE"
+)
 _LABEL_EVENTS_AGAIN = (
     "DELETE FROM public.label_events AS e WHERE e.label_uri = ANY($1::varchar[]) AND e.action = 'created' "
     "AND EXISTS (SELECT 1 FROM public.label_events AS f WHERE f.label_uri = e.label_uri AND f.action = 'created' "

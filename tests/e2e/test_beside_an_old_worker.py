@@ -71,6 +71,6 @@ async def test_reapply_and_verify_make_it_right(
 
     settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL)
     assert await reapply(settings, "0") is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, Wish(as_json=True, repair=True)) is ExitCode.DONE
     assert await differences(expected, pg) == "no difference"
     capsys.readouterr()

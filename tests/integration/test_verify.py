@@ -295,6 +295,12 @@ CORRUPTIONS: dict[str, tuple[str, str, str]] = {
         "users.profile",
         "wrong",
     ),
+    "handle": (
+        "UPDATE users SET handle = 'somebody.else' WHERE did IN "
+        "(SELECT did FROM fastworker.identities WHERE handle IS NOT NULL ORDER BY did LIMIT 3)",
+        "users.handle",
+        "wrong",
+    ),
     "no label event": (
         f"DELETE FROM label_events WHERE label_uri IN {some('labels')}",
         "label_events",
