@@ -212,7 +212,8 @@ def _handles(where: Where, _: frozenset[str]) -> str:
     """A users row whose handle is not that of the newest identity event: somebody else wrote it."""
     return _compare(
         "handle",
-        f"SELECT did AS k1, did AS target, handle FROM fastworker.identities WHERE {where('did')} AND handle IS NOT NULL",
+        "SELECT did AS k1, did AS target, handle FROM fastworker.identities "
+        f"WHERE {where('did')} AND handle IS NOT NULL",
         "SELECT did AS target, handle::text AS handle FROM public.users",
         join="LEFT",
     )

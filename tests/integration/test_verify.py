@@ -296,8 +296,10 @@ CORRUPTIONS: dict[str, tuple[str, str, str]] = {
         "wrong",
     ),
     "handle": (
-        "UPDATE users SET handle = 'somebody.else' WHERE did IN "
-        "(SELECT did FROM fastworker.identities WHERE handle IS NOT NULL ORDER BY did LIMIT 3)",
+        (
+            "UPDATE users SET handle = 'somebody.else' WHERE did IN "
+            "(SELECT did FROM fastworker.identities WHERE handle IS NOT NULL ORDER BY did LIMIT 3)"
+        ),
         "users.handle",
         "wrong",
     ),
