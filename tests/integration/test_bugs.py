@@ -105,6 +105,30 @@ async def test_a_sync_is_remembered(store: Store, pg: asyncpg.Connection) -> Non
     ]
 
 
+async def test_an_older_record_after_the_account_is_gone(store: Store, pg: asyncpg.Connection) -> None:
+    """The deletion is settled, all its rows are removed; what is delivered late from before it stays out."""
+    late = commits(
+        ("app.bsky.feed.post", "p", {"text": "x"}),
+        ("app.bsky.feed.like", "l", {"subject": {"uri": POST, "cid": cid_of(POST)}}),
+        ("app.bsky.graph.list", "i", {"name": "x", "purpose": "app.bsky.graph.defs#modlist"}),
+    )
+    deletion = {"kind": "account", "did": DIDS[0], "active": False, "status": "deleted"}
+    (deletion,) = number([deletion], bare=False)
+    deletion["seq"] += 50
+    await store.write(batch_of([deletion]))
+    await settle(store)
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.accounts WHERE NOT purge_pending") == 1
+    for event in late:
+        await store.write(batch_of([event]))
+    await settle(store)
+    for table in ("posts", "likes", "lists", "feed_items", "post_aggregations"):
+        assert await pg.fetchval(f"SELECT count(*) FROM {table}") == 0, table
+    newer = number([{"kind": "commit", "repo": DIDS[0], "bare": False, "ops": late[0]["ops"]}], bare=False)
+    newer[0]["seq"] += 60
+    await store.write(batch_of(newer))
+    assert await pg.fetchval("SELECT count(*) FROM posts") == 1
+
+
 class _Watched:
     """A connection that notes what it is asked to write."""
 

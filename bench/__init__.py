@@ -1,0 +1,1 @@
+"""Benchmarks on servers of their own: `./scripts/bench`."""

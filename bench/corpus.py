@@ -1,0 +1,79 @@
+"""The same events for every run: the simulated network's production mix, kept in the user's cache by seed and size."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from fastworker.errors import InvalidEvent
+from fastworker.event.entry import encode_json, encode_native
+from fastworker.event.frame import decode_frame
+from fastworker.testing.network import Network
+
+Fields = dict[bytes, bytes]
+FORMS = ("native", "json", "frame")
+ACCOUNTS = 16_000
+_ENTRIES = msgspec.msgpack.Decoder(list[dict[bytes, bytes]])
+PIECE = 1_000
+
+
+def _folder(seed: int, events: int) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "fastworker-bench" / f"seed-{seed}-{events}"
+
+
+def prepare(seed: int, events: int) -> Path:
+    """Make the corpus if it is not there: per form a file of pieces, `[u32 length][msgpack]`; and the raw frames."""
+    folder = _folder(seed, events)
+    if (folder / "done").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    network = Network(seed, mix="production", accounts=ACCOUNTS, history=0)
+    files = {form: (folder / form).open("wb") for form in FORMS}
+    frames = (folder / "corpus.frames").open("wb")
+    pieces: dict[str, list[Fields]] = {form: [] for form in FORMS}
+    made, told = 0, time.monotonic()
+    try:
+        for sim in network.frames(events):
+            frames.write(len(sim.data).to_bytes(4, "big") + sim.data)
+            try:
+                event = decode_frame(sim.data, None)
+            except InvalidEvent:
+                continue
+            pieces["native"].append(dict(encode_native(event)))  # type: ignore[arg-type]
+            if (fields := encode_json(event)) is not None:  # type: ignore[arg-type]
+                pieces["json"].append(dict(fields))
+            pieces["frame"].append({b"f": sim.data, b"relay": b"bench"})
+            made += 1
+            if made % PIECE == 0:
+                _flush(files, pieces)
+                if time.monotonic() - told > 5:
+                    told = time.monotonic()
+                    print(f"corpus: {made:,} of {events:,} events", flush=True)
+        _flush(files, pieces)
+    finally:
+        for file in (*files.values(), frames):
+            file.close()
+    (folder / "done").touch()
+    return folder
+
+
+def _flush(files: dict[str, object], pieces: dict[str, list[Fields]]) -> None:
+    for form, entries in pieces.items():
+        data = msgspec.msgpack.encode(entries)
+        files[form].write(len(data).to_bytes(4, "big") + data)  # type: ignore[attr-defined]
+        entries.clear()
+
+
+def entries(folder: Path, form: str, count: int) -> Iterator[Fields]:
+    """The first `count` entries of a form."""
+    with (folder / form).open("rb") as file:
+        left = count
+        while left > 0 and (head := file.read(4)):
+            for fields in _ENTRIES.decode(file.read(int.from_bytes(head, "big")))[:left]:
+                yield fields
+                left -= 1
