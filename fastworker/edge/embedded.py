@@ -28,6 +28,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,26 @@ _PR_CAP_AMBIENT_RAISE = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_DAC_OVERRIDE = 1
 _CAP_DAC_READ_SEARCH = 2
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that have a handler of Python's wait until this is over. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handled:
+        signal.signal(number, lambda what, _: held.append(what))
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+        for what in held:
+            signal.raise_signal(what)
 
 
 class _Server(ABC):
@@ -120,20 +141,31 @@ class _Server(ABC):
                 self._own(socket_dir)
             if self._any_port:
                 self.port = _free_port()
-            with self.log.open("wb") as log:
-                self._own(self.log)
-                self._process = subprocess.Popen(  # noqa: S603 - our own binary
-                    self._command(socket_dir),
-                    cwd=self.data_dir,
-                    env=_environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(lock_fd,),  # the lock lives as long as the server's last process
-                    start_new_session=True,  # Ctrl-C is ours: we drain before the servers stop
-                    preexec_fn=_in_child(self.death_signal, self._account),  # noqa: PLW1509 - see the module's text
-                )
-        self._wait_until_ready(self._process)
+            try:
+                self._spawn(socket_dir, lock_fd)
+            except BaseException:
+                self.stop()
+                raise
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _spawn(self, socket_dir: Path, lock_fd: int) -> None:
+        with self.log.open("wb") as log, _uninterrupted():  # what was started is known, and so stopped
+            self._own(self.log)
+            self._process = subprocess.Popen(  # noqa: S603 - our own binary
+                self._command(socket_dir),
+                cwd=self.data_dir,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock_fd,),  # the lock lives as long as the server's last process
+                start_new_session=True,  # Ctrl-C is ours: we drain before the servers stop
+                preexec_fn=_in_child(self.death_signal, self._account),  # noqa: PLW1509 - see the module's text
+            )
 
     def stop(self) -> None:
         """Stop in good order; harder when that takes too long. Nothing of it is left in the temporary directory."""
@@ -180,7 +212,9 @@ class _Server(ABC):
         digest = hashlib.sha256(os.fsencode(self.data_dir)).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"fastworker-{os.getuid()}-{digest}"
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait_until_ready(self) -> None:
+        process = self._process
+        assert process is not None
         give_up = time.monotonic() + START_SECONDS_MAX
         while not self._is_ready():
             if process.poll() is not None:

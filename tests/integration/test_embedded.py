@@ -325,3 +325,40 @@ def test_root_below_a_directory_that_only_root_may_pass(server_dir: Path) -> Non
         kept = Path(f"/proc/{it.pid}/status").read_text()
     assert "\nUid:\t0" not in kept
     assert "\nCapEff:\t0000000000000004\n" in kept  # CAP_DAC_READ_SEARCH alone
+
+
+def test_an_interrupt_while_a_server_is_started_waits_until_it_is_known(
+    server_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would stop it: it would outlive whoever removes its folder."""
+    server = EmbeddedPostgres(server_dir, durable=False)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupted(*args: object, **settings: object) -> subprocess.Popen[bytes]:
+        started.append(popen(*args, **settings))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    with server:
+        pass  # the first start makes the files, with programs of its own
+    popen = subprocess.Popen
+    monkeypatch.setattr("fastworker.edge.embedded.subprocess.Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    assert started[0].poll() is not None
+    assert not server.is_running()
+
+
+def test_an_interrupt_while_a_server_gets_ready_stops_it(server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = EmbeddedPostgres(server_dir, durable=False)
+    found: list[int | None] = []
+
+    def interrupted(starting: EmbeddedPostgres) -> None:
+        found.append(starting.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EmbeddedPostgres, "_wait_until_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    assert found[0] is not None
+    assert not Path(f"/proc/{found[0]}").exists()
