@@ -235,19 +235,24 @@ class _Server(ABC):
 
     def _run(self, command: Sequence[str | Path], *, stdin: bytes = b"") -> None:
         """Run one of the server's tools to its end, as the server's user."""
-        done = subprocess.run(  # noqa: S603 - our own binary
+        with subprocess.Popen(  # noqa: S603 - our own binary
             command,
             cwd=self.data_dir,
             env=_environment(),
-            input=stdin,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            check=False,
-            timeout=START_SECONDS_MAX,
-            preexec_fn=_in_child(signal.SIGKILL, self._account),
-        )
-        if done.returncode != 0:
-            said = done.stdout.decode(errors="replace").strip()
+            start_new_session=True,
+            preexec_fn=_in_child(signal.SIGKILL, self._account),  # noqa: PLW1509 - see the module's text
+        ) as tool:
+            try:
+                out, _ = tool.communicate(stdin, timeout=START_SECONDS_MAX)
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(tool.pid, signal.SIGKILL)  # initdb has a server below it, which goes on writing
+                raise
+        if tool.returncode != 0:
+            said = out.decode(errors="replace").strip()
             raise Unreachable(f"{Path(command[0]).name} failed in {self.data_dir}: {said[-500:]}")
 
 

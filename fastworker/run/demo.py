@@ -53,6 +53,7 @@ ACCOUNTS: Final = 2_000  # few enough that people meet
 LOOK_S: Final = 0.25
 LINE_S: Final = 2.0  # between plain lines where there is no terminal
 STALL_S: Final = 60.0  # without any progress the demo gives up
+GONE_S: Final = 5.0  # tries to remove its folder
 STREAM: Final = "firehose:events"
 GROUP: Final = "firehose-processors"
 
@@ -132,7 +133,9 @@ def _folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        give_up = time.monotonic() + GONE_S
+        while folder.exists() and time.monotonic() < give_up:  # what was killed may still be writing its last file
+            shutil.rmtree(folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
 
 
