@@ -112,7 +112,10 @@ def translating() -> Iterator[None]:
         UnicodeError,
     ) as error:
         raise RowRejected(f"{type(error).__name__}: {error}") from error
-    except (InternalClientError, UnsupportedClientFeatureError):
+    except InternalClientError as error:
+        # the driver lost count of a connection that the server ended at the same moment; it is gone by now
+        raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
+    except UnsupportedClientFeatureError:
         raise
     except PostgresError as error:
         if _is_our_bug(error):
@@ -187,7 +190,11 @@ class Store:
     async def _connection(self) -> AsyncIterator[Connection]:
         with translating():
             async with self._pool.acquire(timeout=10) as connection:
-                yield connection
+                try:
+                    yield connection
+                except InternalClientError:
+                    connection.terminate()
+                    raise
 
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""

@@ -11,6 +11,7 @@ import pytest
 from property.feeding import batch_of, settle
 
 from fastworker.edge.store import Store
+from fastworker.errors import StoreUnavailable
 from fastworker.event import Sync
 from fastworker.table.batch import Batch
 from fastworker.testing import compare
@@ -172,3 +173,15 @@ async def test_every_statement_takes_its_keys_sorted(postgres_url: str) -> None:
         if not isinstance(keys, str):
             firsts = [key[0] if isinstance(key, tuple) else key for key in keys]
             assert firsts == sorted(firsts), statement
+
+
+async def test_a_connection_that_the_driver_lost_count_of_is_replaced(store: Store) -> None:
+    """A backend terminated at the very moment of its use: the next attempt has another connection."""
+    async with store._connection() as connection:
+        backend = connection.get_server_pid()
+    with pytest.raises(StoreUnavailable, match="another operation"):
+        async with store._connection():
+            raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+    async with store._connection() as connection:
+        assert connection.get_server_pid() != backend
+        assert await connection.fetchval("SELECT 1") == 1

@@ -558,6 +558,7 @@ def test_ctrl_c_says_where_to_go_on(url: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one signal, before exec
     )
     try:
         with pytest.raises(subprocess.TimeoutExpired):
