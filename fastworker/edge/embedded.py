@@ -140,7 +140,7 @@ class _Server(ABC):
                 _make_private(socket_dir)
                 self._own(socket_dir)
             if self._any_port:
-                self.port = _free_port()
+                self.port = free_port()
             try:
                 self._spawn(socket_dir, lock_fd)
             except BaseException:
@@ -532,7 +532,7 @@ def _server_uids() -> set[int]:
     return set() if account is None else {account.pw_uid}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -128,6 +128,8 @@ def translate(error: Exception) -> Exception:
         return Unreachable(f"Redis cannot be used: {_LASTING[code]} ({redact(str(error))})")
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StreamUnavailable("Redis did not answer in time")
+    if isinstance(error, RuntimeError):
+        return StreamUnavailable("Redis cannot be reached: the connection was closed while it was used")
     if isinstance(error, exceptions.ConnectionError | OSError):
         return StreamUnavailable(f"Redis cannot be reached: {redact(str(error)) or type(error).__name__}")
     return error
@@ -148,9 +150,11 @@ async def translating(redis: Redis) -> AsyncIterator[None]:
         yield
         if task.cancelling() > cancellations:
             raise asyncio.CancelledError
-    except (exceptions.RedisError, OSError) as error:
+    except (exceptions.RedisError, OSError, RuntimeError) as error:
         if task.cancelling() > cancellations:
             raise asyncio.CancelledError from error
+        if isinstance(error, RuntimeError) and "handler is closed" not in str(error):  # uvloop's, of a lost socket
+            raise
         if isinstance(error, exceptions.RedisError) and error_code(error) == "READONLY":
             await redis.connection_pool.disconnect(inuse_connections=False)
         translated = translate(error)

@@ -25,18 +25,21 @@ import orjson
 from asyncpg.exceptions import (
     DataError,
     DeadlockDetectedError,
+    DuplicatePreparedStatementError,
     IntegrityConstraintViolationError,
     InterfaceError,
     InternalClientError,
+    InvalidSQLStatementNameError,
     PostgresError,
     ProgramLimitExceededError,
+    ReadOnlySQLTransactionError,
     SerializationError,
     UnsupportedClientFeatureError,
 )
 from asyncpg.pool import PoolConnectionProxy
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.errors import RowRejected, StoreUnavailable
+from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
 from fastworker.table import derive as derived
 from fastworker.table import merge
 from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
@@ -54,6 +57,10 @@ TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what
 HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and pruning below it; workers look every 10 s
 PRUNE_PIECE = 5_000  # tombstones per transaction
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
+POOLER = (
+    "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
+    "(pgbouncer: pool_mode = session) or connect directly"
+)
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
 
 
@@ -67,7 +74,7 @@ RETRYABLE = (DeadlockDetectedError, SerializationError, _Contended)
 _SESSION = (
     "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
     "SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET statement_timeout = '60s'; "
-    "SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '120s'"
+    "SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s'"
 )
 
 
@@ -117,10 +124,16 @@ def translating() -> Iterator[None]:
         raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
     except UnsupportedClientFeatureError:
         raise
+    except (DuplicatePreparedStatementError, InvalidSQLStatementNameError) as error:
+        raise Unreachable(POOLER) from error
     except PostgresError as error:
         if _is_our_bug(error):
             raise
         raise StoreUnavailable(f"PostgreSQL: {error} (SQLSTATE {error.sqlstate})") from error
+    except RuntimeError as error:
+        if "handler is closed" not in str(error):  # uvloop's, of a socket that was lost at that moment
+            raise
+        raise StoreUnavailable("PostgreSQL connection: closed while it was used") from error
     except InterfaceError as error:
         # the pool or the connection is closed under us
         raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
@@ -168,7 +181,7 @@ class Store:
         with translating():
             pool = await asyncpg.create_pool(
                 database_url,
-                min_size=1,
+                min_size=0,  # the pool would keep more alive by itself, and log a traceback for each failure
                 max_size=pool_size,
                 init=session,
                 reset=keep,
@@ -177,6 +190,11 @@ class Store:
                 max_inactive_connection_lifetime=0,
                 server_settings={"application_name": application_name},
             )
+            try:
+                await _meet(pool, min(2, pool_size), connect_timeout_s)
+            except BaseException:
+                pool.terminate()
+                raise
         return cls(pool, derive)
 
     async def close(self) -> None:
@@ -192,8 +210,8 @@ class Store:
             async with self._pool.acquire(timeout=10) as connection:
                 try:
                     yield connection
-                except InternalClientError:
-                    connection.terminate()
+                except (InternalClientError, ReadOnlySQLTransactionError):
+                    connection.terminate()  # lost count, or led to what is a replica now
                     raise
 
     async def write(self, batch: Batch) -> Written:
@@ -859,6 +877,15 @@ class Store:
                     raise StoreUnavailable(f"PostgreSQL: {error} ({ATTEMPTS_MAX} attempts)") from error
                 await asyncio.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
         raise AssertionError
+
+
+async def _meet(pool: asyncpg.Pool[Any], count: int, timeout_s: float) -> None:
+    """Connect at once; two connections that share one session are a pooler's that we cannot work with."""
+    async with contextlib.AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(pool.acquire(timeout=timeout_s)) for _ in range(count)]
+        pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+    if len(pids) < count:
+        raise Unreachable(POOLER)
 
 
 def _columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -589,7 +589,7 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
             await redis.config_set("save", "")
             await asyncio.to_thread(server.stop)
             await until(lambda: stats.standby)
-            for path in list(server_dir.rglob("*.rdb")):  # noqa: ASYNC240
+            for path in list(server_dir.rglob("*.rdb")):
                 path.unlink()
             await asyncio.to_thread(server.start)
             relay.add(101)

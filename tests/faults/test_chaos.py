@@ -1,0 +1,38 @@
+"""Everything is pulled: `python -m fastworker.testing.chaos`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastworker.crashpoint import Place
+from fastworker.testing.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
+
+
+def test_the_seed_fixes_the_plan() -> None:
+    assert plan(7, 500) == plan(7, 500)
+    assert plan(7, 500) != plan(8, 500)
+    kinds = [fault.kind for fault in plan(7, 500)]
+    assert set(kinds) == set(WEIGHTS)
+    assert 0 < sum(kind in SERVERS for kind in kinds) <= 50
+    places = {fault.detail.partition(":")[0] for fault in plan(7, 500) if fault.kind == "crashpoint"}
+    assert places == set(PLACES) == set(Place) - {Place.IN_MIGRATION}
+
+
+async def test_a_minute_of_faults(server_dir: Path) -> None:
+    async with chaos(server_dir, seed=1) as started:
+        outcome = await started.run(plan(1, 20))
+    assert outcome.problems == [], outcome.report()
+    assert outcome.entries > 1_000
+    assert sum(outcome.faults.values()) == 20
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(7_200)
+async def test_five_hundred_faults(server_dir: Path) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", "42"))
+    async with chaos(server_dir, seed=seed) as started:
+        outcome = await started.run(plan(seed, 500), limit_s=300)
+    assert outcome.problems == [], outcome.report()
