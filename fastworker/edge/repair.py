@@ -204,7 +204,7 @@ class Repair(Store):
                 for row in posts.values():
                     derived.added(again, POSTS, row, row[1])
                 if extra := sorted(set(held).difference(again.quotes_added)):
-                    await connection.execute(merge.QUOTES_DELETE, extra)
+                    await connection.execute(merge.delete(QUOTES), extra)
                 if fx.quotes_added:
                     await connection.execute(merge.upsert(QUOTES), [r for _, r in sorted(fx.quotes_added.items())])
 
@@ -230,7 +230,7 @@ class Repair(Store):
                         for row in await connection.fetch(merge.select(table), causes):
                             derived.added(caused, table, tuple(row), None)
                     gone = [uri for uri in extra if uri not in caused.notes_added]
-                    await connection.execute(merge.NOTIFICATIONS_DELETE, gone)
+                    await connection.execute(merge.delete(NOTIFICATIONS), gone)
 
         await self._retry(transaction)
 
@@ -297,10 +297,10 @@ def _keys(drifts: Iterable[Drift]) -> list[str]:
 _VERSIONS = "SELECT uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[])"
 _TWIN_VERSIONS = "SELECT uri, rev, seq FROM fastworker.twins WHERE uri = ANY($1::text[])"
 _TWINS = "SELECT uri, table_name, rkey, rev, seq, cid, row_values FROM fastworker.twins WHERE uri = ANY($1::text[])"
-_VERSIONS_LOCK = "SELECT uri FROM fastworker.versions WHERE uri = ANY($1::text[]) ORDER BY uri FOR UPDATE"
+_VERSIONS_LOCK = 'SELECT uri FROM fastworker.versions WHERE uri = ANY($1::text[]) ORDER BY uri COLLATE "C" FOR UPDATE'
 _HANDLES_LOCK = (
     "SELECT did, handle FROM fastworker.identities WHERE did = ANY($1::varchar[]) AND handle IS NOT NULL "
-    "ORDER BY did FOR UPDATE"
+    'ORDER BY did COLLATE "C" FOR UPDATE'
 )
 _LABEL_EVENTS_AGAIN = (
     "DELETE FROM public.label_events AS e WHERE e.label_uri = ANY($1::varchar[]) AND e.action = 'created' "
@@ -313,20 +313,25 @@ _LABEL_EVENTS_MISSING = (
 )
 _GATES_OF = "SELECT uri FROM fastworker.gates WHERE post_uri = ANY($1::varchar[]) AND kind = $2 ORDER BY uri"
 _GATE_ROWS_LOCK = (
-    "SELECT post_uri FROM public.{kind}_gates WHERE post_uri = ANY($1::varchar[]) ORDER BY post_uri FOR UPDATE"
+    "SELECT post_uri FROM public.{kind}_gates WHERE post_uri = ANY($1::varchar[]) "
+    'ORDER BY post_uri COLLATE "C" FOR UPDATE'
 )
 _GATE_ROWS_EXTRA = (
     "DELETE FROM public.{kind}_gates AS t WHERE t.post_uri = ANY($1::varchar[]) AND NOT EXISTS ("
     "SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = t.post_uri AND g.kind = '{kind}')"
 )
-_FEED_ITEMS_LOCK = "SELECT uri FROM public.feed_items WHERE uri = ANY($1::varchar[]) ORDER BY uri FOR UPDATE"
+_FEED_ITEMS_LOCK = (
+    'SELECT uri FROM public.feed_items WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR UPDATE'
+)
 _FEED_ITEMS_EXTRA = (
     "DELETE FROM public.feed_items AS f WHERE f.uri = ANY($1::varchar[]) "
     "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = f.uri) "
     "AND NOT EXISTS (SELECT 1 FROM public.reposts AS r WHERE r.uri = f.uri)"
 )
-_QUOTES_LOCK = "SELECT uri FROM public.quotes WHERE post_uri = ANY($1::varchar[]) ORDER BY uri FOR UPDATE"
-_NOTIFICATIONS_LOCK = "SELECT uri FROM public.notifications WHERE uri = ANY($1::varchar[]) ORDER BY uri FOR UPDATE"
+_QUOTES_LOCK = 'SELECT uri FROM public.quotes WHERE post_uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR UPDATE'
+_NOTIFICATIONS_LOCK = (
+    'SELECT uri FROM public.notifications WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR UPDATE'
+)
 _VIEWERS_AGAIN = (
     "UPDATE public.post_viewer_states AS t SET "
     "like_uri = (SELECT r.uri FROM public.likes AS r WHERE r.user_did = t.viewer_did AND r.post_uri = t.post_uri), "

@@ -34,6 +34,7 @@ from asyncpg.exceptions import (
     ProgramLimitExceededError,
     ReadOnlySQLTransactionError,
     SerializationError,
+    UniqueViolationError,
     UnsupportedClientFeatureError,
 )
 from asyncpg.pool import PoolConnectionProxy
@@ -44,7 +45,18 @@ from fastworker.table import derive as derived
 from fastworker.table import merge
 from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
 from fastworker.table.derive import Effects
-from fastworker.table.schema import FEED_GENERATORS, LIKES, POSTS, PROFILES, TABLES, Table, collection_table
+from fastworker.table.schema import (
+    FEED_GENERATORS,
+    FEED_ITEMS,
+    LIKES,
+    NOTIFICATIONS,
+    POSTS,
+    PROFILES,
+    QUOTES,
+    TABLES,
+    Table,
+    collection_table,
+)
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
 Key = tuple[str, str]
@@ -61,6 +73,8 @@ POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
     "(pgbouncer: pool_mode = session) or connect directly"
 )
+COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
+WARY_FLUSHES = 50  # without COPY after somebody else was found to write the same rows
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
 
 
@@ -156,6 +170,8 @@ class Store:
         self._pool = pool
         self._derive = derive
         self._known: dict[str, None] = {}
+        self.copy_rows_min = COPY_ROWS_MIN
+        self._wary = 0  # transactions to go without COPY
         self._relays: set[str] = set()
         self._recount = merge.recount(derive) if "counts" in derive else None
 
@@ -440,25 +456,35 @@ class Store:
             return rows, owed
 
         rows, owed = await self._retry(transaction)
+        self._wary = max(0, self._wary - 1)
         if owed:
             await self._recompute(connection, owed, set())
         return rows
 
     async def _apply(self, connection: Connection, changes: Iterable[Change], shadowed: set[str], fx: Effects) -> int:
         """Write the changes that are the newest of their records; collect what follows. Returns rows changed."""
-        ordered = sorted(changes, key=lambda c: c.uri)
-        cold = [c for c in ordered if not c.table.hot]
+        hot: list[Change] = []
+        cold: list[Change] = []
+        for change in sorted(changes, key=lambda c: c.uri):
+            (hot if change.table.hot else cold).append(change)
+        rows = await self._tables(connection, hot, shadowed, fx)
         if cold:
+            # The gate holds a cold record's other writers back until we commit: whatever can goes before it.
+            await self._items(connection, fx)
             gate = await connection.fetch(
                 merge.GATE, *_columns([(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in cold])
             )
             newest = {r[0] for r in gate}
-            ordered = [c for c in ordered if c.table.hot or c.uri in newest]
-            twins = [c.uri for c in ordered if c.table.pair and not c.table.hot and c.row is not None]
+            cold = [c for c in cold if c.uri in newest]
+            twins = [c.uri for c in cold if c.table.pair and c.row is not None]
             if twins:  # under the gate's locks, so that the answer stays true
                 shadowed = shadowed.union(r[0] for r in await connection.fetch(merge.SHADOWED, twins))
+            rows += await self._tables(connection, cold, shadowed, fx)
+        return rows
+
+    async def _tables(self, connection: Connection, changes: list[Change], shadowed: set[str], fx: Effects) -> int:
         by_table: dict[str, list[Change]] = {}
-        for change in ordered:
+        for change in changes:
             by_table.setdefault(change.table.name, []).append(change)
         rows = 0
         for table in TABLES:
@@ -479,14 +505,10 @@ class Store:
                 upserts.append(change)
         rows = 0
         if upserts:
-            got = await connection.fetch(merge.insert(table), [c.row for c in upserts])
-            rows = len(got)
-            inserted = None if rows == len(upserts) else {r[0] for r in got}
-            for change in upserts:
-                if inserted is None or change.uri in inserted:
-                    derived.added(fx, table, change.row, change.cid)  # type: ignore[arg-type]
-                else:
-                    pending[change.uri] = change
+            fresh, refused = await self._insert(connection, table, upserts)
+            rows = len(fresh)
+            derived.add(fx, table, fresh)
+            pending.update((change.uri, change) for change in refused)
         if table.hot:
             await self._superseded(connection, table, pending, shadowed)
         settle = self._settle_pairs if table.pair else self._settle_records
@@ -495,6 +517,46 @@ class Store:
                 return rows
             rows += await settle(connection, table, pending, fx)
         raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
+
+    async def _insert(
+        self, connection: Connection, table: Table, upserts: list[Change]
+    ) -> tuple[list[Change], list[Change]]:
+        """What is in the table now, and what it has no room for: the URI or the pair is taken."""
+        if not (table.hot and self._may_copy(len(upserts))):
+            got = await connection.fetch(merge.insert(table), [c.row for c in upserts])
+            if len(got) == len(upserts):
+                return upserts, []
+            placed = {r[0] for r in got}
+            return [c for c in upserts if c.uri in placed], [c for c in upserts if c.uri not in placed]
+        rows = [c.row for c in upserts]
+        keys = [table.index(column) for column in (table.key, *table.pair)]
+        found = await connection.fetch(merge.taken(table), *([row[key] for row in rows] for key in keys))  # type: ignore[index]
+        taken = {r[0] for r in found}
+        if table.pair:
+            pairs: set[tuple[str, ...]] = set()
+            for change, row in zip(upserts, rows, strict=True):
+                if change.uri not in taken:
+                    before = len(pairs)
+                    pairs.add((row[keys[1]], row[keys[2]]))  # type: ignore[index]
+                    if len(pairs) == before:
+                        taken.add(change.uri)
+        fresh = [c for c in upserts if c.uri not in taken] if taken else upserts
+        await self._copy(connection, table, [c.row for c in fresh])
+        return fresh, [c for c in upserts if c.uri in taken]
+
+    def _may_copy(self, rows: int) -> bool:
+        return rows >= self.copy_rows_min and not self._wary
+
+    async def _copy(self, connection: Connection, table: Table, rows: list[Any]) -> None:
+        """Rows that nobody else should have written. If somebody did, the transaction begins again without COPY."""
+        if not rows:
+            return
+        schema, _, name = merge.qualified(table).rpartition(".")
+        try:
+            await connection.copy_records_to_table(name, schema_name=schema, columns=table.columns, records=rows)
+        except UniqueViolationError as error:
+            self._wary = WARY_FLUSHES
+            raise _Contended from error
 
     async def _superseded(
         self, connection: Connection, table: Table, pending: dict[str, Change], shadowed: set[str]
@@ -723,20 +785,27 @@ class Store:
             await self._gates(connection, fx)
         if fx.labels_added:
             await execute(merge.LABEL_EVENTS, sorted(fx.labels_added))
-        if gone := fx.quotes_removed.difference(fx.quotes_added):
-            await execute(merge.QUOTES_DELETE, sorted(gone))
-        if fx.quotes_added:
-            await execute(merge.QUOTES_PUT, _sorted_rows(fx.quotes_added))
-        if gone := fx.feed_removed.difference(fx.feed_added):
-            await execute(merge.FEED_ITEMS_DELETE, sorted(gone))
-        if fx.feed_added:
-            await execute(merge.FEED_ITEMS_PUT, _sorted_rows(fx.feed_added))
-        if gone := fx.notes_removed.difference(fx.notes_added):
-            await execute(merge.NOTIFICATIONS_DELETE, sorted(gone))
-        if fx.notes_added:
-            await execute(merge.NOTIFICATIONS_PUT, _sorted_rows(fx.notes_added))
+        await self._items(connection, fx)
         await self._viewers(connection, fx)
         await self._counts(connection, fx)
+
+    async def _items(self, connection: Connection, fx: Effects) -> None:
+        """What follows from one hot record each: quotes, feed items, notifications. What is written is forgotten."""
+        for table, removed, added in (
+            (QUOTES, fx.quotes_removed, fx.quotes_added),
+            (FEED_ITEMS, fx.feed_removed, fx.feed_added),
+            (NOTIFICATIONS, fx.notes_removed, fx.notes_added),
+        ):
+            if gone := removed.difference(added):
+                await connection.execute(merge.delete(table), sorted(gone))
+            keys = sorted(added)
+            if self._may_copy(len(keys)):  # what follows from a new record is new
+                await self._copy(connection, table, [added[key] for key in keys if key not in removed])
+                keys = [key for key in keys if key in removed]
+            if keys:
+                await connection.execute(merge.upsert(table), [added[key] for key in keys])
+            removed.clear()
+            added.clear()
 
     async def _gates(self, connection: Connection, fx: Effects) -> None:
         set_rows = [row for _, row in sorted(fx.gates_set.items())]
@@ -826,7 +895,11 @@ class Store:
                     stale |= replies
                     contexts = sorted(replies.union(contexts))
                 if contexts or gates:
-                    await connection.fetch(merge.POSTS_LOCK, sorted({*contexts, *gates}))
+                    # A post that is committed from here on is its own writer's: touching it would take its lock late.
+                    found = await connection.fetch(merge.POSTS_LOCK, sorted({*contexts, *gates}))
+                    there = {r[0] for r in found}
+                    contexts = [uri for uri in contexts if uri in there]
+                    gates = [uri for uri in gates if uri in there]
                 if contexts:
                     await connection.execute(merge.CONTEXTS, contexts)
                 if stale:

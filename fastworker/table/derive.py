@@ -7,14 +7,14 @@ section 3; nothing here knows SQL.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
 import orjson
 
 from fastworker.table import schema
-from fastworker.table.batch import Row
+from fastworker.table.batch import Change, Row
 
 URI_MAX = 512  # varchar(512) of notifications.uri and quotes.uri
 MENTIONS_MAX = 100  # notifications of one post; a post of 3,000 bytes has room for more facets than people
@@ -41,7 +41,10 @@ Viewer = list[Any]  # like_uri, repost_uri, bookmarked
 
 
 class Effects:
-    """What one transaction changes in the derived tables, keyed so that the last word per key wins."""
+    """What one transaction changes in the derived tables, keyed so that the last word per key wins.
+
+    A key that is both removed and added is a row that was there and is written anew; one that is only added is new.
+    """
 
     __slots__ = (
         "counts",
@@ -92,7 +95,6 @@ class Effects:
 
     def feed_item(self, row: Row) -> None:
         self.feed_added[row[0]] = row
-        self.feed_removed.discard(row[0])
 
     def no_feed_item(self, uri: str) -> None:
         self.feed_added.pop(uri, None)
@@ -101,7 +103,6 @@ class Effects:
     def note(self, uri: str, row: Row) -> None:
         if len(uri) <= URI_MAX:
             self.notes_added[uri] = row
-            self.notes_removed.discard(uri)
 
     def no_note(self, uri: str) -> None:
         self.notes_added.pop(uri, None)
@@ -203,7 +204,6 @@ def _add_post(fx: Effects, row: Row, cid: str | None) -> None:
     if "quotes" in derive and (quoted := quoted_post(row[9])) is not None and len(uri) + 6 <= URI_MAX:
         quote_uri = uri + "#quote"
         fx.quotes_added[quote_uri] = (quote_uri, row[1], uri, quoted[0], quoted[1], row[12])
-        fx.quotes_removed.discard(quote_uri)
         fx.count(quoted[0], QUOTE, 1)
     if "notifications" in derive:
         for note in _post_notes(row, cid):
@@ -355,6 +355,15 @@ _DERIVED: dict[str, tuple[_Add, _Remove]] = {
     schema.GATES.name: (_add_gate, _remove_gate),
     schema.LABELS.name: (_add_label, _remove_label),
 }
+
+
+def add(fx: Effects, table: schema.Table, changes: Iterable[Change]) -> None:
+    """The rows of these upserts are now in the table."""
+    functions = _DERIVED.get(table.name)
+    if functions is not None:
+        follow = functions[0]
+        for change in changes:
+            follow(fx, change.row, change.cid)  # type: ignore[arg-type]
 
 
 def added(fx: Effects, table: schema.Table, row: Row, cid: str | None) -> None:

@@ -8,7 +8,7 @@ per statement.
 
 from __future__ import annotations
 
-from fastworker.table.schema import AGGREGATIONS, FEED_ITEMS, NOTIFICATIONS, QUOTES, VIEWER_STATES, Table
+from fastworker.table.schema import AGGREGATIONS, VIEWER_STATES, Table
 
 
 def qualified(table: Table) -> str:
@@ -40,6 +40,18 @@ def insert(table: Table) -> str:
     )
 
 
+def taken(table: Table) -> str:
+    """Those of $1 uris that the table would refuse: the uri is there, or its pair ($2, $3)."""
+    key = f"SELECT {table.key} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    if not table.pair:
+        return key
+    a, b = table.pair
+    return (
+        f"{key} UNION ALL SELECT u.uri FROM unnest($1::varchar[], $2::varchar[], $3::varchar[]) AS u (uri, a, b) "
+        f"JOIN {qualified(table)} AS t ON t.{a} = u.a AND t.{b} = u.b"
+    )
+
+
 def update(table: Table) -> str:
     """The whole record is replaced; columns that are not ours keep their values."""
     sets = ", ".join(f"{c} = u.{c}" for c in table.columns if c != table.key)
@@ -52,8 +64,8 @@ def select(table: Table) -> str:
 
 
 def lock(table: Table) -> str:
-    """The same, locked in key order."""
-    return f"{select(table)} ORDER BY {table.key} FOR UPDATE"
+    """The same, locked in the order in which Python sorts keys, whatever the database's collation."""
+    return f'{select(table)} ORDER BY {table.key} COLLATE "C" FOR UPDATE'
 
 
 def delete(table: Table) -> str:
@@ -240,12 +252,6 @@ PROGRESS = (
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
-FEED_ITEMS_PUT = upsert(FEED_ITEMS)
-FEED_ITEMS_DELETE = "DELETE FROM public.feed_items WHERE uri = ANY($1::varchar[])"
-QUOTES_PUT = upsert(QUOTES)
-QUOTES_DELETE = "DELETE FROM public.quotes WHERE uri = ANY($1::varchar[])"
-NOTIFICATIONS_PUT = upsert(NOTIFICATIONS)
-NOTIFICATIONS_DELETE = "DELETE FROM public.notifications WHERE uri = ANY($1::varchar[])"
 VIEWERS = upsert(
     VIEWER_STATES,
     "like_uri = coalesce(excluded.like_uri, t.like_uri)",
@@ -330,7 +336,7 @@ JOINED = (
     "UNION ALL SELECT 'gate', g.post_uri FROM fastworker.gates AS g WHERE g.post_uri = ANY($1::varchar[])"
 )
 REPLIES = "SELECT uri FROM public.posts WHERE root_uri = ANY($1::varchar[]) AND uri <> root_uri"
-POSTS_LOCK = "SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[]) ORDER BY uri FOR NO KEY UPDATE"
+POSTS_LOCK = 'SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE'
 CONTEXTS = (
     "INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri) "
     "SELECT p.uri, (SELECT l.uri FROM public.likes AS l WHERE l.user_did = split_part(p.root_uri, '/', 3) AND l.post_uri = p.uri) "
@@ -353,7 +359,7 @@ GATE_FLAGS = (
     "WHERE p.uri = f.uri AND (p.has_thread_gate, p.has_post_gate) IS DISTINCT FROM (f.thread, f.post)"
 )
 SERVICES_LOCK = {
-    name: f"SELECT uri FROM public.{name} WHERE uri = ANY($1::varchar[]) ORDER BY uri FOR NO KEY UPDATE"
+    name: f'SELECT uri FROM public.{name} WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE'
     for name in ("feed_generators", "labeler_services")
 }
 SERVICE_LIKES = {
@@ -364,9 +370,7 @@ SERVICE_LIKES = {
     )
     for name in ("feed_generators", "labeler_services")
 }
-AGGREGATES_LOCK = (
-    "SELECT post_uri FROM public.post_aggregations WHERE post_uri = ANY($1::varchar[]) ORDER BY post_uri FOR UPDATE"
-)
+AGGREGATES_LOCK = 'SELECT post_uri FROM public.post_aggregations WHERE post_uri = ANY($1::varchar[]) ORDER BY post_uri COLLATE "C" FOR UPDATE'
 AGGREGATES_DROP = (
     "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
     "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "

@@ -344,8 +344,11 @@ async def stage(postgres_url: str, pg: asyncpg.Connection) -> Any:
         await store.close()
 
 
+@pytest.mark.parametrize("copy_rows_min", [1, 200], ids=["copy", "arrays"])
 @pytest.mark.parametrize("race", RACES, ids=lambda race: race.__name__)
-async def test_every_interleaving_ends_as_the_law_says(race: Race, stage: Stage, pg: asyncpg.Connection) -> None:
+async def test_every_interleaving_ends_as_the_law_says(
+    race: Race, copy_rows_min: int, stage: Stage, pg: asyncpg.Connection
+) -> None:
     await pg.execute("SET deadlock_timeout = '20ms'")
     events: list[Event] = []
     for case, (turned, one, other) in enumerate(_cases()):
@@ -355,6 +358,7 @@ async def test_every_interleaving_ends_as_the_law_says(race: Race, stage: Stage,
             parts.reverse()
         for store in stage.stores:
             store.hold(None)
+            store.copy_rows_min, store._wary = copy_rows_min, 0
         if base:
             await stage.stores[0].write(batch_of(base))
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))

@@ -327,6 +327,8 @@ def test_pairs_have_twins_and_lose_either():
                     lost += op["action"] == "delete" and len(pair) > 1 and uri in pair
                     pair.discard(uri)
                 continue
+            if "subject" not in op["record"]:
+                continue  # a block that is read leniently
             pair = likes.setdefault((frame.event["repo"], op["record"]["subject"]["uri"]), set())
             pair.add(uri)
             twins += len(pair) > 1
