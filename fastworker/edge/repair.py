@@ -80,7 +80,7 @@ class Repair(Store):
             rows = 0
             for table in TABLES:
                 if mine := [change for change in changes if change.table is table]:
-                    rows += await self._table(connection, table, mine, set(uris), fx)
+                    rows += await self._settle(connection, table, {change.uri: change for change in mine}, fx)
             return rows
 
         await self._commit(connection, settle)

@@ -458,44 +458,52 @@ class Store:
         rows, owed = await self._retry(transaction)
         self._wary = max(0, self._wary - 1)
         if owed:
-            await self._recompute(connection, owed, set())
+            await self._recompute(connection, owed, set(), wait=False)
         return rows
 
     async def _apply(self, connection: Connection, changes: Iterable[Change], shadowed: set[str], fx: Effects) -> int:
-        """Write the changes that are the newest of their records; collect what follows. Returns rows changed."""
+        """Write the changes that are the newest of their records; collect what follows. Returns rows changed.
+
+        In this order, so that what other writers may wait for until our commit is taken as late as can be: new rows and
+        their items, existing rows of the hot tables, existing and new ones of the cold tables.
+        """
         hot: list[Change] = []
         cold: list[Change] = []
         for change in sorted(changes, key=lambda c: c.uri):
             (hot if change.table.hot else cold).append(change)
-        rows = await self._tables(connection, hot, shadowed, fx)
-        if cold:
-            # The gate holds a cold record's other writers back until we commit: whatever can goes before it.
-            await self._items(connection, fx)
-            gate = await connection.fetch(
-                merge.GATE, *_columns([(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in cold])
-            )
-            newest = {r[0] for r in gate}
-            cold = [c for c in cold if c.uri in newest]
-            twins = [c.uri for c in cold if c.table.pair and c.row is not None]
-            if twins:  # under the gate's locks, so that the answer stays true
-                shadowed = shadowed.union(r[0] for r in await connection.fetch(merge.SHADOWED, twins))
-            rows += await self._tables(connection, cold, shadowed, fx)
-        return rows
-
-    async def _tables(self, connection: Connection, changes: list[Change], shadowed: set[str], fx: Effects) -> int:
-        by_table: dict[str, list[Change]] = {}
-        for change in changes:
-            by_table.setdefault(change.table.name, []).append(change)
         rows = 0
-        for table in TABLES:
-            if mine := by_table.get(table.name):
-                rows += await self._table(connection, table, mine, shadowed, fx)
+        waiting: list[tuple[Table, dict[str, Change]]] = []
+        for table, mine in _by_table(hot):
+            inserted, pending = await self._insert_new(connection, table, mine, shadowed, fx)
+            rows += inserted
+            if pending:
+                waiting.append((table, pending))
+        if waiting or cold:
+            await self._items(connection, fx)
+        for table, pending in waiting:
+            await self._superseded(connection, table, pending, shadowed)
+            rows += await self._settle(connection, table, pending, fx)
+        if not cold:
+            return rows
+        if waiting:
+            await self._items(connection, fx)
+        gate = await connection.fetch(
+            merge.GATE, *_columns([(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in cold])
+        )
+        newest = {r[0] for r in gate}
+        cold = [c for c in cold if c.uri in newest]
+        twins = [c.uri for c in cold if c.table.pair and c.row is not None]
+        if twins:  # under the gate's locks, so that the answer stays true
+            shadowed = shadowed.union(r[0] for r in await connection.fetch(merge.SHADOWED, twins))
+        for table, mine in _by_table(cold):
+            inserted, pending = await self._insert_new(connection, table, mine, shadowed, fx)
+            rows += inserted + await self._settle(connection, table, pending, fx)
         return rows
 
-    async def _table(
+    async def _insert_new(
         self, connection: Connection, table: Table, changes: list[Change], shadowed: set[str], fx: Effects
-    ) -> int:
-        """Insert what is new; what is refused or in the shadow, and deletes, go by the rows that are there."""
+    ) -> tuple[int, dict[str, Change]]:
+        """Insert what is new; what is left (refused, in the shadow, deletes) goes by the rows that are there."""
         pending: dict[str, Change] = {}
         upserts: list[Change] = []
         for change in changes:
@@ -503,15 +511,17 @@ class Store:
                 pending[change.uri] = change
             else:
                 upserts.append(change)
-        rows = 0
-        if upserts:
-            fresh, refused = await self._insert(connection, table, upserts)
-            rows = len(fresh)
-            derived.add(fx, table, fresh)
-            pending.update((change.uri, change) for change in refused)
-        if table.hot:
-            await self._superseded(connection, table, pending, shadowed)
+        if not upserts:
+            return 0, pending
+        fresh, refused = await self._insert(connection, table, upserts)
+        derived.add(fx, table, fresh)
+        pending.update((change.uri, change) for change in refused)
+        return len(fresh), pending
+
+    async def _settle(self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects) -> int:
+        """Work off `pending` under the locks of the rows that are there. Returns rows changed."""
         settle = self._settle_pairs if table.pair else self._settle_records
+        rows = 0
         for _ in range(ROUNDS_MAX):
             if not pending:
                 return rows
@@ -786,11 +796,10 @@ class Store:
         if fx.labels_added:
             await execute(merge.LABEL_EVENTS, sorted(fx.labels_added))
         await self._items(connection, fx)
-        await self._viewers(connection, fx)
         await self._counts(connection, fx)
 
     async def _items(self, connection: Connection, fx: Effects) -> None:
-        """What follows from one hot record each: quotes, feed items, notifications. What is written is forgotten."""
+        """Quotes, feed items, notifications and viewer states. What is written is forgotten: more may follow."""
         for table, removed, added in (
             (QUOTES, fx.quotes_removed, fx.quotes_added),
             (FEED_ITEMS, fx.feed_removed, fx.feed_added),
@@ -806,6 +815,9 @@ class Store:
                 await connection.execute(merge.upsert(table), [added[key] for key in keys])
             removed.clear()
             added.clear()
+        await self._viewers(connection, fx)
+        fx.viewers_set.clear()
+        fx.viewers_cleared.clear()
 
     async def _gates(self, connection: Connection, fx: Effects) -> None:
         set_rows = [row for _, row in sorted(fx.gates_set.items())]
@@ -879,10 +891,15 @@ class Store:
             )
             keys.update((r[0], r[1]) for r in found if (contexts if r[0] == "context" else flags))
         if keys:
-            await self._recompute(connection, {}, keys)
+            await self._recompute(connection, {}, keys, wait=False)
 
-    async def _recompute(self, connection: Connection, owed: dict[Key, datetime], fresh: set[Key]) -> None:
-        """Recompute joined rows under the lock of the row that carries them; owed keys are paid with it."""
+    async def _recompute(
+        self, connection: Connection, owed: dict[Key, datetime], fresh: set[Key], *, wait: bool = True
+    ) -> None:
+        """Recompute joined rows under the lock of the row that carries them; owed keys are paid with it.
+
+        Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
+        """
 
         def of(kind: str) -> list[str]:
             return sorted({key for k, key in (*owed, *fresh) if k == kind})
@@ -890,16 +907,24 @@ class Store:
         async def transaction() -> None:
             async with connection.transaction():
                 contexts, gates, stale = of("context"), of("gate"), {k for kind, k in owed if kind == "context"}
+                left: set[Key] = set()
                 if roots := of("root"):
                     replies = {r[0] for r in await connection.fetch(merge.REPLIES, roots)}
                     stale |= replies
                     contexts = sorted(replies.union(contexts))
                 if contexts or gates:
                     # A post that is committed from here on is its own writer's: touching it would take its lock late.
-                    found = await connection.fetch(merge.POSTS_LOCK, sorted({*contexts, *gates}))
-                    there = {r[0] for r in found}
-                    contexts = [uri for uri in contexts if uri in there]
-                    gates = [uri for uri in gates if uri in there]
+                    wanted = sorted({*contexts, *gates})
+                    lock = merge.POSTS_LOCK if wait else merge.POSTS_LOCK_FREE
+                    locked = {r[0] for r in await connection.fetch(lock, wanted)}
+                    if not wait and (missing := [uri for uri in wanted if uri not in locked]):
+                        busy = {r[0] for r in await connection.fetch(merge.POSTS_THERE, missing)}
+                        left = {("context", u) for u in contexts if u in busy} | {
+                            ("gate", u) for u in gates if u in busy
+                        }
+                        stale -= busy
+                    contexts = [uri for uri in contexts if uri in locked]
+                    gates = [uri for uri in gates if uri in locked]
                 if contexts:
                     await connection.execute(merge.CONTEXTS, contexts)
                 if stale:
@@ -913,8 +938,9 @@ class Store:
                 if aggregates := of("aggregate"):
                     await connection.fetch(merge.AGGREGATES_LOCK, aggregates)
                     await connection.execute(merge.AGGREGATES_DROP, aggregates)
-                if owed:
-                    paid = [(kind, key, at) for (kind, key), at in sorted(owed.items())]
+                if new := sorted(left - owed.keys()):
+                    await connection.execute(merge.OWE, *_columns(new))
+                if paid := [(*key, at) for key, at in sorted(owed.items()) if key not in left]:
                     await connection.execute(merge.PAID, *_columns(paid))
 
         await self._retry(transaction)
@@ -959,6 +985,16 @@ async def _meet(pool: asyncpg.Pool[Any], count: int, timeout_s: float) -> None:
         pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
     if len(pids) < count:
         raise Unreachable(POOLER)
+
+
+def _by_table(changes: Iterable[Change]) -> Iterator[tuple[Table, list[Change]]]:
+    """In the order in which every writer locks."""
+    found: dict[str, list[Change]] = {}
+    for change in changes:
+        found.setdefault(change.table.name, []).append(change)
+    for table in TABLES:
+        if table.name in found:
+            yield table, found[table.name]
 
 
 def _columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ STUCK_S = 60.0
 faster; this one is for children that have no parent any more."""
 LEFT_S = 20.0
 """Longest life after the order to stop. The parent's budget is shorter; this is for children without a parent."""
+GC_THRESHOLD = 100_000  # allocations: rows are tuples of texts, which are never part of a cycle
 AGAIN = 75  # exit code: nothing is wrong here, start me again (EX_TEMPFAIL)
 
 
@@ -39,6 +41,7 @@ class StartAgain(Exception):
 
 def run_child(slot: Slot, main: Main) -> int:
     """Run `main` to its end in a fresh loop; the exit code. Call it after the fork, in the child only."""
+    gc.set_threshold(GC_THRESHOLD, 20, 50)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_live(slot, main))

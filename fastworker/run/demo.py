@@ -40,7 +40,7 @@ from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State
 from fastworker.run.migrate import migrate
 from fastworker.run.reader import ReaderSettings, run_reader
 from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
-from fastworker.run.worker import WorkerSettings, worker_main
+from fastworker.run.worker import WorkerSettings, worker_child
 from fastworker.testing.compare import COLUMNS, Difference, diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network
@@ -115,7 +115,7 @@ def run_demo(config: Config, *, events: int | None, rate: float | None, seed: in
                 [
                     ChildSpec("relay", partial(_relay_main, plan)),
                     ChildSpec("reader", partial(_reader_main, plan)),
-                    ChildSpec("worker", partial(worker_main, worker), count=worker.processes),
+                    ChildSpec("worker", worker_child(worker), count=worker.processes),
                     ChildSpec("conductor", partial(_conductor_main, plan, heartbeats), ends_run=True),
                 ],
                 heartbeats,

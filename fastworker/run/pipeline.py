@@ -23,6 +23,7 @@ from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, 
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Slot, State, now_ms
+from fastworker.run.overlap import Overlap, keys_of
 from fastworker.run.retry import Backoff
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
+POSTPONED_MAX = 3  # flushes that an entry whose records another pipeline holds is postponed for, at most
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 _COMMIT = Tally("committed", "#commit")
@@ -107,7 +109,18 @@ class DeadLetterLimit:
 class Held:
     """A batch, the entries it came from (to apply them again in halves), and how each will be counted."""
 
-    __slots__ = ("batch", "before_horizon", "entries", "ground", "kinds", "mark", "rejected", "since_ms", "tallies")
+    __slots__ = (
+        "batch",
+        "before_horizon",
+        "entries",
+        "ground",
+        "keys",
+        "kinds",
+        "mark",
+        "rejected",
+        "since_ms",
+        "tallies",
+    )
 
     def __init__(self, ground: Ground = UNBOUNDED) -> None:
         self.ground = ground
@@ -115,6 +128,7 @@ class Held:
         self.batch = Batch()
         self.entries: dict[str, dict[bytes, bytes]] = {}
         self.tallies: dict[Tally, list[str]] = {}
+        self.keys: list[int] = []  # marked in the overlap
         self.kinds: Counter[type[Event]] = Counter()
         self.rejected: list[SetAside] = []  # never settled: they leave through the dead letters
         self.since_ms = 0  # when its first entry was read
@@ -126,34 +140,45 @@ class Held:
     def is_full(self, limits: Limits) -> bool:
         return self.batch.is_full(limits) or len(self.entries) >= limits.entries_max
 
-    def apply(self, entry_id: str, fields: dict[bytes, bytes]) -> None:
-        """Put one entry's content into the batch, all of it or nothing, and settle it; or reject it."""
+    def apply(
+        self, entry_id: str, fields: dict[bytes, bytes], overlap: Overlap | None = None, *, postpone: bool = False
+    ) -> bool:
+        """Put one entry's content into the batch, all of it or nothing, and settle it; or reject it.
+
+        False, and nothing is done: another pipeline holds one of its records, and it may be postponed.
+        """
         self.entries[entry_id] = fields
         try:
             event = decode_entry(fields)
             entry_ms = int(entry_id.partition("-")[0])
             if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
                 self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
-                return
+                return True
             tally, mapped, at = _understand(event, entry_ms)
         except InvalidEvent as error:
             self.rejected.append(
                 SetAside(entry_id, fields, error.reason, error.detail or f"{error.reason}: nothing there")
             )
-            return
+            return True
         except Exception as error:
             # A bug of ours that some bytes can reach must not stop the stream for everybody else's: the entry waits
             # in the dead letters for the release that mends it, and the limit still stops a worker that is all bug.
             log.exception("Entry %s could not be understood", entry_id)
             self.rejected.append(SetAside(entry_id, fields, Reason.BAD_ENTRY, f"our bug: {error!r}"))
-            return
+            return True
         batch = self.batch
         if mapped is not None:
             if self.ground.pruned_until > _NEVER and _moment(event, entry_ms) < self.ground.pruned_until + CLOCKS:
                 upserts = [change for change in mapped.changes if change.row is not None]
                 if upserts:
                     self.before_horizon[entry_id] = upserts
-                    return
+                    return True
+            if overlap is not None:
+                keys = keys_of(mapped)
+                if not overlap.take(keys) and postpone:
+                    del self.entries[entry_id]
+                    return False
+                self.keys += keys
             batch.put(mapped)
         elif isinstance(event, Identity):
             batch.put_identity(event, at)
@@ -167,6 +192,7 @@ class Held:
         self.kinds[type(event)] += 1
         batch.settle(entry_id, stored=tally.outcome == "committed", payload_bytes=sum(map(len, fields.values())))
         self.tallies.setdefault(tally, []).append(entry_id)
+        return True
 
 
 def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, datetime]:
@@ -201,6 +227,7 @@ class Pipeline:
         *,
         limits: Limits,
         dead_letters: DeadLetterLimit,
+        overlap: Overlap | None = None,
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
@@ -209,9 +236,12 @@ class Pipeline:
         self._slot = slot
         self._limits = limits
         self._dead_letters = dead_letters
+        self._overlap = overlap
         self._ground = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
+        self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, how often
+        self._postponed_since_ms = 0
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
         self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
@@ -232,16 +262,18 @@ class Pipeline:
             for batch in (self._writing, self._filling)
             if batch is not None and batch and batch.since_ms <= before
             for entry_id in batch.entries
-        ]
+        ] + (list(self._postponed) if self._postponed_since_ms <= before else [])
 
     @property
     def held_count(self) -> int:
-        return len(self._filling.entries) + (len(self._writing.entries) if self._writing else 0)
+        writing = len(self._writing.entries) if self._writing else 0
+        return len(self._filling.entries) + writing + len(self._postponed)
 
     @property
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
-        return (self._writing or self._filling).since_ms
+        held = (self._writing or self._filling).since_ms
+        return min(held or self._postponed_since_ms, self._postponed_since_ms) if self._postponed else held
 
     async def note_progress(self) -> None:
         """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
@@ -267,6 +299,8 @@ class Pipeline:
         writing: asyncio.Task[None] | None = None
         try:
             while True:
+                if writing is None and self._postponed:
+                    self._bring_back(at_last=stopping.is_set())
                 if writing is None and self._filling:
                     self._writing, self._filling = self._filling, Held(self._ground)
                     writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
@@ -281,6 +315,8 @@ class Pipeline:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if writing is not None and writing.done():
                     writing.result()
+                    if self._overlap is not None and self._writing is not None:
+                        self._overlap.give_back(self._writing.keys)
                     self._writing = writing = None
                 if reading is not None and reading.done():
                     entries = reading.result()
@@ -315,10 +351,12 @@ class Pipeline:
         turn_ends = time.perf_counter() + TURN_S
         taken = 0
         for entry_id, fields in entries:
-            if entry_id in filling.entries or entry_id in writing:
+            if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
                 continue  # read back while we hold it
             rejected = len(filling.rejected)
-            filling.apply(entry_id, fields)
+            if not filling.apply(entry_id, fields, self._overlap, postpone=True):
+                self._postponed_since_ms = self._postponed_since_ms if self._postponed else now_ms()
+                self._postponed[entry_id] = (fields, 1)
             if len(filling.rejected) > rejected:
                 self._dead_letters.bad(filling.rejected[-1].error)
             else:
@@ -331,6 +369,16 @@ class Pipeline:
             self._slot.add(read=taken)
             if filling.mark is not None:
                 self._marks.append(filling.mark)
+
+    def _bring_back(self, *, at_last: bool) -> None:
+        """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
+        postponed, self._postponed = self._postponed, {}
+        if not self._filling:
+            self._filling.since_ms = self._postponed_since_ms
+        for entry_id, (fields, times) in postponed.items():
+            may_wait = times < POSTPONED_MAX and not at_last
+            if not self._filling.apply(entry_id, fields, self._overlap, postpone=may_wait):
+                self._postponed[entry_id] = (fields, times + 1)
 
     # --- the flush
 

@@ -29,7 +29,7 @@ from fastworker.run.reader import ReaderSettings
 from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.run.resume import read_and_resume
 from fastworker.run.supervisor import ChildSpec, Supervisor
-from fastworker.run.worker import WorkerSettings, shrunk, worker_main
+from fastworker.run.worker import WorkerSettings, shrunk, worker_child
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def supervise(plan: Plan) -> ExitCode:
     heartbeats = Heartbeats()
     worker = shrunk(plan.worker)
     specs = [
-        ChildSpec("worker", partial(worker_main, worker), count=worker.processes),
+        ChildSpec("worker", worker_child(worker), count=worker.processes),
         ChildSpec("monitor", partial(_monitor_main, plan.monitor, plan.resolver, heartbeats)),
     ]
     if plan.reader is not None:

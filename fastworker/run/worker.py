@@ -18,6 +18,7 @@ from fastworker.edge.stream import LeaseLostError, WorkerStream
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.run.child import StartAgain, run_child
 from fastworker.run.heartbeat import Slot, State, now_ms
+from fastworker.run.overlap import Marks, Overlap
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
 from fastworker.table.batch import Limits
@@ -66,14 +67,18 @@ def shrunk(settings: WorkerSettings) -> WorkerSettings:
     return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
 
 
-def worker_main(settings: WorkerSettings, slot: Slot) -> int:
-    """The target of a worker child: runs in the forked process, returns its exit code."""
+def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
+    """The target of a worker's children, made before the fork: runs in the forked process, returns its exit code."""
+    return partial(_worker_main, settings, Marks())
+
+
+def _worker_main(settings: WorkerSettings, marks: Marks, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
-    return run_child(slot, partial(work, settings))
+    return run_child(slot, partial(work, settings, marks))
 
 
-async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event) -> None:
+async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asyncio.Event) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     try:
@@ -87,14 +92,16 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event) ->
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
-            await _work(settings, slot, stopping, redis, store)
+            await _work(settings, marks, slot, stopping, redis, store)
         finally:
             await store.close()
     finally:
         await redis.aclose()
 
 
-async def _work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, redis: Redis, store: Store) -> None:
+async def _work(
+    settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asyncio.Event, redis: Redis, store: Store
+) -> None:
     async def last_finished() -> str | None:
         progress = await store.finished(settings.stream_key)
         return progress.entry_id if progress is not None else None
@@ -134,8 +141,9 @@ async def _work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, r
                 slot,
                 limits=settings.limits,
                 dead_letters=dead_letters,
+                overlap=Overlap(marks, slot.number * settings.pipelines + n),
             )
-            for stream in streams
+            for n, stream in enumerate(streams)
         ]
         try:
             await _take_ground(store, pipelines)

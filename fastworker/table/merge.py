@@ -337,6 +337,8 @@ JOINED = (
 )
 REPLIES = "SELECT uri FROM public.posts WHERE root_uri = ANY($1::varchar[]) AND uri <> root_uri"
 POSTS_LOCK = 'SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE'
+POSTS_LOCK_FREE = POSTS_LOCK + " SKIP LOCKED"
+POSTS_THERE = "SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[])"
 CONTEXTS = (
     "INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri) "
     "SELECT p.uri, (SELECT l.uri FROM public.likes AS l WHERE l.user_did = split_part(p.root_uri, '/', 3) AND l.post_uri = p.uri) "

@@ -126,11 +126,11 @@ DERIVED: tuple[Table, ...] = (FEED_ITEMS, QUOTES, NOTIFICATIONS, VIEWER_STATES, 
 
 # The order in which every writer locks (sorted keys inside a table): deadlocks need two orders.
 TABLES: tuple[Table, ...] = (
-    POSTS,
     LIKES,
     REPOSTS,
     FOLLOWS,
     BLOCKS,
+    POSTS,  # whose rows other flushes wait for: they recompute what joins two records under a post's lock
     BOOKMARKS,
     LISTS,
     LIST_ITEMS,

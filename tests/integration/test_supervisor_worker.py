@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -28,7 +27,7 @@ from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
 from fastworker.run.heartbeat import Heartbeats
 from fastworker.run.supervisor import ChildSpec, Supervisor
-from fastworker.run.worker import WorkerSettings, shrunk, worker_main
+from fastworker.run.worker import WorkerSettings, shrunk, worker_child
 
 ROOT = Path(__file__).parents[2]
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -39,7 +38,7 @@ CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 def main() -> int:
     setup_logging("INFO", "human")
     settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
-    worker = partial(worker_main, settings)
+    worker = worker_child(settings)
     return Supervisor([ChildSpec("worker", worker, count=settings.processes)], Heartbeats(8)).run()
 
 
