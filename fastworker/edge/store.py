@@ -2,11 +2,10 @@
 
 A flush (`Store.write`), docs/invariants.md has the proof:
 
-1. look: tombstones and deleted accounts that already beat this batch;
-2. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
-3. main transaction: the gate of the cold tables, rows under the version guard, twins, derived rows, counters;
-4. look again: what overtook us between 1 and 3 is removed the same way;
-5. rows that join two records are recomputed, now that this side has committed.
+1. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
+2. main transaction: rows under the version guard, twins, the gate of the cold tables, derived rows, counters;
+3. look back: what tombstones and deleted accounts beat, older or newer than 2, is removed the same way;
+4. rows that join two records are recomputed, now that this side has committed.
 
 The caller acks after `write` returns. Every step may be repeated: a crash anywhere means redelivery.
 """
@@ -74,7 +73,7 @@ POOLER = (
     "(pgbouncer: pool_mode = session) or connect directly"
 )
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
-WARY_FLUSHES = 50  # without COPY after somebody else was found to write the same rows
+WARY_MIN, WARY_MAX = 5, 320  # transactions without COPY after somebody else was found to write the same rows
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
 
 
@@ -172,6 +171,7 @@ class Store:
         self._known: dict[str, None] = {}
         self.copy_rows_min = COPY_ROWS_MIN
         self._wary = 0  # transactions to go without COPY
+        self._wary_next = WARY_MIN
         self._relays: set[str] = set()
         self._recount = merge.recount(derive) if "counts" in derive else None
 
@@ -241,19 +241,17 @@ class Store:
             identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
             await self._retry(lambda: self._prologue(connection, batch, changes, dids - forbidden, identities))
             upserts = [c for c in changes if c.row is not None]
-            kills, shadowed = await self._look(connection, upserts)
-            if kills:
-                changes = [kills.get(c.uri, c) for c in changes]
-            rows = await self._main(connection, changes, shadowed, batch)
+            rows = await self._main(connection, changes, set(), batch)
+            superseded = max(0, len(upserts) - rows)
             # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
             # A record in the shadow may by now be in the table as well, with another pair: settle it again.
-            late, shadowed = await self._look(connection, [c for c in upserts if c.uri not in kills])
-            if late or shadowed:
-                again = [late.get(c.uri, c) for c in upserts if c.uri in late or c.uri in shadowed]
+            kills, shadowed = await self._look(connection, upserts)
+            if kills or shadowed:
+                again = [kills.get(c.uri, c) for c in upserts if c.uri in kills or c.uri in shadowed]
                 rows += await self._main(connection, again, shadowed, None)
             crashpoint(Place.AFTER_LOOK_BACK)
             await self._rejoin(connection, upserts)
-            return Written(rows, len(upserts) + len(kills) - rows if rows < len(upserts) else 0, refused)
+            return Written(rows, superseded + len(kills), refused)
 
     async def maintain(self, *, owed_age_s: float = 10.0) -> int:
         """What committed transactions still owe (joined rows, purges of deleted accounts): one bounded piece.
@@ -325,7 +323,7 @@ class Store:
         async with self._connection() as connection:
             await connection.execute(merge.UNRESOLVABLE, sorted(dids))
 
-    # 1 and 4: what beats this batch -------------------------------------------------------------
+    # 3: what beats this batch -------------------------------------------------------------
 
     async def _look(self, connection: Connection, upserts: list[Change]) -> tuple[dict[str, Change], set[str]]:
         """Deletes, by uri, for those upserts that a tombstone or a deleted account beats; uris in the shadow."""
@@ -346,7 +344,7 @@ class Store:
                 kills[change.uri] = _kill(change, None, deleted)
         return kills, {r[1] for r in found if r[0] == "twin"}
 
-    # 2: what must be committed before the rows --------------------------------------------------
+    # 1: what must be committed before the rows --------------------------------------------------
 
     async def _prologue(
         self,
@@ -414,7 +412,7 @@ class Store:
         if unresolved:
             await connection.execute(merge.IDENTITIES_UNRESOLVED, *_columns(unresolved))
 
-    # 3: rows and what derives from them ---------------------------------------------------------
+    # 2: rows and what derives from them ---------------------------------------------------------
 
     async def _main(
         self, connection: Connection, changes: list[Change], shadowed: set[str], batch: Batch | None
@@ -456,7 +454,7 @@ class Store:
             return rows, owed
 
         rows, owed = await self._retry(transaction)
-        self._wary = max(0, self._wary - 1)
+        self._trust()
         if owed:
             await self._recompute(connection, owed, set(), wait=False)
         return rows
@@ -554,6 +552,13 @@ class Store:
         await self._copy(connection, table, [c.row for c in fresh])
         return fresh, [c for c in upserts if c.uri in taken]
 
+    def _trust(self) -> None:
+        """After a transaction: one step nearer to COPY, or nearer to a short wait the next time."""
+        if self._wary:
+            self._wary -= 1
+        elif self._wary_next > WARY_MIN:
+            self._wary_next = max(WARY_MIN, self._wary_next - 1)
+
     def _may_copy(self, rows: int) -> bool:
         return rows >= self.copy_rows_min and not self._wary
 
@@ -565,7 +570,7 @@ class Store:
         try:
             await connection.copy_records_to_table(name, schema_name=schema, columns=table.columns, records=rows)
         except UniqueViolationError as error:
-            self._wary = WARY_FLUSHES
+            self._wary, self._wary_next = self._wary_next, min(WARY_MAX, 4 * self._wary_next)
             raise _Contended from error
 
     async def _superseded(
@@ -861,7 +866,7 @@ class Store:
         if fx.recount:
             await connection.execute(self._recount, sorted(fx.recount))
 
-    # 5: rows that join two records ----------------------------------------------------------------
+    # 4: rows that join two records ----------------------------------------------------------------
 
     async def _rejoin(self, connection: Connection, upserts: list[Change]) -> None:
         """Recompute the joined rows that this batch's upserts may have changed. Those of removals are owed rows."""

@@ -38,7 +38,7 @@ LEASE_MS: Final = 15_000
 """A consumer whose owner did not renew for so long is dead: three missed renewals and a slow fork."""
 FOREIGN_IDLE_MS: Final = 60_000
 """Predecessors hold no leases: their consumers are dead after so long without a sign (design, Redis rules)."""
-BURST_ENTRIES: Final = int(__import__("os").environ.get("BURST", "1000"))
+BURST_ENTRIES: Final = 1_000
 """What one round trip asks for when there is a backlog, in reads of BATCH_SIZE each."""
 BURST_BYTES: Final = 4 * 1024 * 1024
 CONSUMERS_MAX: Final = 10_000

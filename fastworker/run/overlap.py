@@ -1,8 +1,8 @@
 """What the pipelines of one worker hold just now, so that their flushes need not wait for each other in PostgreSQL.
 
-Two flushes about one record, or one unique pair, are right whatever their order (docs/invariants.md), but the later one
-waits for the earlier one's commit: hundreds of milliseconds in which a core is idle. So whoever takes an entry marks its
-records and pairs, and leaves an entry alone for a moment whose records another pipeline has marked.
+Two flushes about one record, or one unique pair, are right whatever their order (docs/invariants.md), but the later
+one waits for the earlier one's commit: hundreds of milliseconds in which a core is idle. So whoever takes an entry
+marks its records and pairs, and leaves an entry alone for a moment whose records another pipeline has marked.
 
 Marks are hints, not locks: one byte per hash in memory that the processes share. A race, a collision of hashes or the
 marks of a killed process cost a postponement, a missing mark costs a wait; neither changes a row. Other hosts are not

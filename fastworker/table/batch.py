@@ -76,8 +76,8 @@ class TimedIdentity(msgspec.Struct, frozen=True, gc=False):
 class Limits(msgspec.Struct, frozen=True):
     """Bounds of one batch. A guess until bench/flush.py says otherwise; see docs/performance.md."""
 
-    entries_max: int = 10_000
-    changes_max: int = 12_000
+    entries_max: int = 5_000
+    changes_max: int = 6_000
     bytes_max: int = 16 * 1024 * 1024
     age_ms_max: int = 1_000
 

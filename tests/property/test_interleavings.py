@@ -21,7 +21,7 @@ from fastworker.table.batch import Batch
 from fastworker.testing.histories import Event, cid_of, number, tid
 
 PLACES = (
-    "first look",  # nothing is written yet
+    "prologue",  # nothing is written yet
     "main",  # tombstones and users are committed
     "rows written",  # in the main transaction, derived rows are not
     "derived written",  # in the main transaction, before its commit
@@ -38,7 +38,6 @@ class Held(Store):
 
     def hold(self, place: str | None) -> None:
         self.place = place
-        self.looked = 0
         self.reached, self.go = asyncio.Event(), asyncio.Event()
 
     async def _at(self, place: str) -> None:
@@ -46,9 +45,12 @@ class Held(Store):
             self.reached.set()
             await self.go.wait()
 
+    async def _prologue(self, *args: Any) -> Any:
+        await self._at("prologue")
+        return await super()._prologue(*args)
+
     async def _look(self, *args: Any) -> Any:
-        self.looked += 1
-        await self._at("first look" if self.looked == 1 else "look back")
+        await self._at("look back")
         return await super()._look(*args)
 
     async def _main(self, *args: Any) -> Any:
@@ -64,9 +66,9 @@ class Held(Store):
         await super()._derived(*args)
         await self._at("derived written")
 
-    async def _recompute(self, *args: Any) -> None:
+    async def _recompute(self, *args: Any, **options: Any) -> None:
         await self._at("recompute owed")
-        await super()._recompute(*args)
+        await super()._recompute(*args, **options)
 
     async def _rejoin(self, *args: Any) -> None:
         await self._at("rejoin")
