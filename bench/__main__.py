@@ -30,7 +30,7 @@ def _measure(name: str, what: dict[str, Any], runs: int, work: Callable[[], dict
 @click.option("--seed", default=7, show_default=True)
 @click.option("--quick", is_flag=True, help="20,000 events, one run: shows that it works, measures little.")
 @click.option("--processes", default=2, show_default=True, help="Of end_to_end.")
-@click.option("--pipelines", default=2, show_default=True, help="Of end_to_end.")
+@click.option("--pipelines", default=1, show_default=True, help="Of end_to_end.")
 @click.option("--batch-size", default=500, show_default=True, help="BATCH_SIZE of end_to_end.")
 def main(
     names: tuple[str, ...],

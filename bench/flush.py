@@ -26,7 +26,7 @@ def flush(folder: Path, *, size: int, events: int, derive: str) -> dict[str, Any
         event = decode_entry(fields)
         if isinstance(event, Commit):
             batches[-1].put(map_commit(event, ENTRY_MS))
-        batches[-1].settle("1-1", stored=True, payload_bytes=1)
+        batches[-1].settle("1-1", payload_bytes=1)
         if len(batches[-1].entries) >= size:
             batches.append(Batch())
     with servers() as running:

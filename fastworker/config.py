@@ -249,7 +249,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=1_000),
         _env("PARALLEL_CONSUMERS", "worker up", "Pipelines (consumers) in each process.", read=_integer),
-    ] = 2
+    ] = 1
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         _env("LOG_LEVEL", "*", "Least level that is logged.", read=_level),

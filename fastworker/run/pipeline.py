@@ -190,7 +190,7 @@ class Held:
             batch.relays.add(event.relay)
         self.mark = (entry_id, event.seq)
         self.kinds[type(event)] += 1
-        batch.settle(entry_id, stored=tally.outcome == "committed", payload_bytes=sum(map(len, fields.values())))
+        batch.settle(entry_id, payload_bytes=sum(map(len, fields.values())))
         self.tallies.setdefault(tally, []).append(entry_id)
         return True
 
@@ -456,7 +456,7 @@ class Pipeline:
 
     async def _isolate(self, held: Held, error: RowRejected) -> None:
         """PostgreSQL refused a value: apply the entries again in halves, until the one that holds it is alone."""
-        entries = [(settled.entry_id, held.entries[settled.entry_id]) for settled in held.batch.entries]
+        entries = [(entry_id, held.entries[entry_id]) for entry_id in held.batch.entries]
         if len(entries) == 1:
             await self._isolate_op(entries[0], error)
             return

@@ -42,7 +42,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = 10
     pool_size: int = 8
     processes: int = 2
-    pipelines: int = 2  # per process
+    pipelines: int = 1  # per process
     derive: frozenset[str] = FULL
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
@@ -127,6 +127,7 @@ async def _work(
             raise Unreachable(str(error)) from error
         slot.text("consumers", " ".join(stream.name for stream in streams))
         dead_letters = DeadLetterLimit()
+        limits = settings.limits.shared_by(settings.processes * settings.pipelines)
         pipelines = [
             Pipeline(
                 Intake(
@@ -139,7 +140,7 @@ async def _work(
                 stream,
                 store,
                 slot,
-                limits=settings.limits,
+                limits=limits,
                 dead_letters=dead_letters,
                 overlap=Overlap(marks, slot.number * settings.pipelines + n),
             )

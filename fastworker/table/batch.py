@@ -73,20 +73,24 @@ class TimedIdentity(msgspec.Struct, frozen=True, gc=False):
     at: datetime
 
 
+PIECE_MIN = 500  # entries; smaller batches cost PostgreSQL more for each
+
+
 class Limits(msgspec.Struct, frozen=True):
-    """Bounds of one batch. A guess until bench/flush.py says otherwise; see docs/performance.md."""
+    """Bounds of one batch. Larger ones were not faster (docs/performance.md), and each pipeline holds two."""
 
     entries_max: int = 5_000
     changes_max: int = 6_000
     bytes_max: int = 16 * 1024 * 1024
-    age_ms_max: int = 1_000
 
-
-class Settled(msgspec.Struct, frozen=True, gc=False):
-    """An entry whose content is in the batch (or had none): ack it when the batch is committed."""
-
-    entry_id: str
-    stored: bool  # False: nothing to store
+    def shared_by(self, pipelines: int) -> Limits:
+        """What one of so many pipelines may hold: beyond two, they share what two may hold."""
+        share = min(1.0, 2 / pipelines)
+        return Limits(
+            entries_max=max(PIECE_MIN, int(self.entries_max * share)),
+            changes_max=max(PIECE_MIN, int(self.changes_max * share)),
+            bytes_max=max(1024 * 1024, int(self.bytes_max * share)),
+        )
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):
@@ -131,7 +135,7 @@ class Batch:
         self.identities: dict[str, list[TimedIdentity]] = {}
         self.syncs: list[Sync] = []
         self.drops: list[Drop] = []
-        self.entries: list[Settled] = []
+        self.entries: list[str] = []  # ids
         self.relays: set[str] = set()
         self.progress: Progress | None = None
         self.payload_bytes = 0
@@ -162,9 +166,9 @@ class Batch:
     def drop(self, reason: Reason, collection: str = "", detail: str = "") -> None:
         self.drops.append(Drop(reason, collection, detail))
 
-    def settle(self, entry_id: str, *, stored: bool, payload_bytes: int) -> None:
+    def settle(self, entry_id: str, *, payload_bytes: int) -> None:
         """Remember an entry; its ack follows the commit of this batch."""
-        self.entries.append(Settled(entry_id, stored))
+        self.entries.append(entry_id)
         self.payload_bytes += payload_bytes
 
     def is_full(self, limits: Limits) -> bool:

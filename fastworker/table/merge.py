@@ -41,13 +41,15 @@ def insert(table: Table) -> str:
 
 
 def taken(table: Table) -> str:
-    """Those of $1 uris that the table would refuse: the uri is there, or its pair ($2, $3)."""
-    key = f"SELECT {table.key} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    """Those of $1 uris that the table would refuse: the pair ($2, $3) is there, or, without pairs, the uri.
+
+    A record that changed its pair is not found by it: the insert will tell.
+    """
     if not table.pair:
-        return key
+        return f"SELECT {table.key} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
     a, b = table.pair
     return (
-        f"{key} UNION ALL SELECT u.uri FROM unnest($1::varchar[], $2::varchar[], $3::varchar[]) AS u (uri, a, b) "
+        "SELECT u.uri FROM unnest($1::varchar[], $2::varchar[], $3::varchar[]) AS u (uri, a, b) "
         f"JOIN {qualified(table)} AS t ON t.{a} = u.a AND t.{b} = u.b"
     )
 
