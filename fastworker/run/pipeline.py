@@ -1,9 +1,9 @@
 """The path of an entry: read, decode, map, batch, flush, ack. One batch fills, one is written, never a third.
 
 Natural batching: whatever arrived while the last flush ran is the next one, so a quiet stream flushes single entries
-at once and a busy one fills batches. Back-pressure is not reading. An entry leaves in one of three ways, each ending
-in one ack: rows committed, nothing to store, set aside. Everything else stays pending, and is read again by whoever
-comes next.
+at once (no more often than every few milliseconds) and a busy one fills batches. Back-pressure is not reading. An entry
+leaves in one of three ways, each ending in one ack: rows committed, nothing to store, set aside. Everything else stays
+pending, and is read again by whoever comes next.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Overlap, keys_of
-from fastworker.run.retry import Backoff
+from fastworker.run.retry import Backoff, pause
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
 
 log = logging.getLogger(__name__)
 
+PACE_S = 0.01  # between the starts of two flushes of a quiet stream: half the work, for a wait of a few milliseconds
 BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
@@ -61,8 +62,10 @@ class Stream(Protocol):
 
 
 class Source(Protocol):
-    """What a pipeline needs of `run.reclaim.Intake`."""
+    """What a pipeline needs of `run.reclaim.Intake`. `backlog`: more is there already."""
 
+    @property
+    def backlog(self) -> bool: ...
     async def next(self, block_ms: int) -> list[Entry]: ...
     def look_again(self) -> None: ...
 
@@ -242,6 +245,7 @@ class Pipeline:
         self._writing: Held | None = None
         self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, how often
         self._postponed_since_ms = 0
+        self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
         self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
@@ -303,6 +307,7 @@ class Pipeline:
                     self._bring_back(at_last=stopping.is_set())
                 if writing is None and self._filling:
                     self._writing, self._filling = self._filling, Held(self._ground)
+                    self._flush_at = time.monotonic()
                     writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
                 may_read = not (
                     stopping.is_set() or self._filling.is_full(self._limits) or self.state is not State.RUNNING
@@ -330,6 +335,10 @@ class Pipeline:
 
     async def _read(self, stopping: asyncio.Event) -> list[Entry]:
         backoff = Backoff()
+        # Without a backlog one read a flush is enough: it finds everything that came meanwhile.
+        wait_s = self._flush_at + PACE_S - time.monotonic()
+        if wait_s > 0 and not self._source.backlog and await pause(wait_s, stopping):
+            return []
         while True:
             try:
                 entries = await self._source.next(BLOCK_MS)

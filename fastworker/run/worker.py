@@ -75,10 +75,10 @@ def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
 def _worker_main(settings: WorkerSettings, marks: Marks, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
-    return run_child(slot, partial(work, settings, marks))
+    return run_child(slot, partial(work, settings, marks=marks))
 
 
-async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asyncio.Event) -> None:
+async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, marks: Marks | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     try:
@@ -92,7 +92,7 @@ async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asy
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
-            await _work(settings, marks, slot, stopping, redis, store)
+            await _work(settings, marks or Marks(), slot, stopping, redis, store)
         finally:
             await store.close()
     finally:

@@ -115,6 +115,11 @@ class Bench:
                     self.task.result()
                 await asyncio.sleep(0.002)
 
+    async def until_it_waits_for_a_reply(self) -> None:
+        async with asyncio.timeout(10):
+            while not (await self.redis.info("clients"))["blocked_clients"]:
+                await asyncio.sleep(0.002)
+
     async def until_settled(self, count: int) -> None:
         await self.until(lambda: self.slot.snapshot().acked >= count)
 
@@ -296,6 +301,7 @@ async def test_entries_whose_reply_was_lost_are_read_back(bench):
         await bench.add(likes(7)[5:])
         await bench.redis.xreadgroup(GROUP, bench.stream.name, {KEY: ">"}, count=1)
         await bench.until_settled(6)
+        await bench.until_it_waits_for_a_reply()
         await bench.redis.client_kill_filter(_type="normal", skipme=True)
         await bench.until_settled(7)
     assert await bench.ledger() == {"committed": 7}
@@ -306,6 +312,7 @@ async def test_read_back_does_not_repeat_what_is_held(bench):
         bench.store.open.clear()
         await bench.add(likes(50))
         await bench.until(lambda: pipeline.held_count == 50)
+        await bench.until_it_waits_for_a_reply()
         await bench.redis.client_kill_filter(_type="normal", skipme=True)
         await bench.until(lambda: bench.slot.get("stream_retries") > 0)
         await bench.add(likes(51)[50:])
