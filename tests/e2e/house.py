@@ -64,9 +64,15 @@ class House:
                 await self.settled()
 
     @contextlib.asynccontextmanager
-    async def worker(self) -> AsyncIterator[None]:
+    async def worker(self, **settings_: Any) -> AsyncIterator[None]:
+        """`settings_`: other than the usual ones."""
         settings = WorkerSettings(
-            redis_url=self.redis_url, database_url=self.postgres_url, batch_size=300, pipelines=2, consumer_id="e2e"
+            redis_url=self.redis_url,
+            database_url=self.postgres_url,
+            batch_size=300,
+            pipelines=2,
+            consumer_id="e2e",
+            **settings_,
         )
         if not await self.redis.exists(KEY):
             await self.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
