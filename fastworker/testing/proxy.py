@@ -16,7 +16,8 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: the peer gets a reset,
 class Proxy:
     """Listens on a free port of 127.0.0.1 and passes bytes on to `target`, a host and port or a socket's path.
 
-    delay_s: how long each piece is held in both directions. refusing: new connections are reset at once.
+    target: where new connections lead. refusing: new connections are reset at once.
+    delay_s: how long each piece is held in both directions.
     cut_after: number of bytes, counted over all connections from now on, after which the connection that carried the
     last of them is reset; then None again.
     cut_at: the connection that next asks for something with this text in it is reset, before the request went through
@@ -24,7 +25,7 @@ class Proxy:
     """
 
     def __init__(self, target: tuple[str, int] | str) -> None:
-        self._target = target
+        self.target = target
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,10 +77,10 @@ class Proxy:
         self._tasks.add(task)
         try:
             await self._passing.wait()
-            if isinstance(self._target, str):
-                far_reader, far_writer = await asyncio.open_unix_connection(self._target)
+            if isinstance(self.target, str):
+                far_reader, far_writer = await asyncio.open_unix_connection(self.target)
             else:
-                far_reader, far_writer = await asyncio.open_connection(*self._target)
+                far_reader, far_writer = await asyncio.open_connection(*self.target)
         except OSError:
             _reset(writer)
         except asyncio.CancelledError:

@@ -96,7 +96,7 @@ class Command:
         except TimeoutError:
             self.tell(signal.SIGKILL)
             code = await self._process.wait()
-        if self._crashpoint and self._died() > self._kills:
+        if self.has_crashed:
             self.crashes[self._crashpoint.partition(":")[0]] += 1
         return code
 
@@ -110,6 +110,11 @@ class Command:
         """Logs of all its lives that tell of what was never expected: a child that ended so is started again."""
         logs = sorted(self._folder.glob(f"{self.name}-*.log"))
         return [f"Unexpected: {log}" for log in logs if _UNEXPECTED.search(log.read_text(errors="replace"))]
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether this life's crash point was passed."""
+        return bool(self._crashpoint) and self._died() > self._kills
 
     def _died(self) -> int:
         return self.log.read_text(errors="replace").count("was killed by SIGKILL")
@@ -238,22 +243,32 @@ class Stage:
     async def pending(self) -> int:
         return int((await self.redis.xpending(KEY, GROUP))["pending"])
 
+    async def keep_running(self) -> list[str]:
+        """Start what has ended; what is wrong with how it did."""
+        problems = []
+        for command in (self.worker, self.reader):
+            if not command.is_running:
+                problems += command.why_ended()
+                await command.start()
+        return problems
+
     # --- what must be so in the end
 
     async def settle(self, last_seq: int, limit_s: float) -> list[str]:
         """Wait until everything up to `last_seq` is on the stream and has ended; what is wrong if that takes longer."""
-        state = ""
+        state, problems = "", []
         try:
             async with asyncio.timeout(limit_s):
                 while True:
+                    problems += await self.keep_running()
                     cursor = int(await self.redis.get(CURSOR) or 0)
                     added, ended, pending = await self.added(), ended_in(await self.ledger()), await self.pending()
                     state = f"cursor {cursor} of {last_seq}, {added} entries, {ended} ended, {pending} pending"
                     if self.relay.exhausted and cursor >= last_seq and ended >= added and not pending:
-                        return []
+                        return problems
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            return [f"Not settled after {limit_s:g} s: {state}"]
+            return [*problems, f"Not settled after {limit_s:g} s: {state}"]
 
     async def stop(self) -> list[str]:
         """Both commands in good order; what is wrong with how they ended."""
