@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -206,7 +207,7 @@ class Stage:
         if self._proxied:
             self.proxies = {name: await enter(Proxy((url.host or "", url.port or 0))) for name, url in urls.items()}
             urls = {name: url.with_port(self.proxies[name].port) for name, url in urls.items()}
-        env = {name: value for name, value in os.environ.items() if not name.startswith("FASTWORKER_")} | {
+        env = self._env = {name: value for name, value in os.environ.items() if not name.startswith("FASTWORKER_")} | {
             "REDIS_URL": str(urls["redis"]),
             "DATABASE_URL": str(urls["postgres"]),
             "RELAY_URL": str(urls["relay"]),
@@ -292,7 +293,16 @@ class Stage:
             problems.append(f"The dead letters hold {dict(reasons)}; they should hold {letters}")
         if pending := await self.pending():
             problems.append(f"{pending} entries are pending")
+        if (unaccounted := await self._unaccounted()) != 0:
+            problems.append(f"`fastworker status` says that {unaccounted} entries are unaccounted for")
         return problems
+
+    async def _unaccounted(self) -> int | None:
+        """What an operator would see."""
+        command = [sys.executable, "-m", "fastworker", "status", "--json"]
+        process = await asyncio.create_subprocess_exec(*command, env=self._env, stdout=asyncio.subprocess.PIPE)
+        said, _ = await process.communicate()
+        return json.loads(said)["unaccounted_entries"] if process.returncode == 0 else None
 
     async def different(self, events: Iterable[Event]) -> list[str]:
         """How the tables differ from what the model of the state law makes of the events."""
