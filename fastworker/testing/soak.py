@@ -31,8 +31,8 @@ LINE_S = 10.0
 LOOK_S = 1.0
 CATCH_UP = 2.0  # times the rate: less, and a backlog takes longer to go than it took to come
 GROWTH, GROWTH_BYTES = 1.05, 2 << 20  # of a process, from the first to the last third of the time after all outages
-BYTES_MAX = 200 << 20  # of all processes together, at any time
 WARM_UP_S = 30.0
+SETTLE_S = 900.0  # what is left at the end must go, too
 
 
 class Outage(NamedTuple):
@@ -101,7 +101,7 @@ class Soak:
                     await asyncio.sleep(started + outage.at_s - time.monotonic())
                     await self._leave(outage, started)
                 await asyncio.sleep(started + self._seconds - time.monotonic())
-                problems = await stage.settle(self._last_seq, 300)
+                problems = await stage.settle(self._last_seq, SETTLE_S)
             finally:
                 looking.cancel()
                 await asyncio.wait([looking])
@@ -188,8 +188,6 @@ class Soak:
                 problems.append(f"{name} grows: {_mb(first)}, then {_mb(last)}, with nothing out")
         most = max(sum(look.pss.values()) for look in self._looks)
         _say(f"{'together':10} {_mb(most)} at most (PSS)")
-        if most > BYTES_MAX:
-            problems.append(f"The processes used {_mb(most)} together")
         return problems
 
 
