@@ -992,9 +992,10 @@ class Store:
         raise AssertionError
 
 
-async def _refuse_pooler(first: Connection, second: Connection | asyncpg.Connection[Any]) -> None:
+async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> None:
     """Two connections that share one session are a pooler's that we cannot work with."""
-    if await first.fetchval("SELECT pg_backend_pid()") == await second.fetchval("SELECT pg_backend_pid()"):
+    pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+    if len(pids) < len(connections):
         raise Unreachable(POOLER)
 
 
