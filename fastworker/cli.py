@@ -229,13 +229,16 @@ def migrate(*, only_check: bool) -> ExitCode:
 
     What fastworker does not own is never touched.
     """
+    from fastworker.crashpoint import arm
     from fastworker.run import migrate as migrations
 
-    url = _config().require_database_url("migrate")
+    config = _config()
+    url = config.require_database_url("migrate")
     if only_check:
         problems = _run(migrations.check(url))
         click.echo("\n".join(problems) if problems else "The schema is up to date.")
         return ExitCode.NO if problems else ExitCode.DONE
+    arm(config.crashpoint)
     done = _run(migrations.migrate(url))
     click.echo("\n".join(f"applied {name}" for name in done) if done else "The schema is up to date.")
     return ExitCode.DONE

@@ -149,8 +149,9 @@ def translating() -> Iterator[None]:
             raise
         raise StoreUnavailable("PostgreSQL connection: closed while it was used") from error
     except InterfaceError as error:
-        # the pool or the connection is closed under us
-        raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
+        # the pool or the connection is closed under us; what closed it says more than what found it closed
+        why = error.__context__ if isinstance(error.__context__, PostgresError | OSError) else error
+        raise StoreUnavailable(f"PostgreSQL connection: {why or type(why).__name__}") from error
     except (OSError, TimeoutError) as error:
         raise StoreUnavailable(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
 
@@ -208,7 +209,15 @@ class Store:
                 server_settings={"application_name": application_name},
             )
             try:
-                await _meet(pool, min(2, pool_size), connect_timeout_s)
+                async with contextlib.AsyncExitStack() as stack:
+                    first = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
+                    if pool_size > 1:
+                        second = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
+                        await _refuse_pooler(first, second)
+                    else:  # for this once
+                        another = await asyncpg.connect(database_url, timeout=connect_timeout_s, command_timeout=10)
+                        stack.push_async_callback(another.close, timeout=5)
+                        await _refuse_pooler(first, another)
             except BaseException:
                 pool.terminate()
                 raise
@@ -998,12 +1007,10 @@ class Store:
         raise AssertionError
 
 
-async def _meet(pool: asyncpg.Pool[Any], count: int, timeout_s: float) -> None:
-    """Connect at once; two connections that share one session are a pooler's that we cannot work with."""
-    async with contextlib.AsyncExitStack() as stack:
-        connections = [await stack.enter_async_context(pool.acquire(timeout=timeout_s)) for _ in range(count)]
-        pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
-    if len(pids) < count:
+async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> None:
+    """Two connections that share one session are a pooler's that we cannot work with."""
+    pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+    if len(pids) < len(connections):
         raise Unreachable(POOLER)
 
 

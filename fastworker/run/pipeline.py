@@ -36,6 +36,7 @@ BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a sto
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
 POSTPONED_MAX = 3  # flushes that an entry whose records another pipeline holds is postponed for, at most
+TELL_AGAIN_S = 60.0  # between two log lines about the same outage
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 _COMMIT = Tally("committed", "#commit")
@@ -248,6 +249,7 @@ class Pipeline:
         self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
+        self._told_at = 0.0  # when the log was last told what is waited for
         self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
         self._progress: Progress | None = None
 
@@ -343,7 +345,7 @@ class Pipeline:
             try:
                 entries = await self._source.next(BLOCK_MS)
             except StreamUnavailable as error:
-                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error)
+                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error, backoff.elapsed)
                 # The reply that did not come may have handed us entries: they are pending in our name now.
                 self._source.look_again()
                 if await backoff.wait(stopping):
@@ -510,15 +512,16 @@ class Pipeline:
                 async with asyncio.timeout(ATTEMPT_S):
                     result = await attempt()
             except (StoreUnavailable, StreamUnavailable, TimeoutError) as error:
-                self._writing_state = self._wait(self._writing_state, waiting, error)
+                self._writing_state = self._wait(self._writing_state, waiting, error, backoff.elapsed)
                 await asyncio.sleep(backoff.next())
             else:
                 self._writing_state = self._go_on(self._writing_state)
                 return result
 
-    def _wait(self, before: State, state: State, error: Exception) -> State:
-        if before is not state:
-            log.warning("%s waits: %s", self.stream.name, error)
+    def _wait(self, before: State, state: State, error: Exception, since_s: float) -> State:
+        if before is not state or time.monotonic() - self._told_at >= TELL_AGAIN_S:
+            self._told_at = time.monotonic()
+            log.warning("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
         self.progress_ms = now_ms()
         self._slot.text("error", f"{type(error).__name__}: {error}")
         if state is State.WAITING_FOR_STORE:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.run.heartbeat import Heartbeats
+from fastworker.run.overlap import Marks
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.worker import WorkerSettings, work
 from fastworker.testing.relay import SimRelay
@@ -64,14 +65,20 @@ class House:
                 await self.settled()
 
     @contextlib.asynccontextmanager
-    async def worker(self) -> AsyncIterator[None]:
+    async def worker(self, **settings_: Any) -> AsyncIterator[None]:
+        """`settings_`: other than the usual ones."""
         settings = WorkerSettings(
-            redis_url=self.redis_url, database_url=self.postgres_url, batch_size=300, pipelines=2, consumer_id="e2e"
+            redis_url=self.redis_url,
+            database_url=self.postgres_url,
+            batch_size=300,
+            pipelines=2,
+            consumer_id="e2e",
+            **settings_,
         )
         if not await self.redis.exists(KEY):
             await self.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
         stopping = asyncio.Event()
-        task = asyncio.create_task(work(settings, self.slot, stopping))
+        task = asyncio.create_task(work(settings, Marks(), self.slot, stopping))
         self._task = task
         self.slot.set(ready=0)
         try:

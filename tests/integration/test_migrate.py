@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -195,6 +197,19 @@ async def test_killed_in_the_middle_leaves_no_half_migration(empty_postgres_url:
     await child.wait()
     await fetch(empty_postgres_url, f"SELECT pg_cancel_backend(pid) FROM ({sleeping}) AS its_backend")
     assert await migrate(empty_postgres_url) == NAMES
+    assert await check(empty_postgres_url) == []
+
+
+async def test_killed_at_its_crash_point_the_next_run_does_all_of_it(empty_postgres_url: str) -> None:
+    """Between the migrations: the first one has run, nothing of it is there."""
+    env = {**os.environ, "DATABASE_URL": empty_postgres_url, "FASTWORKER_CRASHPOINT": "in_migration:1"}
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "fastworker", "migrate", cwd=ROOT, env=env)
+    assert await child.wait() == -signal.SIGKILL
+    assert await fetch(empty_postgres_url, "SELECT 1 FROM pg_tables WHERE schemaname = 'public'") == []
+    assert len(await check(empty_postgres_url)) == len(NAMES)
+    del env["FASTWORKER_CRASHPOINT"]
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "fastworker", "migrate", cwd=ROOT, env=env)
+    assert await child.wait() == 0
     assert await check(empty_postgres_url) == []
 
 

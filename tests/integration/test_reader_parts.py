@@ -84,6 +84,15 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
         (ConnectionResetError("reset"), "", StreamUnavailable),
         (exceptions.AuthenticationError("invalid username-password pair"), "WRONGPASS", StreamUnavailable),
         (exceptions.NoPermissionError("this user has no permissions to run"), "NOPERM", Unreachable),
+        (exceptions.ResponseError("ACL failure in script: User x has no permissions to"), "NOPERM", Unreachable),
+        (
+            exceptions.ResponseError(
+                "Error running script (call to f_1): @user_script:1: @user_script: 1: The user executing the script "
+                "can't run this command or subcommand"
+            ),
+            "NOPERM",
+            Unreachable,
+        ),
         (exceptions.ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE", Unreachable),
         (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", Unreachable),
         (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", exceptions.ResponseError),
