@@ -55,7 +55,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def shrunk(settings: WorkerSettings) -> WorkerSettings:
     """Settings whose connections, one per pipeline and one for the monitor, fit under `pool_size`; says so once."""
-    room = max(1, settings.pool_size - 1)
+    room = _room(settings)
     processes = min(settings.processes, room)
     pipelines = min(settings.pipelines, room // processes)
     if (processes, pipelines) == (settings.processes, settings.pipelines):
@@ -65,6 +65,15 @@ def shrunk(settings: WorkerSettings) -> WorkerSettings:
         settings.pool_size, processes, pipelines, settings.processes, settings.pipelines,
     )  # fmt: skip
     return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
+
+
+def processes_max(settings: WorkerSettings) -> int:
+    """How many processes with all their pipelines fit under `pool_size`: what SIGTTIN may reach."""
+    return max(1, _room(settings) // settings.pipelines)
+
+
+def _room(settings: WorkerSettings) -> int:
+    return max(1, settings.pool_size - 1)
 
 
 def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
