@@ -254,16 +254,6 @@ class Pipeline:
         """Running, or what one of its two halves waits for."""
         return max(self._reading_state, self._writing_state)
 
-    def held(self, older_than_ms: int = 0) -> list[str]:
-        """Ids of unsettled entries in batches that were begun so long ago."""
-        before = now_ms() - older_than_ms
-        return [
-            entry_id
-            for batch in (self._writing, self._filling)
-            if batch is not None and batch and batch.since_ms <= before
-            for entry_id in batch.entries
-        ] + (list(self._postponed) if self._postponed_since_ms <= before else [])
-
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0

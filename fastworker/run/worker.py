@@ -125,6 +125,7 @@ async def _work(
             dead_letter_maxlen=settings.dead_letter_maxlen,
             last_finished=last_finished,
             lease_ms=settings.lease_ms,
+            foreign_idle_ms=settings.foreign_idle_ms,
         )
         for _ in range(settings.pipelines)
     ]
@@ -176,7 +177,7 @@ async def _run(
     renew_s = settings.lease_ms / 1000 / RENEWALS
     async with asyncio.TaskGroup() as group:
         side_tasks = [
-            group.create_task(_every(renew_s, partial(_renew, streams, pipelines, renew_s)), name="renew leases"),
+            group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
             group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
             group.create_task(_figures(slot, pipelines), name="figures"),
         ]
@@ -198,10 +199,10 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
 
-async def _renew(streams: list[WorkerStream], pipelines: list[Pipeline], renew_s: float) -> None:
+async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
     try:
-        for stream, pipeline in zip(streams, pipelines, strict=True):
-            await stream.renew(pipeline.held(older_than_ms=int(renew_s * 1000)))
+        for stream in streams:
+            await stream.renew(idle_ms=int(renew_s * 1000))
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except LeaseLostError as error:
