@@ -25,7 +25,7 @@ from fastworker.edge.redis_client import connect
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
-from fastworker.run.heartbeat import Heartbeats
+from fastworker.run.heartbeat import Heartbeats, Slot
 from fastworker.run.supervisor import ChildSpec, Supervisor
 from fastworker.run.worker import WorkerSettings, shrunk, worker_child
 
@@ -35,10 +35,17 @@ POST = "at://did:plc:aaaaaaaaaaaaaaaaaaaaaaaa/app.bsky.feed.post/3kaaaaaaaaa2a"
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 
 
+def slowly(worker: Callable[[Slot], int], slot: Slot) -> int:
+    time.sleep(0.8)  # longer than a drain: whoever stops the old one first leaves a gap that can be seen
+    return worker(slot)
+
+
 def main() -> int:
     setup_logging("INFO", "human")
     settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
     worker = worker_child(settings)
+    if len(sys.argv) > 2:
+        worker = partial(slowly, worker)
     return Supervisor([ChildSpec("worker", worker, count=settings.processes)], Heartbeats(8)).run()
 
 
@@ -64,10 +71,10 @@ class Bench:
         self.seq = 0
         self.likes = 0
 
-    def start(self, **changes: object) -> None:
+    def start(self, *, slow: bool = False, **changes: object) -> None:
         settings = msgspec.structs.replace(self.settings, **changes)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, msgspec.json.encode(settings).decode()],
+            [sys.executable, "-P", __file__, msgspec.json.encode(settings).decode(), *(["slow"] if slow else [])],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -265,7 +272,7 @@ async def test_nobody_takes_what_a_live_worker_cannot_finish(bench, pg, lease_ms
 
 
 async def test_a_rolling_restart_under_load_leaves_no_gap(bench, pg):
-    bench.start()
+    bench.start(slow=True)
     await bench.add(100)
     await bench.until(bench.settled)
     done, fewest, longest = False, 99, 0.0
