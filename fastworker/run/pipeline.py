@@ -99,7 +99,7 @@ class DeadLetterLimit:
         if self._run > self._run_max or (seen >= self._window and self._bad > self._ratio_max * seen):
             raise StoppedItself(
                 f"Too many entries cannot be stored: {self._run} in a row, {self._bad} of the last {seen}. They stay "
-                f"pending. The last one: {why}"
+                f"pending (FASTWORKER_DEAD_LETTERS_IN_A_ROW lets more pass). The last one: {why}"
             )
         if seen >= self._window:  # forget half: old entries fade out
             self._good //= 2

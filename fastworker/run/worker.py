@@ -46,6 +46,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     derive: frozenset[str] = FULL
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
+    dead_letters_in_a_row: int = 500
     drain_s: float = 4.0
     crashpoint: str | None = None  # tests only
     scan_s: float = 10.0  # between two looks for dead consumers
@@ -136,7 +137,8 @@ async def _work(
         except (StreamUnavailable, StoreUnavailable) as error:
             raise Unreachable(str(error)) from error
         slot.text("consumers", " ".join(stream.name for stream in streams))
-        dead_letters = DeadLetterLimit()
+        in_a_row = settings.dead_letters_in_a_row
+        dead_letters = DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
         pipelines = [
             Pipeline(
