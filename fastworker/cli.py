@@ -124,6 +124,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         pipelines=config.pipelines,
         derive=config.derive,
         dead_letter_maxlen=config.dead_letter_maxlen,
+        dead_letters_in_a_row=config.dead_letters_in_a_row,
         crashpoint=config.crashpoint,
     )
 

@@ -200,6 +200,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             read=_integer,
         ),
     ] = 10_000
+    dead_letters_in_a_row: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000_000),
+        _env(
+            "FASTWORKER_DEAD_LETTERS_IN_A_ROW",
+            "worker up",
+            "Entries in a row that a process sets aside before it stops itself (exit 4), so that a bad release does "
+            "not empty the stream into the dead letters. Raise it for one run to get past entries that may go there.",
+            read=_integer,
+        ),
+    ] = 500
     group: Annotated[
         str,
         Meta(min_length=1),
@@ -370,7 +381,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_MEMORY_MAX_BYTES",
             "worker up",
-            "Resident memory at which one worker process is drained and replaced.",
+            "Anonymous resident memory at which one process is drained and replaced; once a minute at most.",
             read=_size,
             allowed="bytes, or a number with kb, mb or gb; at least 32mb",
             default="no limit",

@@ -310,6 +310,11 @@ class RedisAdmin:
         async with translating(self._redis):
             return int(await self._redis.llen(GAPS))
 
+    async def newest_gaps(self, count: int) -> list[bytes]:
+        """Each as JSON: relay, reason, after, resumed, at."""
+        async with translating(self._redis):
+            return cast("list[bytes]", await cast("Any", self._redis.lrange(GAPS, 0, count - 1)))
+
     async def cursor(self, key: str) -> str | None:
         async with translating(self._redis):
             value = await self._redis.get(key)

@@ -103,7 +103,7 @@ class DeadLetterLimit:
         if self._run > self._run_max or (seen >= self._window and self._bad > self._ratio_max * seen):
             raise StoppedItself(
                 f"Too many entries cannot be stored: {self._run} in a row, {self._bad} of the last {seen}. They stay "
-                f"pending. The last one: {why}"
+                f"pending (FASTWORKER_DEAD_LETTERS_IN_A_ROW lets more pass). The last one: {why}"
             )
         if seen >= self._window:  # forget half: old entries fade out
             self._good //= 2
@@ -259,16 +259,6 @@ class Pipeline:
     def state(self) -> State:
         """Running, or what one of its two halves waits for."""
         return max(self._reading_state, self._writing_state)
-
-    def held(self, older_than_ms: int = 0) -> list[str]:
-        """Ids of unsettled entries in batches that were begun so long ago."""
-        before = now_ms() - older_than_ms
-        return [
-            entry_id
-            for batch in (self._writing, self._filling)
-            if batch is not None and batch and batch.since_ms <= before
-            for entry_id in batch.entries
-        ] + (list(self._postponed) if self._postponed_since_ms <= before else [])
 
     @property
     def held_count(self) -> int:

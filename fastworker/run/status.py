@@ -25,6 +25,7 @@ from fastworker.metrics import OUTCOMES
 
 RATE_WINDOW_S = 0.5
 WATCH_S = 1.0
+GAPS_SHOWN = 3
 
 
 class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,16 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     holds_stream: bool = False
 
 
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch that a relay did not give us: seqs beyond `after` and below `resumed`; `at` is Unix time."""
+
+    relay: str
+    reason: str
+    after: int | None
+    resumed: int | None
+    at: float
+
+
 class ReaderStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`running`: the lease is held. `cursor_age_s`: since the reader last wrote its figures (None: never)."""
 
@@ -82,6 +93,7 @@ class ReaderStatus(msgspec.Struct, frozen=True, kw_only=True):
     gaps: int
     waits_for_room: bool
     error: str
+    newest_gaps: list[Gap] = []
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,9 +222,21 @@ async def _reader(admin: RedisAdmin, config: Config) -> ReaderStatus:
         frame_age_s=max(0.0, time.time() - float(frame_at)) if frame_at and running else None,
         reconnects=int(stats.get("reconnects", 0)),
         gaps=await admin.gaps(),
+        newest_gaps=_gaps(await admin.newest_gaps(GAPS_SHOWN)),
         waits_for_room=running and stats.get("full") == "1",
         error=stats.get("last_error", "") if running and not told.get("connected") else "",
     )
+
+
+def _gaps(texts: list[bytes]) -> list[Gap]:
+    found = []
+    for text in texts:
+        try:
+            gap = msgspec.json.decode(text, type=Gap)
+        except msgspec.MsgspecError:
+            continue
+        found.append(msgspec.structs.replace(gap, at=gap.at / 1000))
+    return found
 
 
 async def _workers(admin: RedisAdmin) -> list[WorkerStatus]:
@@ -259,6 +283,10 @@ def _overview(status: Status) -> RenderableType:
         table.add_row("reader", Text("not connected" if reader.running else "not running", style="yellow"))
     cursor = f"cursor {reader.cursor or 'none'}, {reader.reconnects} reconnects, {reader.gaps} gaps"
     table.add_row("", cursor + (", WAITS FOR ROOM" if reader.waits_for_room else ""))
+    for gap in reader.newest_gaps:
+        day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gap.at))
+        after = "where it was" if gap.after is None else f"{gap.after}"
+        table.add_row("gap", Text(f"{day} UTC {gap.relay}: {after} to {gap.resumed}, {gap.reason}", style="yellow"))
     share = 100 * status.stream_entries / status.stream_entries_max
     size = "" if status.stream_bytes is None else f", {_bytes(status.stream_bytes)}"
     table.add_row("stream", f"{status.stream_entries:,} entries ({share:.0f} % of the limit){size}")

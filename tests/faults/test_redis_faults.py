@@ -19,6 +19,7 @@ from faults.test_postgres_faults import POST, like
 from fastworker.edge import stream
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.edge.redis_client import connect
+from fastworker.edge.stream import CONSUMERS_KEY
 from fastworker.errors import Unreachable
 from fastworker.run import worker
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
@@ -237,6 +238,7 @@ async def test_a_stream_trimmed_by_someone_else(house: House, pg: asyncpg.Connec
     """Entries that are pending and gone: acked, counted as ghosts, never waited for."""
     await house.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
     await add(house, 1, 200)
+    await house.redis.sadd(CONSUMERS_KEY, "e2e-0")  # ours, before it died
     await house.redis.xreadgroup(GROUP, "e2e-0", {KEY: ">"}, count=100)
     await house.redis.xtrim(KEY, maxlen=100, approximate=False)
     async with house.worker(), asyncio.timeout(30):
