@@ -20,8 +20,8 @@ import asyncpg
 import pytest
 from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
+from servers import PostgresUnderTest
 
-from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.edge.store import Store
 from fastworker.testing import compare
 from fastworker.testing.histories import random_history, to_entry
@@ -149,6 +149,6 @@ async def test_three_ways(redis_url: str, postgres_url: str) -> None:
 async def test_ten_ways_over_two_hundred_thousand_events(server_dir: Path, redis_url: str) -> None:
     from fastworker.run.migrate import migrate
 
-    with EmbeddedPostgres(server_dir, durable=False) as server:
+    with PostgresUnderTest(server_dir, durable=False) as server:
         await migrate(server.url)
         await same_tables(redis_url, server.url, int(os.environ.get("WAYS_EVENTS", "200000")), WAYS, 1_500)

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 from e2e.house import House
+from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
@@ -216,7 +217,7 @@ async def test_pgbouncer(server_dir: Path, mode: str) -> None:
         pytest.skip("pgbouncer is not installed (Debian's package of that name)")
     from fastworker.run.migrate import migrate
 
-    with EmbeddedPostgres(server_dir, durable=False, port=free_port()) as server:
+    with PostgresUnderTest(server_dir, durable=False, port=free_port()) as server:
         url = URL(server.url)
         await migrate(str(url))
         port = free_port()

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from e2e.house import GROUP, KEY, House
 from faults.test_postgres_faults import POST, like
+from servers import RedisUnderTest
 
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.edge.redis_client import connect
@@ -110,7 +111,7 @@ async def test_a_slow_redis(house: House, proxy: Proxy, pg: asyncpg.Connection, 
 
 
 async def test_a_server_that_loads_its_data(server_dir: Path, postgres_url: str, pg: asyncpg.Connection) -> None:
-    server = EmbeddedRedis(server_dir, settings={"key-load-delay": "400"})
+    server = RedisUnderTest(server_dir, settings={"key-load-delay": "400"})
     server.start()
     client = connect(server.url)
     house = House(client, server.url, postgres_url)

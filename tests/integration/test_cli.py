@@ -21,11 +21,11 @@ import asyncpg
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
+from servers import RedisUnderTest
 
 from fastworker import __version__
 from fastworker.cli import cli
 from fastworker.config import VARIABLES
-from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.event.entry import decode_entry
 from fastworker.metrics import WORKER_METRICS
 from fastworker.testing.frames import write_frames
@@ -434,7 +434,7 @@ def test_check_on_good_servers_and_on_one_that_evicts(
     assert done.returncode == 0, done.stdout
     assert "ok   postgresql: The schema is complete." in done.stdout
     assert "warn redis: appendonly is off" in done.stdout
-    with EmbeddedRedis(server_dir, settings={"maxmemory-policy": "allkeys-lru"}) as server:
+    with RedisUnderTest(server_dir, settings={"maxmemory-policy": "allkeys-lru"}) as server:
         done = run("check", "--json", REDIS_URL=server.url, DATABASE_URL=f"postgresql://u:hunter2@{NOBODY}/x")
     findings = json.loads(done.stdout)
     assert done.returncode == 1
