@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,14 +77,18 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
         return seq
 
 
-async def facts(database_url: str, tables: Sequence[str]) -> Facts:
-    """Look once. Raises ConfigError and Unreachable."""
+async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts:
+    """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-check") as connection:
         before = time.time()
         row = await connection.fetchrow(_FACTS)
         after = time.time()
         assert row is not None
-        lacking = [f"{rights} on {table}" for table, rights in await connection.fetch(_LACKING, list(tables))]
+        pairs = [(table, right) for table, some in rights.items() for right in some]
+        lacking = [
+            f"{some} on {table}"
+            for table, some in await connection.fetch(_LACKING, *map(list, zip(*pairs, strict=True)))
+        ]
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
         await connection.execute("SET fastworker.probe = 'kept'")
@@ -149,8 +153,8 @@ _LACKING = """
 SELECT name, string_agg(right_name, ', ' ORDER BY right_name)
 FROM (SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname AS name, c.oid
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables,
-     unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS right_name
-WHERE name = ANY ($1::text[]) AND NOT has_table_privilege(oid, right_name)
+      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables
+JOIN unnest($1::text[], $2::text[]) AS needed (name, right_name) USING (name)
+WHERE NOT has_table_privilege(oid, right_name)
 GROUP BY name ORDER BY name
 """
