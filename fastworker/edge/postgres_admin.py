@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import msgspec
 
-from fastworker.errors import ConfigError, Unreachable
+from fastworker.edge.schema_admin import AUTHORITY
+from fastworker.errors import ConfigError, Unreachable, words_of
 
 CONNECT_SECONDS_MAX = 10.0
 STATEMENT_SECONDS_MAX = 30.0
@@ -53,10 +54,10 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
             statement_cache_size=0,  # behind pgbouncer too
             server_settings={"application_name": application_name},
         )
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
+        raise Unreachable(f"{where} cannot be reached: {words_of(error, AUTHORITY)}") from error
     except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL is not a PostgreSQL URL: {error}") from error
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where} cannot be reached: {error or type(error).__name__}") from error
+        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
     try:
         yield connection
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:

@@ -165,7 +165,7 @@ async def test_both_services_run_with_what_is_printed(
             used |= seen.commands() - {"info"}
             stop(reader)
     allowed = seen.known(set(rights.COMMANDS["reader"]))
-    assert not seen.refused() - {"config|get", "client|setinfo"}
+    assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
     assert allowed == allowed & (used | seen.known(in_scripts(feed))), "more is allowed than is used"
 
     seen = Seen(client)
@@ -189,7 +189,7 @@ async def test_both_services_run_with_what_is_printed(
         stop(worker)
     used = seen.commands()
     allowed = seen.known(set(rights.COMMANDS["worker"]))
-    assert not seen.refused() - {"config|get", "client|setinfo"}
+    assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
     assert allowed == allowed & (used | seen.known(in_scripts(stream, feed))), "more is allowed than is used"
     client.close()
 
