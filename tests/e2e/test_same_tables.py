@@ -18,6 +18,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from e2e.house import unread
 from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
 from servers import PostgresUnderTest
@@ -73,7 +74,7 @@ async def work_off(redis: Redis, redis_url: str, url: str, way: tuple[Any, ...],
         async with asyncio.timeout(limit_s):
             while True:
                 group = (await redis.xinfo_groups(KEY))[0]
-                read = group["entries-read"] or 0
+                read = total - await unread(redis)
                 if read >= total and not group["pending"]:
                     break
                 if marks and read >= marks[0]:

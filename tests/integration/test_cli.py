@@ -257,6 +257,9 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
     # Nobody's client library sends `_total` in a family's name. Only a reader has the reader's.
     known = {metric.name.removesuffix("_total") for metric in WORKER_METRICS}
+    counts_reads = "entries-read" in client.xinfo_groups(STREAM)[0]  # from Redis 7 on
+    if not counts_reads:
+        known.discard("fastworker_unaccounted_entries")
     assert set(families) == known
     drops = {sample.labels["reason"]: sample.value for sample in families["fastworker_drops"].samples}
     assert drops["bad_frame"] == 0.0, "drops are visible at zero"
@@ -270,7 +273,12 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     until(lambda: client.hlen("fastworker:status:worker"))
     shown = run("status", "--json", REDIS_URL=redis_url)
     status = json.loads(shown.stdout)
-    assert (status["ledger"]["committed"], status["unaccounted_entries"], status["lag_entries"]) == (100, 0, 0)
+    unaccounted = 0 if counts_reads else None
+    assert (status["ledger"]["committed"], status["unaccounted_entries"], status["lag_entries"]) == (
+        100,
+        unaccounted,
+        0,
+    )
     assert [process["ready"] for process in status["workers"][0]["processes"]] == [True, True, True]
     shown = run("status", REDIS_URL=redis_url)
     assert "100 committed" in shown.stdout
