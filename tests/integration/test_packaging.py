@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 import redis
 import yaml
-from servers import PostgresUnderTest, RedisUnderTest
+from servers import PostgresUnderTest, RedisUnderTest, connected
 
 import fastworker
 from fastworker.edge.embedded import free_port
@@ -230,8 +229,7 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                 assert migration.returncode == 0, said
             with start("python-worker") as worker, start("python-firehose") as reader:
                 both = {"python-worker": worker, "python-firehose": reader}
-                connection = await asyncpg.connect(database.url)
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(60), connected(database.url) as connection:
                     while differences := diff(model.tables(), await dump(connection)):
                         await asyncio.sleep(0.2)
                         for process in both.values():
@@ -244,7 +242,6 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                             )
                         ).returncode:
                             await asyncio.sleep(0.2)
-                await connection.close()
                 for name, process in both.items():
                     process.send_signal(signal.SIGTERM)
                     grace = float(file[name]["stop_grace_period"].removesuffix("s"))

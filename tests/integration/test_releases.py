@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 import zstandard
 from e2e.house import House
 from releases import make
+from servers import connected
 
 import fastworker
 from fastworker.edge.redis_client import connect
@@ -83,24 +83,19 @@ async def test_its_schema_is_upgraded_and_its_entries_are_stored(
     model = Model()
     for one in chosen:
         model.apply(one["event"])
-    client = connect(redis_url)
-    house = House(client, redis_url, empty_postgres_url)
-    connection = await asyncpg.connect(empty_postgres_url, timeout=10)
-    for _ in range(2):
-        await house.entries(fields_of(one["entries"][form]) for one in chosen)
-        assert await house.letters() == []
-        differences = diff(model.tables(), await dump(connection))
-        assert not differences, report(differences)
-    await connection.close(timeout=10)
-    await client.aclose()
+    async with connect(redis_url) as client, connected(empty_postgres_url) as connection:
+        house = House(client, redis_url, empty_postgres_url)
+        for _ in range(2):
+            await house.entries(fields_of(one["entries"][form]) for one in chosen)
+            assert await house.letters() == []
+            differences = diff(model.tables(), await dump(connection))
+            assert not differences, report(differences)
 
 
 async def test_a_form_of_a_later_release_is_set_aside_not_lost(redis_url: str, postgres_url: str) -> None:
     """Readers go after workers in an upgrade; if not, this is what happens until the worker is upgraded, too."""
-    client = connect(redis_url)
-    house = House(client, redis_url, postgres_url)
-    later = {b"n": b"\x02" + b"whatever"}
-    await house.entries([later])
-    (letter,) = await house.letters()
+    async with connect(redis_url) as client:
+        house = House(client, redis_url, postgres_url)
+        await house.entries([{b"n": b"\x02" + b"whatever"}])
+        (letter,) = await house.letters()
     assert (letter["reason"], letter["form"]) == ("unknown_format", "native")
-    await client.aclose()

@@ -20,7 +20,7 @@ import asyncpg
 import pytest
 import trustme
 from e2e.house import House
-from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
+from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, connected
 
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
@@ -130,10 +130,9 @@ async def test_everything_runs_over_tls(
 async def runs(redis_url: str, postgres_url: str, pg: asyncpg.Connection) -> None:
     config = parse_config({"REDIS_URL": redis_url, "DATABASE_URL": postgres_url})
     await preflight(config, database_url=config.database_url)
-    client = connect(redis_url)
     frames = list(Network(3, accounts=50).frames(300))
-    await House(client, redis_url, postgres_url).ingest(frames, last_seq=max(frame.seq or 0 for frame in frames))
-    await client.aclose()
+    async with connect(redis_url) as client:
+        await House(client, redis_url, postgres_url).ingest(frames, last_seq=max(frame.seq or 0 for frame in frames))
     model = Model()
     for frame in frames:
         if frame.event is not None:
@@ -207,10 +206,9 @@ async def test_servers_of_their_own(server_dir: Path, authority: Authority) -> N
         ):
             url = f"postgresql://postgres@localhost:{postgres.port}/atproto?sslmode=verify-full&sslrootcert={authority.ca}"
             await migrate(url)
-            connection = await asyncpg.connect(url)
-            assert await connection.fetchval("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-            await runs(f"rediss://localhost:{port}?ssl_ca_certs={authority.ca}", url, connection)
-            await connection.close()
+            async with connected(url) as connection:
+                assert await connection.fetchval("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+                await runs(f"rediss://localhost:{port}?ssl_ca_certs={authority.ca}", url, connection)
     except Unreachable as error:
         if any(words in str(error) for words in ("Bad directive", "not supported by this build", "SSL is not")):
             pytest.skip(f"a server under test speaks no TLS: {error}")
