@@ -294,3 +294,37 @@ def test_systemd_units(installed: Path, tmp_path: Path, name: str) -> None:
     assert command is not None
     said = run(*command[1].split(), code=2, env={"FASTWORKER_HTTP_PORT": "nowhere"})
     assert said.startswith("fastworker: FASTWORKER_HTTP_PORT=")
+
+
+# -- the command line as an operator finds it ----------------------------------------------------------------------
+
+
+def test_help_of_every_command(installed: Path) -> None:
+    """What it does, its options, its environment with defaults, its exit codes; readable at 80 columns."""
+    from fastworker.cli import cli
+
+    names = [*([name] for name in cli.commands), *(["dlq", name] for name in ("list", "show", "retry", "purge"))]
+    for words in names:
+        said = run(sys.executable, "-m", "fastworker", *words, "--help", cwd=ROOT, env={**os.environ, "COLUMNS": "80"})
+        assert said.startswith(f"Usage: fastworker {' '.join(words)} "), said
+        assert max(map(len, said.splitlines())) <= 80, said
+        if words != ["dlq"]:
+            assert {"Options:", "Environment:", "Exit codes:"} <= {line for line in said.splitlines() if line}, said
+            assert "LOG_LEVEL" in said
+
+
+def test_shell_completion(installed: Path) -> None:
+    """The script that the help speaks of, in a real shell."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("bash is not installed")
+    script = """
+eval "$(_FASTWORKER_COMPLETE=bash_source fastworker)"
+ask() { COMP_WORDS=("$@"); COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 )); COMPREPLY=(); _fastworker_completion "$1"; echo "${COMPREPLY[@]}"; }
+ask fastworker w
+ask fastworker grants ''
+ask fastworker dlq ''
+ask fastworker worker --re
+"""
+    said = run(bash, "-c", script, cwd="/", env={"PATH": f"{installed}:{os.environ['PATH']}"}).splitlines()
+    assert said == ["worker", "worker reader", "list purge retry show", "--reapply"]

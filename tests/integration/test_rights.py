@@ -22,7 +22,7 @@ from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
 
 from fastworker.edge import feed, postgres_admin, rights, schema_admin, stream
 from fastworker.table import derive, merge
-from fastworker.table.schema import DERIVED, NOTIFICATIONS, TABLES
+from fastworker.table.schema import DERIVED, FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
 from fastworker.testing.compare import diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network
@@ -213,12 +213,15 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found += [*merge.CIDS.values(), *merge.SERVICES_LOCK.values(), *merge.SERVICE_LIKES.values()]
     found.append(merge.recount(derive.FULL))
     for table in TABLES:
-        found += [make(table) for make in (merge.insert, merge.lock, merge.update, merge.delete, merge.absent)]
+        found += [
+            make(table) for make in (merge.insert, merge.taken, merge.lock, merge.update, merge.delete, merge.absent)
+        ]
         if table.hot:
             found.append(merge.versions_of(table))
         if table.pair:
             found += [merge.locate(table), merge.winners(table)]
     found += [merge.upsert(table) for table in DERIVED]
+    found += [merge.delete(table) for table in (FEED_ITEMS, QUOTES, NOTIFICATIONS)]
     found.append(schema_admin._APPLIED)
     note = ("at://a", "did:web:a", "did:web:b", "like", None, None, datetime.now(UTC).replace(tzinfo=None))
     return [
