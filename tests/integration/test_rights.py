@@ -213,11 +213,9 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found += [*merge.CIDS.values(), *merge.SERVICES_LOCK.values(), *merge.SERVICE_LIKES.values()]
     found.append(merge.recount(derive.FULL))
     for table in TABLES:
-        found += [
-            make(table) for make in (merge.insert, merge.taken, merge.lock, merge.update, merge.delete, merge.absent)
-        ]
+        found += [make(table) for make in (merge.insert, merge.lock, merge.update, merge.delete, merge.absent)]
         if table.hot:
-            found.append(merge.versions_of(table))
+            found += [merge.versions_of(table), merge.taken(table)]
         if table.pair:
             found += [merge.locate(table), merge.winners(table)]
     found += [merge.upsert(table) for table in DERIVED]
