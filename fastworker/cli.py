@@ -9,6 +9,7 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Coroutine, Iterable
@@ -316,6 +317,30 @@ def verify(
             return await verification.verify(config.require_database_url("verify"), config.derive, wish, stop)
 
     return _run(run())
+
+
+@cli.command()
+@click.argument("service", type=click.Choice(["worker", "reader"]))
+@click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
+@click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")
+def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str | None) -> ExitCode:
+    """Print what a service may do at least, as SQL or as an ACL line.
+
+    A role that can do exactly what the service needs; changes nothing by itself:
+    `fastworker grants worker | psql atproto`, and
+    `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
+    """
+    from fastworker.edge import rights
+
+    name = role or f"fastworker_{service}"
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
+        raise click.BadParameter("lower-case letters, digits and underscores", param_hint="--role")
+    config = _config()
+    if for_redis:
+        click.echo(rights.acl(service, name, (config.stream_key, config.cursor_key)))
+    else:
+        click.echo(rights.sql(service, name), nl=False)
+    return ExitCode.DONE
 
 
 @cli.group(cls=_Group)

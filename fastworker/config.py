@@ -132,7 +132,7 @@ def _level(text: str) -> str:
 
 _REDIS: Final = "reader worker up status check dlq replay"
 _POSTGRES: Final = "reader worker up migrate check verify"
-_STREAM: Final = "reader worker up status check dlq replay"
+_STREAM: Final = "reader worker up status check dlq replay grants"
 
 
 def _env(
@@ -178,7 +178,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cursor_key: Annotated[
         str,
         Meta(min_length=1),
-        _env("REDIS_CURSOR_KEY", "reader up status", "Where the reader keeps its relay cursor (decimal seq)."),
+        _env("REDIS_CURSOR_KEY", "reader up status grants", "Where the reader keeps its relay cursor (decimal seq)."),
     ] = "firehose:python_cursor"
     max_stream_len: Annotated[
         int,

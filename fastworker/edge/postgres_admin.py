@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import msgspec
 
-from fastworker.errors import ConfigError, Unreachable
+from fastworker.edge.schema_admin import AUTHORITY
+from fastworker.errors import ConfigError, Unreachable, words_of
 
 CONNECT_SECONDS_MAX = 10.0
 STATEMENT_SECONDS_MAX = 30.0
@@ -53,10 +54,10 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
             statement_cache_size=0,  # behind pgbouncer too
             server_settings={"application_name": application_name},
         )
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
+        raise Unreachable(f"{where} cannot be reached: {words_of(error, AUTHORITY)}") from error
     except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL is not a PostgreSQL URL: {error}") from error
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where} cannot be reached: {error or type(error).__name__}") from error
+        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
     try:
         yield connection
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
@@ -77,14 +78,18 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
         return seq
 
 
-async def facts(database_url: str, tables: Sequence[str]) -> Facts:
-    """Look once. Raises ConfigError and Unreachable."""
+async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts:
+    """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-check") as connection:
         before = time.time()
         row = await connection.fetchrow(_FACTS)
         after = time.time()
         assert row is not None
-        lacking = [f"{rights} on {table}" for table, rights in await connection.fetch(_LACKING, list(tables))]
+        pairs = [(table, right) for table, some in rights.items() for right in some]
+        lacking = [
+            f"{some} on {table}"
+            for table, some in await connection.fetch(_LACKING, *map(list, zip(*pairs, strict=True)))
+        ]
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
         await connection.execute("SET fastworker.probe = 'kept'")
@@ -149,8 +154,8 @@ _LACKING = """
 SELECT name, string_agg(right_name, ', ' ORDER BY right_name)
 FROM (SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname AS name, c.oid
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables,
-     unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS right_name
-WHERE name = ANY ($1::text[]) AND NOT has_table_privilege(oid, right_name)
+      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables
+JOIN unnest($1::text[], $2::text[]) AS needed (name, right_name) USING (name)
+WHERE NOT has_table_privilege(oid, right_name)
 GROUP BY name ORDER BY name
 """

@@ -18,7 +18,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
 
 CONNECT_TIMEOUT_S: Final = 5.0
 SOCKET_TIMEOUT_S: Final = 10.0
@@ -136,7 +136,9 @@ def translate(error: Exception) -> Exception:
     if isinstance(error, RuntimeError):
         return StreamUnavailable("Redis cannot be reached: the connection was closed while it was used")
     if isinstance(error, exceptions.ConnectionError | OSError):
-        return StreamUnavailable(f"Redis cannot be reached: {redact(str(error)) or type(error).__name__}")
+        return StreamUnavailable(
+            f"Redis cannot be reached: {redact(words_of(error, '?ssl_ca_certs=FILE in REDIS_URL'))}"
+        )
     return error
 
 

@@ -39,7 +39,8 @@ from asyncpg.exceptions import (
 from asyncpg.pool import PoolConnectionProxy
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
+from fastworker.edge.schema_admin import AUTHORITY
+from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.table import derive as derived
 from fastworker.table import merge
 from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
@@ -153,7 +154,7 @@ def translating() -> Iterator[None]:
         why = error.__context__ if isinstance(error.__context__, PostgresError | OSError) else error
         raise StoreUnavailable(f"PostgreSQL connection: {why or type(why).__name__}") from error
     except (OSError, TimeoutError) as error:
-        raise StoreUnavailable(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
+        raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
 
 
 def _is_our_bug(error: PostgresError) -> bool:

@@ -20,10 +20,10 @@ from rich.text import Text
 from fastworker.config import Config, redact
 from fastworker.edge.postgres_admin import Facts, facts, name_of
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
+from fastworker.edge.rights import TABLE_RIGHTS
 from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.run.migrate import check as check_schema
-from fastworker.table.schema import TABLES
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -34,20 +34,6 @@ SKEW_S: Final = 2.0
 PENDING_LOOKED_AT: Final = 100
 STALE_PENDING_S: Final = 600.0
 HOLDS_BACK_S: Final = 600.0
-DERIVED: Final = (
-    "users",
-    "post_aggregations",
-    "feed_items",
-    "quotes",
-    "notifications",
-    "post_viewer_states",
-    "thread_contexts",
-    "thread_gates",
-    "post_gates",
-    "label_events",
-)
-OURS: Final = ("versions", "twins", "accounts", "identities", "recheck", "progress", "relays", "repairs")
-WRITTEN: Final = (*(table.name for table in TABLES), *DERIVED, *(f"fastworker.{name}" for name in OURS))
 
 
 class Verdict(StrEnum):
@@ -302,9 +288,16 @@ def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
 
 def postgres_rights(found: Facts) -> Iterator[Finding]:
     if found.lacking:
-        yield _fail("postgresql", f"The role {found.role} lacks {_some(list(found.lacking), 5)}: GRANT it.")
+        yield _fail(
+            "postgresql",
+            f"The role {found.role} lacks {_some(list(found.lacking), 5)}: GRANT it, or run what `fastworker grants "
+            "worker` prints.",
+        )
     elif found.superuser:
-        yield _warn("postgresql", f"{found.role} is a superuser: the worker needs far less.")
+        yield _warn(
+            "postgresql",
+            f"{found.role} is a superuser: the worker needs far less; `fastworker grants worker` prints it.",
+        )
 
 
 # --- all of it
@@ -364,7 +357,7 @@ async def _ask_redis(admin: RedisAdmin, config: Config) -> AsyncIterator[Finding
 
 async def _postgres_findings(config: Config, url: str) -> list[Finding]:
     try:
-        found = await facts(url, WRITTEN)
+        found = await facts(url, TABLE_RIGHTS["worker"])
         problems = await check_schema(url)
     except (Unreachable, ConfigError) as error:
         return [_fail("postgresql", f"{redact(str(error))}.")]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis
 
+from fastworker.edge.redis_admin import RedisAdmin
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.run.heartbeat import Heartbeats
@@ -121,6 +122,17 @@ class House:
     async def pending(self) -> int:
         return int((await self.redis.xpending(KEY, GROUP))["pending"])
 
+    async def unread(self) -> int:
+        return await unread(self.redis)
+
     async def letters(self) -> list[dict[str, str]]:
         found = await self.redis.xrange("firehose:dead-letters")
         return [{k.decode(): v.decode(errors="replace") for k, v in fields.items()} for _, fields in found]
+
+
+async def unread(redis: Redis) -> int:
+    """Entries that were not delivered yet. Redis 6.2 does not count them: far from the end the number is an estimate."""
+    stream = await RedisAdmin(redis, KEY).stream()
+    group = stream.group(GROUP) if stream is not None else None
+    assert group is not None
+    return group.lag

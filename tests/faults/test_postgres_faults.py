@@ -15,6 +15,7 @@ from typing import Any
 import asyncpg
 import pytest
 from e2e.house import House
+from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
@@ -297,7 +298,7 @@ async def test_pgbouncer(server_dir: Path, mode: str) -> None:
     pgbouncer = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
     if pgbouncer is None:
         pytest.skip("pgbouncer is not installed (Debian's package of that name)")
-    with EmbeddedPostgres(server_dir, durable=False, port=free_port()) as server:
+    with PostgresUnderTest(server_dir, durable=False, port=free_port()) as server:
         url = URL(server.url)
         await migrate(str(url))
         port = free_port()

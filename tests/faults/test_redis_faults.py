@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 from e2e.house import GROUP, KEY, House
 from faults.test_postgres_faults import POST, like
+from servers import RedisUnderTest
 
 from fastworker.edge import stream
 from fastworker.edge.embedded import EmbeddedRedis
@@ -164,7 +165,7 @@ async def test_a_slow_redis(house: House, proxy: Proxy, pg: asyncpg.Connection, 
 
 
 async def test_a_server_that_loads_its_data(server_dir: Path, postgres_url: str, pg: asyncpg.Connection) -> None:
-    server = EmbeddedRedis(server_dir, settings={"key-load-delay": "400"})
+    server = RedisUnderTest(server_dir, settings={"key-load-delay": "400"})
     server.start()
     client = connect(server.url)
     house = House(client, server.url, postgres_url)
@@ -226,7 +227,7 @@ async def test_a_user_without_a_permission(
     async with house.worker():  # as it should be: all is there
         await house.redis.xlen(KEY)
         async with asyncio.timeout(60):
-            while (await house.redis.xinfo_groups(KEY))[0]["lag"] or await house.pending():
+            while await house.unread() or await house.pending():
                 await asyncio.sleep(0.05)
 
 

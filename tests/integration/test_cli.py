@@ -21,11 +21,11 @@ import asyncpg
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
+from servers import RedisUnderTest
 
 from fastworker import __version__
 from fastworker.cli import cli
 from fastworker.config import VARIABLES
-from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.event.entry import decode_entry
 from fastworker.metrics import WORKER_METRICS
 from fastworker.testing.frames import write_frames
@@ -257,6 +257,9 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
     # Nobody's client library sends `_total` in a family's name. Only a reader has the reader's.
     known = {metric.name.removesuffix("_total") for metric in WORKER_METRICS}
+    counts_reads = "entries-read" in client.xinfo_groups(STREAM)[0]  # from Redis 7 on
+    if not counts_reads:
+        known.discard("fastworker_unaccounted_entries")
     assert set(families) == known
     drops = {sample.labels["reason"]: sample.value for sample in families["fastworker_drops"].samples}
     assert drops["bad_frame"] == 0.0, "drops are visible at zero"
@@ -270,7 +273,12 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     until(lambda: client.hlen("fastworker:status:worker"))
     shown = run("status", "--json", REDIS_URL=redis_url)
     status = json.loads(shown.stdout)
-    assert (status["ledger"]["committed"], status["unaccounted_entries"], status["lag_entries"]) == (100, 0, 0)
+    unaccounted = 0 if counts_reads else None
+    assert (status["ledger"]["committed"], status["unaccounted_entries"], status["lag_entries"]) == (
+        100,
+        unaccounted,
+        0,
+    )
     assert [process["ready"] for process in status["workers"][0]["processes"]] == [True, True, True]
     shown = run("status", REDIS_URL=redis_url)
     assert "100 committed" in shown.stdout
@@ -462,7 +470,7 @@ def test_check_on_good_servers_and_on_one_that_evicts(
     assert done.returncode == 0, done.stdout
     assert "ok   postgresql: The schema is complete." in done.stdout
     assert "warn redis: appendonly is off" in done.stdout
-    with EmbeddedRedis(server_dir, settings={"maxmemory-policy": "allkeys-lru"}) as server:
+    with RedisUnderTest(server_dir, settings={"maxmemory-policy": "allkeys-lru"}) as server:
         done = run("check", "--json", REDIS_URL=server.url, DATABASE_URL=f"postgresql://u:hunter2@{NOBODY}/x")
     findings = json.loads(done.stdout)
     assert done.returncode == 1

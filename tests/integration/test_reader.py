@@ -20,9 +20,9 @@ import pytest
 import uvloop
 from aiohttp import web
 from redis.asyncio import Redis
+from servers import RedisUnderTest
 
 from fastworker.edge import feed as feed_module
-from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import ConfigError, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
@@ -724,7 +724,7 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
         return stored
 
     relay.add(*range(1, 101))
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = Redis.from_url(server.url, protocol=2)
         async with reading(settings(server.url, relay), fallback_seq=fallback) as stats:
             await until(cursor_is(redis, 100))
@@ -744,7 +744,7 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
 
 
 async def test_redis_without_memory_takes_all_of_a_chunk_or_nothing(relay: Relay, server_dir: Path) -> None:
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = Redis.from_url(server.url, protocol=2)
         await redis.set(CURSOR, "0")
         relay.add(*range(1, 11))

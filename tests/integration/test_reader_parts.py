@@ -16,8 +16,8 @@ from aiohttp import WSServerHandshakeError
 from multidict import CIMultiDict, CIMultiDictProxy
 from redis import exceptions
 from redis.asyncio import Redis
+from servers import RedisUnderTest
 
-from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.edge.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
 from fastworker.edge.redis_client import connect, error_code, redact, translate, translating
 from fastworker.edge.relay import PATH, RelayAddress, _at_least
@@ -363,7 +363,7 @@ async def test_a_limit_in_bytes_is_measured_when_trimming(redis: Redis) -> None:
 
 
 async def test_out_of_memory_in_the_script_is_all_or_nothing(server_dir: Path) -> None:
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = connect(server.url)
         feed = feed_on(redis)
         assert await feed.acquire()
