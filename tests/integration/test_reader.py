@@ -488,7 +488,7 @@ async def test_a_connection_cut_at_any_byte(
 
 async def test_a_killed_readers_last_append_arrives_after_its_death(relay: Relay, server_dir: Path) -> None:
     """Redis stands still with the script in its socket; the reader dies; Redis wakes up and runs it."""
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = Redis.from_url(server.url, protocol=2)
         await redis.set(CURSOR, "0")
         relay.add(*range(1, 101))
