@@ -14,10 +14,13 @@ from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Written
 from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
+from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Heartbeats, State
-from fastworker.run.pipeline import DeadLetterLimit, Pipeline
+from fastworker.run.overlap import Marks, Overlap, keys_of
+from fastworker.run.pipeline import POSTPONED_MAX, DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
 from fastworker.table.batch import Batch, Change, Limits
+from fastworker.table.mapper import map_commit
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -79,6 +82,8 @@ class Bench:
         self.limits = Limits()
         self.dead_letters = DeadLetterLimit()
 
+        self.overlap: Overlap | None = None
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Pipeline]:
         await self.stream.acquire()
@@ -89,6 +94,7 @@ class Bench:
             self.slot,
             limits=self.limits,
             dead_letters=self.dead_letters,
+            overlap=self.overlap,
         )
         self.stopping = asyncio.Event()
         self.task = asyncio.create_task(self.pipeline.run(self.stopping))
@@ -364,3 +370,74 @@ async def test_progress_is_stored_only_as_far_as_the_group_has_finished(bench):
         await bench.until_settled(7)
     progress = bench.store.batches[-1].progress
     assert (progress.stream, progress.consumer, progress.seq, progress.entry_id) == (KEY, "w-0", 11, more)
+
+
+@pytest.fixture
+def strangers(bench: Bench) -> Callable[[dict[str, str]], list[int]]:
+    """Marks an entry's records as another pipeline of this worker would, and gives the keys."""
+    marks = Marks()
+    bench.overlap = Overlap(marks, 0)
+    stranger = Overlap(marks, 1)
+
+    def mark(entry: dict[str, str]) -> list[int]:
+        event = decode_entry({name.encode(): value.encode() for name, value in entry.items()})
+        keys = keys_of(map_commit(event, 0))  # type: ignore[arg-type]
+        assert stranger.take(keys)
+        return keys
+
+    bench.give_back = stranger.give_back  # type: ignore[attr-defined]
+    return mark
+
+
+def other_like(number: int) -> dict[str, str]:
+    op = like(f"other{number}")
+    op["record"] = {
+        **op["record"],
+        "subject": {**op["record"]["subject"], "uri": f"at://{DID}/app.bsky.feed.post/{number}"},
+    }
+    return commit(1_000 + number, op)
+
+
+async def test_what_another_pipeline_holds_is_postponed_until_it_is_free(bench, strangers) -> None:
+    keys = strangers(likes(1)[0])
+    async with bench.running() as pipeline:
+        await bench.add(likes(1))
+        await bench.until(lambda: pipeline.held_count == 1)
+        await bench.add([other_like(1)])
+        await bench.until_settled(1)
+        assert [list(batch.changes) for batch in bench.store.batches] == [[f"at://{DID}/app.bsky.feed.like/other1"]]
+        assert pipeline.oldest_ms
+        bench.give_back(keys)
+        await bench.until_settled(2)
+        assert pipeline.held_count == 0
+    assert await bench.ledger() == {"committed": 2}
+
+
+async def test_it_is_not_postponed_for_ever(bench, strangers) -> None:
+    strangers(likes(1)[0])
+    async with bench.running() as pipeline:
+        await bench.add(likes(1))
+        await bench.until(lambda: pipeline.held_count == 1)
+        for number in range(POSTPONED_MAX + 1):
+            await bench.add([other_like(number)])
+            await bench.until(lambda: bench.slot.get("committed") > number)  # noqa: B023 - waited for here
+        await bench.until_settled(POSTPONED_MAX + 2)
+    assert await bench.ledger() == {"committed": POSTPONED_MAX + 2}
+
+
+async def test_a_stop_settles_what_is_postponed(bench, strangers) -> None:
+    strangers(likes(1)[0])
+    async with bench.running() as pipeline:
+        await bench.add(likes(1))
+        await bench.until(lambda: pipeline.held_count == 1)
+    assert await bench.ledger() == {"committed": 1}
+    assert await bench.pending() == 0
+
+
+async def test_marks_end_with_their_flush(bench, strangers) -> None:
+    async with bench.running():
+        await bench.add(likes(3))
+        await bench.until_settled(3)
+        for entry in likes(3)[:1]:
+            await bench.until(lambda: not bench.pipeline.held_count)
+            strangers(entry)
