@@ -35,7 +35,7 @@ PACE_S = 0.01  # between the starts of two flushes of a quiet stream: half the w
 BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
-POSTPONED_MAX = 3  # flushes that an entry whose records another pipeline holds is postponed for, at most
+POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
 TELL_AGAIN_S = 60.0  # between two log lines about the same outage
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
@@ -244,8 +244,7 @@ class Pipeline:
         self._ground = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
-        self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, how often
-        self._postponed_since_ms = 0
+        self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
         self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
@@ -269,7 +268,8 @@ class Pipeline:
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
         held = (self._writing or self._filling).since_ms
-        return min(held or self._postponed_since_ms, self._postponed_since_ms) if self._postponed else held
+        postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
+        return min(held or postponed, postponed or held)
 
     async def note_progress(self) -> None:
         """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
@@ -356,8 +356,7 @@ class Pipeline:
                 continue  # read back while we hold it
             rejected = len(filling.rejected)
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
-                self._postponed_since_ms = self._postponed_since_ms if self._postponed else now_ms()
-                self._postponed[entry_id] = (fields, 1)
+                self._postponed[entry_id] = (fields, now_ms())
             if len(filling.rejected) > rejected:
                 self._dead_letters.bad(filling.rejected[-1].error)
             else:
@@ -374,12 +373,11 @@ class Pipeline:
     def _bring_back(self, *, at_last: bool) -> None:
         """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
         postponed, self._postponed = self._postponed, {}
-        if not self._filling:
-            self._filling.since_ms = self._postponed_since_ms
-        for entry_id, (fields, times) in postponed.items():
-            may_wait = times < POSTPONED_MAX and not at_last
-            if not self._filling.apply(entry_id, fields, self._overlap, postpone=may_wait):
-                self._postponed[entry_id] = (fields, times + 1)
+        before = now_ms() - POSTPONED_MS_MAX
+        for entry_id, (fields, since_ms) in postponed.items():
+            self._filling.since_ms = self._filling.since_ms or since_ms
+            if not self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
+                self._postponed[entry_id] = (fields, since_ms)
 
     # --- the flush
 
