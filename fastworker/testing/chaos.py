@@ -158,8 +158,7 @@ class Chaos:
             if fault.amount > ON_TOP:
                 await self._recovered()
         self._done = True
-        last = max((frame.seq or 0 for frame in self._served), default=0)
-        problems += await stage.settle(last, limit_s)
+        problems += await stage.settle(lambda: max((f.seq or 0 for f in self._served), default=0), limit_s)
         problems += await stage.stop()
         for command in (stage.worker, stage.reader):
             problems += command.bugs()

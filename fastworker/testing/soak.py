@@ -68,7 +68,9 @@ class Soak:
         self._seconds = seconds
         self._outages = outages
         self._network = Network(seed)
-        self._made = 0
+        self._is_over = False
+        self._frames_made = 0
+        self._made = 0  # entries
         self._last_seq = 0
         self._stage = Stage(self._frames(), rate=rate, window=int(rate * 180), folder=folder)
         self._truth = self._stage.folder / "events.jsonl"
@@ -77,17 +79,18 @@ class Soak:
         self._out = ""
 
     def _frames(self) -> Iterator[SimFrame]:
-        """As many as the run needs, their meaning kept in a file, not in memory."""
+        """Until the time is over, their meaning kept in a file, not in memory."""
         encode = msgspec.json.Encoder().encode
-        count = int(self._rate * self._seconds)
         with self._truth.open("wb") as truth:
-            for frame in self._network.frames(count):
-                if frame.event is not None:
-                    truth.write(encode(frame.event) + b"\n")
-                if frame.seq is not None and frame.seq > self._last_seq:
-                    self._last_seq = frame.seq
-                    self._made += is_entry(frame)
-                yield frame
+            while not self._is_over:
+                for frame in self._network.step():
+                    if frame.event is not None:
+                        truth.write(encode(frame.event) + b"\n")
+                    if frame.seq is not None and frame.seq > self._last_seq:
+                        self._last_seq = frame.seq
+                        self._made += is_entry(frame)
+                    self._frames_made += 1
+                    yield frame
 
     async def run(self) -> list[str]:
         """The problems; what else there is to know is printed."""
@@ -101,7 +104,9 @@ class Soak:
                     await asyncio.sleep(started + outage.at_s - time.monotonic())
                     await self._leave(outage, started)
                 await asyncio.sleep(started + self._seconds - time.monotonic())
-                problems = await stage.settle(self._last_seq, SETTLE_S)
+                self._is_over = True
+                problems = self._pace()
+                problems += await stage.settle(lambda: self._last_seq, SETTLE_S)
             finally:
                 looking.cancel()
                 await asyncio.wait([looking])
@@ -153,6 +158,12 @@ class Soak:
                 yield decode(line)
 
     # --- the verdict
+
+    def _pace(self) -> list[str]:
+        """Whether the relay could keep up the rate at all."""
+        rate = self._frames_made / self._seconds
+        _say(f"{self._frames_made:,} frames were made: {rate:,.0f}/s")
+        return [f"This machine is too busy to make {self._rate:,.0f} frames/s"] if rate < 0.95 * self._rate else []
 
     def _judged(self) -> list[str]:
         """Backlogs and memory; the time between outages, once their backlogs are gone, is a steady stretch."""

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -255,17 +255,21 @@ class Stage:
 
     # --- what must be so in the end
 
-    async def settle(self, last_seq: int, limit_s: float) -> list[str]:
-        """Wait until everything up to `last_seq` is on the stream and has ended; what is wrong if that takes longer."""
+    async def settle(self, last_seq: Callable[[], int], limit_s: float) -> list[str]:
+        """Wait until everything up to `last_seq` is on the stream and has ended; what is wrong if that takes longer.
+
+        It is asked again each time: until the source is exhausted, there may be more.
+        """
         state, problems = "", []
         try:
             async with asyncio.timeout(limit_s):
                 while True:
                     problems += await self.keep_running()
+                    last, is_all = last_seq(), self.relay.exhausted
                     cursor = int(await self.redis.get(CURSOR) or 0)
                     added, ended, pending = await self.added(), ended_in(await self.ledger()), await self.pending()
-                    state = f"cursor {cursor} of {last_seq}, {added} entries, {ended} ended, {pending} pending"
-                    if self.relay.exhausted and cursor >= last_seq and ended >= added and not pending:
+                    state = f"cursor {cursor} of {last}, {added} entries, {ended} ended, {pending} pending"
+                    if is_all and cursor >= last and ended >= added and not pending:
                         return problems
                     await asyncio.sleep(0.1)
         except TimeoutError:

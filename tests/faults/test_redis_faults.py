@@ -267,8 +267,7 @@ async def test_redis_comes_back_empty(server_dir: Path) -> None:
         async with asyncio.timeout(60):
             while not await stage.redis.exists(KEY):
                 await asyncio.sleep(0.05)
-        last = frames[-1].seq or 0
-        assert await stage.settle(last, 60) == []
+        assert await stage.settle(lambda: frames[-1].seq or 0, 60) == []
         assert await stage.stop() == []
         assert "going on from PostgreSQL's" in stage.reader.log.read_text()
         assert stage.worker.bugs() + stage.reader.bugs() == []
