@@ -313,7 +313,8 @@ class RedisAdmin:
     async def newest_gaps(self, count: int) -> list[bytes]:
         """Each as JSON: relay, reason, after, resumed, at."""
         async with translating(self._redis):
-            return cast("list[bytes]", await cast("Any", self._redis.lrange(GAPS, 0, count - 1)))
+            gaps: Any = await self._redis.lrange(GAPS, 0, count - 1)
+            return cast("list[bytes]", gaps)
 
     async def cursor(self, key: str) -> str | None:
         async with translating(self._redis):

@@ -24,6 +24,7 @@ from servers import RedisUnderTest
 
 from fastworker.edge import feed as feed_module
 from fastworker.errors import ConfigError, StoppedItself, StoreUnavailable, Unreachable
+from fastworker.event.entry import decode_entry
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.retry import Backoff
@@ -600,6 +601,9 @@ async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
     assert other.asked[0] == 7
     assert relay.asked == [1000, 1002]
     assert await seqs(redis) == [1001, 1002, 8, 9, 1003]
+    # Each entry names its sequence space, on a JSON stream, too: the worker records both in fastworker.relays.
+    relays = [decode_entry(fields).relay for _, fields in await redis.xrange(STREAM)]
+    assert relays == [relay.host, relay.host, other.host, other.host, relay.host]
     assert await redis.get(feed_module.CURSOR_OF + other.host) == b"9"
     assert await redis.llen(feed_module.GAPS) == 0
 
