@@ -13,7 +13,6 @@ from fastworker.edge.redis_admin import RedisAdmin
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.run.heartbeat import Heartbeats
-from fastworker.run.overlap import Marks
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.worker import WorkerSettings, work
 from fastworker.testing.relay import SimRelay
@@ -79,7 +78,7 @@ class House:
         if not await self.redis.exists(KEY):
             await self.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
         stopping = asyncio.Event()
-        task = asyncio.create_task(work(settings, Marks(), self.slot, stopping))
+        task = asyncio.create_task(work(settings, self.slot, stopping))
         self._task = task
         self.slot.set(ready=0)
         try:
