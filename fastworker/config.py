@@ -339,7 +339,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_KEEP_SECONDS",
             "reader worker up",
-            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once.",
+            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once. Earlier "
+            "when the stream is nine tenths full: give reader and worker the same value.",
             read=_integer,
         ),
     ] = 0
