@@ -411,6 +411,8 @@ async def trim_finished(
     """
     trim = redis.register_script(_TRIM)
     async with translating(redis):
-        answer = await trim(keys=[stream_key], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups])
+        answer = await trim(
+            keys=[stream_key], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups]
+        )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
     return TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode())

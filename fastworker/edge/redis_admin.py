@@ -28,6 +28,7 @@ STATUS_STALE_S: Final = 15.0
 COUNTED_MAX: Final = 100
 """Entries that are fetched to count a small backlog exactly where the server does not know it."""
 READY_TIMEOUT_S: Final = 10.0
+_SAVES: Final = ("rdb_last_bgsave_status", "aof_last_write_status", "aof_last_bgrewrite_status")
 
 # KEYS dead letters, stream. ARGV letter id, fields of the entry... Appends and removes together, or neither:
 # a retry that is cut off and repeated finds no letter and does nothing.
@@ -64,6 +65,7 @@ class Server(msgspec.Struct, frozen=True):
     cluster: bool
     used_memory_bytes: int
     maxmemory_bytes: int  # 0: no limit
+    machine_memory_bytes: int  # 0: not told
     maxmemory_policy: str
     aof: bool
     aof_fsync: str | None
@@ -156,11 +158,12 @@ class RedisAdmin:
             cluster=bool(info.get("cluster_enabled", 0)),
             used_memory_bytes=int(info.get("used_memory", 0)),
             maxmemory_bytes=int(info.get("maxmemory", 0)),
+            machine_memory_bytes=int(info.get("total_system_memory", 0)),
             maxmemory_policy=str(info.get("maxmemory_policy", "unknown")),
             aof=bool(info.get("aof_enabled", 0)),
             aof_fsync=config.get("appendfsync"),
             saves=bool(config.get("save", "")),
-            save_failed="err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status")),
+            save_failed="err" in [info.get(name) for name in _SAVES],
             time_ms=seconds * 1000 + micros // 1000,
         )
 
