@@ -280,6 +280,12 @@ class RedisAdmin:
         async with translating(self._redis):
             return await self._range(self._key, f"({after}", count, last)
 
+    async def newest(self, last: str, count: int) -> list[tuple[str, Fields]]:
+        """The newest entries up to and including `last`, the oldest of them first."""
+        async with translating(self._redis):
+            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._key, last, "-", count=count))
+        return [(_text(entry_id), fields) for entry_id, fields in reversed(found)]
+
     async def newest_fields(self, count: int) -> list[Fields]:
         """Fields of the newest entries: they tell in which form the stream is written."""
         async with translating(self._redis):

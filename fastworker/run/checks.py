@@ -253,6 +253,11 @@ def foreign_consumers(consumers: Iterable[Consumer], config: Config) -> Iterator
             " TypeScript workers also take entries that a worker holds for longer than 10 s (ours renews its own), and "
             "write counters from what they read before."
         )
+    if shared := [name for name in active if re.fullmatch(re.escape(config.consumer_id) + r"-\d+", name)]:
+        also += (
+            f" CONSUMER_ID={config.consumer_id} is theirs too ({shared[0]}): give fastworker another, or what one of "
+            "them leaves behind is found only when ours starts again."
+        )
     yield _warn(
         "stream",
         f"Other workers are active in group {config.group}: {_some(active)}. Counters they write may be wrong until "

@@ -155,6 +155,7 @@ async def test_a_save_that_fails(server_dir: Path, capsys: pytest.CaptureFixture
 async def test_other_workers_on_the_group(house: House) -> None:
     await house.redis.xgroup_createconsumer(STREAM, GROUP, "python-worker-3")
     await house.says("warn stream", "Other workers are active in group firehose-processors: python-worker-3.")
+    await house.says("warn stream", "CONSUMER_ID=python-worker is theirs too")
     await house.redis.xgroup_createconsumer(STREAM, GROUP, "worker-0-p4")
     await house.says("warn stream", "TypeScript workers also take entries")
     said = await house.check(FASTWORKER_STREAM_FORMAT="native")

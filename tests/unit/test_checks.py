@@ -143,6 +143,11 @@ STALE = int(SERVER.time_ms - 3_600_000)
         ),
         (checks.foreign_consumers([_consumer(idle_ms=5)], CONFIG), Verdict.WARN, "old-0"),
         (
+            checks.foreign_consumers([_consumer("python-worker-4", idle_ms=5)], CONFIG),
+            Verdict.WARN,
+            "CONSUMER_ID=python-worker is theirs too (python-worker-4)",
+        ),
+        (
             checks.foreign_consumers([_consumer("worker-3-p1", idle_ms=5)], CONFIG),
             Verdict.WARN,
             "TypeScript workers also take entries",
