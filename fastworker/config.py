@@ -230,8 +230,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "CONSUMER_ID",
             "worker up check",
-            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ. Beside "
-            "an old Python worker, which calls its own the same by default, set another.",
+            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ. "
+            "Beside an old Python worker, which calls its own the same by default, set another.",
         ),
     ] = "python-worker"
     database_url: Annotated[

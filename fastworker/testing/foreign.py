@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import asyncpg
 from redis.asyncio import Redis
@@ -153,10 +154,12 @@ class OldWorker:
         self._group = group
         self.handled: set[str] = set()
         """Stream ids that it acknowledged."""
+        self.stopping = False
+        """Set: each pipeline ends after what it holds. (The predecessor itself is only ever cut off.)"""
 
     async def run(self) -> None:
-        """Until it is cancelled."""
-        async with Redis.from_url(self._redis_url) as redis, asyncio.TaskGroup() as tasks:
+        """Until it is stopped or cancelled."""
+        async with Redis.from_url(self._redis_url, socket_timeout=60) as redis, asyncio.TaskGroup() as tasks:
             with contextlib.suppress(ResponseError):  # the group is there
                 await redis.xgroup_create(self._key, self._group, id="0", mkstream=True)
             for name in self._names:
@@ -166,8 +169,8 @@ class OldWorker:
         connection = await asyncpg.connect(self._database_url, timeout=10)
         try:
             foreign = Foreign(connection)
-            while True:
-                found = await redis.xreadgroup(self._group, name, {self._key: ">"}, count=self._batch, block=100)
+            while not self.stopping:
+                found: Any = await redis.xreadgroup(self._group, name, {self._key: ">"}, count=self._batch, block=100)
                 for entry_id, fields in found[0][1] if found else ():
                     await foreign.apply(event_of(list(fields.values())))
                     await redis.xack(self._key, self._group, entry_id)
