@@ -194,6 +194,8 @@ async def main() -> None:
         consumer_id=os.environ.get("CONSUMER_ID", "python-worker"),
     )
     running = asyncio.create_task(worker.run())
+    sys.stdout.write("An old worker is at work. SIGTERM cuts it off.\n")
+    sys.stdout.flush()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     with contextlib.suppress(asyncio.CancelledError):

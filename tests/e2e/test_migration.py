@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fastworker.config import parse_config
+from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
 from fastworker.run.checks import check
 from fastworker.run.compare import compare as run_compare
@@ -267,3 +269,27 @@ async def test_there_and_back(
     assert compare.report(compare.diff(expected, await compare.dump(pg))) == "no difference"
     healed = await compared(len(entries))
     assert (healed["examples"], healed["entries"]) == ([], len(entries))
+
+
+def test_a_server_starts_on_a_base_backup(server_dir: Path) -> None:
+    """With the settings of docs/migration.md; its `pg_ctl` refuses to run as root, so that the copy is started our way."""
+    original = EmbeddedPostgres(server_dir / "original", durable=False, port=free_port())
+    tools = original._bin
+    with original:
+        count = [
+            tools / "psql",
+            original.url,
+            "-XAtqc",
+            "CREATE TABLE t AS SELECT generate_series(1, 7); SELECT count(*) FROM t",
+        ]
+        assert subprocess.run(count, check=True, capture_output=True, text=True).stdout == "7\n"
+        copy = server_dir / "copy"
+        copy.mkdir()
+        backup = ["--dbname", original.url, "--pgdata", copy / "data", "--checkpoint=fast", "--wal-method=stream"]
+        subprocess.run([tools / "pg_basebackup", *backup], check=True, capture_output=True)
+    if account := original._account:
+        for path in (copy, *copy.rglob("*")):
+            os.chown(path, account.pw_uid, account.pw_gid)
+    with EmbeddedPostgres(copy, durable=False, port=free_port()) as restored:
+        ask = [tools / "psql", restored.url, "-XAtqc", "SELECT count(*) FROM t"]
+        assert subprocess.run(ask, check=True, capture_output=True, text=True).stdout == "7\n"
