@@ -88,7 +88,7 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
     try:
         yield connection
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where}: {error or type(error).__name__}") from error
+        raise Unreachable(f"{where}: {str(error) or type(error).__name__}") from error
     finally:
         connection.terminate()
 

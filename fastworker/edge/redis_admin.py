@@ -405,7 +405,7 @@ async def open_redis(url: str, stream_key: str, *, client_name: str) -> AsyncIte
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await admin.ping()
         except (StreamUnavailable, TimeoutError) as error:
-            raise Unreachable(f"{redact(url)}: {error or 'Redis did not answer in time'}") from error
+            raise Unreachable(f"{redact(url)}: {str(error) or 'Redis did not answer in time'}") from error
         yield admin
     except RedisError as error:  # what translating() leaves: a command the server does not know, or our bug
         raise Unreachable(f"{redact(url)}: {redact(str(error))}") from error

@@ -196,8 +196,13 @@ async def main() -> None:
     running = asyncio.create_task(worker.run())
     sys.stdout.write("An old worker is at work. SIGTERM cuts it off.\n")
     sys.stdout.flush()
+
+    def cut_off() -> None:
+        worker.stopping = True
+        running.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, cut_off)
     with contextlib.suppress(asyncio.CancelledError):
         await running
     sys.stdout.write(f"{len(worker.handled):,} entries acknowledged\n")

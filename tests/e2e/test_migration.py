@@ -102,8 +102,8 @@ async def old_worker(redis_url: str, database_url: str, *, is_cut_off: bool) -> 
     try:
         yield worker
         assert not task.done(), task
+        worker.stopping = True
         if not is_cut_off:
-            worker.stopping = True
             async with asyncio.timeout(20):
                 await task
     finally:

@@ -248,6 +248,22 @@ async def test_a_key_that_is_no_stream_and_a_clock_that_nobody_keeps(
     await house.says("fail stream", "words is a string, not a stream", REDIS_STREAM_KEY="words")
 
 
+async def test_a_redis_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastworker.edge.redis_admin.READY_TIMEOUT_S", 0.2)
+
+    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1)
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await checks.check(parse_config({"REDIS_URL": f"redis://127.0.0.1:{port}"}), as_json=True) is ExitCode.NO
+        sentences = [one["sentence"] for one in json.loads(capsys.readouterr().out)]
+        assert any("Redis did not answer in time" in sentence for sentence in sentences)
+
+
 # --- PostgreSQL
 
 
