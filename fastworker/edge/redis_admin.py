@@ -97,6 +97,19 @@ class Group(msgspec.Struct, frozen=True):
         return self.oldest_pending_id or self.next_id
 
 
+class Count(msgspec.Struct, frozen=True):
+    """Entries of one group, all of one moment. None: this server does not count them.
+
+    `appended` and `given`: ever, onto the stream and to the group. `ledger`: what fastworker finished, by outcome, and
+    its drops.
+    """
+
+    appended: int | None
+    given: int | None
+    pending: int
+    ledger: dict[str, int]
+
+
 class Consumer(msgspec.Struct, frozen=True):
     """`leased`: by a fastworker that is alive; `ours`: leased by one at some time."""
 
@@ -295,6 +308,21 @@ class RedisAdmin:
     async def ledger(self) -> dict[str, int]:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
         return {field: int(value) for field, value in (await self._hash(LEDGER_KEY)).items()}
+
+    async def count(self, group: str) -> Count:
+        """Who finished how much: the group's counters and the ledger, which must be of one moment to be compared."""
+        async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xinfo_stream(self._key)
+            pipe.xinfo_groups(self._key)
+            pipe.hgetall(LEDGER_KEY)
+            stream, groups, ledger = await pipe.execute()
+        found: dict[str, Any] = next((one for one in groups if _text(one["name"]) == group), {})
+        return Count(
+            appended=_optional(stream.get("entries-added")),
+            given=0 if _text(found.get("last-delivered-id", "")) == "0-0" else _optional(found.get("entries-read")),
+            pending=int(found.get("pending", 0)),
+            ledger={_text(field): int(value) for field, value in ledger.items()},
+        )
 
     async def event_counts(self) -> dict[str, int]:
         """`cluster:metrics`: totalEvents, #commit, #identity, #account, errors."""

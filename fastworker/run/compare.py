@@ -21,7 +21,7 @@ from rich.table import Table as Grid
 
 from fastworker.config import Config
 from fastworker.edge.audit import Audit, Check, Drift, Held, open_audit
-from fastworker.edge.redis_admin import Consumer, Fields, RedisAdmin, id_ms, open_redis
+from fastworker.edge.redis_admin import Consumer, Count, Fields, RedisAdmin, id_ms, open_redis
 from fastworker.errors import ExitCode, InvalidEvent, StoreUnavailable, Unreachable
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
@@ -99,15 +99,6 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         return sum(one.wrong for one in self.tables) + missing + sum(self.drift.values())
 
 
-class _Reading(msgspec.Struct, frozen=True):
-    at: float
-    appended: int | None
-    finished: int | None
-    ours: int
-    pending: int
-    lag: int
-
-
 async def compare(config: Config, *, entries: int, seconds: float, as_json: bool) -> ExitCode:
     """NO when something is not as the law says. Raises Unreachable."""
     url = config.require_database_url("compare")
@@ -134,43 +125,38 @@ async def compare(config: Config, *, entries: int, seconds: float, as_json: bool
 # Who ------------------------------------------------------------------------------------------
 
 
-async def _read(admin: RedisAdmin, config: Config) -> _Reading:
-    stream = await admin.stream()
-    group = stream.group(config.group) if stream is not None else None
-    ledger = await admin.ledger()
-    counted = group is not None and group.entries_read is not None
-    return _Reading(
-        at=time.monotonic(),
-        appended=stream.entries_added if stream is not None else None,
-        finished=(group.entries_read or 0) - group.pending if group is not None and counted else None,
-        ours=sum(ledger.get(outcome, 0) for outcome in OUTCOMES),
-        pending=group.pending if group is not None else 0,
-        lag=group.lag if group is not None else 0,
-    )
-
-
 async def _watch(admin: RedisAdmin, config: Config, seconds: float) -> tuple[Share, list[Hand]]:
     seen: dict[str, set[str]] = {}
-    before = await _read(admin, config)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    before, began = await admin.count(config.group), time.monotonic()
+    while time.monotonic() < began + seconds:
         for one in await admin.pending(config.group, PENDING_SEEN):
             seen.setdefault(one.consumer, set()).add(one.entry_id)
         await asyncio.sleep(LOOK_S)
-    after = await _read(admin, config)
-    ours = after.ours - before.ours
-    both = None if after.finished is None or before.finished is None else after.finished - before.finished
+    after, ended = await admin.count(config.group), time.monotonic()
+    stream = await admin.stream()
+    group = stream.group(config.group) if stream is not None else None
+    ours, others = _by_fastworker(after), _by_others(after)
+    others_before = _by_others(before)
     share = Share(
-        seconds=after.at - before.at,
+        seconds=ended - began,
         appended=None if after.appended is None or before.appended is None else after.appended - before.appended,
-        by_fastworker=ours,
-        by_others=None if both is None else max(0, both - ours),
-        fastworker_ever=after.ours,
-        others_ever=None if after.finished is None else max(0, after.finished - after.ours),
+        by_fastworker=ours - _by_fastworker(before),
+        by_others=None if others is None or others_before is None else others - others_before,
+        fastworker_ever=ours,
+        others_ever=others,
         pending=after.pending,
-        lag=after.lag,
+        lag=group.lag if group is not None else 0,
     )
     return share, [_hand(one, seen.get(one.name, set())) for one in await admin.consumers(config.group)]
+
+
+def _by_fastworker(count: Count) -> int:
+    return sum(count.ledger.get(outcome, 0) for outcome in OUTCOMES)
+
+
+def _by_others(count: Count) -> int | None:
+    """Given to the group, not pending any more, and not in fastworker's ledger."""
+    return None if count.given is None else max(0, count.given - count.pending - _by_fastworker(count))
 
 
 def _hand(one: Consumer, seen: set[str]) -> Hand:
