@@ -343,6 +343,21 @@ def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str |
     return ExitCode.DONE
 
 
+@cli.command()
+@click.option("--entries", type=click.IntRange(1), default=2_000, show_default=True, help="Newest finished entries.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Time to count over.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; members are added, never renamed.")
+def compare(*, entries: int, seconds: float, as_json: bool) -> ExitCode:
+    """Show who handles the entries, and whether the tables say what they say.
+
+    For the time in which other workers share the group: entries by fastworker and by others, each consumer, and the
+    newest finished entries against the tables and their derived rows. Changes nothing. Exit 1 when something differs.
+    """
+    from fastworker.run.compare import compare as run_compare
+
+    return _run(run_compare(_config(), entries=entries, seconds=seconds, as_json=as_json))
+
+
 @cli.group(cls=_Group)
 def dlq() -> None:
     """Dead letters: what could not be stored, and why."""

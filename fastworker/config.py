@@ -130,9 +130,9 @@ def _level(text: str) -> str:
     return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
 
 
-_REDIS: Final = "reader worker up status check dlq replay"
-_POSTGRES: Final = "reader worker up migrate check verify"
-_STREAM: Final = "reader worker up status check dlq replay grants"
+_REDIS: Final = "reader worker up status check compare dlq replay"
+_POSTGRES: Final = "reader worker up migrate check compare verify"
+_STREAM: Final = "reader worker up status check compare dlq replay grants"
 
 
 def _env(
@@ -178,14 +178,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cursor_key: Annotated[
         str,
         Meta(min_length=1),
-        _env("REDIS_CURSOR_KEY", "reader up status grants", "Where the reader keeps its relay cursor (decimal seq)."),
+        _env(
+            "REDIS_CURSOR_KEY",
+            "reader up status check grants",
+            "Where the reader keeps its relay cursor (decimal seq).",
+        ),
     ] = "firehose:python_cursor"
     max_stream_len: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
         _env(
             "REDIS_MAX_STREAM_LEN",
-            "reader worker up replay status",
+            "reader worker up replay status check",
             "Entries at which the stream is full. A full stream makes the reader wait; nothing unfinished is trimmed.",
             read=_integer,
         ),
@@ -214,15 +218,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     group: Annotated[
         str,
         Meta(min_length=1),
-        _env("REDIS_CONSUMER_GROUP", "worker up status check dlq", "The consumer group; old workers may share it."),
+        _env(
+            "REDIS_CONSUMER_GROUP",
+            "worker up status check compare dlq",
+            "The consumer group; old workers may share it.",
+        ),
     ] = "firehose-processors"
     consumer_id: Annotated[
         str,
         Meta(min_length=1, max_length=200),
         _env(
             "CONSUMER_ID",
-            "worker up",
-            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ.",
+            "worker up check",
+            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ. "
+            "Beside an old Python worker, which calls its own the same by default, set another.",
         ),
     ] = "python-worker"
     database_url: Annotated[
@@ -241,7 +250,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=1, le=10_000),
         _env(
             "DB_POOL_SIZE",
-            "worker up",
+            "worker up check",
             "Most PostgreSQL connections of the whole worker, all processes together; pipelines shrink to it.",
             read=_integer,
         ),
@@ -284,7 +293,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up verify",
+            "worker up compare verify",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
@@ -326,7 +335,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1024)] | None,
         _env(
             "FASTWORKER_STREAM_BYTES_MAX",
-            "reader up",
+            "reader up check",
             "Memory of the stream in Redis at which it counts as full, beside REDIS_MAX_STREAM_LEN.",
             read=_size,
             allowed="bytes, or a number with kb, mb or gb",
@@ -339,7 +348,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_KEEP_SECONDS",
             "reader worker up",
-            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once.",
+            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once. Earlier "
+            "when the stream is nine tenths full: give reader and worker the same value.",
             read=_integer,
         ),
     ] = 0

@@ -109,7 +109,7 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
     try:
         yield SchemaAdmin(connection)
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError) as error:
-        raise Unreachable(f"PostgreSQL at {where} was lost: {error or type(error).__name__}") from error
+        raise Unreachable(f"PostgreSQL at {where} was lost: {str(error) or type(error).__name__}") from error
     except asyncpg.PostgresError as error:
         raise SchemaRefused(f"PostgreSQL refused the migration, nothing was changed: {error}") from error
     finally:

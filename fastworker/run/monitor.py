@@ -161,7 +161,12 @@ class _WorkerMonitor:
     async def _read(self, turn: int) -> None:
         settings, admin = self._settings, self._admin
         trimmed = await trim_finished(
-            admin.redis, settings.stream_key, settings.ignore_groups, group=settings.group, keep_s=settings.keep_s
+            admin.redis,
+            settings.stream_key,
+            settings.ignore_groups,
+            group=settings.group,
+            keep_s=settings.keep_s,
+            max_stream_len=settings.max_stream_len,
         )
         self._trimmed += trimmed.trimmed
         measure = turn % MEASURE_EVERY == 0

@@ -437,7 +437,7 @@ class _Reader:
 
     async def _make_room(self) -> None:
         """The stream is full: trim what is finished; when nothing is, wait. The outbox fills and receiving stops."""
-        result = await self._feed.trim()
+        result = await self._feed.trim(make_room=True)
         self._stats.trimmed += result.trimmed
         self._stats.held_by = result.held_by
         if result.trimmed:

@@ -492,7 +492,7 @@ def test_check_sees_trimmed_pending_and_a_missing_table(client: redis.Redis, red
     assert done.returncode == 1
     assert "4 of the oldest pending entries are not on the stream" in said
     assert "Other workers are active in group firehose-processors: worker-0-p0" in said
-    assert "fail postgresql: Table quotes is missing." in said
+    assert "fail postgresql: Table quotes is missing: let the AppView make its schema" in said
 
 
 # --- dead letters

@@ -278,8 +278,15 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None) -> Feed:
-    return Feed(redis, stream_key=STREAM, cursor_key=CURSOR, max_stream_len=limit, stream_bytes_max=limit_bytes)
+def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None, keep_s: float = 0.0) -> Feed:
+    return Feed(
+        redis,
+        stream_key=STREAM,
+        cursor_key=CURSOR,
+        max_stream_len=limit,
+        stream_bytes_max=limit_bytes,
+        keep_s=keep_s,
+    )
 
 
 def chunk_of(*seqs: int) -> Chunk:
@@ -478,6 +485,28 @@ async def test_finished_entries_can_be_kept_for_a_while(redis: Redis) -> None:
     await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
     assert (await trim_finished(redis, STREAM, keep_s=60)).trimmed == 1
     assert (await trim_finished(redis, STREAM)).trimmed == 3
+
+
+async def test_what_is_kept_yields_to_what_comes(redis: Redis) -> None:
+    """A stream full of finished entries that are kept for --reapply must not make the reader wait."""
+    feed = feed_on(redis, 20, keep_s=3_600.0)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    await redis.xgroup_create(STREAM, "firehose-processors", "0", mkstream=True)
+    for start in range(1, 101, 10):
+        chunk = chunk_of(*range(start, start + 10))
+        while not await feed.append(chunk):
+            assert (await feed.trim(make_room=True)).trimmed
+        found = await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"})
+        await redis.xack(STREAM, "firehose-processors", *(entry_id for entry_id, _ in found[0][1]))
+        assert await redis.xlen(STREAM) >= 10
+    await feed.append(chunk_of(*range(101, 111)))
+    found = await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
+    assert (await redis.xlen(STREAM), (await feed.trim()).trimmed, await redis.xlen(STREAM)) == (20, 2, 18)
+    found = await redis.xrange(STREAM)
+    await redis.xgroup_create(STREAM, "slow", "0")
+    assert (await feed.trim(make_room=True)).trimmed == 0, "what a group has not finished never goes"
+    assert await redis.xrange(STREAM) == found
 
 
 async def test_errors_are_translated_around_the_scripts(redis: Redis) -> None:
