@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,24 +24,26 @@ from bench.life import life
 from bench.memory import memory
 from bench.presets import PRESETS
 from bench.reader import reader
-from bench.report import Figures, Report, medians
+from bench.report import RESULTS, Figures, Report, medians
 from bench.targets import compare
+
+
+class Wish(NamedTuple):
+    seed: int
+    events: int
+    runs: int
+    rows: int
+    settings: dict[str, str]
+    quick: bool
 
 
 class Session:
     """What one invocation is told, and what it knows so far."""
 
-    def __init__(self, seed: int, events: int, runs: int, rows: int, settings: dict[str, str], *, quick: bool) -> None:
-        self.seed, self.events, self.runs, self.rows, self.settings, self.quick = (
-            seed,
-            events,
-            runs,
-            rows,
-            settings,
-            quick,
-        )
-        self.folder: Path = corpus.prepare(seed, events)
-        self.report = Report({"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS})
+    def __init__(self, wish: Wish, report: Report) -> None:
+        self.seed, self.events, self.runs, self.rows, self.settings, self.quick = wish
+        self.report = report
+        self.folder: Path = corpus.prepare(self.seed, self.events)
 
     def measure(self, name: str, what: dict[str, Any], work: Callable[[], Figures], *, runs: int = 0) -> Figures:
         return self.report.measure(name, what, runs or self.runs, work)
@@ -145,8 +150,7 @@ def _reader(session: Session) -> None:
 
 def _latency(session: Session) -> None:
     for rate in (100, 1_000, 5_000):
-        seconds = min(10.0 if session.quick else 30.0, session.events / rate)
-        work = functools.partial(latency, session.folder, rate=rate, seconds=seconds)
+        work = functools.partial(latency, session.seed, rate=rate, seconds=2.0 if session.quick else 30.0)
         session.measure("latency", {"rate": rate}, work)
 
 
@@ -162,47 +166,49 @@ def _memory(session: Session) -> None:
 
 class Bench(NamedTuple):
     run: Callable[[Session], None]
-    minutes: str  # of a full run on two quiet cores
+    minutes: int  # of a full run on two quiet cores, about; each says at its end what it took
     text: str
 
 
 BENCHES: dict[str, Bench] = {
     "baseline": Bench(
         _baseline,
-        "?",
+        1,
         "the guide's shape written simply: five pipelines, batches of ten, a transaction per event, a statement "
         "per row",
     ),
-    "decode": Bench(_decode, "?", "bytes to rows on one core, each form (`frame` is the raw frame), by stage"),
+    "decode": Bench(_decode, 1, "bytes to rows on one core, each form (`frame` is the raw frame), by stage"),
     "strategies": Bench(
         _strategies,
-        "?",
+        4,
         "ways to write rows side by side on likes and notifications, batches of 1 to 10,000, and where COPY begins to "
         "pay",
     ),
-    "flush": Bench(_flush, "?", "the store alone, batches of 1 to 10,000 entries, full and core"),
+    "flush": Bench(_flush, 5, "the store alone, batches of 1 to 10,000 entries, full and core"),
     "end_to_end": Bench(
         _end_to_end,
-        "?",
+        11,
         "a full stream, `fastworker worker` with its defaults, until acked: events/s, CPU of each, memory, WAL, "
         "share of the floor, multiple of the baseline; full and core, all forms",
     ),
-    "presets": Bench(_presets, "?", "the same with the guide's presets and an old environment file"),
-    "grid": Bench(_grid, "?", "the same for processes x pipelines, 100,000 events, one run each"),
-    "growth": Bench(
-        _growth, "?", "the same on empty tables and with --rows / 10 and --rows likes and what follows there"
-    ),
-    "reader": Bench(_reader, "?", "frames from a local WebSocket into Redis, each form"),
+    "presets": Bench(_presets, 6, "the same with the guide's presets and an old environment file"),
+    "reader": Bench(_reader, 3, "frames from a local WebSocket into Redis, each form"),
     "latency": Bench(
-        _latency, "?", "relay, reader and worker at 100, 1,000 and 5,000 events/s: append to commit, and CPU"
+        _latency, 6, "relay, reader and worker at 100, 1,000 and 5,000 events/s: append to commit, and CPU"
     ),
-    "life": Bench(_life, "?", "from exec to the first ack, and from SIGTERM under full load to the end"),
-    "memory": Bench(_memory, "?", "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
+    "life": Bench(_life, 1, "from exec to the first ack, and from SIGTERM under full load to the end"),
+    "memory": Bench(_memory, 9, "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
+    "grid": Bench(_grid, 3, "end_to_end for processes x pipelines, 100,000 events, one run each"),
+    "growth": Bench(
+        _growth,
+        16,
+        "end_to_end on empty tables, and with --rows / 10 and --rows likes and what follows from them there",
+    ),
 }
 
 
 def _list() -> str:
-    lines = [f"  {name:<12} {bench.minutes:>4} min  {bench.text}" for name, bench in BENCHES.items()]
+    lines = [f"  {name:<12} about {bench.minutes:>2} min  {bench.text}" for name, bench in BENCHES.items()]
     return "\b\n" + "\n".join(lines)
 
 
@@ -233,19 +239,45 @@ Also, each by itself:
 @click.option(
     "--set", "given", multiple=True, metavar="NAME=VALUE", help="A setting of end_to_end's worker; may be repeated."
 )
+@click.option(
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default="bench/results.jsonl",
+    help="Where the JSON lines go.",
+)
 def main(
-    names: tuple[str, ...], events: int, runs: int, seed: int, rows: int, given: tuple[str, ...], *, quick: bool
+    names: tuple[str, ...],
+    events: int,
+    runs: int,
+    seed: int,
+    rows: int,
+    given: tuple[str, ...],
+    results: Path,
+    *,
+    quick: bool,
 ) -> None:
     if quick:
         events, runs, rows = min(events, 20_000), 1, min(rows, 20_000)
     if any("=" not in setting for setting in given):
         raise click.UsageError("--set takes NAME=VALUE")
     settings = dict(setting.split("=", 1) for setting in given)
-    session = Session(seed, events, runs, rows, settings, quick=quick)
+    report = Report({"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}, results)
+    session = Session(Wish(seed, events, runs, rows, settings, quick), report)
+    failed = []
     for name in names or BENCHES:
-        BENCHES[name].run(session)
-    if words := compare(session.report.told):
+        began = time.monotonic()
+        try:
+            BENCHES[name].run(session)
+        except Exception:  # noqa: BLE001 - the others are worth their time all the same
+            traceback.print_exc()
+            failed.append(name)
+        print(f"\n{name} took {time.monotonic() - began:,.0f} s", flush=True)
+    if words := compare(report.told):
         print(f"\nTargets (two cores shared with both servers)\n{words}")
+    if failed:
+        print(f"\nFAILED: {', '.join(failed)}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

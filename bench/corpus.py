@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -63,10 +64,10 @@ def prepare(seed: int, events: int) -> Path:
     return folder
 
 
-def _flush(files: dict[str, object], pieces: dict[str, list[Fields]]) -> None:
+def _flush(files: Mapping[str, Any], pieces: dict[str, list[Fields]]) -> None:
     for form, entries in pieces.items():
         data = msgspec.msgpack.encode(entries)
-        files[form].write(len(data).to_bytes(4, "big") + data)  # type: ignore[attr-defined]
+        files[form].write(len(data).to_bytes(4, "big") + data)
         entries.clear()
 
 

@@ -62,6 +62,7 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
         }
     seconds = ended - began
     written = await connection.fetchval(WAL) - wal
+    redis: Any
     async with Redis.from_url(running.redis.url) as redis:
         ledger = {name.decode(): int(n) for name, n in (await redis.hgetall("fastworker:ledger")).items()}
     finished = sum(n for name, n in ledger.items() if not name.startswith("drop:"))

@@ -16,6 +16,7 @@ import asyncpg
 import uvloop
 from redis.asyncio import Redis
 
+from bench.corpus import frames_only
 from bench.end_to_end import worker
 from bench.servers import Servers, command, cpu_s, environment, relay, servers, settled
 from fastworker.errors import InvalidEvent
@@ -23,20 +24,21 @@ from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
 
 STREAM = "firehose:events"
-WARM_UP = 0.2  # share of the run that is not counted
+START_S = 6.0  # more than reader and warm-up need: for so long the relay has frames before those that count
+WARM_UP_S = 2.0
 TABLES = {"post": "posts", "like": "likes", "repost": "reposts", "follow": "follows"}
 # A post whose gate came later was changed by it: its xmin is not that of its own event.
 _COMMITS = "SELECT uri, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 * 1000 FROM {table}"
 _UNCHANGED = " WHERE NOT has_thread_gate AND NOT has_post_gate"
 
 
-def latency(folder: Path, *, rate: int, seconds: float) -> dict[str, Any]:
+def latency(seed: int, *, rate: int, seconds: float) -> dict[str, Any]:
+    frames = frames_only(seed, int(rate * (START_S + seconds)))
     with servers() as running:
-        return uvloop.run(_run(running, folder, rate, seconds))
+        return uvloop.run(_run(running, frames, rate, seconds))
 
 
-async def _run(running: Servers, folder: Path, rate: int, seconds: float) -> dict[str, Any]:
-    total = int(rate * seconds)
+async def _run(running: Servers, frames: Path, rate: int, seconds: float) -> dict[str, Any]:
     keep = {"FASTWORKER_KEEP_SECONDS": 86_400}  # finished entries are looked at afterwards
     redis: Any
     async with Redis.from_url(running.redis.url) as redis:
@@ -44,31 +46,34 @@ async def _run(running: Servers, folder: Path, rate: int, seconds: float) -> dic
         await redis.set("firehose:python_cursor", "0")
         async with worker(running, **keep) as writer:
             await asyncio.sleep(2)
-            async with relay(folder / "corpus.frames", running, "--rate", str(rate)) as (url, relay_pid):
+            async with relay(frames, running, "--rate", str(rate)) as (url, relay_pid):
                 reads = environment(running, RELAY_URL=url, FASTWORKER_STREAM_FORMAT="native", **keep)
                 async with command("reader", env=reads) as reader:
-                    pids = {
+                    pids: dict[str, int | None] = {
                         "reader": reader.pid,
                         "worker": writer.pid,
                         "redis": running.redis.pid,
                         "postgres": running.postgres.pid,
                         "relay": relay_pid,
                     }
-                    first = await _appended(redis, int(total * WARM_UP))
-                    began, before = time.monotonic(), {name: cpu_s(pid) for name, pid in pids.items()}
-                    last = await _appended(redis, total)
-                    took = time.monotonic() - began
+                    async with asyncio.timeout(60):
+                        while not await redis.xlen(STREAM):
+                            await asyncio.sleep(0.01)
+                    await asyncio.sleep(WARM_UP_S)  # what the relay sent before the reader came is caught up with
+                    first, began, clock_ms = await redis.xlen(STREAM), time.monotonic(), time.time() * 1e3
+                    before = {name: cpu_s(pid) for name, pid in pids.items()}
+                    await asyncio.sleep(seconds)
+                    took, appended_count = time.monotonic() - began, await redis.xlen(STREAM) - first
                     cpu = {name: (cpu_s(pid) - before[name]) / took for name, pid in pids.items()}
             await settled(running.redis.url, await redis.xlen(STREAM), limit_s=60)
         appended = await _creates(redis)
     connection = await asyncpg.connect(running.postgres.url)
-    threshold = _after(appended, WARM_UP)
-    figures: dict[str, Any] = {"appended/s": (last - first) / took}
+    figures: dict[str, Any] = {"appended/s": appended_count / took}
     every: list[float] = []
     kinds: dict[str, list[float]] = {}
     for kind, table in TABLES.items():
         rows = await connection.fetch(_COMMITS.format(table=table) + (_UNCHANGED if kind == "post" else ""))
-        times = [row[1] - at for row in rows if (at := appended.get(row[0], 0)) >= threshold]
+        times = [row[1] - at for row in rows if (at := appended.get(row[0], 0)) >= clock_ms]
         every += times
         if kind in ("post", "like"):
             kinds[kind] = times
@@ -78,14 +83,6 @@ async def _run(running: Servers, folder: Path, rate: int, seconds: float) -> dic
     await connection.close()
     figures["reader and worker, share of a core"] = cpu["reader"] + cpu["worker"]
     return figures | {f"{name} CPU, share of a core": share for name, share in cpu.items()}
-
-
-async def _appended(redis: Any, count: int) -> int:
-    """Wait until so many entries were appended; how many there are then."""
-    async with asyncio.timeout(600):
-        while (found := await redis.xlen(STREAM)) < count:
-            await asyncio.sleep(0.01)
-    return int(found)
 
 
 async def _creates(redis: Any) -> dict[str, int]:
@@ -104,11 +101,6 @@ async def _creates(redis: Any) -> dict[str, int]:
                         found[f"at://{event.repo}/{op.collection}/{op.rkey}"] = int(entry_id.partition(b"-")[0])
         at = "(" + entries[-1][0].decode()
     return found
-
-
-def _after(appended: dict[str, int], share: float) -> int:
-    times = sorted(appended.values())
-    return times[int(len(times) * share)]
 
 
 def _quantiles(name: str, times: list[float]) -> dict[str, float]:

@@ -25,6 +25,7 @@ def life(folder: Path, *, events: int) -> dict[str, Any]:
 async def _run(running: Servers, folder: Path, events: int) -> dict[str, Any]:
     """From exec to the first ack; from SIGTERM under load to the end, with nothing held any more."""
     await fill(running.redis.url, entries(folder, "native", events))
+    redis: Any
     async with Redis.from_url(running.redis.url) as redis:
         began = time.perf_counter()
         async with worker(running) as process:

@@ -31,6 +31,7 @@ async def _run(running: Servers, seed: int, events: int, every_s: float) -> dict
     curve: list[float] = []
     connections, told, done = 0, time.monotonic(), 0
     connection = await asyncpg.connect(running.postgres.url)
+    redis: Any
     async with Redis.from_url(running.redis.url) as redis:
         await redis.set("firehose:python_cursor", "0")
         async with (

@@ -89,7 +89,7 @@ def _predecessor(fields: Fields) -> Fields:
     """The entry as the predecessor's reader would have written it."""
     if (tests := str(Path(__file__).resolve().parent.parent / "tests")) not in sys.path:
         sys.path.append(tests)
-    from sdk_dialect import predecessor
+    from sdk_dialect import predecessor  # type: ignore[import-not-found]
 
     data: dict[str, Any] = orjson.loads(fields[b"data"])
     for op in data.get("ops", ()):

@@ -66,8 +66,9 @@ def shown(value: Any) -> str:
 class Report:
     """`mix` says what was fed; `told` is what this invocation has measured."""
 
-    def __init__(self, mix: dict[str, Any]) -> None:
+    def __init__(self, mix: dict[str, Any], results: Path = RESULTS) -> None:
         self.mix = mix
+        self.results = results
         self.told: list[tuple[str, dict[str, Any], Figures]] = []
 
     def measure(self, name: str, what: dict[str, Any], runs: int, work: Callable[[], Figures]) -> Figures:
@@ -106,5 +107,5 @@ class Report:
         }
         if len(runs) > 1:
             line["each"] = list(runs)
-        with RESULTS.open("a") as file:
+        with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -138,8 +138,9 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def cpu_s(pid: int) -> float:
+def cpu_s(pid: int | None) -> float:
     """Seconds that a process and those below it, ended children included, have computed."""
+    assert pid is not None, "it does not run"
     ticks = 0
     for each in tree(pid):
         with contextlib.suppress(OSError):
