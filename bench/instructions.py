@@ -6,7 +6,6 @@ at every call of getppid(2); the bodies call it before and after. An empty body'
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
@@ -17,26 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.micro import COUNT, bodies
+from bench.micro import COUNT, ROUNDS
 from bench.report import PACKAGES, ROOT, versions
 
 KEPT = ROOT / "bench" / "instructions.json"
 THRESHOLD = 0.05
-ROUNDS = 2  # counted, after one that is not
-
-
-def count() -> None:
-    """Under valgrind: run every body between two marks, and print their names in this order."""
-    found = {"": lambda: None, **bodies()}
-    gc.collect()
-    gc.disable()
-    for name, body in found.items():
-        print(name)
-        body()
-        os.getppid()
-        for _ in range(ROUNDS):
-            body()
-        os.getppid()
 
 
 def measure(folder: Path) -> dict[str, int]:
@@ -49,7 +33,7 @@ def measure(folder: Path) -> dict[str, int]:
             f"--callgrind-out-file={folder}/out",
             sys.executable,
             "-c",
-            "from bench.instructions import count; count()",
+            "from bench.micro import run_between_marks; run_between_marks()",
         ],
         env={**os.environ, "PYTHONHASHSEED": "0"},
         cwd=ROOT,
@@ -89,10 +73,10 @@ def compare(now: dict[str, int], kept: dict[str, int], threshold: float = THRESH
             lines.append(f"  {name:<40} {found:>10,}  new: --save keeps it")
             well = False
             continue
-        change = found / before - 1
-        verdict = "" if change <= threshold else "  MORE than the threshold"
-        well = well and change <= threshold
-        lines.append(f"  {name:<40} {found:>10,}  {before:>10,}  {change:+7.1%}{verdict}")
+        is_more = found > before * (1 + threshold)
+        well = well and not is_more
+        verdict = "  MORE than the threshold" if is_more else ""
+        lines.append(f"  {name:<40} {found:>10,}  {before:>10,}  {found / before - 1:+7.1%}{verdict}")
     for name in kept.keys() - now.keys():
         lines.append(f"  {name:<40} is gone: --save forgets it")
         well = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from fastworker.table.mapper import map_commit
 
 ENTRY_MS = 1_790_000_000_000
 COUNT = 1_000
+ROUNDS = 1  # of which instructions are counted, after one that is not
 SEED, EVENTS = 7, 20_000  # of the corpus
 Body = Callable[[], object]
 
@@ -79,6 +82,20 @@ def bodies() -> dict[str, Body]:
         "event to entry, native": lambda: [encode_native(event) for event in events],
         "event to entry, json": lambda: [encode_json(event) for event in events],
     }
+
+
+def run_between_marks() -> None:
+    """For `bench.instructions`: every body between two calls of getppid(2); prints their names in this order."""
+    found: dict[str, Body] = {"": lambda: None, **bodies()}
+    gc.collect()
+    gc.disable()
+    for name, body in found.items():
+        print(name, flush=True)
+        body()
+        os.getppid()
+        for _ in range(ROUNDS):
+            body()
+        os.getppid()
 
 
 def _decoding(found: list[Fields]) -> Body:

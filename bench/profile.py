@@ -12,7 +12,7 @@ import uvloop
 from bench.corpus import entries, prepare
 from bench.end_to_end import worker
 from bench.report import ROOT
-from bench.servers import fill, servers, tree
+from bench.servers import Servers, fill, servers, tree
 
 EVENTS = 200_000
 TOP = 25
@@ -43,18 +43,13 @@ async def _spy(pids: list[int], seconds: int, kind: str, out: Path) -> None:
             sys.exit(f"py-spy: {words.decode().strip()}\nIt needs the right to trace (SYS_PTRACE in a container).")
 
 
-async def _record(seconds: int, events: int, settings: dict[str, str]) -> None:
+def profile(seconds: int, events: int, settings: dict[str, str]) -> None:
     out = ROOT / "profile"
     out.mkdir(exist_ok=True)
     for old in (*out.glob("*.svg"), *out.glob("*.txt")):
         old.unlink()
     with servers() as running:
-        await fill(running.redis.url, entries(prepare(7, events), "native", events))
-        async with worker(running, **settings) as process:
-            await asyncio.sleep(WARM_UP_S)
-            names = {pid: _name(pid) for pid in tree(process.pid)}
-            await _spy(list(names), seconds, "raw", out)
-            await _spy(list(names), seconds, "flamegraph", out)
+        names = uvloop.run(_record(running, out, seconds, events, settings))
     for pid, name in names.items():
         spent, held = _spent((out / f"{pid}.txt").read_text())
         total = sum(spent.values()) or 1
@@ -62,6 +57,16 @@ async def _record(seconds: int, events: int, settings: dict[str, str]) -> None:
         print(f"  {'itself':>7} {'with what it calls':>19}")
         for function, count in spent.most_common(TOP):
             print(f"  {count / total:7.1%} {held[function] / total:19.1%}  {function}")
+
+
+async def _record(running: Servers, out: Path, seconds: int, events: int, settings: dict[str, str]) -> dict[int, str]:
+    await fill(running.redis.url, entries(prepare(7, events), "native", events))
+    async with worker(running, **settings) as process:
+        await asyncio.sleep(WARM_UP_S)
+        names = {pid: _name(pid) for pid in tree(process.pid)}
+        await _spy(list(names), seconds, "raw", out)
+        await _spy(list(names), seconds, "flamegraph", out)
+    return names
 
 
 def _spent(raw: str) -> tuple[Counter[str], Counter[str]]:
@@ -85,7 +90,7 @@ def main() -> None:
         sys.exit(f"profile: {wrong[0]} is neither a number nor NAME=VALUE")
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     seconds, events = [*numbers, *(3, EVENTS)[len(numbers) :]][:2]
-    uvloop.run(_record(seconds, events, settings))
+    profile(seconds, events, settings)
 
 
 if __name__ == "__main__":
