@@ -329,9 +329,9 @@ class EmbeddedPostgres(_Server):
             timeout=START_SECONDS_MAX,
         )
         major = int(said.stdout.split()[2].split(".")[0])
-        if major < 17:
-            return ["--no-locale", "--lc-ctype=C.UTF-8"]
-        return ["--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        ours = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else []
+        theirs = ["--lc-ctype=C.UTF-8"] if major < 18 else []  # until then text search asks the C library
+        return ["--no-locale", *ours, *theirs]
 
     def _command(self, socket_dir: Path) -> list[str]:
         settings = {
