@@ -19,8 +19,9 @@ import click
 import msgspec
 
 import fastworker
-from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, redact
+from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
+from fastworker.redact import redact
 
 if TYPE_CHECKING:
     from fastworker.run.dlq import Wanted

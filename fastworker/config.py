@@ -20,19 +20,12 @@ import msgspec
 from msgspec import Meta
 
 from fastworker.errors import ConfigError
+from fastworker.redact import redact
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
 WORKER_PORT: Final = 9400
 READER_PORT: Final = 9401
-
-_USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
-_SECRET_OPTION: Final = re.compile(r"(?i)(\w*(?:password|passwd|token|secret)=)[^&\s]+")
-
-
-def redact(text: str) -> str:
-    """The text with the passwords of its URLs as `***`; right for malformed URLs too."""
-    return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
 
 
 def _shown(name: str, text: str) -> str:

@@ -17,9 +17,10 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from fastworker.edge.feed import DEAD_LETTERS, GAPS, LEASE, READER_STATS, STATUS
-from fastworker.edge.redis_client import connect, error_code, redact, translating
+from fastworker.edge.redis_client import connect, error_code, translating
 from fastworker.edge.stream import CONSUMERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import StreamUnavailable, Unreachable
+from fastworker.redact import redact
 
 STATUS_KEY: Final = "fastworker:status:worker"
 """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""

@@ -19,6 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.redact import redact
 
 CONNECT_TIMEOUT_S: Final = 5.0
 SOCKET_TIMEOUT_S: Final = 10.0
@@ -67,14 +68,6 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
 # Redis 6.2 wraps what a command in a script answered: `Error running script (...): @user_script: 1: -OOM ...`;
 # newer ones lead with the code. The client's pipelines wrap once more.
 _CODE: Final = re.compile(r"(?:^|@user_script: ?\d+: |caused error: )-?([A-Z]{3,})\b")
-
-_USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
-_SECRET_OPTION: Final = re.compile(r"(?i)\b((?:ssl_)?(?:password|passwd|token|secret)=)[^&\s]+")
-
-
-def redact(url: str) -> str:
-    """The URL with its secrets as `***`; also right for malformed URLs and for text that holds some."""
-    return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", url))
 
 
 def connect(

@@ -17,11 +17,12 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from fastworker.config import Config, redact
+from fastworker.config import Config
 from fastworker.edge.postgres_admin import Facts, facts, name_of
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
 from fastworker.table.schema import TABLES
 

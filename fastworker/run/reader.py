@@ -25,7 +25,7 @@ import msgspec
 import orjson
 
 from fastworker.edge.feed import CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
-from fastworker.edge.redis_client import connect, redact
+from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
     FastworkerError,
@@ -39,6 +39,7 @@ from fastworker.errors import (
 from fastworker.event import Account, Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
+from fastworker.redact import redact
 from fastworker.run.retry import Backoff, pause
 
 T = TypeVar("T")

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from fastworker.config import Config, redact
+from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
+from fastworker.redact import redact
 from fastworker.run.checks import preflight
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import Heartbeats, Slot, State
