@@ -25,7 +25,8 @@ from fastworker.redact import redact
 
 if TYPE_CHECKING:
     from fastworker.run.dlq import Wanted
-    from fastworker.run.monitor import HttpSettings, MonitorSettings
+    from fastworker.run.monitor import MonitorSettings
+    from fastworker.run.page import HttpSettings
     from fastworker.run.reader import ReaderSettings
     from fastworker.run.up import Plan
     from fastworker.run.worker import WorkerSettings
@@ -138,6 +139,7 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
         group=config.group,
         ignore_groups=config.ignore_groups,
         max_stream_len=config.max_stream_len,
+        stream_bytes_max=config.stream_bytes_max,
         keep_s=config.keep_s,
         connections_max=config.pool_size,
         with_reader=with_reader,
@@ -162,7 +164,7 @@ def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
 
 
 def _http_settings(config: Config, default: int) -> HttpSettings:
-    from fastworker.run.monitor import HttpSettings
+    from fastworker.run.page import HttpSettings
 
     port = default if config.http_port is None else config.http_port
     return HttpSettings(
@@ -178,7 +180,7 @@ def reader() -> ExitCode:
     received is on the stream.
     """
     from fastworker.run.checks import preflight
-    from fastworker.run.monitor import serve_reader
+    from fastworker.run.reader_port import serve_reader
     from fastworker.run.signals import stop_on_signals
 
     config = _config()
@@ -271,7 +273,7 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.run.monitor import ask_health
+    from fastworker.run.page import ask_health
 
     config = _config()
     if config.http_port in (0, "off"):

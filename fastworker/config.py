@@ -308,7 +308,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1024)] | None,
         _env(
             "FASTWORKER_STREAM_BYTES_MAX",
-            "reader up",
+            "reader worker up",
             "Memory of the stream in Redis at which it counts as full, beside REDIS_MAX_STREAM_LEN.",
             read=_size,
             allowed="bytes, or a number with kb, mb or gb",

@@ -350,6 +350,11 @@ class RedisAdmin:
         async with translating(self._redis):
             return await self._range(DEAD_LETTERS, start, count)
 
+    async def newest_letters(self, count: int) -> list[tuple[str, Fields]]:
+        async with translating(self._redis):
+            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(DEAD_LETTERS, count=count))
+        return [(_text(letter_id), fields) for letter_id, fields in found]
+
     async def letter(self, letter_id: str) -> Fields | None:
         async with translating(self._redis):
             found = await self._range(DEAD_LETTERS, letter_id, 1, letter_id)

@@ -424,10 +424,15 @@ class Pipeline:
 
         written = await self._persist(State.WAITING_FOR_STORE, attempt)
         took_us = int((time.perf_counter() - started) * 1e6)
-        self._slot.add(flushes=1, flush_us_total=took_us, rows=written.rows, superseded=written.superseded)
-        self._slot.set(flush_us_last=took_us)
+        entries = len(batch.entries)
+        slot = self._slot
+        slot.add(flushes=1, flush_us_total=took_us, flush_entries_total=entries)
+        slot.add(rows=written.rows, superseded=written.superseded)
+        slot.observe("flush_ms", took_us // 1_000)
+        slot.observe("flush_entries", entries)
+        slot.set(flush_us_last=took_us, store_ms=now_ms())
         for table, count in Counter(change.table.name for change in batch.changes.values()).items():
-            self._slot.wrote(table, count)
+            slot.wrote(table, count)
         return [drop.reason for drop in batch.drops[drops:]] + [Reason.FORBIDDEN] * written.forbidden
 
     async def _ack(self, held: Held, store_drops: list[Reason]) -> None:
@@ -437,7 +442,10 @@ class Pipeline:
         slot = self._slot
         for tally, ids in held.tallies.items():
             slot.add(**{tally.outcome: len(ids)})
-            slot.observe_latency(wall_ms - int(entry_id.partition("-")[0]) for entry_id in ids)
+            for appended_ms, count in Counter([entry_id.partition("-")[0] for entry_id in ids]).items():
+                age = max(0, wall_ms - int(appended_ms))
+                slot.observe("latency_ms", age, count)
+                slot.add(latency_ms_total=age * count)
             for reason in tally.drops:
                 slot.drop(Reason(reason), len(ids))
         for reason in store_drops:
@@ -450,9 +458,16 @@ class Pipeline:
         wall_ms = time.time_ns() // 1_000_000
         await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.set_aside(letters, wall_ms))
         self._slot.add(set_aside=len(letters))
+        reasons = Counter(letter.reason for letter in letters)
+        for reason, count in reasons.items():
+            self._slot.drop(reason, count)
+        log.warning(
+            "Set aside %d entries (%s); the first: %s, %s",
+            len(letters), ", ".join(f"{reason} {n}" for reason, n in reasons.items()), letters[0].entry_id,
+            letters[0].error,
+        )  # fmt: skip
         for letter in letters:
-            self._slot.drop(letter.reason)
-            log.warning("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
+            log.debug("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
 
     async def _isolate(self, held: Held, error: RowRejected) -> None:
         """PostgreSQL refused a value: apply the entries again in halves, until the one that holds it is alone."""
@@ -511,7 +526,7 @@ class Pipeline:
         if before is not state:
             log.warning("%s waits: %s", self.stream.name, error)
         self.progress_ms = now_ms()
-        self._slot.text("error", f"{type(error).__name__}: {error}")
+        self._slot.failed(error)
         if state is State.WAITING_FOR_STORE:
             self._slot.add(store_retries=1)
         else:

@@ -45,6 +45,7 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     restarts: int = 0
     error: str = ""
+    error_age_s: float | None = None
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +57,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     why: list[str]
     connections_max: int
+    connections_open: int = 0
+    stream_full_s: float | None = None
     processes: list[ProcessStatus]
     http: str = ""
 

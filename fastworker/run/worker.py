@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
 FIGURES_S = 0.5
+LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +170,8 @@ async def _run(
         side_tasks = [
             group.create_task(_every(renew_s, partial(_renew, streams, pipelines, renew_s)), name="renew leases"),
             group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
-            group.create_task(_figures(slot, pipelines), name="figures"),
+            group.create_task(_figures(slot, store, pipelines), name="figures"),
+            group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
         ]
         loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
         slot.set(ready=1, state=State.RUNNING)
@@ -219,13 +221,33 @@ async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
         pipeline.stand_on(ground)
 
 
-async def _figures(slot: Slot, pipelines: list[Pipeline]) -> None:
+async def _look_for(store: Store, slot: Slot) -> None:
+    """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
+
+    Not while every connection is at work: then flushes tell, by their progress.
+    """
+    opened, busy = store.connections
+    if busy and busy == opened:
+        return
+    try:
+        await store.ping()
+    except (StoreUnavailable, Unreachable) as error:
+        slot.failed(error)
+    else:
+        slot.set(store_ms=now_ms())
+
+
+async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
     """What the pipelines know, into the slot. Running is an effort of all: the slowest one is what is shown."""
-    acked, at = 0, now_ms()
+
+    def finished() -> int:
+        return slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+
+    acked, at, conflicts = finished(), now_ms(), 0
     while True:
         await asyncio.sleep(FIGURES_S)
         now = now_ms()
-        total = slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+        total = finished()
         oldest = [pipeline.oldest_ms for pipeline in pipelines if pipeline.oldest_ms]
         if slot.get("state") != State.DRAINING:
             slot.set(state=max(pipeline.state for pipeline in pipelines))
@@ -233,9 +255,12 @@ async def _figures(slot: Slot, pipelines: list[Pipeline]) -> None:
             progress_ms=min(pipeline.progress_ms for pipeline in pipelines),
             oldest_ms=min(oldest, default=0),
             held=sum(pipeline.held_count for pipeline in pipelines),
-            acked_per_second=(total - acked) * 1000 // max(1, now - at) if acked else 0,
+            acked_per_second=(total - acked) * 1000 // max(1, now - at),
+            connections=store.connections[0],
+            connections_busy=store.connections[1],
         )
-        acked, at = total, now
+        slot.add(conflicts=store.conflicts - conflicts)
+        acked, at, conflicts = total, now, store.conflicts
 
 
 async def _release(streams: list[WorkerStream]) -> None:

@@ -27,7 +27,7 @@ from fastworker.cli import cli
 from fastworker.config import VARIABLES
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.event.entry import decode_entry
-from fastworker.metrics import WORKER_METRICS
+from fastworker.metrics import READER_METRICS, WORKER_METRICS
 from fastworker.testing.frames import write_frames
 from fastworker.testing.network import Network
 
@@ -153,6 +153,11 @@ def get(port: int, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+def _families(port: int) -> set[str]:
+    """Nobody's client library sends `_total` in a family's name."""
+    return {family.name for family in text_string_to_metric_families(get(port, "/metrics")[1])}
+
+
 # --- help
 
 
@@ -254,10 +259,15 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     assert (health.returncode, health.stdout) == (0, "ok\n")
 
     until(lambda: 'fastworker_entries_total{outcome="committed"} 100.0' in get(port, "/metrics")[1])
+    until(lambda: _families(port) == {metric.name.removesuffix("_total") for metric in WORKER_METRICS})
     families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
-    # Nobody's client library sends `_total` in a family's name. Only a reader has the reader's.
-    known = {metric.name.removesuffix("_total") for metric in WORKER_METRICS}
-    assert set(families) == known
+    for histogram in ("latency_seconds", "flush_seconds", "flush_entries"):
+        of = {
+            sample.name.removeprefix(f"fastworker_{histogram}"): sample
+            for sample in families[f"fastworker_{histogram}"].samples
+        }
+        assert of["_count"].value > 0
+        assert of["_sum"].value > 0
     drops = {sample.labels["reason"]: sample.value for sample in families["fastworker_drops"].samples}
     assert drops["bad_frame"] == 0.0, "drops are visible at zero"
     until(lambda: not client.xlen(STREAM))  # what the only group has finished is trimmed
@@ -323,8 +333,8 @@ def test_relay_reader_and_its_port(services: Callable[..., Service], client: red
     port = int(reader.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
     until(lambda: client.xlen(STREAM) > 250)
     until(lambda: get(port, "/readyz") == (200, "ok\n"))
-    figures = get(port, "/metrics")[1]
-    assert re.search(r"^fastworker_reader_frames_total 300\.0$", figures, re.MULTILINE)
+    until(lambda: re.search(r"^fastworker_reader_frames_total 300\.0$", get(port, "/metrics")[1], re.MULTILINE))
+    assert _families(port) == {metric.name.removesuffix("_total") for metric in READER_METRICS}
     assert json.loads(get(port, "/status.json")[1])["processes"][0]["state"] == "connected"
     relay.stop(signal.SIGINT)
     until(lambda: get(port, "/readyz")[0] == 503)

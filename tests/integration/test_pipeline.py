@@ -156,7 +156,7 @@ async def test_every_entry_ends_once_and_the_ledger_says_how(bench):
         Reason.BAD_JSON: 1,
         Reason.BAD_ENTRY: 1,
     }
-    assert sum(snapshot.latency) == 6
+    assert sum(snapshot.histograms["latency_ms"]) == 6
     assert snapshot.tables["likes"] == 3
     [account_batch] = [batch for batch in bench.store.batches if batch.accounts]
     assert account_batch.accounts[DID][0].at.tzinfo is not None
