@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -26,6 +26,7 @@ from fastworker.edge.redis_admin import STATUS_STALE_S, RedisAdmin, Stream, age_
 from fastworker.edge.redis_client import connect
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
+from fastworker.redact import redact
 from fastworker.run.dlq import Letter, line_of
 from fastworker.run.heartbeat import (
     FLUSH_ENTRIES,
@@ -284,7 +285,7 @@ class _WorkerMonitor:
     def _processes(self) -> list[ProcessStatus]:
         now = now_ms()
         known = self._counts[-1].finished if self._counts else {}
-        return [
+        shown = [
             ProcessStatus(
                 name=snapshot.name,
                 pid=(gauges := snapshot.gauges).pid,
@@ -305,6 +306,12 @@ class _WorkerMonitor:
             )
             for snapshot in self._children()
         ]
+        stats = self._reading.reader if self._reading else None
+        if stats is None:
+            return shown
+        reader: dict[str, Any] = {"entries": stats.entries, "entries_per_s": self._appended_per_s() or 0.0}
+        reader |= {"error": redact(stats.last_error) if trouble(stats) else ""}
+        return [msgspec.structs.replace(one, **reader) if one.name == "reader" else one for one in shown]
 
     def _status(self) -> WorkerStatus:
         why = self.why_not_ready()
@@ -343,7 +350,7 @@ class _WorkerMonitor:
         length = stream.length if stream else 0
         unfinished_s = age_s(group.unfinished_id if group else None, reading.time_ms)
         full = self._full_seconds()
-        p50, p99 = self._latency()
+        p50, p99 = (self._latency_below(share) for share in (0.5, 0.99))
         workers = self._workers()
         busy = sum(snapshot.gauges.connections_busy for snapshot in workers)
         cards = {
@@ -352,14 +359,14 @@ class _WorkerMonitor:
                 Card("appended", self._appended_per_s(), "events/s", trend=True),
                 Card("lag", group.lag if group else length, "entries", trend=True),
                 Card("oldest unfinished", unfinished_s, "s", bad=unfinished_s > 60),
-                Card("latency, median", p50, "ms"),
-                Card("latency, 99 %", p99, "ms"),
+                Card("latency, median", p50),
+                Card("latency, 99 %", p99),
                 Card("in work", group.pending if group else 0, "entries"),
                 Card("dead letters", reading.dead_letters, bad=reading.dead_letters > 0),
             ],
             "Stream and connections": [
                 Card("stream", length, f"of {settings.max_stream_len:,}", bad=length > 0.8 * settings.max_stream_len),
-                Card("stream is full in", full if math.isfinite(full) else "not growing", "s", bad=full < 3_600),
+                Card("stream is full in", full if math.isfinite(full) else "does not grow", "s", bad=full < 3_600),
                 Card("stream memory", self._bytes, "bytes"),
                 Card("PostgreSQL connections", busy, f"at work, at most {settings.connections_max}"),
             ],
@@ -371,16 +378,21 @@ class _WorkerMonitor:
 
     def _appended_per_s(self) -> float | None:
         """Over the last readings; None where the server does not count (Redis 6.2)."""
+        if not self._counts:
+            return None
         first, last = self._counts[-min(len(self._counts), RATE_WINDOW + 1)], self._counts[-1]
         if first.added is None or last.added is None or last.at <= first.at:
             return None
         return max(0, last.added - first.added) / (last.at - first.at)
 
-    def _latency(self) -> tuple[float | None, float | None]:
-        """Median and 99th percentile of the last minute, as the upper bound of their bucket."""
+    def _latency_below(self, share: float) -> str:
+        """What that share of the last minute's entries stayed under."""
         first, last = self._counts[0].latency, self._counts[-1].latency
         counts = [now - then for now, then in zip(last, first, strict=True)]
-        return quantile(LATENCY_MS, counts, 0.5), quantile(LATENCY_MS, counts, 0.99)
+        if not any(counts):
+            return "no entry lately"
+        bound = quantile(LATENCY_MS, counts, share)
+        return f"over {LATENCY_MS[-1]:,} ms" if bound is None else f"under {bound:,} ms"
 
     def figures(self) -> Figures:
         m = metrics
@@ -462,8 +474,11 @@ class _WorkerMonitor:
         figures.distribute(m.FLUSH_ENTRIES, FLUSH_ENTRIES, _buckets(everybody, "flush_entries"), total)
 
     def _full_seconds(self) -> float:
-        """Until the stream meets its limit, in entries or in bytes, if it goes on as in the last minute."""
-        if len(self._lengths) < 2:
+        """Until the stream meets its limit, in entries or in bytes, if it goes on as in the last minute.
+
+        Not from a few readings: whoever starts or catches up moves the stream in leaps.
+        """
+        if len(self._lengths) < GROWTH_WINDOW // 2:
             return math.inf
         (first_at, first), (last_at, last) = self._lengths[0], self._lengths[-1]
         growth = (last - first) / (last_at - first_at)
