@@ -17,6 +17,7 @@ import asyncpg
 import pytest
 import redis
 import uvloop
+from services import Service
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.run.migrate import migrate
@@ -130,6 +131,22 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
         client.flushall()
         client.script_flush()
     return redis_server.url
+
+
+@pytest.fixture
+def services() -> Iterator[Callable[..., Service]]:
+    """Starts services, and ends those that the test left."""
+    started: list[Service] = []
+
+    def start(*args: str, **env: str) -> Service:
+        started.append(Service(*args, **env))
+        return started[-1]
+
+    yield start
+    for service in started:
+        if service.process.poll() is None:
+            service.process.kill()
+        service.stop()
 
 
 @pytest.fixture(autouse=True)

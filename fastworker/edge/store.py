@@ -241,9 +241,12 @@ class Store:
     async def ping(self) -> None:
         """Raises StoreUnavailable unless the server answers within a moment."""
         with translating():
-            async with asyncio.timeout(PING_S):
-                async with self._connection() as connection:
+            async with asyncio.timeout(PING_S), self._connection() as connection:
+                try:
                     await connection.fetchval("SELECT 1")
+                except BaseException:  # a cancelled query is waited for, which on a hung server has no end
+                    connection.terminate()
+                    raise
 
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""

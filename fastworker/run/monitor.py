@@ -495,8 +495,9 @@ def _waits(snapshot: Snapshot) -> str | None:
     if (server := servers.get(State(gauges.state))) is not None:
         return f"{snapshot.name} waits for {server}: {snapshot.error or 'no error yet'}"
     silent_s = _since(gauges.store_ms, now_ms())
-    is_idle = gauges.connections_busy < gauges.connections or not gauges.connections
-    if gauges.state == State.RUNNING and is_idle and silent_s > FRESH_S:  # at work, a process is judged by progress
+    # A process at work, whose latest news are not bad ones, is judged by its progress: a flush may take its time.
+    is_told = not gauges.held or gauges.error_ms > gauges.store_ms
+    if gauges.state == State.RUNNING and is_told and silent_s > FRESH_S:
         return f"{snapshot.name}: PostgreSQL has not answered for {silent_s:.0f} s: {snapshot.error or 'no error yet'}"
     return None
 

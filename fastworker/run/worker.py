@@ -224,10 +224,10 @@ async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
 async def _look_for(store: Store, slot: Slot) -> None:
     """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
 
-    Not while every connection is at work: then flushes tell, by their progress.
+    Not while every connection writes: then flushes tell, by their progress.
     """
     opened, busy = store.connections
-    if busy and busy == opened:
+    if slot.get("held") and busy == opened:
         return
     try:
         await store.ping()

@@ -5,15 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +15,7 @@ import asyncpg
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
+from services import Service, get, run, until
 
 from fastworker import __version__
 from fastworker.cli import cli
@@ -38,92 +33,10 @@ CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 NOBODY = "127.0.0.1:1"  # a port where nobody listens
 
 
-def _environment(env: dict[str, str]) -> dict[str, str]:
-    """Nothing of the tests' own environment but what a process needs to run; HOME does not exist."""
-    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
-
-
-def run(*args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastworker", *args],
-        env=_environment(env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-class Service:
-    """A running `fastworker` service whose log can be waited for."""
-
-    def __init__(self, *args: str, **env: str) -> None:
-        self.lines: list[str] = []
-        self._news = threading.Condition()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastworker", *args],
-            env=_environment(env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._news:
-                self.lines.append(line.rstrip("\n"))
-                self._news.notify_all()
-
-    def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
-        def found() -> re.Match[str] | None:
-            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
-
-        with self._news:
-            self._news.wait_for(lambda: found() or self.process.poll() is not None, timeout)
-            match = found()
-        assert match, f"no line like {pattern!r} in\n" + "\n".join(self.lines)
-        return match
-
-    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        code = self.process.wait(timeout)
-        self._reader.join(timeout)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-
-@pytest.fixture
-def services() -> Iterator[Callable[..., Service]]:
-    """Starts services, and ends those that the test left."""
-    started: list[Service] = []
-
-    def start(*args: str, **env: str) -> Service:
-        started.append(Service(*args, **env))
-        return started[-1]
-
-    yield start
-    for service in started:
-        if service.process.poll() is None:
-            service.process.kill()
-        service.stop()
-
-
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_url, socket_timeout=10) as connection:
         yield connection
-
-
-def until(condition: Callable[[], object], timeout: float = 30) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
 
 
 def post(number: int) -> dict[str, str]:
@@ -142,15 +55,6 @@ def fetch(url: str, query: str) -> list[tuple[object, ...]]:
             await connection.close(timeout=10)
 
     return asyncio.run(main())
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 def _families(port: int) -> set[str]:
