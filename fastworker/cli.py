@@ -126,6 +126,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         pipelines=config.pipelines,
         derive=config.derive,
         dead_letter_maxlen=config.dead_letter_maxlen,
+        tracing=config.tracing,
         crashpoint=config.crashpoint,
     )
 

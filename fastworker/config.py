@@ -373,6 +373,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Literal["human", "json"],
         _env("FASTWORKER_LOG_FORMAT", "*", "Log lines for people or for machines.", read=str.lower),
     ] = "human"
+    tracing: Annotated[
+        bool,
+        _env(
+            "FASTWORKER_TRACING",
+            "worker up",
+            "OpenTelemetry: a span per flush, sent as OTEL_EXPORTER_OTLP_ENDPOINT and its siblings say. Needs "
+            "`pip install fastworker[otel]`.",
+            read=_flag,
+            allowed="on or off",
+            default="off",
+        ),
+    ] = False
     crashpoint: Annotated[
         str | None,
         _env(

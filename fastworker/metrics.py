@@ -68,7 +68,9 @@ GROUP_LAG = _gauge(
     "group_lag_entries", "As lag_entries, for every group on the stream: one that stands holds it.", "group"
 )
 PENDING = _gauge("pending_entries", "Entries that a consumer of the group has and did not ack yet.")
-PENDING_AGE = _gauge("oldest_pending_seconds", "Age of the oldest of them since its append: high while a backlog is worked off, too.")
+PENDING_AGE = _gauge(
+    "oldest_pending_seconds", "Age of the oldest of them since its append: high while a backlog is worked off, too."
+)
 DEAD_LETTERS = _gauge("dead_letters", "Entries in firehose:dead-letters; each waits for a person.")
 
 # What became of entries, from the ledger that the ack scripts keep.

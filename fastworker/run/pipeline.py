@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from fastworker.crashpoint import Place, crashpoint
 from fastworker.edge.store import Ground, Written
 from fastworker.edge.stream import Entry, SetAside, Tally, id_order
+from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
@@ -228,6 +229,7 @@ class Pipeline:
         limits: Limits,
         dead_letters: DeadLetterLimit,
         overlap: Overlap | None = None,
+        open_span: OpenSpan = no_span,
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
@@ -236,6 +238,7 @@ class Pipeline:
         self._slot = slot
         self._limits = limits
         self._dead_letters = dead_letters
+        self._open_span = open_span
         self._overlap = overlap
         self._ground = UNBOUNDED
         self._filling = Held()
@@ -384,19 +387,25 @@ class Pipeline:
 
     async def _flush(self, held: Held) -> None:
         """Write, then ack. Cancelled or killed anywhere, it can be done again."""
-        if held.before_horizon:
-            await self._judge(held)
-        if held.rejected:
-            await self._leave_aside(held.rejected)
-        if not held.batch:
-            return
-        held.batch.progress = self._progress
-        try:
-            store_drops = await self._write(held.batch)
-        except RowRejected as error:
-            await self._isolate(held, error)
-        else:
-            await self._ack(held, store_drops)
+        with self._open_span("flush") as span:
+            if held.before_horizon:
+                await self._judge(held)
+            span.set_attribute("fastworker.consumer", self.stream.name)
+            span.set_attribute("fastworker.entries", len(held.entries))
+            span.set_attribute("fastworker.changes", len(held.batch.changes))
+            span.set_attribute("fastworker.set_aside", len(held.rejected))
+            if held.rejected:
+                await self._leave_aside(held.rejected)
+            if not held.batch:
+                return
+            held.batch.progress = self._progress
+            try:
+                store_drops = await self._write(held.batch)
+            except RowRejected as error:
+                span.set_attribute("fastworker.row_rejected", str(error))
+                await self._isolate(held, error)
+            else:
+                await self._ack(held, store_drops)
 
     async def _judge(self, held: Held) -> None:
         """Entries from before the horizon: what the database does not know may have been deleted and forgotten."""

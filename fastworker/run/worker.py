@@ -15,6 +15,7 @@ from fastworker.crashpoint import arm
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LeaseLostError, WorkerStream
+from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.run.child import StartAgain, run_child
 from fastworker.run.heartbeat import Slot, State, now_ms
@@ -48,6 +49,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
     drain_s: float = 4.0
+    tracing: bool = False
     crashpoint: str | None = None  # tests only
     scan_s: float = 10.0  # between two looks for dead consumers
     lease_ms: int = 15_000
@@ -93,7 +95,8 @@ async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asy
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
-            await _work(settings, marks, slot, stopping, redis, store)
+            with spans(on=settings.tracing) as open_span:
+                await _work(settings, marks, slot, stopping, redis, store, open_span)
         finally:
             await store.close()
     finally:
@@ -101,7 +104,13 @@ async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asy
 
 
 async def _work(
-    settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asyncio.Event, redis: Redis, store: Store
+    settings: WorkerSettings,
+    marks: Marks,
+    slot: Slot,
+    stopping: asyncio.Event,
+    redis: Redis,
+    store: Store,
+    open_span: OpenSpan,
 ) -> None:
     async def last_finished() -> str | None:
         progress = await store.finished(settings.stream_key)
@@ -144,6 +153,7 @@ async def _work(
                 limits=limits,
                 dead_letters=dead_letters,
                 overlap=Overlap(marks, slot.number * settings.pipelines + n),
+                open_span=open_span,
             )
             for n, stream in enumerate(streams)
         ]

@@ -8,11 +8,15 @@ import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.asyncio import Redis
 
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Written
 from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
+from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.run.heartbeat import Heartbeats, State
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
@@ -78,6 +82,7 @@ class Bench:
         self.stream = WorkerStream(redis, consumer_id="w", batch_size=10)
         self.limits = Limits()
         self.dead_letters = DeadLetterLimit()
+        self.open_span = no_span
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Pipeline]:
@@ -89,6 +94,7 @@ class Bench:
             self.slot,
             limits=self.limits,
             dead_letters=self.dead_letters,
+            open_span=self.open_span,
         )
         self.stopping = asyncio.Event()
         self.task = asyncio.create_task(self.pipeline.run(self.stopping))
@@ -202,6 +208,30 @@ async def test_poison_is_isolated_and_its_siblings_are_committed(bench):
     assert len(bench.store.uris) == 297 + 2
     assert await bench.ledger() == {"committed": 297, "set_aside": 4, "drop:row_rejected": 4}
     assert bench.store.writes < 80  # not one by one
+
+
+async def test_a_flush_is_a_span_and_its_halves_are_children(bench):
+    told = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(told))
+    bench.open_span = provider.get_tracer("test").start_as_current_span
+    await bench.add(likes(8, poison=frozenset({3})))
+    bench.store.open.clear()
+    async with bench.running():
+        await bench.until(lambda: bench.store.writes == 1)  # some of them are written; the others are the next batch
+        bench.store.open.set()
+        await bench.until_settled(8)
+    spans = told.get_finished_spans()
+    assert {span.name for span in spans} == {"flush"}
+    roots = [span for span in spans if span.parent is None]
+    assert sum(span.attributes["fastworker.entries"] for span in roots) == 8
+    [ill] = [span for span in roots if "fastworker.row_rejected" in span.attributes]
+    children = [span for span in spans if span.parent is not None]
+    assert len({span.context.trace_id for span in [ill, *children]}) == 1
+    assert all(span.start_time >= ill.start_time and span.end_time <= ill.end_time for span in children)
+    halves = [span.attributes["fastworker.entries"] for span in children if span.parent.span_id == ill.context.span_id]
+    assert len(halves) == 2
+    assert sum(halves) == ill.attributes["fastworker.entries"]
 
 
 async def test_too_much_poison_stops_the_worker_with_the_rest_pending(bench):
