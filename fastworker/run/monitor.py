@@ -59,6 +59,12 @@ STUCK_S: Final = 30.0
 GROWTH_WINDOW: Final = 60  # readings
 RATE_WINDOW: Final = 5  # readings
 LETTERS_SHOWN: Final = 5
+OUTCOME_TITLES: Final = {
+    "committed": "committed",
+    "nothing_to_store": "nothing to store",
+    "set_aside": "set aside",
+    "ghosts": "trimmed while pending",
+}
 
 
 class MonitorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -370,7 +376,7 @@ class _WorkerMonitor:
                 Card("stream memory", self._bytes, "bytes"),
                 Card("PostgreSQL connections", busy, f"at work, at most {settings.connections_max}"),
             ],
-            "Since the stream began": [Card(name.replace("_", " "), ledger.get(name, 0)) for name in metrics.OUTCOMES],
+            "Since the stream began": [Card(title, ledger.get(name, 0)) for name, title in OUTCOME_TITLES.items()],
         }
         if reading.reader is not None:
             cards["Reader"] = reader_cards(reading.reader, None)

@@ -233,18 +233,21 @@ def test_relay_reader_and_its_port(services: Callable[..., Service], client: red
     relay = services("relay", "--events", "300", "--port", "0", "--seed", "5")
     url = relay.wait_for("RELAY_URL=(.+)")[1]
     env = {"RELAY_URL": url, "REDIS_URL": redis_url, "FASTWORKER_HTTP_PORT": "0", "FASTWORKER_STREAM_FORMAT": "native"}
-    reader = services("reader", **env)
+    reader = services("reader", FASTWORKER_LOG_FORMAT="json", **env)
     port = int(reader.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
     until(lambda: client.xlen(STREAM) > 250)
     until(lambda: get(port, "/readyz") == (200, "ok\n"))
     until(lambda: re.search(r"^fastworker_reader_frames_total 300\.0$", get(port, "/metrics")[1], re.MULTILINE))
-    assert _families(port) == {metric.name.removesuffix("_total") for metric in READER_METRICS}
+    until(lambda: _families(port) == {metric.name.removesuffix("_total") for metric in READER_METRICS})
     assert json.loads(get(port, "/status.json")[1])["processes"][0]["state"] == "connected"
     relay.stop(signal.SIGINT)
     until(lambda: get(port, "/readyz")[0] == 503)
     assert "not connected to the relay" in get(port, "/readyz")[1]
     assert reader.stop() == 0
     reader.wait_for("Stopped. Total events: ")
+    assert {"time", "level", "message", "logger", "pid"} <= set.intersection(
+        *(set(json.loads(one)) for one in reader.lines)
+    )
 
 
 def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_path: Path) -> None:

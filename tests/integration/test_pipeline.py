@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -166,6 +167,21 @@ async def test_every_entry_ends_once_and_the_ledger_says_how(bench):
     assert snapshot.tables["likes"] == 3
     [account_batch] = [batch for batch in bench.store.batches if batch.accounts]
     assert account_batch.accounts[DID][0].at.tzinfo is not None
+
+
+async def test_no_event_has_a_line_of_its_own_above_debug(bench, caplog):
+    caplog.set_level(logging.DEBUG, "fastworker")
+    bench.store.open.clear()
+    await bench.add([commit(1, like("first"))])
+    async with bench.running():
+        await bench.until(lambda: bench.store.writes == 1)
+        await bench.add([{"type": "commit", "data": "{", "seq": str(n)} for n in range(100)] + likes(100))
+        await bench.until(lambda: bench.pipeline.held_count == 201)  # one batch, which waits for the first one
+        bench.store.open.set()
+        await bench.until_settled(201)
+    lines = [record for record in caplog.records if record.levelno > logging.DEBUG]
+    assert [line.getMessage().partition(";")[0] for line in lines] == ["Set aside 100 entries (bad_json 100)"]
+    assert len([record for record in caplog.records if record.msg.startswith("Set aside %s")]) == 100
 
 
 async def test_what_arrives_during_a_flush_is_the_next_batch(bench):
