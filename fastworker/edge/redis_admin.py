@@ -20,6 +20,7 @@ from fastworker.edge.feed import DEAD_LETTERS, GAPS, LEASE, READER_STATS, STATUS
 from fastworker.edge.redis_client import connect, error_code, translating
 from fastworker.edge.stream import CONSUMERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import StreamUnavailable, Unreachable
+from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
 
 STATUS_KEY: Final = "fastworker:status:worker"
@@ -226,7 +227,7 @@ class RedisAdmin:
             consumers=int(found["consumers"]),
             pending=pending,
             last_delivered_id=delivered,
-            entries_read=0 if delivered == "0-0" else _optional(found.get("entries-read")),
+            entries_read=_entries_read(found),
             lag=int(lag),
             lag_is_exact=exact,
             oldest_pending_id=_text(summary["min"]) if summary.get("min") else None,
@@ -287,6 +288,23 @@ class RedisAdmin:
     async def ledger(self) -> dict[str, int]:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
         return {field: int(value) for field, value in (await self._hash(LEDGER_KEY)).items()}
+
+    async def balanced_ledger(self, group: str) -> tuple[dict[str, int], int | None]:
+        """The ledger, and how many entries were delivered to the group but are in no outcome and not pending.
+
+        Read at one moment, or a stream at work would never balance. None where the server does not count.
+        """
+        async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xinfo_groups(self._key)
+            pipe.hgetall(LEDGER_KEY)
+            groups, counts = await pipe.execute(raise_on_error=False)
+            if isinstance(counts, Exception):
+                raise counts
+        ledger = {_text(field): int(value) for field, value in counts.items()}
+        found = [] if isinstance(groups, Exception) else [one for one in groups if _text(one["name"]) == group]
+        if not found or (read := _entries_read(found[0])) is None:
+            return ledger, None
+        return ledger, read - int(found[0]["pending"]) - sum(ledger.get(outcome, 0) for outcome in OUTCOMES)
 
     async def event_counts(self) -> dict[str, int]:
         """`cluster:metrics`: totalEvents, #commit, #identity, #account, errors."""
@@ -425,6 +443,10 @@ def _share(first_id: str | None, delivered: str, last_id: str, length: int) -> i
     if at <= first:
         return length
     return round(length * (last - at) / (last - first)) if last > first else length
+
+
+def _entries_read(group: dict[str, Any]) -> int | None:
+    return 0 if _text(group["last-delivered-id"]) == "0-0" else _optional(group.get("entries-read"))
 
 
 def _optional(value: Any) -> int | None:

@@ -88,6 +88,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     time_ms: int
     stream: Stream | None
     ledger: dict[str, int]
+    unaccounted: int | None
     events: dict[str, int]
     dead_letters: int
     newest_letters: list[Letter]
@@ -178,13 +179,15 @@ class _WorkerMonitor:
         stream = await admin.stream(measure=measure)
         if stream is not None and measure:
             self._bytes = stream.bytes
+        ledger, unaccounted = await admin.balanced_ledger(settings.group)
         left = await admin.reader_stats() if settings.with_reader else {}
         letters = await admin.newest_letters(LETTERS_SHOWN)
         self._reading = Reading(
             at=time.monotonic(),
             time_ms=await admin.time_ms(),
             stream=stream,
-            ledger=await admin.ledger(),
+            ledger=ledger,
+            unaccounted=unaccounted,
             events=await admin.event_counts(),
             dead_letters=await admin.dead_letters() if letters else 0,
             newest_letters=[line_of(*letter) for letter in letters],
@@ -429,6 +432,8 @@ class _WorkerMonitor:
             figures.set(m.DROPS, reading.ledger.get(f"drop:{reason}", 0), reason)
         for kind in m.KINDS:
             figures.set(m.EVENTS, reading.events.get(kind, 0), kind)
+        if reading.unaccounted is not None:
+            figures.set(m.UNACCOUNTED, reading.unaccounted)
         for group in stream.groups if stream else ():
             figures.set(m.GROUP_LAG, group.lag, group.name)
             if group.name == self._settings.group:
@@ -436,9 +441,6 @@ class _WorkerMonitor:
                 figures.set(m.LAG_SECONDS, age_s(group.unfinished_id, reading.time_ms))
                 figures.set(m.PENDING, group.pending)
                 figures.set(m.PENDING_AGE, age_s(group.oldest_pending_id, reading.time_ms))
-                if group.entries_read is not None:
-                    finished = sum(reading.ledger.get(outcome, 0) for outcome in m.OUTCOMES)
-                    figures.set(m.UNACCOUNTED, group.entries_read - group.pending - finished)
 
     def _process_figures(self, figures: Figures) -> None:
         m, now = metrics, now_ms()

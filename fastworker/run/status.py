@@ -190,7 +190,7 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
     """Everything, and the reading to hand in next time so that rates are over the time between."""
     server = await admin.server()
     stream = await admin.stream(measure=True)
-    ledger = await admin.ledger()
+    ledger, unaccounted = await admin.balanced_ledger(config.group)
     outcomes = {outcome: ledger.get(outcome, 0) for outcome in OUTCOMES}
     drops = {name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")}
     reading = Reading(time.monotonic(), stream.entries_added if stream else None, sum(outcomes.values()))
@@ -211,10 +211,6 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
     holder = _holder(groups, {name: group.unfinished_id for name, group in found.items()}, config.ignore_groups)
     groups = [msgspec.structs.replace(group, holds_stream=group.name == holder) for group in groups]
     ours = found.get(config.group)
-    unaccounted = None
-    if ours is not None and ours.entries_read is not None:
-        unaccounted = ours.entries_read - ours.pending - sum(outcomes.values())
-
     return Status(
         at=time.time(),
         version=__version__,

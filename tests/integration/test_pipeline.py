@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.asyncio import Redis
 
+from fastworker.edge.redis_admin import RedisAdmin
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Written
 from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
@@ -182,6 +183,17 @@ async def test_no_event_has_a_line_of_its_own_above_debug(bench, caplog):
     lines = [record for record in caplog.records if record.levelno > logging.DEBUG]
     assert [line.getMessage().partition(";")[0] for line in lines] == ["Set aside 100 entries (bad_json 100)"]
     assert len([record for record in caplog.records if record.msg.startswith("Set aside %s")]) == 100
+
+
+async def test_the_ledger_balances_at_every_moment(bench):
+    admin, seen = RedisAdmin(bench.redis, KEY), set()
+    async with bench.running():
+        for _ in range(20):
+            await bench.add(likes(40))
+            seen.add((await admin.balanced_ledger(GROUP))[1])
+        await bench.until_settled(800)
+    assert seen <= {0, None}
+    assert await admin.balanced_ledger(GROUP) == ({"committed": 800}, 0)
 
 
 async def test_what_arrives_during_a_flush_is_the_next_batch(bench):

@@ -6,8 +6,11 @@ import asyncio
 import base64
 import itertools
 import json
+import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 import redis
-from services import Service, until
+from services import ROOT, Service, until
 
 RATE = 60
 CARD = "[...document.querySelectorAll('dl div')].find(d => d.querySelector('dt').textContent === {!r})"
@@ -133,3 +136,37 @@ async def test_the_status_page(
         while await browser.value("document.getElementById('state').textContent") != "no answer":
             await asyncio.sleep(0.2)
     assert [complaint for complaint in browser.complaints if "ERR_CONNECTION" not in complaint] == []
+
+
+@pytest.mark.extended
+def test_the_live_view_in_a_terminal_of_80_columns(
+    services: Callable[..., Service], redis_url: str, postgres_url: str, tmp_path: Path
+) -> None:
+    tmux = shutil.which("tmux")
+    if tmux is None:
+        pytest.skip("tmux is not there: apt-get install tmux")
+    relay = services("relay", "--rate", str(RATE), "--port", "0")
+    env = {"RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", **env)
+    up.wait_for("Processed", 60)
+
+    def ask(*args: str) -> str:
+        command = [tmux, "-S", str(tmp_path / "tmux.sock"), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    watch = f"env REDIS_URL={redis_url} PYTHONPATH={ROOT} {sys.executable} -m fastworker status --watch"
+    ask("new-session", "-d", "-s", "view", "-x", "80", "-y", "30", watch)
+    try:
+        until(lambda: "\u2588" in ask("capture-pane", "-p", "-t", "view"), 60)
+        time.sleep(6)
+        shown = ask("capture-pane", "-p", "-t", "view")
+    finally:
+        ask("kill-server")
+    assert "\u2026" not in shown, "nothing is cut"
+    found = re.search(r"rate +(\d+)/s in, (\d+)/s out", shown)
+    assert found, shown
+    assert 0.5 * RATE < int(found[1]) < 1.5 * RATE
+    assert 0.3 * RATE < int(found[2]) < 2 * RATE
+    assert re.search(r"worker-1 +running +\d+ +[\d,]+ +\d+ +[\d.]+ s +\d+ MB +0", shown), shown
+    assert "ledger balances" in shown, "also while entries come and go"
+    assert up.stop() == 0
