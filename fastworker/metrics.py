@@ -92,7 +92,9 @@ LAST_FLUSH = _gauge("last_flush_seconds", "Length of the latest flush of each pr
 UNSETTLED_AGE = _gauge("oldest_unsettled_seconds", "Age since its read of the oldest entry a process holds.", "process")
 HELD = _gauge("held_entries", "Entries that a process has read and not settled.", "process")
 PROGRESS_AGE = _gauge("progress_age_seconds", "Seconds since the slowest pipeline of a process got on.", "process")
-CHANGES = _counter("changes", "Records written or deleted, by table.", "table", closed=tuple(t.name for t in TABLES))
+CHANGES = _counter(
+    "changes", "Records written or deleted, by table.", "table", closed=tuple(sorted(t.name for t in TABLES))
+)
 ROWS = _counter("rows", "Rows inserted, changed or removed in the primary tables.")
 SUPERSEDED = _counter("superseded", "Ops that were not the newest of their record.")
 CLAIMED = _counter("claimed", "Entries adopted from consumers that died.")
