@@ -2,125 +2,282 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
+import time
+import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
-from bench import corpus, report
+from bench import corpus
 from bench.baseline import baseline
 from bench.decode import decode
 from bench.end_to_end import end_to_end
-from bench.flush import flush
+from bench.flush import TABLES, flush, strategies
+from bench.growth import growth
 from bench.latency import latency
+from bench.life import life
+from bench.memory import memory
+from bench.presets import PRESETS
 from bench.reader import reader
-
-NAMES = ("decode", "flush", "baseline", "end_to_end", "grid", "reader", "latency")
-
-
-def _measure(name: str, what: dict[str, Any], runs: int, work: Callable[[], dict[str, Any]]) -> None:
-    report.tell(name, what, report.medians([work() for _ in range(runs)]), runs=runs)
+from bench.report import RESULTS, Figures, Report, medians
+from bench.targets import compare
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("names", nargs=-1, type=click.Choice(NAMES))
+class Wish(NamedTuple):
+    seed: int
+    events: int
+    runs: int
+    rows: int
+    settings: dict[str, str]
+    quick: bool
+
+
+class Session:
+    """What one invocation is told, and what it knows so far."""
+
+    def __init__(self, wish: Wish, report: Report) -> None:
+        self.seed, self.events, self.runs, self.rows, self.settings, self.quick = wish
+        self.report = report
+        self.folder: Path = corpus.prepare(self.seed, self.events)
+
+    def measure(self, name: str, what: dict[str, Any], work: Callable[[], Figures], *, runs: int = 0) -> Figures:
+        return self.report.measure(name, what, runs or self.runs, work)
+
+    @functools.cached_property
+    def baseline(self) -> float:
+        """Events per second of the guide's shape, once per invocation."""
+        work = functools.partial(baseline, self.folder, events=min(self.events, 20_000))
+        return float(self.measure("baseline", {"form": "json"}, work)["events/s"])
+
+
+def _baseline(session: Session) -> None:
+    assert session.baseline > 0
+
+
+def _decode(session: Session) -> None:
+    for form in corpus.FORMS:
+        session.measure(
+            "decode", {"form": form}, functools.partial(decode, session.folder, form, min(session.events, 100_000))
+        )
+
+
+def _strategies(session: Session) -> None:
+    for table, old in itertools.product(TABLES, (0.0, 0.01)):
+        figures, text = strategies(session.folder, table=table, old=old, events=session.events)
+        session.report.tell("strategies", {"table": table.name, "rows there already": old}, figures, text=text)
+
+
+def _flush(session: Session) -> None:
+    for derive, size in itertools.product(("full", "core"), (1, 10, 100, 1_000, 4_000, 10_000)):
+        count = min(session.events, 40_000, size * 500)
+        work = functools.partial(flush, session.folder, size=size, events=count, derive=derive)
+        session.measure("flush", {"derive": derive, "size": size}, work)
+
+
+def _end_to_end(session: Session) -> None:
+    for derive, form in itertools.product(("full", "core"), ("json", "native", "frame")):
+        work = functools.partial(
+            end_to_end,
+            session.folder,
+            form=form,
+            events=session.events,
+            settings={"FASTWORKER_DERIVE": derive, **session.settings},
+            baseline=session.baseline,
+        )
+        session.measure("end_to_end", {"derive": derive, "form": form, **session.settings}, work)
+
+
+def _presets(session: Session) -> None:
+    runs: dict[str, list[Figures]] = {name: [] for name in PRESETS}
+    for n, name in itertools.product(range(session.runs), PRESETS):  # in turns: a slow minute meets all of them
+        print(f"... presets {name}: run {n + 1} of {session.runs}", flush=True)
+        settings = {"FASTWORKER_DERIVE": "full", **PRESETS[name]}
+        runs[name].append(
+            end_to_end(
+                session.folder,
+                form="json",
+                events=session.events,
+                settings=settings,
+                floor=False,
+                baseline=session.baseline,
+            )
+        )
+    best = max(medians(found)["events/s"] for found in runs.values())
+    for name, found in runs.items():
+        figures = medians(found)
+        figures["share of the best"] = figures["events/s"] / best
+        session.report.tell("presets", {"preset": name, **PRESETS[name]}, figures, runs=found)
+
+
+def _grid(session: Session) -> None:
+    for processes, pipelines in itertools.product((1, 2, 3), (1, 2, 4)):
+        work = functools.partial(
+            end_to_end,
+            session.folder,
+            form="native",
+            events=min(session.events, 100_000),
+            settings={
+                "FASTWORKER_PROCESSES": processes,
+                "PARALLEL_CONSUMERS": pipelines,
+                "DB_POOL_SIZE": processes * pipelines + 1,
+            },
+            floor=False,
+            baseline=session.baseline,
+        )
+        session.measure("grid", {"processes": processes, "pipelines": pipelines}, work, runs=1)
+
+
+def _growth(session: Session) -> None:
+    empty = 0.0
+    for likes in (0, session.rows // 10, session.rows):
+        found = growth(session.seed, session.events, session.runs, likes=likes)
+        figures = medians(found)
+        empty = empty or figures["events/s"]
+        figures["share of empty tables"] = figures["events/s"] / empty
+        session.report.tell("growth", {"likes": likes, "form": "native"}, figures, runs=found)
+
+
+def _reader(session: Session) -> None:
+    for form in corpus.FORMS:
+        work = functools.partial(reader, session.folder, form=form, events=session.events)
+        session.measure("reader", {"form": form}, work)
+
+
+def _latency(session: Session) -> None:
+    for rate in (100, 1_000, 5_000):
+        work = functools.partial(latency, session.seed, rate=rate, seconds=2.0 if session.quick else 30.0)
+        session.measure("latency", {"rate": rate}, work)
+
+
+def _life(session: Session) -> None:
+    session.measure("life", {"form": "native"}, functools.partial(life, session.folder, events=session.events))
+
+
+def _memory(session: Session) -> None:
+    events, every_s = (session.events, 1.0) if session.quick else (max(2_000_000, session.events), 5.0)
+    work = functools.partial(memory, session.seed, events=events, every_s=every_s)
+    session.measure("memory", {"events": events, "form": "native"}, work, runs=1)
+
+
+class Bench(NamedTuple):
+    run: Callable[[Session], None]
+    minutes: int  # of a full run on two quiet cores, about; each says at its end what it took
+    text: str
+
+
+BENCHES: dict[str, Bench] = {
+    "baseline": Bench(
+        _baseline,
+        1,
+        "the guide's shape written simply: five pipelines, batches of ten, a transaction per event, a statement "
+        "per row",
+    ),
+    "decode": Bench(_decode, 1, "bytes to rows on one core, each form (`frame` is the raw frame), by stage"),
+    "strategies": Bench(
+        _strategies,
+        4,
+        "ways to write rows side by side on likes and notifications, batches of 1 to 10,000, and where COPY begins to "
+        "pay",
+    ),
+    "flush": Bench(_flush, 5, "the store alone, batches of 1 to 10,000 entries, full and core"),
+    "end_to_end": Bench(
+        _end_to_end,
+        11,
+        "a full stream, `fastworker worker` with its defaults, until acked: events/s, CPU of each, memory, WAL, "
+        "share of the floor, multiple of the baseline; full and core, all forms",
+    ),
+    "presets": Bench(_presets, 6, "the same with the guide's presets and an old environment file"),
+    "reader": Bench(_reader, 3, "frames from a local WebSocket into Redis, each form"),
+    "latency": Bench(
+        _latency, 6, "relay, reader and worker at 100, 1,000 and 5,000 events/s: append to commit, and CPU"
+    ),
+    "life": Bench(_life, 1, "from exec to the first ack, and from SIGTERM under full load to the end"),
+    "memory": Bench(_memory, 9, "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
+    "grid": Bench(_grid, 3, "end_to_end for processes x pipelines, 100,000 events, one run each"),
+    "growth": Bench(
+        _growth,
+        16,
+        "end_to_end on empty tables, and with --rows / 10 and --rows likes and what follows from them there",
+    ),
+}
+
+
+def _list() -> str:
+    lines = [f"  {name:<12} about {bench.minutes:>2} min  {bench.text}" for name, bench in BENCHES.items()]
+    return "\b\n" + "\n".join(lines)
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 150},
+    help=f"""Benchmarks on servers that they start themselves. Run nothing beside them.
+
+Each prints a table and appends one JSON line to bench/results.jsonl (commit, host, versions, mix, figures); at the end
+the targets that they have figures for. Without NAMES all of them run.
+
+{_list()}
+
+\b
+Also, each by itself:
+  --micro           time the pure parts, a thousand events at a time
+  --save            the same, and keep the result
+  --compare         the same, and fail where one is 25 % slower than what was kept
+  --instructions    count their instructions (valgrind), and fail where one takes 5 % more than bench/instructions.json
+  --instructions --save   keep the counts there
+""",
+)
+@click.argument("names", nargs=-1, type=click.Choice(list(BENCHES)), metavar="[NAMES]...")
 @click.option("--events", default=200_000, show_default=True, help="Of the corpus.")
 @click.option("--runs", default=3, show_default=True, help="The median of so many is told.")
-@click.option("--seed", default=7, show_default=True)
-@click.option("--quick", is_flag=True, help="20,000 events, one run: shows that it works, measures little.")
-@click.option("--processes", default=2, show_default=True, help="Of end_to_end.")
-@click.option("--pipelines", default=1, show_default=True, help="Of end_to_end.")
-@click.option("--batch-size", default=500, show_default=True, help="BATCH_SIZE of end_to_end.")
+@click.option("--seed", default=7, show_default=True, help="Of the corpus.")
+@click.option("--rows", default=10_000_000, show_default=True, help="Likes that growth puts there before.")
+@click.option("--quick", is_flag=True, help="20,000 events and rows, one run: shows that it works, measures little.")
+@click.option(
+    "--set", "given", multiple=True, metavar="NAME=VALUE", help="A setting of end_to_end's worker; may be repeated."
+)
+@click.option(
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default="bench/results.jsonl",
+    help="Where the JSON lines go.",
+)
 def main(
     names: tuple[str, ...],
     events: int,
     runs: int,
     seed: int,
+    rows: int,
+    given: tuple[str, ...],
+    results: Path,
     *,
     quick: bool,
-    processes: int,
-    pipelines: int,
-    batch_size: int,
 ) -> None:
-    """Benchmarks on servers that they start themselves. Run nothing beside them.
-
-    Prints a table for each and appends one JSON line to bench/results.jsonl.
-    """
     if quick:
-        events, runs = 20_000, 1
-    folder = corpus.prepare(seed, events)
-    small = min(events, 40_000)
-    for name in names or NAMES:
-        match name:
-            case "decode":
-                for form in corpus.FORMS:
-                    _measure(name, {"form": form}, runs, lambda form=form: decode(folder, form, min(events, 100_000)))  # type: ignore[misc]
-            case "flush":
-                for derive, size in itertools.product(("full", "core"), (1, 10, 100, 1_000, 4_000, 10_000)):
-                    count = min(small, size * 500)
-                    _measure(
-                        name,
-                        {"derive": derive, "size": size},
-                        runs,
-                        lambda size=size, count=count, derive=derive: flush(
-                            folder, size=size, events=count, derive=derive
-                        ),  # type: ignore[misc]
-                    )
-            case "baseline":
-                _measure(name, {"form": "json"}, runs, lambda: baseline(folder, events=min(events, 20_000)))
-            case "end_to_end":
-                for derive, form in (("full", "json"), ("full", "native"), ("core", "json"), ("core", "native")):
-                    _measure(
-                        name,
-                        {
-                            "derive": derive,
-                            "form": form,
-                            "processes": processes,
-                            "pipelines": pipelines,
-                            "batch": batch_size,
-                        },
-                        runs,
-                        lambda derive=derive, form=form: end_to_end(  # type: ignore[misc]
-                            folder,
-                            form=form,
-                            events=events,
-                            derive=derive,
-                            processes=processes,
-                            pipelines=pipelines,
-                            batch_size=batch_size,
-                        ),
-                    )
-            case "grid":
-                for some, each in itertools.product((1, 2, 3), (1, 2, 4)):
-                    _measure(
-                        name,
-                        {"derive": "full", "form": "native", "processes": some, "pipelines": each},
-                        1,
-                        lambda some=some, each=each: end_to_end(  # type: ignore[misc]
-                            folder,
-                            form="native",
-                            events=min(events, 100_000),
-                            derive="full",
-                            processes=some,
-                            pipelines=each,
-                            floor=False,
-                        ),
-                    )
-            case "reader":
-                for form in corpus.FORMS:
-                    _measure(name, {"form": form}, runs, lambda form=form: reader(folder, form=form, events=events))  # type: ignore[misc]
-            case "latency":
-                for rate in (100, 1_000, 5_000):
-                    seconds = 10.0 if quick else 20.0
-                    _measure(
-                        name,
-                        {"rate": rate},
-                        1,
-                        lambda rate=rate, seconds=seconds: latency(
-                            folder, rate=rate, seconds=min(seconds, events / rate)
-                        ),  # type: ignore[misc]
-                    )
+        events, runs, rows = min(events, 20_000), 1, min(rows, 20_000)
+    if any("=" not in setting for setting in given):
+        raise click.UsageError("--set takes NAME=VALUE")
+    settings = dict(setting.split("=", 1) for setting in given)
+    report = Report({"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}, results)
+    session = Session(Wish(seed, events, runs, rows, settings, quick), report)
+    failed = []
+    for name in names or BENCHES:
+        began = time.monotonic()
+        try:
+            BENCHES[name].run(session)
+        except Exception:  # noqa: BLE001 - the others are worth their time all the same
+            traceback.print_exc()
+            failed.append(name)
+        print(f"\n{name} took {time.monotonic() - began:,.0f} s", flush=True)
+    if words := compare(report.told):
+        print(f"\nTargets (two cores shared with both servers)\n{words}")
+    if failed:
+        print(f"\nFAILED: {', '.join(failed)}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

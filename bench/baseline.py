@@ -31,6 +31,7 @@ def baseline(folder: Path, *, events: int) -> dict[str, Any]:
 async def _run(redis_url: str, url: str, folder: Path, events: int) -> dict[str, Any]:
     total = await fill(redis_url, entries(folder, "json", events))
     pool = await asyncpg.create_pool(url, min_size=5, max_size=5)
+    redis: Any
     async with Redis.from_url(redis_url) as redis:
 
         async def pipeline(n: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -53,7 +55,7 @@ def prepare(seed: int, events: int) -> Path:
                 _flush(files, pieces)
                 if time.monotonic() - told > 5:
                     told = time.monotonic()
-                    print(f"corpus: {made:,} of {events:,} events", flush=True)
+                    print(f"corpus: {made:,} of {events:,} events", file=sys.stderr, flush=True)
         _flush(files, pieces)
     finally:
         for file in (*files.values(), frames):
@@ -62,11 +64,30 @@ def prepare(seed: int, events: int) -> Path:
     return folder
 
 
-def _flush(files: dict[str, object], pieces: dict[str, list[Fields]]) -> None:
+def _flush(files: Mapping[str, Any], pieces: dict[str, list[Fields]]) -> None:
     for form, entries in pieces.items():
         data = msgspec.msgpack.encode(entries)
-        files[form].write(len(data).to_bytes(4, "big") + data)  # type: ignore[attr-defined]
+        files[form].write(len(data).to_bytes(4, "big") + data)
         entries.clear()
+
+
+def frames_only(seed: int, events: int) -> Path:
+    """A file of raw frames alone: for runs that are too long for `prepare`."""
+    path = _folder(seed, events) / "corpus.frames"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    made, told = 0, time.monotonic()
+    with unfinished.open("wb") as file:
+        for sim in Network(seed, mix="production", accounts=ACCOUNTS, history=0).frames(events):
+            file.write(len(sim.data).to_bytes(4, "big") + sim.data)
+            made += 1
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                print(f"corpus: {made:,} of {events:,} frames", file=sys.stderr, flush=True)
+    unfinished.rename(path)
+    return path
 
 
 def entries(folder: Path, form: str, count: int) -> Iterator[Fields]:

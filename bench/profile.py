@@ -12,57 +12,85 @@ import uvloop
 from bench.corpus import entries, prepare
 from bench.end_to_end import worker
 from bench.report import ROOT
-from bench.servers import fill, servers, tree
+from bench.servers import Servers, fill, servers, tree
 
 EVENTS = 200_000
 TOP = 25
+WARM_UP_S = 2.0
 
 
 def _name(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+    """What the process calls itself in a list of processes."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    comm = Path(f"/proc/{pid}/comm").read_text().strip()
+    return comm if comm not in words else words.rpartition("/")[2][:60]
 
 
-async def _record(seconds: int, settings: dict[str, str]) -> None:
+async def _spy(pids: list[int], seconds: int, kind: str, out: Path) -> None:
+    """py-spy on each process at once: it stops a process for each sample, so only one may look at it at a time."""
     spy = Path(sys.executable).with_name("py-spy")
+    suffix = "svg" if kind == "flamegraph" else "txt"
+    jobs = [
+        await asyncio.create_subprocess_exec(
+            str(spy), "record", "--pid", str(pid), "--duration", str(seconds), "--format", kind, "--native",
+            "--output", str(out / f"{pid}.{suffix}"), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )
+        for pid in pids
+    ]  # fmt: skip
+    for job in jobs:
+        _, words = await job.communicate()
+        if job.returncode:
+            sys.exit(f"py-spy: {words.decode().strip()}\nIt needs the right to trace (SYS_PTRACE in a container).")
+
+
+def profile(seconds: int, events: int, settings: dict[str, str]) -> None:
     out = ROOT / "profile"
     out.mkdir(exist_ok=True)
+    for old in (*out.glob("*.svg"), *out.glob("*.txt")):
+        old.unlink()
     with servers() as running:
-        await fill(running.redis.url, entries(prepare(7, EVENTS), "native", EVENTS))
-        async with worker(running, BATCH_SIZE=500, **settings) as process:
-            await asyncio.sleep(3)
-            names = {pid: _name(pid) for pid in tree(process.pid)}
-            jobs = []
-            for pid in names:
-                for kind, file in (("flamegraph", f"{pid}.svg"), ("raw", f"{pid}.txt")):
-                    command = [str(spy), "record", "--pid", str(pid), "--duration", str(seconds), "--format", kind]
-                    command += ["--output", str(out / file), "--native", "--nonblocking"]
-                    jobs.append(
-                        await asyncio.create_subprocess_exec(
-                            *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-                        )
-                    )
-            for job in jobs:
-                _, words = await job.communicate()
-                if job.returncode:
-                    sys.exit(
-                        f"py-spy: {words.decode().strip()}\nIt needs the right to trace (SYS_PTRACE in a container)."
-                    )
+        names = uvloop.run(_record(running, out, seconds, events, settings))
     for pid, name in names.items():
-        spent: Counter[str] = Counter()
-        for line in (out / f"{pid}.txt").read_text().splitlines():
-            stack, _, count = line.rpartition(" ")
-            spent[stack.rpartition(";")[2]] += int(count)
+        spent, held = _spent((out / f"{pid}.txt").read_text())
         total = sum(spent.values()) or 1
-        print(f"\n{name} {pid}: {total} samples, profile/{pid}.svg")
+        print(f"\n{name} ({pid}): {total} samples, profile/{pid}.svg")
+        print(f"  {'itself':>7} {'with what it calls':>19}")
         for function, count in spent.most_common(TOP):
-            print(f"  {count / total:6.1%} {function}")
+            print(f"  {count / total:7.1%} {held[function] / total:19.1%}  {function}")
+
+
+async def _record(running: Servers, out: Path, seconds: int, events: int, settings: dict[str, str]) -> dict[int, str]:
+    await fill(running.redis.url, entries(prepare(7, events), "native", events))
+    async with worker(running, **settings) as process:
+        await asyncio.sleep(WARM_UP_S)
+        names = {pid: _name(pid) for pid in tree(process.pid)}
+        await _spy(list(names), seconds, "raw", out)
+        await _spy(list(names), seconds, "flamegraph", out)
+    return names
+
+
+def _spent(raw: str) -> tuple[Counter[str], Counter[str]]:
+    """Samples in which a function was the innermost, and in which it was on the stack. Lines are `a;b;c COUNT`."""
+    spent: Counter[str] = Counter()
+    held: Counter[str] = Counter()
+    for line in raw.splitlines():
+        stack, _, count = line.rpartition(" ")
+        names = [frame.rpartition(":")[0] + ")" if ":" in frame else frame for frame in stack.split(";")]
+        spent[names[-1]] += int(count)
+        for each in set(names):
+            held[each] += int(count)
+    return spent, held
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    seconds = int(arguments.pop(0)) if arguments and arguments[0].isdigit() else 10
-    settings = dict(argument.split("=", 1) for argument in arguments)
-    uvloop.run(_record(seconds, settings))
+    """Numbers are the seconds of each of the two recordings, and the events on the stream."""
+    numbers = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    wrong = [argument for argument in sys.argv[1:] if not argument.isdigit() and "=" not in argument]
+    if wrong:
+        sys.exit(f"profile: {wrong[0]} is neither a number nor NAME=VALUE")
+    settings = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    seconds, events = [*numbers, *(3, EVENTS)[len(numbers) :]][:2]
+    profile(seconds, events, settings)
 
 
 if __name__ == "__main__":

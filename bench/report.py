@@ -1,19 +1,26 @@
-"""A table for people, one JSON line for machines."""
+"""A table for people, one JSON line for machines, and at the end what was aimed at."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.servers import VERSIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results.jsonl"
+PACKAGES = ("asyncpg", "uvloop", "redis", "hiredis", "libipld", "msgspec", "orjson", "aiohttp")
+
+Figures = dict[str, Any]
 
 
 def commit() -> str:
@@ -23,7 +30,26 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def host() -> dict[str, Any]:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    memory = Path("/proc/meminfo").read_text().split(maxsplit=2)[1]
+    return {
+        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_mb": int(memory) // 1024,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's, the packages' and those of the servers that were started so far."""
+    return {
+        "python": platform.python_version(),
+        **VERSIONS,
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def medians(runs: Sequence[Figures]) -> Figures:
     """Of each figure over the runs; what is no number as the first run has it."""
     return {
         name: statistics.median(run[name] for run in runs) if isinstance(value, int | float) else value
@@ -31,21 +57,55 @@ def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def tell(name: str, what: dict[str, Any], figures: dict[str, Any], *, runs: int = 1) -> None:
-    """Print a block and append it to results.jsonl."""
-    print(f"\n{name}  " + "  ".join(f"{key}={value}" for key, value in what.items()) + f"  (median of {runs})")
-    for key, value in figures.items():
-        shown = f"{value:,.0f}" if isinstance(value, int | float) and abs(value) >= 100 else value
-        shown = f"{value:,.2f}" if isinstance(value, float) and abs(value) < 100 else shown
-        print(f"  {key:<34} {shown}")
-    line = {
-        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
-        "host": {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
-        "bench": name,
-        **what,
-        "runs": runs,
-        "figures": figures,
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+def shown(value: Any) -> str:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:,.2f}"
+    return str(value)
+
+
+class Report:
+    """`mix` says what was fed; `told` is what this invocation has measured."""
+
+    def __init__(self, mix: dict[str, Any], results: Path = RESULTS) -> None:
+        self.mix = mix
+        self.results = results
+        self.told: list[tuple[str, dict[str, Any], Figures]] = []
+
+    def measure(self, name: str, what: dict[str, Any], runs: int, work: Callable[[], Figures]) -> Figures:
+        """Run `work` so often and tell the medians. Returns them."""
+        found = []
+        for n in range(runs):
+            words = " ".join(f"{key}={value}" for key, value in what.items())
+            print(f"... {name} {words}: run {n + 1} of {runs}", file=sys.stderr, flush=True)
+            found.append(work())
+        figures = medians(found)
+        self.tell(name, what, figures, runs=found)
+        return figures
+
+    def tell(
+        self, name: str, what: dict[str, Any], figures: Figures, *, runs: Sequence[Figures] = (), text: str = ""
+    ) -> None:
+        """Print a block (or `text`) and append the figures to results.jsonl."""
+        self.told.append((name, what, figures))
+        head = f"\n{name}  " + "  ".join(f"{key}={value}" for key, value in what.items())
+        if len(runs) > 1:
+            first = next(iter(figures))
+            each = [run[first] for run in runs]
+            head += f"  (median of {len(runs)}; {first} {shown(min(each))} to {shown(max(each))})"
+        print(head)
+        print(text or "\n".join(f"  {key:<42} {shown(value)}" for key, value in figures.items()), flush=True)
+        line = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "commit": commit(),
+            "host": host(),
+            "versions": versions(),
+            "mix": self.mix,
+            "bench": name,
+            "what": what,
+            "runs": max(1, len(runs)),
+            "figures": figures,
+        }
+        if len(runs) > 1:
+            line["each"] = list(runs)
+        with self.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,4 +1,4 @@
-"""Real servers as an operator would set them up, and what their processes cost."""
+"""Real servers as an operator would set them up, the commands on them, and what their processes cost."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import asyncpg
 import uvloop
 from redis.asyncio import Redis
 
 from bench.corpus import Fields
+from fastworker.config import VARIABLES
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.run.migrate import migrate
 
@@ -24,6 +27,18 @@ SETTINGS = {
     "synchronous_commit": "on",
     "track_commit_timestamp": "on",
 }
+# For filling tables before a run: nothing of it is measured, and a crash would only mean to begin again.
+LOADING = {
+    "shared_buffers": "1GB",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "max_wal_size": "16GB",
+    "maintenance_work_mem": "1GB",
+    "autovacuum": "off",
+}
+VERSIONS: dict[str, str] = {}  # of the servers that were started
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -33,20 +48,79 @@ class Servers(NamedTuple):
 
 
 @contextlib.contextmanager
-def servers(*, schema: bool = True) -> Iterator[Servers]:
-    """PostgreSQL (fsync on) and Redis (append-only file, every second), empty."""
+def servers(*, schema: bool = True, preload: Callable[[str], None] | None = None) -> Iterator[Servers]:
+    """PostgreSQL (fsync on) and Redis (append-only file, every second), empty or with what `preload` put there."""
     folder = Path(tempfile.mkdtemp(prefix="fw-bench-"))
     folder.chmod(0o755)
     try:
+        if preload is not None:
+            with EmbeddedPostgres(folder / "postgres", settings=LOADING) as postgres:
+                uvloop.run(migrate(postgres.url))
+                preload(postgres.url)
+            os.sync()
         with (
             EmbeddedPostgres(folder / "postgres", settings=SETTINGS) as postgres,
             EmbeddedRedis(folder / "redis") as redis,
         ):
             if schema:
                 uvloop.run(migrate(postgres.url))
+            if not VERSIONS:
+                uvloop.run(_ask_versions(postgres.url, redis.url))
             yield Servers(postgres, redis)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _ask_versions(url: str, redis_url: str) -> None:
+    connection = await asyncpg.connect(url)
+    VERSIONS["postgresql"] = (await connection.fetchval("SHOW server_version")).split()[0]
+    await connection.close()
+    async with Redis.from_url(redis_url) as redis:
+        info = await redis.info("server")
+        name = info.get("server_name", "redis")
+        VERSIONS[name] = info.get(f"{name}_version", info["redis_version"])
+
+
+def environment(running: Servers, **settings: object) -> dict[str, str]:
+    """An operator's: none of fastworker's variables but the servers' addresses, what is quiet, and `settings`."""
+    ours = {variable.name for variable in VARIABLES}
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ours},
+        "REDIS_URL": running.redis.url,
+        "DATABASE_URL": running.postgres.url,
+        "FASTWORKER_HTTP_PORT": "off",
+        "FASTWORKER_RESOLVE_HANDLES": "off",
+        "LOG_LEVEL": "WARNING",
+        **{name: str(value) for name, value in settings.items()},
+    }
+
+
+@contextlib.asynccontextmanager
+async def command(*words: str, env: dict[str, str], **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`fastworker WORDS`, told to stop at the end; it must end well."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "fastworker", *words, env=env, **options)
+    try:
+        yield process
+        if process.returncode is None:
+            process.terminate()
+        async with asyncio.timeout(60):
+            if await process.wait():
+                raise RuntimeError(f"fastworker {words[0]} ended with exit code {process.returncode}")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def relay(frames: Path, running: Servers, *options: str) -> AsyncIterator[tuple[str, int]]:
+    """A local relay that serves the frames: its RELAY_URL and its process id."""
+    words = ("relay", str(frames), "--port", "0", *options)
+    async with command(*words, env=environment(running), stdout=asyncio.subprocess.PIPE) as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            line = (await process.stdout.readline()).decode().strip()
+        yield line.partition("=")[2], process.pid
 
 
 def tree(pid: int) -> list[int]:
@@ -64,8 +138,9 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def cpu_s(pid: int) -> float:
+def cpu_s(pid: int | None) -> float:
     """Seconds that a process and those below it, ended children included, have computed."""
+    assert pid is not None, "it does not run"
     ticks = 0
     for each in tree(pid):
         with contextlib.suppress(OSError):

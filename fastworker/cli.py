@@ -9,6 +9,7 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Coroutine, Iterable
@@ -127,6 +128,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         derive=config.derive,
         dead_letter_maxlen=config.dead_letter_maxlen,
         tracing=config.tracing,
+        dead_letters_in_a_row=config.dead_letters_in_a_row,
         crashpoint=config.crashpoint,
     )
 
@@ -233,13 +235,16 @@ def migrate(*, only_check: bool) -> ExitCode:
 
     What fastworker does not own is never touched.
     """
+    from fastworker.crashpoint import arm
     from fastworker.run import migrate as migrations
 
-    url = _config().require_database_url("migrate")
+    config = _config()
+    url = config.require_database_url("migrate")
     if only_check:
         problems = _run(migrations.check(url))
         click.echo("\n".join(problems) if problems else "The schema is up to date.")
         return ExitCode.NO if problems else ExitCode.DONE
+    arm(config.crashpoint)
     done = _run(migrations.migrate(url))
     click.echo("\n".join(f"applied {name}" for name in done) if done else "The schema is up to date.")
     return ExitCode.DONE
@@ -316,6 +321,45 @@ def verify(
             return await verification.verify(config.require_database_url("verify"), config.derive, wish, stop)
 
     return _run(run())
+
+
+@cli.command()
+@click.argument("service", type=click.Choice(["worker", "reader"]))
+@click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
+@click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")
+def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str | None) -> ExitCode:
+    """Print what a service may do at least, as SQL or as an ACL line.
+
+    A role that can do exactly what the service needs; changes nothing by itself:
+    `fastworker grants worker | psql atproto`, and
+    `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
+    """
+    from fastworker.edge import rights
+
+    name = role or f"fastworker_{service}"
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
+        raise click.BadParameter("lower-case letters, digits and underscores", param_hint="--role")
+    config = _config()
+    if for_redis:
+        click.echo(rights.acl(service, name, (config.stream_key, config.cursor_key)))
+    else:
+        click.echo(rights.sql(service, name), nl=False)
+    return ExitCode.DONE
+
+
+@cli.command()
+@click.option("--entries", type=click.IntRange(1), default=2_000, show_default=True, help="Newest finished entries.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Time to count over.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; members are added, never renamed.")
+def compare(*, entries: int, seconds: float, as_json: bool) -> ExitCode:
+    """Show who handles the entries, and whether the tables say what they say.
+
+    For the time in which other workers share the group: entries by fastworker and by others, each consumer, and the
+    newest finished entries against the tables and their derived rows. Changes nothing. Exit 1 when something differs.
+    """
+    from fastworker.run.compare import compare as run_compare
+
+    return _run(run_compare(_config(), entries=entries, seconds=seconds, as_json=as_json))
 
 
 @cli.group(cls=_Group)

@@ -123,9 +123,9 @@ def _level(text: str) -> str:
     return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
 
 
-_REDIS: Final = "reader worker up status check dlq replay"
-_POSTGRES: Final = "reader worker up migrate check verify"
-_STREAM: Final = "reader worker up status check dlq replay"
+_REDIS: Final = "reader worker up status check compare dlq replay"
+_POSTGRES: Final = "reader worker up migrate check compare verify"
+_STREAM: Final = "reader worker up status check compare dlq replay grants"
 
 
 def _env(
@@ -171,14 +171,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cursor_key: Annotated[
         str,
         Meta(min_length=1),
-        _env("REDIS_CURSOR_KEY", "reader up status", "Where the reader keeps its relay cursor (decimal seq)."),
+        _env(
+            "REDIS_CURSOR_KEY",
+            "reader up status check grants",
+            "Where the reader keeps its relay cursor (decimal seq).",
+        ),
     ] = "firehose:python_cursor"
     max_stream_len: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
         _env(
             "REDIS_MAX_STREAM_LEN",
-            "reader worker up replay status",
+            "reader worker up replay status check",
             "Entries at which the stream is full. A full stream makes the reader wait; nothing unfinished is trimmed.",
             read=_integer,
         ),
@@ -193,18 +197,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             read=_integer,
         ),
     ] = 10_000
+    dead_letters_in_a_row: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000_000),
+        _env(
+            "FASTWORKER_DEAD_LETTERS_IN_A_ROW",
+            "worker up",
+            "Entries in a row that a process sets aside before it stops itself (exit 4), so that a bad release does "
+            "not empty the stream into the dead letters. Raise it for one run to get past entries that may go there.",
+            read=_integer,
+        ),
+    ] = 500
     group: Annotated[
         str,
         Meta(min_length=1),
-        _env("REDIS_CONSUMER_GROUP", "worker up status check dlq", "The consumer group; old workers may share it."),
+        _env(
+            "REDIS_CONSUMER_GROUP",
+            "worker up status check compare dlq",
+            "The consumer group; old workers may share it.",
+        ),
     ] = "firehose-processors"
     consumer_id: Annotated[
         str,
         Meta(min_length=1, max_length=200),
         _env(
             "CONSUMER_ID",
-            "worker up",
-            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ.",
+            "worker up check",
+            "Consumers are called `<CONSUMER_ID>-<n>`, n leased; workers on several hosts may share it or differ. "
+            "Beside an old Python worker, which calls its own the same by default, set another.",
         ),
     ] = "python-worker"
     database_url: Annotated[
@@ -223,7 +243,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=1, le=10_000),
         _env(
             "DB_POOL_SIZE",
-            "worker up",
+            "worker up check",
             "Most PostgreSQL connections of the whole worker, all processes together; pipelines shrink to it.",
             read=_integer,
         ),
@@ -266,7 +286,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up verify",
+            "worker up compare verify",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
@@ -308,7 +328,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1024)] | None,
         _env(
             "FASTWORKER_STREAM_BYTES_MAX",
-            "reader worker up",
+            "reader worker up check",
             "Memory of the stream in Redis at which it counts as full, beside REDIS_MAX_STREAM_LEN.",
             read=_size,
             allowed="bytes, or a number with kb, mb or gb",
@@ -321,7 +341,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_KEEP_SECONDS",
             "reader worker up",
-            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once.",
+            "Seconds that finished entries stay on the stream, for `worker --reapply`; 0 trims them at once. Earlier "
+            "when the stream is nine tenths full: give reader and worker the same value.",
             read=_integer,
         ),
     ] = 0
@@ -363,7 +384,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_MEMORY_MAX_BYTES",
             "worker up",
-            "Resident memory at which one worker process is drained and replaced.",
+            "Anonymous resident memory at which one process is drained and replaced; once a minute at most.",
             read=_size,
             allowed="bytes, or a number with kb, mb or gb; at least 32mb",
             default="no limit",
@@ -389,7 +410,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_CRASHPOINT",
-            "worker up",
+            "worker up migrate",
             "For tests: a named place at which a process kills itself.",
             allowed="a name, or name:n for the n-th time",
             default="none",

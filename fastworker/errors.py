@@ -5,6 +5,7 @@ The type of an error decides what happens next; nobody parses messages.
 
 from __future__ import annotations
 
+import ssl
 from enum import IntEnum, StrEnum
 
 
@@ -96,3 +97,15 @@ class StoreUnavailable(Exception):
 
 class RowRejected(Exception):
     """PostgreSQL (or the driver's encoder) refused a value: isolate the entry by halving."""
+
+
+def words_of(error: BaseException, authority: str) -> str:
+    """Why a server could not be reached. `authority`: the setting that names who may sign its certificate."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"its certificate is refused ({cause.verify_message}); {authority} names the authority that signed it"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__

@@ -17,6 +17,7 @@ import asyncpg
 import pytest
 import redis
 import uvloop
+from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
 from services import Service
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
@@ -40,9 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--extended", action="store_true", help="also the long runs and what needs Debian's packages")
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
     path = _real_data()
-    return f"real data: {path if path.is_dir() else f'none at {path} (REAL_DATA names another place): skipped'}"
+    return [
+        f"real data: {path if path.is_dir() else f'none at {path} (REAL_DATA names another place): skipped'}",
+        f"servers: {POSTGRES_BIN or 'PostgreSQL of the wheel'}, {REDIS_BIN or 'Valkey of the wheel'}",
+    ]
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -90,7 +94,7 @@ def server_dir(servers_dir: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres_server(servers_dir: Path) -> Iterator[EmbeddedPostgres]:
     """Shared: a test may terminate its own connections here, nothing more. Without fsync."""
-    with EmbeddedPostgres(servers_dir / "postgres", durable=False, settings={"full_page_writes": "off"}) as server:
+    with PostgresUnderTest(servers_dir / "postgres", durable=False, settings={"full_page_writes": "off"}) as server:
         _execute(server.url_of("postgres"), f"CREATE DATABASE {TEMPLATE}")
         _run(lambda: migrate(server.url_of(TEMPLATE)))
         yield server
@@ -99,7 +103,7 @@ def postgres_server(servers_dir: Path) -> Iterator[EmbeddedPostgres]:
 @pytest.fixture(scope="session")
 def redis_server(servers_dir: Path) -> Iterator[EmbeddedRedis]:
     """Shared, like `postgres_server`. Without an append-only file."""
-    with EmbeddedRedis(servers_dir / "redis", aof=False) as server:
+    with RedisUnderTest(servers_dir / "redis", aof=False) as server:
         yield server
 
 

@@ -16,6 +16,7 @@ import msgspec
 import orjson
 
 from fastworker.edge.store import translating
+from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, Table
 
 Key = tuple[str, ...]
@@ -558,6 +559,26 @@ class Piece(msgspec.Struct, frozen=True):
     rows: int
 
 
+class Held(msgspec.Struct, frozen=True):
+    """What the database has of one record, against a change of it.
+
+    `rev` and `seq`: the version of the row (both None: nobody of ours wrote it), `gone_rev` and `gone_seq` that of its
+    tombstone. `differs`: the columns that are not what the change says.
+    """
+
+    uri: str
+    is_there: bool
+    rev: str | None
+    seq: int | None
+    differs: list[str]
+    is_gone: bool
+    gone_rev: str | None
+    gone_seq: int | None
+    is_twin: bool
+    deleted_seq: int | None
+    is_forbidden: bool
+
+
 class Audit:
     """One connection that only reads."""
 
@@ -609,6 +630,42 @@ class Audit:
         """What differs at these keys."""
         return await self._fetch(check, check.sql(_among, self._derive), list(zip(*sorted(keys), strict=True)))
 
+    async def keys_of(self, check: Check, uris: Sequence[str]) -> list[Key]:
+        """The check's keys that rows of these records have."""
+        keys: set[Key] = set()
+        for table, *columns in check.sources:
+            if table not in _RECORDS:
+                continue
+            chosen = ", ".join(columns)
+            statement = (
+                f"SELECT DISTINCT {chosen} FROM {_qualified(table)} WHERE uri = ANY($1) AND ({chosen}) IS NOT NULL"
+            )
+            with translating():
+                keys.update(tuple(row) for row in await self._connection.fetch(statement, list(uris)))
+        return sorted(keys)
+
+    async def held(self, table: Table, changes: Sequence[Change]) -> list[Held]:
+        """What the database has of the records that these changes are about."""
+        upserts = [change.row for change in changes if change.row is not None]
+        deletes = [change.uri for change in changes if change.row is None]
+        with translating():
+            rows = await self._connection.fetch(_held(table), upserts) if upserts else []
+            rows += await self._connection.fetch(_held(table, deletes=True), deletes) if deletes else []
+        return [Held(*row) for row in rows]
+
+    async def newest(self, table: str, dids: Sequence[str]) -> dict[str, int | None]:
+        """The seq of the newest event of these DIDs in `fastworker.accounts` or `fastworker.identities`.
+
+        None for one without a seq, and for a user whose identity may not be stored.
+        """
+        with translating():
+            rows = await self._connection.fetch(
+                f"SELECT did, seq FROM fastworker.{table} WHERE did = ANY($1) UNION ALL SELECT user_did, NULL "
+                "FROM public.user_settings WHERE user_did = ANY($1) AND data_collection_forbidden",
+                list(dids),
+            )
+        return {row[0]: row[1] for row in rows}
+
     async def _fetch(self, check: Check, statement: str, arguments: list[Any]) -> list[Drift]:
         with translating():
             rows = await self._connection.fetch(statement, *arguments)
@@ -641,6 +698,32 @@ async def open_audit(database_url: str, derive: frozenset[str]) -> AsyncIterator
         yield Audit(connection, derive)
     finally:
         connection.terminate()
+
+
+_RECORDS = frozenset(table.name for table in TABLES)
+
+
+def _held(table: Table, *, deletes: bool = False) -> str:
+    """The columns of `Held`, for an array of the table's rows, or of URIs."""
+    differs = ", ".join(f"CASE WHEN e.{c} IS DISTINCT FROM f.{c} THEN '{c}' END" for c in table.columns)
+    seq = "CASE WHEN f.commit_seq ~ '^[0-9]{1,18}$' THEN f.commit_seq::bigint END"
+    version = (
+        f"f.commit_rev, {seq}"
+        if table.hot
+        else "CASE WHEN NOT v.deleted THEN v.rev END, CASE WHEN NOT v.deleted THEN v.seq END"
+    )
+    source = "unnest($1::text[]) AS e (uri)" if deletes else f"unnest($1::{table.row_type}[]) AS e"
+    return (
+        f"SELECT e.uri, f.uri IS NOT NULL, {version}, "
+        f"{'ARRAY[]::text[]' if deletes else f'array_remove(ARRAY[{differs}], NULL)'}, "
+        "coalesce(v.deleted, false), CASE WHEN v.deleted THEN v.rev END, CASE WHEN v.deleted THEN v.seq END, "
+        "EXISTS (SELECT 1 FROM fastworker.twins AS t WHERE t.uri = e.uri), "
+        f"(SELECT a.deleted_seq FROM fastworker.accounts AS a WHERE a.did = {_did('e.uri')}), "
+        f"EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = {_did('e.uri')} "
+        "AND s.data_collection_forbidden) "
+        f"FROM {source} LEFT JOIN {_qualified(table.name)} AS f ON f.uri = e.uri "
+        "LEFT JOIN fastworker.versions AS v ON v.uri = e.uri"
+    )
 
 
 def _loads(text: str | None) -> dict[str, Any] | None:

@@ -320,7 +320,7 @@ class EmbeddedPostgres(_Server):
         _sync_directory(self.data_dir)
 
     def _locale(self) -> list[str]:
-        """Code-point order on every machine; proper case mapping where PostgreSQL brings its own (17 and newer)."""
+        """Code-point order on every machine; proper case mapping by PostgreSQL's own locale (17 and newer) or C's."""
         said = subprocess.run(  # noqa: S603 - our own binary
             [self._bin / "postgres", "--version"],
             capture_output=True,
@@ -329,7 +329,9 @@ class EmbeddedPostgres(_Server):
             timeout=START_SECONDS_MAX,
         )
         major = int(said.stdout.split()[2].split(".")[0])
-        return ["--no-locale", *(["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else [])]
+        if major < 17:
+            return ["--no-locale", "--lc-ctype=C.UTF-8"]
+        return ["--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
 
     def _command(self, socket_dir: Path) -> list[str]:
         settings = {

@@ -100,8 +100,8 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) 
 return 0
 """
 
-# KEYS stream; ARGV ms that finished entries are kept, a group without which nothing is removed, then the groups that do
-# not count.
+# KEYS stream; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a group
+# without which nothing is removed, then the groups that do not count.
 # What a group has finished ends before its smallest pending id, or with its last delivered one. Ids are compared as
 # text, because Lua's numbers lose digits of large ones.
 _TRIM: Final = """
@@ -120,13 +120,13 @@ local function before(a, b)
   if ams ~= bms then return less(ams, bms) end
   return less(aseq, bseq)
 end
-local ignored, missing = {}, ARGV[2] ~= ''
-for i = 3, #ARGV do ignored[ARGV[i]] = true end
+local ignored, missing = {}, ARGV[3] ~= ''
+for i = 4, #ARGV do ignored[ARGV[i]] = true end
 local bound, holder = nil, ''
 for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   local group = {}
   for i = 1, #flat, 2 do group[flat[i]] = flat[i + 1] end
-  if group['name'] == ARGV[2] then missing = false end
+  if group['name'] == ARGV[3] then missing = false end
   if not ignored[group['name']] then
     local upto
     if group['pending'] > 0 then upto = redis.call('XPENDING', KEYS[1], group['name'])[2] end
@@ -138,12 +138,19 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
     if not bound or before(upto, bound) then bound, holder = upto, group['name'] end
   end
 end
-if missing then return {0, ARGV[2], ''} end
+if missing then return {0, ARGV[3], ''} end
 if not bound then return {0, '', ''} end
 local keep = tonumber(ARGV[1])
 if keep > 0 then
   local now = redis.call('TIME')
   local young = string.format('%.0f-0', now[1] * 1000 + math.floor(now[2] / 1000) - keep)
+  -- What is kept yields to what comes: the oldest go early, a piece at a time.
+  local over = math.min(redis.call('XLEN', KEYS[1]) - tonumber(ARGV[2]), 1000)
+  if over > 0 then
+    local oldest = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', over + 1)
+    if oldest[over + 1] and before(young, oldest[over + 1][1]) then young = oldest[over + 1][1] end
+    if not oldest[over + 1] then young = bound end
+  end
   if before(young, bound) then bound = young end
 end
 return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
@@ -349,10 +356,18 @@ class Feed:
         self._bytes += chunk.bytes
         return True
 
-    async def trim(self) -> TrimResult:
-        """Remove what every group has finished, then measure the stream if its bytes are limited."""
+    async def trim(self, *, make_room: bool = False) -> TrimResult:
+        """Remove what every group has finished, then measure the stream if its bytes are limited.
+
+        `make_room`: the stream is full, so that finished entries go, however young they are.
+        """
         result = await trim_finished(
-            self._redis, self._stream, self._ignore_groups, group=self._group, keep_s=self._keep_s
+            self._redis,
+            self._stream,
+            self._ignore_groups,
+            group=self._group,
+            keep_s=self._keep_s,
+            max_stream_len=0 if make_room else self._max_len,
         )
         if self._max_bytes is not None:
             async with translating(self._redis):
@@ -380,15 +395,24 @@ class Feed:
 
 
 async def trim_finished(
-    redis: Redis, stream_key: str, ignore_groups: Sequence[str] = (), *, group: str = "", keep_s: float = 0.0
+    redis: Redis,
+    stream_key: str,
+    ignore_groups: Sequence[str] = (),
+    *,
+    group: str = "",
+    keep_s: float = 0.0,
+    max_stream_len: int = 500_000,
 ) -> TrimResult:
     """Remove the entries that every group on the stream has finished, except the ignored groups.
 
     Without any group nothing is removed, nor while `group` (the workers') does not exist: it will begin at the oldest
-    entry. `keep_s`: finished entries younger than this stay, for `--reapply`.
+    entry. `keep_s`: finished entries younger than this stay, for `--reapply`, while the stream is less than nine tenths
+    full.
     """
     trim = redis.register_script(_TRIM)
     async with translating(redis):
-        answer = await trim(keys=[stream_key], args=[int(keep_s * 1000), group, *ignore_groups])
+        answer = await trim(
+            keys=[stream_key], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups]
+        )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
     return TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode())

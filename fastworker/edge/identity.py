@@ -187,7 +187,7 @@ class Directory:
                         return None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             self._breaker.failed(host)
-            raise Unresolved(f"{host}: {error or type(error).__name__}") from error
+            raise Unresolved(f"{host}: {str(error) or type(error).__name__}") from error
         except Unresolved:
             self._breaker.failed(host)
             raise

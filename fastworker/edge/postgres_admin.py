@@ -1,9 +1,10 @@
-"""PostgreSQL as an operator sees it: version, limits, rights, clock. Reads only; decides nothing."""
+"""PostgreSQL as an operator sees it: version, limits, rights, clock, who else is there. Reads only; decides nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,10 +12,21 @@ from urllib.parse import urlsplit
 import asyncpg
 import msgspec
 
-from fastworker.errors import ConfigError, Unreachable
+from fastworker.edge.schema_admin import AUTHORITY
+from fastworker.errors import ConfigError, Unreachable, words_of
 
 CONNECT_SECONDS_MAX = 10.0
 STATEMENT_SECONDS_MAX = 30.0
+LOOKS = 25
+"""How often it is looked who writes: a statement of another writer is seen only while it runs."""
+LOOK_EVERY_S = 0.04
+
+
+class Client(msgspec.Struct, frozen=True):
+    """Sessions of one client that is not fastworker, on the whole server."""
+
+    name: str
+    sessions: int
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -25,6 +37,8 @@ class Facts(msgspec.Struct, frozen=True):
     max_connections: int
     reserved_connections: int
     connections: int
+    own_connections: int
+    """Of them, fastworker's: services that run already."""
     in_recovery: bool
     read_only: bool
     encoding: str
@@ -39,6 +53,20 @@ class Facts(msgspec.Struct, frozen=True):
     """Rights that the worker needs on tables that exist and this role does not have."""
     pooler: bool
     """The server does not keep what a session sets: pgbouncer in transaction mode is in between."""
+    may_read_schema: bool = True
+    clients: tuple[Client, ...] = ()
+    """Who else is connected, the one with the most sessions first."""
+
+
+class Past(msgspec.Struct, frozen=True):
+    """What an earlier system left in the tables, and whether this one has begun."""
+
+    relay_cursor: str | None
+    """Of the TypeScript reader, which keeps it in `firehose_cursor`."""
+    has_progress: bool
+    avatars: int
+    """How many avatars were looked at, and how many of them are in a form that only old Python workers wrote."""
+    avatars_old: int
 
 
 @asynccontextmanager
@@ -53,14 +81,14 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
             statement_cache_size=0,  # behind pgbouncer too
             server_settings={"application_name": application_name},
         )
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
+        raise Unreachable(f"{where} cannot be reached: {words_of(error, AUTHORITY)}") from error
     except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL is not a PostgreSQL URL: {error}") from error
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where} cannot be reached: {error or type(error).__name__}") from error
+        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
     try:
         yield connection
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where}: {error or type(error).__name__}") from error
+        raise Unreachable(f"{where}: {str(error) or type(error).__name__}") from error
     finally:
         connection.terminate()
 
@@ -77,16 +105,21 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
         return seq
 
 
-async def facts(database_url: str, tables: Sequence[str]) -> Facts:
-    """Look once. Raises ConfigError and Unreachable."""
+async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts:
+    """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-check") as connection:
         before = time.time()
         row = await connection.fetchrow(_FACTS)
         after = time.time()
         assert row is not None
-        lacking = [f"{rights} on {table}" for table, rights in await connection.fetch(_LACKING, list(tables))]
+        pairs = [(table, right) for table, some in rights.items() for right in some]
+        lacking = [
+            f"{some} on {table}"
+            for table, some in await connection.fetch(_LACKING, *map(list, zip(*pairs, strict=True)))
+        ]
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
+        clients = await connection.fetch(_CLIENTS)
         await connection.execute("SET fastworker.probe = 'kept'")
         kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
     return Facts(
@@ -95,6 +128,7 @@ async def facts(database_url: str, tables: Sequence[str]) -> Facts:
         max_connections=row["max_connections"],
         reserved_connections=row["reserved"],
         connections=row["connections"],
+        own_connections=row["own_connections"],
         in_recovery=row["in_recovery"],
         read_only=row["read_only"] == "on",
         encoding=row["encoding"],
@@ -107,7 +141,28 @@ async def facts(database_url: str, tables: Sequence[str]) -> Facts:
         clock_ahead_s=float(row["now"]) - (before + after) / 2,
         lacking=tuple(lacking),
         pooler=kept != "kept",
+        may_read_schema=row["usage"],
+        clients=tuple(Client(*client) for client in clients),
     )
+
+
+async def writers(database_url: str, tables: Sequence[str]) -> list[str]:
+    """Clients other than fastworker that were seen writing to one of these tables within about a second."""
+    seen: dict[str, None] = {}
+    async with _connection(database_url, "fastworker-check") as connection:
+        for _ in range(LOOKS):
+            seen |= dict.fromkeys(row[0] for row in await connection.fetch(_WRITERS, list(tables)))
+            await asyncio.sleep(LOOK_EVERY_S)
+    return sorted(seen)
+
+
+async def past(database_url: str, stream_key: str) -> Past:
+    """Only to be asked where the schema is complete."""
+    async with _connection(database_url, "fastworker-check") as connection:
+        cursor = await connection.fetchval(_OLD_CURSOR) if await connection.fetchval(_MAY_READ_CURSOR) else None
+        row = await connection.fetchrow(_PAST, stream_key)
+    assert row is not None
+    return Past(cursor, *row)
 
 
 def name_of(database_url: str) -> str:
@@ -122,12 +177,42 @@ SELECT max(seq) FROM fastworker.progress
 WHERE stream = $1 AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
 """
 
-_FACTS = """
+# backend_type is not told of sessions of other roles, unless this one may see all statistics.
+_SESSIONS = """(SELECT * FROM pg_stat_activity WHERE backend_type = 'client backend'
+    OR (backend_type IS NULL AND usesysid IS NOT NULL))"""
+_NAME = """COALESCE(NULLIF(a.application_name, ''), 'a client') || ' as ' || a.usename
+    || COALESCE(' from ' || host(a.client_addr), '')"""
+
+_CLIENTS = f"""
+SELECT {_NAME}, count(*)::int FROM {_SESSIONS} AS a WHERE a.application_name NOT LIKE 'fastworker%'
+GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 10
+"""
+
+_WRITERS = f"""
+SELECT DISTINCT {_NAME}
+FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN {_SESSIONS} AS a ON a.pid = l.pid
+WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' AND l.granted
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND n.nspname = 'public' AND c.relname = ANY ($1::text[]) AND a.application_name NOT LIKE 'fastworker%'
+"""
+
+# The worker's own role need not read that table.
+_MAY_READ_CURSOR = "SELECT has_table_privilege('public.firehose_cursor', 'SELECT')"
+_OLD_CURSOR = "SELECT cursor FROM public.firehose_cursor WHERE service = 'firehose'"
+_PAST = """
+SELECT EXISTS (SELECT FROM fastworker.progress WHERE stream = $1 AND seq IS NOT NULL),
+       count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int
+FROM (SELECT avatar_url FROM public.users WHERE avatar_url IS NOT NULL LIMIT 1000) AS looked_at
+"""
+
+_FACTS = f"""
 SELECT current_setting('server_version_num')::int AS version_num,
        split_part(current_setting('server_version'), ' ', 1) AS version,
        current_setting('max_connections')::int AS max_connections,
        current_setting('superuser_reserved_connections')::int AS reserved,
-       (SELECT count(*)::int FROM pg_stat_activity WHERE backend_type = 'client backend') AS connections,
+       (SELECT count(*)::int FROM {_SESSIONS} AS s) AS connections,
+       (SELECT count(*)::int FROM {_SESSIONS} AS s WHERE application_name LIKE 'fastworker%') AS own_connections,
        pg_is_in_recovery() AS in_recovery,
        current_setting('transaction_read_only') AS read_only,
        current_setting('server_encoding') AS encoding,
@@ -149,8 +234,8 @@ _LACKING = """
 SELECT name, string_agg(right_name, ', ' ORDER BY right_name)
 FROM (SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname AS name, c.oid
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables,
-     unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS right_name
-WHERE name = ANY ($1::text[]) AND NOT has_table_privilege(oid, right_name)
+      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables
+JOIN unnest($1::text[], $2::text[]) AS needed (name, right_name) USING (name)
+WHERE NOT has_table_privilege(oid, right_name)
 GROUP BY name ORDER BY name
 """

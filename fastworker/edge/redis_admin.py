@@ -30,6 +30,7 @@ STATUS_STALE_S: Final = 15.0
 COUNTED_MAX: Final = 100
 """Entries that are fetched to count a small backlog exactly where the server does not know it."""
 READY_TIMEOUT_S: Final = 10.0
+_SAVES: Final = ("rdb_last_bgsave_status", "aof_last_write_status", "aof_last_bgrewrite_status")
 
 # KEYS dead letters, stream. ARGV letter id, fields of the entry... Appends and removes together, or neither:
 # a retry that is cut off and repeated finds no letter and does nothing.
@@ -66,6 +67,7 @@ class Server(msgspec.Struct, frozen=True):
     cluster: bool
     used_memory_bytes: int
     maxmemory_bytes: int  # 0: no limit
+    machine_memory_bytes: int  # 0: not told
     maxmemory_policy: str
     aof: bool
     aof_fsync: str | None
@@ -95,6 +97,26 @@ class Group(msgspec.Struct, frozen=True):
     def unfinished_id(self) -> str | None:
         """The oldest entry that this group has not finished."""
         return self.oldest_pending_id or self.next_id
+
+
+class Count(msgspec.Struct, frozen=True):
+    """Entries of one group, all of one moment. None: this server does not count them.
+
+    `appended` and `given`: ever, onto the stream and to the group. `ledger`: what fastworker finished, by outcome, and
+    its drops.
+    """
+
+    appended: int | None
+    given: int | None
+    pending: int
+    ledger: dict[str, int]
+
+    @property
+    def unaccounted(self) -> int | None:
+        """Given, but in no outcome and not pending: others acknowledged them."""
+        if self.given is None:
+            return None
+        return self.given - self.pending - sum(self.ledger.get(outcome, 0) for outcome in OUTCOMES)
 
 
 class Consumer(msgspec.Struct, frozen=True):
@@ -158,11 +180,12 @@ class RedisAdmin:
             cluster=bool(info.get("cluster_enabled", 0)),
             used_memory_bytes=int(info.get("used_memory", 0)),
             maxmemory_bytes=int(info.get("maxmemory", 0)),
+            machine_memory_bytes=int(info.get("total_system_memory", 0)),
             maxmemory_policy=str(info.get("maxmemory_policy", "unknown")),
             aof=bool(info.get("aof_enabled", 0)),
             aof_fsync=config.get("appendfsync"),
             saves=bool(config.get("save", "")),
-            save_failed="err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status")),
+            save_failed="err" in [info.get(name) for name in _SAVES],
             time_ms=seconds * 1000 + micros // 1000,
         )
 
@@ -279,6 +302,12 @@ class RedisAdmin:
         async with translating(self._redis):
             return await self._range(self._key, f"({after}", count, last)
 
+    async def newest(self, last: str, count: int) -> list[tuple[str, Fields]]:
+        """The newest entries up to and including `last`, the oldest of them first."""
+        async with translating(self._redis):
+            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._key, last, "-", count=count))
+        return [(_text(entry_id), fields) for entry_id, fields in reversed(found)]
+
     async def newest_fields(self, count: int) -> list[Fields]:
         """Fields of the newest entries: they tell in which form the stream is written."""
         async with translating(self._redis):
@@ -289,22 +318,25 @@ class RedisAdmin:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
         return {field: int(value) for field, value in (await self._hash(LEDGER_KEY)).items()}
 
-    async def balanced_ledger(self, group: str) -> tuple[dict[str, int], int | None]:
-        """The ledger, and how many entries were delivered to the group but are in no outcome and not pending.
-
-        Read at one moment, or a stream at work would never balance. None where the server does not count.
-        """
+    async def count(self, group: str) -> Count:
+        """Who finished how much: the group's counters and the ledger, which must be of one moment to be compared."""
         async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xinfo_stream(self._key)
             pipe.xinfo_groups(self._key)
             pipe.hgetall(LEDGER_KEY)
-            groups, counts = await pipe.execute(raise_on_error=False)
-            if isinstance(counts, Exception):
-                raise counts
-        ledger = {_text(field): int(value) for field, value in counts.items()}
-        found = [] if isinstance(groups, Exception) else [one for one in groups if _text(one["name"]) == group]
-        if not found or (read := _entries_read(found[0])) is None:
-            return ledger, None
-        return ledger, read - int(found[0]["pending"]) - sum(ledger.get(outcome, 0) for outcome in OUTCOMES)
+            stream, groups, ledger = await pipe.execute(raise_on_error=False)
+            if isinstance(stream, ResponseError) and "no such key" in str(stream).lower():
+                stream, groups = {}, []
+            for answer in (stream, groups, ledger):
+                if isinstance(answer, Exception):
+                    raise answer
+        found: dict[str, Any] = next((one for one in groups if _text(one["name"]) == group), {})
+        return Count(
+            appended=_optional(stream.get("entries-added")),
+            given=_entries_read(found) if found else None,
+            pending=int(found.get("pending", 0)),
+            ledger={_text(field): int(value) for field, value in ledger.items()},
+        )
 
     async def event_counts(self) -> dict[str, int]:
         """`cluster:metrics`: totalEvents, #commit, #identity, #account, errors."""
@@ -328,6 +360,12 @@ class RedisAdmin:
         """Stretches that a relay did not give us."""
         async with translating(self._redis):
             return int(await self._redis.llen(GAPS))
+
+    async def newest_gaps(self, count: int) -> list[bytes]:
+        """Each as JSON: relay, reason, after, resumed, at."""
+        async with translating(self._redis):
+            gaps: Any = await self._redis.lrange(GAPS, 0, count - 1)
+            return cast("list[bytes]", gaps)
 
     async def cursor(self, key: str) -> str | None:
         async with translating(self._redis):
@@ -415,7 +453,7 @@ async def open_redis(url: str, stream_key: str, *, client_name: str) -> AsyncIte
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await admin.ping()
         except (StreamUnavailable, TimeoutError) as error:
-            raise Unreachable(f"{redact(url)}: {error or 'Redis did not answer in time'}") from error
+            raise Unreachable(f"{redact(url)}: {str(error) or 'Redis did not answer in time'}") from error
         yield admin
     except RedisError as error:  # what translating() leaves: a command the server does not know, or our bug
         raise Unreachable(f"{redact(url)}: {redact(str(error))}") from error

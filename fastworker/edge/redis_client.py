@@ -18,7 +18,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
 from fastworker.redact import redact
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -68,6 +68,8 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
 # Redis 6.2 wraps what a command in a script answered: `Error running script (...): @user_script: 1: -OOM ...`;
 # newer ones lead with the code. The client's pipelines wrap once more.
 _CODE: Final = re.compile(r"(?:^|@user_script: ?\d+: |caused error: )-?([A-Z]{3,})\b")
+# What a script is told that does what its user may not: without a code of its own (from 7.0, then 6.2).
+_NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executing the script can't ")
 
 
 def connect(
@@ -108,7 +110,10 @@ def error_code(error: exceptions.RedisError) -> str:
     for kind, code in _CLASS_CODES:
         if isinstance(error, kind):
             return code
-    found = _CODE.search(str(error))
+    text = str(error)
+    if _NOPERM_IN_SCRIPT.search(text):
+        return "NOPERM"
+    found = _CODE.search(text)
     return found[1] if found else ""
 
 
@@ -124,7 +129,9 @@ def translate(error: Exception) -> Exception:
     if isinstance(error, RuntimeError):
         return StreamUnavailable("Redis cannot be reached: the connection was closed while it was used")
     if isinstance(error, exceptions.ConnectionError | OSError):
-        return StreamUnavailable(f"Redis cannot be reached: {redact(str(error)) or type(error).__name__}")
+        return StreamUnavailable(
+            f"Redis cannot be reached: {redact(words_of(error, '?ssl_ca_certs=FILE in REDIS_URL'))}"
+        )
     return error
 
 

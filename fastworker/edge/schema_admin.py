@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 import asyncpg
 import msgspec
 
-from fastworker.errors import ConfigError, ExitCode, FastworkerError, Unreachable
+from fastworker.errors import ConfigError, ExitCode, FastworkerError, Unreachable, words_of
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
 CONNECT_SECONDS_MAX = 10.0
+AUTHORITY = "sslrootcert=FILE in DATABASE_URL"
 STATEMENT_SECONDS_MAX = 600.0  # a guess: an index on a large table takes minutes
 LOCK_WAIT = "60s"  # another process migrates; our migrations take about a second
 ADVISORY_LOCK = 0x66617374776F726B  # "fastwork": one lock per database, held by whoever migrates
@@ -101,14 +102,14 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
             command_timeout=STATEMENT_SECONDS_MAX,
             statement_cache_size=0,  # behind pgbouncer too
         )
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
+        raise Unreachable(f"PostgreSQL at {where} cannot be reached: {words_of(error, AUTHORITY)}") from error
     except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL is not a PostgreSQL URL: {error}") from error
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"PostgreSQL at {where} cannot be reached: {error or type(error).__name__}") from error
+        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
     try:
         yield SchemaAdmin(connection)
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError) as error:
-        raise Unreachable(f"PostgreSQL at {where} was lost: {error or type(error).__name__}") from error
+        raise Unreachable(f"PostgreSQL at {where} was lost: {str(error) or type(error).__name__}") from error
     except asyncpg.PostgresError as error:
         raise SchemaRefused(f"PostgreSQL refused the migration, nothing was changed: {error}") from error
     finally:

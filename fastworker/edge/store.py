@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -39,7 +39,8 @@ from asyncpg.exceptions import (
 from asyncpg.pool import PoolConnectionProxy
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
+from fastworker.edge.schema_admin import AUTHORITY
+from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.table import derive as derived
 from fastworker.table import merge
 from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
@@ -73,6 +74,7 @@ POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
     "(pgbouncer: pool_mode = session) or connect directly"
 )
+FEW_USERS = 50  # new ones go with the rows; more would keep other writers of the same ones waiting for long
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
 WARY_MIN, WARY_MAX = 5, 320  # transactions without COPY after somebody else was found to write the same rows
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
@@ -149,10 +151,11 @@ def translating() -> Iterator[None]:
             raise
         raise StoreUnavailable("PostgreSQL connection: closed while it was used") from error
     except InterfaceError as error:
-        # the pool or the connection is closed under us
-        raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
+        # the pool or the connection is closed under us; what closed it says more than what found it closed
+        why = error.__context__ if isinstance(error.__context__, PostgresError | OSError) else error
+        raise StoreUnavailable(f"PostgreSQL connection: {why or type(why).__name__}") from error
     except (OSError, TimeoutError) as error:
-        raise StoreUnavailable(f"PostgreSQL cannot be reached: {error or type(error).__name__}") from error
+        raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
 
 
 def _is_our_bug(error: PostgresError) -> bool:
@@ -209,7 +212,15 @@ class Store:
                 server_settings={"application_name": application_name},
             )
             try:
-                await _meet(pool, min(2, pool_size), connect_timeout_s)
+                async with contextlib.AsyncExitStack() as stack:
+                    first = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
+                    if pool_size > 1:
+                        second = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
+                        await _refuse_pooler(first, second)
+                    else:  # for this once
+                        another = await asyncpg.connect(database_url, timeout=connect_timeout_s, command_timeout=10)
+                        stack.push_async_callback(another.close, timeout=5)
+                        await _refuse_pooler(first, another)
             except BaseException:
                 pool.terminate()
                 raise
@@ -257,9 +268,16 @@ class Store:
             refused = len(batch.changes) - len(changes)
 
             identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
-            await self._retry(lambda: self._prologue(connection, batch, changes, dids - forbidden, identities))
+            tombstones = sorted(
+                ((c.uri, c.rev, c.seq) for c in changes if c.row is None and c.table.hot), key=lambda t: t[0]
+            )
+            users = sorted(did for did in dids if did not in self._known and did not in forbidden)
+            first = bool(tombstones or batch.accounts or identities or batch.syncs or batch.relays - self._relays)
+            if first or len(users) > FEW_USERS or not changes:
+                await self._retry(lambda: self._prologue(connection, batch, tombstones, users, identities))
+                users = []
             upserts = [c for c in changes if c.row is not None]
-            rows = await self._main(connection, changes, set(), batch)
+            rows = await self._main(connection, changes, set(), batch, users)
             superseded = max(0, len(upserts) - rows)
             # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
             # A record in the shadow may by now be in the table as well, with another pair: settle it again.
@@ -368,16 +386,10 @@ class Store:
         self,
         connection: Connection,
         batch: Batch,
-        changes: list[Change],
-        dids: set[str],
+        tombstones: list[tuple[str, str | None, int | None]],
+        users: list[str],
         identities: dict[str, list[TimedIdentity]],
     ) -> None:
-        tombstones = sorted(
-            ((c.uri, c.rev, c.seq) for c in changes if c.row is None and c.table.hot), key=lambda t: t[0]
-        )
-        users = sorted(dids.difference(self._known))
-        if not (tombstones or users or batch.accounts or identities or batch.syncs or batch.relays):
-            return
         async with connection.transaction():
             if tombstones:
                 await connection.execute(merge.TOMBSTONES, *_columns(tombstones))
@@ -395,6 +407,10 @@ class Store:
                 await connection.execute(merge.RELAYS, sorted(hosts))
         self._relays |= batch.relays
         crashpoint(Place.AFTER_TOMBSTONE_COMMIT)
+        self._remember(users)
+
+    def _remember(self, users: Sequence[str]) -> None:
+        """They are committed."""
         if len(self._known) + len(users) > KNOWN_USERS_MAX:
             self._known.clear()
         self._known.update(dict.fromkeys(users[:KNOWN_USERS_MAX]))
@@ -433,7 +449,12 @@ class Store:
     # 2: rows and what derives from them ---------------------------------------------------------
 
     async def _main(
-        self, connection: Connection, changes: list[Change], shadowed: set[str], batch: Batch | None
+        self,
+        connection: Connection,
+        changes: list[Change],
+        shadowed: set[str],
+        batch: Batch | None,
+        users: Sequence[str] = (),
     ) -> int:
         """The main transaction; owed joined rows are recomputed after it. Returns how many rows changed."""
         progress = batch.progress if batch is not None else None
@@ -441,7 +462,7 @@ class Store:
             return 0
 
         return await self._commit(
-            connection, lambda fx: self._apply(connection, changes, shadowed, fx), progress=progress
+            connection, lambda fx: self._apply(connection, changes, shadowed, fx), progress=progress, users=users
         )
 
     async def _commit(
@@ -450,12 +471,15 @@ class Store:
         apply: Callable[[Effects], Awaitable[int]],
         *,
         progress: Progress | None = None,
+        users: Sequence[str] = (),
     ) -> int:
         """One transaction: primary rows, what derives from them, what is owed; then the owed is paid."""
 
         async def transaction() -> tuple[int, dict[Key, datetime]]:
             fx = Effects(self._derive)
             async with connection.transaction():
+                if users:
+                    await connection.execute(merge.USERS, users)
                 rows = await apply(fx)
                 await self._derived(connection, fx)
                 owed: dict[Key, datetime] = {}
@@ -472,6 +496,7 @@ class Store:
             return rows, owed
 
         rows, owed = await self._retry(transaction)
+        self._remember(users)
         self._trust()
         if owed:
             await self._recompute(connection, owed, set(), wait=False)
@@ -1002,12 +1027,10 @@ class Store:
         raise AssertionError
 
 
-async def _meet(pool: asyncpg.Pool[Any], count: int, timeout_s: float) -> None:
-    """Connect at once; two connections that share one session are a pooler's that we cannot work with."""
-    async with contextlib.AsyncExitStack() as stack:
-        connections = [await stack.enter_async_context(pool.acquire(timeout=timeout_s)) for _ in range(count)]
-        pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
-    if len(pids) < count:
+async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> None:
+    """Two connections that share one session are a pooler's that we cannot work with."""
+    pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+    if len(pids) < len(connections):
         raise Unreachable(POOLER)
 
 

@@ -7,9 +7,10 @@ Each hazard is one function from facts to findings, pure, so that each can be te
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -18,13 +19,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fastworker.config import Config
-from fastworker.edge.postgres_admin import Facts, facts, name_of
+from fastworker.edge.postgres_admin import Facts, Past, facts, name_of, past, writers
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
+from fastworker.edge.rights import TABLE_RIGHTS
 from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
-from fastworker.table.schema import TABLES
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -35,20 +36,11 @@ SKEW_S: Final = 2.0
 PENDING_LOOKED_AT: Final = 100
 STALE_PENDING_S: Final = 600.0
 HOLDS_BACK_S: Final = 600.0
-DERIVED: Final = (
-    "users",
-    "post_aggregations",
-    "feed_items",
-    "quotes",
-    "notifications",
-    "post_viewer_states",
-    "thread_contexts",
-    "thread_gates",
-    "post_gates",
-    "label_events",
-)
-OURS: Final = ("versions", "twins", "accounts", "identities", "recheck", "progress", "relays", "repairs")
-WRITTEN: Final = (*(table.name for table in TABLES), *DERIVED, *(f"fastworker.{name}" for name in OURS))
+SILENT_S: Final = 300.0
+ENTRIES_TO_JUDGE_BY: Final = 1_000
+"""Below it the mean size of an entry says little."""
+COUNTED: Final = ("post_aggregations", "feed_items")
+"""Tables that only ingestion writes; the AppView's API process leaves them alone."""
 
 
 class Verdict(StrEnum):
@@ -95,7 +87,13 @@ def redis_role(server: Server) -> Iterator[Finding]:
 
 
 def redis_eviction(server: Server) -> Iterator[Finding]:
-    if server.maxmemory_policy not in ("noeviction", "unknown"):
+    if server.maxmemory_policy.startswith("volatile-"):
+        yield _warn(
+            "redis",
+            f"maxmemory-policy is {server.maxmemory_policy}: the stream stays, but leases may vanish, so that two "
+            "readers do the same work. CONFIG SET maxmemory-policy noeviction, and write it into redis.conf.",
+        )
+    elif server.maxmemory_policy not in ("noeviction", "unknown"):
         yield _fail(
             "redis",
             f"maxmemory-policy is {server.maxmemory_policy}: Redis may throw the stream away. "
@@ -110,6 +108,23 @@ def redis_memory(server: Server) -> Iterator[Finding]:
             "redis",
             f"{share:.0f} % of maxmemory is in use; when it is full the reader waits. Raise maxmemory, or set "
             "FASTWORKER_STREAM_BYTES_MAX below it.",
+        )
+
+
+def redis_holds_a_full_stream(server: Server, stream: Stream, config: Config) -> Iterator[Finding]:
+    """What a stream of REDIS_MAX_STREAM_LEN entries takes, from what its entries take now."""
+    limit = server.maxmemory_bytes or server.machine_memory_bytes
+    if stream.bytes is None or stream.length < ENTRIES_TO_JUDGE_BY or not limit:
+        return
+    each = stream.bytes / stream.length
+    most = min(each * config.max_stream_len, config.stream_bytes_max or float("inf"))
+    if most > 0.9 * limit:
+        what = "maxmemory" if server.maxmemory_bytes else "the machine's memory"
+        yield _warn(
+            "redis",
+            f"An entry takes {each:,.0f} bytes, so {config.max_stream_len:,} of them take {most / 2**30:,.1f} GB, and "
+            f"{what} is {limit / 2**30:,.1f} GB: set REDIS_MAX_STREAM_LEN to {int(0.7 * limit / each):,}, or "
+            "FASTWORKER_STREAM_BYTES_MAX.",
         )
 
 
@@ -139,6 +154,58 @@ def clock(about: str, ahead_s: float) -> Iterator[Finding]:
 def stream_kind(kind: str, key: str) -> Iterator[Finding]:
     if kind not in ("stream", "none"):
         yield _fail("stream", f"{key} is a {kind}, not a stream: set REDIS_STREAM_KEY to another key or remove it.")
+
+
+def somebody_works(stream: Stream, consumers: Iterable[Consumer], config: Config) -> Iterator[Finding]:
+    group = stream.group(config.group)
+    waiting = stream.length if group is None else group.lag
+    if waiting and not any(one.leased or one.idle_ms < ACTIVE_MS for one in consumers):
+        yield _warn("stream", f"{waiting:,} entries wait and no worker is at work: start `fastworker worker`.")
+
+
+def the_reader(
+    *, leased: bool, told: Mapping[str, object], frame_age_s: float | None, stream: Stream | None
+) -> Iterator[Finding]:
+    """`told`: what any reader said of itself within ten seconds; ours holds a lease as well."""
+    if not leased and told:
+        yield _warn(
+            "stream",
+            "Another reader than fastworker's is at work: it trims with MAXLEN, also what nobody has read, and moves "
+            "its cursor past what it could not append. Once the worker runs, stop it and start `fastworker reader`.",
+        )
+    elif not leased and stream is not None and stream.length:
+        yield _warn("stream", "No reader is at work: start `fastworker reader`.")
+    elif leased and not told.get("connected"):
+        yield _warn("stream", "The reader is not connected to its relay: see its log and `fastworker status`.")
+    elif leased and frame_age_s is not None and frame_age_s > SILENT_S:
+        yield _warn("stream", f"The reader is connected, but the last frame came {frame_age_s / 60:,.0f} minutes ago.")
+
+
+def old_dialect(newest: Iterable[Fields]) -> Iterator[Finding]:
+    if any(b'"py_type"' in fields.get(b"data", b"") for fields in newest):
+        yield _warn(
+            "stream",
+            "The entries are the old Python reader's: it drops record types and records that its SDK does not accept, "
+            "and old workers store wrong dates and no names of them. Nothing brings those back: replace it soon.",
+        )
+
+
+def cursor_is_one(key: str, cursor: str | None) -> Iterator[Finding]:
+    if cursor is not None and not (cursor.isdigit() and int(cursor) < 2**53):
+        yield _fail(
+            "stream",
+            f"{key} holds {cursor[:40]!r}, which is no cursor: the reader refuses to start. SET {key} to a seq, or DEL "
+            "it to begin at the live tip.",
+        )
+
+
+def gaps(count: int) -> Iterator[Finding]:
+    if count:
+        yield _warn(
+            "stream",
+            f"{count} stretches were never given by the relay (LRANGE fastworker:gaps 0 -1 tells which): backfill the "
+            "accounts of that time, then DEL the list.",
+        )
 
 
 def stream_room(stream: Stream, config: Config) -> Iterator[Finding]:
@@ -173,15 +240,29 @@ def groups_that_hold(stream: Stream, config: Config, now_ms: int) -> Iterator[Fi
         )
 
 
+_TYPESCRIPT: Final = re.compile(r"worker-\d+-p\d+")
+
+
 def foreign_consumers(consumers: Iterable[Consumer], config: Config) -> Iterator[Finding]:
     """Old workers on the same group: allowed, with what follows from it."""
     active = [one.name for one in consumers if not one.ours and one.idle_ms < ACTIVE_MS]
     if not active:
         return
+    also = ""
+    if any(_TYPESCRIPT.fullmatch(name) for name in active):
+        also = (
+            " TypeScript workers also take entries that a worker holds for longer than 10 s (ours renews its own), and "
+            "write counters from what they read before."
+        )
+    if shared := [name for name in active if re.fullmatch(re.escape(config.consumer_id) + r"-\d+", name)]:
+        also += (
+            f" CONSUMER_ID={config.consumer_id} is theirs too ({shared[0]}): give fastworker another, or what one of "
+            "them leaves behind is found only when ours starts again."
+        )
     yield _warn(
         "stream",
         f"Other workers are active in group {config.group}: {_some(active)}. Counters they write may be wrong until "
-        "they stop; afterwards run `worker --reapply` for what they dropped.",
+        "they stop; afterwards run `worker --reapply` for what they dropped, then `verify --repair`." + also,
     )
     if config.stream_format != "json":
         yield _fail(
@@ -237,6 +318,20 @@ def trimmed_pending(missing: list[str]) -> Iterator[Finding]:
         )
 
 
+def trimmed_unread(stream: Stream, config: Config) -> Iterator[Finding]:
+    """From Redis 7 on: how many entries were removed ahead of what the group has read."""
+    group = stream.group(config.group)
+    if group is None or group.entries_read is None or stream.entries_added is None:
+        return
+    removed = stream.entries_added - stream.length
+    if group.lag and removed > group.entries_read:
+        yield _fail(
+            "stream",
+            f"{removed - group.entries_read:,} entries were trimmed before group {config.group} was given them. A "
+            "reader that trims with MAXLEN does that: replace it with `fastworker reader`, which waits instead.",
+        )
+
+
 def dead_letters(count: int) -> Iterator[Finding]:
     if count:
         yield _warn("stream", f"{count:,} dead letters: see `fastworker dlq list`.")
@@ -281,17 +376,19 @@ def postgres_state(found: Facts) -> Iterator[Finding]:
 
 def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
     room = found.max_connections - found.reserved_connections
+    others = found.connections - found.own_connections
     if config.pool_size > room:
         yield _fail(
             "postgresql",
             f"DB_POOL_SIZE={config.pool_size} exceeds max_connections less the reserved ones ({room}): lower "
             "DB_POOL_SIZE; more connections than cores do not make it faster.",
         )
-    elif found.connections + config.pool_size > room:
+    elif others + config.pool_size > room:
+        held = ", ".join(f"{client.sessions} by {client.name}" for client in found.clients[:3])
         yield _warn(
             "postgresql",
-            f"{found.connections} of {room} connections are in use, and DB_POOL_SIZE={config.pool_size} may not fit. "
-            "Other clients hold them: lower theirs (the old stack's 32 processes take DB_POOL_SIZE each).",
+            f"Others hold {others} of {room} connections ({held}), and DB_POOL_SIZE={config.pool_size} may not fit. "
+            "Lower theirs: each of the old stack's processes takes its own DB_POOL_SIZE.",
         )
     if 0 <= found.connection_limit < config.pool_size:
         yield _fail(
@@ -301,11 +398,44 @@ def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
         )
 
 
+def second_writer(writing: list[str], consumers: Iterable[Consumer]) -> Iterator[Finding]:
+    """Somebody writes what only ingestion writes, and is no consumer of the group."""
+    if writing and not any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
+        yield _fail(
+            "postgresql",
+            f"Somebody else writes {' or '.join(COUNTED)} and does not read the stream: {_some(writing)}. Every event "
+            "is counted twice: stop it (the old compose file has python-backfill-worker), then `verify --repair`.",
+        )
+
+
+def what_was_before(found: Past, config: Config, cursor: str | None) -> Iterator[Finding]:
+    if cursor is None and found.relay_cursor and not found.has_progress:
+        yield _warn(
+            "postgresql",
+            f"The TypeScript reader stopped at {found.relay_cursor[:20]} (table firehose_cursor), and "
+            f"{config.cursor_key} is not set, so `fastworker reader` would begin at the live tip: "
+            f"SET {config.cursor_key} {found.relay_cursor[:20]} first.",
+        )
+    if found.avatars_old:
+        yield _warn(
+            "postgresql",
+            f"{found.avatars_old:,} of {found.avatars:,} avatars that were looked at are hexadecimal or b'...', which "
+            "the API cannot show. The next profile event of an account mends its own; a backfill mends all.",
+        )
+
+
 def postgres_rights(found: Facts) -> Iterator[Finding]:
     if found.lacking:
-        yield _fail("postgresql", f"The role {found.role} lacks {_some(list(found.lacking), 5)}: GRANT it.")
+        yield _fail(
+            "postgresql",
+            f"The role {found.role} lacks {_some(list(found.lacking), 5)}: GRANT it, or run what `fastworker grants "
+            "worker` prints.",
+        )
     elif found.superuser:
-        yield _warn("postgresql", f"{found.role} is a superuser: the worker needs far less.")
+        yield _warn(
+            "postgresql",
+            f"{found.role} is a superuser: the worker needs far less; `fastworker grants worker` prints it.",
+        )
 
 
 # --- all of it
@@ -322,51 +452,74 @@ def configuration(config: Config) -> Iterator[Finding]:
         )
 
 
-async def _redis_findings(config: Config) -> list[Finding]:
+class _Seen(msgspec.Struct):
+    """What Redis told that judging PostgreSQL needs."""
+
+    consumers: list[Consumer] = []
+    cursor: str | None = None
+
+
+async def _redis_findings(config: Config, seen: _Seen) -> list[Finding]:
     try:
         async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-check") as admin:
-            return [finding async for finding in _ask_redis(admin, config)]
+            return await _ask_redis(admin, config, seen)
     except (Unreachable, ConfigError) as error:
         return [_fail("redis", f"{error}.")]
 
 
-async def _ask_redis(admin: RedisAdmin, config: Config) -> AsyncIterator[Finding]:
+async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Finding]:
     server = await admin.server()
-    for hazard in (redis_version, redis_role, redis_eviction, redis_memory, redis_persistence):
-        for finding in hazard(server):
-            yield finding
-    for finding in clock("redis", server.time_ms / 1000 - time.time()):
-        yield finding
     kind = await admin.kind()
-    for finding in stream_kind(kind, config.stream_key):
-        yield finding
-    stream = await admin.stream() if kind == "stream" else None
+    found = [
+        finding
+        for hazard in (redis_version, redis_role, redis_eviction, redis_memory, redis_persistence)
+        for finding in hazard(server)
+    ]
+    found += clock("redis", server.time_ms / 1000 - time.time())
+    found += stream_kind(kind, config.stream_key)
+    seen.cursor = await admin.cursor(config.cursor_key)
+    found += cursor_is_one(config.cursor_key, seen.cursor)
+    stream = await admin.stream(measure=True) if kind == "stream" else None
     if stream is not None:
-        consumers = await admin.consumers(config.group)
+        consumers = seen.consumers = await admin.consumers(config.group)
         exists = stream.group(config.group) is not None
         oldest = await admin.pending(config.group, PENDING_LOOKED_AT) if exists else []
         missing = await admin.missing([one.entry_id for one in oldest])
         newest = await admin.newest_fields(20)
-        found = [
+        found += [
+            *redis_holds_a_full_stream(server, stream, config),
             *stream_room(stream, config),
             *group_exists(stream, config),
+            *somebody_works(stream, consumers, config),
             *groups_that_hold(stream, config, server.time_ms),
             *foreign_consumers(consumers, config),
             *unreadable_for_others(consumers, newest),
             *other_groups_read_json(stream, config),
+            *old_dialect(newest),
             *abandoned_pending(consumers, oldest),
             *trimmed_pending(missing),
+            *trimmed_unread(stream, config),
         ]
-        for finding in found:
-            yield finding
-    for finding in dead_letters(await admin.dead_letters()):
-        yield finding
+    stats = await admin.reader_stats()
+    frame_at = stats.get("last_frame_at")
+    found += the_reader(
+        leased=await admin.reader_is_leased(),
+        told=await admin.reader_status(),
+        frame_age_s=time.time() - float(frame_at) if frame_at else None,
+        stream=stream,
+    )
+    return [*found, *gaps(await admin.gaps()), *dead_letters(await admin.dead_letters())]
 
 
-async def _postgres_findings(config: Config, url: str) -> list[Finding]:
+async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Finding]:
     try:
-        found = await facts(url, WRITTEN)
-        problems = await check_schema(url)
+        found = await facts(url, TABLE_RIGHTS["worker"])
+        writing = await writers(url, COUNTED)
+        if found.may_read_schema:
+            problems = await check_schema(url)
+            before = None if problems or found.lacking else await past(url, config.stream_key)
+        else:
+            problems, before = ["What is in the schema fastworker cannot be seen: GRANT USAGE, then check again."], None
     except (Unreachable, ConfigError) as error:
         return [_fail("postgresql", f"{redact(str(error))}.")]
     return [
@@ -375,17 +528,20 @@ async def _postgres_findings(config: Config, url: str) -> list[Finding]:
         *postgres_connections(found, config),
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
+        *second_writer(writing, seen.consumers),
+        *(what_was_before(before, config, seen.cursor) if before is not None else ()),
         *([_fail("postgresql", problem) for problem in problems] or [_ok("postgresql", "The schema is complete.")]),
     ]
 
 
 async def check(config: Config, *, as_json: bool) -> ExitCode:
     """Print every finding; NO when one of them is a failure."""
-    findings = [*configuration(config), *await _redis_findings(config)]
+    seen = _Seen()
+    findings = [*configuration(config), *await _redis_findings(config, seen)]
     if config.database_url is None:
         findings.append(_warn("postgresql", "DATABASE_URL is not set, so PostgreSQL was not looked at."))
     else:
-        findings += await _postgres_findings(config, config.database_url)
+        findings += await _postgres_findings(config, config.database_url, seen)
     if as_json:
         sys.stdout.write(msgspec.json.encode(findings).decode() + "\n")
     else:

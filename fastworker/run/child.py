@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import uvloop
 
@@ -55,6 +56,7 @@ async def _live(slot: Slot, main: Main) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _beat(slot)  # now: `main` may hang before the pulse had a turn
     pulse = asyncio.create_task(_pulse(slot, stopping), name="pulse")
     try:
         await main(slot, stopping)
@@ -63,12 +65,16 @@ async def _live(slot: Slot, main: Main) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
+def _beat(slot: Slot) -> None:
+    slot.set(tick_ms=now_ms())
+    faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__ or sys.stderr)
+
+
 async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
     parent = os.getppid()
     told_ms = 0
     while True:
-        slot.set(tick_ms=now_ms())
-        faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__ or sys.stderr)
+        _beat(slot)
         if os.getppid() != parent and not stopping.is_set():
             log.error("The supervisor is gone: stopping")
             stopping.set()
@@ -79,6 +85,30 @@ async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
                 log.error("Not drained after %g s: giving up", LEFT_S)
                 os._exit(AGAIN)
         await asyncio.sleep(TICK_S)
+
+
+def dump_stacks_on(number: signal.Signals) -> None:
+    """On this signal: all threads, which needs no loop that turns; then, if it does turn, what each task waits for."""
+    signal.signal(number, _dump_tasks)
+    faulthandler.register(number, file=sys.__stderr__ or sys.stderr, all_threads=True, chain=True)
+
+
+def _dump_tasks(_number: int, _frame: object) -> None:
+    """Each task with the whole chain of its awaits: asyncio's own print shows the first of them only."""
+    try:
+        tasks = asyncio.all_tasks()
+    except RuntimeError:
+        return  # no loop runs
+    lines = []
+    for task in tasks:
+        lines.append(f"Task {task.get_name()}:")
+        awaited: Any = task.get_coro()
+        while awaited is not None:
+            frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+            if frame is not None:
+                lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
+            awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    log.error("What its tasks wait for:\n%s", "\n".join(lines))
 
 
 def _verdict(slot: Slot, error: BaseException) -> int:

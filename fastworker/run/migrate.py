@@ -14,6 +14,7 @@ from importlib import resources
 
 import msgspec
 
+from fastworker.crashpoint import Place, crashpoint
 from fastworker.edge.schema_admin import Applied, Schema, SchemaRefused, open_schema
 
 __all__ = ["Migration", "SchemaRefused", "check", "migrate", "packaged"]
@@ -66,6 +67,7 @@ async def migrate(database_url: str, migrations: Sequence[Migration] | None = No
                     number=migration.number, name=migration.name, checksum=migration.checksum, adopted=adopted
                 )
                 await admin.apply(entry, migration.sql)
+                crashpoint(Place.IN_MIGRATION)
                 done.append(f"{migration.name} (adopted)" if adopted else migration.name)
             return done
 
@@ -113,18 +115,24 @@ def _missing(migration: Migration, schema: Schema) -> list[str]:
     for table in _expected(migration.sql):
         columns = schema.columns.get(table.name)
         if columns is None:
-            found.append(f"Table {table.name} is missing.")
+            found.append(f"Table {table.name} is missing: {_mend(table.name)}.")
             continue
         for column, type_ in table.columns.items():
             if column not in columns:
-                found.append(f"Column {table.name}.{column} ({type_}) is missing.")
+                found.append(f"Column {table.name}.{column} ({type_}) is missing: {_mend(table.name)}.")
             elif not _holds(columns[column], type_):
                 found.append(f"Column {table.name}.{column} is {columns[column]}, expected {type_}.")
         found += [
-            f"Table {table.name} has no unique index on ({', '.join(sorted(unique))})."
+            f"Table {table.name} has no unique index on ({', '.join(sorted(unique))}): CREATE UNIQUE INDEX "
+            f"CONCURRENTLY ON {table.name} ({', '.join(sorted(unique))}); duplicates have to go first."
             for unique in table.uniques - schema.uniques.get(table.name, set())
         ]
     return found
+
+
+def _mend(table: str) -> str:
+    """Who makes what is missing."""
+    return "restore it from a backup" if "." in table else "let the AppView make its schema (drizzle-kit push)"
 
 
 def _holds(actual: str, expected: str) -> bool:
@@ -141,7 +149,7 @@ def _holds(actual: str, expected: str) -> bool:
 def _refusal(missing: list[str]) -> str:
     return (
         f"This database has tables of the AppView, but {len(missing)} of the things that ingestion needs are not "
-        f"there; let the AppView make its schema first, then migrate again. {' '.join(missing)}"
+        f"there. Mend them, then migrate again. {' '.join(missing)}"
     )
 
 

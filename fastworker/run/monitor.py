@@ -172,22 +172,27 @@ class _WorkerMonitor:
     async def _read(self, turn: int) -> None:
         settings, admin = self._settings, self._admin
         trimmed = await trim_finished(
-            admin.redis, settings.stream_key, settings.ignore_groups, group=settings.group, keep_s=settings.keep_s
+            admin.redis,
+            settings.stream_key,
+            settings.ignore_groups,
+            group=settings.group,
+            keep_s=settings.keep_s,
+            max_stream_len=settings.max_stream_len,
         )
         self._trimmed += trimmed.trimmed
         measure = turn % MEASURE_EVERY == 0
         stream = await admin.stream(measure=measure)
         if stream is not None and measure:
             self._bytes = stream.bytes
-        ledger, unaccounted = await admin.balanced_ledger(settings.group)
+        count = await admin.count(settings.group)
         left = await admin.reader_stats() if settings.with_reader else {}
         letters = await admin.newest_letters(LETTERS_SHOWN)
         self._reading = Reading(
             at=time.monotonic(),
             time_ms=await admin.time_ms(),
             stream=stream,
-            ledger=ledger,
-            unaccounted=unaccounted,
+            ledger=count.ledger,
+            unaccounted=count.unaccounted,
             events=await admin.event_counts(),
             dead_letters=await admin.dead_letters() if letters else 0,
             newest_letters=[line_of(*letter) for letter in letters],

@@ -1,9 +1,9 @@
 """The path of an entry: read, decode, map, batch, flush, ack. One batch fills, one is written, never a third.
 
 Natural batching: whatever arrived while the last flush ran is the next one, so a quiet stream flushes single entries
-at once and a busy one fills batches. Back-pressure is not reading. An entry leaves in one of three ways, each ending
-in one ack: rows committed, nothing to store, set aside. Everything else stays pending, and is read again by whoever
-comes next.
+at once (no more often than every few milliseconds) and a busy one fills batches. Back-pressure is not reading. An entry
+leaves in one of three ways, each ending in one ack: rows committed, nothing to store, set aside. Everything else stays
+pending, and is read again by whoever comes next.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Overlap, keys_of
-from fastworker.run.retry import Backoff
+from fastworker.run.retry import Backoff, pause
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
 
 log = logging.getLogger(__name__)
 
+PACE_S = 0.01  # between the starts of two flushes of a quiet stream: half the work, for a wait of a few milliseconds
 BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
-POSTPONED_MAX = 3  # flushes that an entry whose records another pipeline holds is postponed for, at most
+POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
+TELL_AGAIN_S = 60.0  # between two log lines about the same outage
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 _COMMIT = Tally("committed", "#commit")
@@ -62,8 +64,10 @@ class Stream(Protocol):
 
 
 class Source(Protocol):
-    """What a pipeline needs of `run.reclaim.Intake`."""
+    """What a pipeline needs of `run.reclaim.Intake`. `backlog`: more is there already."""
 
+    @property
+    def backlog(self) -> bool: ...
     async def next(self, block_ms: int) -> list[Entry]: ...
     def look_again(self) -> None: ...
 
@@ -100,7 +104,7 @@ class DeadLetterLimit:
         if self._run > self._run_max or (seen >= self._window and self._bad > self._ratio_max * seen):
             raise StoppedItself(
                 f"Too many entries cannot be stored: {self._run} in a row, {self._bad} of the last {seen}. They stay "
-                f"pending. The last one: {why}"
+                f"pending (FASTWORKER_DEAD_LETTERS_IN_A_ROW lets more pass). The last one: {why}"
             )
         if seen >= self._window:  # forget half: old entries fade out
             self._good //= 2
@@ -243,10 +247,11 @@ class Pipeline:
         self._ground = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
-        self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, how often
-        self._postponed_since_ms = 0
+        self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
+        self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
+        self._told_at = 0.0  # when the log was last told what is waited for
         self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
         self._progress: Progress | None = None
 
@@ -257,16 +262,6 @@ class Pipeline:
         """Running, or what one of its two halves waits for."""
         return max(self._reading_state, self._writing_state)
 
-    def held(self, older_than_ms: int = 0) -> list[str]:
-        """Ids of unsettled entries in batches that were begun so long ago."""
-        before = now_ms() - older_than_ms
-        return [
-            entry_id
-            for batch in (self._writing, self._filling)
-            if batch is not None and batch and batch.since_ms <= before
-            for entry_id in batch.entries
-        ] + (list(self._postponed) if self._postponed_since_ms <= before else [])
-
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0
@@ -276,7 +271,8 @@ class Pipeline:
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
         held = (self._writing or self._filling).since_ms
-        return min(held or self._postponed_since_ms, self._postponed_since_ms) if self._postponed else held
+        postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
+        return min(held or postponed, postponed or held)
 
     async def note_progress(self) -> None:
         """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
@@ -306,6 +302,7 @@ class Pipeline:
                     self._bring_back(at_last=stopping.is_set())
                 if writing is None and self._filling:
                     self._writing, self._filling = self._filling, Held(self._ground)
+                    self._flush_at = time.monotonic()
                     writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
                 may_read = not (
                     stopping.is_set() or self._filling.is_full(self._limits) or self.state is not State.RUNNING
@@ -333,11 +330,15 @@ class Pipeline:
 
     async def _read(self, stopping: asyncio.Event) -> list[Entry]:
         backoff = Backoff()
+        # Without a backlog one read a flush is enough: it finds everything that came meanwhile.
+        wait_s = self._flush_at + PACE_S - time.monotonic()
+        if wait_s > 0 and not self._source.backlog and await pause(wait_s, stopping):
+            return []
         while True:
             try:
                 entries = await self._source.next(BLOCK_MS)
             except StreamUnavailable as error:
-                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error)
+                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error, backoff.elapsed)
                 # The reply that did not come may have handed us entries: they are pending in our name now.
                 self._source.look_again()
                 if await backoff.wait(stopping):
@@ -358,8 +359,7 @@ class Pipeline:
                 continue  # read back while we hold it
             rejected = len(filling.rejected)
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
-                self._postponed_since_ms = self._postponed_since_ms if self._postponed else now_ms()
-                self._postponed[entry_id] = (fields, 1)
+                self._postponed[entry_id] = (fields, now_ms())
             if len(filling.rejected) > rejected:
                 self._dead_letters.bad(filling.rejected[-1].error)
             else:
@@ -376,12 +376,11 @@ class Pipeline:
     def _bring_back(self, *, at_last: bool) -> None:
         """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
         postponed, self._postponed = self._postponed, {}
-        if not self._filling:
-            self._filling.since_ms = self._postponed_since_ms
-        for entry_id, (fields, times) in postponed.items():
-            may_wait = times < POSTPONED_MAX and not at_last
-            if not self._filling.apply(entry_id, fields, self._overlap, postpone=may_wait):
-                self._postponed[entry_id] = (fields, times + 1)
+        before = now_ms() - POSTPONED_MS_MAX
+        for entry_id, (fields, since_ms) in postponed.items():
+            self._filling.since_ms = self._filling.since_ms or since_ms
+            if not self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
+                self._postponed[entry_id] = (fields, since_ms)
 
     # --- the flush
 
@@ -525,15 +524,16 @@ class Pipeline:
                 async with asyncio.timeout(ATTEMPT_S):
                     result = await attempt()
             except (StoreUnavailable, StreamUnavailable, TimeoutError) as error:
-                self._writing_state = self._wait(self._writing_state, waiting, error)
+                self._writing_state = self._wait(self._writing_state, waiting, error, backoff.elapsed)
                 await asyncio.sleep(backoff.next())
             else:
                 self._writing_state = self._go_on(self._writing_state)
                 return result
 
-    def _wait(self, before: State, state: State, error: Exception) -> State:
-        if before is not state:
-            log.warning("%s waits: %s", self.stream.name, error)
+    def _wait(self, before: State, state: State, error: Exception, since_s: float) -> State:
+        if before is not state or time.monotonic() - self._told_at >= TELL_AGAIN_S:
+            self._told_at = time.monotonic()
+            log.warning("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
         self.progress_ms = now_ms()
         self._slot.failed(error)
         if state is State.WAITING_FOR_STORE:

@@ -65,6 +65,12 @@ SET_ASIDE_PER_MINUTE: Final = 100
 """Malformed frames kept in the dead letters; beyond, they are counted only, so that a broken relay cannot push
 the workers' dead letters out."""
 SET_ASIDE_BYTES: Final = 65_536
+SEQ_JUMP: Final = 10_000_000
+"""Relays number events one by one, with small holes: this is hours of the whole network. A frame that jumps so far is
+believed when the next one goes on from there (or the relay said OutdatedCursor before); else it is malformed."""
+BEHIND_S: Final = 60.0
+BEHIND_FRAMES: Final = 10
+"""So many frames at or below the cursor in so long, and none beyond: the relay is called again."""
 RECENT: Final = 50
 BROADCAST_PER_TICK: Final = 20
 
@@ -127,6 +133,8 @@ class ReaderStats(msgspec.Struct):
     trimmed: int = 0
     outbox_items: int = 0
     mean_gap_s: float | None = None
+    behind_s: float = 0.0
+    """Since when the relay sent only what lies behind the cursor; 0 when it does not."""
     silent_s: float = 0.0
     silent: bool = False
     """No frame for long against the relay's own rate, though connected; a quiet relay is not silent.
@@ -311,6 +319,10 @@ class _Reader:
         self._skip = 0  # seqs passed over because of a frame too large to receive
         self._malformed = 0  # in a row
         self._malformed_limit = MALFORMED_IN_A_ROW
+        self._doubted: tuple[int, bytes] | None = None  # seq and bytes of a frame that jumped too far
+        self._new_at = 0.0  # when a frame beyond the cursor came last, or the connection was made
+        self._duplicates = 0  # stats.duplicates then
+        self._behind_s = BEHIND_S
         self._set_aside_until = 0.0
         self._set_aside_left = 0
         self._recent: deque[tuple[float, Event]] = deque(maxlen=RECENT)
@@ -451,7 +463,7 @@ class _Reader:
 
     async def _make_room(self) -> None:
         """The stream is full: trim what is finished; when nothing is, wait. The outbox fills and receiving stops."""
-        result = await self._feed.trim()
+        result = await self._feed.trim(make_room=True)
         self._stats.trimmed += result.trimmed
         self._stats.held_by = result.held_by
         if result.trimmed:
@@ -577,17 +589,20 @@ class _Reader:
 
     async def _receive_until_stop(self, subscription: Subscription, cursor: int | None) -> None:
         self._stats.connected = True
-        self._silence.opened(time.monotonic())
+        self._doubted = None
+        self._new_at, self._duplicates = time.monotonic(), self._stats.duplicates
+        self._silence.opened(self._new_at)
         log.info("Connected to %s (%s)", subscription.host, "live" if cursor is None else f"cursor: {cursor}")
         receiving = asyncio.create_task(self._receive(subscription), name="reader-receive")
         stopping = asyncio.create_task(self._stop.wait())
         try:
             while not self._stop.is_set():
-                frames = self._stats.frames
+                frames, seq = self._stats.frames, self._last_seq
                 await asyncio.wait({receiving, stopping}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     receiving.result()
                 self._judge_silence(self._stats.frames - frames)
+                self._judge_distance(came=self._last_seq != seq)
         finally:
             for task in (receiving, stopping):
                 task.cancel()
@@ -609,6 +624,22 @@ class _Reader:
         if watch.silent_for(now) > watch.limit_s():
             watch.gave_up(now)
             raise RelayLost(f"no data for {watch.silent_for(now):.0f} s, though it is connected")
+
+    def _judge_distance(self, *, came: bool) -> None:
+        """A relay that sends only what lies behind the cursor: it started over, or the cursor is wrong. It is called
+        again, because one that keeps to the protocol then says FutureCursor; each time with twice the patience, because
+        one that replays its whole window first gets there in the end."""
+        now, stats = time.monotonic(), self._stats
+        if came or self._outbox.blocked:
+            self._new_at, self._duplicates = now, stats.duplicates
+        is_behind = stats.duplicates - self._duplicates >= BEHIND_FRAMES
+        stats.behind_s = now - self._new_at if is_behind else 0.0
+        if stats.behind_s > self._behind_s:
+            self._behind_s *= 2
+            raise RelayLost(
+                f"everything it sent for {stats.behind_s:.0f} s lies behind the cursor {self._last_seq}: did it start "
+                "over? Where the cursor jumped, fastworker:gaps says from where"
+            )
 
     async def _until_stop(self, awaitable: Awaitable[T]) -> T | None:
         """The result, or None when stopped before."""
@@ -638,10 +669,15 @@ class _Reader:
                 if isinstance(frame, Info | ErrorFrame):
                     self._told(frame, host)
                     continue
-                seq = frame.seq
-                if seq is not None and self._last_seq is not None and seq <= self._last_seq:
-                    stats.duplicates += 1
-                    continue
+                seq, last = frame.seq, self._last_seq
+                if seq is not None and last is not None:
+                    if seq <= last:
+                        stats.duplicates += 1
+                        continue
+                    if self._doubted is not None or (last and seq - last > SEQ_JUMP):  # 0: all there is
+                        self._judge_jump(seq, last, data, form, host)
+                        if self._doubted is not None:
+                            continue
                 if isinstance(frame, Unknown):
                     self._drop(Reason.UNKNOWN_KIND)
                 else:
@@ -658,11 +694,37 @@ class _Reader:
                     chunk.gap(orjson.dumps({**self._gap, "resumed": seq}))
                     self._gap, self._skip = None, 0
                 self._malformed_limit = MALFORMED_IN_A_ROW
+                self._behind_s = BEHIND_S
             await put()
             if self._malformed >= self._malformed_limit:
                 # The same ones will come again: next time bear with more of them, or we would never get past.
                 self._malformed, self._malformed_limit = 0, self._malformed_limit * 2
                 raise RelayLost("too many malformed frames in a row")
+
+    def _judge_jump(self, seq: int, last: int, data: bytes, form: str, host: str) -> None:
+        """One absurd seq must not make everything after it a duplicate. The doubted frame waits for the next one; until
+        then the cursor stays before it, so that a connection that ends meanwhile loses nothing."""
+        if self._doubted is None:
+            if self._gap is None:  # else the relay, or we ourselves, have said that something is missing
+                self._doubted = (seq, data)
+            return
+        (high, doubted), self._doubted = self._doubted, None
+        if seq <= high:
+            log.error("A frame of %s jumps from seq %d to %d, and the next one is %d: malformed", host, last, high, seq)
+            self._put_malformed(doubted, InvalidEvent(Reason.BAD_FRAME, f"seq {high} between {last} and {seq}"))
+            if seq - last > SEQ_JUMP:
+                self._doubted = (seq, data)
+            return
+        log.error("%s jumps from seq %d to %d and goes on there: a gap, recorded in fastworker:gaps", host, last, high)
+        self._note_gap("seq_jump")
+        self._outbox.filling.gap(orjson.dumps({**(self._gap or {}), "resumed": high}))
+        self._gap = None
+        frame = decode_frame(doubted, host)
+        assert not isinstance(frame, Info | ErrorFrame)
+        if isinstance(frame, Unknown):
+            self._drop(Reason.UNKNOWN_KIND)
+        else:
+            self._put_event(frame, doubted, form)
 
     def _put_event(self, event: Event, data: bytes, form: str) -> None:
         stats, chunk = self._stats, self._outbox.filling

@@ -50,6 +50,8 @@ def trouble(stats: ReaderStats) -> list[str]:
         why.append(f"not connected to the relay: {stats.last_error or 'connecting'}")
     elif stats.silent:
         why.append(f"connected, but no data for {stats.silent_s:.0f} s, which is long for this relay")
+    elif stats.behind_s > FRESH_S:
+        why.append(f"connected, but for {stats.behind_s:.0f} s all that came lies behind the cursor {stats.last_seq}")
     if stats.full:
         held_by = f", held back by the group {stats.held_by}" if stats.held_by else ""
         why.append(f"the stream is full{held_by}: the reader does not read")

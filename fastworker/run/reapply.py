@@ -37,6 +37,7 @@ class _Retained:
     def __init__(self, admin: RedisAdmin, stream_key: str, after: str, last: str, stopping: asyncio.Event) -> None:
         self.name = "reapply"
         self.stream_key = stream_key
+        self.backlog = True
         self.counts: Counter[str] = Counter()
         self._admin = admin
         self._after = after

@@ -24,6 +24,8 @@ SCAN_S = 10.0  # between two looks for dead consumers
 class ClaimableStream(Protocol):
     """The part of `edge.stream.WorkerStream` that entries come from."""
 
+    @property
+    def backlog(self) -> bool: ...
     async def read(self, block_ms: int) -> list[Entry]: ...
     async def read_own(self, after: str, count: int = ...) -> tuple[list[Entry], str | None]: ...
     async def consumers(self) -> list[Consumer]: ...
@@ -51,6 +53,11 @@ class Intake:
         self._own_after: str | None = "0"
         self._suspects: list[tuple[str, int]] = []  # consumer and the idle time that makes its entries free
         self._scan_at = 0.0
+
+    @property
+    def backlog(self) -> bool:
+        """Whether there was more than the last piece."""
+        return self._own_after is not None or bool(self._suspects) or self._stream.backlog
 
     def look_again(self) -> None:
         """Read our own pending entries from the start: after a reply may have been lost on its way to us."""

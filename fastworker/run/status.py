@@ -31,6 +31,7 @@ RATE_WINDOW_S: Final = 0.5  # of a single look
 WATCH_S: Final = 1.0
 WATCH_RATES: Final = 5  # looks that a rate is over
 TREND: Final = 50  # looks shown as a line
+GAPS_SHOWN: Final = 3
 _BARS: Final = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
@@ -98,6 +99,16 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     holds_stream: Annotated[bool, _is("It has the oldest unfinished entry: trimming waits for it.")] = False
 
 
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch that a relay did not give us."""
+
+    relay: Annotated[str, _is("Host of the relay.")]
+    reason: Annotated[str, _is("`outdated_cursor`, `relay_switch` or `oversized`.")]
+    after: Annotated[int | None, _is("Newest seq before it; null: none.")]
+    resumed: Annotated[int | None, _is("First seq after it.")]
+    at: Annotated[float, _is("When it was noticed, Unix time.")]
+
+
 class ReaderStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The reader, by what it leaves in Redis every second."""
 
@@ -115,6 +126,7 @@ class ReaderStatus(msgspec.Struct, frozen=True, kw_only=True):
     gaps: Annotated[int, _is("Stretches that the relay did not give, of those kept in `fastworker:gaps`.")]
     waits_for_room: Annotated[bool, _is("The stream is full: it does not read.")]
     error: Annotated[str, _is("Why it is not connected; empty when it is.")]
+    newest_gaps: Annotated[list[Gap], _is("The newest of these.")] = []
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,7 +202,8 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
     """Everything, and the reading to hand in next time so that rates are over the time between."""
     server = await admin.server()
     stream = await admin.stream(measure=True)
-    ledger, unaccounted = await admin.balanced_ledger(config.group)
+    count = await admin.count(config.group)
+    ledger = count.ledger
     outcomes = {outcome: ledger.get(outcome, 0) for outcome in OUTCOMES}
     drops = {name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")}
     reading = Reading(time.monotonic(), stream.entries_added if stream else None, sum(outcomes.values()))
@@ -233,7 +246,7 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
         finished_per_s=finished_per_s,
         ledger=outcomes,
         drops=drops,
-        unaccounted_entries=unaccounted,
+        unaccounted_entries=count.unaccounted,
         events=await admin.event_counts(),
         groups=groups,
         reader=await _reader(admin, config),
@@ -255,9 +268,21 @@ async def _reader(admin: RedisAdmin, config: Config) -> ReaderStatus:
         silent=running and stats.get("silent") == "1",
         reconnects=int(stats.get("reconnects", 0)),
         gaps=await admin.gaps(),
+        newest_gaps=_gaps(await admin.newest_gaps(GAPS_SHOWN)),
         waits_for_room=running and stats.get("full") == "1",
         error=stats.get("last_error", "") if running and not told.get("connected") else "",
     )
+
+
+def _gaps(texts: list[bytes]) -> list[Gap]:
+    found = []
+    for text in texts:
+        try:
+            gap = msgspec.json.decode(text, type=Gap)
+        except msgspec.MsgspecError:
+            continue
+        found.append(msgspec.structs.replace(gap, at=gap.at / 1000))
+    return found
 
 
 async def _workers(admin: RedisAdmin) -> list[WorkerStatus]:
@@ -308,6 +333,10 @@ def _overview(status: Status, trend: Sequence[float]) -> RenderableType:
     behind = "" if reader.cursor_age_s is None else f" ({_seconds(reader.cursor_age_s)} old)"
     cursor = f"cursor {reader.cursor or 'none'}{behind}, {reader.reconnects} reconnects, {reader.gaps} gaps"
     table.add_row("", cursor + (", WAITS FOR ROOM" if reader.waits_for_room else ""))
+    for gap in reader.newest_gaps:
+        day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gap.at))
+        after = "where it was" if gap.after is None else f"{gap.after}"
+        table.add_row("gap", Text(f"{day} UTC {gap.relay}: {after} to {gap.resumed}, {gap.reason}", style="yellow"))
     share = 100 * status.stream_entries / status.stream_entries_max
     size = "" if status.stream_bytes is None else f", {_bytes(status.stream_bytes)}"
     table.add_row("stream", f"{status.stream_entries:,} entries ({share:.0f} % of the limit){size}")
@@ -459,7 +488,7 @@ def markdown() -> str:
         "another meaning. Ages and lags are seconds, sizes bytes; rates are per second, over the last half second or,",
         "with `--watch`, over the last five.",
     ]
-    for struct in (Status, ReaderStatus, GroupStatus, WorkerStatus, ProcessStatus):
+    for struct in (Status, ReaderStatus, Gap, GroupStatus, WorkerStatus, ProcessStatus):
         assert struct.__doc__ is not None
         lines += ["", f"## {struct.__name__}", "", struct.__doc__, "", "| member | type | meaning |", "|---|---|---|"]
         for name, hint in get_type_hints(struct, include_extras=True).items():

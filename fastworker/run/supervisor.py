@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import faulthandler
 import gc
 import logging
 import os
@@ -32,7 +31,7 @@ from typing import Final
 import msgspec
 
 from fastworker.errors import ExitCode
-from fastworker.run.child import AGAIN
+from fastworker.run.child import AGAIN, dump_stacks_on
 from fastworker.run.heartbeat import Heartbeats, Slot, State, now_ms
 
 log = logging.getLogger(__name__)
@@ -43,6 +42,7 @@ FAILURE_FORGOTTEN_S: Final = 60.0  # a child that was at work for so long crashe
 BACKOFF_S: Final = (0.5, 30.0)  # first and longest wait before a crashed child is started again
 SETTLED_S: Final = 5.0  # a child that says nothing of being ready counts as ready when it has lived so long
 STACKS_S: Final = 1.0  # for a stuck child to write its stacks before it is killed
+WATCHDOG_S: Final = 1.0
 
 _SIGNALS: Final = {
     signal.SIGTERM,
@@ -82,6 +82,7 @@ class Patience(msgspec.Struct, frozen=True):
     tick_s: float = 10.0  # for a loop to turn
     progress_s: float = 150.0  # for a worker to get on: above the longest bound of one attempt (run/pipeline.py)
     start_s: float = 60.0  # for a child to be ready
+    recycle_s: float = 60.0  # least life of a child that grew too large: a ceiling below what it needs must not churn
 
 
 class _Kind:
@@ -126,7 +127,7 @@ class Supervisor:
         workers_max: int = 32,
         notify_socket: str | None = None,
     ) -> None:
-        """`notify_socket`: systemd's NOTIFY_SOCKET. `memory_max_bytes`: a worker with more of its own is replaced."""
+        """`notify_socket`: systemd's NOTIFY_SOCKET. `memory_max_bytes`: a child with more of its own is replaced."""
         self._kinds = [_Kind(spec) for spec in specs]
         self._heartbeats = heartbeats
         self._patience = patience
@@ -195,6 +196,7 @@ class Supervisor:
         self._reap(now)
         for child in self._children:
             self._look_at(child, now)
+        self._tell_systemd(now)
         if self._code is not None:
             if now >= self._stop_deadline:
                 for child in self._children:
@@ -203,12 +205,18 @@ class Supervisor:
         self._look_at_memory(now)
         self._replace(now)
         self._reconcile(now)
-        self._tell_systemd(now)
 
     def _reap(self, now: float) -> None:
-        for child in list(self._children):
-            pid, status = os.waitpid(child.pid, os.WNOHANG)
+        """Everybody who ended: in a container we are its first process, and get the orphans of all others, too."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
             if pid == 0:
+                return
+            child = next((child for child in self._children if child.pid == pid), None)
+            if child is None:
                 continue
             if child.slot.get("ready") and child.ready_at is None:
                 child.ready_at = now
@@ -230,6 +238,9 @@ class Supervisor:
             log.error("%s (pid %d) stopped itself: stopping all", child.name, child.pid)
             self._stop(ExitCode.STOPPED_ITSELF)
             return
+        if self._replacement is not None and child is self._replacement[1] and child.ready_at is None:
+            log.error("%s (pid %d) %s before it was ready: keeping the old ones", child.name, child.pid, how)
+            return  # _replace gives up
         if (
             child.ready_at is None
             and not kind.was_ready
@@ -282,7 +293,8 @@ class Supervisor:
         self._memory_at = now
         for child in self._children:
             is_queued = child in self._to_replace or (self._replacement is not None and child in self._replacement)
-            if not child.kind.spec.is_worker or child.retiring or is_queued or child.ready_at is None:
+            is_young = child.ready_at is None or now - child.ready_at < self._patience.recycle_s
+            if child.retiring or is_queued or is_young:
                 continue
             used = own_memory_bytes(child.pid)
             if used > self._memory_max_bytes:
@@ -293,13 +305,12 @@ class Supervisor:
         """One step of a rolling restart: the new worker is ready before the old one is told to stop."""
         if self._replacement is not None:
             old, new = self._replacement
-            if new.ready_at is not None:
-                self._retire(old, now)
-                self._replacement = None
-            elif new not in self._children:
-                log.error("The new %s did not start: keeping the old ones", new.name)
+            if new not in self._children:
                 self._replacement = None
                 self._to_replace.clear()
+            elif new.ready_at is not None:
+                self._retire(old, now)
+                self._replacement = None
             elif old not in self._children:
                 self._replacement = None
             return
@@ -412,10 +423,11 @@ class Supervisor:
     def _tell_systemd(self, now: float) -> None:
         if self._notify_socket is None:
             return
-        if not self._said_ready and len(self._children) and all(child.ready_at is not None for child in self._children):
+        is_ready = self._code is None and all(child.ready_at is not None for child in self._children)
+        if not self._said_ready and self._children and is_ready:
             self._said_ready = True
             self._sd_notify("READY=1")
-        if now - self._notified_at >= 1.0:
+        if now - self._notified_at >= WATCHDOG_S:
             self._notified_at = now
             self._sd_notify("WATCHDOG=1")
 
@@ -439,7 +451,7 @@ def _become_child(parent: int, mask: set[signal.Signals]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask - _SIGNALS)
-    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__ or sys.stderr, all_threads=True)
+    dump_stacks_on(signal.SIGUSR2)
 
 
 def own_memory_bytes(pid: int) -> int:

@@ -31,7 +31,7 @@ from fastworker.run.reader import ReaderSettings
 from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.run.resume import read_and_resume
 from fastworker.run.supervisor import ChildSpec, Supervisor
-from fastworker.run.worker import WorkerSettings, shrunk, worker_child
+from fastworker.run.worker import WorkerSettings, processes_max, shrunk, worker_child
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,13 @@ def supervise(plan: Plan) -> ExitCode:
         worker.stream_key,
         worker.consumer_id,
     )
-    supervisor = Supervisor(specs, heartbeats, memory_max_bytes=plan.memory_max_bytes, notify_socket=plan.notify_socket)
-    return supervisor.run()
+    return Supervisor(
+        specs,
+        heartbeats,
+        memory_max_bytes=plan.memory_max_bytes,
+        workers_max=max(worker.processes, processes_max(worker)),
+        notify_socket=plan.notify_socket,
+    ).run()
 
 
 def _monitor_main(

@@ -48,6 +48,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     derive: frozenset[str] = FULL
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
+    dead_letters_in_a_row: int = 500
     drain_s: float = 4.0
     tracing: bool = False
     crashpoint: str | None = None  # tests only
@@ -58,7 +59,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def shrunk(settings: WorkerSettings) -> WorkerSettings:
     """Settings whose connections, one per pipeline and one for the monitor, fit under `pool_size`; says so once."""
-    room = max(1, settings.pool_size - 1)
+    room = _room(settings)
     processes = min(settings.processes, room)
     pipelines = min(settings.pipelines, room // processes)
     if (processes, pipelines) == (settings.processes, settings.pipelines):
@@ -70,6 +71,15 @@ def shrunk(settings: WorkerSettings) -> WorkerSettings:
     return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
 
 
+def processes_max(settings: WorkerSettings) -> int:
+    """How many processes with all their pipelines fit under `pool_size`: what SIGTTIN may reach."""
+    return max(1, _room(settings) // settings.pipelines)
+
+
+def _room(settings: WorkerSettings) -> int:
+    return max(1, settings.pool_size - 1)
+
+
 def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
     """The target of a worker's children, made before the fork: runs in the forked process, returns its exit code."""
     return partial(_worker_main, settings, Marks())
@@ -78,10 +88,10 @@ def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
 def _worker_main(settings: WorkerSettings, marks: Marks, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
-    return run_child(slot, partial(work, settings, marks))
+    return run_child(slot, partial(work, settings, marks=marks))
 
 
-async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asyncio.Event) -> None:
+async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, marks: Marks | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     try:
@@ -96,7 +106,7 @@ async def work(settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asy
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
-                await _work(settings, marks, slot, stopping, redis, store, open_span)
+                await _work(settings, marks or Marks(), slot, stopping, redis, store, open_span)
         finally:
             await store.close()
     finally:
@@ -126,6 +136,7 @@ async def _work(
             dead_letter_maxlen=settings.dead_letter_maxlen,
             last_finished=last_finished,
             lease_ms=settings.lease_ms,
+            foreign_idle_ms=settings.foreign_idle_ms,
         )
         for _ in range(settings.pipelines)
     ]
@@ -136,7 +147,8 @@ async def _work(
         except (StreamUnavailable, StoreUnavailable) as error:
             raise Unreachable(str(error)) from error
         slot.text("consumers", " ".join(stream.name for stream in streams))
-        dead_letters = DeadLetterLimit()
+        in_a_row = settings.dead_letters_in_a_row
+        dead_letters = DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
         pipelines = [
             Pipeline(
@@ -178,7 +190,7 @@ async def _run(
     renew_s = settings.lease_ms / 1000 / RENEWALS
     async with asyncio.TaskGroup() as group:
         side_tasks = [
-            group.create_task(_every(renew_s, partial(_renew, streams, pipelines, renew_s)), name="renew leases"),
+            group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
             group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
@@ -201,10 +213,10 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
 
-async def _renew(streams: list[WorkerStream], pipelines: list[Pipeline], renew_s: float) -> None:
+async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
     try:
-        for stream, pipeline in zip(streams, pipelines, strict=True):
-            await stream.renew(pipeline.held(older_than_ms=int(renew_s * 1000)))
+        for stream in streams:
+            await stream.renew(idle_ms=int(renew_s * 1000))
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except LeaseLostError as error:

@@ -1,5 +1,8 @@
 """A worker in the predecessor's style on the same stream: plain SQL, one statement after another, with its bugs.
 
+`python -m fastworker.testing.foreign` runs one on REDIS_URL and DATABASE_URL until it is told to stop: for rehearsing a
+migration, and for the tests of one.
+
 What makes it a foreign writer (predecessor contract, 5.4 and 5.9): no versions; the first row of a URI stays; counters
 move whether or not a row did, and only where an aggregate is; updates are ignored; nothing is derived beyond feed
 items; whatever PostgreSQL refuses is lost; everything is acknowledged.
@@ -7,11 +10,19 @@ items; whatever PostgreSQL refuses is lost; everything is acknowledged.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Mapping
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import asyncpg
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from fastworker.testing.histories import Event, Record
 
@@ -116,3 +127,86 @@ class Foreign:
     async def _try(self, statement: str, *arguments: object) -> None:
         with contextlib.suppress(asyncpg.PostgresError, asyncpg.DataError):  # as it does: logged, and acknowledged
             await self._connection.execute(statement, *arguments)
+
+
+class OldWorker:
+    """Its pipelines: each reads a few entries, applies one after the other, acknowledges each whatever became of it.
+
+    What it held when it is stopped stays pending, and nobody of its kind will look at it again.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        database_url: str,
+        *,
+        consumer_id: str = "python-worker",
+        pipelines: int = 5,
+        batch: int = 10,
+        stream_key: str = "firehose:events",
+        group: str = "firehose-processors",
+    ) -> None:
+        self._redis_url = redis_url
+        self._database_url = database_url
+        self._names = [f"{consumer_id}-{n}" for n in range(pipelines)]
+        self._batch = batch
+        self._key = stream_key
+        self._group = group
+        self.handled: set[str] = set()
+        """Stream ids that it acknowledged."""
+        self.stopping = False
+        """Set: each pipeline ends after what it holds. (The predecessor itself is only ever cut off.)"""
+
+    async def run(self) -> None:
+        """Until it is stopped or cancelled."""
+        async with Redis.from_url(self._redis_url, socket_timeout=60) as redis, asyncio.TaskGroup() as tasks:
+            with contextlib.suppress(ResponseError):  # the group is there
+                await redis.xgroup_create(self._key, self._group, id="0", mkstream=True)
+            for name in self._names:
+                tasks.create_task(self._pipeline(redis, name))
+
+    async def _pipeline(self, redis: Redis, name: str) -> None:
+        connection = await asyncpg.connect(self._database_url, timeout=10)
+        try:
+            foreign = Foreign(connection)
+            while not self.stopping:
+                found: Any = await redis.xreadgroup(self._group, name, {self._key: ">"}, count=self._batch, block=100)
+                for entry_id, fields in found[0][1] if found else ():
+                    await foreign.apply(event_of(list(fields.values())))
+                    await redis.xack(self._key, self._group, entry_id)
+                    self.handled.add(entry_id.decode())
+        finally:
+            connection.terminate()
+
+
+def event_of(values: Sequence[bytes]) -> Event:
+    """The neutral event of a JSON entry. Decoded by position, as old consumers do."""
+    kind, data, seq = values[:3]
+    event = json.loads(data)
+    return {"kind": kind.decode(), "seq": int(seq or 0), **event}
+
+
+async def main() -> None:
+    """Until SIGTERM or SIGINT."""
+    worker = OldWorker(
+        os.environ.get("REDIS_URL", "redis://localhost:6379"),
+        os.environ["DATABASE_URL"],
+        consumer_id=os.environ.get("CONSUMER_ID", "python-worker"),
+    )
+    running = asyncio.create_task(worker.run())
+    sys.stdout.write("An old worker is at work. SIGTERM cuts it off.\n")
+    sys.stdout.flush()
+
+    def cut_off() -> None:
+        worker.stopping = True
+        running.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, cut_off)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    sys.stdout.write(f"{len(worker.handled):,} entries acknowledged\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

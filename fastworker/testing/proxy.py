@@ -16,13 +16,16 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: the peer gets a reset,
 class Proxy:
     """Listens on a free port of 127.0.0.1 and passes bytes on to `target`, a host and port or a socket's path.
 
-    delay_s: how long each piece is held in both directions. refusing: new connections are reset at once.
+    target: where new connections lead. refusing: new connections are reset at once.
+    delay_s: how long each piece is held in both directions.
     cut_after: number of bytes, counted over all connections from now on, after which the connection that carried the
     last of them is reset; then None again.
+    cut_at: the connection that next asks for something with this text in it is reset, before the request went through
+    or, with `cut_reply`, when its reply comes; then None again.
     """
 
     def __init__(self, target: tuple[str, int] | str) -> None:
-        self._target = target
+        self.target = target
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -33,6 +36,8 @@ class Proxy:
         self.delay_s = 0.0
         self.refusing = False
         self.cut_after: int | None = None
+        self.cut_at: bytes | None = None
+        self.cut_reply = False
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -72,10 +77,10 @@ class Proxy:
         self._tasks.add(task)
         try:
             await self._passing.wait()
-            if isinstance(self._target, str):
-                far_reader, far_writer = await asyncio.open_unix_connection(self._target)
+            if isinstance(self.target, str):
+                far_reader, far_writer = await asyncio.open_unix_connection(self.target)
             else:
-                far_reader, far_writer = await asyncio.open_connection(*self._target)
+                far_reader, far_writer = await asyncio.open_connection(*self.target)
         except OSError:
             _reset(writer)
         except asyncio.CancelledError:
@@ -83,7 +88,10 @@ class Proxy:
         else:
             self._writers |= {writer, far_writer}
             try:
-                await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+                link = _Link(writer)
+                await asyncio.gather(
+                    self._pump(reader, far_writer, link, asks=True), self._pump(far_reader, writer, link, asks=False)
+                )
             except asyncio.CancelledError:
                 pass
             finally:
@@ -93,9 +101,20 @@ class Proxy:
         finally:
             self._tasks.discard(task)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link, *, asks: bool
+    ) -> None:
         try:
             while data := await reader.read(PIECE):
+                if asks and self.cut_at is not None and self.cut_at in data:
+                    self.cut_at = None
+                    link.is_doomed = True
+                    if not self.cut_reply:
+                        _reset(link.client)
+                        break
+                elif link.is_doomed and not asks:
+                    _reset(link.client)
+                    break
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 await self._passing.wait()
@@ -113,6 +132,14 @@ class Proxy:
             pass
         finally:
             writer.close()
+
+
+class _Link:
+    """One client's connection."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.client = client
+        self.is_doomed = False  # its next reply is not passed on
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis
 
+from fastworker.edge.redis_admin import RedisAdmin
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.run.heartbeat import Heartbeats
@@ -64,9 +65,15 @@ class House:
                 await self.settled()
 
     @contextlib.asynccontextmanager
-    async def worker(self) -> AsyncIterator[None]:
+    async def worker(self, **settings_: Any) -> AsyncIterator[None]:
+        """`settings_`: other than the usual ones."""
         settings = WorkerSettings(
-            redis_url=self.redis_url, database_url=self.postgres_url, batch_size=300, pipelines=2, consumer_id="e2e"
+            redis_url=self.redis_url,
+            database_url=self.postgres_url,
+            batch_size=300,
+            pipelines=2,
+            consumer_id="e2e",
+            **settings_,
         )
         if not await self.redis.exists(KEY):
             await self.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
@@ -114,6 +121,17 @@ class House:
     async def pending(self) -> int:
         return int((await self.redis.xpending(KEY, GROUP))["pending"])
 
+    async def unread(self) -> int:
+        return await unread(self.redis)
+
     async def letters(self) -> list[dict[str, str]]:
         found = await self.redis.xrange("firehose:dead-letters")
         return [{k.decode(): v.decode(errors="replace") for k, v in fields.items()} for _, fields in found]
+
+
+async def unread(redis: Redis) -> int:
+    """Entries that were not delivered yet. Redis 6.2 does not count them: far from the end the number is an estimate."""
+    stream = await RedisAdmin(redis, KEY).stream()
+    group = stream.group(GROUP) if stream is not None else None
+    assert group is not None
+    return group.lag

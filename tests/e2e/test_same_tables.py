@@ -18,10 +18,11 @@ from typing import Any
 
 import asyncpg
 import pytest
+from e2e.house import unread
 from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
+from servers import PostgresUnderTest
 
-from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.edge.store import Store
 from fastworker.testing import compare
 from fastworker.testing.histories import random_history, to_entry
@@ -73,7 +74,7 @@ async def work_off(redis: Redis, redis_url: str, url: str, way: tuple[Any, ...],
         async with asyncio.timeout(limit_s):
             while True:
                 group = (await redis.xinfo_groups(KEY))[0]
-                read = group["entries-read"] or 0
+                read = total - await unread(redis)
                 if read >= total and not group["pending"]:
                     break
                 if marks and read >= marks[0]:
@@ -149,6 +150,6 @@ async def test_three_ways(redis_url: str, postgres_url: str) -> None:
 async def test_ten_ways_over_two_hundred_thousand_events(server_dir: Path, redis_url: str) -> None:
     from fastworker.run.migrate import migrate
 
-    with EmbeddedPostgres(server_dir, durable=False) as server:
+    with PostgresUnderTest(server_dir, durable=False) as server:
         await migrate(server.url)
         await same_tables(redis_url, server.url, int(os.environ.get("WAYS_EVENTS", "200000")), WAYS, 1_500)

@@ -27,7 +27,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^(task|writing|reading|self\._producer|sender|_task|stopped)$", "our own task"),
     (r"^asyncio\.get_running_loop\(\)\.create_future\(", "only in the simulated relay"),
     # Redis: connect() gives every client a socket timeout
-    (r"^(self\._redis|self\._client|redis|pipe|client|redis_client)\.\w+\(", "Redis: SOCKET_TIMEOUT_S of the client"),
+    (r"^(cast\('Any', )?(self\._redis|self\._client|redis|pipe|client|redis_client)\.\w+\(", "Redis: SOCKET_TIMEOUT_S of the client"),
     (r"^self\._(ack|set_aside|lease|renew|release|claim|ack_ghosts|append|retry_letter|script)\(", "Redis: a script, SOCKET_TIMEOUT_S"),
     (r"^self\._xreadgroup\(", "Redis: BLOCK is less than SOCKET_TIMEOUT_S"),
     (r"^(self\._\w+|_\w+)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),

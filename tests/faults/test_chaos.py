@@ -36,3 +36,4 @@ async def test_five_hundred_faults(server_dir: Path) -> None:
     async with chaos(server_dir, seed=seed) as started:
         outcome = await started.run(plan(seed, 500), limit_s=300)
     assert outcome.problems == [], outcome.report()
+    assert set(outcome.crashes) == set(PLACES), outcome.report()

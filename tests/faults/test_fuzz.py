@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -195,4 +196,5 @@ def test_ten_minutes_of_bent_input() -> None:
             count += 1
         if time.monotonic() > until:
             break
+    sys.stdout.write(f"{count:,} inputs\n")
     assert count > 1_000

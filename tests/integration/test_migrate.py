@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -116,13 +118,19 @@ async def test_database_of_the_appview_is_adopted_untouched(empty_postgres_url: 
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        ("DROP TABLE quotes", "Table quotes is missing."),
-        ("DROP TABLE users CASCADE", "Table users is missing."),
-        ("ALTER TABLE likes DROP via", "Column likes.via (jsonb) is missing."),
+        ("DROP TABLE quotes", "Table quotes is missing: let the AppView make its schema"),
+        ("DROP TABLE users CASCADE", "Table users is missing: "),
+        ("ALTER TABLE likes DROP via", "Column likes.via (jsonb) is missing: "),
         ("ALTER TABLE posts ALTER cid TYPE varchar(64)", "Column posts.cid is character varying(64), expected"),
         ("ALTER TABLE posts ALTER created_at TYPE timestamptz", "Column posts.created_at is timestamp with time zone"),
-        ("DROP INDEX unique_like_user_post", "Table likes has no unique index on (post_uri, user_did)."),
-        ("ALTER TABLE posts DROP CONSTRAINT posts_pkey", "Table posts has no unique index on (uri)."),
+        (
+            "DROP INDEX unique_like_user_post",
+            "Table likes has no unique index on (post_uri, user_did): CREATE UNIQUE INDEX",
+        ),
+        (
+            "ALTER TABLE posts DROP CONSTRAINT posts_pkey",
+            "Table posts has no unique index on (uri): CREATE UNIQUE INDEX",
+        ),
     ],
 )
 async def test_incomplete_database_is_refused_and_says_what(empty_postgres_url: str, damage: str, found: str) -> None:
@@ -138,13 +146,18 @@ async def test_incomplete_database_is_refused_and_says_what(empty_postgres_url: 
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        ("DROP INDEX unique_like_user_post", "Table likes has no unique index on (post_uri, user_did)."),
-        ("DROP TABLE fastworker.versions", "Table fastworker.versions is missing."),
+        (
+            "DROP INDEX unique_like_user_post",
+            "Table likes has no unique index on (post_uri, user_did): CREATE UNIQUE INDEX",
+        ),
+        ("DROP TABLE fastworker.versions", "Table fastworker.versions is missing: restore"),
     ],
 )
 async def test_later_damage_is_reported(postgres_url: str, damage: str, found: str) -> None:
     await execute(postgres_url, damage)
-    assert await check(postgres_url) == [found]
+    sentences = await check(postgres_url)
+    assert len(sentences) == 1
+    assert found in sentences[0]
 
 
 async def test_database_of_a_newer_release_is_refused(empty_postgres_url: str) -> None:
@@ -195,6 +208,19 @@ async def test_killed_in_the_middle_leaves_no_half_migration(empty_postgres_url:
     await child.wait()
     await fetch(empty_postgres_url, f"SELECT pg_cancel_backend(pid) FROM ({sleeping}) AS its_backend")
     assert await migrate(empty_postgres_url) == NAMES
+    assert await check(empty_postgres_url) == []
+
+
+async def test_killed_at_its_crash_point_the_next_run_does_all_of_it(empty_postgres_url: str) -> None:
+    """Between the migrations: the first one has run, nothing of it is there."""
+    env = {**os.environ, "DATABASE_URL": empty_postgres_url, "FASTWORKER_CRASHPOINT": "in_migration:1"}
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "fastworker", "migrate", cwd=ROOT, env=env)
+    assert await child.wait() == -signal.SIGKILL
+    assert await fetch(empty_postgres_url, "SELECT 1 FROM pg_tables WHERE schemaname = 'public'") == []
+    assert len(await check(empty_postgres_url)) == len(NAMES)
+    del env["FASTWORKER_CRASHPOINT"]
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "fastworker", "migrate", cwd=ROOT, env=env)
+    assert await child.wait() == 0
     assert await check(empty_postgres_url) == []
 
 

@@ -20,10 +20,13 @@ from fastworker.edge.store import Written
 from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
-from fastworker.run.heartbeat import Heartbeats, State
-from fastworker.run.pipeline import DeadLetterLimit, Pipeline
+from fastworker.event.entry import decode_entry
+from fastworker.run.heartbeat import Heartbeats, State, now_ms
+from fastworker.run.overlap import Marks, Overlap, keys_of
+from fastworker.run.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
 from fastworker.table.batch import Batch, Change, Limits
+from fastworker.table.mapper import map_commit
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -86,6 +89,8 @@ class Bench:
         self.dead_letters = DeadLetterLimit()
         self.open_span = no_span
 
+        self.overlap: Overlap | None = None
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Pipeline]:
         await self.stream.acquire()
@@ -97,6 +102,7 @@ class Bench:
             limits=self.limits,
             dead_letters=self.dead_letters,
             open_span=self.open_span,
+            overlap=self.overlap,
         )
         self.stopping = asyncio.Event()
         self.task = asyncio.create_task(self.pipeline.run(self.stopping))
@@ -121,6 +127,11 @@ class Bench:
             while not fact():
                 if self.task.done():
                     self.task.result()
+                await asyncio.sleep(0.002)
+
+    async def until_it_waits_for_a_reply(self) -> None:
+        async with asyncio.timeout(10):
+            while not (await self.redis.info("clients"))["blocked_clients"]:
                 await asyncio.sleep(0.002)
 
     async def until_settled(self, count: int) -> None:
@@ -190,10 +201,11 @@ async def test_the_ledger_balances_at_every_moment(bench):
     async with bench.running():
         for _ in range(20):
             await bench.add(likes(40))
-            seen.add((await admin.balanced_ledger(GROUP))[1])
+            seen.add((await admin.count(GROUP)).unaccounted)
         await bench.until_settled(800)
     assert seen <= {0, None}
-    assert await admin.balanced_ledger(GROUP) == ({"committed": 800}, 0)
+    count = await admin.count(GROUP)
+    assert (count.ledger, count.unaccounted) == ({"committed": 800}, 0)
 
 
 async def test_what_arrives_during_a_flush_is_the_next_batch(bench):
@@ -319,6 +331,18 @@ async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
     assert "down" in bench.slot.snapshot().error
 
 
+async def test_a_long_outage_is_told_again(bench, monkeypatch, caplog):
+    monkeypatch.setattr("fastworker.run.pipeline.TELL_AGAIN_S", 0.2)
+    bench.store.down.set()
+    async with bench.running():
+        await bench.add(likes(1))
+        await bench.until(lambda: "waits, for " in caplog.text)
+        told, tried = caplog.text.count(" waits"), bench.store.writes
+        assert told < tried, "not at every attempt"
+        bench.store.down.clear()
+        await bench.until_settled(1)
+
+
 async def test_a_stop_settles_what_is_held(bench):
     async with bench.running() as pipeline:
         bench.store.open.clear()
@@ -354,6 +378,7 @@ async def test_entries_whose_reply_was_lost_are_read_back(bench):
         await bench.add(likes(7)[5:])
         await bench.redis.xreadgroup(GROUP, bench.stream.name, {KEY: ">"}, count=1)
         await bench.until_settled(6)
+        await bench.until_it_waits_for_a_reply()
         await bench.redis.client_kill_filter(_type="normal", skipme=True)
         await bench.until_settled(7)
     assert await bench.ledger() == {"committed": 7}
@@ -364,6 +389,7 @@ async def test_read_back_does_not_repeat_what_is_held(bench):
         bench.store.open.clear()
         await bench.add(likes(50))
         await bench.until(lambda: pipeline.held_count == 50)
+        await bench.until_it_waits_for_a_reply()
         await bench.redis.client_kill_filter(_type="normal", skipme=True)
         await bench.until(lambda: bench.slot.get("stream_retries") > 0)
         await bench.add(likes(51)[50:])
@@ -403,3 +429,73 @@ async def test_progress_is_stored_only_as_far_as_the_group_has_finished(bench):
         await bench.until_settled(7)
     progress = bench.store.batches[-1].progress
     assert (progress.stream, progress.consumer, progress.seq, progress.entry_id) == (KEY, "w-0", 11, more)
+
+
+@pytest.fixture
+def strangers(bench: Bench) -> Callable[[dict[str, str]], list[int]]:
+    """Marks an entry's records as another pipeline of this worker would, and gives the keys."""
+    marks = Marks()
+    bench.overlap = Overlap(marks, 0)
+    stranger = Overlap(marks, 1)
+
+    def mark(entry: dict[str, str]) -> list[int]:
+        event = decode_entry({name.encode(): value.encode() for name, value in entry.items()})
+        keys = keys_of(map_commit(event, 0))  # type: ignore[arg-type]
+        assert stranger.take(keys)
+        return keys
+
+    bench.give_back = stranger.give_back  # type: ignore[attr-defined]
+    return mark
+
+
+def other_like(number: int) -> dict[str, str]:
+    op = like(f"other{number}")
+    op["record"] = {
+        **op["record"],
+        "subject": {**op["record"]["subject"], "uri": f"at://{DID}/app.bsky.feed.post/{number}"},
+    }
+    return commit(1_000 + number, op)
+
+
+async def test_what_another_pipeline_holds_is_postponed_until_it_is_free(bench, strangers) -> None:
+    keys = strangers(likes(1)[0])
+    async with bench.running() as pipeline:
+        await bench.add(likes(1))
+        await bench.until(lambda: pipeline.held_count == 1)
+        await bench.add([other_like(1)])
+        await bench.until_settled(1)
+        assert [list(batch.changes) for batch in bench.store.batches] == [[f"at://{DID}/app.bsky.feed.like/other1"]]
+        assert pipeline.oldest_ms
+        bench.give_back(keys)
+        await bench.until_settled(2)
+        assert pipeline.held_count == 0
+    assert await bench.ledger() == {"committed": 2}
+
+
+async def test_it_is_not_postponed_for_ever(bench, strangers) -> None:
+    strangers(likes(1)[0])
+    async with bench.running() as pipeline:
+        await bench.add(likes(1))
+        await bench.until(lambda: pipeline.held_count == 1)
+        began = now_ms()
+        await bench.until_settled(1)
+        assert now_ms() - began > POSTPONED_MS_MAX / 2
+    assert await bench.ledger() == {"committed": 1}
+
+
+async def test_a_stop_settles_what_is_postponed(bench, strangers) -> None:
+    strangers(likes(1)[0])
+    async with bench.running() as pipeline:
+        await bench.add(likes(1))
+        await bench.until(lambda: pipeline.held_count == 1)
+    assert await bench.ledger() == {"committed": 1}
+    assert await bench.pending() == 0
+
+
+async def test_marks_end_with_their_flush(bench, strangers) -> None:
+    async with bench.running():
+        await bench.add(likes(3))
+        await bench.until_settled(3)
+        for entry in likes(3)[:1]:
+            await bench.until(lambda: not bench.pipeline.held_count)
+            strangers(entry)

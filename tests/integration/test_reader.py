@@ -20,12 +20,15 @@ import pytest
 import uvloop
 from aiohttp import web
 from redis.asyncio import Redis
+from servers import RedisUnderTest
 
 from fastworker.edge import feed as feed_module
-from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import ConfigError, StoppedItself, StoreUnavailable, Unreachable
+from fastworker.event.entry import decode_entry
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.run.retry import Backoff
+from fastworker.testing.proxy import Proxy
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 TIME = "2026-01-02T03:04:05.678Z"
@@ -374,6 +377,147 @@ async def test_an_outdated_cursor_is_recorded_as_a_gap(relay: Relay, redis: Redi
     assert gap == {"relay": relay.host, "reason": "outdated_cursor", "after": 10, "resumed": 50}
 
 
+# A seq that cannot be
+
+
+ABSURD = 2**52
+
+
+async def test_one_absurd_seq_is_malformed_and_costs_nothing_else(relay: Relay, redis: Redis, redis_url: str) -> None:
+    """Believed, it would make everything after it a duplicate, and the cursor one of the future."""
+    await redis.set(CURSOR, "1")
+    relay.add(2)
+    relay.frames.append((2, identity(ABSURD)))
+    relay.add(3, 4)
+    relay.frames += [(4, identity(ABSURD)), (4, identity(ABSURD - 1))]
+    relay.add(5)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 5))
+    assert await seqs(redis) == [2, 3, 4, 5]
+    assert stats.drops["bad_frame"] == 3
+    letters = [fields[b"error"] for _, fields in await redis.xrange("firehose:dead-letters")]
+    assert letters[0] == b"seq 4503599627370496 between 2 and 3"
+    assert len(letters) == 3
+    assert await redis.llen(feed_module.GAPS) == 0
+
+
+async def test_a_doubted_frame_is_asked_for_again_when_the_connection_ends(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    async def end(self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for _, data in self.frames[:2]:
+            await socket.send_bytes(data)
+        await socket.close()
+        return socket
+
+    await redis.set(CURSOR, "1")
+    relay.add(2, 50_000_000, 50_000_001)
+    relay.answers = [end]
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 50_000_001))
+    assert relay.asked == [1, 2]
+    assert await seqs(redis) == [2, 50_000_000, 50_000_001]
+
+
+async def test_a_relay_that_goes_on_from_far_ahead_is_followed_and_that_is_a_gap(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    await redis.set(CURSOR, "1")
+    relay.add(2, 50_000_000, 50_000_001, 50_000_003)
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 50_000_003))
+    assert await seqs(redis) == [2, 50_000_000, 50_000_001, 50_000_003]
+    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert (gap["reason"], gap["after"], gap["resumed"], stats.gaps) == ("seq_jump", 2, 50_000_000, 1)
+
+
+async def test_a_cursor_beyond_all_that_comes_ends_with_the_relays_word(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two absurd frames in a row are believed. What follows lies behind the cursor: not for ever, and not silently."""
+    monkeypatch.setattr(reader_module, "BEHIND_S", 1.0)
+
+    async def future(self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_bytes(error("FutureCursor"))
+        await socket.close()
+        return socket
+
+    await redis.set(CURSOR, "1")
+    relay.add(2)
+    relay.frames += [(2, identity(ABSURD)), (2, identity(ABSURD + 1))]
+    relay.answers = [Relay.serve, future]
+    stats = ReaderStats()
+    run = asyncio.create_task(run_reader(settings(redis_url, relay), asyncio.Event(), stats=stats))
+    await until(cursor_is(redis, ABSURD + 1))
+    for seq in range(3, 60):
+        relay.add(seq)
+        await asyncio.sleep(0.05)
+    with pytest.raises(StoppedItself, match="lies in its future"):
+        await asyncio.wait_for(run, 10)
+    assert stats.duplicates >= reader_module.BEHIND_FRAMES
+    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert (gap["reason"], gap["after"]) == ("seq_jump", 2)  # where to go back to
+
+
+async def test_a_connection_cut_at_any_byte(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the handshake, in a WebSocket header, in a frame: every one of the first bytes, then here and there."""
+    monkeypatch.setattr(reader_module, "Backoff", lambda *_: Backoff(0.001, 0.002))
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 4_001))
+    host, _, port = relay.host.rpartition(":")
+    cuts = [*range(0, 500, 4), *(random.Random(4).randrange(500, 20_000) for _ in range(40))]
+    async with Proxy((host, int(port))) as proxy:
+        proxy.cut_after = cuts.pop(0)
+        config = ReaderSettings(redis_url=redis_url, relay_urls=(f"ws://127.0.0.1:{proxy.port}",))
+        async with reading(config) as stats:
+            async with asyncio.timeout(60):
+                while cuts:
+                    if proxy.cut_after is None:
+                        proxy.cut_after = cuts.pop(0)
+                    await asyncio.sleep(0.001)
+            await until(cursor_is(redis, 4_000), 30)
+    assert proxy.connections > 150
+    assert stats.set_aside == 0
+    assert await seqs(redis) == list(range(1, 4_001))
+
+
+async def test_a_killed_readers_last_append_arrives_after_its_death(relay: Relay, server_dir: Path) -> None:
+    """Redis stands still with the script in its socket; the reader dies; Redis wakes up and runs it."""
+    with RedisUnderTest(server_dir, aof=False) as server:
+        redis = Redis.from_url(server.url, protocol=2)
+        await redis.set(CURSOR, "0")
+        relay.add(*range(1, 101))
+        config = settings(server.url, relay)
+        child = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(config,))
+        child.start()
+        assert child.pid is not None
+        await until(cursor_is(redis, 100), 30)
+        pid = (await redis.info("server"))["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        relay.add(*range(101, 201))
+        await asyncio.sleep(0.5)
+        os.kill(child.pid, signal.SIGKILL)
+        await asyncio.to_thread(child.join)
+        os.kill(pid, signal.SIGCONT)
+        await until(lambda: _cursor_beyond(redis, 100))
+        cursor = int(await redis.get(CURSOR))
+        assert await seqs(redis) == list(range(1, cursor + 1))
+        async with reading(config):
+            await until(cursor_is(redis, 200), 20)
+        assert await seqs(redis) == list(range(1, 201))
+        await redis.aclose()
+
+
+async def _cursor_beyond(redis: Redis, seq: int) -> bool:
+    return int(await redis.get(CURSOR)) > seq
+
+
 async def test_retry_after_is_honoured(relay: Relay, redis: Redis, redis_url: str) -> None:
     async def too_many(self: Relay, request: web.Request) -> web.StreamResponse:
         return web.Response(status=429, headers={"Retry-After": "2"})
@@ -457,6 +601,9 @@ async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
     assert other.asked[0] == 7
     assert relay.asked == [1000, 1002]
     assert await seqs(redis) == [1001, 1002, 8, 9, 1003]
+    # Each entry names its sequence space, on a JSON stream, too: the worker records both in fastworker.relays.
+    relays = [decode_entry(fields).relay for _, fields in await redis.xrange(STREAM)]
+    assert relays == [relay.host, relay.host, other.host, other.host, relay.host]
     assert await redis.get(feed_module.CURSOR_OF + other.host) == b"9"
     assert await redis.llen(feed_module.GAPS) == 0
 
@@ -581,7 +728,7 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
         return stored
 
     relay.add(*range(1, 101))
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = Redis.from_url(server.url, protocol=2)
         async with reading(settings(server.url, relay), fallback_seq=fallback) as stats:
             await until(cursor_is(redis, 100))
@@ -601,7 +748,7 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
 
 
 async def test_redis_without_memory_takes_all_of_a_chunk_or_nothing(relay: Relay, server_dir: Path) -> None:
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = Redis.from_url(server.url, protocol=2)
         await redis.set(CURSOR, "0")
         relay.add(*range(1, 11))

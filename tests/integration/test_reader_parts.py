@@ -16,8 +16,8 @@ from aiohttp import WSServerHandshakeError
 from multidict import CIMultiDict, CIMultiDictProxy
 from redis import exceptions
 from redis.asyncio import Redis
+from servers import RedisUnderTest
 
-from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.edge.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
 from fastworker.edge.redis_client import connect, error_code, translate, translating
 from fastworker.edge.relay import PATH, RelayAddress, _at_least
@@ -85,6 +85,15 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
         (ConnectionResetError("reset"), "", StreamUnavailable),
         (exceptions.AuthenticationError("invalid username-password pair"), "WRONGPASS", StreamUnavailable),
         (exceptions.NoPermissionError("this user has no permissions to run"), "NOPERM", Unreachable),
+        (exceptions.ResponseError("ACL failure in script: User x has no permissions to"), "NOPERM", Unreachable),
+        (
+            exceptions.ResponseError(
+                "Error running script (call to f_1): @user_script:1: @user_script: 1: The user executing the script "
+                "can't run this command or subcommand"
+            ),
+            "NOPERM",
+            Unreachable,
+        ),
         (exceptions.ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE", Unreachable),
         (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", Unreachable),
         (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", exceptions.ResponseError),
@@ -270,8 +279,15 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None) -> Feed:
-    return Feed(redis, stream_key=STREAM, cursor_key=CURSOR, max_stream_len=limit, stream_bytes_max=limit_bytes)
+def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None, keep_s: float = 0.0) -> Feed:
+    return Feed(
+        redis,
+        stream_key=STREAM,
+        cursor_key=CURSOR,
+        max_stream_len=limit,
+        stream_bytes_max=limit_bytes,
+        keep_s=keep_s,
+    )
 
 
 def chunk_of(*seqs: int) -> Chunk:
@@ -355,7 +371,7 @@ async def test_a_limit_in_bytes_is_measured_when_trimming(redis: Redis) -> None:
 
 
 async def test_out_of_memory_in_the_script_is_all_or_nothing(server_dir: Path) -> None:
-    with EmbeddedRedis(server_dir, aof=False) as server:
+    with RedisUnderTest(server_dir, aof=False) as server:
         redis = connect(server.url)
         feed = feed_on(redis)
         assert await feed.acquire()
@@ -470,6 +486,28 @@ async def test_finished_entries_can_be_kept_for_a_while(redis: Redis) -> None:
     await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
     assert (await trim_finished(redis, STREAM, keep_s=60)).trimmed == 1
     assert (await trim_finished(redis, STREAM)).trimmed == 3
+
+
+async def test_what_is_kept_yields_to_what_comes(redis: Redis) -> None:
+    """A stream full of finished entries that are kept for --reapply must not make the reader wait."""
+    feed = feed_on(redis, 20, keep_s=3_600.0)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    await redis.xgroup_create(STREAM, "firehose-processors", "0", mkstream=True)
+    for start in range(1, 101, 10):
+        chunk = chunk_of(*range(start, start + 10))
+        while not await feed.append(chunk):
+            assert (await feed.trim(make_room=True)).trimmed
+        found = await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"})
+        await redis.xack(STREAM, "firehose-processors", *(entry_id for entry_id, _ in found[0][1]))
+        assert await redis.xlen(STREAM) >= 10
+    await feed.append(chunk_of(*range(101, 111)))
+    found = await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
+    assert (await redis.xlen(STREAM), (await feed.trim()).trimmed, await redis.xlen(STREAM)) == (20, 2, 18)
+    found = await redis.xrange(STREAM)
+    await redis.xgroup_create(STREAM, "slow", "0")
+    assert (await feed.trim(make_room=True)).trimmed == 0, "what a group has not finished never goes"
+    assert await redis.xrange(STREAM) == found
 
 
 async def test_errors_are_translated_around_the_scripts(redis: Redis) -> None:

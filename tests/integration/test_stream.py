@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -161,6 +162,8 @@ async def test_acks_and_dead_letters_pass_at_maxmemory(redis):
         assert await stream.ack({COMMITTED: [first[0]]}) == 1
         assert await stream.set_aside([SetAside(*second, Reason.BAD_JSON, "")], now_ms=1) == 1
         assert await ledger(redis) == {"committed": 1, "set_aside": 1, "drop:bad_json": 1}
+        await stream.renew()
+        assert (await consumer(redis)).name == "w-1"  # a worker that is started again is who makes room
     finally:
         await redis.config_set("maxmemory", "0")
 
@@ -212,17 +215,58 @@ async def test_a_foreign_consumer_is_emptied_but_never_deleted(redis):
     assert len(await stream.consumers()) == 1
 
 
+async def idle_of(redis: Redis) -> dict[str, int]:
+    return {
+        one["message_id"].decode(): one["time_since_delivered"]
+        for one in await redis.xpending_range(KEY, GROUP, "-", "+", 5_000)
+    }
+
+
 async def test_renewing_keeps_old_workers_from_claiming(redis):
-    stream = await consumer(redis)
-    [entry_id] = await add(redis, 1)
-    await stream.read(block_ms=1)
-    [[_, _, idle, _]] = [list(p.values()) for p in await redis.xpending_range(KEY, GROUP, "-", "+", 1)]
-    while not await redis.xpending_range(KEY, GROUP, "-", "+", 1, idle=idle + 20):
+    """All that is pending in our name and old enough, also what no pipeline knows of; nobody else's."""
+    stream, other = await consumer(redis), await consumer(redis)
+    ids = await add(redis, 2_500)
+    while await stream.read(block_ms=1):
         pass
-    await stream.renew([entry_id])
-    [after] = await redis.xpending_range(KEY, GROUP, "-", "+", 1)
-    assert after["time_since_delivered"] < idle + 20
-    assert after["times_delivered"] == 1
+    [theirs] = await add(redis, 1)
+    await other.read(block_ms=1)
+    while min((await idle_of(redis)).values()) < 60:
+        await asyncio.sleep(0.02)
+    [young] = await add(redis, 1)
+    await stream.read(block_ms=1)
+    await stream.renew(idle_ms=50)
+    after = await idle_of(redis)
+    assert max(after[entry_id] for entry_id in [*ids, young]) <= after[theirs] - 50
+    [first] = await redis.xpending_range(KEY, GROUP, "-", "+", 1)
+    assert first["times_delivered"] == 1
+    assert await ledger(redis) == {}
+
+
+async def test_what_somebody_trims_while_we_hold_it_is_a_ghost_once(redis):
+    """Redis 7 drops it from the pending list when it is renewed; its rows are written all the same."""
+    stream = await consumer(redis)
+    ids = await add(redis, 5)
+    await stream.read(block_ms=1)
+    await redis.xdel(KEY, ids[1], ids[2])
+    await stream.renew()
+    await stream.renew()
+    assert await stream.ack({COMMITTED: ids}) == 3
+    assert await ledger(redis) == {"ghosts": 2, "committed": 3}
+    assert await pending(redis) == 0
+
+
+async def test_a_name_under_which_a_predecessor_works_is_not_taken(redis):
+    """It holds no lease; its entries are claimed when it has been idle for long, never read back as ours."""
+    await consumer(redis, foreign_idle_ms=100)
+    await add(redis, 1)
+    await redis.xreadgroup(GROUP, "w-1", {KEY: ">"})
+    second = await consumer(redis, foreign_idle_ms=60_000)
+    assert second.name == "w-2"
+    await second.release()
+    await asyncio.sleep(0.15)
+    third = await consumer(redis, foreign_idle_ms=100)
+    assert third.name == "w-1"
+    assert len((await third.read_own("0"))[0]) == 1
 
 
 async def test_a_lost_group_starts_behind_what_postgresql_knows(redis):

@@ -6,6 +6,8 @@ Run as a program, this file is the process under test: `python test_supervisor.p
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import queue
 import re
@@ -23,6 +25,8 @@ import pytest
 from fastworker.crashpoint import Place, arm, crashpoint
 from fastworker.errors import ExitCode, StoppedItself, Unreachable
 from fastworker.log import setup_logging
+from fastworker.run import child as child_module
+from fastworker.run import supervisor as supervisor_module
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import Heartbeats, Slot, now_ms
 from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
@@ -81,6 +85,10 @@ async def idle_hands(slot: Slot, stopping: asyncio.Event) -> None:
         await healthy(slot, stopping)
         return
     slot.set(ready=1)
+    await waits_for_nothing(stopping)
+
+
+async def waits_for_nothing(stopping: asyncio.Event) -> None:
     await stopping.wait()
 
 
@@ -100,14 +108,31 @@ async def will_not_drain(slot: Slot, stopping: asyncio.Event) -> None:
 
 
 async def fat(slot: Slot, stopping: asyncio.Event) -> None:
-    ballast = b"x" * (200 << 20) if slot.get("starts") == 1 and slot.number == 0 else b""
+    ballast: list[bytes] = []
+    growing = asyncio.create_task(grow(ballast)) if slot.get("starts") == 1 and slot.number == 0 else None
     await healthy(slot, stopping)
-    del ballast
+    if growing is not None:
+        growing.cancel()
+
+
+async def grow(ballast: list[bytes]) -> None:
+    for _ in range(50):
+        ballast.append(b"x" * (4 << 20))
+        await asyncio.sleep(0.02)
 
 
 async def brief(slot: Slot, stopping: asyncio.Event) -> None:
     slot.set(ready=1)
     await asyncio.sleep(0.2)
+
+
+async def leaves_an_orphan(slot: Slot, stopping: asyncio.Event) -> None:
+    if slot.get("starts") == 1:
+        if os.fork() == 0:
+            time.sleep(0.3)  # noqa: ASYNC251 - outlives its parent, and is nobody's but the first process's
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    await healthy(slot, stopping)
 
 
 def child(main: Callable) -> Callable[[Slot], int]:
@@ -134,12 +159,19 @@ SCENARIOS = {
         ("never_ready_again", never_ready_again, 1),
         ("will_not_drain", will_not_drain, 1),
         ("fat", fat, 1),
+        ("leaves_an_orphan", leaves_an_orphan, 1),
+        ("orphaned_deaf", deaf_loop, 1),
+        ("orphaned_busy", will_not_drain, 1),
     ]
 }
 SCENARIOS["dies"] = [ChildSpec(name="worker", target=dies, count=1)]
 SCENARIOS["family"] = [
     ChildSpec(name="worker", target=child(healthy), count=1),
     ChildSpec(name="monitor", target=child(healthy)),
+]
+SCENARIOS["fat_monitor"] = [
+    ChildSpec(name="monitor", target=child(fat)),
+    ChildSpec(name="worker", target=child(healthy), count=1),
 ]
 SCENARIOS["demo"] = [
     ChildSpec(name="worker", target=child(healthy), count=1),
@@ -149,10 +181,14 @@ SCENARIOS["demo"] = [
 
 def main() -> int:
     setup_logging("INFO", "human")
+    supervisor_module.MEMORY_LOOK_S = 0.5
+    if sys.argv[1].startswith("orphaned"):
+        child_module.STUCK_S = child_module.LEFT_S = 1.0
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: gets orphans, as the first process of a container does
     return Supervisor(
         SCENARIOS[sys.argv[1]],
         Heartbeats(8),
-        patience=Patience(drain_s=2.0, tick_s=2.0, progress_s=4.0, start_s=2.0),
+        patience=Patience(drain_s=2.0, tick_s=2.0, progress_s=4.0, start_s=2.0, recycle_s=1.0),
         memory_max_bytes=150 << 20,
         workers_max=3,
         notify_socket=sys.argv[2] if len(sys.argv) > 2 else None,
@@ -177,6 +213,7 @@ class Run:
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path) + os.pathsep + str(ROOT)},
             cwd=ROOT,
+            start_new_session=True,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.seen: list[str] = []
@@ -232,7 +269,8 @@ def start() -> Iterator[Callable[..., Run]]:
 
     yield begin
     for run in runs:
-        run.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)  # children that a failed test left, too
         run.process.wait()
         run.thread.join(timeout=5)
         run.process.stdout.close()
@@ -243,6 +281,11 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def children_of(pid: int) -> list[int]:
+    """The dead that nobody waited for, too."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def until(fact: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -340,6 +383,9 @@ def test_a_stopped_child_is_replaced(start):
 def test_no_progress_is_noticed_although_the_loop_turns(start):
     run = start("idle_hands")
     run.line("has made no progress for 4 s", 15)
+    run.line("Current thread|Thread 0x")
+    run.line("What its tasks wait for")
+    run.line("in waits_for_nothing$")  # the innermost await, which the thread's own stack does not show
     run.line("^up 0 .* starts 2")
 
 
@@ -401,6 +447,33 @@ def test_no_orphan_survives_the_supervisor(start):
     until(lambda: not any(map(alive, pids)))
 
 
+@pytest.mark.parametrize("scenario", ["orphaned_deaf", "orphaned_busy"])
+def test_no_orphan_survives_though_it_hangs(start, scenario):
+    """Its loop does not turn, or it turns and nothing is ever drained: then the child's own clocks end it."""
+    run = start(scenario)
+    [pid] = run.ups(1)
+    run.send(signal.SIGKILL)
+    until(lambda: not alive(pid), 8)
+
+
+def test_no_zombie_is_left_not_even_of_others(start):
+    run = start("leaves_an_orphan")
+    [pid] = run.ups(1)
+    until(lambda: children_of(run.process.pid) == [pid])
+    for _ in range(3):
+        os.kill(pid, signal.SIGKILL)
+        [pid] = run.ups(1)
+        assert children_of(run.process.pid) == [pid]
+
+
+def test_a_fat_monitor_is_replaced(start):
+    run = start("fat_monitor")
+    [pid, _] = run.ups(2)
+    run.line(r"monitor .* MB of its own: replacing it", 15)
+    run.line(rf"^drained 0 {pid}")
+    run.line(r"^up 0 .* starts 2")
+
+
 def test_a_fat_worker_is_replaced(start):
     run = start("fat")
     [pid] = run.ups(1)
@@ -419,13 +492,16 @@ def test_systemd_is_told(start, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(path)
         receiver.settimeout(10)
-        run = start("healthy", path)
-        told = set()
-        while not {b"READY=1", b"WATCHDOG=1"} <= told:
-            told.add(receiver.recv(100))
+        run = start("will_not_drain", path)
+        told = [receiver.recv(100)]
+        while not {b"READY=1", b"WATCHDOG=1"} <= set(told):
+            told.append(receiver.recv(100))
         run.send(signal.SIGTERM)
         while b"STOPPING=1" not in told:
-            told.add(receiver.recv(100))
+            told.append(receiver.recv(100))
+        while told[-1] != b"WATCHDOG=1":  # a drain that takes its time is no hang
+            told.append(receiver.recv(100))
+        assert told.count(b"READY=1") == told.count(b"STOPPING=1") == 1
     assert run.end() == 0
 
 

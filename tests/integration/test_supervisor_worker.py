@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -25,7 +26,7 @@ from fastworker.edge.redis_client import connect
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
-from fastworker.run.heartbeat import Heartbeats
+from fastworker.run.heartbeat import Heartbeats, Slot
 from fastworker.run.supervisor import ChildSpec, Supervisor
 from fastworker.run.worker import WorkerSettings, shrunk, worker_child
 
@@ -35,10 +36,17 @@ POST = "at://did:plc:aaaaaaaaaaaaaaaaaaaaaaaa/app.bsky.feed.post/3kaaaaaaaaa2a"
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 
 
+def slowly(worker: Callable[[Slot], int], slot: Slot) -> int:
+    time.sleep(0.8)  # longer than a drain: whoever stops the old one first leaves a gap that can be seen
+    return worker(slot)
+
+
 def main() -> int:
     setup_logging("INFO", "human")
     settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
     worker = worker_child(settings)
+    if len(sys.argv) > 2:
+        worker = partial(slowly, worker)
     return Supervisor([ChildSpec("worker", worker, count=settings.processes)], Heartbeats(8)).run()
 
 
@@ -64,10 +72,10 @@ class Bench:
         self.seq = 0
         self.likes = 0
 
-    def start(self, **changes: object) -> None:
+    def start(self, *, slow: bool = False, **changes: object) -> None:
         settings = msgspec.structs.replace(self.settings, **changes)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, msgspec.json.encode(settings).decode()],
+            [sys.executable, "-P", __file__, msgspec.json.encode(settings).decode(), *(["slow"] if slow else [])],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,6 +94,14 @@ class Bench:
         text, _ = self.process.communicate(timeout=15)
         assert self.process.returncode == expected, text
         return text
+
+    def end(self, seconds: float = 60.0) -> str:
+        """Wait until it ends by itself; what it printed."""
+        try:
+            return self.process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"it did not end:\n{self.process.communicate()[0]}")
 
     async def add(self, count: int) -> None:
         """Likes of one post by `count` accounts; every tenth is deleted again."""
@@ -121,6 +137,10 @@ class Bench:
 
     async def settled(self) -> bool:
         return sum((await self.ledger()).values()) == await self.redis.xlen(KEY)
+
+    async def settled_less_drops(self) -> bool:
+        ended = sum(n for name, n in (await self.ledger()).items() if not name.startswith("drop:"))
+        return ended == await self.redis.xlen(KEY)
 
     async def assert_all_is_well(self, pg: asyncpg.Connection) -> None:
         assert await self.ledger() == {"committed": await self.redis.xlen(KEY)}
@@ -198,6 +218,143 @@ async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
     assert await bench.ledger() == {"set_aside": 1, "drop:bad_json": 1}
 
 
+# --- an outage, beside others on the same group
+
+
+async def claim_as_the_old_worker_does(redis: Redis, idle_ms: int) -> None:
+    """One round of the TypeScript worker (predecessor contract, 1.2 and 1.5)."""
+    for one in await redis.xpending_range(KEY, GROUP, "-", "+", 100):
+        if one["time_since_delivered"] <= idle_ms:
+            continue
+        entry_id = one["message_id"]
+        if one["times_delivered"] >= 10:
+            for _, fields in await redis.xrange(KEY, entry_id, entry_id):
+                more = {"origId": entry_id, "deliveries": one["times_delivered"]}
+                await redis.xadd("firehose:dead-letters", {**fields, **more})
+            await redis.xack(KEY, GROUP, entry_id)
+        else:
+            await redis.xclaim(KEY, GROUP, "worker-0-p0", idle_ms, [entry_id])
+
+
+@pytest.mark.parametrize(
+    ("lease_ms", "idle_ms", "outage_s"),
+    [
+        (4_000, 4_000, 5.5),
+        pytest.param(15_000, 10_000, 150, marks=[pytest.mark.extended, pytest.mark.timeout(400)], id="real figures"),
+    ],
+)
+async def test_nobody_takes_what_a_live_worker_cannot_finish(bench, pg, lease_ms, idle_ms, outage_s):
+    """PostgreSQL hangs; an old worker claims after 10 s (scaled) and gives up after 10 deliveries; another worker of
+    ours, of another name, looks for the dead all the time."""
+    other = Bench(bench.redis, bench.settings.redis_url, bench.settings.database_url)
+    try:
+        async with pg.transaction():
+            await pg.execute("LOCK TABLE likes")
+            await bench.add(2_000)
+            bench.start(lease_ms=lease_ms)
+            await bench.until(lambda: _has(bench.pending))
+            other.start(consumer_id="x", lease_ms=lease_ms, scan_s=0.2, foreign_idle_ms=idle_ms)
+            await asyncio.sleep(1)
+            held = {one["message_id"]: one["consumer"] for one in await pending_entries(bench.redis)}
+            until = time.monotonic() + outage_s
+            while time.monotonic() < until:
+                await claim_as_the_old_worker_does(bench.redis, idle_ms)
+                await asyncio.sleep(0.05)
+            after = {one["message_id"]: one["consumer"] for one in await pending_entries(bench.redis)}
+            assert held.items() <= after.items()
+            assert b"worker-0-p0" not in after.values()
+        await bench.until(bench.settled)
+        bench.stop()
+        other.stop()
+    finally:
+        if other.process is not None and other.process.poll() is None:
+            other.kill()
+    await bench.assert_all_is_well(pg)
+
+
+async def test_a_rolling_restart_under_load_leaves_no_gap(bench, pg):
+    bench.start(slow=True)
+    await bench.add(100)
+    await bench.until(bench.settled)
+    done, fewest, longest = False, 99, 0.0
+
+    async def feed() -> None:
+        while not done:
+            await bench.add(20)
+            await asyncio.sleep(0.02)
+
+    async def watch() -> None:
+        nonlocal fewest, longest
+        seen, since = 0, time.monotonic()
+        while not done:
+            if (committed := (await bench.ledger())["committed"]) != seen:
+                seen, since = committed, time.monotonic()
+            longest = max(longest, time.monotonic() - since)
+            fewest = min(fewest, len(await bench.redis.keys("fastworker:consumer:*")))
+            await asyncio.sleep(0.005)
+
+    before = set(children_of(bench.process.pid))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(feed())
+        tasks.create_task(watch())
+        bench.process.send_signal(signal.SIGHUP)
+        await bench.until(lambda: _of(not before & (now := set(children_of(bench.process.pid))) and len(now) == 2))
+        done = True
+    assert fewest == 4, "a process was told to stop before its successor had its consumers"
+    assert longest < 3, "nothing was finished for seconds"
+    await bench.until(bench.settled)
+    assert "Replacing all children" in bench.stop()
+    await bench.assert_all_is_well(pg)
+
+
+async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench):
+    """Exit 4, loudly, with everything still there: a bad release must not empty the stream into the dead letters."""
+    pipe = bench.redis.pipeline(transaction=False)
+    for number in range(2_500):
+        pipe.xadd(KEY, {"type": "commit", "data": "{", "seq": str(number + 1)})
+    await pipe.execute()
+    bench.start()
+    text = bench.end()
+    assert bench.process.returncode == ExitCode.STOPPED_ITSELF, text
+    assert "Too many entries cannot be stored" in text
+    assert "stopped itself: stopping all" in text
+    assert "Traceback" not in text
+    letters = await bench.redis.xlen("firehose:dead-letters")
+    group = (await bench.redis.xinfo_groups(KEY))[0]
+    assert letters + group["pending"] + group["lag"] == 2_500
+    assert letters <= 4 * 500
+    bench.start(dead_letters_in_a_row=2_500)  # the operator looked at them, and they may go
+    await bench.until(bench.settled_less_drops)
+    bench.stop()
+    assert await bench.ledger() == {"set_aside": 2_500, "drop:bad_json": 2_500}
+    assert await bench.redis.xlen("firehose:dead-letters") == 2_500
+
+
+# --- poison
+
+
+async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench, pg):
+    """One of 1,024 entries is refused by PostgreSQL. A sequence counts the attempts: it is not rolled back."""
+    await pg.execute(
+        "CREATE SEQUENCE attempts; CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "PERFORM nextval('attempts'); RAISE check_violation USING MESSAGE = 'poison'; END $$; "
+        "CREATE TRIGGER refuse BEFORE INSERT ON likes FOR EACH ROW WHEN (NEW.uri LIKE '%/3k00000000705') "
+        "EXECUTE FUNCTION refuse()"
+    )
+    await bench.add(930)
+    assert await bench.redis.xlen(KEY) >= 1_000
+    bench.start(processes=1, pipelines=1, batch_size=5_000)
+    await bench.until(bench.settled_less_drops)
+    bench.stop()
+    [(_, letter)] = await bench.redis.xrange("firehose:dead-letters")
+    assert (letter[b"reason"], letter[b"deliveries"], letter[b"consumer"]) == (b"row_rejected", b"1", b"w-0")
+    assert b"poison" in letter[b"error"]
+    count = await bench.redis.xlen(KEY)
+    assert await bench.ledger() == {"committed": count - 1, "set_aside": 1, "drop:row_rejected": 1}
+    assert 8 <= await pg.fetchval("SELECT last_value FROM attempts") <= 12  # log2 of about 1,000, and the first
+    assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes - 1
+
+
 async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(bench, pg):
     bench.start()
     await bench.add(1_000)
@@ -229,6 +386,18 @@ def test_pipelines_shrink_to_the_connections():
     assert (fits.processes, fits.pipelines) == (1, 1)
     few = msgspec.structs.replace(settings, processes=2, pipelines=2, pool_size=8)
     assert shrunk(few) is few
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def pending_entries(redis: Redis) -> list[dict]:
+    return await redis.xpending_range(KEY, GROUP, "-", "+", 100_000)
+
+
+async def _of(value: bool) -> bool:
+    return value
 
 
 async def _has(count: Callable[[], Awaitable[int]]) -> bool:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from fastworker.config import Config
-from fastworker.edge.postgres_admin import Facts
+from fastworker.edge.postgres_admin import Client, Facts, Past
 from fastworker.edge.redis_admin import Consumer, Group, Pending, Server, Stream
 from fastworker.run import checks
 from fastworker.run.checks import Finding, Verdict
@@ -20,6 +20,7 @@ SERVER = Server(
     cluster=False,
     used_memory_bytes=1,
     maxmemory_bytes=0,
+    machine_memory_bytes=2**34,
     maxmemory_policy="noeviction",
     aof=True,
     aof_fsync="everysec",
@@ -35,6 +36,7 @@ FACTS = Facts(
     max_connections=100,
     reserved_connections=3,
     connections=5,
+    own_connections=3,
     in_recovery=False,
     read_only=False,
     encoding="UTF8",
@@ -65,6 +67,13 @@ def _server(**changes: object) -> Server:
     return msgspec.structs.replace(SERVER, **changes)
 
 
+def _reader(
+    *, leased: bool = True, told: dict[str, object] | None = None, frame_age_s: float | None = 1.0
+) -> Iterator[Finding]:
+    told = {"connected": True} if told is None else told
+    return checks.the_reader(leased=leased, told=told, frame_age_s=frame_age_s, stream=STREAM)
+
+
 def _facts(**changes: object) -> Facts:
     return msgspec.structs.replace(FACTS, **changes)
 
@@ -84,6 +93,14 @@ STALE = int(SERVER.time_ms - 3_600_000)
         (checks.redis_role(_server(role="slave")), Verdict.FAIL, "replica"),
         (checks.redis_role(_server(cluster=True)), Verdict.FAIL, "Cluster"),
         (checks.redis_eviction(_server(maxmemory_policy="allkeys-lru")), Verdict.FAIL, "noeviction"),
+        (checks.redis_eviction(_server(maxmemory_policy="volatile-ttl")), Verdict.WARN, "leases may vanish"),
+        (
+            checks.redis_holds_a_full_stream(
+                _server(maxmemory_bytes=2**30), msgspec.structs.replace(STREAM, length=1_000, bytes=10**7), CONFIG
+            ),
+            Verdict.WARN,
+            "take 4.7 GB, and maxmemory is 1.0 GB: set REDIS_MAX_STREAM_LEN to 75,161",
+        ),
         (checks.redis_memory(_server(maxmemory_bytes=100, used_memory_bytes=95)), Verdict.WARN, "95 %"),
         (checks.redis_persistence(_server(aof=False)), Verdict.WARN, "appendonly yes"),
         (checks.redis_persistence(_server(aof_fsync="no")), Verdict.WARN, "everysec"),
@@ -98,6 +115,22 @@ STALE = int(SERVER.time_ms - 3_600_000)
             Verdict.WARN,
             "95 % full",
         ),
+        (
+            checks.somebody_works(
+                msgspec.structs.replace(STREAM, groups=(msgspec.structs.replace(GROUP, lag=9),)),
+                [_consumer(idle_ms=100_000)],
+                CONFIG,
+            ),
+            Verdict.WARN,
+            "9 entries wait and no worker is at work",
+        ),
+        (_reader(leased=False, told={"connected": True}), Verdict.WARN, "trims with MAXLEN"),
+        (_reader(leased=False, told={}), Verdict.WARN, "No reader is at work"),
+        (_reader(leased=True, told={"connected": False}), Verdict.WARN, "not connected to its relay"),
+        (_reader(frame_age_s=660.0), Verdict.WARN, "last frame came 11 minutes ago"),
+        (checks.old_dialect([{b"data": b'{"py_type":"x"}'}]), Verdict.WARN, "old Python reader's"),
+        (checks.cursor_is_one("firehose:python_cursor", "-1"), Verdict.FAIL, "DEL it to begin at the live tip"),
+        (checks.gaps(2), Verdict.WARN, "2 stretches"),
         (checks.group_exists(msgspec.structs.replace(STREAM, groups=()), CONFIG), Verdict.WARN, "no group"),
         (
             checks.groups_that_hold(
@@ -109,6 +142,16 @@ STALE = int(SERVER.time_ms - 3_600_000)
             "FASTWORKER_IGNORE_GROUPS=osprey-consumers",
         ),
         (checks.foreign_consumers([_consumer(idle_ms=5)], CONFIG), Verdict.WARN, "old-0"),
+        (
+            checks.foreign_consumers([_consumer("python-worker-4", idle_ms=5)], CONFIG),
+            Verdict.WARN,
+            "CONSUMER_ID=python-worker is theirs too (python-worker-4)",
+        ),
+        (
+            checks.foreign_consumers([_consumer("worker-3-p1", idle_ms=5)], CONFIG),
+            Verdict.WARN,
+            "TypeScript workers also take entries",
+        ),
         (
             checks.unreadable_for_others([_consumer(idle_ms=5)], [{b"n": b"\x01"}]),
             Verdict.FAIL,
@@ -132,6 +175,16 @@ STALE = int(SERVER.time_ms - 3_600_000)
             "1-0 is pending for python-worker-0",
         ),
         (checks.trimmed_pending(["1-0"]), Verdict.FAIL, "MAXLEN"),
+        (
+            checks.trimmed_unread(
+                msgspec.structs.replace(
+                    STREAM, entries_added=50, groups=(msgspec.structs.replace(GROUP, entries_read=30, lag=10),)
+                ),
+                CONFIG,
+            ),
+            Verdict.FAIL,
+            "10 entries were trimmed before",
+        ),
         (checks.dead_letters(3), Verdict.WARN, "fastworker dlq list"),
         (checks.postgres_version(_facts(version_num=130_011, version="13.11")), Verdict.FAIL, "14 or newer"),
         (checks.postgres_state(_facts(in_recovery=True)), Verdict.FAIL, "standby"),
@@ -142,7 +195,18 @@ STALE = int(SERVER.time_ms - 3_600_000)
         (checks.postgres_state(_facts(synchronous_commit="off")), Verdict.WARN, "synchronous_commit"),
         (checks.postgres_state(_facts(autovacuum="off")), Verdict.WARN, "autovacuum"),
         (checks.postgres_connections(FACTS, _config(pool_size=200)), Verdict.FAIL, "lower DB_POOL_SIZE"),
-        (checks.postgres_connections(_facts(connections=95), CONFIG), Verdict.WARN, "95 of 97"),
+        (
+            checks.postgres_connections(_facts(connections=95, clients=(Client("node as app", 90),)), CONFIG),
+            Verdict.WARN,
+            "Others hold 92 of 97 connections (90 by node as app)",
+        ),
+        (checks.second_writer(["a client as app"], []), Verdict.FAIL, "python-backfill-worker"),
+        (
+            checks.what_was_before(Past("12345", False, 0, 0), CONFIG, None),
+            Verdict.WARN,
+            "SET firehose:python_cursor 12345",
+        ),
+        (checks.what_was_before(Past(None, True, 9, 2), CONFIG, "7"), Verdict.WARN, "2 of 9 avatars"),
         (checks.postgres_connections(_facts(connection_limit=4), CONFIG), Verdict.FAIL, "CONNECTION LIMIT"),
         (checks.postgres_rights(_facts(lacking=("UPDATE on posts",))), Verdict.FAIL, "UPDATE on posts"),
         (checks.postgres_rights(_facts(superuser=True)), Verdict.WARN, "superuser"),
@@ -178,6 +242,21 @@ def test_nothing_is_said_where_all_is_well() -> None:
         *checks.abandoned_pending([leased], [Pending("1-0", "python-worker-0", 10, 1)]),
         *checks.trimmed_pending([]),
         *checks.dead_letters(0),
+        *checks.trimmed_unread(STREAM, CONFIG),
+        *checks.redis_holds_a_full_stream(
+            SERVER, msgspec.structs.replace(STREAM, length=10_000, bytes=5_000_000), CONFIG
+        ),
+        *checks.somebody_works(STREAM, [], CONFIG),
+        *_reader(),
+        *checks.the_reader(leased=False, told={}, frame_age_s=None, stream=None),
+        *checks.old_dialect([{b"data": b"{}"}, {b"n": b""}]),
+        *checks.cursor_is_one("c", None),
+        *checks.cursor_is_one("c", "31527015322"),
+        *checks.gaps(0),
+        *checks.second_writer([], []),
+        *checks.second_writer(["a client as app"], [_consumer(idle_ms=5)]),
+        *checks.what_was_before(Past("12345", True, 0, 0), CONFIG, None),
+        *checks.what_was_before(Past("12345", False, 0, 0), CONFIG, "1"),
         *checks.postgres_version(FACTS),
         *checks.postgres_state(FACTS),
         *checks.postgres_connections(FACTS, CONFIG),

@@ -1,0 +1,23 @@
+# The image of every service: `docker build -t fastworker .`; the command is a subcommand of fastworker.
+FROM python:3.13-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY fastworker ./fastworker
+RUN python -m venv /opt/fastworker \
+    && /opt/fastworker/bin/pip install --no-cache-dir --no-compile . \
+    && /opt/fastworker/bin/python -m compileall -q /opt/fastworker \
+    && /opt/fastworker/bin/pip uninstall --yes pip
+
+FROM python:3.13-slim
+COPY --from=build /opt/fastworker /opt/fastworker
+# Nothing is written: the root file system may be read-only. In a container the port has to be reachable from outside.
+ENV PATH=/opt/fastworker/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    FASTWORKER_HTTP_HOST=0.0.0.0
+USER 10001:10001
+WORKDIR /
+EXPOSE 9400 9401
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["fastworker", "health"]
+ENTRYPOINT ["fastworker"]
+CMD ["--help"]

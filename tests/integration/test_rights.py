@@ -1,0 +1,300 @@
+"""Least privilege: both services run end to end with what `fastworker grants` prints, and every right of it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import redis
+from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
+
+from fastworker.edge import feed, postgres_admin, rights, schema_admin, stream
+from fastworker.table import derive, merge
+from fastworker.table.schema import DERIVED, FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
+from fastworker.testing.compare import diff, dump, report
+from fastworker.testing.model import Model
+from fastworker.testing.network import Network
+from fastworker.testing.relay import SimRelay
+
+ROOT = Path(__file__).resolve().parents[2]
+STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
+
+
+def fastworker(*words: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastworker", *words],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "FASTWORKER_HTTP_PORT": "off", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def role(postgres_url: str) -> Iterator[Callable[[str], str]]:
+    """Make a service's role in a database that gives nothing to PUBLIC; its URL."""
+    made = []
+
+    def execute(statements: str) -> None:
+        async def run() -> None:
+            connection = await asyncpg.connect(postgres_url, timeout=10)
+            await connection.execute(statements)
+            await connection.close(timeout=10)
+
+        asyncio.run(run())
+
+    database = re.findall(r"/(\w+)\?|$", postgres_url)[0] or postgres_url.rpartition("/")[2]
+    execute(f"REVOKE ALL ON DATABASE {database} FROM PUBLIC; REVOKE ALL ON SCHEMA public FROM PUBLIC")
+
+    def make(service: rights.Service) -> str:
+        name = f"{service}_{os.getpid()}"
+        made.append(name)
+        for _ in range(2):  # again, as after an upgrade
+            execute(rights.sql(service, name))
+        return postgres_url.replace("postgres@", f"{name}@", 1)
+
+    yield make
+    for name in made:
+        execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+@pytest.fixture
+def user(redis_url: str) -> Iterator[Callable[[str], str]]:
+    """Make a service's Redis user; its URL."""
+    client = redis.Redis.from_url(redis_url)
+    made = []
+
+    def make(service: rights.Service) -> str:
+        name = f"{service}_{os.getpid()}"
+        client.execute_command(*rights.acl(service, name).replace(">PASSWORD", ">secret").split())
+        made.append(name)
+        scheme, _, rest = redis_url.partition("://")
+        return f"{scheme}://{name}:secret@{rest}"
+
+    yield make
+    for name in made:
+        client.execute_command("ACL", "DELUSER", name)
+    client.execute_command("ACL", "LOG", "RESET")
+    client.close()
+
+
+class Seen:
+    """The commands that the server has run since."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self.subcommands = int(client.info("server")["redis_version"].split(".")[0]) >= 7
+        client.execute_command("ACL", "LOG", "RESET")
+        client.config_resetstat()
+
+    def commands(self) -> set[str]:
+        found = self._client.info("commandstats")
+        return {name.removeprefix("cmdstat_") for name, one in found.items() if one["calls"]}
+
+    def refused(self) -> set[str]:
+        return {one[b"object"].decode() for one in self._client.execute_command("ACL", "LOG")}
+
+    def known(self, commands: set[str]) -> set[str]:
+        """As this server counts: before Redis 7 subcommands are not told apart."""
+        return commands if self.subcommands else {one.partition("|")[0] for one in commands}
+
+
+def in_scripts(*modules: Any) -> set[str]:
+    """What the scripts of these modules call: also what a short run does not come to."""
+    found = set()
+    for module in modules:
+        for name, sub in re.findall(r"redis\.p?call\('(\w+)'(?:, '([A-Z]+)')?", inspect.getsource(module)):
+            is_container = name in {"XGROUP", "XINFO"}
+            found.add(f"{name}|{sub}".lower() if is_container else name.lower())
+    return found
+
+
+def stop(process: subprocess.Popen[str]) -> str:
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
+    return out
+
+
+async def until(done: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = done()
+            if answer if isinstance(answer, bool) else await answer:
+                return
+            if process.poll() is not None:
+                raise AssertionError(f"it ended: {process.stdout.read() if process.stdout else ''}")
+            await asyncio.sleep(0.05)
+
+
+async def test_both_services_run_with_what_is_printed(
+    redis_url: str, postgres_url: str, pg: asyncpg.Connection, role: Any, user: Any
+) -> None:
+    frames = list(Network(11, mix="adversarial").frames(1_200))
+    last = max(frame.seq or 0 for frame in frames)
+    client = redis.Redis.from_url(redis_url)
+    client.set(CURSOR, 0)
+    seen = Seen(client)
+    async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
+        reader = await asyncio.to_thread(
+            lambda: fastworker(
+                "reader",
+                REDIS_URL=user("reader"),
+                DATABASE_URL=role("reader"),
+                RELAY_URL=relay.url,
+                FASTWORKER_STREAM_FORMAT="native",
+                FASTWORKER_STREAM_BYTES_MAX="1gb",
+            )
+        )
+        with ended(reader):
+            await until(lambda: client.getrange(CURSOR, 0, -1) == str(last).encode(), reader)
+            used = seen.commands()  # before this test asks with INFO itself
+            await until(lambda: seen.known({"memory|usage"}) <= seen.commands(), reader)
+            used |= seen.commands() - {"info"}
+            stop(reader)
+    allowed = seen.known(set(rights.COMMANDS["reader"]))
+    assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
+    assert allowed == allowed & (used | seen.known(in_scripts(feed))), "more is allowed than is used"
+
+    seen = Seen(client)
+    worker = await asyncio.to_thread(
+        lambda: fastworker("worker", REDIS_URL=user("worker"), DATABASE_URL=role("worker"))
+    )
+    expected = Model()
+    for frame in frames:
+        if frame.event is not None:
+            expected.apply(frame.event)
+    tables = expected.tables()
+
+    async def done() -> bool:
+        return not diff(tables, await dump(pg))
+
+    with ended(worker):
+        try:
+            await until(done, worker)
+        except TimeoutError:
+            pytest.fail(report(diff(tables, await dump(pg))))
+        stop(worker)
+    used = seen.commands()
+    allowed = seen.known(set(rights.COMMANDS["worker"]))
+    assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
+    assert allowed == allowed & (used | seen.known(in_scripts(stream, feed))), "more is allowed than is used"
+    client.close()
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=10)
+
+
+def worker_statements() -> list[tuple[str, list[Any] | None]]:
+    """Every statement of a worker, and arguments where nothing but NULLs would not reach what is guarded."""
+    constants = [value for name, value in vars(merge).items() if name.isupper() and isinstance(value, str)]
+    found = [
+        text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
+    ]
+    found += [*merge.CIDS.values(), *merge.SERVICES_LOCK.values(), *merge.SERVICE_LIKES.values()]
+    found.append(merge.recount(derive.FULL))
+    for table in TABLES:
+        found += [make(table) for make in (merge.insert, merge.lock, merge.update, merge.delete, merge.absent)]
+        if table.hot:
+            found += [merge.versions_of(table), merge.taken(table)]
+        if table.pair:
+            found += [merge.locate(table), merge.winners(table)]
+    found += [merge.upsert(table) for table in DERIVED]
+    found += [merge.delete(table) for table in (FEED_ITEMS, QUOTES, NOTIFICATIONS)]
+    found.append(schema_admin._APPLIED)
+    note = ("at://a", "did:web:a", "did:web:b", "like", None, None, datetime.now(UTC).replace(tzinfo=None))
+    return [
+        *((text, None) for text in found),
+        (merge.LABEL_EVENTS, [["at://no/such/label"]]),  # only rows take numbers from a sequence
+        (merge.upsert(NOTIFICATIONS), [[note]]),
+    ]
+
+
+async def denied(connection: asyncpg.Connection, statement: str, arguments: list[Any] | None) -> bool:
+    """Rights are checked before rows: NULLs do, whatever else is wrong with them."""
+    try:
+        async with connection.transaction():
+            prepared = await connection.prepare(statement)
+            await prepared.fetch(*(arguments or [None] * len(prepared.get_parameters())))
+    except InsufficientPrivilegeError:
+        return True
+    except PostgresError:
+        pass
+    return False
+
+
+@pytest.mark.parametrize("service", ["worker", "reader"])
+async def test_every_right_is_needed_and_no_other(pg: asyncpg.Connection, service: rights.Service) -> None:
+    statements = worker_statements() if service == "worker" else [(postgres_admin._FINISHED, None)]
+    role = f"needs_{service}_{os.getpid()}"
+    await pg.execute(rights.sql(service, role))
+    needed = [
+        *((rights.qualified(table), right) for table, some in rights.TABLE_RIGHTS[service].items() for right in some),
+        *((f"SEQUENCE public.{name}", "USAGE") for name in rights.SEQUENCES[service]),
+    ]
+    assert len(needed) == len(set(needed))
+    spare = []
+    try:
+        await pg.execute(f"SET plan_cache_mode = force_generic_plan; SET ROLE {role}")  # NULLs are not folded away
+        assert [text for text, arguments in statements if await denied(pg, text, arguments)] == []
+        for table, right in needed:
+            await pg.execute(f"RESET ROLE; REVOKE {right} ON {table} FROM {role}; SET ROLE {role}")
+            name = "notifications" if "notif" in table else table.rpartition(".")[2].removesuffix("_id_seq")
+            touching = [one for one in statements if name in one[0]]
+            if not any([await denied(pg, *one) for one in touching]):
+                spare.append(f"{right} ON {table}")
+            await pg.execute(f"RESET ROLE; GRANT {right} ON {table} TO {role}")
+        assert spare == []
+    finally:
+        await pg.execute(f"RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_check_compares_a_role_with_what_is_needed(pg: asyncpg.Connection, postgres_url: str) -> None:
+    role = f"lacks_{os.getpid()}"
+    await pg.execute(rights.sql("worker", role))
+    url = postgres_url.replace("postgres@", f"{role}@", 1)
+    try:
+        found = await postgres_admin.facts(url, rights.TABLE_RIGHTS["worker"])
+        assert found.lacking == ()
+        assert not found.superuser
+        await pg.execute(f"REVOKE INSERT ON label_events FROM {role}; REVOKE UPDATE, DELETE ON likes FROM {role}")
+        found = await postgres_admin.facts(url, rights.TABLE_RIGHTS["worker"])
+        assert found.lacking == ("INSERT on label_events", "DELETE, UPDATE on likes")
+    finally:
+        await pg.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_what_the_command_prints() -> None:
+    def printed(*words: str, **env: str) -> tuple[int, str]:
+        with fastworker("grants", *words, **env) as process:
+            out, _ = process.communicate(timeout=30)
+        return process.returncode, out
+
+    assert printed("worker") == (0, rights.sql("worker", "fastworker_worker"))
+    code, line = printed("reader", "--redis", "--role", "feeder", REDIS_STREAM_KEY="events")
+    assert code == 0
+    assert line == rights.acl("reader", "feeder", ("events",)) + "\n"
+    assert line.split()[:7] == ["ACL", "SETUSER", "feeder", "reset", "resetchannels", "on", ">PASSWORD"]
+    assert "~events" in line.split()
+    code, said = printed("worker", "--role", "a; DROP TABLE posts")
+    assert code == 2
+    assert "--role" in said

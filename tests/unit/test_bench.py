@@ -1,0 +1,81 @@
+"""What the benchmarks conclude from their figures, and that --help names each of them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT))
+
+from bench.instructions import compare as compare_counts  # noqa: E402
+from bench.report import medians, shown  # noqa: E402
+from bench.targets import TARGETS, compare  # noqa: E402
+
+
+def test_medians_are_taken_figure_by_figure_and_words_stay():
+    runs = [{"a": 1.0, "b": 9, "curve": "x"}, {"a": 3.0, "b": 7, "curve": "y"}, {"a": 2.0, "b": 8, "curve": "z"}]
+    assert medians(runs) == {"a": 2.0, "b": 8, "curve": "x"}
+    assert [shown(value) for value in (0.123, 12345.6, 7, "x")] == ["0.12", "12,346", "7", "x"]
+
+
+def test_a_target_is_told_only_where_there_is_a_figure_for_it():
+    told = [
+        ("decode", {"form": "json"}, {"events/s": 49_999.0}),
+        ("decode", {"form": "native"}, {"events/s": 60_000.0}),
+        ("latency", {"rate": 100}, {"all p50 ms": 99.0}),  # aimed at: 1,000 a second
+        ("life", {}, {"first ack s": 1.51, "drained s": 4.0}),
+    ]
+    lines = compare(told).splitlines()
+    assert [line.split()[0] for line in lines] == ["reached", "MISSED", "MISSED", "reached"]
+    assert compare([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("now", "well"),
+    [
+        ({"a": 105, "b": 50}, True),
+        ({"a": 106, "b": 50}, False),
+        ({"a": 100}, False),  # one that is gone
+        ({"a": 100, "b": 50, "c": 1}, False),  # one that nobody has kept
+    ],
+)
+def test_more_instructions_than_the_threshold_fail(now: dict[str, int], well: bool):
+    assert compare_counts(now, {"a": 100, "b": 50})[1] is well
+
+
+def test_every_target_is_a_figure_of_a_benchmark_that_help_explains():
+    said = subprocess.run(
+        [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    for name in {target.bench for target in TARGETS}:
+        assert f"\n    {name} " in said
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+def test_every_benchmark_runs(tmp_path: Path):
+    """On few events: that none of them has rotted. What they measure then means nothing."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench", "--quick", "--events", "2000", "--results", str(tmp_path / "results.jsonl")],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=880,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) > 40
+    assert "Targets" in ran.stdout
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(600)
+def test_instructions_are_counted_and_compared():
+    if shutil.which("valgrind") is None:
+        pytest.skip("Debian's package valgrind is not installed")
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.instructions"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=580
+    )
+    assert "CAR walk and hashes" in ran.stdout, ran.stderr[-3000:]
+    assert ran.returncode in (0, 1)
