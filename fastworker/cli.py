@@ -20,12 +20,14 @@ import click
 import msgspec
 
 import fastworker
-from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, redact
+from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
+from fastworker.redact import redact
 
 if TYPE_CHECKING:
     from fastworker.run.dlq import Wanted
-    from fastworker.run.monitor import HttpSettings, MonitorSettings
+    from fastworker.run.monitor import MonitorSettings
+    from fastworker.run.page import HttpSettings
     from fastworker.run.reader import ReaderSettings
     from fastworker.run.up import Plan
     from fastworker.run.worker import WorkerSettings
@@ -125,6 +127,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         pipelines=config.pipelines,
         derive=config.derive,
         dead_letter_maxlen=config.dead_letter_maxlen,
+        tracing=config.tracing,
         dead_letters_in_a_row=config.dead_letters_in_a_row,
         crashpoint=config.crashpoint,
     )
@@ -139,6 +142,7 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
         group=config.group,
         ignore_groups=config.ignore_groups,
         max_stream_len=config.max_stream_len,
+        stream_bytes_max=config.stream_bytes_max,
         keep_s=config.keep_s,
         connections_max=config.pool_size,
         with_reader=with_reader,
@@ -163,7 +167,7 @@ def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
 
 
 def _http_settings(config: Config, default: int) -> HttpSettings:
-    from fastworker.run.monitor import HttpSettings
+    from fastworker.run.page import HttpSettings
 
     port = default if config.http_port is None else config.http_port
     return HttpSettings(
@@ -179,7 +183,7 @@ def reader() -> ExitCode:
     received is on the stream.
     """
     from fastworker.run.checks import preflight
-    from fastworker.run.monitor import serve_reader
+    from fastworker.run.reader_port import serve_reader
     from fastworker.run.signals import stop_on_signals
 
     config = _config()
@@ -275,7 +279,7 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.run.monitor import ask_health
+    from fastworker.run.page import ask_health
 
     config = _config()
     if config.http_port in (0, "off"):

@@ -20,19 +20,12 @@ import msgspec
 from msgspec import Meta
 
 from fastworker.errors import ConfigError
+from fastworker.redact import redact
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
 WORKER_PORT: Final = 9400
 READER_PORT: Final = 9401
-
-_USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
-_SECRET_OPTION: Final = re.compile(r"(?i)(\w*(?:password|passwd|token|secret)=)[^&\s]+")
-
-
-def redact(text: str) -> str:
-    """The text with the passwords of its URLs as `***`; right for malformed URLs too."""
-    return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
 
 
 def _shown(name: str, text: str) -> str:
@@ -335,7 +328,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1024)] | None,
         _env(
             "FASTWORKER_STREAM_BYTES_MAX",
-            "reader up check",
+            "reader worker up check",
             "Memory of the stream in Redis at which it counts as full, beside REDIS_MAX_STREAM_LEN.",
             read=_size,
             allowed="bytes, or a number with kb, mb or gb",
@@ -401,6 +394,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Literal["human", "json"],
         _env("FASTWORKER_LOG_FORMAT", "*", "Log lines for people or for machines.", read=str.lower),
     ] = "human"
+    tracing: Annotated[
+        bool,
+        _env(
+            "FASTWORKER_TRACING",
+            "worker up",
+            "OpenTelemetry: a span per flush, sent as OTEL_EXPORTER_OTLP_ENDPOINT and its siblings say. Needs "
+            "`pip install fastworker[otel]`.",
+            read=_flag,
+            allowed="on or off",
+            default="off",
+        ),
+    ] = False
     crashpoint: Annotated[
         str | None,
         _env(

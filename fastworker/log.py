@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from fastworker.config import redact
+from fastworker.redact import redact
 
 REPEATS_MAX: Final = 5
 """Lines of one template that pass within one window; a guess: enough to see a pattern."""

@@ -6,7 +6,8 @@ that they survive the processes that count. Series with a closed set of labels e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Final, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ from fastworker.table.schema import TABLES
 
 OUTCOMES: Final = ("committed", "nothing_to_store", "set_aside", "ghosts")
 KINDS: Final = ("#commit", "#identity", "#account")
+FRAME_KINDS: Final = (*KINDS, "#sync")
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -28,6 +30,10 @@ class Metric(msgspec.Struct, frozen=True):
     closed: tuple[str, ...] = ()
 
 
+def _histogram(name: str, why: str) -> Metric:
+    return Metric(f"fastworker_{name}", "histogram", why)
+
+
 def _counter(name: str, why: str, *labels: str, closed: tuple[str, ...] = ()) -> Metric:
     return Metric(f"fastworker_{name}_total", "counter", why, labels, closed)
 
@@ -36,15 +42,24 @@ def _gauge(name: str, why: str, *labels: str, closed: tuple[str, ...] = ()) -> M
     return Metric(f"fastworker_{name}", "gauge", why, labels, closed)
 
 
+# Of every service.
 BUILD = _gauge("build_info", "Always 1; which release runs.", "version")
 READY = _gauge("ready", "1 when connected, fresh and progressing: what /readyz answers.")
 
+MEMORY = _gauge(
+    "process_memory_bytes", "Proportional set size of each process; shared pages are shared out.", "process"
+)
+
 # The stream and the group, from Redis.
+REDIS_AGE = _gauge(
+    "redis_answer_age_seconds", "Seconds since Redis last told what follows; the figures are as old as this."
+)
 STREAM_ENTRIES = _gauge("stream_entries", "Entries on the stream; trimming removes only what every group finished.")
 STREAM_ENTRIES_MAX = _gauge("stream_entries_max", "REDIS_MAX_STREAM_LEN: at this length the reader waits.")
 STREAM_BYTES = _gauge("stream_bytes", "Memory of the stream in Redis, sampled.")
 STREAM_FULL_SECONDS = _gauge(
-    "stream_full_seconds", "Seconds until the stream is full at the present growth; +Inf when it does not grow."
+    "stream_full_seconds",
+    "Seconds until the stream meets its limit at the growth of the last minute; +Inf when it does not grow.",
 )
 STREAM_TRIMMED = _counter("stream_trimmed", "Finished entries that this process removed from the stream.")
 LAG_ENTRIES = _gauge("lag_entries", "Entries that no consumer of the group was given yet.")
@@ -53,7 +68,9 @@ GROUP_LAG = _gauge(
     "group_lag_entries", "As lag_entries, for every group on the stream: one that stands holds it.", "group"
 )
 PENDING = _gauge("pending_entries", "Entries that a consumer of the group has and did not ack yet.")
-PENDING_AGE = _gauge("oldest_pending_seconds", "Age of the oldest of them; grows when a flush hangs or a worker died.")
+PENDING_AGE = _gauge(
+    "oldest_pending_seconds", "Age of the oldest of them since its append: high while a backlog is worked off, too."
+)
 DEAD_LETTERS = _gauge("dead_letters", "Entries in firehose:dead-letters; each waits for a person.")
 
 # What became of entries, from the ledger that the ack scripts keep.
@@ -69,21 +86,33 @@ UNACCOUNTED = _gauge("unaccounted_entries", "Entries delivered but in no outcome
 # The worker's processes, from shared memory.
 PROCESSES = _gauge("processes", "Worker processes by state.", "state")
 RESTARTS = _counter("process_restarts", "Processes that were replaced after a crash, a stall or their memory ceiling.")
-MEMORY = _gauge(
-    "process_memory_bytes", "Proportional set size of each process; shared pages are shared out.", "process"
-)
-FLUSHES = _counter("flushes", "Transactions that wrote a batch.")
-FLUSH_TIME = _counter("flush_seconds", "Time spent in them; divided by flushes: the mean flush.")
+FLUSH_SECONDS = _histogram("flush_seconds", "Time that one flush took in PostgreSQL, retries included.")
+FLUSH_ENTRIES = _histogram("flush_entries", "Entries of one flush.")
 LAST_FLUSH = _gauge("last_flush_seconds", "Length of the latest flush of each process.", "process")
 UNSETTLED_AGE = _gauge("oldest_unsettled_seconds", "Age since its read of the oldest entry a process holds.", "process")
 HELD = _gauge("held_entries", "Entries that a process has read and not settled.", "process")
 PROGRESS_AGE = _gauge("progress_age_seconds", "Seconds since the slowest pipeline of a process got on.", "process")
-CHANGES = _counter("changes", "Records written or deleted, by table.", "table", closed=tuple(t.name for t in TABLES))
+CHANGES = _counter(
+    "changes", "Records written or deleted, by table.", "table", closed=tuple(sorted(t.name for t in TABLES))
+)
 ROWS = _counter("rows", "Rows inserted, changed or removed in the primary tables.")
 SUPERSEDED = _counter("superseded", "Ops that were not the newest of their record.")
 CLAIMED = _counter("claimed", "Entries adopted from consumers that died.")
-RETRIES = _counter("retries", "Attempts repeated because of a server.", "server", closed=("postgresql", "redis"))
-LATENCY = Metric("fastworker_latency_seconds", "histogram", "From the append of an entry to its ack.")
+RETRIES = _counter(
+    "retries",
+    "Attempts repeated: a server could not serve, or another writer came first (deadlocks are part of that).",
+    "cause",
+    closed=("postgresql", "redis", "conflict"),
+)
+LATENCY = _histogram("latency_seconds", "From the append of an entry to its ack.")
+STORE_AGE = _gauge(
+    "postgresql_answer_age_seconds", "Seconds since PostgreSQL last answered a process; asked every two seconds.",
+    "process",
+)  # fmt: skip
+CONNECTIONS = _gauge(
+    "connections", "PostgreSQL connections of the worker processes: open, and of these at work.", "state",
+    closed=("open", "busy"),
+)  # fmt: skip
 CONNECTIONS_MAX = _gauge("connections_max", "DB_POOL_SIZE: most PostgreSQL connections of this worker.")
 
 # The reader.
@@ -91,6 +120,7 @@ READER_CONNECTED = _gauge("reader_connected", "1 while the WebSocket is open.", 
 READER_FRAMES = _counter("reader_frames", "Frames received.")
 READER_BYTES = _counter("reader_bytes", "Bytes of frames received.")
 READER_ENTRIES = _counter("reader_entries", "Entries appended to the stream.")
+READER_EVENTS = _counter("reader_events", "Events received, by kind.", "kind", closed=FRAME_KINDS)
 READER_DUPLICATES = _counter("reader_duplicates", "Frames at or below the cursor, skipped.")
 READER_RECONNECTS = _counter("reader_reconnects", "Connections that ended without being asked to.")
 READER_GAPS = _counter("reader_gaps", "Stretches that the relay did not give us; recorded in fastworker:gaps.")
@@ -98,6 +128,10 @@ READER_DROPS = _counter(
     "reader_drops", "Frames and ops the reader dropped, by reason.", "reason", closed=tuple(map(str, Reason))
 )
 READER_CURSOR = _gauge("reader_cursor", "Newest seq that is on the stream.")
+READER_CURSOR_AGE = _gauge(
+    "reader_cursor_age_seconds", "How far the reader is behind: age, by the relay's clock, of the newest event."
+)
+READER_SILENT = _gauge("reader_silent", "1 when no frame came for long against the relay's own recent rate.")
 READER_FRAME_AGE = _gauge("reader_frame_age_seconds", "Seconds since the newest frame.")
 READER_FULL = _gauge("reader_waits_for_room", "1 while the stream is full and the reader does not read.")
 READER_OUTBOX = _gauge("reader_outbox_entries", "Entries received and not appended yet.")
@@ -112,16 +146,55 @@ class Figures:
         self._values: dict[Metric, dict[tuple[str, ...], float]] = {
             metric: {(label,): 0.0 for label in metric.closed} for metric in metrics
         }
+        self._sums: dict[Metric, float] = {}
 
     def set(self, metric: Metric, value: float, *labels: str) -> None:
-        """For a histogram the label is a bucket's upper bound, and the value what lies at or below it."""
         self._values[metric][labels] = value
+
+    def distribute(self, metric: Metric, bounds: Iterable[float], counts: Iterable[int], total: float) -> None:
+        """A histogram: how many in each bucket, the last one without a bound, and the sum of all values."""
+        uppers = [*map(str, bounds), "+Inf"]
+        for upper, below in zip(uppers, accumulate(counts), strict=True):
+            self._values[metric][upper,] = below
+        self._sums[metric] = total
+
+    def sum_of(self, metric: Metric) -> float:
+        return self._sums.get(metric, 0.0)
 
     def __iter__(self) -> Iterator[tuple[Metric, dict[tuple[str, ...], float]]]:
         return iter(self._values.items())
 
 
 _READER_ONLY: Final = frozenset(metric for metric in METRICS if metric.name.startswith("fastworker_reader_"))
-COMMON: Final = (BUILD, READY, STREAM_ENTRIES_MAX, STREAM_TRIMMED, MEMORY)
+COMMON: Final = (BUILD, READY, MEMORY, STREAM_ENTRIES_MAX, STREAM_TRIMMED)
 READER_METRICS: Final = tuple(m for m in METRICS if m in _READER_ONLY or m in COMMON)
 WORKER_METRICS: Final = tuple(m for m in METRICS if m not in _READER_ONLY)
+UP_METRICS: Final = METRICS
+
+
+def markdown() -> str:
+    """docs/metrics.md; a test compares them."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated by `python -m fastworker.metrics`; do not edit. How to read them: [monitoring.md](monitoring.md).",
+        "",
+        "The port of `worker` serves those of the worker, that of `reader` those of the reader, that of `up` both.",
+        "Labels with a closed set of values have a series for each, at zero, from the first second.",
+        "",
+        "| metric | type | labels | served by | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        if metric.closed:
+            labels += ": " + ", ".join(f"`{value}`" for value in metric.closed)
+        served_by = "both" if metric in COMMON else "reader" if metric in _READER_ONLY else "worker"
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {served_by} | {metric.why} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(markdown())

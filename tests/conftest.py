@@ -18,6 +18,7 @@ import pytest
 import redis
 import uvloop
 from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
+from services import Service
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.run.migrate import migrate
@@ -134,6 +135,22 @@ def redis_url(redis_server: EmbeddedRedis) -> str:
         client.flushall()
         client.script_flush()
     return redis_server.url
+
+
+@pytest.fixture
+def services() -> Iterator[Callable[..., Service]]:
+    """Starts services, and ends those that the test left."""
+    started: list[Service] = []
+
+    def start(*args: str, **env: str) -> Service:
+        started.append(Service(*args, **env))
+        return started[-1]
+
+    yield start
+    for service in started:
+        if service.process.poll() is None:
+            service.process.kill()
+        service.stop()
 
 
 @pytest.fixture(autouse=True)

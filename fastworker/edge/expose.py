@@ -47,13 +47,15 @@ class _Collector:
         self._source = source
 
     def collect(self) -> Iterator[Metric]:
-        for metric, values in self._source.figures():
+        figures = self._source.figures()
+        for metric, values in figures:
             family: Metric
             if not values:
                 continue
             if metric.kind == "histogram":
                 family = HistogramMetricFamily(metric.name, metric.why)
-                family.add_metric([], [(bound, value) for (bound,), value in values.items()], sum_value=None)
+                buckets = [(bound, value) for (bound,), value in values.items()]
+                family.add_metric([], buckets, sum_value=figures.sum_of(metric))
                 yield family
                 continue
             if metric.kind == "counter":

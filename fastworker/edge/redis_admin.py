@@ -17,9 +17,11 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from fastworker.edge.feed import DEAD_LETTERS, GAPS, LEASE, READER_STATS, STATUS
-from fastworker.edge.redis_client import connect, error_code, redact, translating
+from fastworker.edge.redis_client import connect, error_code, translating
 from fastworker.edge.stream import CONSUMERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import StreamUnavailable, Unreachable
+from fastworker.metrics import OUTCOMES
+from fastworker.redact import redact
 
 STATUS_KEY: Final = "fastworker:status:worker"
 """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
@@ -108,6 +110,13 @@ class Count(msgspec.Struct, frozen=True):
     given: int | None
     pending: int
     ledger: dict[str, int]
+
+    @property
+    def unaccounted(self) -> int | None:
+        """Given, but in no outcome and not pending: others acknowledged them."""
+        if self.given is None:
+            return None
+        return self.given - self.pending - sum(self.ledger.get(outcome, 0) for outcome in OUTCOMES)
 
 
 class Consumer(msgspec.Struct, frozen=True):
@@ -241,7 +250,7 @@ class RedisAdmin:
             consumers=int(found["consumers"]),
             pending=pending,
             last_delivered_id=delivered,
-            entries_read=0 if delivered == "0-0" else _optional(found.get("entries-read")),
+            entries_read=_entries_read(found),
             lag=int(lag),
             lag_is_exact=exact,
             oldest_pending_id=_text(summary["min"]) if summary.get("min") else None,
@@ -315,11 +324,16 @@ class RedisAdmin:
             pipe.xinfo_stream(self._key)
             pipe.xinfo_groups(self._key)
             pipe.hgetall(LEDGER_KEY)
-            stream, groups, ledger = await pipe.execute()
+            stream, groups, ledger = await pipe.execute(raise_on_error=False)
+            if isinstance(stream, ResponseError) and "no such key" in str(stream).lower():
+                stream, groups = {}, []
+            for answer in (stream, groups, ledger):
+                if isinstance(answer, Exception):
+                    raise answer
         found: dict[str, Any] = next((one for one in groups if _text(one["name"]) == group), {})
         return Count(
             appended=_optional(stream.get("entries-added")),
-            given=0 if _text(found.get("last-delivered-id", "")) == "0-0" else _optional(found.get("entries-read")),
+            given=_entries_read(found) if found else None,
             pending=int(found.get("pending", 0)),
             ledger={_text(field): int(value) for field, value in ledger.items()},
         )
@@ -392,6 +406,11 @@ class RedisAdmin:
         async with translating(self._redis):
             return await self._range(DEAD_LETTERS, start, count)
 
+    async def newest_letters(self, count: int) -> list[tuple[str, Fields]]:
+        async with translating(self._redis):
+            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(DEAD_LETTERS, count=count))
+        return [(_text(letter_id), fields) for letter_id, fields in found]
+
     async def letter(self, letter_id: str) -> Fields | None:
         async with translating(self._redis):
             found = await self._range(DEAD_LETTERS, letter_id, 1, letter_id)
@@ -462,6 +481,10 @@ def _share(first_id: str | None, delivered: str, last_id: str, length: int) -> i
     if at <= first:
         return length
     return round(length * (last - at) / (last - first)) if last > first else length
+
+
+def _entries_read(group: dict[str, Any]) -> int | None:
+    return 0 if _text(group["last-delivered-id"]) == "0-0" else _optional(group.get("entries-read"))
 
 
 def _optional(value: Any) -> int | None:

@@ -19,6 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
+from fastworker.redact import redact
 
 CONNECT_TIMEOUT_S: Final = 5.0
 SOCKET_TIMEOUT_S: Final = 10.0
@@ -69,14 +70,6 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
 _CODE: Final = re.compile(r"(?:^|@user_script: ?\d+: |caused error: )-?([A-Z]{3,})\b")
 # What a script is told that does what its user may not: without a code of its own (from 7.0, then 6.2).
 _NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executing the script can't ")
-
-_USERINFO: Final = re.compile(r"(://[^:/?#@\s]*):\S*@")
-_SECRET_OPTION: Final = re.compile(r"(?i)\b((?:ssl_)?(?:password|passwd|token|secret)=)[^&\s]+")
-
-
-def redact(url: str) -> str:
-    """The URL with its secrets as `***`; also right for malformed URLs and for text that holds some."""
-    return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", url))
 
 
 def connect(

@@ -17,8 +17,8 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from fastworker.edge.redis_client import redact
 from fastworker.errors import ConfigError
+from fastworker.redact import redact
 
 PATH: Final = "/xrpc/com.atproto.sync.subscribeRepos"
 FRAME_MAX: Final = 16 * 1024 * 1024

@@ -67,6 +67,7 @@ ROUNDS_MAX = 100  # of one conflict: each round means that another writer commit
 KNOWN_USERS_MAX = 65_536  # DIDs a process remembers as committed, about 12 MB
 TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what the stream's group has finished, too
 HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and pruning below it; workers look every 10 s
+PING_S = 3.0
 PRUNE_PIECE = 5_000  # tombstones per transaction
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
 POOLER = (
@@ -176,6 +177,7 @@ class Store:
         self._wary = 0  # transactions to go without COPY
         self._wary_next = WARY_MIN
         self._relays: set[str] = set()
+        self.conflicts = 0  # transactions begun again because another writer came first
         self._recount = merge.recount(derive) if "counts" in derive else None
 
     @classmethod
@@ -239,6 +241,22 @@ class Store:
                     yield connection
                 except (InternalClientError, ReadOnlySQLTransactionError):
                     connection.terminate()  # lost count, or led to what is a replica now
+                    raise
+
+    @property
+    def connections(self) -> tuple[int, int]:
+        """Open, and of these at work."""
+        size = self._pool.get_size()
+        return size, size - self._pool.get_idle_size()
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable unless the server answers within a moment."""
+        with translating():
+            async with asyncio.timeout(PING_S), self._connection() as connection:
+                try:
+                    await connection.fetchval("SELECT 1")
+                except BaseException:  # a cancelled query is waited for, which on a hung server has no end
+                    connection.terminate()
                     raise
 
     async def write(self, batch: Batch) -> Written:
@@ -1002,6 +1020,7 @@ class Store:
             try:
                 return await work()
             except RETRYABLE as error:
+                self.conflicts += 1
                 if attempt + 1 == ATTEMPTS_MAX:
                     raise StoreUnavailable(f"PostgreSQL: {error} ({ATTEMPTS_MAX} attempts)") from error
                 await asyncio.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))

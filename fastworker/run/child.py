@@ -114,7 +114,7 @@ def _dump_tasks(_number: int, _frame: object) -> None:
 def _verdict(slot: Slot, error: BaseException) -> int:
     """The exit code that says whose fault it was; what is not ours to explain gets a traceback."""
     cause = _first_cause(error)
-    slot.text("error", f"{type(cause).__name__}: {cause}")
+    slot.failed(cause)
     if isinstance(cause, FastworkerError):
         log.error("%s", cause)
         return cause.exit_code

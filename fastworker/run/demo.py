@@ -36,7 +36,7 @@ from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
 from fastworker.errors import ExitCode
 from fastworker.run.child import run_child
-from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State
+from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.run.migrate import migrate
 from fastworker.run.reader import ReaderSettings, run_reader
 from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
@@ -368,7 +368,7 @@ class _Conductor:
         counts = [0] * (len(LATENCY_MS) + 1)
         for snapshot in self._heartbeats.snapshot():
             if snapshot.name.startswith("worker"):
-                counts = [a + b for a, b in zip(counts, snapshot.latency, strict=True)]
+                counts = [a + b for a, b in zip(counts, snapshot.histograms["latency_ms"], strict=True)]
         return f"p50 {_quantile(counts, 0.5)}, p99 {_quantile(counts, 0.99)}"
 
     def _summary(
@@ -416,12 +416,10 @@ class _Conductor:
 
 def _quantile(counts: list[int], share: float) -> str:
     """The bucket that holds the share, as a bound."""
-    wanted, seen = share * sum(counts), 0
-    for bound, count in zip((*LATENCY_MS, None), counts, strict=True):
-        seen += count
-        if seen >= wanted and count:
-            return f"over {LATENCY_MS[-1]:,} ms" if bound is None else f"under {bound:,} ms"
-    return "unknown"
+    if not sum(counts):
+        return "unknown"
+    bound = quantile(LATENCY_MS, counts, share)
+    return f"over {LATENCY_MS[-1]:,} ms" if bound is None else f"under {bound:,} ms"
 
 
 def _pss(pid: int) -> int:

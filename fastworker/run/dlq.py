@@ -71,7 +71,7 @@ def _from_reader(letter: Fields) -> bool:
     return letter.get(b"consumer") == b"reader" and not letter.get(b"origId")
 
 
-def _line(letter_id: str, letter: Fields) -> Letter:
+def line_of(letter_id: str, letter: Fields) -> Letter:
     at = _text(letter, b"setAsideAt")
     moment = datetime.fromtimestamp((int(at) if at.isdigit() else id_ms(letter_id)) / 1000, UTC)
     return Letter(
@@ -113,7 +113,7 @@ async def list_letters(config: Config, *, reason: str | None, limit: int, as_jso
         async for letter_id, letter in _letters(admin):
             counts[reason_of(letter)] += 1
             if len(lines) < limit and reason in (None, reason_of(letter)):
-                lines.append(_line(letter_id, letter))
+                lines.append(line_of(letter_id, letter))
     if as_json:
         for line in lines:
             sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
@@ -140,7 +140,7 @@ async def show_letter(config: Config, letter_id: str) -> ExitCode:
     if letter is None:
         sys.stderr.write(f"There is no dead letter {letter_id}.\n")
         return ExitCode.NO
-    shown: dict[str, Any] = msgspec.to_builtins(_line(letter_id, letter))
+    shown: dict[str, Any] = msgspec.to_builtins(line_of(letter_id, letter))
     try:
         shown["event"] = _readable(_event(letter))
     except (InvalidEvent, ValueError) as error:

@@ -11,18 +11,23 @@ import mmap
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from itertools import accumulate
 from typing import Final
 
 import msgspec
 
 from fastworker.errors import Reason
+from fastworker.redact import redact
 from fastworker.table.schema import TABLES
 
 REASONS: Final = tuple(Reason)
 LATENCY_MS: Final = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1_000, 2_000, 5_000, 10_000)
-"""Upper bounds of the latency buckets (stream append to ack); one more is for everything above."""
+FLUSH_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 30_000)
+FLUSH_ENTRIES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+HISTOGRAMS: Final = {"latency_ms": LATENCY_MS, "flush_ms": FLUSH_MS, "flush_entries": FLUSH_ENTRIES}
+"""Upper bounds of the buckets; one more is for everything above. Latency: stream append to ack."""
 
 
 class State(IntEnum):
@@ -47,6 +52,10 @@ class Gauges(msgspec.Struct):
     held: int = 0  # entries read and not settled
     acked_per_second: int = 0
     flush_us_last: int = 0
+    store_ms: int = 0  # when PostgreSQL last answered
+    connections: int = 0  # to PostgreSQL, open
+    connections_busy: int = 0
+    error_ms: int = 0  # when `error` was written
 
 
 class Counters(msgspec.Struct):
@@ -67,6 +76,9 @@ class Counters(msgspec.Struct):
     superseded: int = 0  # ops that were not the newest
     flushes: int = 0
     flush_us_total: int = 0
+    flush_entries_total: int = 0
+    latency_ms_total: int = 0
+    conflicts: int = 0  # transactions begun again because another writer came first
     store_retries: int = 0
     stream_retries: int = 0
 
@@ -80,7 +92,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     counters: Counters
     drops: dict[Reason, int]
     tables: dict[str, int]  # changes written, by table
-    latency: tuple[int, ...]  # entries per bucket of LATENCY_MS, the last one without a bound
+    histograms: dict[str, tuple[int, ...]]  # by name: how many per bucket, the last one without a bound
     error: str
     consumers: str  # names, separated by spaces
 
@@ -94,12 +106,29 @@ _COUNTERS: Final = Counters.__struct_fields__
 _INDEX: Final = {name: n for n, name in enumerate(_GAUGES + _COUNTERS)}
 _DROPS_AT: Final = len(_INDEX)
 _TABLES_AT: Final = _DROPS_AT + len(REASONS)
-_LATENCY_AT: Final = _TABLES_AT + len(TABLES)
-_WORDS: Final = _LATENCY_AT + len(LATENCY_MS) + 1
+_BUCKETS_AT: Final = _TABLES_AT + len(TABLES)
+_BUCKETS: Final = dict(
+    zip(
+        HISTOGRAMS,
+        accumulate((len(bounds) + 1 for bounds in HISTOGRAMS.values()), initial=_BUCKETS_AT),
+        strict=False,  # the last sum is where the words end
+    )
+)
+_WORDS: Final = _BUCKETS_AT + sum(len(bounds) + 1 for bounds in HISTOGRAMS.values())
 _TEXTS: Final = {"name": (0, 40), "error": (40, 200), "consumers": (240, 272)}  # offset and bytes
 _SLOT_BYTES: Final = _WORDS * 8 + 512
 _REASON_INDEX: Final = {reason: _DROPS_AT + n for n, reason in enumerate(REASONS)}
 _TABLE_INDEX: Final = {table.name: _TABLES_AT + n for n, table in enumerate(TABLES)}
+
+
+def quantile(bounds: Sequence[int], counts: Sequence[int], share: float) -> int | None:
+    """The upper bound of the bucket that holds the share; None where nothing was counted or none is that high."""
+    wanted, seen = share * sum(counts), 0
+    for bound, count in zip(bounds, counts, strict=False):  # the last bucket has no bound
+        seen += count
+        if seen >= wanted and count:
+            return bound
+    return None
 
 
 def now_ms() -> int:
@@ -148,14 +177,17 @@ class Slot:
     def wrote(self, table: str, count: int) -> None:
         self._words[_TABLE_INDEX[table]] += count
 
-    def observe_latency(self, ages_ms: Iterable[int]) -> None:
-        words = self._words
-        for age in ages_ms:
-            words[_LATENCY_AT + bisect_left(LATENCY_MS, age)] += 1
+    def observe(self, histogram: str, value: int, count: int = 1) -> None:
+        self._words[_BUCKETS[histogram] + bisect_left(HISTOGRAMS[histogram], value)] += count
 
     def text(self, name: str, value: str) -> None:
         at, size = _TEXTS[name]
         self._texts[at : at + size] = value.encode(errors="replace")[:size].ljust(size, b"\0")
+
+    def failed(self, error: BaseException) -> None:
+        """Its latest error, for operators. Secrets go before it is cut: half a URL is not seen to be one."""
+        self.text("error", redact(f"{type(error).__name__}: {error}"))
+        self.set(error_ms=now_ms())
 
     def snapshot(self) -> Snapshot:
         words = self._words.tolist()
@@ -169,8 +201,8 @@ class Slot:
             gauges=Gauges(*words[: len(_GAUGES)]),
             counters=Counters(*words[len(_GAUGES) : _DROPS_AT]),
             drops=dict(zip(REASONS, words[_DROPS_AT:_TABLES_AT], strict=True)),
-            tables=dict(zip(_TABLE_INDEX, words[_TABLES_AT:_LATENCY_AT], strict=True)),
-            latency=tuple(words[_LATENCY_AT:]),
+            tables=dict(zip(_TABLE_INDEX, words[_TABLES_AT:_BUCKETS_AT], strict=True)),
+            histograms={name: tuple(words[at : at + len(HISTOGRAMS[name]) + 1]) for name, at in _BUCKETS.items()},
             error=texts["error"],
             consumers=texts["consumers"],
         )

@@ -16,21 +16,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from fastworker import __version__, metrics
-from fastworker.edge.expose import ask, serve
 from fastworker.edge.feed import trim_finished
 from fastworker.edge.redis_admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.edge.redis_client import connect
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
-from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Snapshot, State, now_ms
-from fastworker.run.reader import ReaderSettings, ReaderStats
-from fastworker.run.resume import read_and_resume
+from fastworker.redact import redact
+from fastworker.run.dlq import Letter, line_of
+from fastworker.run.heartbeat import (
+    FLUSH_ENTRIES,
+    FLUSH_MS,
+    HISTOGRAMS,
+    LATENCY_MS,
+    Heartbeats,
+    Snapshot,
+    State,
+    now_ms,
+    quantile,
+)
+from fastworker.run.page import Card, HttpSettings, Page, listen, pss
+from fastworker.run.reader import ReaderStats
+from fastworker.run.reader_port import FRESH_S, left_in_redis, put_figures, trouble
+from fastworker.run.reader_port import cards as reader_cards
 from fastworker.run.retry import pause
 from fastworker.run.status import ProcessStatus, WorkerStatus
 
@@ -40,19 +52,19 @@ READ_S: Final = 1.0
 PUBLISH_EVERY: Final = 2  # readings
 LOG_EVERY: Final = 5
 MEASURE_EVERY: Final = 5
-FRESH_S: Final = 10.0
-"""Readiness: a reading is no older, and a waiting entry gets finished within this time."""
+PROGRESS_S: Final = 8.0
+"""Readiness: some entry is finished within this time, while any wait."""
 STUCK_S: Final = 30.0
 """Liveness: a child's loop turns at least this often; the supervisor replaces it earlier."""
 GROWTH_WINDOW: Final = 60  # readings
-
-
-class HttpSettings(msgspec.Struct, frozen=True):
-    """`port` None: no HTTP. `chosen`: the operator named the port, so that another one will not do."""
-
-    host: str = "127.0.0.1"
-    port: int | None = None
-    chosen: bool = False
+RATE_WINDOW: Final = 5  # readings
+LETTERS_SHOWN: Final = 5
+OUTCOME_TITLES: Final = {
+    "committed": "committed",
+    "nothing_to_store": "nothing to store",
+    "set_aside": "set aside",
+    "ghosts": "trimmed while pending",
+}
 
 
 class MonitorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,31 +73,12 @@ class MonitorSettings(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     ignore_groups: tuple[str, ...] = ()
     max_stream_len: int = 500_000
+    stream_bytes_max: int | None = None
     keep_s: float = 0.0
     connections_max: int = 8
     with_reader: bool = False
     """The reader is one of this supervisor's children: readiness includes it."""
     http: HttpSettings = HttpSettings()
-
-
-class Card(msgspec.Struct, frozen=True):
-    """One figure of the status page."""
-
-    title: str
-    value: float | str | None
-    unit: str = ""
-
-
-class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """/status.json."""
-
-    version: str
-    at: float
-    ready: bool
-    why: list[str]
-    cards: list[Card]
-    processes: list[ProcessStatus]
-    drops: dict[str, int]
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,9 +88,26 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     time_ms: int
     stream: Stream | None
     ledger: dict[str, int]
+    unaccounted: int | None
     events: dict[str, int]
     dead_letters: int
-    reader_connected: bool
+    newest_letters: list[Letter]
+    reader: ReaderStats | None
+    """Of the supervisor's own reader."""
+    reader_age_s: float
+
+
+class Count(msgspec.Struct, frozen=True):
+    """Totals at one moment, to tell rates from."""
+
+    at: float
+    finished: dict[str, int]  # entries, by process
+    latency: tuple[int, ...]
+    added: int | None  # entries ever appended to the stream
+
+    @property
+    def total(self) -> int:
+        return sum(self.finished.values())
 
 
 async def run_monitor(
@@ -130,11 +140,12 @@ class _WorkerMonitor:
         self._acked_at = self._started
         self._work_since: float | None = None
         self._logged = (self._started, 0)
+        self._counts: deque[Count] = deque(maxlen=GROWTH_WINDOW)
         self._port: int | None = None
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         async with AsyncExitStack() as stack:
-            self._port = await _serve(stack, self, self._settings.http)
+            self._port = await listen(stack, self, self._settings.http)
             on_ready()
             turn = 0
             while True:
@@ -173,18 +184,24 @@ class _WorkerMonitor:
         stream = await admin.stream(measure=measure)
         if stream is not None and measure:
             self._bytes = stream.bytes
+        count = await admin.count(settings.group)
+        left = await admin.reader_stats() if settings.with_reader else {}
+        letters = await admin.newest_letters(LETTERS_SHOWN)
         self._reading = Reading(
             at=time.monotonic(),
             time_ms=await admin.time_ms(),
             stream=stream,
-            ledger=await admin.ledger(),
+            ledger=count.ledger,
+            unaccounted=count.unaccounted,
             events=await admin.event_counts(),
-            dead_letters=await admin.dead_letters(),
-            reader_connected=not settings.with_reader or bool((await admin.reader_status()).get("connected")),
+            dead_letters=await admin.dead_letters() if letters else 0,
+            newest_letters=[line_of(*letter) for letter in letters],
+            reader=left_in_redis(left),
+            reader_age_s=max(0.0, time.time() - int(left.get("at") or 0) / 1000),
         )
         self._lengths.append((self._reading.at, stream.length if stream else 0))
         if measure:
-            self._memory = {snapshot.gauges.pid: _pss(snapshot.gauges.pid) for snapshot in self._children()}
+            self._memory = {pid: pss(pid) for pid in (os.getppid(), *(one.gauges.pid for one in self._children()))}
         if turn % PUBLISH_EVERY == 0:
             await admin.put_status(self._owner, msgspec.json.encode(self._status()))
             if turn % 60 == 0:
@@ -213,36 +230,58 @@ class _WorkerMonitor:
         return [snapshot for snapshot in self._children() if snapshot.name.startswith("worker")]
 
     def _judge(self) -> None:
-        """Keep the times that readiness is told by: since when there is work, and when some was last finished."""
+        """Keep what rates and readiness are told by: counts, since when there is work, when some was last finished."""
         snapshots = self._heartbeats.snapshot()
         now = time.monotonic()
-        acked = sum(snapshot.acked for snapshot in snapshots)
+        stream = self._reading.stream if self._reading else None
+        added = stream.entries_added if stream else None
+        finished = {snapshot.name: snapshot.acked for snapshot in snapshots}
+        self._counts.append(Count(now, finished, _latency(snapshots), added))
+        acked = self._counts[-1].total
         if acked != self._acked:
             self._acked, self._acked_at = acked, now
-        group = self._reading.stream.group(self._settings.group) if self._reading and self._reading.stream else None
+        group = stream.group(self._settings.group) if stream else None
         is_work = any(snapshot.gauges.held for snapshot in snapshots) or (group is not None and group.lag > 0)
         self._work_since = (self._work_since or now) if is_work else None
 
+    def _rate(self, name: str | None = None) -> float:
+        """Entries finished per second over the last readings, by one process or by all."""
+        if len(self._counts) < 2:
+            return 0.0
+        first, last = self._counts[-min(len(self._counts), RATE_WINDOW + 1)], self._counts[-1]
+        count = last.total - first.total if name is None else last.finished[name] - first.finished.get(name, 0)
+        return max(0, count) / (last.at - first.at)
+
     def why_not_live(self) -> list[str]:
+        return self._stuck(STUCK_S)
+
+    def _stuck(self, longest_s: float) -> list[str]:
         now = now_ms()
         ages = [(snapshot.name, (now - snapshot.gauges.tick_ms) / 1000) for snapshot in self._children()]
-        return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > STUCK_S]
+        return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:
+        """Connected, fresh, progressing: whatever of it does not hold, in a sentence each."""
         now = time.monotonic()
-        why = self.why_not_live()
-        if not any(snapshot.gauges.ready for snapshot in self._workers()):
+        why = self._stuck(FRESH_S)
+        workers = self._workers()
+        if not any(snapshot.gauges.ready for snapshot in workers):
             why.append("no worker process is ready")
-        waits = {State.WAITING_FOR_STORE: "PostgreSQL", State.WAITING_FOR_STREAM: "Redis"}
-        for snapshot in self._workers():
-            if (server := waits.get(State(snapshot.gauges.state))) is not None:
-                why.append(f"{snapshot.name} waits for {server}: {snapshot.error or 'no error yet'}")
+        why += [reason for snapshot in workers if (reason := _waits(snapshot)) is not None]
         read_at = self._reading.at if self._reading else self._started
         if now - read_at > FRESH_S or self._reading is None:
             why.append(f"Redis was not read for {now - read_at:.0f} s: {self._error or 'no answer yet'}")
-        elif not self._reading.reader_connected:
-            why.append("the reader is not connected to the relay")
-        if self._work_since is not None and now - max(self._work_since, self._acked_at) > FRESH_S:
+        elif self._settings.with_reader:
+            stats, age = self._reading.reader, self._reading.reader_age_s
+            if stats is None or age > FRESH_S:
+                why.append(
+                    "the reader has not reported yet"
+                    if stats is None
+                    else f"the reader has not reported for {age:.0f} s"
+                )
+            else:
+                why += [f"reader: {reason}" for reason in trouble(stats)]
+        if self._work_since is not None and now - max(self._work_since, self._acked_at) > PROGRESS_S:
             why.append(f"entries wait, but none was finished for {now - self._acked_at:.0f} s")
         return why
 
@@ -259,7 +298,8 @@ class _WorkerMonitor:
 
     def _processes(self) -> list[ProcessStatus]:
         now = now_ms()
-        return [
+        known = self._counts[-1].finished if self._counts else {}
+        shown = [
             ProcessStatus(
                 name=snapshot.name,
                 pid=(gauges := snapshot.gauges).pid,
@@ -267,7 +307,7 @@ class _WorkerMonitor:
                 ready=bool(gauges.ready),
                 consumers=snapshot.consumers,
                 entries=snapshot.acked,
-                entries_per_s=float(gauges.acked_per_second),
+                entries_per_s=self._rate(snapshot.name) if snapshot.name in known else 0.0,
                 flushes=snapshot.counters.flushes,
                 flush_ms=gauges.flush_us_last / 1000,
                 rows=snapshot.counters.rows,
@@ -276,9 +316,16 @@ class _WorkerMonitor:
                 memory_bytes=self._memory.get(gauges.pid),
                 restarts=max(0, snapshot.counters.starts - 1),
                 error=snapshot.error,
+                error_age_s=_since(gauges.error_ms, now) if gauges.error_ms else None,
             )
             for snapshot in self._children()
         ]
+        stats = self._reading.reader if self._reading else None
+        if stats is None:
+            return shown
+        reader: dict[str, Any] = {"entries": stats.entries, "entries_per_s": self._appended_per_s() or 0.0}
+        reader |= {"error": redact(stats.last_error) if trouble(stats) else ""}
+        return [msgspec.structs.replace(one, **reader) if one.name == "reader" else one for one in shown]
 
     def _status(self) -> WorkerStatus:
         why = self.why_not_ready()
@@ -289,53 +336,91 @@ class _WorkerMonitor:
             ready=not why,
             why=why,
             connections_max=self._settings.connections_max,
+            connections_open=sum(snapshot.gauges.connections for snapshot in self._workers()),
+            stream_full_s=full if math.isfinite(full := self._full_seconds()) else None,
             processes=self._processes(),
             http=f"{self._settings.http.host}:{self._port}" if self._port is not None else "",
         )
 
     def status_json(self) -> bytes:
-        why = self.why_not_ready()
-        cards: list[Card] = []
-        drops: dict[str, int] = {}
-        if (reading := self._reading) is not None:
-            stream = reading.stream
-            group = stream.group(self._settings.group) if stream else None
-            ledger = reading.ledger
-            drops = {name[5:]: count for name, count in ledger.items() if name.startswith("drop:")}
-            age = age_s(group.unfinished_id if group else None, reading.time_ms)
-            rate = sum(process.entries_per_s for process in self._processes())
-            cards = [
-                Card("finished", rate, "events/s"),
-                Card("lag", group.lag if group else None, "entries"),
-                Card("oldest unfinished", age, "s"),
-                Card("pending", group.pending if group else None, "entries"),
-                Card("stream", stream.length if stream else 0, f"of {self._settings.max_stream_len:,}"),
-                Card("stream memory", self._bytes, "bytes"),
-                Card("committed", ledger.get("committed", 0)),
-                Card("nothing to store", ledger.get("nothing_to_store", 0)),
-                Card("set aside", ledger.get("set_aside", 0)),
-                Card("dead letters", reading.dead_letters),
-            ]
+        why, reading = self.why_not_ready(), self._reading
+        ledger = reading.ledger if reading else {}
         page = Page(
             version=__version__,
+            service="up" if self._settings.with_reader else "worker",
             at=time.time(),
             ready=not why,
             why=why,
-            cards=cards,
+            cards=self._cards(reading) if reading else {},
             processes=self._processes(),
-            drops=drops,
+            drops={name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")},
+            dead_letters=reading.newest_letters if reading else [],
         )
         return msgspec.json.encode(page)
 
+    def _cards(self, reading: Reading) -> dict[str, list[Card]]:
+        settings, stream, ledger = self._settings, reading.stream, reading.ledger
+        group = stream.group(settings.group) if stream else None
+        length = stream.length if stream else 0
+        unfinished_s = age_s(group.unfinished_id if group else None, reading.time_ms)
+        full = self._full_seconds()
+        p50, p99 = (self._latency_below(share) for share in (0.5, 0.99))
+        workers = self._workers()
+        busy = sum(snapshot.gauges.connections_busy for snapshot in workers)
+        cards = {
+            "Now": [
+                Card("finished", self._rate(), "events/s", trend=True),
+                Card("appended", self._appended_per_s(), "events/s", trend=True),
+                Card("lag", group.lag if group else length, "entries", trend=True),
+                Card("oldest unfinished", unfinished_s, "s", bad=unfinished_s > 60),
+                Card("latency, median", p50),
+                Card("latency, 99 %", p99),
+                Card("in work", group.pending if group else 0, "entries"),
+                Card("dead letters", reading.dead_letters, bad=reading.dead_letters > 0),
+            ],
+            "Stream and connections": [
+                Card("stream", length, f"of {settings.max_stream_len:,}", bad=length > 0.8 * settings.max_stream_len),
+                Card("stream is full in", full if math.isfinite(full) else "does not grow", "s", bad=full < 3_600),
+                Card("stream memory", self._bytes, "bytes"),
+                Card("PostgreSQL connections", busy, f"at work, at most {settings.connections_max}"),
+            ],
+            "Since the stream began": [Card(title, ledger.get(name, 0)) for name, title in OUTCOME_TITLES.items()],
+        }
+        if reading.reader is not None:
+            cards["Reader"] = reader_cards(reading.reader, None)
+        return cards
+
+    def _appended_per_s(self) -> float | None:
+        """Over the last readings; None where the server does not count (Redis 6.2)."""
+        if not self._counts:
+            return None
+        first, last = self._counts[-min(len(self._counts), RATE_WINDOW + 1)], self._counts[-1]
+        if first.added is None or last.added is None or last.at <= first.at:
+            return None
+        return max(0, last.added - first.added) / (last.at - first.at)
+
+    def _latency_below(self, share: float) -> str:
+        """What that share of the last minute's entries stayed under."""
+        first, last = self._counts[0].latency, self._counts[-1].latency
+        counts = [now - then for now, then in zip(last, first, strict=True)]
+        if not any(counts):
+            return "no entry lately"
+        bound = quantile(LATENCY_MS, counts, share)
+        return f"over {LATENCY_MS[-1]:,} ms" if bound is None else f"under {bound:,} ms"
+
     def figures(self) -> Figures:
-        m, figures = metrics, Figures(metrics.WORKER_METRICS)
+        m = metrics
+        figures = Figures(m.UP_METRICS if self._settings.with_reader else m.WORKER_METRICS)
         figures.set(m.BUILD, 1, __version__)
         figures.set(m.READY, not self.why_not_ready())
         figures.set(m.CONNECTIONS_MAX, self._settings.connections_max)
         figures.set(m.STREAM_ENTRIES_MAX, self._settings.max_stream_len)
         figures.set(m.STREAM_TRIMMED, self._trimmed)
+        figures.set(m.REDIS_AGE, time.monotonic() - (self._reading.at if self._reading else self._started))
         if self._reading is not None:
             self._redis_figures(figures, self._reading)
+            if self._reading.reader is not None:
+                put_figures(figures, self._reading.reader)
         self._process_figures(figures)
         return figures
 
@@ -352,6 +437,8 @@ class _WorkerMonitor:
             figures.set(m.DROPS, reading.ledger.get(f"drop:{reason}", 0), reason)
         for kind in m.KINDS:
             figures.set(m.EVENTS, reading.events.get(kind, 0), kind)
+        if reading.unaccounted is not None:
+            figures.set(m.UNACCOUNTED, reading.unaccounted)
         for group in stream.groups if stream else ():
             figures.set(m.GROUP_LAG, group.lag, group.name)
             if group.name == self._settings.group:
@@ -359,9 +446,6 @@ class _WorkerMonitor:
                 figures.set(m.LAG_SECONDS, age_s(group.unfinished_id, reading.time_ms))
                 figures.set(m.PENDING, group.pending)
                 figures.set(m.PENDING_AGE, age_s(group.oldest_pending_id, reading.time_ms))
-                if group.entries_read is not None:
-                    finished = sum(reading.ledger.get(outcome, 0) for outcome in m.OUTCOMES)
-                    figures.set(m.UNACCOUNTED, group.entries_read - group.pending - finished)
 
     def _process_figures(self, figures: Figures) -> None:
         m, now = metrics, now_ms()
@@ -376,14 +460,17 @@ class _WorkerMonitor:
             figures.set(m.UNSETTLED_AGE, _since(gauges.oldest_ms, now), name)
             figures.set(m.PROGRESS_AGE, _since(gauges.progress_ms, now), name)
             figures.set(m.HELD, gauges.held, name)
-        for snapshot in self._children():
-            if snapshot.gauges.pid in self._memory:
-                figures.set(m.MEMORY, self._memory[snapshot.gauges.pid], snapshot.name)
+            if gauges.store_ms:
+                figures.set(m.STORE_AGE, _since(gauges.store_ms, now), name)
+        figures.set(m.CONNECTIONS, sum(snapshot.gauges.connections for snapshot in workers), "open")
+        figures.set(m.CONNECTIONS, sum(snapshot.gauges.connections_busy for snapshot in workers), "busy")
+        names = {snapshot.gauges.pid: snapshot.name for snapshot in self._children()} | {os.getppid(): "supervisor"}
+        for pid, size in self._memory.items():
+            if pid in names:
+                figures.set(m.MEMORY, size, names[pid])
         everybody = self._heartbeats.snapshot()
         counters = [snapshot.counters for snapshot in everybody]
         figures.set(m.RESTARTS, sum(max(0, counter.starts - 1) for counter in counters))
-        figures.set(m.FLUSHES, sum(counter.flushes for counter in counters))
-        figures.set(m.FLUSH_TIME, sum(counter.flush_us_total for counter in counters) / 1e6)
         figures.set(m.ROWS, sum(counter.rows for counter in counters))
         figures.set(m.SUPERSEDED, sum(counter.superseded for counter in counters))
         figures.set(m.CLAIMED, sum(counter.claimed for counter in counters))
@@ -391,166 +478,56 @@ class _WorkerMonitor:
         figures.set(m.RETRIES, sum(counter.stream_retries for counter in counters), "redis")
         for table in m.CHANGES.closed:
             figures.set(m.CHANGES, sum(snapshot.tables.get(table, 0) for snapshot in everybody), table)
-        below = 0
-        for n, bound in enumerate([*(str(ms / 1000) for ms in LATENCY_MS), "+Inf"]):
-            below += sum(snapshot.latency[n] for snapshot in everybody)
-            figures.set(m.LATENCY, below, bound)
+        figures.set(m.RETRIES, sum(counter.conflicts for counter in counters), "conflict")
+        total_ms = sum(counter.latency_ms_total for counter in counters)
+        figures.distribute(m.LATENCY, _seconds(LATENCY_MS), _latency(everybody), total_ms / 1e3)
+        total_us = sum(counter.flush_us_total for counter in counters)
+        figures.distribute(m.FLUSH_SECONDS, _seconds(FLUSH_MS), _buckets(everybody, "flush_ms"), total_us / 1e6)
+        total = sum(counter.flush_entries_total for counter in counters)
+        figures.distribute(m.FLUSH_ENTRIES, FLUSH_ENTRIES, _buckets(everybody, "flush_entries"), total)
 
     def _full_seconds(self) -> float:
-        if len(self._lengths) < 2:
+        """Until the stream meets its limit, in entries or in bytes, if it goes on as in the last minute.
+
+        Not from a few readings: whoever starts or catches up moves the stream in leaps.
+        """
+        if len(self._lengths) < GROWTH_WINDOW // 2:
             return math.inf
         (first_at, first), (last_at, last) = self._lengths[0], self._lengths[-1]
         growth = (last - first) / (last_at - first_at)
-        return max(0.0, (self._settings.max_stream_len - last) / growth) if growth > 0 else math.inf
+        limit: float = self._settings.max_stream_len
+        if self._settings.stream_bytes_max is not None and self._bytes and last:
+            limit = min(limit, last * self._settings.stream_bytes_max / self._bytes)
+        return max(0.0, (limit - last) / growth) if growth > 0 else math.inf
 
 
-# --- the reader as a service
+def _waits(snapshot: Snapshot) -> str | None:
+    """What a worker process waits for, if it does."""
+    gauges = snapshot.gauges
+    servers = {State.WAITING_FOR_STORE: "PostgreSQL", State.WAITING_FOR_STREAM: "Redis"}
+    if (server := servers.get(State(gauges.state))) is not None:
+        return f"{snapshot.name} waits for {server}: {snapshot.error or 'no error yet'}"
+    silent_s = _since(gauges.store_ms, now_ms())
+    # A process at work, whose latest news are not bad ones, is judged by its progress: a flush may take its time.
+    is_told = not gauges.held or gauges.error_ms > gauges.store_ms
+    if gauges.state == State.RUNNING and is_told and silent_s > FRESH_S:
+        return f"{snapshot.name}: PostgreSQL has not answered for {silent_s:.0f} s: {snapshot.error or 'no error yet'}"
+    return None
 
 
-async def serve_reader(
-    settings: ReaderSettings, http: HttpSettings, stop: asyncio.Event, *, database_url: str | None
-) -> None:
-    """The reader with its own HTTP port."""
-    view = _ReaderView(settings)
-    async with AsyncExitStack() as stack:
-        await _serve(stack, view, http)
-        await read_and_resume(settings, stop, database_url=database_url, stats=view.stats, on_tick=view.tick)
+def _buckets(snapshots: Sequence[Snapshot], histogram: str) -> tuple[int, ...]:
+    """The sum over all processes; empty buckets where there is none yet."""
+    empty = (0,) * (len(HISTOGRAMS[histogram]) + 1)
+    return tuple(map(sum, zip(empty, *(snapshot.histograms[histogram] for snapshot in snapshots), strict=True)))
 
 
-class _ReaderView:
-    """What the reader's figures mean; the `Source` of its port."""
-
-    def __init__(self, settings: ReaderSettings) -> None:
-        self._settings = settings
-        self.stats = ReaderStats()
-        self._ticked = self._moved = time.monotonic()
-        self._entries = 0
-        self._rate = 0.0
-
-    def tick(self, stats: ReaderStats) -> None:
-        now = time.monotonic()
-        if stats.entries != self._entries or not stats.outbox_items:
-            self._moved = now
-        self._rate = (stats.entries - self._entries) / max(now - self._ticked, 1e-9)
-        self._entries, self._ticked = stats.entries, now
-
-    def why_not_live(self) -> list[str]:
-        return []  # it answers, so its only loop turns
-
-    def why_not_ready(self) -> list[str]:
-        stats, now = self.stats, time.monotonic()
-        if stats.standby:
-            return [f"waiting: {stats.last_error or 'another reader is at work, or Redis did not answer yet'}"]
-        why = []
-        if not stats.connected:
-            why.append(f"not connected to the relay: {stats.last_error or 'connecting'}")
-        elif stats.silent:
-            why.append(f"connected, but no data for {stats.silent_s:.0f} s, which is long for this relay")
-        elif stats.behind_s > FRESH_S:
-            why.append(
-                f"connected, but for {stats.behind_s:.0f} s all that came lies behind the cursor {stats.last_seq}"
-            )
-        if stats.full:
-            held_by = f", held back by the group {stats.held_by}" if stats.held_by else ""
-            why.append(f"the stream is full{held_by}: the reader does not read")
-        if now - self._moved > FRESH_S:
-            why.append(f"frames wait, but none was appended for {now - self._moved:.0f} s: {stats.last_error}")
-        if now - self._ticked > FRESH_S:
-            why.append(f"nothing was done for {now - self._ticked:.0f} s")
-        return why
-
-    def status_json(self) -> bytes:
-        stats, why = self.stats, self.why_not_ready()
-        frame_age = max(0.0, time.time() - stats.last_frame_at) if stats.last_frame_at else None
-        cards = [
-            Card("relay", stats.relay or ", ".join(self._settings.relay_urls)),
-            Card("appended", self._rate, "entries/s"),
-            Card("cursor", str(stats.last_seq) if stats.last_seq is not None else "none"),
-            Card("last frame", frame_age, "s ago"),
-            Card("frames", stats.frames),
-            Card("received", stats.bytes, "bytes"),
-            Card("entries", stats.entries),
-            Card("waiting to be appended", stats.outbox_items),
-            Card("duplicates", stats.duplicates),
-            Card("reconnects", stats.reconnects),
-            Card("gaps", stats.gaps),
-        ]
-        process = ProcessStatus(
-            name="reader",
-            pid=os.getpid(),
-            state="standby" if stats.standby else "connected" if stats.connected else "connecting",
-            ready=not why,
-            entries=stats.entries,
-            entries_per_s=self._rate,
-            memory_bytes=_pss(os.getpid()),
-            error=stats.last_error if why else "",
-        )
-        return msgspec.json.encode(
-            Page(
-                version=__version__,
-                at=time.time(),
-                ready=not why,
-                why=why,
-                cards=cards,
-                processes=[process],
-                drops=stats.drops,
-            )
-        )
-
-    def figures(self) -> Figures:
-        m, figures, stats = metrics, Figures(metrics.READER_METRICS), self.stats
-        figures.set(m.BUILD, 1, __version__)
-        figures.set(m.READY, not self.why_not_ready())
-        figures.set(m.MEMORY, _pss(os.getpid()), "reader")
-        figures.set(m.STREAM_ENTRIES_MAX, self._settings.max_stream_len)
-        figures.set(m.STREAM_TRIMMED, stats.trimmed)
-        figures.set(m.READER_CONNECTED, stats.connected, stats.relay)
-        figures.set(m.READER_FRAMES, stats.frames)
-        figures.set(m.READER_BYTES, stats.bytes)
-        figures.set(m.READER_ENTRIES, stats.entries)
-        figures.set(m.READER_DUPLICATES, stats.duplicates)
-        figures.set(m.READER_RECONNECTS, stats.reconnects)
-        figures.set(m.READER_GAPS, stats.gaps)
-        figures.set(m.READER_FULL, stats.full)
-        figures.set(m.READER_OUTBOX, stats.outbox_items)
-        if stats.last_seq is not None:
-            figures.set(m.READER_CURSOR, stats.last_seq)
-        if stats.last_frame_at is not None:
-            figures.set(m.READER_FRAME_AGE, max(0.0, time.time() - stats.last_frame_at))
-        for reason, count in stats.drops.items():
-            figures.set(m.READER_DROPS, count, reason)
-        return figures
+def _latency(snapshots: Sequence[Snapshot]) -> tuple[int, ...]:
+    return _buckets(snapshots, "latency_ms")
 
 
-async def _serve(stack: AsyncExitStack, source: _WorkerMonitor | _ReaderView, http: HttpSettings) -> int | None:
-    """The port that is served, None for none. Where nobody chose the port, another one will do."""
-    if http.port is None:
-        return None
-    try:
-        return await stack.enter_async_context(serve(source, http.host, http.port))
-    except Unreachable as error:
-        if http.chosen:
-            raise
-        log.warning("%s; taking a free one", error)
-        return await stack.enter_async_context(serve(source, http.host, 0))
-
-
-async def ask_health(host: str, ports: Sequence[int], path: str) -> tuple[bool, str]:
-    """Whether every service that answers on these ports is well (at least one must), and what they say."""
-    answers = [answer for port in ports if (answer := await ask(host, port, path)) is not None]
-    if not answers:
-        return False, f"nobody answers on {host}, port {' or '.join(map(str, ports))}"
-    return all(well for well, _ in answers), "; ".join(words for _, words in answers)
+def _seconds(bounds_ms: Sequence[int]) -> list[float]:
+    return [ms / 1000 for ms in bounds_ms]
 
 
 def _since(at_ms: int, now: int) -> float:
     return max(0, now - at_ms) / 1000 if at_ms else 0.0
-
-
-def _pss(pid: int) -> int:
-    """Proportional set size in bytes; 0 when the process is gone or the kernel does not tell."""
-    try:
-        lines: Sequence[str] = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from fastworker.crashpoint import Place, crashpoint
 from fastworker.edge.store import Ground, Written
 from fastworker.edge.stream import Entry, SetAside, Tally, id_order
+from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
@@ -232,6 +233,7 @@ class Pipeline:
         limits: Limits,
         dead_letters: DeadLetterLimit,
         overlap: Overlap | None = None,
+        open_span: OpenSpan = no_span,
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
@@ -240,6 +242,7 @@ class Pipeline:
         self._slot = slot
         self._limits = limits
         self._dead_letters = dead_letters
+        self._open_span = open_span
         self._overlap = overlap
         self._ground = UNBOUNDED
         self._filling = Held()
@@ -383,19 +386,25 @@ class Pipeline:
 
     async def _flush(self, held: Held) -> None:
         """Write, then ack. Cancelled or killed anywhere, it can be done again."""
-        if held.before_horizon:
-            await self._judge(held)
-        if held.rejected:
-            await self._leave_aside(held.rejected)
-        if not held.batch:
-            return
-        held.batch.progress = self._progress
-        try:
-            store_drops = await self._write(held.batch)
-        except RowRejected as error:
-            await self._isolate(held, error)
-        else:
-            await self._ack(held, store_drops)
+        with self._open_span("flush") as span:
+            if held.before_horizon:
+                await self._judge(held)
+            span.set_attribute("fastworker.consumer", self.stream.name)
+            span.set_attribute("fastworker.entries", len(held.entries))
+            span.set_attribute("fastworker.changes", len(held.batch.changes))
+            span.set_attribute("fastworker.set_aside", len(held.rejected))
+            if held.rejected:
+                await self._leave_aside(held.rejected)
+            if not held.batch:
+                return
+            held.batch.progress = self._progress
+            try:
+                store_drops = await self._write(held.batch)
+            except RowRejected as error:
+                span.set_attribute("fastworker.row_rejected", str(error))
+                await self._isolate(held, error)
+            else:
+                await self._ack(held, store_drops)
 
     async def _judge(self, held: Held) -> None:
         """Entries from before the horizon: what the database does not know may have been deleted and forgotten."""
@@ -423,10 +432,15 @@ class Pipeline:
 
         written = await self._persist(State.WAITING_FOR_STORE, attempt)
         took_us = int((time.perf_counter() - started) * 1e6)
-        self._slot.add(flushes=1, flush_us_total=took_us, rows=written.rows, superseded=written.superseded)
-        self._slot.set(flush_us_last=took_us)
+        entries = len(batch.entries)
+        slot = self._slot
+        slot.add(flushes=1, flush_us_total=took_us, flush_entries_total=entries)
+        slot.add(rows=written.rows, superseded=written.superseded)
+        slot.observe("flush_ms", took_us // 1_000)
+        slot.observe("flush_entries", entries)
+        slot.set(flush_us_last=took_us, store_ms=now_ms())
         for table, count in Counter(change.table.name for change in batch.changes.values()).items():
-            self._slot.wrote(table, count)
+            slot.wrote(table, count)
         return [drop.reason for drop in batch.drops[drops:]] + [Reason.FORBIDDEN] * written.forbidden
 
     async def _ack(self, held: Held, store_drops: list[Reason]) -> None:
@@ -436,7 +450,10 @@ class Pipeline:
         slot = self._slot
         for tally, ids in held.tallies.items():
             slot.add(**{tally.outcome: len(ids)})
-            slot.observe_latency(wall_ms - int(entry_id.partition("-")[0]) for entry_id in ids)
+            for appended_ms, count in Counter([entry_id.partition("-")[0] for entry_id in ids]).items():
+                age = max(0, wall_ms - int(appended_ms))
+                slot.observe("latency_ms", age, count)
+                slot.add(latency_ms_total=age * count)
             for reason in tally.drops:
                 slot.drop(Reason(reason), len(ids))
         for reason in store_drops:
@@ -449,9 +466,16 @@ class Pipeline:
         wall_ms = time.time_ns() // 1_000_000
         await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.set_aside(letters, wall_ms))
         self._slot.add(set_aside=len(letters))
+        reasons = Counter(letter.reason for letter in letters)
+        for reason, count in reasons.items():
+            self._slot.drop(reason, count)
+        log.warning(
+            "Set aside %d entries (%s); the first: %s, %s",
+            len(letters), ", ".join(f"{reason} {n}" for reason, n in reasons.items()), letters[0].entry_id,
+            letters[0].error,
+        )  # fmt: skip
         for letter in letters:
-            self._slot.drop(letter.reason)
-            log.warning("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
+            log.debug("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
 
     async def _isolate(self, held: Held, error: RowRejected) -> None:
         """PostgreSQL refused a value: apply the entries again in halves, until the one that holds it is alone."""
@@ -511,7 +535,7 @@ class Pipeline:
             self._told_at = time.monotonic()
             log.warning("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
         self.progress_ms = now_ms()
-        self._slot.text("error", f"{type(error).__name__}: {error}")
+        self._slot.failed(error)
         if state is State.WAITING_FOR_STORE:
             self._slot.add(store_retries=1)
         else:

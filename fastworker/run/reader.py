@@ -19,13 +19,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import orjson
 
 from fastworker.edge.feed import CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
-from fastworker.edge.redis_client import connect, redact
+from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
     FastworkerError,
@@ -39,7 +40,9 @@ from fastworker.errors import (
 from fastworker.event import Account, Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
+from fastworker.redact import redact
 from fastworker.run.retry import Backoff, pause
+from fastworker.table.dates import parse_date
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -104,6 +107,8 @@ class ReaderStats(msgspec.Struct):
     """The cursor: the newest seq that is on the stream (or had nothing to store)."""
     last_frame_at: float | None = None
     """Unix time, to about a second."""
+    last_event_at: float | None = None
+    """Unix time, by the relay's clock, of the newest event: how old the cursor is."""
     last_error: str = ""
     frames: int = 0
     bytes: int = 0
@@ -132,7 +137,9 @@ class ReaderStats(msgspec.Struct):
     """Since when the relay sent only what lies behind the cursor; 0 when it does not."""
     silent_s: float = 0.0
     silent: bool = False
-    """No frame for long against the relay's own rate, though connected; a quiet relay is not silent."""
+    """No frame for long against the relay's own rate, though connected; a quiet relay is not silent.
+
+    A new connection does not end it, only data do."""
     drops: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Reason), 0))
     """Whole frames, by reason. The drops of single ops travel with their entry and are counted by the worker."""
 
@@ -146,19 +153,38 @@ class SilenceWatch:
 
     WEIGHT: Final = 0.1
     UNKNOWN_S: Final = 300.0
+    NOTICE_S: Final = 6.0
+    """A silence that people are told of: well below what ends a connection."""
 
     def __init__(self, floor_s: float) -> None:
         self._floor_s = floor_s
         self._since = 0.0
+        self._data_at: float | None = None
+        self._usual_gap_s: float | None = None  # of data alone: no silence makes a longer one usual
         self.mean_gap_s: float | None = None
 
     def opened(self, now: float) -> None:
         self._since = now
+        if self._data_at is None:
+            self._data_at = now
 
     def saw(self, now: float, frames: int) -> None:
         if frames:
             self._sample((now - self._since) / frames)
-            self._since = now
+            self._usual_gap_s = self.mean_gap_s
+            self._since = self._data_at = now
+
+    def deaf(self, now: float) -> None:
+        """It is we who do not listen."""
+        self._since = self._data_at = now
+
+    def without_data_s(self, now: float) -> float:
+        """Seconds since the newest data, over all connections."""
+        return 0.0 if self._data_at is None else now - self._data_at
+
+    def is_silent(self, now: float) -> bool:
+        usual = self.UNKNOWN_S if self._usual_gap_s is None else max(self.NOTICE_S, 100 * self._usual_gap_s)
+        return self.without_data_s(now) > usual
 
     def gave_up(self, now: float) -> None:
         self._sample(now - self._since)
@@ -166,11 +192,11 @@ class SilenceWatch:
     def silent_for(self, now: float) -> float:
         return now - self._since
 
-    def limit_s(self, floor_s: float | None = None) -> float:
-        """Seconds without data that are too long."""
+    def limit_s(self) -> float:
+        """Seconds without data that end a connection."""
         if self.mean_gap_s is None:
             return max(self._floor_s, self.UNKNOWN_S)
-        return max(self._floor_s if floor_s is None else floor_s, 100 * self.mean_gap_s)
+        return max(self._floor_s, 100 * self.mean_gap_s)
 
     def _sample(self, gap_s: float) -> None:
         known = self.mean_gap_s
@@ -585,17 +611,19 @@ class _Reader:
 
     def _judge_silence(self, frames: int) -> None:
         now, watch, stats = time.monotonic(), self._silence, self._stats
-        if self._outbox.blocked:  # it is we who do not listen
-            watch.opened(now)
+        if self._outbox.blocked:
+            watch.deaf(now)
         watch.saw(now, frames)
         if frames:
             stats.last_frame_at = time.time()
         stats.mean_gap_s = watch.mean_gap_s
-        stats.silent_s = watch.silent_for(now)
-        stats.silent = stats.silent_s > watch.limit_s(8.0)
-        if stats.silent_s > watch.limit_s():
+        stats.silent_s = watch.without_data_s(now)
+        stats.silent = watch.is_silent(now)
+        if self._recent and (at := parse_date(self._recent[-1][1].time or "")) is not None:
+            stats.last_event_at = at.replace(tzinfo=UTC).timestamp()
+        if watch.silent_for(now) > watch.limit_s():
             watch.gave_up(now)
-            raise RelayLost(f"no data for {stats.silent_s:.0f} s, though it is connected")
+            raise RelayLost(f"no data for {watch.silent_for(now):.0f} s, though it is connected")
 
     def _judge_distance(self, *, came: bool) -> None:
         """A relay that sends only what lies behind the cursor: it started over, or the cursor is wrong. It is called

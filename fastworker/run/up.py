@@ -17,9 +17,11 @@ from pathlib import Path
 
 import msgspec
 
-from fastworker.config import Config, redact
+from fastworker.config import Config
+from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
+from fastworker.redact import redact
 from fastworker.run.checks import preflight
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import Heartbeats, Slot, State
@@ -93,6 +95,8 @@ def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int
 
 def run_worker(config: Config, plan: Plan) -> ExitCode:
     """`fastworker worker`. Raises FastworkerError for what an operator has to mend first."""
+    if plan.worker.tracing:
+        tracing.require()
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
     asyncio.run(preflight(config, database_url=plan.worker.database_url))
     return supervise(plan)

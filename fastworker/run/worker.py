@@ -15,6 +15,7 @@ from fastworker.crashpoint import arm
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LeaseLostError, WorkerStream
+from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.run.child import StartAgain, run_child
 from fastworker.run.heartbeat import Slot, State, now_ms
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
 FIGURES_S = 0.5
+LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     dead_letter_maxlen: int = 10_000
     dead_letters_in_a_row: int = 500
     drain_s: float = 4.0
+    tracing: bool = False
     crashpoint: str | None = None  # tests only
     scan_s: float = 10.0  # between two looks for dead consumers
     lease_ms: int = 15_000
@@ -102,7 +105,8 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
-            await _work(settings, marks or Marks(), slot, stopping, redis, store)
+            with spans(on=settings.tracing) as open_span:
+                await _work(settings, marks or Marks(), slot, stopping, redis, store, open_span)
         finally:
             await store.close()
     finally:
@@ -110,7 +114,13 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
 
 
 async def _work(
-    settings: WorkerSettings, marks: Marks, slot: Slot, stopping: asyncio.Event, redis: Redis, store: Store
+    settings: WorkerSettings,
+    marks: Marks,
+    slot: Slot,
+    stopping: asyncio.Event,
+    redis: Redis,
+    store: Store,
+    open_span: OpenSpan,
 ) -> None:
     async def last_finished() -> str | None:
         progress = await store.finished(settings.stream_key)
@@ -155,6 +165,7 @@ async def _work(
                 limits=limits,
                 dead_letters=dead_letters,
                 overlap=Overlap(marks, slot.number * settings.pipelines + n),
+                open_span=open_span,
             )
             for n, stream in enumerate(streams)
         ]
@@ -181,7 +192,8 @@ async def _run(
         side_tasks = [
             group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
             group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
-            group.create_task(_figures(slot, pipelines), name="figures"),
+            group.create_task(_figures(slot, store, pipelines), name="figures"),
+            group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
         ]
         loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
         slot.set(ready=1, state=State.RUNNING)
@@ -231,13 +243,33 @@ async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
         pipeline.stand_on(ground)
 
 
-async def _figures(slot: Slot, pipelines: list[Pipeline]) -> None:
+async def _look_for(store: Store, slot: Slot) -> None:
+    """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
+
+    Not while every connection writes: then flushes tell, by their progress.
+    """
+    opened, busy = store.connections
+    if slot.get("held") and busy == opened:
+        return
+    try:
+        await store.ping()
+    except (StoreUnavailable, Unreachable) as error:
+        slot.failed(error)
+    else:
+        slot.set(store_ms=now_ms())
+
+
+async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
     """What the pipelines know, into the slot. Running is an effort of all: the slowest one is what is shown."""
-    acked, at = 0, now_ms()
+
+    def finished() -> int:
+        return slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+
+    acked, at, conflicts = finished(), now_ms(), 0
     while True:
         await asyncio.sleep(FIGURES_S)
         now = now_ms()
-        total = slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+        total = finished()
         oldest = [pipeline.oldest_ms for pipeline in pipelines if pipeline.oldest_ms]
         if slot.get("state") != State.DRAINING:
             slot.set(state=max(pipeline.state for pipeline in pipelines))
@@ -245,9 +277,12 @@ async def _figures(slot: Slot, pipelines: list[Pipeline]) -> None:
             progress_ms=min(pipeline.progress_ms for pipeline in pipelines),
             oldest_ms=min(oldest, default=0),
             held=sum(pipeline.held_count for pipeline in pipelines),
-            acked_per_second=(total - acked) * 1000 // max(1, now - at) if acked else 0,
+            acked_per_second=(total - acked) * 1000 // max(1, now - at),
+            connections=store.connections[0],
+            connections_busy=store.connections[1],
         )
-        acked, at = total, now
+        slot.add(conflicts=store.conflicts - conflicts)
+        acked, at, conflicts = total, now, store.conflicts
 
 
 async def _release(streams: list[WorkerStream]) -> None:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,12 +16,13 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 from servers import RedisUnderTest
+from services import Service, get, run, until
 
 from fastworker import __version__
 from fastworker.cli import cli
 from fastworker.config import VARIABLES
 from fastworker.event.entry import decode_entry
-from fastworker.metrics import WORKER_METRICS
+from fastworker.metrics import READER_METRICS, WORKER_METRICS
 from fastworker.testing.frames import write_frames
 from fastworker.testing.network import Network
 
@@ -38,92 +33,10 @@ CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 NOBODY = "127.0.0.1:1"  # a port where nobody listens
 
 
-def _environment(env: dict[str, str]) -> dict[str, str]:
-    """Nothing of the tests' own environment but what a process needs to run; HOME does not exist."""
-    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
-
-
-def run(*args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastworker", *args],
-        env=_environment(env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-class Service:
-    """A running `fastworker` service whose log can be waited for."""
-
-    def __init__(self, *args: str, **env: str) -> None:
-        self.lines: list[str] = []
-        self._news = threading.Condition()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastworker", *args],
-            env=_environment(env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._news:
-                self.lines.append(line.rstrip("\n"))
-                self._news.notify_all()
-
-    def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
-        def found() -> re.Match[str] | None:
-            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
-
-        with self._news:
-            self._news.wait_for(lambda: found() or self.process.poll() is not None, timeout)
-            match = found()
-        assert match, f"no line like {pattern!r} in\n" + "\n".join(self.lines)
-        return match
-
-    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        code = self.process.wait(timeout)
-        self._reader.join(timeout)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-
-@pytest.fixture
-def services() -> Iterator[Callable[..., Service]]:
-    """Starts services, and ends those that the test left."""
-    started: list[Service] = []
-
-    def start(*args: str, **env: str) -> Service:
-        started.append(Service(*args, **env))
-        return started[-1]
-
-    yield start
-    for service in started:
-        if service.process.poll() is None:
-            service.process.kill()
-        service.stop()
-
-
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_url, socket_timeout=10) as connection:
         yield connection
-
-
-def until(condition: Callable[[], object], timeout: float = 30) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
 
 
 def post(number: int) -> dict[str, str]:
@@ -144,13 +57,9 @@ def fetch(url: str, query: str) -> list[tuple[object, ...]]:
     return asyncio.run(main())
 
 
-def get(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
+def _families(port: int) -> set[str]:
+    """Nobody's client library sends `_total` in a family's name."""
+    return {family.name for family in text_string_to_metric_families(get(port, "/metrics")[1])}
 
 
 # --- help
@@ -254,13 +163,19 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     assert (health.returncode, health.stdout) == (0, "ok\n")
 
     until(lambda: 'fastworker_entries_total{outcome="committed"} 100.0' in get(port, "/metrics")[1])
-    families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
-    # Nobody's client library sends `_total` in a family's name. Only a reader has the reader's.
     known = {metric.name.removesuffix("_total") for metric in WORKER_METRICS}
     counts_reads = "entries-read" in client.xinfo_groups(STREAM)[0]  # from Redis 7 on
     if not counts_reads:
         known.discard("fastworker_unaccounted_entries")
-    assert set(families) == known
+    until(lambda: _families(port) == known)
+    families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
+    for histogram in ("latency_seconds", "flush_seconds", "flush_entries"):
+        of = {
+            sample.name.removeprefix(f"fastworker_{histogram}"): sample
+            for sample in families[f"fastworker_{histogram}"].samples
+        }
+        assert of["_count"].value > 0
+        assert of["_sum"].value > 0
     drops = {sample.labels["reason"]: sample.value for sample in families["fastworker_drops"].samples}
     assert drops["bad_frame"] == 0.0, "drops are visible at zero"
     until(lambda: not client.xlen(STREAM))  # what the only group has finished is trimmed
@@ -333,18 +248,21 @@ def test_relay_reader_and_its_port(services: Callable[..., Service], client: red
     relay = services("relay", "--events", "300", "--port", "0", "--seed", "5")
     url = relay.wait_for("RELAY_URL=(.+)")[1]
     env = {"RELAY_URL": url, "REDIS_URL": redis_url, "FASTWORKER_HTTP_PORT": "0", "FASTWORKER_STREAM_FORMAT": "native"}
-    reader = services("reader", **env)
+    reader = services("reader", FASTWORKER_LOG_FORMAT="json", **env)
     port = int(reader.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
     until(lambda: client.xlen(STREAM) > 250)
     until(lambda: get(port, "/readyz") == (200, "ok\n"))
-    figures = get(port, "/metrics")[1]
-    assert re.search(r"^fastworker_reader_frames_total 300\.0$", figures, re.MULTILINE)
+    until(lambda: re.search(r"^fastworker_reader_frames_total 300\.0$", get(port, "/metrics")[1], re.MULTILINE))
+    until(lambda: _families(port) == {metric.name.removesuffix("_total") for metric in READER_METRICS})
     assert json.loads(get(port, "/status.json")[1])["processes"][0]["state"] == "connected"
     relay.stop(signal.SIGINT)
     until(lambda: get(port, "/readyz")[0] == 503)
     assert "not connected to the relay" in get(port, "/readyz")[1]
     assert reader.stop() == 0
     reader.wait_for("Stopped. Total events: ")
+    assert {"time", "level", "message", "logger", "pid"} <= set.intersection(
+        *(set(json.loads(one)) for one in reader.lines)
+    )
 
 
 def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_path: Path) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.asyncio import Redis
 
+from fastworker.edge.redis_admin import RedisAdmin
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Written
 from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
+from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Heartbeats, State, now_ms
@@ -81,6 +87,7 @@ class Bench:
         self.stream = WorkerStream(redis, consumer_id="w", batch_size=10)
         self.limits = Limits()
         self.dead_letters = DeadLetterLimit()
+        self.open_span = no_span
 
         self.overlap: Overlap | None = None
 
@@ -94,6 +101,7 @@ class Bench:
             self.slot,
             limits=self.limits,
             dead_letters=self.dead_letters,
+            open_span=self.open_span,
             overlap=self.overlap,
         )
         self.stopping = asyncio.Event()
@@ -167,10 +175,37 @@ async def test_every_entry_ends_once_and_the_ledger_says_how(bench):
         Reason.BAD_JSON: 1,
         Reason.BAD_ENTRY: 1,
     }
-    assert sum(snapshot.latency) == 6
+    assert sum(snapshot.histograms["latency_ms"]) == 6
     assert snapshot.tables["likes"] == 3
     [account_batch] = [batch for batch in bench.store.batches if batch.accounts]
     assert account_batch.accounts[DID][0].at.tzinfo is not None
+
+
+async def test_no_event_has_a_line_of_its_own_above_debug(bench, caplog):
+    caplog.set_level(logging.DEBUG, "fastworker")
+    bench.store.open.clear()
+    await bench.add([commit(1, like("first"))])
+    async with bench.running():
+        await bench.until(lambda: bench.store.writes == 1)
+        await bench.add([{"type": "commit", "data": "{", "seq": str(n)} for n in range(100)] + likes(100))
+        await bench.until(lambda: bench.pipeline.held_count == 201)  # one batch, which waits for the first one
+        bench.store.open.set()
+        await bench.until_settled(201)
+    lines = [record for record in caplog.records if record.levelno > logging.DEBUG]
+    assert [line.getMessage().partition(";")[0] for line in lines] == ["Set aside 100 entries (bad_json 100)"]
+    assert len([record for record in caplog.records if record.msg.startswith("Set aside %s")]) == 100
+
+
+async def test_the_ledger_balances_at_every_moment(bench):
+    admin, seen = RedisAdmin(bench.redis, KEY), set()
+    async with bench.running():
+        for _ in range(20):
+            await bench.add(likes(40))
+            seen.add((await admin.count(GROUP)).unaccounted)
+        await bench.until_settled(800)
+    assert seen <= {0, None}
+    count = await admin.count(GROUP)
+    assert (count.ledger, count.unaccounted) == ({"committed": 800}, 0)
 
 
 async def test_what_arrives_during_a_flush_is_the_next_batch(bench):
@@ -213,6 +248,30 @@ async def test_poison_is_isolated_and_its_siblings_are_committed(bench):
     assert len(bench.store.uris) == 297 + 2
     assert await bench.ledger() == {"committed": 297, "set_aside": 4, "drop:row_rejected": 4}
     assert bench.store.writes < 80  # not one by one
+
+
+async def test_a_flush_is_a_span_and_its_halves_are_children(bench):
+    told = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(told))
+    bench.open_span = provider.get_tracer("test").start_as_current_span
+    await bench.add(likes(8, poison=frozenset({3})))
+    bench.store.open.clear()
+    async with bench.running():
+        await bench.until(lambda: bench.store.writes == 1)  # some of them are written; the others are the next batch
+        bench.store.open.set()
+        await bench.until_settled(8)
+    spans = told.get_finished_spans()
+    assert {span.name for span in spans} == {"flush"}
+    roots = [span for span in spans if span.parent is None]
+    assert sum(span.attributes["fastworker.entries"] for span in roots) == 8
+    [ill] = [span for span in roots if "fastworker.row_rejected" in span.attributes]
+    children = [span for span in spans if span.parent is not None]
+    assert len({span.context.trace_id for span in [ill, *children]}) == 1
+    assert all(span.start_time >= ill.start_time and span.end_time <= ill.end_time for span in children)
+    halves = [span.attributes["fastworker.entries"] for span in children if span.parent.span_id == ill.context.span_id]
+    assert len(halves) == 2
+    assert sum(halves) == ill.attributes["fastworker.entries"]
 
 
 async def test_too_much_poison_stops_the_worker_with_the_rest_pending(bench):

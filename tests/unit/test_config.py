@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.config import VARIABLES, Config, markdown, parse_config, redact
+from fastworker.config import VARIABLES, Config, markdown, parse_config
 from fastworker.errors import ConfigError, ExitCode
+from fastworker.redact import redact
 from fastworker.table.derive import CORE, FULL
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -6,11 +6,13 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
 from fastworker import log as fastworker_log
 from fastworker.log import REPEATS_MAX, WINDOW_S, RepeatLimit, setup_logging
+from fastworker.run.heartbeat import Heartbeats
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,32 @@ def test_no_secret_in_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     except ValueError:
         logging.getLogger("x").exception("failed")
     assert "hunter2" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_no_secret_of_an_option_or_an_argument(
+    form: Literal["human", "json"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging("INFO", form)
+    log = logging.getLogger("x")
+    error = RuntimeError({"host": "h", "password": "hunter2"})
+    error.__cause__ = ValueError("rediss://u:hunter2@h?ssl_password=hunter2")
+    log.error("with %r", {"token": "hunter2"}, exc_info=error)
+    log.warning("dsn %s", "host=h password=hunter2 dbname=x")
+    said = capsys.readouterr().err
+    assert "hunter2" not in said
+    assert said.count("***") == 5
+    assert "dbname=x" in said
+
+
+def test_no_secret_in_a_status_that_is_cut() -> None:
+    """Half a URL does not look like one."""
+    slot = Heartbeats(1)[0]
+    slot.open("worker-0")
+    for before in range(140, 200):
+        slot.failed(RuntimeError(f"{'x' * before} redis://u:hunter2hunter2@h"))
+        assert "hunter2" not in slot.snapshot().error
+    assert slot.snapshot().gauges.error_ms > 0
 
 
 def _record(message: str, created: float) -> logging.LogRecord:

@@ -1,0 +1,153 @@
+"""/readyz tells the truth about an idle service too: red within ten seconds, in words, and green again by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from services import Service, get, until
+
+from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
+
+RED_WITHIN_S = 10.0
+GREEN_WITHIN_S = 30.0
+
+
+def probe(port: int) -> tuple[int, str]:
+    """As an orchestrator probes: no answer within a second is no."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError as error:
+        return 0, f"no answer: {error}"
+
+
+def until_green(*ports: int) -> None:
+    until(lambda: all(probe(port) == (200, "ok\n") for port in ports), GREEN_WITHIN_S)
+
+
+def until_red(port: int, words: str) -> None:
+    """Within the time, and for the reason that is true."""
+    ends, said = time.monotonic() + RED_WITHIN_S, []
+    while not re.search(words, (said := [*said, probe(port)])[-1][1]):
+        assert time.monotonic() < ends, f"not {words!r} in {RED_WITHIN_S:g} s but {said[-3:]}"
+        time.sleep(0.1)
+    assert said[-1][0] != 200
+
+
+class House:
+    """Reader and worker on servers of their own, which the test may stop."""
+
+    def __init__(self, start: Callable[..., Service], folder: Path) -> None:
+        self.postgres = EmbeddedPostgres(folder / "postgres", durable=False)
+        self.redis = EmbeddedRedis(folder / "redis", aof=False)
+        self.postgres.start()
+        self.redis.start()
+        self.worker_port, self.reader_port = free_port(), free_port()
+        env = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url, "FASTWORKER_RESOLVE_HANDLES": "off"}
+        assert start("migrate", **env).process.wait(60) == 0
+        self.relay = start("relay", "--rate", "20", "--port", "0")
+        url = self.relay.wait_for("RELAY_URL=(.+)")[1]
+        self.worker = start("worker", FASTWORKER_HTTP_PORT=str(self.worker_port), **env)
+        self.reader = start("reader", FASTWORKER_HTTP_PORT=str(self.reader_port), RELAY_URL=url, **env)
+        until_green(self.worker_port, self.reader_port)
+
+    def pid_of(self, name: str) -> int | None:
+        """None while it is being replaced."""
+        processes = json.loads(get(self.worker_port, "/status.json")[1])["processes"]
+        return next((process["pid"] for process in processes if process["name"] == name), None)
+
+
+@pytest.fixture
+def house(services: Callable[..., Service], server_dir: Path) -> Iterator[House]:
+    server_dir.mkdir()
+    server_dir.chmod(0o755)
+    made = House(services, server_dir)
+    yield made
+    for service in (made.worker, made.reader, made.relay):
+        service.process.send_signal(signal.SIGCONT)
+        service.stop()
+    made.postgres.stop()
+    made.redis.stop()
+
+
+def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house: House) -> None:
+    house.relay.process.send_signal(signal.SIGSTOP)  # nothing comes: an idle worker has to notice by itself
+    time.sleep(1)
+    house.postgres.stop()
+    until_red(house.worker_port, "PostgreSQL")
+    assert probe(house.worker_port)[1].count("PostgreSQL") <= 2, "one sentence a process"
+    house.postgres.start()
+    house.relay.process.send_signal(signal.SIGCONT)
+    until_green(house.worker_port, house.reader_port)
+
+    house.redis.stop()
+    until_red(house.worker_port, "Redis")
+    until_red(house.reader_port, "Redis")
+    house.redis.start()
+    until_green(house.worker_port, house.reader_port)
+
+    pid = house.pid_of("worker-1")
+    os.kill(pid, signal.SIGSTOP)
+    house.relay.process.send_signal(signal.SIGSTOP)
+    until_red(house.worker_port, "worker-1: its loop has not turned")
+    until_red(house.reader_port, "connected, but no data for")
+    house.relay.process.send_signal(signal.SIGCONT)
+    until_green(house.reader_port)
+    until(lambda: house.pid_of("worker-1") not in {None, pid})  # the supervisor replaces it
+    until_green(house.worker_port)
+
+
+@pytest.mark.extended
+def test_a_server_that_hangs_and_a_monitor_that_hangs(house: House) -> None:
+    redis_pid = house.redis.pid
+    assert redis_pid is not None
+    os.kill(redis_pid, signal.SIGSTOP)
+    until_red(house.worker_port, "Redis")
+    until_red(house.reader_port, "Redis")
+    os.kill(redis_pid, signal.SIGCONT)
+    until_green(house.worker_port, house.reader_port)
+
+    postmaster = house.postgres.pid
+    assert postmaster is not None
+    hung = [postmaster, *_children_of(postmaster)]
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    until_red(house.worker_port, "PostgreSQL|none was finished")
+    for pid in hung:
+        os.kill(pid, signal.SIGCONT)
+    until_green(house.worker_port)
+
+    monitor = house.pid_of("monitor")
+    assert monitor is not None
+    os.kill(monitor, signal.SIGSTOP)
+    until_red(house.worker_port, "no answer")
+    until_green(house.worker_port)
+
+
+def _children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_quiet_relay_is_not_silent(services: Callable[..., Service], redis_url: str) -> None:
+    """A frame every four seconds is its usual rate."""
+    relay = services("relay", "--rate", "0.25", "--port", "0")
+    url = relay.wait_for("RELAY_URL=(.+)")[1]
+    reader = services("reader", FASTWORKER_HTTP_PORT="0", RELAY_URL=url, REDIS_URL=redis_url)
+    port = int(reader.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until_green(port)
+    ends = time.monotonic() + 12
+    while time.monotonic() < ends:
+        assert probe(port) == (200, "ok\n")
+        time.sleep(0.5)

@@ -1,0 +1,177 @@
+"""The status page in a real browser, beside a worker under load: what it shows is what is so, on a phone and in the dark."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import redis
+from services import ROOT, Service, until
+
+RATE = 60
+CARD = "[...document.querySelectorAll('dl div')].find(d => d.querySelector('dt').textContent === {!r})"
+
+
+class Browser:
+    """One tab of headless Chromium, driven over its debugging socket."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._ids = itertools.count(1)
+        self.complaints: list[str] = []
+
+    async def send(self, method: str, **params: Any) -> Any:
+        number = next(self._ids)
+        await self._socket.send_json({"id": number, "method": method, "params": params})
+        async with asyncio.timeout(30):
+            while True:
+                said = await self._socket.receive_json()
+                if said.get("method") in {"Runtime.exceptionThrown", "Log.entryAdded"}:
+                    self.complaints.append(json.dumps(said["params"]))
+                if said.get("id") == number:
+                    assert "error" not in said, said
+                    return said["result"]
+
+    async def value(self, expression: str) -> Any:
+        result = await self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    async def card(self, title: str) -> str:
+        return await self.value(f"{CARD.format(title)}.querySelector('dd').textContent.trim()")
+
+    async def number(self, title: str) -> float:
+        return float((await self.card(title)).split()[0].replace(",", ""))
+
+    async def shoot(self, path: Path) -> None:
+        shot = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+@pytest.fixture
+async def browser(tmp_path: Path) -> AsyncIterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not there: apt-get install chromium")
+    profile = tmp_path / "profile"
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
+    process = subprocess.Popen(
+        [chromium, *flags, f"--user-data-dir={profile}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        told = profile / "DevToolsActivePort"
+        async with asyncio.timeout(60):
+            while not told.exists() or not told.read_text().strip():
+                assert process.poll() is None
+                await asyncio.sleep(0.1)
+        port = told.read_text().split()[0]
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                [tab] = [one for one in await answer.json() if one["type"] == "page"]
+            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                made = Browser(socket)
+                for domain in ("Runtime", "Log", "Page"):
+                    await made.send(f"{domain}.enable")
+                yield made
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.timeout(300)
+async def test_the_status_page(
+    browser: Browser, services: Callable[..., Service], redis_url: str, postgres_url: str, tmp_path: Path
+) -> None:
+    relay = services("relay", "--rate", str(RATE), "--port", "0")
+    env = {"RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", **env)
+    port = up.wait_for(r"HTTP on http://127.0.0.1:(\d+)", 60)[1]
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
+        client.xadd("firehose:events", {"type": "commit", "data": "{<b>not JSON</b>", "seq": "1"})
+        until(lambda: client.xlen("firehose:dead-letters"))
+
+        await browser.send("Page.navigate", url=f"http://127.0.0.1:{port}/")
+        async with asyncio.timeout(30):
+            while await browser.value("document.getElementById('state').textContent") != "ready":
+                await asyncio.sleep(0.2)
+            while await browser.value(f"!{CARD.format('finished')}"):
+                await asyncio.sleep(0.2)
+        for rate in ("appended", "finished"):  # once the start is caught up with
+            async with asyncio.timeout(40):
+                while not 0.7 * RATE < await browser.number(rate) < 1.3 * RATE:
+                    await asyncio.sleep(0.2)
+        committed = int(client.hget("fastworker:ledger", "committed") or 0)
+        async with asyncio.timeout(15):
+            while (shown := await browser.number("committed")) < committed:
+                await asyncio.sleep(0.2)
+        assert shown <= int(client.hget("fastworker:ledger", "committed") or 0)
+        assert await browser.number("dead letters") == 1
+    assert await browser.value(f"{CARD.format('dead letters')}.className") == "alarm"
+    names = "[...document.querySelectorAll('#processes td:first-child')].map(td => td.textContent).sort().join()"
+    assert await browser.value(names) == "monitor,reader,worker-0,worker-1"
+    letters = await browser.value("document.getElementById('letters').textContent")
+    assert "bad_json" in letters
+    assert "1 bad_json" in await browser.value("document.getElementById('drops').textContent")
+    assert await browser.value("document.querySelectorAll('polyline').length") == 3
+    await browser.shoot(tmp_path / "wide.png")
+
+    await browser.send("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    await browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert await browser.value("document.documentElement.scrollWidth") <= 390
+    assert await browser.value("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"
+    await browser.shoot(tmp_path / "phone.png")
+
+    assert up.stop() == 0
+    async with asyncio.timeout(15):
+        while await browser.value("document.getElementById('state').textContent") != "no answer":
+            await asyncio.sleep(0.2)
+    assert [complaint for complaint in browser.complaints if "ERR_CONNECTION" not in complaint] == []
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(300)
+def test_the_live_view_in_a_terminal_of_80_columns(
+    services: Callable[..., Service], redis_url: str, postgres_url: str, tmp_path: Path
+) -> None:
+    tmux = shutil.which("tmux")
+    if tmux is None:
+        pytest.skip("tmux is not there: apt-get install tmux")
+    relay = services("relay", "--rate", str(RATE), "--port", "0")
+    env = {"RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", **env)
+    up.wait_for("Processed", 60)
+
+    def ask(*args: str) -> str:
+        command = [tmux, "-S", str(tmp_path / "tmux.sock"), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    watch = f"env REDIS_URL={redis_url} PYTHONPATH={ROOT} {sys.executable} -m fastworker status --watch"
+
+    def is_the_rate(shown: str) -> bool:
+        found = re.search(r"rate +(\d+)/s in, (\d+)/s out", shown)
+        return found is not None and all(0.7 * RATE < int(rate) < 1.3 * RATE for rate in found.groups())
+
+    ask("new-session", "-d", "-s", "view", "-x", "80", "-y", "30", watch)
+    try:
+        until(lambda: is_the_rate(ask("capture-pane", "-p", "-t", "view")), 60)
+        shown = ask("capture-pane", "-p", "-t", "view")
+    finally:
+        ask("kill-server")
+    assert "\u2026" not in shown, "nothing is cut"
+    assert re.search(r"rate +\d+/s in, \d+/s out", shown), shown
+    assert re.search(r"worker-1 +running +\d+ +[\d,]+ +\d+ +[\d.]+ s +\d+ MB +0", shown), shown
+    assert "ledger balances" in shown, "also while entries come and go"
+    assert up.stop() == 0
