@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from bench.corpus import entries
 from bench.end_to_end import worker
-from bench.servers import Servers, fill, servers
+from bench.servers import Servers, fill, first_ack, servers
 
 LOAD_S = 3.0  # under full load before it is told to stop
 
@@ -29,9 +29,7 @@ async def _run(running: Servers, folder: Path, events: int) -> dict[str, Any]:
     async with Redis.from_url(running.redis.url) as redis:
         began = time.perf_counter()
         async with worker(running) as process:
-            async with asyncio.timeout(60):
-                while not await redis.exists("fastworker:ledger"):
-                    await asyncio.sleep(0.002)
+            await first_ack(redis)
             first = time.perf_counter() - began
             await asyncio.sleep(LOAD_S if events > 50_000 else 0.3)
             left = events - (await redis.xinfo_groups("firehose:events"))[0]["entries-read"]

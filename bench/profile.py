@@ -8,15 +8,16 @@ from collections import Counter
 from pathlib import Path
 
 import uvloop
+from redis.asyncio import Redis
 
 from bench.corpus import entries, prepare
 from bench.end_to_end import worker
 from bench.report import ROOT
-from bench.servers import Servers, fill, servers, tree
+from bench.servers import Servers, fill, first_ack, servers, tree
 
 EVENTS = 200_000
 TOP = 25
-WARM_UP_S = 2.0
+WARM_UP_S = 1.0
 
 
 def _name(pid: int) -> str:
@@ -62,6 +63,8 @@ def profile(seconds: int, events: int, settings: dict[str, str]) -> None:
 async def _record(running: Servers, out: Path, seconds: int, events: int, settings: dict[str, str]) -> dict[int, str]:
     await fill(running.redis.url, entries(prepare(7, events), "native", events))
     async with worker(running, **settings) as process:
+        async with Redis.from_url(running.redis.url) as redis:
+            await first_ack(redis)
         await asyncio.sleep(WARM_UP_S)
         names = {pid: _name(pid) for pid in tree(process.pid)}
         await _spy(list(names), seconds, "raw", out)

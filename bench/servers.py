@@ -176,6 +176,13 @@ async def fill(redis_url: str, entries: Iterable[Fields], *, key: str = "firehos
     return count
 
 
+async def first_ack(redis: Any, *, limit_s: float = 60) -> None:
+    """Wait until the ledger has an entry."""
+    async with asyncio.timeout(limit_s):
+        while not await redis.exists("fastworker:ledger"):
+            await asyncio.sleep(0.002)
+
+
 async def settled(redis_url: str, total: int, *, limit_s: float = 1_800) -> tuple[float, float]:
     """Loop times of the first entry read and of the last ack."""
     loop = asyncio.get_running_loop()
