@@ -26,6 +26,7 @@ from bench.presets import PRESETS
 from bench.reader import reader
 from bench.report import RESULTS, Figures, Report, medians
 from bench.targets import compare
+from fastworker.run.tune import Extent
 
 
 class Wish(NamedTuple):
@@ -35,13 +36,14 @@ class Wish(NamedTuple):
     rows: int
     settings: dict[str, str]
     quick: bool
+    tuned: Extent | None
 
 
 class Session:
     """What one invocation is told, and what it knows so far."""
 
     def __init__(self, wish: Wish, report: Report) -> None:
-        self.seed, self.events, self.runs, self.rows, self.settings, self.quick = wish
+        self.seed, self.events, self.runs, self.rows, self.settings, self.quick, self.tuned = wish
         self.report = report
         self.folder: Path = corpus.prepare(self.seed, self.events)
 
@@ -88,8 +90,10 @@ def _end_to_end(session: Session) -> None:
             events=session.events,
             settings={"FASTWORKER_DERIVE": derive, **session.settings},
             baseline=session.baseline,
+            tuned=session.tuned,
         )
-        session.measure("end_to_end", {"derive": derive, "form": form, **session.settings}, work)
+        what = {"derive": derive, "form": form, "tuned": session.tuned or "no", **session.settings}
+        session.measure("end_to_end", what, work)
 
 
 def _presets(session: Session) -> None:
@@ -233,6 +237,7 @@ Also, each by itself:
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHES)), metavar="[NAMES]...")
 @click.option("--events", default=200_000, show_default=True, help="Of the corpus.")
 @click.option("--runs", default=3, show_default=True, help="The median of so many is told.")
+@click.option("--tuned", type=click.Choice(["tables", "indexes"]), help="end_to_end after `migrate --tune=...`.")
 @click.option("--seed", default=7, show_default=True, help="Of the corpus.")
 @click.option("--rows", default=10_000_000, show_default=True, help="Likes that growth puts there before.")
 @click.option("--quick", is_flag=True, help="20,000 events and rows, one run: shows that it works, measures little.")
@@ -256,6 +261,7 @@ def main(
     results: Path,
     *,
     quick: bool,
+    tuned: Extent | None,
 ) -> None:
     if quick:
         events, runs, rows = min(events, 20_000), 1, min(rows, 20_000)
@@ -263,7 +269,7 @@ def main(
         raise click.UsageError("--set takes NAME=VALUE")
     settings = dict(setting.split("=", 1) for setting in given)
     report = Report({"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}, results)
-    session = Session(Wish(seed, events, runs, rows, settings, quick), report)
+    session = Session(Wish(seed, events, runs, rows, settings, quick, tuned), report)
     failed = []
     for name in names or BENCHES:
         began = time.monotonic()

@@ -16,15 +16,24 @@ from redis.asyncio import Redis
 from bench.corpus import entries
 from bench.floor import floor_s
 from bench.servers import Servers, command, cpu_s, environment, fill, pss_mb, servers, settled
+from fastworker.run.tune import Extent
 
+HOT = "SELECT n_tup_hot_upd / nullif(n_tup_upd, 0)::float8 FROM pg_stat_user_tables WHERE relname = 'post_aggregations'"
 WAL = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"
 
 
 def end_to_end(
-    folder: Path, *, form: str, events: int, settings: dict[str, Any], floor: bool = True, baseline: float = 0
+    folder: Path,
+    *,
+    form: str,
+    events: int,
+    settings: dict[str, Any],
+    floor: bool = True,
+    baseline: float = 0,
+    tuned: Extent | None = None,
 ) -> dict[str, Any]:
     """`settings` are the worker's; what is not among them has the product's default. `baseline`: events/s."""
-    with servers() as running:
+    with servers(tuned=tuned) as running:
         figures = uvloop.run(drain(running, folder, form, events, settings))
         if floor:
             took = uvloop.run(floor_s(running.postgres.url))
@@ -73,6 +82,7 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
     )
     if drift:
         raise RuntimeError(f"like counts are off by {drift}")
+    hot = await connection.fetchval(HOT) or 0.0
     await connection.close()
     return {
         "events/s": total / seconds,
@@ -81,4 +91,5 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
         "idle share": max(0.0, 1 - sum(cost.values()) / seconds / (os.cpu_count() or 1)),
         "worker memory MB (PSS)": peak,
         "WAL bytes/event": written / total,
+        "HOT share of counter updates": hot,
     }

@@ -20,6 +20,7 @@ from bench.corpus import Fields
 from fastworker.config import VARIABLES
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.run.migrate import migrate
+from fastworker.run.tune import Extent, tune
 
 SETTINGS = {
     "shared_buffers": "512MB",
@@ -48,8 +49,13 @@ class Servers(NamedTuple):
 
 
 @contextlib.contextmanager
-def servers(*, schema: bool = True, preload: Callable[[str], None] | None = None) -> Iterator[Servers]:
-    """PostgreSQL (fsync on) and Redis (append-only file, every second), empty or with what `preload` put there."""
+def servers(
+    *, schema: bool = True, preload: Callable[[str], None] | None = None, tuned: Extent | None = None
+) -> Iterator[Servers]:
+    """PostgreSQL (fsync on) and Redis (append-only file, every second), empty or with what `preload` put there.
+
+    `tuned`: after `migrate --tune=...`.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fw-bench-"))
     folder.chmod(0o755)
     try:
@@ -64,6 +70,8 @@ def servers(*, schema: bool = True, preload: Callable[[str], None] | None = None
         ):
             if schema:
                 uvloop.run(migrate(postgres.url))
+            if tuned:
+                uvloop.run(tune(postgres.url, tuned, lambda _: None))
             if not VERSIONS:
                 uvloop.run(_ask_versions(postgres.url, redis.url))
             yield Servers(postgres, redis)

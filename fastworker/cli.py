@@ -229,17 +229,31 @@ def worker(reapply: str | None) -> ExitCode:
 
 
 @cli.command()
-@click.option("--check", "only_check", is_flag=True, help="Only report what is missing; exit 1 if anything is.")
-def migrate(*, only_check: bool) -> ExitCode:
+@click.option("--check", "only_check", is_flag=True, help="Only report what would be done; exit 1 if anything is.")
+@click.option(
+    "--tune",
+    "extent",
+    type=click.Choice(["tables", "indexes"]),
+    is_flag=False,
+    flag_value="tables",
+    help="Instead: storage parameters that make writing cheaper; with --tune=indexes, costly indexes are dropped, too. "
+    "Needs the tables' owner. See docs/tuning.md.",
+)
+@click.option("--untune", is_flag=True, help="Instead: undo everything that --tune did.")
+def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, untune: bool) -> ExitCode:
     """Create or upgrade the schema.
 
-    What fastworker does not own is never touched.
+    What fastworker does not own is never touched, unless you ask for it with --tune.
     """
+    if extent is not None and untune:
+        raise click.UsageError("--tune and --untune exclude each other.")
     from fastworker.crashpoint import arm
     from fastworker.run import migrate as migrations
 
     config = _config()
     url = config.require_database_url("migrate")
+    if extent is not None or untune:
+        return _tune(url, extent, only_check=only_check)
     if only_check:
         problems = _run(migrations.check(url))
         click.echo("\n".join(problems) if problems else "The schema is up to date.")
@@ -247,6 +261,17 @@ def migrate(*, only_check: bool) -> ExitCode:
     arm(config.crashpoint)
     done = _run(migrations.migrate(url))
     click.echo("\n".join(f"applied {name}" for name in done) if done else "The schema is up to date.")
+    return ExitCode.DONE
+
+
+def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: bool) -> ExitCode:
+    """Without an extent: undo."""
+    from fastworker.run.tune import report, tune, untune
+
+    if only_check:
+        done = report(url, extent, click.echo) if extent else untune(url, click.echo, only_check=True)
+        return ExitCode.DONE if _run(done) else ExitCode.NO
+    _run(tune(url, extent, click.echo) if extent else untune(url, click.echo, only_check=False))
     return ExitCode.DONE
 
 

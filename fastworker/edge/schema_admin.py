@@ -49,21 +49,21 @@ class Schema(msgspec.Struct, frozen=True):
 
 
 class SchemaAdmin:
-    """One connection for as long as a migration or a check takes."""
+    """One connection for as long as a migration or a check takes; edge/tuning.py works on it, too."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
         """One transaction around everything inside; other processes that migrate wait for its end."""
-        async with self._connection.transaction():
-            await self._connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'; SET LOCAL search_path = public")
-            await self._connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
+        async with self.connection.transaction():
+            await self.connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'; SET LOCAL search_path = public")
+            await self.connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
             yield
 
     async def read(self) -> Schema:
-        fetch = self._connection.fetch
+        fetch = self.connection.fetch
         columns: dict[str, dict[str, str]] = {}
         for table, column, type_ in await fetch(_COLUMNS):
             columns.setdefault(table, {})[column] = type_
@@ -79,10 +79,10 @@ class SchemaAdmin:
 
     async def apply(self, migration: Applied, sql: str) -> None:
         """Run the SQL unless the tables are adopted, and record it. Only inside `exclusive`."""
-        await self._connection.execute(_RECORDS)
+        await self.connection.execute(_RECORDS)
         if not migration.adopted:
-            await self._connection.execute(sql)
-        await self._connection.execute(
+            await self.connection.execute(sql)
+        await self.connection.execute(
             "INSERT INTO fastworker.migrations (number, name, checksum, adopted) VALUES ($1, $2, $3, $4)",
             migration.number,
             migration.name,
