@@ -78,10 +78,10 @@ async def write(url: str, seed: int) -> None:
     """A random history, as the worker writes it."""
     store = await Store.connect(url, derive=derive.FULL)
     try:
-        events = random_history(seed, 1_200).events
-        for start in range(0, len(events), 100):
+        events = random_history(seed, 300).events
+        for start in range(0, len(events), 50):
             batch = Batch()
-            for event in events[start : start + 100]:
+            for event in events[start : start + 50]:
                 decoded = decode_entry(to_entry(event))
                 if isinstance(decoded, Commit):
                     batch.put(map_commit(decoded, entry_ms(event)))
