@@ -50,6 +50,7 @@ class Remembered(msgspec.Struct, frozen=True):
 class Tunable(msgspec.Struct, frozen=True):
     role: str
     may_remember: bool
+    may_index: bool  # PostgreSQL asks for CREATE on the schema when an index is made again
     tables: dict[str, Table]
     indexes: list[Index]
     remembered: list[Remembered]
@@ -72,6 +73,7 @@ class Tuning:
             return Tunable(
                 role=role["role"],
                 may_remember=role["may_remember"],
+                may_index=role["may_index"],
                 tables={
                     row["name"]: Table(
                         owner=row["owner"],
@@ -197,7 +199,8 @@ SELECT current_user::text AS role, to_regclass('fastworker.tuning') IS NOT NULL 
        COALESCE(CASE WHEN to_regclass('fastworker.tuning') IS NULL
                      THEN has_schema_privilege(to_regnamespace('fastworker')::oid, 'CREATE')
                      ELSE pg_has_role((SELECT relowner FROM pg_class WHERE oid = to_regclass('fastworker.tuning')),
-                                      'USAGE') END, false) AS may_remember
+                                      'USAGE') END, false) AS may_remember,
+       has_schema_privilege('public', 'CREATE') AS may_index
 """
 
 _TABLES = f"""

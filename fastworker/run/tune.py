@@ -7,7 +7,7 @@ what each does and costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from fastworker.edge.schema_admin import SchemaRefused
 from fastworker.edge.tuning import (
     Index,
+    Remembered,
     Tunable,
     Tuning,
     create_sql,
@@ -146,7 +147,7 @@ async def report(database_url: str, extent: Extent, say: Say) -> bool:
     if found.remembered:
         say(f"{_in_force(found)}; `fastworker migrate --untune` undoes all of it.")
     pending = bool(parameters or (drops and extent == "indexes"))
-    if pending and (refusal := _not_allowed(found, _touched(parameters, drops, extent))):
+    if pending and (refusal := _not_allowed(found, parameters, drops if extent == "indexes" else [])):
         say(refusal)
     if not pending:
         say("Nothing to do: tuned." if extent == "indexes" or not drops else "Nothing to do: tables are tuned.")
@@ -159,7 +160,7 @@ async def tune(database_url: str, extent: Extent, say: Say) -> None:
         found = await _read(tuning)
         parameters = _parameters(found)
         drops = _drops(found) if extent == "indexes" else []
-        if (parameters or drops) and (refusal := _not_allowed(found, _touched(parameters, drops, extent))):
+        if (parameters or drops) and (refusal := _not_allowed(found, parameters, drops)):
             raise SchemaRefused(f"{refusal} Nothing was changed.")
         if parameters:
             await tuning.set_parameters(parameters)
@@ -201,7 +202,7 @@ async def untune(database_url: str, say: Say, *, only_check: bool) -> bool:
                     say(f"  {create_sql(change.value)};")
             say(f"{_in_force(found)}." if found.remembered else "Nothing to undo.")
             return not found.remembered
-        if found.remembered and (refusal := _not_allowed(found, {change.table for change in found.remembered})):
+        if found.remembered and (refusal := _not_allowed(found, resets, indexes)):
             raise SchemaRefused(f"{refusal} Nothing was changed.")
         if parameters:
             await tuning.reset_parameters(resets, parameters)
@@ -324,12 +325,9 @@ _SERVER: Final[tuple[tuple[str, int | str, str], ...]] = (
 )
 
 
-def _touched(parameters: dict[str, dict[str, str]], drops: list[Drop], extent: Extent) -> set[str]:
-    return set(parameters) | ({drop.index.table for drop in drops} if extent == "indexes" else set())
-
-
-def _not_allowed(found: Tunable, tables: set[str]) -> str | None:
-    """Why this role cannot change these tables, in one sentence with the mending."""
+def _not_allowed(found: Tunable, parameters: Iterable[str], indexes: Sequence[Drop | Remembered]) -> str | None:
+    """Why this role cannot change these tables and indexes, in one sentence with the mending."""
+    tables = {*parameters, *(one.index.table if isinstance(one, Drop) else one.table for one in indexes)}
     others = sorted(name for name in tables if name in found.tables and not found.tables[name].owned)
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -343,6 +341,8 @@ def _not_allowed(found: Tunable, tables: set[str]) -> str | None:
             f"The role {found.role} may not keep fastworker.tuning, where changes are remembered so that they can be "
             f"undone: GRANT USAGE, CREATE ON SCHEMA fastworker TO {found.role}, or run it as the role that tuned."
         )
+    if indexes and not found.may_index:
+        return f"The role {found.role} may not make indexes again: GRANT CREATE ON SCHEMA public TO {found.role}."
     return None
 
 

@@ -242,8 +242,11 @@ def test_refused_without_ownership(postgres_url: str, other_role: tuple[str, str
         with pytest.raises(SchemaRefused, match="GRANT USAGE, CREATE ON SCHEMA fastworker"):
             await tune(url, "tables", nothing)
         assert await parameters(pg) == {}
-        await pg.execute(f"GRANT CREATE ON SCHEMA fastworker, public TO {role}")
         before = await indexes(pg)
+        await pg.execute(f"GRANT CREATE ON SCHEMA fastworker TO {role}")
+        with pytest.raises(SchemaRefused, match="GRANT CREATE ON SCHEMA public"):
+            await tune(url, "indexes", nothing)
+        await pg.execute(f"GRANT CREATE ON SCHEMA public TO {role}")
         await tune(url, "indexes", nothing)
         assert await parameters(pg) == advised()
         await untune(url, nothing, only_check=False)
