@@ -52,9 +52,9 @@ _CONNECTION: Final = ("client|setname", "ping", "info", "time", "evalsha", "scri
 COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
     "worker": (
         *_CONNECTION,
-        *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xadd", "xlen", "xtrim"),
+        *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer"),
-        *("get", "set", "del", "exists", "type", "memory|usage"),
+        *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
         *("hgetall", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember"),
     ),
     "reader": (
