@@ -6,7 +6,7 @@ own; what a block exports holds for the following ones. Words after `sh`:
     exit=N | exit=any      another exit code than 0
     service=NAME           one command that goes on running until the page ends or a block stops it
     stop=NAME              ends that service; with `needs=docker` in place of the block's own command
-    needs=docker | network not run (with service=NAME: that service is started again, as it was first)
+    needs=docker | network | systemd   not run (with service=NAME: that service is started again, as it was first)
     needs=TOOL             run where TOOL is installed
     tested-in=PATH         run by that file
 
@@ -43,7 +43,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md")))]
 NOT_YET: dict[str, str] = {}
 """Pages whose commands nobody runs yet -> why."""
-ABSENT = {"docker": "no Docker engine here", "network": "no package index or live relay in a test"}
+ABSENT = {
+    "docker": "no Docker engine here",
+    "network": "no package index or live relay in a test",
+    "systemd": "no init of that kind in a container; the units are checked by tests/integration/test_packaging.py",
+}
 COMMANDS = (
     r"fastworker|\./scripts/|scripts/|python3? -m|pip|docker|docker-compose|redis-cli|psql|pg_\w+|curl|export|"
     r"systemctl|journalctl|py-spy|apt|apt-get|sudo|kill|promtool|tail|grep"
@@ -282,7 +286,8 @@ def test_words_of_blocks(page: str) -> None:
         assert set(block.words) <= known, block.place
         if "tested-in" in block.words:
             there = (ROOT / block.words["tested-in"]).read_text()
-            command = block.text.split()[0].removeprefix("./")
+            words = [word for word in block.text.split() if word not in ("python", "-m")]
+            command = words[0].removeprefix("./").partition("=")[0]
             assert command in there, f"{block.place}: {block.words['tested-in']} does not run {command}"
 
 
