@@ -231,6 +231,7 @@ Also, each by itself:
   --save            the same, and keep the result
   --compare         the same, and fail where one is 25 % slower than what was kept
   --instructions    count their instructions (valgrind), and fail where one takes 5 % more than bench/instructions.json
+                    (a word after it: only those whose name has it)
   --instructions --save   keep the counts there
 """,
 )
