@@ -1,7 +1,7 @@
 """Instructions of each micro-benchmark, counted by valgrind: the same on a busy machine as on a quiet one.
 
-`./scripts/bench --instructions [--save] [WORD]`. One Python runs all of them under callgrind, which writes what it has counted
-at every call of getppid(2); the bodies call it before and after. An empty body's count is subtracted.
+`./scripts/bench --instructions [--save] [WORD]`. One Python runs all of them under callgrind, which writes what it has
+counted at every call of getppid(2), one before and one after each body. An empty body's count is subtracted.
 """
 
 from __future__ import annotations

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT))
-
-from bench.instructions import compare as compare_counts  # noqa: E402
+from bench.instructions import compare as compare_counts
 from bench.instructions import main as instructions_main
-from bench.report import medians, shown  # noqa: E402
-from bench.targets import TARGETS, compare  # noqa: E402
+from bench.report import medians, shown
+from bench.targets import TARGETS, compare
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_medians_are_taken_figure_by_figure_and_words_stay():
