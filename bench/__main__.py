@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 import sys
 import time
 import traceback
@@ -264,6 +265,7 @@ def main(
     quick: bool,
     tuned: Extent | None,
 ) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: servers and their files go
     if quick:
         events, runs, rows = min(events, 20_000), 1, min(rows, 20_000)
     if any("=" not in setting for setting in given):
