@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 import sys
 import time
 import traceback
@@ -231,6 +232,7 @@ Also, each by itself:
   --save            the same, and keep the result
   --compare         the same, and fail where one is 25 % slower than what was kept
   --instructions    count their instructions (valgrind), and fail where one takes 5 % more than bench/instructions.json
+                    (a word after it: only those whose name has it)
   --instructions --save   keep the counts there
 """,
 )
@@ -263,6 +265,7 @@ def main(
     quick: bool,
     tuned: Extent | None,
 ) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: servers and their files go
     if quick:
         events, runs, rows = min(events, 20_000), 1, min(rows, 20_000)
     if any("=" not in setting for setting in given):

@@ -1,7 +1,7 @@
 """Instructions of each micro-benchmark, counted by valgrind: the same on a busy machine as on a quiet one.
 
-`./scripts/bench --instructions [--save]`. One Python runs all of them under callgrind, which writes what it has counted
-at every call of getppid(2); the bodies call it before and after. An empty body's count is subtracted.
+`./scripts/bench --instructions [--save] [WORD]`. One Python runs all of them under callgrind, which writes what it has
+counted at every call of getppid(2), one before and one after each body. An empty body's count is subtracted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KEPT = ROOT / "bench" / "instructions.json"
 THRESHOLD = 0.05
 
 
-def measure(folder: Path) -> dict[str, int]:
-    """Instructions per event of each body."""
+def measure(folder: Path, word: str) -> dict[str, int]:
+    """Instructions per event of each body whose name has the word."""
     ran = subprocess.run(
         [
             "valgrind",
@@ -33,7 +33,8 @@ def measure(folder: Path) -> dict[str, int]:
             f"--callgrind-out-file={folder}/out",
             sys.executable,
             "-c",
-            "from bench.micro import run_between_marks; run_between_marks()",
+            "import sys; from bench.micro import run_between_marks; run_between_marks(sys.argv[1])",
+            word,
         ],
         env={**os.environ, "PYTHONHASHSEED": "0"},
         cwd=ROOT,
@@ -44,6 +45,8 @@ def measure(folder: Path) -> dict[str, int]:
     if ran.returncode:
         raise SystemExit(f"valgrind ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
     names = ran.stdout.splitlines()
+    if names == [""]:
+        raise SystemExit(f"no micro-benchmark's name has {word!r} in it")
     sums = [_sum(folder / f"out.{n}") for n in range(1, 2 * len(names) + 1)]
     counts = sums[1::2]  # the first one of each pair is what came before its body
     return {
@@ -87,20 +90,28 @@ def main(arguments: list[str]) -> int:
     if shutil.which("valgrind") is None:
         print("Instruction counts need valgrind: apt-get install valgrind", file=sys.stderr)
         return 3
+    save = "--save" in arguments
+    words = [argument for argument in arguments if argument != "--save"]
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        print("usage: bench --instructions [--save] [WORD]", file=sys.stderr)
+        return 2
+    word = words[0] if words else ""
+    print("counting; this takes a minute or two", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="fw-callgrind-") as folder:
-        now = measure(Path(folder))
-    if "--save" in arguments:
-        KEPT.write_text(json.dumps({"setting": setting(), "instructions per event": now}, indent=2) + "\n")
-        print("\n".join(f"  {name:<40} {found:>10,}" for name, found in now.items()))
+        now = measure(Path(folder), word)
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"setting": None, "instructions per event": {}}
+    comparable = kept["setting"] == setting()
+    counts = {name: found for name, found in kept["instructions per event"].items() if word in name}
+    text, well = compare(now, counts)
+    print(f"  {'instructions per event':<40} {'now':>10}  {'kept':>10}\n{text}")
+    if save:
+        others = {name: found for name, found in kept["instructions per event"].items() if word not in name}
+        both = now if not comparable else {**others, **now}
+        KEPT.write_text(json.dumps({"setting": setting(), "instructions per event": both}, indent=2) + "\n")
         print(f"kept in {KEPT.relative_to(ROOT)}")
         return 0
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"setting": None, "instructions per event": {}}
-    words, well = compare(now, kept["instructions per event"])
-    print(f"  {'instructions per event':<40} {'now':>10}  {'kept':>10}\n{words}")
-    if kept["setting"] != setting():
-        print(
-            f"They were kept with {kept['setting']}\nand this is       {setting()}:\nnot comparable; renew with --save"
-        )
+    if not comparable:
+        print(f"They were kept with {kept['setting']}\nthis is {setting()}\nnot comparable: --save keeps them anew")
         return 1
     print("within" if well else "NOT within", f"{THRESHOLD:.0%} of what was kept")
     return 0 if well else 1

@@ -84,9 +84,10 @@ def bodies() -> dict[str, Body]:
     }
 
 
-def run_between_marks() -> None:
-    """For `bench.instructions`: every body between two calls of getppid(2); prints their names in this order."""
-    found: dict[str, Body] = {"": lambda: None, **bodies()}
+def run_between_marks(word: str = "") -> None:
+    """For `bench.instructions`: every body whose name has the word, between two calls of getppid(2); prints their names
+    in this order."""
+    found: dict[str, Body] = {"": lambda: None, **{name: body for name, body in bodies().items() if word in name}}
     gc.collect()
     gc.disable()
     for name, body in found.items():

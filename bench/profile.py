@@ -18,13 +18,7 @@ from bench.servers import Servers, fill, first_ack, servers, tree
 EVENTS = 200_000
 TOP = 25
 WARM_UP_S = 1.0
-
-
-def _name(pid: int) -> str:
-    """What the process calls itself in a list of processes."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    comm = Path(f"/proc/{pid}/comm").read_text().strip()
-    return comm if comm not in words else words.rpartition("/")[2][:60]
+WAITING = ("epoll_wait (libc.so.6)", "epoll_pwait (libc.so.6)", "clock_nanosleep (libc.so.6)", "poll (libc.so.6)")
 
 
 async def _spy(pids: list[int], seconds: int, kind: str, out: Path) -> None:
@@ -53,8 +47,9 @@ def profile(seconds: int, events: int, settings: dict[str, str]) -> None:
         names = uvloop.run(_record(running, out, seconds, events, settings))
     for pid, name in names.items():
         spent, held = _spent((out / f"{pid}.txt").read_text())
+        waiting = sum(spent.pop(function, 0) for function in WAITING)
         total = sum(spent.values()) or 1
-        print(f"\n{name} ({pid}): {total} samples, profile/{pid}.svg")
+        print(f"\n{name} {pid}: {total} samples and {waiting} waiting, profile/{pid}.svg")
         print(f"  {'itself':>7} {'with what it calls':>19}")
         for function, count in spent.most_common(TOP):
             print(f"  {count / total:7.1%} {held[function] / total:19.1%}  {function}")
@@ -66,7 +61,7 @@ async def _record(running: Servers, out: Path, seconds: int, events: int, settin
         async with Redis.from_url(running.redis.url) as redis:
             await first_ack(redis)
         await asyncio.sleep(WARM_UP_S)
-        names = {pid: _name(pid) for pid in tree(process.pid)}
+        names = {pid: "child" if pid != process.pid else "supervisor" for pid in tree(process.pid)}
         await _spy(list(names), seconds, "raw", out)
         await _spy(list(names), seconds, "flamegraph", out)
     return names

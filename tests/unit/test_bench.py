@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT))
+from bench.instructions import compare as compare_counts
+from bench.instructions import main as instructions_main
+from bench.report import medians, shown
+from bench.targets import TARGETS, compare
 
-from bench.instructions import compare as compare_counts  # noqa: E402
-from bench.report import medians, shown  # noqa: E402
-from bench.targets import TARGETS, compare  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_medians_are_taken_figure_by_figure_and_words_stay():
@@ -46,6 +46,14 @@ def test_a_target_is_told_only_where_there_is_a_figure_for_it():
 )
 def test_more_instructions_than_the_threshold_fail(now: dict[str, int], well: bool):
     assert compare_counts(now, {"a": 100, "b": 50})[1] is well
+
+
+def test_without_valgrind_it_says_what_to_install_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert instructions_main([]) != 0
+    assert "apt-get install valgrind" in capsys.readouterr().err
 
 
 def test_every_target_is_a_figure_of_a_benchmark_that_help_explains():
