@@ -181,7 +181,7 @@ class Soak:
             )
             if found.until_s is None or found.rate < CATCH_UP * self._rate:
                 problems.append(f"The backlog of {outage.name}'s outage went too slowly")
-            since = found.until_s or self._seconds
+            since = found.until_s or back
         stretches.append((since, self._seconds))
         for name in sorted({name for look in self._looks for name in look.pss}):
             told = []
