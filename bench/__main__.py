@@ -108,7 +108,6 @@ def _presets(session: Session) -> None:
                 form="json",
                 events=session.events,
                 settings=settings,
-                floor=False,
                 baseline=session.baseline,
             )
         )
@@ -131,19 +130,20 @@ def _grid(session: Session) -> None:
                 "PARALLEL_CONSUMERS": pipelines,
                 "DB_POOL_SIZE": processes * pipelines + 1,
             },
-            floor=False,
             baseline=session.baseline,
         )
         session.measure("grid", {"processes": processes, "pipelines": pipelines}, work, runs=1)
 
 
 def _growth(session: Session) -> None:
-    empty = 0.0
+    empty: Figures = {}
     for likes in (0, session.rows // 10, session.rows):
         found = growth(session.seed, session.events, session.runs, likes=likes)
         figures = medians(found)
-        empty = empty or figures["events/s"]
-        figures["share of empty tables"] = figures["events/s"] / empty
+        empty = empty or figures
+        figures["share of empty tables"] = figures["events/s"] / empty["events/s"]
+        figures["share of the floor of empty tables"] = figures["events/s"] / empty["floor events/s"]
+        figures["multiple of baseline"] = figures["events/s"] / session.baseline
         session.report.tell("growth", {"likes": likes, "form": "native"}, figures, runs=found)
 
 

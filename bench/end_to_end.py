@@ -28,17 +28,15 @@ def end_to_end(
     form: str,
     events: int,
     settings: dict[str, Any],
-    floor: bool = True,
     baseline: float = 0,
     tuned: Extent | None = None,
 ) -> dict[str, Any]:
     """`settings` are the worker's; what is not among them has the product's default. `baseline`: events/s."""
     with servers(tuned=tuned) as running:
         figures = uvloop.run(drain(running, folder, form, events, settings))
-        if floor:
-            took = uvloop.run(floor_s(running.postgres.url))
-            figures["floor events/s"] = figures["events"] / took
-            figures["share of the floor"] = figures["events/s"] / figures["floor events/s"]
+        took = uvloop.run(floor_s(running.postgres.url))
+        figures["floor events/s"] = figures["events"] / took
+        figures["share of the floor"] = figures["events/s"] / figures["floor events/s"]
     if baseline:
         figures["multiple of baseline"] = figures["events/s"] / baseline
     return figures

@@ -14,7 +14,7 @@ import uvloop
 from redis.asyncio import Redis
 
 from bench.corpus import prepare
-from bench.end_to_end import drain
+from bench.end_to_end import drain, end_to_end
 from bench.servers import servers
 
 LIKES_PER_POST, LIKES_PER_USER = 10, 100
@@ -76,13 +76,11 @@ def growth(seed: int, events: int, runs: int, *, likes: int) -> list[dict[str, A
     """The figures of each run. On empty tables each has servers of its own; on full ones they follow each other, the
     first right after a checkpoint, when every page that is touched goes to the WAL whole."""
     folders = [prepare(seed + n, events) for n in range(runs)]
-    settings: dict[str, Any] = {}
     found = []
     if not likes:
         for n, folder in enumerate(folders):
             _say(f"empty tables: run {n + 1} of {runs}")
-            with servers() as running:
-                found.append(uvloop.run(drain(running, folder, "native", events, settings)))
+            found.append(end_to_end(folder, form="native", events=events, settings={}))
         return found
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < likes * BYTES_PER_LIKE:
@@ -98,7 +96,7 @@ def growth(seed: int, events: int, runs: int, *, likes: int) -> list[dict[str, A
                 uvloop.run(_ask(running.postgres.url, "CHECKPOINT"))
             else:
                 uvloop.run(_flush(running.redis.url))
-            figures = uvloop.run(drain(running, folder, "native", events, settings))
+            figures = uvloop.run(drain(running, folder, "native", events, {}))
             found.append({**figures, "database GB before": size / 1e9})
     return found
 
