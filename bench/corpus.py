@@ -73,7 +73,7 @@ def _flush(files: Mapping[str, Any], pieces: dict[str, list[Fields]]) -> None:
 
 def frames_only(seed: int, events: int) -> Path:
     """A file of raw frames alone: for runs that are too long for `prepare`."""
-    path = _folder(seed, events) / "corpus.frames"
+    path = _folder(seed, events) / "only.frames"  # not the one that an interrupted `prepare` may have left
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
