@@ -144,7 +144,8 @@ class Chaos:
                 self._served.append(frame)
                 yield frame
 
-    async def run(self, faults: list[Fault], limit_s: float = 120.0) -> Outcome:
+    async def run(self, faults: list[Fault], limit_s: float = 120.0, recovery_s: float = RECOVERY_S) -> Outcome:
+        """`recovery_s`: longest wait after a fault for something to end again."""
         done: Counter[str] = Counter()
         stage = self.stage
         problems: list[str] = []
@@ -156,7 +157,7 @@ class Chaos:
             done[fault.kind] += 1
             problems += await stage.keep_running()
             if fault.amount > ON_TOP:
-                await self._recovered()
+                await self._recovered(recovery_s)
         self._done = True
         problems += await stage.settle(lambda: max((f.seq or 0 for f in self._served), default=0), limit_s)
         problems += await stage.stop()
@@ -172,11 +173,11 @@ class Chaos:
         problems += await stage.different(frame.event for frame in self._served if frame.event is not None)
         return Outcome(len(self._served), entries, ledger, done, stage.worker.crashes, problems)
 
-    async def _recovered(self) -> None:
+    async def _recovered(self, limit_s: float) -> None:
         """Until something ends again, so that the next fault meets a pipeline at work; not for ever."""
         before = ended_in(await self.stage.ledger())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RECOVERY_S):
+            async with asyncio.timeout(limit_s):
                 while ended_in(await self.stage.ledger()) <= before:  # noqa: ASYNC110 - another process's
                     await asyncio.sleep(0.1)
 

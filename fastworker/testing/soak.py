@@ -32,7 +32,7 @@ LOOK_S = 1.0
 CATCH_UP = 2.0  # times the rate: less, and a backlog takes longer to go than it took to come
 GROWTH, GROWTH_BYTES = 1.05, 2 << 20  # of a process, from the first to the last third of the time after all outages
 WARM_UP_S = 30.0
-SETTLE_S = 900.0  # what is left at the end must go, too
+SETTLE_S = 120.0  # what is left at the end must go, too; with nothing ending for so long it does not
 
 
 class Outage(NamedTuple):

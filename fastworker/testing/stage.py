@@ -256,13 +256,15 @@ class Stage:
     # --- what must be so in the end
 
     async def settle(self, last_seq: Callable[[], int], limit_s: float) -> list[str]:
-        """Wait until everything up to `last_seq` is on the stream and has ended; what is wrong if that takes longer.
+        """Wait until everything up to `last_seq` is on the stream and has ended; what is wrong if it gets nowhere.
 
-        It is asked again each time: until the source is exhausted, there may be more.
+        `last_seq` is asked again each time: until the source is exhausted, there may be more. `limit_s` is the longest
+        time in which nothing ends: how long a backlog takes is the machine's business.
         """
-        state, problems = "", []
+        loop = asyncio.get_running_loop()
+        state, problems, most = "", [], -1
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as limit:
                 while True:
                     problems += await self.keep_running()
                     last, is_all = last_seq(), self.relay.exhausted
@@ -271,9 +273,12 @@ class Stage:
                     state = f"cursor {cursor} of {last}, {added} entries, {ended} ended, {pending} pending"
                     if is_all and cursor >= last and ended >= added and not pending:
                         return problems
+                    if ended > most:
+                        most = ended
+                        limit.reschedule(loop.time() + limit_s)
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            return [*problems, f"Not settled after {limit_s:g} s: {state}"]
+            return [*problems, f"Not settled, and nothing ended for {limit_s:g} s: {state}"]
 
     async def stop(self) -> list[str]:
         """Both commands in good order; what is wrong with how they ended."""
