@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -253,12 +254,8 @@ async def test_a_redis_that_does_not_answer(
 ) -> None:
     monkeypatch.setattr("fastworker.edge.redis_admin.READY_TIMEOUT_S", 0.2)
 
-    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1)
-        writer.close()
-
-    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel connects, and nobody answers
+        port = silent.getsockname()[1]
         assert await checks.check(parse_config({"REDIS_URL": f"redis://127.0.0.1:{port}"}), as_json=True) is ExitCode.NO
         sentences = [one["sentence"] for one in json.loads(capsys.readouterr().out)]
         assert any("Redis did not answer in time" in sentence for sentence in sentences)
