@@ -14,6 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fastworker.config import parse_config
+from fastworker.edge import rights
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
 from fastworker.run import checks
@@ -344,6 +345,9 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
         monkeypatch.setattr("fastworker.edge.postgres_admin.time.time", lambda: now() - 60)
         assert await said("Its clock is 60.0 s ahead of this machine's")
         monkeypatch.undo()
+        await owner.execute(rights.sql("worker", "worker"))
+        found = await house.check(DATABASE_URL=url, DB_POOL_SIZE="6")
+        assert not [one for one in found if one.startswith("fail")], "what the worker's own role sees is enough"
         await owner.execute("ALTER ROLE worker SET default_transaction_read_only = on")
         assert await said("Transactions are read-only by default")
         await owner.close(timeout=10)
