@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fastworker.config import parse_config
+from fastworker.edge import rights
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
 from fastworker.run import checks
@@ -253,12 +255,8 @@ async def test_a_redis_that_does_not_answer(
 ) -> None:
     monkeypatch.setattr("fastworker.edge.redis_admin.READY_TIMEOUT_S", 0.2)
 
-    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1)
-        writer.close()
-
-    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel connects, and nobody answers
+        port = silent.getsockname()[1]
         assert await checks.check(parse_config({"REDIS_URL": f"redis://127.0.0.1:{port}"}), as_json=True) is ExitCode.NO
         sentences = [one["sentence"] for one in json.loads(capsys.readouterr().out)]
         assert any("Redis did not answer in time" in sentence for sentence in sentences)
@@ -347,6 +345,9 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
         monkeypatch.setattr("fastworker.edge.postgres_admin.time.time", lambda: now() - 60)
         assert await said("Its clock is 60.0 s ahead of this machine's")
         monkeypatch.undo()
+        await owner.execute(rights.sql("worker", "worker"))
+        found = await house.check(DATABASE_URL=url, DB_POOL_SIZE="6")
+        assert not [one for one in found if one.startswith("fail")], "what the worker's own role sees is enough"
         await owner.execute("ALTER ROLE worker SET default_transaction_read_only = on")
         assert await said("Transactions are read-only by default")
         await owner.close(timeout=10)
