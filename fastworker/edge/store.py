@@ -74,7 +74,7 @@ POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
     "(pgbouncer: pool_mode = session) or connect directly"
 )
-FEW_USERS = 50  # new ones go with the rows; more would keep other writers of the same ones waiting for long
+FEW_USERS, SMALL_FLUSH = 50, 200  # so few new ones go with the rows; others who meet them wait for our commit
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
 WARY_MIN, WARY_MAX = 5, 320  # transactions without COPY after somebody else was found to write the same rows
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
@@ -273,7 +273,7 @@ class Store:
             )
             users = sorted(did for did in dids if did not in self._known and did not in forbidden)
             first = bool(tombstones or batch.accounts or identities or batch.syncs or batch.relays - self._relays)
-            if first or len(users) > FEW_USERS or not changes:
+            if first or len(users) > FEW_USERS or not 0 < len(changes) <= SMALL_FLUSH:
                 await self._retry(lambda: self._prologue(connection, batch, tombstones, users, identities))
                 users = []
             upserts = [c for c in changes if c.row is not None]

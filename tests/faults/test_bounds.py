@@ -33,7 +33,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^(self\._\w+|_\w+)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),
-    (r"^(self\._)?(connection|conn|pool|pg)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
+    (r"^(self\._?)?(connection|conn|pool|pg)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
     (r"^getattr\(self, f'_mend_", "our own coroutine, chosen by name"),
     (r"^redis\.connection_pool\.disconnect", "closes transports without waiting for the peer"),
     (r"^stack\.enter_async_context\(", "our own context managers; the pool with its timeout"),
