@@ -87,7 +87,7 @@ def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house:
     time.sleep(1)
     house.postgres.stop()
     until_red(house.worker_port, "PostgreSQL")
-    assert probe(house.worker_port)[1].count("PostgreSQL") <= 2, "one sentence a process"
+    assert probe(house.worker_port)[1].count("PostgreSQL has not answered") <= 2, "one sentence a process"
     house.postgres.start()
     house.relay.process.send_signal(signal.SIGCONT)
     until_green(house.worker_port, house.reader_port)

@@ -105,7 +105,9 @@ async def test_the_status_page(
 
         await browser.send("Page.navigate", url=f"http://127.0.0.1:{port}/")
         async with asyncio.timeout(30):
-            while await browser.value("document.getElementById('state').textContent") != "ready":
+            while (
+                await browser.value("document.getElementById('state')?.textContent") != "ready"
+            ):  # null while it loads
                 await asyncio.sleep(0.2)
             while await browser.value(f"!{CARD.format('finished')}"):
                 await asyncio.sleep(0.2)
