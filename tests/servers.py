@@ -22,6 +22,11 @@ PostgresUnderTest = partial(EmbeddedPostgres, binary=POSTGRES_BIN)
 RedisUnderTest = partial(EmbeddedRedis, binary=REDIS_BIN)
 
 
+async def counts_reads(redis: Any) -> bool:
+    """Whether the server knows what a group has read (its lag): from Redis 7 on."""
+    return int((await redis.info("server"))["redis_version"].partition(".")[0]) >= 7
+
+
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """A connection that is gone afterwards, whatever happens: uvloop waits for ever for one that was left."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+from servers import counts_reads
 
 from fastworker.edge.redis_client import connect
 from fastworker.edge.stream import (
@@ -250,8 +251,10 @@ async def test_what_somebody_trims_while_we_hold_it_is_a_ghost_once(redis):
     await redis.xdel(KEY, ids[1], ids[2])
     await stream.renew()
     await stream.renew()
-    assert await stream.ack({COMMITTED: ids}) == 3
-    assert await ledger(redis) == {"ghosts": 2, "committed": 3}
+    # An old Redis keeps it: then it is acknowledged like the others, whose rows are written as well.
+    ghosts = 2 if await counts_reads(redis) else 0
+    assert await stream.ack({COMMITTED: ids}) == 5 - ghosts
+    assert await ledger(redis) == {"committed": 5 - ghosts} | ({"ghosts": ghosts} if ghosts else {})
     assert await pending(redis) == 0
 
 
