@@ -153,7 +153,10 @@ def translating() -> Iterator[None]:
     except InterfaceError as error:
         # the pool or the connection is closed under us; what closed it says more than what found it closed
         why = error.__context__ if isinstance(error.__context__, PostgresError | OSError) else error
-        raise StoreUnavailable(f"PostgreSQL connection: {why or type(why).__name__}") from error
+        words = str(why) or type(why).__name__
+        if "connection is closed" in words:  # the driver names the method of its own that found out
+            words = "closed while it was used"
+        raise StoreUnavailable(f"PostgreSQL connection: {words}") from error
     except (OSError, TimeoutError) as error:
         raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
 

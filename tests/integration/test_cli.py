@@ -275,7 +275,7 @@ def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_pa
     stream = up.wait_for("REDIS_URL='(.+)' fastworker status")[1]
     up.wait_for("is ready after")
     until(lambda: fetch(database, "SELECT count(*) > 50 FROM likes") == [(True,)])
-    assert "connected to ws://127.0.0.1" in run("status", REDIS_URL=stream).stdout
+    until(lambda: "connected to ws://127.0.0.1" in run("status", REDIS_URL=stream).stdout)  # told every few seconds
     second = run("up", **env)
     assert second.returncode == 2
     assert "Another `fastworker up` runs in" in second.stderr
