@@ -3,9 +3,10 @@
 A flush (`Store.write`), docs/invariants.md has the proof:
 
 1. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
-2. main transaction: rows under the version guard, twins, the gate of the cold tables, derived rows, counters;
-3. look back: what tombstones and deleted accounts beat, older or newer than 2, is removed the same way;
-4. rows that join two records are recomputed, now that this side has committed.
+2. look: what tombstones and deleted accounts beat already is not written;
+3. main transaction: rows under the version guard, twins, the gate of the cold tables, derived rows, counters;
+4. look back: what overtook us between 2 and 3 is removed the same way;
+5. rows that join two records are recomputed, now that this side has committed.
 
 The caller acks after `write` returns. Every step may be repeated: a crash anywhere means redelivery.
 """
@@ -280,17 +281,20 @@ class Store:
                 await self._retry(lambda: self._prologue(connection, batch, tombstones, users, identities))
                 users = []
             upserts = [c for c in changes if c.row is not None]
-            rows = await self._main(connection, changes, set(), batch, users)
+            kills, shadowed = await self._look(connection, upserts)
+            if kills:
+                changes = [kills.get(c.uri, c) for c in changes]
+            rows = await self._main(connection, changes, shadowed, batch, users)
             superseded = max(0, len(upserts) - rows)
             # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
             # A record in the shadow may by now be in the table as well, with another pair: settle it again.
-            kills, shadowed = await self._look(connection, upserts)
-            if kills or shadowed:
-                again = [kills.get(c.uri, c) for c in upserts if c.uri in kills or c.uri in shadowed]
+            late, shadowed = await self._look(connection, [c for c in upserts if c.uri not in kills])
+            if late or shadowed:
+                again = [late.get(c.uri, c) for c in upserts if c.uri in late or c.uri in shadowed]
                 rows += await self._main(connection, again, shadowed, None)
             crashpoint(Place.AFTER_LOOK_BACK)
             await self._rejoin(connection, upserts)
-            return Written(rows, superseded + len(kills), refused)
+            return Written(rows, superseded + len(kills) + len(late), refused)
 
     async def maintain(self, *, owed_age_s: float = 10.0) -> int:
         """What committed transactions still owe (joined rows, purges of deleted accounts): one bounded piece.
@@ -362,7 +366,7 @@ class Store:
         async with self._connection() as connection:
             await connection.execute(merge.UNRESOLVABLE, sorted(dids))
 
-    # 3: what beats this batch -------------------------------------------------------------
+    # 2 and 4: what beats this batch -------------------------------------------------------------
 
     async def _look(self, connection: Connection, upserts: list[Change]) -> tuple[dict[str, Change], set[str]]:
         """Deletes, by uri, for those upserts that a tombstone or a deleted account beats; uris in the shadow."""
@@ -449,7 +453,7 @@ class Store:
         if unresolved:
             await connection.execute(merge.IDENTITIES_UNRESOLVED, *_columns(unresolved))
 
-    # 2: rows and what derives from them ---------------------------------------------------------
+    # 3: rows and what derives from them ---------------------------------------------------------
 
     async def _main(
         self,
@@ -912,7 +916,7 @@ class Store:
         if fx.recount:
             await connection.execute(self._recount, sorted(fx.recount))
 
-    # 4: rows that join two records ----------------------------------------------------------------
+    # 5: rows that join two records ----------------------------------------------------------------
 
     async def _rejoin(self, connection: Connection, upserts: list[Change]) -> None:
         """Recompute the joined rows that this batch's upserts may have changed. Those of removals are owed rows."""

@@ -22,8 +22,8 @@ from fastworker.table.batch import Batch
 from fastworker.testing.histories import Event, cid_of, number, tid
 
 PLACES = (
-    "prologue",  # nothing is written yet
-    "main",  # tombstones and users are committed
+    "first look",  # what the prologue writes is committed
+    "main",  # looked, and nothing is written yet
     "rows written",  # in the main transaction, derived rows are not
     "derived written",  # in the main transaction, before its commit
     "recompute owed",  # main transaction committed
@@ -39,6 +39,7 @@ class Held(Store):
 
     def hold(self, place: str | None) -> None:
         self.place = place
+        self.looked = 0
         self.reached, self.go = asyncio.Event(), asyncio.Event()
 
     async def _at(self, place: str) -> None:
@@ -46,12 +47,9 @@ class Held(Store):
             self.reached.set()
             await self.go.wait()
 
-    async def _prologue(self, *args: Any) -> Any:
-        await self._at("prologue")
-        return await super()._prologue(*args)
-
     async def _look(self, *args: Any) -> Any:
-        await self._at("look back")
+        self.looked += 1
+        await self._at("first look" if self.looked == 1 else "look back")
         return await super()._look(*args)
 
     async def _main(self, *args: Any) -> Any:
