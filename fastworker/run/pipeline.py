@@ -237,6 +237,9 @@ class Pipeline:
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
+        self.is_unsure = (
+            False  # a write was begun and has not ended: its commit may still arrive, whatever becomes of us
+        )
         self._source = source
         self._store = store
         self._slot = slot
@@ -428,7 +431,14 @@ class Pipeline:
 
         async def attempt() -> Written:
             del batch.drops[drops:]  # an earlier attempt's
-            return await self._store.write(batch)
+            self.is_unsure = True
+            try:
+                written = await self._store.write(batch)
+            except RowRejected:
+                self.is_unsure = False
+                raise
+            self.is_unsure = False
+            return written
 
         written = await self._persist(State.WAITING_FOR_STORE, attempt)
         took_us = int((time.perf_counter() - started) * 1e6)

@@ -140,6 +140,7 @@ async def _work(
         )
         for _ in range(settings.pipelines)
     ]
+    pipelines: list[Pipeline] = []
     try:
         try:
             for stream in streams:
@@ -150,7 +151,7 @@ async def _work(
         in_a_row = settings.dead_letters_in_a_row
         dead_letters = DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
-        pipelines = [
+        pipelines += [
             Pipeline(
                 Intake(
                     stream,
@@ -175,7 +176,12 @@ async def _work(
             raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, streams, pipelines)
     finally:
-        await _release(streams)
+        # Whoever takes over at once would be done before a commit of ours that is still on its way, and nobody would
+        # look back after it: what is not known to have ended keeps its lease, which ends by itself.
+        unsure = {pipeline.stream.name for pipeline in pipelines if pipeline.is_unsure}
+        for name in sorted(unsure):
+            log.warning("The lease of %s ends by itself: it is not known how its last write ended", name)
+        await _release([stream for stream in streams if stream.name not in unsure])
 
 
 async def _run(

@@ -284,6 +284,30 @@ async def test_a_connection_that_hangs_without_closing_is_given_up(
     assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == 2
 
 
+@pytest.mark.parametrize("held", [False, True], ids=["drained", "cut off"])
+async def test_a_lease_is_not_given_back_while_a_commit_may_be_on_its_way(
+    postgres_server: EmbeddedPostgres, redis_url: str, pg: asyncpg.Connection, held: bool
+) -> None:
+    """Whoever claimed its entries at once could be done before that commit, and nobody would look back after it."""
+    async with Proxy(str(postgres_server.socket_dir / ".s.PGSQL.5432")) as proxy:
+        database = await pg.fetchval("SELECT current_database()")
+        client = connect(redis_url)
+        house = House(client, redis_url, f"postgresql://postgres@127.0.0.1:{proxy.port}/{database}")
+        async with house.worker(drain_s=0.3):
+            await client.xadd("firehose:events", like(1))
+            await house.settled()
+            if held:
+                proxy.hold()
+                await client.xadd("firehose:events", like(2))
+                async with asyncio.timeout(10):
+                    while not await house.pending():
+                        await asyncio.sleep(0.01)
+                asyncio.get_running_loop().call_later(2.0, proxy.release)  # long after the drain was given up
+        left = [name async for name in client.scan_iter("fastworker:consumer:*")]
+        assert len(left) == held, "of two pipelines the one that was writing keeps its lease"
+        await client.aclose()
+
+
 async def test_a_session_whose_owner_vanished_lets_its_locks_go(postgres_url: str, pg: asyncpg.Connection) -> None:
     store = await Store.connect(postgres_url)
     async with store._connection() as connection:
