@@ -8,6 +8,8 @@ A flush (`Store.write`), docs/invariants.md has the proof:
 4. look back: what overtook us between 2 and 3 is removed the same way;
 5. rows that join two records are recomputed, now that this side has committed.
 
+Long after, `maintain` looks at every tombstone once more: a process may die with its commit on the way.
+
 The caller acks after `write` returns. Every step may be repeated: a crash anywhere means redelivery.
 """
 
@@ -68,6 +70,10 @@ ROUNDS_MAX = 100  # of one conflict: each round means that another writer commit
 KNOWN_USERS_MAX = 65_536  # DIDs a process remembers as committed, about 12 MB
 TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what the stream's group has finished, too
 HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and pruning below it; workers look every 10 s
+DEAD_COMMIT = timedelta(
+    minutes=2
+)  # a commit that a dead process sent is in or lost by then: its session ended long ago
+LOOK_AGAIN_PIECE = 5_000  # tombstones per piece
 PING_S = 3.0
 PRUNE_PIECE = 5_000  # tombstones per transaction
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
@@ -296,17 +302,20 @@ class Store:
             await self._rejoin(connection, upserts)
             return Written(rows, superseded + len(kills) + len(late), refused)
 
-    async def maintain(self, *, owed_age_s: float = 10.0) -> int:
-        """What committed transactions still owe (joined rows, purges of deleted accounts): one bounded piece.
+    async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
+        """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
 
-        Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick.
+        Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
+        writer is at work, both ages may be 0.
         """
         async with self._connection() as connection:
             owed = await connection.fetch(merge.OWED, owed_age_s, OWED_PIECE)
             if owed:
                 crashpoint(Place.IN_RECHECK)
                 await self._recompute(connection, {(r[0], r[1]): r[2] for r in owed}, set())
-            return len(owed) + await self._purge(connection)
+            return (
+                len(owed) + await self._look_again(connection, dead_commit) + await self._purge(connection, dead_commit)
+            )
 
     async def ground(self) -> Ground:
         async with self._connection() as connection:
@@ -386,6 +395,24 @@ class Store:
             elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
                 kills[change.uri] = _kill(change, None, deleted)
         return kills, {r[1] for r in found if r[0] == "twin"}
+
+    async def _look_again(self, connection: Connection, dead_commit: timedelta) -> int:
+        """Once for every tombstone, long after it was written: whether it beats a record that is there all the same.
+
+        A process that died with its commit on the way never looked back; if others had settled its entries, nobody did.
+        Returns 0 when no tombstone is due.
+        """
+        piece = await connection.fetchrow(merge.LOOK_AGAIN_PIECE, dead_commit, LOOK_AGAIN_PIECE)
+        if piece is None:
+            return 0
+        beaten = await connection.fetch(merge.LOOK_AGAIN, *piece)
+        kills = {}  # what is in the table and in the shadow is found twice
+        for uri, rev, seq in beaten:
+            kills[uri] = Change(collection_table(uri), uri, derived.did_of(uri), _rkey(uri), rev, seq, 0, None, None)
+        if kills:
+            await self._main(connection, list(kills.values()), set(), None)
+        await connection.execute(merge.LOOKED_AGAIN, *piece)
+        return len(kills) + 1
 
     # 1: what must be committed before the rows --------------------------------------------------
 
@@ -1002,9 +1029,12 @@ class Store:
 
     # Deleted accounts -----------------------------------------------------------------------------
 
-    async def _purge(self, connection: Connection) -> int:
-        """Remove one bounded piece of a deleted account's records, like deletes of each of them."""
-        account = await connection.fetchrow(merge.PURGE_NEXT)
+    async def _purge(self, connection: Connection, dead_commit: timedelta) -> int:
+        """Remove one bounded piece of a deleted account's records, like deletes of each of them.
+
+        When nothing is left, once more after a while, for the reason of `_look_again`.
+        """
+        account = await connection.fetchrow(merge.PURGE_NEXT, dead_commit)
         if account is None:
             return 0
         did, deleted_seq = account

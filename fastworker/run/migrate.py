@@ -33,7 +33,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 class Expected(msgspec.Struct, frozen=True):
-    """One table as its CREATE statement has it."""
+    """What one migration makes of one table: all of it, or columns that it adds."""
 
     name: str
     columns: dict[str, str]
@@ -157,6 +157,7 @@ def _refusal(missing: list[str]) -> str:
 _TABLE = re.compile(r"^CREATE TABLE (\S+) \(\n(.*?)\n\);$", re.MULTILINE | re.DOTALL)
 _COLUMN = re.compile(r"^    ([a-z]\w*) ([a-z]\S*?)(?=[ ,]|$)(.*)$", re.MULTILINE)
 _KEY = re.compile(r"^    PRIMARY KEY \((.*)\)", re.MULTILINE)
+_ADDED = re.compile(r"^ALTER TABLE (\S+) ADD COLUMN ([a-z]\w*) ([a-z]\S*?)(?=[ ;])", re.MULTILINE)
 _UNIQUE_INDEX = re.compile(r"^CREATE UNIQUE INDEX \S+ ON (\S+) \(([^)]*)\);$", re.MULTILINE)
 _SPELLING = {
     "varchar": "character varying",
@@ -164,6 +165,10 @@ _SPELLING = {
     "timestamptz": "timestamp with time zone",
     "serial": "integer",
 }
+
+
+def _spelled(type_: str) -> str:
+    return re.sub(r"^[a-z]+", lambda m: _SPELLING.get(m[0], m[0]), type_)
 
 
 @cache
@@ -175,9 +180,11 @@ def _expected(sql: str) -> list[Expected]:
         keys += [frozenset({column}) for column, _, rest in found if re.search(r"\b(PRIMARY KEY|UNIQUE)\b", rest)]
         tables[name] = Expected(
             name=name,
-            columns={column: re.sub(r"^[a-z]+", lambda m: _SPELLING.get(m[0], m[0]), t) for column, t, _ in found},
+            columns={column: _spelled(type_) for column, type_, _ in found},
             uniques=set(keys),
         )
+    for name, column, type_ in _ADDED.findall(sql):
+        tables.setdefault(name, Expected(name=name, columns={}, uniques=set())).columns[column] = _spelled(type_)
     for name, columns in _UNIQUE_INDEX.findall(sql):
         if name in tables:
             tables[name].uniques.add(frozenset(columns.split(", ")))

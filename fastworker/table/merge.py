@@ -8,7 +8,7 @@ per statement.
 
 from __future__ import annotations
 
-from fastworker.table.schema import AGGREGATIONS, VIEWER_STATES, Table
+from fastworker.table.schema import AGGREGATIONS, COLLECTIONS, VIEWER_STATES, Table
 
 
 def qualified(table: Table) -> str:
@@ -125,6 +125,33 @@ LOOK = (
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
     "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[])"
 )
+# The next piece of tombstones for a second look, (after, until): those written more than $1 ago, about $2 of them
+LOOK_AGAIN_PIECE = (
+    "SELECT h.looked_until, p.until FROM fastworker.horizon AS h, LATERAL (SELECT max(t.written_at) AS until FROM ("
+    "SELECT v.written_at FROM fastworker.versions AS v WHERE v.deleted AND v.written_at > h.looked_until "
+    "AND v.written_at <= now() - $1::interval ORDER BY v.written_at FETCH FIRST ($2) ROWS WITH TIES) AS t) AS p "
+    "WHERE p.until IS NOT NULL"
+)
+# OFFSET 0: from the tombstones to the rows, never the other way, whichever table was empty when it was planned
+_BEATEN = (
+    "SELECT v.uri, v.rev, v.seq FROM fastworker.versions AS v, LATERAL (SELECT FROM {table} AS t "
+    "WHERE t.uri = {uri} AND NOT fastworker.newer({version}, v.rev, v.seq) OFFSET 0) AS found "
+    "WHERE v.deleted AND v.written_at > $1 AND v.written_at <= $2"
+)
+_HOT_BEATEN = _BEATEN + " AND split_part(v.uri, '/', 4) = '{collection}'"
+_HOT_VERSION = "t.commit_rev, CASE WHEN t.commit_seq ~ '^[0-9]+$' THEN t.commit_seq::bigint END"
+# Those of the piece that beat a record of the hot tables which is there all the same
+LOOK_AGAIN = " UNION ALL ".join(
+    [
+        _HOT_BEATEN.format(
+            table=qualified(table), uri='v.uri::varchar COLLATE "default"', version=_HOT_VERSION, collection=collection
+        )
+        for collection, table in COLLECTIONS.items()
+        if table.hot
+    ]
+    + [_BEATEN.format(table="fastworker.twins", uri="v.uri", version="t.rev, t.seq")]
+)
+LOOKED_AGAIN = "UPDATE fastworker.horizon SET looked_until = $2 WHERE looked_until = $1"
 SHADOWED = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
@@ -194,7 +221,7 @@ ACCOUNTS = (
     "seq = excluded.seq, event_at = excluded.event_at WHERE " + _EVENT_NEWER.format(t="t")
 )
 ACCOUNTS_DELETED = (
-    "UPDATE fastworker.accounts AS a SET deleted_seq = u.seq, purge_pending = true "
+    "UPDATE fastworker.accounts AS a SET deleted_seq = u.seq, purge_pending = true, purged_at = NULL "
     "FROM unnest($1::varchar[], $2::bigint[]) AS u (did, seq) "
     "WHERE a.did = u.did AND (a.deleted_seq IS NULL OR a.deleted_seq < u.seq)"
 )
@@ -382,7 +409,11 @@ AGGREGATES_DROP = (
 )
 
 # Deleted accounts ---------------------------------------------------------------------------------
-PURGE_NEXT = "SELECT did, deleted_seq FROM fastworker.accounts WHERE purge_pending ORDER BY did LIMIT 1"
+# $1: how long after a purge that found nothing it is done once more
+PURGE_NEXT = (
+    "SELECT did, deleted_seq FROM fastworker.accounts WHERE purge_pending "
+    "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) ORDER BY did LIMIT 1"
+)
 _HOT_OF = "SELECT '{table}' AS name, uri FROM public.{table} WHERE {author} = $1 AND {older}"
 _OLDER = "(commit_seq IS NULL OR commit_seq !~ '^[0-9]+$' OR commit_seq::bigint < $2)"
 _RANGE = "uri >= 'at://' || $1 || '/' AND uri < 'at://' || $1 || '0'"  # '0' follows '/' in byte order
@@ -405,4 +436,7 @@ PURGE_PIECE = (
     + _RANGE
     + " AND NOT deleted AND (seq IS NULL OR seq < $2) LIMIT $3"
 )
-PURGED = "UPDATE fastworker.accounts SET purge_pending = false WHERE did = $1 AND deleted_seq = $2"
+PURGED = (
+    "UPDATE fastworker.accounts SET purge_pending = purged_at IS NULL, "
+    "purged_at = CASE WHEN purged_at IS NULL THEN now() END WHERE did = $1 AND deleted_seq = $2"
+)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -316,7 +317,7 @@ class Stage:
     async def different(self, events: Iterable[Event]) -> list[str]:
         """How the tables differ from what the model of the state law makes of the events."""
         store = await Store.connect(self.postgres.url)
-        while await store.maintain(owed_age_s=0):
+        while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
             pass
         await store.close()
         model = Model()

@@ -118,7 +118,7 @@ async def test_an_older_record_after_the_account_is_gone(store: Store, pg: async
     deletion["seq"] += 50
     await store.write(batch_of([deletion]))
     await settle(store)
-    assert await pg.fetchval("SELECT count(*) FROM fastworker.accounts WHERE NOT purge_pending") == 1
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.accounts WHERE purged_at IS NOT NULL") == 1
     for event in late:
         await store.write(batch_of([event]))
     await settle(store)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
@@ -421,3 +422,46 @@ async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connecti
     stage.stores[0]._look = blind  # type: ignore[method-assign]
     await stage.play((batch_of(parts[0]), batch_of(parts[1])), ("rows written", None))
     assert await pg.fetchval("SELECT count(*) FROM likes") == 1
+
+
+@pytest.mark.parametrize(("deletes", "shadowed"), [("the record", False), ("the record", True), ("the account", False)])
+async def test_a_commit_that_arrives_after_its_process_died(
+    deletes: str, shadowed: bool, stage: Stage, pg: asyncpg.Connection
+) -> None:
+    """Killed with COMMIT on its way: others settle the entry, and see neither the row nor anything to wait for."""
+    s = Scene(0)
+    before = [s.post(s.b), *([s.like(s.a, s.uri(s.b), "k")] if shadowed else [])]
+    late = s.like(s.a, s.uri(s.b))
+    gone = s.delete(s.a, "app.bsky.feed.like/l") if deletes == "the record" else s.account(s.a, "deleted")
+    dead, alive = stage.stores
+    alive.hold(None)
+    await stage.watcher.execute(merge.USERS, [s.a, s.b])  # whoever makes the same users would wait for the commit
+    for store in stage.stores:
+        store._remember([s.a, s.b])
+    await alive.write(batch_of(before))
+
+    async def dies(*_: Any) -> Any:
+        raise asyncio.CancelledError
+
+    dead.hold("derived written")
+    committing = asyncio.create_task(dead.write(batch_of([late])))
+    await stage.until(0, committing, dead.reached)
+    await alive.write(batch_of([gone]))
+    await alive.write(batch_of([late]))
+    await settle(alive)
+    dead._look = dies  # type: ignore[method-assign]
+    dead.go.set()
+    await asyncio.wait([committing])
+    assert committing.cancelled()
+    there = (
+        "SELECT (SELECT count(*) FROM likes WHERE uri = $1) + (SELECT count(*) FROM fastworker.twins WHERE uri = $1)"
+    )
+    uri = s.uri(s.a, "l", "app.bsky.feed.like")
+    assert await pg.fetchval(there, uri) == 1, "the late commit brought nothing back"
+    await settle(alive)
+    assert await pg.fetchval(there, uri) == 1, "it is not long enough ago to be sure"
+    while await alive.maintain(owed_age_s=0, dead_commit=timedelta()):
+        pass
+    assert await pg.fetchval(there, uri) == 0
+    assert await differences(lawful(s.events), pg) == "no difference"
+    assert not await pg.fetchval("SELECT count(*) FROM fastworker.accounts WHERE purge_pending")
