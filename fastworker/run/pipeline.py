@@ -32,7 +32,7 @@ from fastworker.table.mapper import map_commit
 
 log = logging.getLogger(__name__)
 
-PACE_S = 0.015  # between the starts of two flushes of a quiet stream: half the work, for a wait of a few milliseconds
+PACE_S = 0.01  # between the starts of two flushes of a quiet stream: half the work, for a wait of a few milliseconds
 BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
