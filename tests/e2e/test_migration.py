@@ -224,7 +224,7 @@ async def test_there_and_back(
         info = await redis.xinfo_stream(KEY)
         ledger = {name.decode(): int(count) for name, count in (await redis.hgetall(LEDGER)).items()}
         ours = sum(count for name, count in ledger.items() if not name.startswith("drop:"))
-        assert info["entries-added"] == info["length"] == len(entries) == ours + len(theirs)
+        assert info.get("entries-added", info["length"]) == info["length"] == len(entries) == ours + len(theirs)
         assert min(ours, len(theirs)) > 50, "one of them took hardly anything"
         seqs = {entry_id.decode(): int(fields[b"seq"]) for entry_id, fields in entries}
         on_stream = set(seqs.values())
@@ -237,12 +237,13 @@ async def test_there_and_back(
     assert any("Other workers are active" in one["sentence"] for one in checked)
     share = both["share"]
     assert share["by_fastworker"] > 0
-    assert share["by_others"] > 0
+    knows = "entries-added" in info  # Redis 6.2 does not count what a group was given
+    assert share["by_others"] > 0 if knows else share["by_others"] is None
     who = {one["name"].rpartition("-")[0]: one["who"] for one in both["consumers"]}
     assert who == {"python-worker": "other", "fastworker": "fastworker"}
     assert sum(table["others"] + table["missing"] for table in both["tables"]) > 0
     share = alone["share"]
-    assert share["by_others"] == 0
+    assert share["by_others"] == (0 if knows else None)
     assert share["by_fastworker"] > 0
 
     # what fastworker handled is as the law has it
