@@ -39,6 +39,7 @@ _PASSING: Final = {
     "NOREPLICAS": "refuses writes because too few replicas are connected",
     "BUSY": "is busy with a script",
     "TRYAGAIN": "asks to try again",
+    "UNBLOCKED": "ended a blocked read: the stream was deleted or replaced",  # 7.0; newer ones name what is wrong
     "CLUSTERDOWN": "is in a cluster that is down",
     "NOAUTH": "asks for a password",
     "WRONGPASS": "refuses the user name or password",

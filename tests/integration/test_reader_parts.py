@@ -75,6 +75,7 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
             StreamUnavailable,
         ),
         (exceptions.ResponseError("MISCONF Redis is configured to save"), "MISCONF", StreamUnavailable),
+        (exceptions.ResponseError("UNBLOCKED the stream key no longer exists"), "UNBLOCKED", StreamUnavailable),
         (
             exceptions.ResponseError("Command # 1 (SET a b) of pipeline caused error: MISCONF Redis"),
             "MISCONF",
