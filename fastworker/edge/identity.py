@@ -212,7 +212,7 @@ async def gather(
             try:
                 found[did] = await directory.handle_of(did)
             except Unresolved as error:
-                found[did] = error
+                found[did] = Unresolved(*error.args)  # its traceback would hold everything here until a collection
 
     async with asyncio.TaskGroup() as tasks:
         for did in dids:

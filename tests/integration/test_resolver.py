@@ -20,7 +20,8 @@ from aiohttp import web
 from redis.asyncio import Redis
 
 from fastworker.edge import identity
-from fastworker.edge.identity import Breaker, Directory, Unresolved, is_host
+from fastworker.edge.embedded import free_port
+from fastworker.edge.identity import Breaker, Directory, Unresolved, gather, is_host
 from fastworker.edge.store import Store
 from fastworker.event import Identity
 from fastworker.run import resolver
@@ -252,6 +253,18 @@ async def test_nothing_is_asked_about_who_forbids_it(world: Any, store: Store, p
         await until(pg, PENDING, 1)
     assert BOB in says.asked
     assert ALICE not in says.asked
+
+
+async def test_failures_hold_nothing_until_a_collection() -> None:
+    """The monitor grew by 2 KB a lookup: each failure held its traceback, and so every other failure."""
+    dids = [f"did:plc:{letter * 24}" for letter in "abcdefgh"]
+    async with Directory(f"http://127.0.0.1:{free_port()}") as directory:
+        found = await gather(directory, dids, 8, 0)
+    for did in dids:
+        error = found[did]
+        assert isinstance(error, Unresolved)
+        assert error.__traceback__ is None
+        assert error.__cause__ is None
 
 
 async def test_private_hosts_are_not_asked(world: Any) -> None:
