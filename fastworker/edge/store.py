@@ -311,7 +311,8 @@ class Store:
             if late or back.shadowed:
                 again = [late.get(c.uri, c) for c in written if c.uri in late or c.uri in back.shadowed]
                 rows += await self._main(connection, again, back.shadowed, None)
-                back = await self._look_back(connection, written, upserts)
+                moved = await self._look_back(connection, [], [c for c in again if c.row is not None])
+                back.joined.update(moved.joined)
             crashpoint(Place.AFTER_LOOK_BACK)
             await self._rejoin(connection, upserts, back.joined)
             return Written(rows, superseded + len(kills) + len(late), refused)
