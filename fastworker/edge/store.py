@@ -2,10 +2,10 @@
 
 A flush (`Store.write`), docs/invariants.md has the proof:
 
-1. look: what tombstones and deleted accounts beat already is not written;
-2. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
+1. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
+2. look: what tombstones and deleted accounts beat already is not written;
 3. main transaction: rows under the version guard, twins, the gate of the cold tables, derived rows, counters;
-4. look back: what overtook us between 1 and 3 is removed the same way;
+4. look back: what overtook us between 2 and 3 is removed the same way;
 5. rows that join two records are recomputed, now that this side has committed.
 
 Long after, `maintain` looks at every tombstone once more: a process may die with its commit on the way.
@@ -114,15 +114,6 @@ class Ground(NamedTuple):
 
     pruned_until: datetime
     ambiguous: bool
-
-
-class _Look(NamedTuple):
-    """What was found about a batch's upserts."""
-
-    kills: dict[str, Change]  # by uri, deletes of those that a tombstone or a deleted account beats
-    shadowed: set[str]
-    forbidden: set[str]  # DIDs that may not be stored; before the flush
-    joined: set[Key]  # joined rows that may have changed; after it
 
 
 class _Member(NamedTuple):
@@ -282,39 +273,33 @@ class Store:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""
         async with self._connection() as connection:
             dids = batch.dids
-            upserts = [c for c in batch.changes.values() if c.row is not None]
-            look = await self._look(connection, upserts, dids)
-            forbidden, kills = look.forbidden, look.kills
-            if forbidden:
-                upserts = [c for c in upserts if c.repo not in forbidden]
-                kills = {uri: kill for uri, kill in kills.items() if kill.repo not in forbidden}
-            changes = [kills.get(c.uri, c) for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
+            forbidden = {r[0] for r in await connection.fetch(merge.FORBIDDEN, list(dids))} if dids else set()
+            changes = [c for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
             refused = len(batch.changes) - len(changes)
 
             identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
             tombstones = sorted(
-                ((c.uri, c.rev, c.seq) for c in batch.changes.values() if c.row is None and c.table.hot),
-                key=lambda t: t[0],
+                ((c.uri, c.rev, c.seq) for c in changes if c.row is None and c.table.hot), key=lambda t: t[0]
             )
             users = sorted(did for did in dids if did not in self._known and did not in forbidden)
             first = bool(tombstones or batch.accounts or identities or batch.syncs or batch.relays - self._relays)
             if first or len(users) > FEW_USERS or not 0 < len(changes) <= SMALL_FLUSH:
                 await self._retry(lambda: self._prologue(connection, batch, tombstones, users, identities))
                 users = []
-            rows = await self._main(connection, changes, look.shadowed, batch, users)
+            upserts = [c for c in changes if c.row is not None]
+            kills, shadowed = await self._look(connection, upserts)
+            if kills:
+                changes = [kills.get(c.uri, c) for c in changes]
+            rows = await self._main(connection, changes, shadowed, batch, users)
             superseded = max(0, len(upserts) - rows)
             # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
             # A record in the shadow may by now be in the table as well, with another pair: settle it again.
-            written = [c for c in upserts if c.uri not in kills]
-            back = await self._look_back(connection, written, upserts)
-            late = back.kills
-            if late or back.shadowed:
-                again = [late.get(c.uri, c) for c in written if c.uri in late or c.uri in back.shadowed]
-                rows += await self._main(connection, again, back.shadowed, None)
-                moved = await self._look_back(connection, [], [c for c in again if c.row is not None])
-                back.joined.update(moved.joined)
+            late, shadowed = await self._look(connection, [c for c in upserts if c.uri not in kills])
+            if late or shadowed:
+                again = [late.get(c.uri, c) for c in upserts if c.uri in late or c.uri in shadowed]
+                rows += await self._main(connection, again, shadowed, None)
             crashpoint(Place.AFTER_LOOK_BACK)
-            await self._rejoin(connection, upserts, back.joined)
+            await self._rejoin(connection, upserts)
             return Written(rows, superseded + len(kills) + len(late), refused)
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
@@ -390,40 +375,26 @@ class Store:
         async with self._connection() as connection:
             await connection.execute(merge.UNRESOLVABLE, sorted(dids))
 
-    # 1 and 4: what beats this batch -------------------------------------------------------------
+    # 2 and 4: what beats this batch -------------------------------------------------------------
 
-    async def _look(self, connection: Connection, upserts: list[Change], dids: Iterable[str]) -> _Look:
-        """Before: what is beaten already, and which DIDs are forbidden. The look back has the last word."""
-        dids = list(dids)
-        if not upserts and not dids:
-            return _Look({}, set(), set(), set())
-        hot = [c.uri for c in upserts if c.table.hot]
-        return _found(upserts, await connection.fetch(merge.LOOK, hot, list({c.repo for c in upserts}), dids))
-
-    async def _look_back(self, connection: Connection, written: list[Change], upserts: list[Change]) -> _Look:
-        """After: what overtook those written, and which joined rows the upserts may have changed."""
+    async def _look(self, connection: Connection, upserts: list[Change]) -> tuple[dict[str, Change], set[str]]:
+        """Deletes, by uri, for those upserts that a tombstone or a deleted account beats; uris in the shadow."""
         if not upserts:
-            return _Look({}, set(), set(), set())
-        hot = [c.uri for c in written if c.table.hot]
-        posts: list[str] = []
-        likes: list[tuple[str, str]] = []
-        contexts, flags = "thread_contexts" in self._derive, "gate_flags" in self._derive
+            return {}, set()
+        hot = [c.uri for c in upserts if c.table.hot]
+        found = await connection.fetch(merge.LOOK, hot, list({c.repo for c in upserts}))
+        if not found:
+            return {}, set()
+        tombstones = {r[1]: (r[2], r[3]) for r in found if r[0] == "tombstone"}
+        accounts = {r[1]: r[3] for r in found if r[0] == "account"}
+        kills: dict[str, Change] = {}
         for change in upserts:
-            if change.table is POSTS and (contexts or flags):
-                posts.append(change.uri)
-            elif change.table is LIKES and contexts and change.row is not None:
-                likes.append((change.row[2], change.row[1]))
-        found = await connection.fetch(
-            merge.LOOK_BACK,
-            hot,
-            list({c.repo for c in written}),
-            posts,
-            [like[0] for like in likes],
-            [like[1] for like in likes],
-        )
-        look = _found(written, found)
-        joined = {(kind, key) for kind, key in look.joined if (contexts if kind == "context" else flags)}
-        return look._replace(joined=joined)
+            tombstone = tombstones.get(change.uri)
+            if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
+                kills[change.uri] = _kill(change, *tombstone)
+            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
+                kills[change.uri] = _kill(change, None, deleted)
+        return kills, {r[1] for r in found if r[0] == "twin"}
 
     async def _look_again(self, connection: Connection, dead_commit: timedelta) -> int:
         """Once for every tombstone, long after it was written: whether it beats a record that is there all the same.
@@ -443,7 +414,7 @@ class Store:
         await connection.execute(merge.LOOKED_AGAIN, *piece)
         return len(kills) + 1
 
-    # 2: what must be committed before the rows --------------------------------------------------
+    # 1: what must be committed before the rows --------------------------------------------------
 
     async def _prologue(
         self,
@@ -524,11 +495,9 @@ class Store:
         if not changes and progress is None:
             return 0
 
-        rows = await self._commit(
-            connection, lambda fx: self._apply(connection, changes, shadowed, fx, users), progress=progress
+        return await self._commit(
+            connection, lambda fx: self._apply(connection, changes, shadowed, fx), progress=progress, users=users
         )
-        self._remember(users)
-        return rows
 
     async def _commit(
         self,
@@ -536,12 +505,15 @@ class Store:
         apply: Callable[[Effects], Awaitable[int]],
         *,
         progress: Progress | None = None,
+        users: Sequence[str] = (),
     ) -> int:
         """One transaction: primary rows, what derives from them, what is owed; then the owed is paid."""
 
         async def transaction() -> tuple[int, dict[Key, datetime]]:
             fx = Effects(self._derive)
             async with connection.transaction():
+                if users:
+                    await connection.execute(merge.USERS, users)
                 rows = await apply(fx)
                 await self._derived(connection, fx)
                 owed: dict[Key, datetime] = {}
@@ -558,19 +530,13 @@ class Store:
             return rows, owed
 
         rows, owed = await self._retry(transaction)
+        self._remember(users)
         self._trust()
         if owed:
             await self._recompute(connection, owed, set(), wait=False)
         return rows
 
-    async def _apply(
-        self,
-        connection: Connection,
-        changes: Iterable[Change],
-        shadowed: set[str],
-        fx: Effects,
-        users: Sequence[str] = (),
-    ) -> int:
+    async def _apply(self, connection: Connection, changes: Iterable[Change], shadowed: set[str], fx: Effects) -> int:
         """Write the changes that are the newest of their records; collect what follows. Returns rows changed.
 
         In this order, so that what other writers may wait for until our commit is taken as late as can be: new rows and
@@ -582,21 +548,11 @@ class Store:
             (hot if change.table.hot else cold).append(change)
         rows = 0
         waiting: list[tuple[Table, dict[str, Change]]] = []
-        upserts: dict[Table, list[Change]] = {}
         for table, mine in _by_table(hot):
-            new, pending = _divide(mine, shadowed)
-            waiting.append((table, pending))
-            if new:
-                upserts[table] = new
-        refused = await self._insert_hot(connection, upserts, users)
-        for table, new in upserts.items():
-            left = refused[table]
-            fresh = [c for c in new if c.uri not in left] if left else new
-            derived.add(fx, table, fresh)
-            rows += len(fresh)
-        for table, pending in waiting:
-            pending.update(refused.get(table, ()))
-        waiting = [(table, pending) for table, pending in waiting if pending]
+            inserted, pending = await self._insert_new(connection, table, mine, shadowed, fx)
+            rows += inserted
+            if pending:
+                waiting.append((table, pending))
         if waiting or cold:
             await self._items(connection, fx)
         for table, pending in waiting:
@@ -615,36 +571,48 @@ class Store:
         if twins:  # under the gate's locks, so that the answer stays true
             shadowed = shadowed.union(r[0] for r in await connection.fetch(merge.SHADOWED, twins))
         for table, mine in _by_table(cold):
-            new, pending = _divide(mine, shadowed)
-            if new:
-                placed = {r[0] for r in await connection.fetch(merge.insert(table), [c.row for c in new])}
-                derived.add(fx, table, [c for c in new if c.uri in placed])
-                pending.update((c.uri, c) for c in new if c.uri not in placed)
-                rows += len(placed)
-            rows += await self._settle(connection, table, pending, fx)
+            inserted, pending = await self._insert_new(connection, table, mine, shadowed, fx)
+            rows += inserted + await self._settle(connection, table, pending, fx)
         return rows
 
-    async def _insert_hot(
-        self, connection: Connection, upserts: dict[Table, list[Change]], users: Sequence[str]
-    ) -> dict[Table, dict[str, Change]]:
-        """New users and new rows: many of a table by COPY, all the others with one statement.
+    async def _insert_new(
+        self, connection: Connection, table: Table, changes: list[Change], shadowed: set[str], fx: Effects
+    ) -> tuple[int, dict[str, Change]]:
+        """Insert what is new; what is left (refused, in the shadow, deletes) goes by the rows that are there."""
+        pending: dict[str, Change] = {}
+        upserts: list[Change] = []
+        for change in changes:
+            if change.row is None or change.uri in shadowed:
+                pending[change.uri] = change
+            else:
+                upserts.append(change)
+        if not upserts:
+            return 0, pending
+        fresh, refused = await self._insert(connection, table, upserts)
+        derived.add(fx, table, fresh)
+        pending.update((change.uri, change) for change in refused)
+        return len(fresh), pending
 
-        Returns what the tables have no room for: the URI or the pair is taken.
-        """
-        refused: dict[Table, dict[str, Change]] = {}
-        few = {table: new for table, new in upserts.items() if not self._may_copy(len(new))}
-        if few or users:
-            rows = ([c.row for c in few.get(table, ())] for table in merge.HOT_TABLES)
-            placed = {r[0] for r in await connection.fetch(merge.INSERT_HOT, users, *rows)}
-            for table, new in few.items():
-                refused[table] = {c.uri: c for c in new if c.uri not in placed}
-        for table, new in upserts.items():
-            if table not in few:
-                refused[table] = await self._copy_new(connection, table, new)
-        return refused
+    async def _settle(self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects) -> int:
+        """Work off `pending` under the locks of the rows that are there. Returns rows changed."""
+        settle = self._settle_pairs if table.pair else self._settle_records
+        rows = 0
+        for _ in range(ROUNDS_MAX):
+            if not pending:
+                return rows
+            rows += await settle(connection, table, pending, fx)
+        raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
-    async def _copy_new(self, connection: Connection, table: Table, upserts: list[Change]) -> dict[str, Change]:
-        """By COPY what a look says has room. Returns the others."""
+    async def _insert(
+        self, connection: Connection, table: Table, upserts: list[Change]
+    ) -> tuple[list[Change], list[Change]]:
+        """What is in the table now, and what it has no room for: the URI or the pair is taken."""
+        if not (table.hot and self._may_copy(len(upserts))):
+            got = await connection.fetch(merge.insert(table), [c.row for c in upserts])
+            if len(got) == len(upserts):
+                return upserts, []
+            placed = {r[0] for r in got}
+            return [c for c in upserts if c.uri in placed], [c for c in upserts if c.uri not in placed]
         rows = [c.row for c in upserts]
         keys = [table.index(column) for column in (table.key, *table.pair)]
         found = await connection.fetch(merge.taken(table), *([row[key] for row in rows] for key in keys))  # type: ignore[index]
@@ -659,17 +627,7 @@ class Store:
                         taken.add(change.uri)
         fresh = [c for c in upserts if c.uri not in taken] if taken else upserts
         await self._copy(connection, table, [c.row for c in fresh])
-        return {c.uri: c for c in upserts if c.uri in taken}
-
-    async def _settle(self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects) -> int:
-        """Work off `pending` under the locks of the rows that are there. Returns rows changed."""
-        settle = self._settle_pairs if table.pair else self._settle_records
-        rows = 0
-        for _ in range(ROUNDS_MAX):
-            if not pending:
-                return rows
-            rows += await settle(connection, table, pending, fx)
-        raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
+        return fresh, [c for c in upserts if c.uri in taken]
 
     def _trust(self) -> None:
         """After a transaction: one step nearer to COPY, or nearer to a short wait the next time."""
@@ -924,7 +882,6 @@ class Store:
 
     async def _items(self, connection: Connection, fx: Effects) -> None:
         """Quotes, feed items, notifications and viewer states. What is written is forgotten: more may follow."""
-        few: list[list[Row]] = []
         for table, removed, added in (
             (QUOTES, fx.quotes_removed, fx.quotes_added),
             (FEED_ITEMS, fx.feed_removed, fx.feed_added),
@@ -936,20 +893,11 @@ class Store:
             if self._may_copy(len(keys)):  # what follows from a new record is new
                 await self._copy(connection, table, [added[key] for key in keys if key not in removed])
                 keys = [key for key in keys if key in removed]
-            few.append([added[key] for key in keys])
+            if keys:
+                await connection.execute(merge.upsert(table), [added[key] for key in keys])
             removed.clear()
             added.clear()
-        if fx.viewers_cleared:
-            cleared = [
-                (post, viewer, 0 in which, 1 in which, 2 in which)
-                for (post, viewer), which in sorted(fx.viewers_cleared.items())
-            ]
-            await connection.execute(merge.VIEWERS_CLEAR, *_columns(cleared))
-        few.append([(*key, *state) for key, state in sorted(fx.viewers_set.items()) if state != [None, None, False]])
-        if any(few):
-            await connection.execute(merge.ITEMS, *few)
-        if fx.viewers_cleared:
-            await connection.execute(merge.VIEWERS_DROP, *_columns(sorted(fx.viewers_cleared)))
+        await self._viewers(connection, fx)
         fx.viewers_set.clear()
         fx.viewers_cleared.clear()
 
@@ -970,6 +918,19 @@ class Store:
         if posts:
             await connection.execute(merge.POST_GATES, *_sorted_columns(posts))
 
+    async def _viewers(self, connection: Connection, fx: Effects) -> None:
+        if fx.viewers_cleared:
+            cleared = [
+                (post, viewer, 0 in which, 1 in which, 2 in which)
+                for (post, viewer), which in sorted(fx.viewers_cleared.items())
+            ]
+            await connection.execute(merge.VIEWERS_CLEAR, *_columns(cleared))
+        states = [(*key, *state) for key, state in sorted(fx.viewers_set.items()) if state != [None, None, False]]
+        if states:
+            await connection.execute(merge.VIEWERS, states)
+        if fx.viewers_cleared:
+            await connection.execute(merge.VIEWERS_DROP, *_columns(sorted(fx.viewers_cleared)))
+
     async def _counts(self, connection: Connection, fx: Effects) -> None:
         """Deltas and recounts: never both for one key. The recount is a later statement than its lock."""
         if self._recount is None:
@@ -984,23 +945,33 @@ class Store:
 
     # 5: rows that join two records ----------------------------------------------------------------
 
-    async def _rejoin(self, connection: Connection, upserts: list[Change], joined: set[Key]) -> None:
+    async def _rejoin(self, connection: Connection, upserts: list[Change]) -> None:
         """Recompute the joined rows that this batch's upserts may have changed. Those of removals are owed rows."""
-        keys = set(joined)
+        posts: list[str] = []
+        likes: list[tuple[str, str]] = []
+        keys: set[Key] = set()
         contexts, flags, services = (name in self._derive for name in ("thread_contexts", "gate_flags", "like_counts"))
         for change in upserts:
             table, row = change.table, change.row
             assert row is not None
             if table is LIKES:
+                if contexts:
+                    likes.append((row[2], row[1]))
                 if services and derived.is_liked_service(row[2]):
                     keys.add(("like_count", row[2]))
             elif table is POSTS:
+                posts.append(row[0])
                 if contexts and row[7] is not None and row[7] != row[0]:
                     keys.add(("context", row[0]))
             elif flags and table.name == "fastworker.gates":
                 keys.add(("gate", row[2]))
             elif services and (table is FEED_GENERATORS or table.name == "labeler_services"):
                 keys.add(("like_count", row[0]))
+        if (contexts or flags) and (posts or likes):
+            found = await connection.fetch(
+                merge.JOINED, posts, [like[0] for like in likes], [like[1] for like in likes]
+            )
+            keys.update((r[0], r[1]) for r in found if (contexts if r[0] == "context" else flags))
         if keys:
             await self._recompute(connection, {}, keys, wait=False)
 
@@ -1100,18 +1071,6 @@ async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> 
         raise Unreachable(POOLER)
 
 
-def _divide(changes: list[Change], shadowed: set[str]) -> tuple[list[Change], dict[str, Change]]:
-    """Upserts that may be new; and what goes by the rows that are there: deletes, and what is in the shadow."""
-    new: list[Change] = []
-    pending: dict[str, Change] = {}
-    for change in changes:
-        if change.row is None or change.uri in shadowed:
-            pending[change.uri] = change
-        else:
-            new.append(change)
-    return new, pending
-
-
 def _by_table(changes: Iterable[Change]) -> Iterator[tuple[Table, list[Change]]]:
     """In the order in which every writer locks."""
     found: dict[str, list[Change]] = {}
@@ -1120,32 +1079,6 @@ def _by_table(changes: Iterable[Change]) -> Iterator[tuple[Table, list[Change]]]
     for table in TABLES:
         if table.name in found:
             yield table, found[table.name]
-
-
-def _found(upserts: list[Change], rows: list[Any]) -> _Look:
-    """What the rows of a look, (kind, key, rev, seq), say about these upserts."""
-    look = _Look({}, set(), set(), set())
-    tombstones: dict[str, tuple[str | None, int | None]] = {}
-    accounts: dict[str, int] = {}
-    for kind, key, rev, seq in rows:
-        if kind == "tombstone":
-            tombstones[key] = (rev, seq)
-        elif kind == "account":
-            accounts[key] = seq
-        elif kind == "twin":
-            look.shadowed.add(key)
-        elif kind == "forbidden":
-            look.forbidden.add(key)
-        else:
-            look.joined.add((kind, key))
-    if tombstones or accounts:
-        for change in upserts:
-            tombstone = tombstones.get(change.uri)
-            if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
-                look.kills[change.uri] = _kill(change, *tombstone)
-            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
-                look.kills[change.uri] = _kill(change, None, deleted)
-    return look
 
 
 def _columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -8,43 +8,34 @@ per statement.
 
 from __future__ import annotations
 
-from fastworker.table.schema import (
-    AGGREGATIONS,
-    COLLECTIONS,
-    FEED_ITEMS,
-    NOTIFICATIONS,
-    QUOTES,
-    TABLES,
-    VIEWER_STATES,
-    Table,
-)
+from fastworker.table.schema import AGGREGATIONS, COLLECTIONS, VIEWER_STATES, Table
 
 
 def qualified(table: Table) -> str:
     return table.name if "." in table.name else f"public.{table.name}"
 
 
-def _rows(table: Table, parameter: int = 1) -> str:
+def _rows(table: Table) -> str:
     """$1 as rows: one array of composites costs the client and the server half of what an array per column does."""
-    return f"unnest(${parameter}::{table.row_type}[])"
+    return f"unnest($1::{table.row_type}[])"
 
 
-def upsert(table: Table, *replaced: str, parameter: int = 1) -> str:
+def upsert(table: Table, *replaced: str) -> str:
     """Rows of a derived table, whole: a later word replaces an earlier one."""
     columns = ", ".join(table.columns)
     key = table.key.split(", ")
     sets = ", ".join(replaced) or ", ".join(f"{c} = excluded.{c}" for c in table.columns if c not in key)
     return (
-        f"INSERT INTO {qualified(table)} AS t ({columns}) SELECT * FROM {_rows(table, parameter)} "
+        f"INSERT INTO {qualified(table)} AS t ({columns}) SELECT * FROM {_rows(table)} "
         f"ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
     )
 
 
-def insert(table: Table, *, parameter: int = 1) -> str:
+def insert(table: Table) -> str:
     """Refused rows (any unique conflict) are not among the returned uris."""
     columns = ", ".join(table.columns)
     return (
-        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table, parameter)} "
+        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} "
         f"ON CONFLICT DO NOTHING RETURNING {table.key}"
     )
 
@@ -128,24 +119,11 @@ CIDS = {
 
 # Versions ---------------------------------------------------------------------------------------
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
-_BEATS = (
+LOOK = (
     "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     "UNION ALL SELECT 'account', did, NULL, deleted_seq FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
-    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
-)
-# Before a flush also who of $3 may not be stored
-LOOK = _BEATS + (
-    "UNION ALL SELECT 'forbidden', user_did, NULL, NULL FROM public.user_settings "
-    "WHERE data_collection_forbidden AND user_did = ANY($3::varchar[])"
-)
-# After it also which joined rows may have changed: $3 posts of the batch, $4/$5 its likes (post, user)
-LOOK_BACK = _BEATS + (
-    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p "
-    "WHERE p.root_uri = ANY($3::varchar[]) AND p.uri <> p.root_uri "
-    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM unnest($4::varchar[], $5::varchar[]) AS l (post, did) "
-    "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
-    "UNION ALL SELECT 'gate', g.post_uri, NULL, NULL FROM fastworker.gates AS g WHERE g.post_uri = ANY($3::varchar[])"
+    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[])"
 )
 # The next piece of tombstones for a second look, (after, until): those written more than $1 ago, about $2 of them
 LOOK_AGAIN_PIECE = (
@@ -225,17 +203,12 @@ def absent(table: Table) -> str:
 
 
 # Users, accounts, identities ----------------------------------------------------------------------
+FORBIDDEN = (
+    "SELECT user_did FROM public.user_settings WHERE data_collection_forbidden AND user_did = ANY($1::varchar[])"
+)
 USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
-)
-# $1 new users, then the rows of each hot table in the order of TABLES. None of it depends on what it may wait for.
-HOT_TABLES = tuple(table for table in TABLES if table.hot)
-INSERT_HOT = (
-    f"WITH new_users AS ({USERS}), "
-    + ", ".join(f"{table.name} AS ({insert(table, parameter=n)})" for n, table in enumerate(HOT_TABLES, 2))
-    + " "
-    + " UNION ALL ".join(f"SELECT uri FROM {table.name}" for table in HOT_TABLES)
 )
 _EVENT_NEWER = (
     "CASE WHEN {t}.relay IS NOT DISTINCT FROM excluded.relay AND {t}.seq IS NOT NULL AND excluded.seq IS NOT NULL "
@@ -308,17 +281,12 @@ PROGRESS = (
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
-_VIEWERS = (
+VIEWERS = upsert(
+    VIEWER_STATES,
     "like_uri = coalesce(excluded.like_uri, t.like_uri)",
     "repost_uri = coalesce(excluded.repost_uri, t.repost_uri)",
     "bookmarked = t.bookmarked OR excluded.bookmarked",
     "updated_at = now()",
-)
-VIEWERS = upsert(VIEWER_STATES, *_VIEWERS)
-# $1 quotes, $2 feed items, $3 notifications, $4 viewer states: what follows from records, none of it from each other
-ITEMS = (
-    f"WITH q AS ({upsert(QUOTES)}), f AS ({upsert(FEED_ITEMS, parameter=2)}), "
-    f"n AS ({upsert(NOTIFICATIONS, parameter=3)}) {upsert(VIEWER_STATES, *_VIEWERS, parameter=4)}"
 )
 # Clears, then drops what is left empty: two statements, because the second must see the first.
 VIEWERS_CLEAR = (
@@ -388,6 +356,13 @@ OWED = (
 PAID = (
     "DELETE FROM fastworker.recheck AS r USING unnest($1::text[], $2::text[], $3::timestamptz[]) AS u (kind, key, owed_at) "
     "WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at"
+)
+# $1 posts of the batch, $2/$3 its likes (post, user): which joined rows may have changed
+JOINED = (
+    "SELECT 'context', p.uri FROM public.posts AS p WHERE p.root_uri = ANY($1::varchar[]) AND p.uri <> p.root_uri "
+    "UNION ALL SELECT 'context', p.uri FROM unnest($2::varchar[], $3::varchar[]) AS l (post, did) "
+    "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
+    "UNION ALL SELECT 'gate', g.post_uri FROM fastworker.gates AS g WHERE g.post_uri = ANY($1::varchar[])"
 )
 REPLIES = "SELECT uri FROM public.posts WHERE root_uri = ANY($1::varchar[]) AND uri <> root_uri"
 POSTS_LOCK = 'SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE'

@@ -17,14 +17,14 @@ import asyncpg
 import pytest
 from property.feeding import batch_of, differences, lawful, settle
 
-from fastworker.edge.store import Store, _Look
+from fastworker.edge.store import Store
 from fastworker.table import merge
 from fastworker.table.batch import Batch
 from fastworker.testing.histories import Event, cid_of, number, tid
 
 PLACES = (
-    "prologue",  # looked, and nothing is written yet
-    "main",  # what the prologue writes is committed
+    "first look",  # what the prologue writes is committed
+    "main",  # looked, and nothing is written yet
     "rows written",  # in the main transaction, derived rows are not
     "derived written",  # in the main transaction, before its commit
     "recompute owed",  # main transaction committed
@@ -40,6 +40,7 @@ class Held(Store):
 
     def hold(self, place: str | None) -> None:
         self.place = place
+        self.looked = 0
         self.reached, self.go = asyncio.Event(), asyncio.Event()
 
     async def _at(self, place: str) -> None:
@@ -47,9 +48,10 @@ class Held(Store):
             self.reached.set()
             await self.go.wait()
 
-    async def _prologue(self, *args: Any) -> None:
-        await self._at("prologue")
-        await super()._prologue(*args)
+    async def _look(self, *args: Any) -> Any:
+        self.looked += 1
+        await self._at("first look" if self.looked == 1 else "look back")
+        return await super()._look(*args)
 
     async def _main(self, *args: Any) -> Any:
         await self._at("main")
@@ -67,10 +69,6 @@ class Held(Store):
     async def _recompute(self, *args: Any, **options: Any) -> None:
         await self._at("recompute owed")
         await super()._recompute(*args, **options)
-
-    async def _look_back(self, *args: Any) -> Any:
-        await self._at("look back")
-        return await super()._look_back(*args)
 
     async def _rejoin(self, *args: Any) -> None:
         await self._at("rejoin")
@@ -419,9 +417,9 @@ async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connecti
     parts = [s.like(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.like/l")]
 
     async def blind(*_: Any) -> Any:
-        return _Look({}, set(), set(), set())
+        return {}, set()
 
-    stage.stores[0]._look_back = blind  # type: ignore[method-assign]
+    stage.stores[0]._look = blind  # type: ignore[method-assign]
     await stage.play((batch_of(parts[0]), batch_of(parts[1])), ("rows written", None))
     assert await pg.fetchval("SELECT count(*) FROM likes") == 1
 
@@ -451,7 +449,7 @@ async def test_a_commit_that_arrives_after_its_process_died(
     await alive.write(batch_of([gone]))
     await alive.write(batch_of([late]))
     await settle(alive)
-    dead._look_back = dies  # type: ignore[method-assign]
+    dead._look = dies  # type: ignore[method-assign]
     dead.go.set()
     await asyncio.wait([committing])
     assert committing.cancelled()
