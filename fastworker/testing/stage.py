@@ -24,7 +24,7 @@ import asyncpg
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError
+from redis.exceptions import BusyLoadingError, ResponseError
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
@@ -243,7 +243,13 @@ class Stage:
         return {name.decode(): int(value) for name, value in found.items()}
 
     async def pending(self) -> int:
-        return int((await self.redis.xpending(KEY, GROUP))["pending"])
+        """-1 while the group is not there (again)."""
+        try:
+            return int((await self.redis.xpending(KEY, GROUP))["pending"])
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            return -1
 
     async def keep_running(self) -> list[str]:
         """Start what has ended; what is wrong with how it did."""
