@@ -73,7 +73,7 @@ HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and prunin
 DEAD_COMMIT = timedelta(
     minutes=2
 )  # a commit that a dead process sent is in or lost by then: its session ended long ago
-LOOK_AGAIN_PIECE = 5_000  # tombstones per piece
+AGAIN_PIECE = 5_000  # tombstones per piece
 PING_S = 3.0
 PRUNE_PIECE = 5_000  # tombstones per transaction
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
@@ -402,7 +402,7 @@ class Store:
         A process that died with its commit on the way never looked back; if others had settled its entries, nobody did.
         Returns 0 when no tombstone is due.
         """
-        piece = await connection.fetchrow(merge.LOOK_AGAIN_PIECE, dead_commit, LOOK_AGAIN_PIECE)
+        piece = await connection.fetchrow(merge.LOOK_AGAIN_PIECE, dead_commit, AGAIN_PIECE)
         if piece is None:
             return 0
         beaten = await connection.fetch(merge.LOOK_AGAIN, *piece)

@@ -148,7 +148,7 @@ texts = st.sampled_from(["", "hello", "a\x00b", "\ud800", "\N{GRINNING FACE}" * 
 # At most one of these keys is dirty: which of two wins that cleaning makes the same is nobody's business.
 keys = st.sampled_from(["", "a", "$type", "uri", "b\x00c", "\N{GRINNING FACE}"])
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | texts,
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
     max_leaves=6,
 )
@@ -300,6 +300,15 @@ def _plain(change: Change) -> dict[str, Any]:
     }
 
 
+def _as_json(value: Any) -> Any:
+    """Integers beyond 64 bits, which the data model does not know, are floats: orjson reads them so, as JavaScript does."""
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _as_json(one) for key, one in value.items()}
+    return [_as_json(one) for one in value] if isinstance(value, list) else value
+
+
 @settings(max_examples=400)
 @given(ops(), times)
 def test_rows_are_the_models(op: tuple[str, str, dict[str, Any]], time: str | None) -> None:
@@ -318,7 +327,7 @@ def test_rows_are_the_models(op: tuple[str, str, dict[str, Any]], time: str | No
         if change.table in (schema.GATES, schema.PROFILES):
             continue  # tables of ours; what follows from them in public is compared with the database
         (expected,) = tables[change.table.name]
-        assert row == {column: expected[column] for column in row}
+        assert row == {column: _as_json(expected[column]) for column in row}
 
 
 @pytest.mark.real_data
