@@ -468,8 +468,8 @@ def test_no_zombie_is_left_not_even_of_others(start):
 
 def test_a_fat_monitor_is_replaced(start):
     run = start("fat_monitor")
-    [pid, _] = run.ups(2)
-    run.line(r"monitor .* MB of its own: replacing it", 15)
+    run.ups(2)
+    pid = run.line(r"monitor \(pid (\d+)\) uses .* MB of its own: replacing it", 15)[1]
     run.line(rf"^drained 0 {pid}")
     run.line(r"^up 0 .* starts 2")
 
