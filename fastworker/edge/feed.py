@@ -1,9 +1,9 @@
 """The reader's side of Redis: the append script with its cursor, the lease, trimming, the dashboard's keys.
 
-Two scripts carry the promises. `_APPEND` puts a chunk on the stream and then moves the cursor, and does neither
+Three scripts carry the promises. `_APPEND` puts a chunk on the stream and then moves the cursor, and does neither
 unless this reader holds the lease and the cursor is where it left it. `_TRIM` removes what every group has finished,
-computed and removed in one step. Both name all their keys and would need one hash tag on a Redis Cluster, which is
-not supported.
+computed and removed in one step. `_SET_ASIDE_ABANDONED` takes what nobody will ever finish from the head of a full
+stream. On a Redis Cluster, which is not supported, they would need keys with one hash tag.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Final, cast
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from fastworker.edge.redis_client import translating
+from fastworker.edge.redis_client import error_code, translating
+from fastworker.edge.stream import DEAD_LETTERS_KEY, FOREIGN_IDLE_MS, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import ConfigError, Unreachable
 
 LEASE: Final = "fastworker:reader"
@@ -31,12 +33,13 @@ REPAIRS: Final = "fastworker:repairs"
 GAPS: Final = "fastworker:gaps"
 """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give us."""
 READER_STATS: Final = "fastworker:reader:stats"
-DEAD_LETTERS: Final = "firehose:dead-letters"
 STATUS: Final = "firehose:status"
 RECENT: Final = "firehose:recent_events"
 BROADCAST: Final = "firehose:events:broadcast"
 
 LEASE_MS: Final = 5_000
+ABANDONED_MS: Final = 600_000
+"""An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
 
@@ -156,6 +159,57 @@ end
 return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
 """
 
+# KEYS stream, dead letters, ledger, metrics. ARGV group, ms without a sign of who is dead, of who is at work, limit of
+# the dead letters, ms now, prefix of workers' leases.
+# Only at the head, up to the first entry that is somebody's; only while others read on (else the stream waits for
+# workers to come back) and none of them is a fastworker (it adopts); and nothing that would push out another letter.
+# The letter is that of `edge.stream`. Ids whose entry somebody trimmed are acked as ghosts.
+_SET_ASIDE_ABANDONED: Final = """
+redis.call('XACK', KEYS[1], ARGV[1], '0-0')
+local patience, at_work, dead = tonumber(ARGV[2]), false, {}
+for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local consumer = {}
+  for i = 1, #flat, 2 do consumer[flat[i]] = flat[i + 1] end
+  if redis.call('EXISTS', ARGV[6] .. consumer['name']) == 1 then return {0, 0} end
+  if consumer['idle'] >= patience then dead[consumer['name']] = true
+  elseif consumer['idle'] < tonumber(ARGV[3]) then at_work = true end
+end
+local moved, ghosts = 0, 0
+if not at_work then return {0, 0} end
+local room = tonumber(ARGV[4]) - redis.call('XLEN', KEYS[2])
+for _, pending in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 100)) do
+  local id, consumer, idle = pending[1], pending[2], pending[3]
+  if not dead[consumer] or idle < patience then break end
+  local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
+  if entry then
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    local form = fields['n'] and 'native' or fields['f'] and 'frame' or fields['data'] and 'json'
+    if not form or moved >= room then break end
+    local letter = {'type', form == 'json' and (fields['type'] or '') or form,
+      'data', fields['n'] or fields['f'] or fields['data'], 'seq', form == 'json' and fields['seq'] or '',
+      'origId', id, 'deliveries', tostring(pending[4]), 'reason', 'abandoned',
+      'error', 'nothing was heard of its consumer for ' .. math.floor(idle / 1000) .. ' s', 'form', form,
+      'consumer', consumer, 'setAsideAt', ARGV[5]}
+    if form == 'frame' and fields['relay'] then
+      letter[#letter + 1] = 'relay'
+      letter[#letter + 1] = fields['relay']
+    end
+    redis.call('XADD', KEYS[2], '*', unpack(letter))
+    redis.call('HINCRBY', KEYS[3], 'set_aside', 1)
+    redis.call('HINCRBY', KEYS[3], 'drop:abandoned', 1)
+    redis.call('HINCRBY', KEYS[4], 'totalEvents', 1)
+    redis.call('HINCRBY', KEYS[4], 'errors', 1)
+    moved = moved + 1
+  else
+    redis.call('HINCRBY', KEYS[3], 'ghosts', 1)
+    ghosts = ghosts + 1
+  end
+  redis.call('XACK', KEYS[1], ARGV[1], id)
+end
+return {moved, ghosts}
+"""
+
 
 class LeaseLost(Exception):
     """Another reader is at work (or Redis came back with other data): step back, wait, look again."""
@@ -254,6 +308,7 @@ class Feed:
         self._append = redis.register_script(_APPEND)
         self._renew = redis.register_script(_RENEW)
         self._release = redis.register_script(_RELEASE)
+        self._set_aside_abandoned = redis.register_script(_SET_ASIDE_ABANDONED)
         self.chunk_items = max(1, min(CHUNK_ITEMS, max_stream_len))
         """A chunk of more entries would never fit a stream this short."""
 
@@ -324,7 +379,7 @@ class Feed:
             LEASE,
             CURSOR_OF + self._host,
             RELAY,
-            DEAD_LETTERS,
+            DEAD_LETTERS_KEY,
             REPAIRS,
             GAPS,
             RELAYS,
@@ -373,6 +428,30 @@ class Feed:
             async with translating(self._redis):
                 self._bytes = int(await self._redis.memory_usage(self._stream, samples=5) or 0)
         return result
+
+    async def set_aside_abandoned(self, abandoned_ms: int = ABANDONED_MS) -> tuple[int, int]:
+        """Move a piece of abandoned entries of the workers' group to the dead letters, for a stream that is full.
+
+        How many were moved, and how many were only ids: their entries had been trimmed by somebody.
+        """
+        async with translating(self._redis):
+            try:
+                moved, ghosts = await self._set_aside_abandoned(
+                    keys=[self._stream, DEAD_LETTERS_KEY, LEDGER_KEY, METRICS_KEY],
+                    args=[
+                        self._group,
+                        abandoned_ms,
+                        FOREIGN_IDLE_MS,
+                        self._dead_letter_maxlen,
+                        int(time.time() * 1000),
+                        LEASE_PREFIX,
+                    ],
+                )
+            except ResponseError as error:
+                if error_code(error) != "NOGROUP":
+                    raise
+                return 0, 0
+        return int(moved), int(ghosts)
 
     async def publish(
         self,

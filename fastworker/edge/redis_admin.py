@@ -16,9 +16,9 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from fastworker.edge.feed import DEAD_LETTERS, GAPS, LEASE, READER_STATS, STATUS
+from fastworker.edge.feed import GAPS, LEASE, READER_STATS, STATUS
 from fastworker.edge.redis_client import connect, error_code, translating
-from fastworker.edge.stream import CONSUMERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
+from fastworker.edge.stream import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
@@ -398,22 +398,22 @@ class RedisAdmin:
 
     async def dead_letters(self) -> int:
         async with translating(self._redis):
-            return int(await self._redis.xlen(DEAD_LETTERS))
+            return int(await self._redis.xlen(DEAD_LETTERS_KEY))
 
     async def letters(self, *, after: str | None = None, count: int = 100) -> list[tuple[str, Fields]]:
         """Dead letters in the order they were written, those beyond `after`."""
         start = "-" if after is None else f"({after}"
         async with translating(self._redis):
-            return await self._range(DEAD_LETTERS, start, count)
+            return await self._range(DEAD_LETTERS_KEY, start, count)
 
     async def newest_letters(self, count: int) -> list[tuple[str, Fields]]:
         async with translating(self._redis):
-            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(DEAD_LETTERS, count=count))
+            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(DEAD_LETTERS_KEY, count=count))
         return [(_text(letter_id), fields) for letter_id, fields in found]
 
     async def letter(self, letter_id: str) -> Fields | None:
         async with translating(self._redis):
-            found = await self._range(DEAD_LETTERS, letter_id, 1, letter_id)
+            found = await self._range(DEAD_LETTERS_KEY, letter_id, 1, letter_id)
         return found[0][1] if found else None
 
     async def retry_letter(self, letter_id: str, fields: Fields) -> bool:
@@ -422,13 +422,13 @@ class RedisAdmin:
         for name, value in fields.items():
             args += [name, value]
         async with translating(self._redis):
-            return bool(await self._retry(keys=[DEAD_LETTERS, self._key], args=args))
+            return bool(await self._retry(keys=[DEAD_LETTERS_KEY, self._key], args=args))
 
     async def purge_letters(self, letter_ids: Sequence[str]) -> int:
         if not letter_ids:
             return 0
         async with translating(self._redis):
-            return int(await self._redis.xdel(DEAD_LETTERS, *letter_ids))
+            return int(await self._redis.xdel(DEAD_LETTERS_KEY, *letter_ids))
 
     # --- replay
 

@@ -59,9 +59,9 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
     ),
     "reader": (
         *_CONNECTION,
-        *("xadd", "xlen", "xtrim", "xpending", "xinfo|groups", "memory|usage"),
+        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "xinfo|groups", "xinfo|consumers", "memory|usage"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "publish"),
-        *("hset", "hsetnx", "lpush", "ltrim"),
+        *("hset", "hsetnx", "hincrby", "lpush", "ltrim"),
     ),
 }
 
@@ -93,7 +93,7 @@ def sql(service: Service, role: str) -> str:
 
 def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
     """A command for redis-cli. `keys`: those that are configured, which need not have the usual beginnings."""
-    usual = ("firehose:*", "fastworker:*", *(("cluster:metrics",) if service == "worker" else ()))
+    usual = ("firehose:*", "fastworker:*", "cluster:metrics")
     others = [key for key in keys if not key.startswith(("firehose:", "fastworker:"))]
     words = [
         "ACL SETUSER",

@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from fastworker.edge.feed import CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
+from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
 from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
@@ -93,6 +93,7 @@ class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that finished entries stay on the stream, for `worker --reapply`."""
     silence_floor_s: float = 30.0
     """No silence shorter than this ends a connection."""
+    abandoned_ms: int = ABANDONED_MS
 
 
 class ReaderStats(msgspec.Struct):
@@ -462,7 +463,10 @@ class _Reader:
                 await asyncio.sleep(max(0.0, begun + LINGER_S - time.monotonic()))
 
     async def _make_room(self) -> None:
-        """The stream is full: trim what is finished; when nothing is, wait. The outbox fills and receiving stops."""
+        """The stream is full: trim what is finished; when nothing is, wait. The outbox fills and receiving stops.
+
+        What dead workers left at its head, while others read on, would hold it full for ever: that is set aside first.
+        """
         result = await self._feed.trim(make_room=True)
         self._stats.trimmed += result.trimmed
         self._stats.held_by = result.held_by
@@ -473,6 +477,13 @@ class _Reader:
             self._stats.waits_full += 1
             held = f"group {result.held_by!r} is not done with its oldest entries" if result.held_by else "no group"
             log.warning("The stream %s is full (%s): the reader waits", self._settings.stream_key, held)
+        if result.held_by == self._settings.group:
+            moved, ghosts = await self._feed.set_aside_abandoned(self._settings.abandoned_ms)
+            if moved or ghosts:
+                self._stats.set_aside += moved
+                self._stats.drops[Reason.ABANDONED] += moved
+                log.warning("Set aside %d abandoned entries of dead consumers (%d more were trimmed)", moved, ghosts)
+                return
         await asyncio.sleep(0.2)
 
     async def _tick(self) -> None:

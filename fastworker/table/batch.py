@@ -79,9 +79,9 @@ PIECE_MIN = 500  # entries; smaller batches cost PostgreSQL more for each
 class Limits(msgspec.Struct, frozen=True):
     """Bounds of one batch. Larger ones were not faster (docs/performance.md), and each pipeline holds two."""
 
-    entries_max: int = 5_000
-    changes_max: int = 6_000
-    bytes_max: int = 16 * 1024 * 1024
+    entries_max: int = 3_000
+    changes_max: int = 4_000
+    bytes_max: int = 8 * 1024 * 1024
 
     def shared_by(self, pipelines: int) -> Limits:
         """What one of so many pipelines may hold: beyond two, they share what two may hold."""

@@ -23,6 +23,7 @@ from redis.asyncio import Redis
 from servers import RedisUnderTest
 
 from fastworker.edge import feed as feed_module
+from fastworker.edge.stream import original_fields
 from fastworker.errors import ConfigError, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
 from fastworker.run import reader as reader_module
@@ -669,6 +670,69 @@ async def test_a_full_stream_holds_the_reader_back_and_loses_nothing(
     assert read == list(range(1, count + 1))
     assert longest <= limit
     assert stats.waits_full >= 1
+
+
+GROUP = "firehose-processors"
+
+
+async def test_what_the_dead_left_at_the_head_of_a_full_stream_is_set_aside(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    """Old workers read on and never claim: without this their dead sibling's entries would hold the reader for ever."""
+    await redis.set(CURSOR, "0")
+    await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    relay.add(*range(1, 1001))
+    read = []
+    async with reading(settings(redis_url, relay, max_stream_len=200, abandoned_ms=1_500)) as stats:
+        await until(lambda: stats.full)
+        [[_, left]] = await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50)
+        await redis.xdel(STREAM, left[7][0])
+        while len(read) < 950:
+            answer = await redis.xreadgroup(GROUP, "python-worker-live", {STREAM: ">"}, count=100, block=500)
+            for id_, fields in answer[0][1] if answer else ():
+                read.append(int(fields[b"seq"]))
+                await redis.xack(STREAM, GROUP, id_)
+        await until(lambda: stats.last_seq == 1000)
+    assert read == list(range(51, 1001))
+    del left[7]
+    letters = [fields for _, fields in await redis.xrange("firehose:dead-letters")]
+    assert [original_fields(letter) for letter in letters] == [fields for _, fields in left]
+    assert [letter[b"origId"] for letter in letters] == [id_ for id_, _ in left]
+    assert {(one[b"reason"], one[b"consumer"], one[b"deliveries"], one[b"form"]) for one in letters} == {
+        (b"abandoned", b"python-worker-dead", b"1", b"json")
+    }
+    assert (await redis.xpending(STREAM, GROUP))["pending"] == 0
+    ledger = await redis.hgetall("fastworker:ledger")
+    assert ledger == {b"set_aside": b"49", b"drop:abandoned": b"49", b"ghosts": b"1"}
+    assert (stats.set_aside, stats.drops["abandoned"]) == (49, 49)
+
+
+@pytest.mark.parametrize("why", ["a worker of ours adopts", "nobody reads", "no room", "not dead", "an unknown form"])
+async def test_what_is_not_abandoned_stays(relay: Relay, redis: Redis, redis_url: str, why: str) -> None:
+    await redis.set(CURSOR, "0")
+    await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    if why == "an unknown form":
+        await redis.xadd(STREAM, {"what": "is this"})
+    relay.add(*range(1, 301))
+    limits = {"max_stream_len": 100, "abandoned_ms": 600_000 if why == "not dead" else 700}
+    if why == "no room":
+        await redis.xadd("firehose:dead-letters", {"another": "letter"})
+        limits["dead_letter_maxlen"] = 1
+    async with reading(settings(redis_url, relay, **limits)) as stats:
+        await until(lambda: stats.full)
+        [[_, left]] = await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50)
+        if why == "a worker of ours adopts":
+            await redis.set("fastworker:consumer:python-worker-0", "token")
+            await redis.xgroup_createconsumer(STREAM, GROUP, "python-worker-0")
+        for _ in range(20):
+            if why != "nobody reads":
+                await redis.xreadgroup(GROUP, "python-worker-live", {STREAM: ">"}, count=1)
+            await asyncio.sleep(0.1)
+        assert stats.full
+    assert await redis.xlen("firehose:dead-letters") == (1 if why == "no room" else 0)
+    pending = await redis.xpending_range(STREAM, GROUP, "-", "+", 200, "python-worker-dead")
+    assert [one["message_id"] for one in pending] == [id_ for id_, _ in left]
+    assert not await redis.exists("fastworker:ledger")
 
 
 async def test_the_limit_in_bytes(relay: Relay, redis: Redis, redis_url: str) -> None:

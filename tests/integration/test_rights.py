@@ -167,6 +167,8 @@ async def test_both_services_run_with_what_is_printed(
     allowed = seen.known(set(rights.COMMANDS["reader"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
     assert allowed == allowed & (used | seen.known(in_scripts(feed))), "more is allowed than is used"
+    assert in_scripts(feed) <= set(rights.COMMANDS["reader"])
+    assert in_scripts(stream) <= set(rights.COMMANDS["worker"])
 
     seen = Seen(client)
     worker = await asyncio.to_thread(
