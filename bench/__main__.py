@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
+import bench.servers
 from bench import corpus
 from bench.baseline import baseline
 from bench.decode import decode
@@ -247,6 +248,13 @@ Also, each by itself:
     "--set", "given", multiple=True, metavar="NAME=VALUE", help="A setting of end_to_end's worker; may be repeated."
 )
 @click.option(
+    "--python",
+    type=click.Path(exists=True, dir_okay=False),
+    default=sys.executable,
+    show_default="this environment's",
+    help="What runs fastworker; where only its dependencies are installed it is smaller.",
+)
+@click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path),
     default=RESULTS,
@@ -260,6 +268,7 @@ def main(
     seed: int,
     rows: int,
     given: tuple[str, ...],
+    python: str,
     results: Path,
     *,
     quick: bool,
@@ -271,7 +280,9 @@ def main(
     if any("=" not in setting for setting in given):
         raise click.UsageError("--set takes NAME=VALUE")
     settings = dict(setting.split("=", 1) for setting in given)
-    report = Report({"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}, results)
+    bench.servers.PYTHON = python
+    mix = {"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}
+    report = Report({**mix, "environment": "its own" if python == sys.executable else "another"}, results)
     session = Session(Wish(seed, events, runs, rows, settings, quick, tuned), report)
     failed = []
     for name in names or BENCHES:

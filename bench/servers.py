@@ -39,6 +39,7 @@ LOADING = {
     "maintenance_work_mem": "1GB",
     "autovacuum": "off",
 }
+PYTHON = sys.executable  # what runs fastworker
 VERSIONS: dict[str, str] = {}  # of the servers that were started
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -106,7 +107,7 @@ def environment(running: Servers, **settings: object) -> dict[str, str]:
 @contextlib.asynccontextmanager
 async def command(*words: str, env: dict[str, str], **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
     """`fastworker WORDS`, told to stop at the end; it must end well."""
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "fastworker", *words, env=env, **options)
+    process = await asyncio.create_subprocess_exec(PYTHON, "-m", "fastworker", *words, env=env, **options)
     try:
         yield process
         if process.returncode is None:
