@@ -155,9 +155,11 @@ SCENARIOS = {
         ("limit_reached", limit_reached, 2),
         ("buggy_later", buggy_later, 1),
         ("deaf_loop", deaf_loop, 1),
+        ("stopped", healthy, 2),
         ("idle_hands", idle_hands, 1),
         ("never_ready_again", never_ready_again, 1),
         ("will_not_drain", will_not_drain, 1),
+        ("may_drain_for_long", will_not_drain, 1),
         ("fat", fat, 1),
         ("leaves_an_orphan", leaves_an_orphan, 1),
         ("orphaned_deaf", deaf_loop, 1),
@@ -178,6 +180,15 @@ SCENARIOS["demo"] = [
     ChildSpec(name="display", target=child(brief), ends_run=True),
 ]
 
+# Short only where its end is what the test waits for: a loaded machine lets a healthy child stand still for a second.
+PATIENCE = {
+    "deaf_loop": {"tick_s": 2.0},
+    "stopped": {"tick_s": 2.0},
+    "idle_hands": {"progress_s": 4.0},
+    "never_ready_again": {"start_s": 2.0},
+    "will_not_drain": {"drain_s": 2.0},
+}
+
 
 def main() -> int:
     setup_logging("INFO", "human")
@@ -188,7 +199,10 @@ def main() -> int:
     return Supervisor(
         SCENARIOS[sys.argv[1]],
         Heartbeats(8),
-        patience=Patience(drain_s=2.0, tick_s=2.0, progress_s=4.0, start_s=2.0, recycle_s=1.0),
+        patience=Patience(
+            **{"drain_s": 60.0, "tick_s": 30.0, "progress_s": 60.0, "start_s": 60.0, "recycle_s": 1.0}
+            | PATIENCE.get(sys.argv[1], {})
+        ),
         memory_max_bytes=150 << 20,
         workers_max=3,
         notify_socket=sys.argv[2] if len(sys.argv) > 2 else None,
@@ -225,7 +239,7 @@ class Run:
             self.lines.put(line.rstrip("\n"))
         self.lines.put(None)
 
-    def line(self, pattern: str, seconds: float = 10.0) -> re.Match[str]:
+    def line(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
         """The next line that matches."""
         deadline = time.monotonic() + seconds
         while True:
@@ -246,9 +260,9 @@ class Run:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def end(self, seconds: float = 10.0) -> int:
+    def end(self, seconds: float = 30.0) -> int:
         code = self.process.wait(timeout=seconds)
-        self.thread.join(timeout=5)
+        self.thread.join(timeout=30)
         while not self.lines.empty():
             if (line := self.lines.get()) is not None:
                 self.seen.append(line)
@@ -288,7 +302,7 @@ def children_of(pid: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def until(fact: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(fact: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not fact():
         assert time.monotonic() < deadline
@@ -306,14 +320,12 @@ def test_a_stop_drains_and_exits_0(start, number):
 
 
 def test_the_second_signal_means_now(start):
-    run = start("will_not_drain")
+    run = start("may_drain_for_long")
     [pid] = run.ups(1)
     run.send(signal.SIGTERM)
     run.line("told to stop")
-    began = time.monotonic()
     run.send(signal.SIGTERM)
-    assert run.end() == 0
-    assert time.monotonic() - began < 1.5  # the budget is 2 s
+    assert run.end(15) == 0  # the budget is 60 s, and the child's own patience 20 s
     assert not alive(pid)
 
 
@@ -321,7 +333,7 @@ def test_the_budget_ends_a_drain(start):
     run = start("will_not_drain")
     [pid] = run.ups(1)
     run.send(signal.SIGTERM)
-    assert run.end(5) == 0
+    assert run.end(15) == 0  # the child itself would give up after 20 s
     assert not alive(pid)
 
 
@@ -364,17 +376,17 @@ def test_a_crash_point_kills_as_a_pulled_plug(start):
 
 def test_a_hanging_loop_has_its_stacks_dumped_and_is_replaced(start):
     run = start("deaf_loop")
-    run.line("has not turned its loop for 2 s", 15)
+    run.line("has not turned its loop for 2 s")
     run.line("in deaf_loop")
     run.line("was killed by SIGKILL")
     run.line("^up 0 .* starts 2")
 
 
 def test_a_stopped_child_is_replaced(start):
-    run = start("healthy")
+    run = start("stopped")
     pid, _ = run.ups(2)
     os.kill(pid, signal.SIGSTOP)
-    run.line(f"pid {pid}.*has not turned its loop", 15)
+    run.line(f"pid {pid}.*has not turned its loop")
     [new] = run.ups(1)
     assert new != pid
     assert not alive(pid)
@@ -382,7 +394,7 @@ def test_a_stopped_child_is_replaced(start):
 
 def test_no_progress_is_noticed_although_the_loop_turns(start):
     run = start("idle_hands")
-    run.line("has made no progress for 4 s", 15)
+    run.line("has made no progress for 4 s")
     run.line("Current thread|Thread 0x")
     run.line("What its tasks wait for")
     run.line("in waits_for_nothing$")  # the innermost await, which the thread's own stack does not show
@@ -396,11 +408,14 @@ def test_hup_replaces_with_no_gap(start):
     new: set[int] = set()
     gone: set[int] = set()
     while len(gone) < 2:
-        found = run.line(r"^(up|drained) \d+ (\d+)")
-        (new if found[1] == "up" else gone).add(int(found[2]))
+        # what the parent says of it: a new one's own "up" comes after it said that it is ready, perhaps too late
+        found = run.line(r"worker-\d+ \(pid (\d+)\) is ready|^drained \d+ (\d+)")
+        (new if found[1] else gone).add(int(found[1] or found[2]))
+        new -= old
         assert len(new) >= len(gone)  # a new one is ready before an old one ends
     assert gone == old
     until(lambda: not any(map(alive, old)))
+    assert len(new) == 2
     assert all(map(alive, new))
 
 
@@ -408,13 +423,12 @@ def test_hup_keeps_the_old_when_the_new_does_not_start(start):
     run = start("never_ready_again")
     [pid] = run.ups(1)
     run.send(signal.SIGHUP)
-    run.line("keeping the old ones", 15)
+    run.line("keeping the old ones")
     assert alive(pid)
 
 
 def test_hup_stops_what_exists_once_before_starting_it_anew(start):
     run = start("family")
-    run.ups(2)
     run.line("monitor .* is ready")
     run.send(signal.SIGHUP)
     run.line("^drained 1 ")
@@ -453,7 +467,7 @@ def test_no_orphan_survives_though_it_hangs(start, scenario):
     run = start(scenario)
     [pid] = run.ups(1)
     run.send(signal.SIGKILL)
-    until(lambda: not alive(pid), 8)
+    until(lambda: not alive(pid), 15)
 
 
 def test_no_zombie_is_left_not_even_of_others(start):
@@ -468,8 +482,7 @@ def test_no_zombie_is_left_not_even_of_others(start):
 
 def test_a_fat_monitor_is_replaced(start):
     run = start("fat_monitor")
-    run.ups(2)
-    pid = run.line(r"monitor \(pid (\d+)\) uses .* MB of its own: replacing it", 15)[1]
+    pid = run.line(r"monitor \(pid (\d+)\) uses .* MB of its own: replacing it")[1]
     run.line(rf"^drained 0 {pid}")
     run.line(r"^up 0 .* starts 2")
 
@@ -477,8 +490,8 @@ def test_a_fat_monitor_is_replaced(start):
 def test_a_fat_worker_is_replaced(start):
     run = start("fat")
     [pid] = run.ups(1)
-    run.line(r"MB of its own: replacing it", 15)
-    run.line(r"^up 1 ")
+    run.line(r"MB of its own: replacing it")
+    run.line(r"worker-1 .* is ready")
     run.line(rf"^drained 0 {pid}")
 
 
@@ -491,7 +504,7 @@ def test_systemd_is_told(start, tmp_path):
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(path)
-        receiver.settimeout(10)
+        receiver.settimeout(30)
         run = start("will_not_drain", path)
         told = [receiver.recv(100)]
         while not {b"READY=1", b"WATCHDOG=1"} <= set(told):
