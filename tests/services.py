@@ -39,6 +39,7 @@ class Service:
     def __init__(self, *args: str, **env: str) -> None:
         self.lines: list[str] = []
         self._news = threading.Condition()
+        self._ended = False  # and everything it said is in `lines`: a process may be gone before that
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fastworker", *args],
             env=environment(env),
@@ -55,18 +56,21 @@ class Service:
             with self._news:
                 self.lines.append(line.rstrip("\n"))
                 self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
 
-    def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
+    def wait_for(self, pattern: str, timeout: float = 60) -> re.Match[str]:
         def found() -> re.Match[str] | None:
             return next((match for line in self.lines if (match := re.search(pattern, line))), None)
 
         with self._news:
-            self._news.wait_for(lambda: found() or self.process.poll() is not None, timeout)
+            self._news.wait_for(lambda: found() or self._ended, timeout)
             match = found()
         assert match, f"no line like {pattern!r} in\n" + "\n".join(self.lines)
         return match
 
-    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 60) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         code = self.process.wait(timeout)
@@ -76,7 +80,7 @@ class Service:
         return code
 
 
-def until(condition: Callable[[], object], timeout: float = 30) -> None:
+def until(condition: Callable[[], object], timeout: float = 60) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it did not come true"
