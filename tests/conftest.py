@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
+import hypothesis
 import pytest
 import redis
 import uvloop
@@ -30,6 +31,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "template_contract"
 os.environ.setdefault("FASTWORKER_RESOLVE_HANDLES", "off")  # no test asks the network; test_resolver.py has servers
 _numbers = itertools.count(1)
+
+# What a test finds must not depend on how fast the machine is.
+hypothesis.settings.register_profile(
+    "any machine",
+    hypothesis.settings(),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def _real_data() -> Path:
