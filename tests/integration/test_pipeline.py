@@ -111,7 +111,7 @@ class Bench:
             yield self.pipeline
             self.stopping.set()
             if not self.task.cancelled():
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     await self.task
         finally:
             self.task.cancel()
@@ -124,14 +124,14 @@ class Bench:
         return [entry_id.decode() for entry_id in await pipe.execute()]
 
     async def until(self, fact: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not fact():
                 if self.task.done():
                     self.task.result()
                 await asyncio.sleep(0.002)
 
     async def until_it_waits_for_a_reply(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not (await self.redis.info("clients"))["blocked_clients"]:
                 await asyncio.sleep(0.002)
 
@@ -333,7 +333,7 @@ async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
 
 
 async def test_a_long_outage_is_told_again(bench, monkeypatch, caplog):
-    monkeypatch.setattr("fastworker.run.pipeline.TELL_AGAIN_S", 0.2)
+    monkeypatch.setattr("fastworker.run.pipeline.TELL_AGAIN_S", 1.0)  # several attempts, though one of them is late
     bench.store.down.set()
     async with bench.running():
         await bench.add(likes(1))
@@ -469,18 +469,18 @@ async def test_what_another_pipeline_holds_is_postponed_until_it_is_free(bench, 
         assert pipeline.oldest_ms
         bench.give_back(keys)
         await bench.until_settled(2)
-        assert pipeline.held_count == 0
+        await bench.until(lambda: pipeline.held_count == 0)
     assert await bench.ledger() == {"committed": 2}
 
 
 async def test_it_is_not_postponed_for_ever(bench, strangers) -> None:
     strangers(likes(1)[0])
     async with bench.running() as pipeline:
+        began = now_ms()
         await bench.add(likes(1))
         await bench.until(lambda: pipeline.held_count == 1)
-        began = now_ms()
         await bench.until_settled(1)
-        assert now_ms() - began > POSTPONED_MS_MAX / 2
+        assert now_ms() - began >= POSTPONED_MS_MAX
     assert await bench.ledger() == {"committed": 1}
 
 
