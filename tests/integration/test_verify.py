@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 
@@ -496,14 +497,21 @@ async def test_writing_beside_it_is_no_drift(
 
 
 async def test_a_stopped_run_says_where_to_go_on(
-    url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+    url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await db.execute("UPDATE feed_generators SET like_count = 77")
 
-    stop = asyncio.Event()
-    stopping = asyncio.get_running_loop().call_later(0.3, stop.set)
-    code = await verify(url, derive.FULL, Wish(rows=5, pause_s=0.01, as_json=True), stop)
-    stopping.cancel()
+    stop, pauses = asyncio.Event(), 0
+
+    async def pause(seconds: float, stopping: asyncio.Event) -> bool:
+        nonlocal pauses
+        pauses += 1
+        if pauses == 20:  # pieces, however long they take
+            stop.set()
+        return stopping.is_set()
+
+    monkeypatch.setattr("fastworker.run.verify.pause", pause)
+    code = await verify(url, derive.FULL, Wish(rows=5, as_json=True), stop)
     report = json.loads(capsys.readouterr().out)
     assert code is ExitCode.NO
     assert report["continue_from"].partition(":")[0] in names()
@@ -552,6 +560,24 @@ def test_the_command(url: str) -> None:
     assert (wrong.returncode, wrong.stdout) == (2, "")
 
 
+def is_verified(url: str) -> bool:
+    """It has a session: so it has its signal handlers, too."""
+
+    async def ask() -> bool:
+        connection = await asyncpg.connect(url, timeout=10)
+        try:
+            return bool(
+                await connection.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                    "AND application_name = 'fastworker-verify'"
+                )
+            )
+        finally:
+            await connection.close(timeout=10)
+
+    return asyncio.run(ask())
+
+
 def test_ctrl_c_says_where_to_go_on(url: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fastworker", "verify", "--rows", "1", "--pause", "0.05"],
@@ -562,10 +588,15 @@ def test_ctrl_c_says_where_to_go_on(url: str) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - one signal, before exec
     )
     try:
+        give_up = time.monotonic() + 60
+        while not is_verified(url):
+            assert process.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(3)
+            process.wait(1)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1
