@@ -222,13 +222,15 @@ async def test_a_failover_to_a_replica(server_dir: Path, redis_url: str) -> None
             through = str(URL(first.url).with_port(proxy.port))
             house = House(client, redis_url, through)
             async with house.worker():
-                for number in range(1, 2_001):
+                for number in range(1, 1_001):
                     await client.xadd("firehose:events", like(number))
                 async with asyncio.timeout(30):
                     while house.slot.get("committed") < 100:
                         await asyncio.sleep(0.001)
                 await asyncio.to_thread(first.kill)
                 proxy.target = ("127.0.0.1", second.port or 0)
+                for number in range(1_001, 2_001):  # there is something to write, however fast the worker was
+                    await client.xadd("firehose:events", like(number))
                 async with asyncio.timeout(30):
                     while "25006" not in house.slot.snapshot().error:
                         await asyncio.sleep(0.01)
