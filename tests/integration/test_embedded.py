@@ -108,7 +108,7 @@ def readable_python(code: Path) -> tuple[str, str]:
 
 
 def release(process: subprocess.Popen[str]) -> None:
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
 
 
 def is_alive(pid: int) -> bool:
@@ -119,7 +119,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(fact: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while not fact():
         assert time.monotonic() < give_up
         time.sleep(0.005)
@@ -232,7 +232,10 @@ def test_two_at_once_over_tcp(server: type, server_dir: Path, prepare: Prepare) 
 @pytest.mark.parametrize("server", SERVERS)
 def test_no_tcp_unless_asked(server: type, server_dir: Path, prepare: Prepare) -> None:
     with prepare(server, server_dir) as it:
-        inodes = {str(fd.readlink()) for fd in Path(f"/proc/{it.pid}/fd").iterdir() if fd.is_symlink()}
+        inodes = set()
+        for fd in Path(f"/proc/{it.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # a file that the server has closed meanwhile
+                inodes.add(str(fd.readlink()))
         listening = [
             line.split()[9]
             for table in ("tcp", "tcp6")

@@ -204,7 +204,7 @@ async def test_killed_in_the_middle_leaves_no_half_migration(empty_postgres_url:
     )
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, empty_postgres_url, cwd=ROOT)
     sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await fetch(empty_postgres_url, sleeping):
             assert child.returncode is None
     child.kill()
