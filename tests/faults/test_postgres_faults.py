@@ -254,7 +254,7 @@ async def test_a_table_locked_by_another_is_waited_for(postgres_url: str, pg: as
     await asyncio.sleep(0.3)
     assert not writing.done()
     await transaction.rollback()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert (await writing).rows == 1
     await store.close()
 
@@ -295,16 +295,16 @@ async def test_a_lease_is_not_given_back_while_a_commit_may_be_on_its_way(
         database = await pg.fetchval("SELECT current_database()")
         client = connect(redis_url)
         house = House(client, redis_url, f"postgresql://postgres@127.0.0.1:{proxy.port}/{database}")
-        async with house.worker(drain_s=0.3):
+        async with house.worker(drain_s=1.0):  # enough to begin the write, whatever else the machine does
             await client.xadd("firehose:events", like(1))
             await house.settled()
             if held:
                 proxy.hold()
                 await client.xadd("firehose:events", like(2))
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while not await house.pending():
                         await asyncio.sleep(0.01)
-                asyncio.get_running_loop().call_later(2.0, proxy.release)  # long after the drain was given up
+                asyncio.get_running_loop().call_later(4.0, proxy.release)  # long after the drain was given up
         left = [name async for name in client.scan_iter("fastworker:consumer:*")]
         assert len(left) == held, "of two pipelines the one that was writing keeps its lease"
         await client.aclose()
