@@ -48,7 +48,7 @@ class House:
                         await asyncio.sleep(0.02)
                     await self.settled()
                 stop.set()
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await reader
             finally:
                 reader.cancel()
@@ -82,12 +82,12 @@ class House:
         self._task = task
         self.slot.set(ready=0)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while not self.slot.get("ready"):
                     await self._alive()
             yield
             stopping.set()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await task
             await self._pay()
         finally:

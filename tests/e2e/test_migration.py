@@ -77,7 +77,7 @@ class Command:
             yield process
             assert process.returncode is None, (await said).decode()
             process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 assert await process.wait() == 0, (await said).decode()
         finally:
             if process.returncode is None:
@@ -104,7 +104,7 @@ async def old_worker(redis_url: str, database_url: str, *, is_cut_off: bool) -> 
         assert not task.done(), task
         worker.stopping = True
         if not is_cut_off:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await task
     finally:
         task.cancel()

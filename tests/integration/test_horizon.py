@@ -52,7 +52,7 @@ class Bench:
             await self.redis.xadd(KEY, dict(encode_native(event)))
         stopping = asyncio.Event()
         task = asyncio.create_task(pipeline.run(stopping))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while self.slot.snapshot().acked < before + len(events) and not task.done():
                 await asyncio.sleep(0.01)
             stopping.set()

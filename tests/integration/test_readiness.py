@@ -18,7 +18,7 @@ from services import Service, get, until
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 
 RED_WITHIN_S = 10.0
-GREEN_WITHIN_S = 30.0
+GREEN_WITHIN_S = 60.0
 
 
 def probe(port: int) -> tuple[int, str]:

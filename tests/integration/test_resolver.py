@@ -128,12 +128,12 @@ async def resolving(url: str, servers: dict[str, Any]) -> AsyncIterator[None]:
         yield
     finally:
         stop.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await task
 
 
 async def until(pg: asyncpg.Connection, question: str, answer: object = 0) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await pg.fetchval(question) != answer:
             await asyncio.sleep(0.02)
 
@@ -234,7 +234,7 @@ async def test_an_event_that_comes_meanwhile_wins(world: Any, store: Store, post
     await mark(store, (ALICE, None, 1), (BOB, None, 1))
     says.hold = asyncio.Event()
     async with resolving(postgres_url, servers):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(says.asked) < 2:
                 await asyncio.sleep(0.01)
         await mark(store, (ALICE, "newer.test", 2), (BOB, None, 3))
@@ -356,7 +356,7 @@ async def test_the_worker_resolves_beside_its_stream(
                 await asyncio.sleep(1.0)
                 assert await pg.fetchval(PENDING) == 1
             process.terminate()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 assert await process.wait() == 0
         finally:
             if process.returncode is None:

@@ -123,7 +123,7 @@ def in_scripts(*modules: Any) -> set[str]:
 
 def stop(process: subprocess.Popen[str]) -> str:
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     return out
 
@@ -288,7 +288,7 @@ async def test_check_compares_a_role_with_what_is_needed(pg: asyncpg.Connection,
 def test_what_the_command_prints() -> None:
     def printed(*words: str, **env: str) -> tuple[int, str]:
         with fastworker("grants", *words, **env) as process:
-            out, _ = process.communicate(timeout=30)
+            out, _ = process.communicate(timeout=60)
         return process.returncode, out
 
     assert printed("worker") == (0, rights.sql("worker", "fastworker_worker"))
