@@ -687,7 +687,7 @@ async def test_what_the_dead_left_at_the_head_of_a_full_stream_is_set_aside(
     await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
     relay.add(*range(1, 1001))
     read = []
-    async with reading(settings(redis_url, relay, max_stream_len=200, abandoned_ms=1_500)) as stats:
+    async with reading(settings(redis_url, relay, max_stream_len=200, abandoned_ms=4_000)) as stats:
         await until(lambda: stats.full)
         [[_, left]] = await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50)
         await redis.xdel(STREAM, left[7][0])
