@@ -256,8 +256,11 @@ class Store:
             async with self._pool.acquire(timeout=10) as connection:
                 try:
                     yield connection
-                except (InternalClientError, ReadOnlySQLTransactionError):
-                    connection.terminate()  # lost count, or led to what is a replica now
+                except Exception as error:
+                    # it lost count, leads to what is a replica now, or the server went before the rollback
+                    useless = isinstance(error, InternalClientError | ReadOnlySQLTransactionError)
+                    if useless or _is_left_open(connection):
+                        connection.terminate()
                     raise
 
     @property
@@ -1069,6 +1072,13 @@ class Store:
                     raise StoreUnavailable(f"PostgreSQL: {error} ({ATTEMPTS_MAX} attempts)") from error
                 await asyncio.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
         raise AssertionError
+
+
+def _is_left_open(connection: Connection) -> bool:
+    try:
+        return bool(connection.is_in_transaction())
+    except (InterfaceError, AttributeError):  # it is gone already
+        return False
 
 
 async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> None:

@@ -195,6 +195,19 @@ async def test_backends_that_are_terminated_and_statements_that_are_cancelled(
     assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == added
 
 
+async def test_a_connection_whose_rollback_did_not_come_through_is_not_used_again(postgres_url: str) -> None:
+    store = await Store.connect(postgres_url)
+    try:
+        with pytest.raises(StoreUnavailable, match="gone"):
+            async with store._connection() as connection:
+                await connection.execute("BEGIN")
+                raise ConnectionResetError("gone")
+        assert store.connections == (0, 0)
+        await store.ping()
+    finally:
+        await store.close()
+
+
 class Standby(EmbeddedPostgres):
     def _is_ready(self) -> bool:
         with contextlib.suppress(OSError, IndexError):
