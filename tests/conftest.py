@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "template_contract"
 os.environ.setdefault("FASTWORKER_RESOLVE_HANDLES", "off")  # no test asks the network; test_resolver.py has servers
+os.environ.setdefault("SSL_CERT_FILE", os.devnull)  # aiohttp reads the system's certificates at every start: 0.1 s
 _numbers = itertools.count(1)
 
 # What a test finds must not depend on how fast the machine is.

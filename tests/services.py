@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment(env: dict[str, str]) -> dict[str, str]:
     """Nothing of the tests' own environment but what a process needs to run; HOME does not exist."""
-    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
+    usual = {name: os.environ[name] for name in ("PATH", "SSL_CERT_FILE") if name in os.environ}
+    return {**usual, "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
 
 
 def run(*args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
