@@ -68,7 +68,7 @@ _T = TypeVar("_T")
 
 ATTEMPTS_MAX = 20  # deadlocks and serialisation failures of one transaction; each resolves one writer
 ROUNDS_MAX = 100  # of one conflict: each round means that another writer committed in between
-KNOWN_USERS_MAX = 65_536  # DIDs a process remembers as committed, about 12 MB
+KNOWN_USERS_MAX = 32_768  # DIDs a process remembers as committed, about 6 MB
 TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what the stream's group has finished, too
 HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and pruning below it; workers look every 10 s
 DEAD_COMMIT = timedelta(

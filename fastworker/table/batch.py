@@ -79,8 +79,8 @@ PIECE_MIN = 500  # entries; smaller batches cost PostgreSQL more for each
 class Limits(msgspec.Struct, frozen=True):
     """Bounds of one batch. Larger ones were not faster (docs/performance.md), and each pipeline holds two."""
 
-    entries_max: int = 3_000
-    changes_max: int = 4_000
+    entries_max: int = 2_500
+    changes_max: int = 3_500
     bytes_max: int = 8 * 1024 * 1024
 
     def shared_by(self, pipelines: int) -> Limits:
