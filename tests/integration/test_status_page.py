@@ -52,7 +52,9 @@ class Browser:
         return await self.value(f"{CARD.format(title)}.querySelector('dd').textContent.trim()")
 
     async def number(self, title: str) -> float:
-        return float((await self.card(title)).split()[0].replace(",", ""))
+        """-1: it is not known yet."""
+        shown = await self.card(title)
+        return -1.0 if shown.startswith("unknown") else float(shown.split()[0].replace(",", ""))
 
     async def shoot(self, path: Path) -> None:
         shot = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
