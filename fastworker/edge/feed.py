@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from fastworker.edge.redis_client import error_code, translating
-from fastworker.edge.stream import DEAD_LETTERS_KEY, FOREIGN_IDLE_MS, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
+from fastworker.edge.stream import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import ConfigError, Unreachable
 
 LEASE: Final = "fastworker:reader"
@@ -159,27 +159,28 @@ end
 return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
 """
 
-# KEYS stream, dead letters, ledger, metrics. ARGV group, ms without a sign of who is dead, of who is at work, limit of
-# the dead letters, ms now, prefix of workers' leases.
-# Only at the head, up to the first entry that is somebody's; only while others read on (else the stream waits for
-# workers to come back) and none of them is a fastworker (it adopts); and nothing that would push out another letter.
-# The letter is that of `edge.stream`. Ids whose entry somebody trimmed are acked as ghosts.
+# KEYS stream, dead letters, ledger, metrics. ARGV group, ms without a sign of who is dead, ms that another has outlived
+# it, limit of the dead letters, ms now, prefix of workers' leases.
+# Only at the head, up to the first entry that is somebody's; only where another consumer read on (else the stream waits
+# for workers to come back; before Redis 7.2 who waits for new entries gives no sign) and none of them is a fastworker
+# (it adopts); and nothing that would push out another letter. The letter is that of `edge.stream`. Ids whose entry
+# somebody trimmed are acked as ghosts.
 _SET_ASIDE_ABANDONED: Final = """
 redis.call('XACK', KEYS[1], ARGV[1], '0-0')
-local patience, at_work, dead = tonumber(ARGV[2]), false, {}
+local patience, idles, youngest = tonumber(ARGV[2]), {}, nil
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local consumer = {}
   for i = 1, #flat, 2 do consumer[flat[i]] = flat[i + 1] end
   if redis.call('EXISTS', ARGV[6] .. consumer['name']) == 1 then return {0, 0} end
-  if consumer['idle'] >= patience then dead[consumer['name']] = true
-  elseif consumer['idle'] < tonumber(ARGV[3]) then at_work = true end
+  idles[consumer['name']] = consumer['idle']
+  youngest = math.min(youngest or consumer['idle'], consumer['idle'])
 end
 local moved, ghosts = 0, 0
-if not at_work then return {0, 0} end
 local room = tonumber(ARGV[4]) - redis.call('XLEN', KEYS[2])
 for _, pending in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 100)) do
   local id, consumer, idle = pending[1], pending[2], pending[3]
-  if not dead[consumer] or idle < patience then break end
+  local silent = math.min(idle, idles[consumer])
+  if silent < patience or idles[consumer] - youngest < tonumber(ARGV[3]) then break end
   local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
   if entry then
     local fields = {}
@@ -441,7 +442,7 @@ class Feed:
                     args=[
                         self._group,
                         abandoned_ms,
-                        FOREIGN_IDLE_MS,
+                        abandoned_ms // 60,
                         self._dead_letter_maxlen,
                         int(time.time() * 1000),
                         LEASE_PREFIX,
