@@ -691,6 +691,7 @@ async def test_what_the_dead_left_at_the_head_of_a_full_stream_is_set_aside(
         await until(lambda: stats.full)
         [[_, left]] = await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50)
         await redis.xdel(STREAM, left[7][0])
+        await asyncio.sleep(0.5)  # the other one outlives it
         while len(read) < 950:
             answer = await redis.xreadgroup(GROUP, "python-worker-live", {STREAM: ">"}, count=100, block=500)
             for id_, fields in answer[0][1] if answer else ():
