@@ -719,7 +719,7 @@ async def test_what_is_not_abandoned_stays(relay: Relay, redis: Redis, redis_url
     if why == "an unknown form":
         await redis.xadd(STREAM, {"what": "is this"})
     relay.add(*range(1, 301))
-    limits = {"max_stream_len": 100, "abandoned_ms": 600_000 if why == "not dead" else 700}
+    limits = {"max_stream_len": 100, "abandoned_ms": 30_000 if why == "not dead" else 700}
     if why == "no room":
         await redis.xadd("firehose:dead-letters", {"another": "letter"})
         limits["dead_letter_maxlen"] = 1
