@@ -190,7 +190,7 @@ for _, pending in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 100)
     local letter = {'type', form == 'json' and (fields['type'] or '') or form,
       'data', fields['n'] or fields['f'] or fields['data'], 'seq', form == 'json' and fields['seq'] or '',
       'origId', id, 'deliveries', tostring(pending[4]), 'reason', 'abandoned',
-      'error', 'nothing was heard of its consumer for ' .. math.floor(idle / 1000) .. ' s', 'form', form,
+      'error', 'nothing was heard of its consumer for ' .. math.floor(silent / 1000) .. ' s', 'form', form,
       'consumer', consumer, 'setAsideAt', ARGV[5]}
     if form == 'frame' and fields['relay'] then
       letter[#letter + 1] = 'relay'

@@ -77,7 +77,7 @@ PIECE_MIN = 500  # entries; smaller batches cost PostgreSQL more for each
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Bounds of one batch. Larger ones were not faster (docs/performance.md), and each pipeline holds two."""
+    """Bounds of one batch. Larger ones are hardly faster (docs/performance.md), and each pipeline holds two."""
 
     entries_max: int = 2_500
     changes_max: int = 3_500
