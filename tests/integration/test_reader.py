@@ -24,8 +24,8 @@ from redis.asyncio import Redis
 from servers import RedisUnderTest
 
 from fastworker.edge import feed as feed_module
-from fastworker.edge.stream import original_fields
-from fastworker.errors import ConfigError, StoppedItself, StoreUnavailable, Unreachable
+from fastworker.edge.stream import SetAside, WorkerStream, original_fields
+from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
@@ -738,6 +738,37 @@ async def test_what_is_not_abandoned_stays(relay: Relay, redis: Redis, redis_url
     pending = await redis.xpending_range(STREAM, GROUP, "-", "+", 200, "python-worker-dead")
     assert [one["message_id"] for one in pending] == [id_ for id_, _ in left]
     assert not await redis.exists("fastworker:ledger")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {b"type": b"commit", b"data": b"{}", b"seq": b"7"},
+        {b"data": b"{}"},
+        {b"n": b"\x00\xff"},
+        {b"f": b"\xff"},
+        {b"f": b"\xff", b"relay": b"relay.test"},
+    ],
+    ids=["json", "json without seq", "native", "frame", "frame of a relay"],
+)
+async def test_an_abandoned_entrys_letter_is_what_a_worker_would_write(
+    redis: Redis, fields: dict[bytes, bytes]
+) -> None:
+    await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    feed = feed_module.Feed(redis, stream_key=STREAM, cursor_key=CURSOR, max_stream_len=10, group=GROUP)
+    worker = WorkerStream(redis, stream_key=STREAM, group=GROUP)
+    worker.name = "live"
+    _, second = [await redis.xadd(STREAM, fields) for _ in range(2)]  # type: ignore[arg-type]
+    await redis.execute_command("XREADGROUP", "GROUP", GROUP, "dead", "COUNT", 1, "STREAMS", STREAM, ">")
+    await asyncio.sleep(0.2)
+    await redis.execute_command("XREADGROUP", "GROUP", GROUP, "live", "COUNT", 1, "STREAMS", STREAM, ">")
+    assert await feed.set_aside_abandoned(120) == (1, 0)
+    assert await worker.set_aside([SetAside(second.decode(), fields, Reason.ABANDONED, "")], 0) == 1
+    (_, ours), (_, theirs) = await redis.xrange("firehose:dead-letters")
+    its_own = {b"origId", b"error", b"consumer", b"setAsideAt"}
+    assert {k: v for k, v in ours.items() if k not in its_own} == {k: v for k, v in theirs.items() if k not in its_own}
+    assert ours.keys() == theirs.keys()
+    assert original_fields(ours) == ({b"type": b"", b"seq": b"", **fields} if b"data" in fields else fields)
 
 
 async def test_the_limit_in_bytes(relay: Relay, redis: Redis, redis_url: str) -> None:
