@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from fastworker.edge.redis_client import error_code, translating
-from fastworker.edge.stream import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
+from fastworker.edge.stream import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY, SET_ASIDE_ONE
 from fastworker.errors import ConfigError, Unreachable
 
 LEASE: Final = "fastworker:reader"
@@ -159,13 +159,14 @@ end
 return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
 """
 
-# KEYS stream, dead letters, ledger, metrics. ARGV group, ms without a sign of who is dead, ms that another has outlived
+# KEYS stream, ledger, metrics, dead letters. ARGV group, ms without a sign of who is dead, ms that another has outlived
 # it, limit of the dead letters, ms now, prefix of workers' leases.
 # Only at the head, up to the first entry that is somebody's; only where another consumer read on (else the stream waits
 # for workers to come back; before Redis 7.2 who waits for new entries gives no sign) and none of them is a fastworker
-# (it adopts); and nothing that would push out another letter. The letter is that of `edge.stream`. Ids whose entry
-# somebody trimmed are acked as ghosts.
-_SET_ASIDE_ABANDONED: Final = """
+# (it adopts); and nothing that would push out another letter. Ids whose entry somebody trimmed are acked as ghosts.
+_SET_ASIDE_ABANDONED: Final = (
+    SET_ASIDE_ONE
+    + """
 redis.call('XACK', KEYS[1], ARGV[1], '0-0')
 local patience, idles, youngest = tonumber(ARGV[2]), {}, nil
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
@@ -176,7 +177,7 @@ for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   youngest = math.min(youngest or consumer['idle'], consumer['idle'])
 end
 local moved, ghosts = 0, 0
-local room = tonumber(ARGV[4]) - redis.call('XLEN', KEYS[2])
+local room = tonumber(ARGV[4]) - redis.call('XLEN', KEYS[4])
 for _, pending in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 100)) do
   local id, consumer, idle = pending[1], pending[2], pending[3]
   local silent = math.min(idle, idles[consumer])
@@ -187,29 +188,21 @@ for _, pending in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 100)
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
     local form = fields['n'] and 'native' or fields['f'] and 'frame' or fields['data'] and 'json'
     if not form or moved >= room then break end
-    local letter = {'type', form == 'json' and (fields['type'] or '') or form,
-      'data', fields['n'] or fields['f'] or fields['data'], 'seq', form == 'json' and fields['seq'] or '',
-      'origId', id, 'deliveries', tostring(pending[4]), 'reason', 'abandoned',
-      'error', 'nothing was heard of its consumer for ' .. math.floor(silent / 1000) .. ' s', 'form', form,
-      'consumer', consumer, 'setAsideAt', ARGV[5]}
-    if form == 'frame' and fields['relay'] then
-      letter[#letter + 1] = 'relay'
-      letter[#letter + 1] = fields['relay']
-    end
-    redis.call('XADD', KEYS[2], '*', unpack(letter))
-    redis.call('HINCRBY', KEYS[3], 'set_aside', 1)
-    redis.call('HINCRBY', KEYS[3], 'drop:abandoned', 1)
-    redis.call('HINCRBY', KEYS[4], 'totalEvents', 1)
-    redis.call('HINCRBY', KEYS[4], 'errors', 1)
+    local json = form == 'json'
+    set_aside_one(ARGV[1], ARGV[4], id, pending[4], consumer, ARGV[5], 'abandoned',
+      json and (fields['type'] or '') or form, fields['n'] or fields['f'] or fields['data'],
+      json and fields['seq'] or '', 'nothing was heard of its consumer for ' .. math.floor(silent / 1000) .. ' s',
+      form, form == 'frame' and fields['relay'] or '')
     moved = moved + 1
   else
-    redis.call('HINCRBY', KEYS[3], 'ghosts', 1)
+    redis.call('XACK', KEYS[1], ARGV[1], id)
+    redis.call('HINCRBY', KEYS[2], 'ghosts', 1)
     ghosts = ghosts + 1
   end
-  redis.call('XACK', KEYS[1], ARGV[1], id)
 end
 return {moved, ghosts}
 """
+)
 
 
 class LeaseLost(Exception):
@@ -438,7 +431,7 @@ class Feed:
         async with translating(self._redis):
             try:
                 moved, ghosts = await self._set_aside_abandoned(
-                    keys=[self._stream, DEAD_LETTERS_KEY, LEDGER_KEY, METRICS_KEY],
+                    keys=[self._stream, LEDGER_KEY, METRICS_KEY, DEAD_LETTERS_KEY],
                     args=[
                         self._group,
                         abandoned_ms,

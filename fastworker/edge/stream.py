@@ -79,29 +79,36 @@ return total
 """
 )
 
+# For scripts whose KEYS are stream, ledger, metrics, dead letters: writes one letter, acks its entry, counts both.
+SET_ASIDE_ONE: Final = """
+local function set_aside_one(group, maxlen, id, deliveries, consumer, now, reason, kind, data, seq, why, form, relay)
+  local letter = {'type', kind, 'data', data, 'seq', seq, 'origId', id, 'deliveries', tostring(deliveries),
+    'reason', reason, 'error', why, 'form', form, 'consumer', consumer, 'setAsideAt', now}
+  if relay ~= '' then
+    letter[#letter + 1] = 'relay'
+    letter[#letter + 1] = relay
+  end
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', maxlen, '*', unpack(letter))
+  redis.call('XACK', KEYS[1], group, id)
+  redis.call('HINCRBY', KEYS[2], 'set_aside', 1)
+  redis.call('HINCRBY', KEYS[2], 'drop:' .. reason, 1)
+  redis.call('HINCRBY', KEYS[3], 'totalEvents', 1)
+  redis.call('HINCRBY', KEYS[3], 'errors', 1)
+end
+"""
+
 # KEYS stream, ledger, metrics, dead letters. ARGV group, consumer, maxlen, time, then eight per entry:
 # id, reason, type, data, seq, error, form, relay. Only what is still pending is set aside: a repeat does nothing.
 _SET_ASIDE = (
     _BEGIN_WRITING
+    + SET_ASIDE_ONE
     + """
 local total = 0
 for at = 5, #ARGV, 8 do
   local id = ARGV[at]
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)
   if pending[1] then
-    local letter = {'type', ARGV[at + 2], 'data', ARGV[at + 3], 'seq', ARGV[at + 4], 'origId', id,
-      'deliveries', tostring(pending[1][4]), 'reason', ARGV[at + 1], 'error', ARGV[at + 5], 'form', ARGV[at + 6],
-      'consumer', ARGV[2], 'setAsideAt', ARGV[4]}
-    if ARGV[at + 7] ~= '' then
-      letter[#letter + 1] = 'relay'
-      letter[#letter + 1] = ARGV[at + 7]
-    end
-    redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[3], '*', unpack(letter))
-    redis.call('XACK', KEYS[1], ARGV[1], id)
-    redis.call('HINCRBY', KEYS[2], 'set_aside', 1)
-    redis.call('HINCRBY', KEYS[2], 'drop:' .. ARGV[at + 1], 1)
-    redis.call('HINCRBY', KEYS[3], 'totalEvents', 1)
-    redis.call('HINCRBY', KEYS[3], 'errors', 1)
+    set_aside_one(ARGV[1], ARGV[3], id, pending[1][4], ARGV[2], ARGV[4], unpack(ARGV, at + 1, at + 7))
     total = total + 1
   end
 end
