@@ -236,10 +236,17 @@ class _Look:
         return told, examples
 
     async def _events(self, batch: Batch) -> dict[str, int]:
-        """Identity and account events whose newest is in no table of ours: another worker took them."""
+        """Identity and account events whose newest is in no table of ours: another worker took them.
+
+        An identity event that names no handle only marks the row (`Store.write`): its seq is not kept.
+        """
         counts: dict[str, int] = {}
-        for table, events in (("identities", batch.identities), ("accounts", batch.accounts)):
-            wanted = {did: max(one.event.seq or 0 for one in some) for did, some in events.items()}
+        identities = {
+            did: max(one.event.seq or 0 if one.event.handle is not None else 0 for one in some)
+            for did, some in batch.identities.items()
+        }
+        accounts = {did: max(one.event.seq or 0 for one in some) for did, some in batch.accounts.items()}
+        for table, wanted in (("identities", identities), ("accounts", accounts)):
             there = await self._audit.newest(table, list(wanted)) if wanted else {}
             counts[table] = len(wanted)
             if missing := sum(1 for did, seq in wanted.items() if did not in there or (there[did] or seq) < seq):

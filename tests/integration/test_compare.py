@@ -103,6 +103,18 @@ async def test_what_equals_the_law(house: House) -> None:
     assert [(one["name"], one["who"]) for one in found["consumers"]] == [("python-worker-0", "other")]
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_an_identity_that_names_no_handle_is_not_missing(house: House, *, together: bool) -> None:
+    """Its seq is kept nowhere, not even where an older event of the same user left one."""
+    identity: Event = {"kind": "identity", "did": DIDS[0], "handle": "a.test"}
+    events = number([identity, {**identity, "handle": None}], bare=False)
+    await house.stream(events)
+    for some in [events] if together else [[event] for event in events]:
+        await house.store(*some)
+    code, found = await house.compare()
+    assert (code, found["events"]) == (ExitCode.DONE, {"identities": 1, "accounts": 0})
+
+
 async def test_what_differs(house: House, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]) -> None:
     events = number(
         [
