@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
 import hypothesis
 import pytest
 import redis
 import uvloop
+from databases import TEMPLATE, Contents
 from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
 from services import Service
 
@@ -27,8 +28,8 @@ from fastworker.run.migrate import migrate
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = "template_contract"
 os.environ.setdefault("FASTWORKER_RESOLVE_HANDLES", "off")  # no test asks the network; test_resolver.py has servers
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)  # aiohttp reads the system's certificates at every start: 0.1 s
 _numbers = itertools.count(1)
@@ -124,10 +125,27 @@ def empty_postgres_url(postgres_server: EmbeddedPostgres) -> Iterator[str]:
     yield from _database(postgres_server, "template1")
 
 
+@pytest.fixture(scope="session")
+def clean_databases() -> list[tuple[str, Contents]]:
+    """Those that the next test may have."""
+    return []
+
+
 @pytest.fixture
-def postgres_url(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+def postgres_url(postgres_server: EmbeddedPostgres, clean_databases: list[tuple[str, Contents]]) -> Iterator[str]:
     """A database of the test's own, migrated and empty."""
-    yield from _database(postgres_server, TEMPLATE)
+    admin = postgres_server.url_of("postgres")
+    if clean_databases:
+        name, contents = clean_databases.pop()
+    else:
+        name = f"test_{next(_numbers)}"
+        _execute(admin, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+        contents = _run(lambda: Contents.of(postgres_server.url_of(name)))
+    yield postgres_server.url_of(name)
+    if _run(lambda: contents.restore(postgres_server.url_of(name))):
+        clean_databases.append((name, contents))
+    else:
+        _execute(admin, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
 @pytest.fixture
@@ -197,10 +215,10 @@ def _execute(url: str, statement: str) -> None:
     _run(execute)
 
 
-def _run(make: Callable[[], Coroutine[object, object, object]]) -> None:
+def _run(make: Callable[[], Coroutine[object, object, T]]) -> T:
     """Run to the end on a loop of its own, in a thread of its own: the test's loop is none of our business."""
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: asyncio.run(make())).result()
+        return pool.submit(lambda: asyncio.run(make())).result()
 
 
 def _processes_below(path: Path) -> list[str]:
