@@ -242,7 +242,7 @@ class _Look:
         """
         counts: dict[str, int] = {}
         identities = {
-            did: max(one.event.seq or 0 if one.event.handle is not None else 0 for one in some)
+            did: max((one.event.seq or 0 for one in some if one.event.handle is not None), default=0)
             for did, some in batch.identities.items()
         }
         accounts = {did: max(one.event.seq or 0 for one in some) for did, some in batch.accounts.items()}

@@ -32,7 +32,7 @@ async def test_rows_go_and_the_templates_stay(postgres_url: str, pg: asyncpg.Con
     [
         "ALTER TABLE posts ADD COLUMN x int",
         "ALTER TABLE posts RENAME TO p",
-        "DROP INDEX idx_likes_subject",
+        "DROP INDEX {index}",
         "CREATE TABLE x ()",
         "ALTER TABLE likes SET (fillfactor = 50)",
         "CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
@@ -47,5 +47,5 @@ async def test_what_is_more_than_rows_is_seen(change: str, postgres_url: str, pg
     index = await pg.fetchval(
         "SELECT indexname FROM pg_indexes WHERE tablename = 'likes' AND indexname NOT LIKE '%pkey'"
     )
-    await pg.execute(change.replace("{sequence}", names[0]).replace("idx_likes_subject", f'"{index}"'))
+    await pg.execute(change.replace("{sequence}", names[0]).replace("{index}", index))
     assert not await contents.restore(postgres_url)
