@@ -2,11 +2,13 @@
 
 A flush (`Store.write`), docs/invariants.md has the proof:
 
-1. prologue, committed first: tombstones of this batch's deletes, new users, accounts, identities;
-2. look: what tombstones and deleted accounts beat already is not written;
+1. look: what tombstones and deleted accounts beat already is not written;
+2. prologue, committed before the rows: tombstones of this batch's deletes, new users, accounts, identities;
 3. main transaction: rows under the version guard, twins, the gate of the cold tables, derived rows, counters;
-4. look back: what overtook us between 2 and 3 is removed the same way;
+4. look back: what overtook us between 1 and 3 is removed the same way;
 5. rows that join two records are recomputed, now that this side has committed.
+
+Where there are few rows, and as far as we know all of them new, one call does all of it (`_put_whole`).
 
 Long after, `maintain` looks at every tombstone once more: a process may die with its commit on the way.
 
@@ -123,6 +125,15 @@ class Ground(NamedTuple):
     ambiguous: bool
 
 
+class _Look(NamedTuple):
+    """What was found about a batch's upserts."""
+
+    kills: dict[str, Change]  # by uri, deletes of those that a tombstone or a deleted account beats
+    shadowed: set[str]
+    forbidden: set[str]  # DIDs that may not be stored; before the flush
+    joined: set[Key]  # joined rows that may have changed; after it
+
+
 class _Member(NamedTuple):
     """A live record of one unique pair, wherever it is."""
 
@@ -191,6 +202,7 @@ class Store:
         self._derive = derive
         self._known: dict[str, None] = {}
         self.copy_rows_min = COPY_ROWS_MIN
+        self.whole_rows_max = SMALL_FLUSH
         self._wary = 0  # transactions to go without COPY
         self._wary_next = WARY_MIN
         self._relays: set[str] = set()
@@ -282,35 +294,100 @@ class Store:
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""
         async with self._connection() as connection:
-            dids = batch.dids
-            forbidden = {r[0] for r in await connection.fetch(merge.FORBIDDEN, list(dids))} if dids else set()
-            changes = [c for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
+            if self._may_put_whole(batch) and (whole := await self._put_whole(connection, batch)) is not None:
+                return whole
+            upserts = [c for c in batch.changes.values() if c.row is not None]
+            look = await self._look(connection, upserts, batch.dids)
+            forbidden, kills = look.forbidden, look.kills
+            if forbidden:
+                upserts = [c for c in upserts if c.repo not in forbidden]
+                kills = {uri: kill for uri, kill in kills.items() if kill.repo not in forbidden}
+            changes = [kills.get(c.uri, c) for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
             refused = len(batch.changes) - len(changes)
 
             identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
             tombstones = sorted(
-                ((c.uri, c.rev, c.seq) for c in changes if c.row is None and c.table.hot), key=lambda t: t[0]
+                ((c.uri, c.rev, c.seq) for c in batch.changes.values() if c.row is None and c.table.hot),
+                key=lambda t: t[0],
             )
-            users = sorted(did for did in dids if did not in self._known and did not in forbidden)
-            first = bool(tombstones or batch.accounts or identities or batch.syncs or batch.relays - self._relays)
-            if first or len(users) > FEW_USERS or not 0 < len(changes) <= SMALL_FLUSH:
+            users = sorted(did for did in batch.dids if did not in self._known and did not in forbidden)
+            more = bool(batch.accounts or identities or batch.syncs or batch.relays - self._relays)
+            if more or len(users) > FEW_USERS or not 0 < len(changes) <= SMALL_FLUSH:
                 await self._retry(lambda: self._prologue(connection, batch, tombstones, users, identities))
                 users = []
-            upserts = [c for c in changes if c.row is not None]
-            kills, shadowed = await self._look(connection, upserts)
-            if kills:
-                changes = [kills.get(c.uri, c) for c in changes]
-            rows = await self._main(connection, changes, shadowed, batch, users)
-            superseded = max(0, len(upserts) - rows)
-            # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
-            # A record in the shadow may by now be in the table as well, with another pair: settle it again.
-            late, shadowed = await self._look(connection, [c for c in upserts if c.uri not in kills])
-            if late or shadowed:
-                again = [late.get(c.uri, c) for c in upserts if c.uri in late or c.uri in shadowed]
-                rows += await self._main(connection, again, shadowed, None)
-            crashpoint(Place.AFTER_LOOK_BACK)
-            await self._rejoin(connection, upserts)
-            return Written(rows, superseded + len(kills) + len(late), refused)
+            elif tombstones:
+                await self._retry(lambda: connection.execute(merge.TOMBSTONES, *_columns(tombstones)))
+                crashpoint(Place.AFTER_TOMBSTONE_COMMIT)
+            rows = await self._main(connection, changes, look.shadowed, batch, users)
+            return await self._finish(connection, upserts, kills, rows, refused)
+
+    async def _finish(
+        self, connection: Connection, upserts: list[Change], kills: dict[str, Change], rows: int, refused: int
+    ) -> Written:
+        """What overtook the rows between look and commit; then the rows that join two records."""
+        superseded = max(0, len(upserts) - len(kills) - rows)
+        # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
+        # A record in the shadow may by now be in the table as well, with another pair: settle it again.
+        written = [c for c in upserts if c.uri not in kills]
+        back = await self._look_back(connection, written, upserts)
+        late = back.kills
+        if late or back.shadowed:
+            again = [late.get(c.uri, c) for c in written if c.uri in late or c.uri in back.shadowed]
+            rows += await self._main(connection, again, back.shadowed, None)
+            back = await self._look_back(connection, written, upserts)
+        crashpoint(Place.AFTER_LOOK_BACK)
+        await self._rejoin(connection, upserts, back.joined)
+        return Written(rows, superseded + len(kills) + len(late), refused)
+
+    # New rows, few of them, and nothing else: all five steps as one call ---------------------------
+
+    def _may_put_whole(self, batch: Batch) -> bool:
+        """Whether nothing speaks against it. What the database knows better, the call finds out, and does nothing."""
+        changes = batch.changes
+        return (
+            0 < len(changes) <= self.whole_rows_max
+            and len(changes) < self.copy_rows_min
+            and not (batch.accounts or batch.identities or batch.syncs or batch.relays - self._relays)
+            and all(c.row is not None and c.table.hot for c in changes.values())
+        )
+
+    async def _put_whole(self, connection: Connection, batch: Batch) -> Written | None:
+        """None: there is more to do than to insert new rows, and nothing was written."""
+        users = sorted(did for did in batch.dids if did not in self._known)
+        if len(users) > FEW_USERS:
+            return None
+        fx = Effects(self._derive)
+        upserts = sorted(batch.changes.values(), key=lambda c: c.uri)
+        new = {}
+        for table, mine in _by_table(upserts):
+            derived.add(fx, table, mine)
+            new["new_" + table.name] = [c.row for c in mine]
+        arguments = {
+            "new_users": users or None,
+            **new,
+            **self._items_of(fx),
+            **self._last_of(fx, batch.progress),
+            "uris": [c.uri for c in upserts],
+            "repos": list({c.repo for c in upserts}),
+            "dids": list(batch.dids),
+            "with_contexts": "thread_contexts" in self._derive,
+            "with_gates": "gate_flags" in self._derive,
+            "with_services": "like_counts" in self._derive,
+        }
+        values = [arguments.get(name) for name in merge.WHOLE_ARGUMENTS]
+        crashpoint(Place.BEFORE_MAIN_COMMIT)
+        try:
+            is_late = await self._retry(lambda: connection.fetchval(merge.PUT_WHOLE, *values))
+        except PostgresError as error:
+            if error.sqlstate != merge.NOT_NEW:
+                raise
+            return None
+        crashpoint(Place.AFTER_MAIN_COMMIT)
+        self._remember(users)
+        if is_late:
+            return await self._finish(connection, upserts, {}, len(upserts), 0)
+        crashpoint(Place.AFTER_LOOK_BACK)
+        return Written(len(upserts), 0, 0)
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
         """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
@@ -385,26 +462,40 @@ class Store:
         async with self._connection() as connection:
             await connection.execute(merge.UNRESOLVABLE, sorted(dids))
 
-    # 2 and 4: what beats this batch -------------------------------------------------------------
+    # 1 and 4: what beats this batch -------------------------------------------------------------
 
-    async def _look(self, connection: Connection, upserts: list[Change]) -> tuple[dict[str, Change], set[str]]:
-        """Deletes, by uri, for those upserts that a tombstone or a deleted account beats; uris in the shadow."""
-        if not upserts:
-            return {}, set()
+    async def _look(self, connection: Connection, upserts: list[Change], dids: Iterable[str]) -> _Look:
+        """Before: what is beaten already, and which DIDs are forbidden. The look back has the last word."""
+        dids = list(dids)
+        if not upserts and not dids:
+            return _Look({}, set(), set(), set())
         hot = [c.uri for c in upserts if c.table.hot]
-        found = await connection.fetch(merge.LOOK, hot, list({c.repo for c in upserts}))
-        if not found:
-            return {}, set()
-        tombstones = {r[1]: (r[2], r[3]) for r in found if r[0] == "tombstone"}
-        accounts = {r[1]: r[3] for r in found if r[0] == "account"}
-        kills: dict[str, Change] = {}
+        return _found(upserts, await connection.fetch(merge.LOOK, hot, list({c.repo for c in upserts}), dids))
+
+    async def _look_back(self, connection: Connection, written: list[Change], upserts: list[Change]) -> _Look:
+        """After: what overtook those written, and which joined rows the upserts may have changed."""
+        if not upserts:
+            return _Look({}, set(), set(), set())
+        hot = [c.uri for c in written if c.table.hot]
+        posts: list[str] = []
+        likes: list[tuple[str, str]] = []
+        contexts, flags = "thread_contexts" in self._derive, "gate_flags" in self._derive
         for change in upserts:
-            tombstone = tombstones.get(change.uri)
-            if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
-                kills[change.uri] = _kill(change, *tombstone)
-            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
-                kills[change.uri] = _kill(change, None, deleted)
-        return kills, {r[1] for r in found if r[0] == "twin"}
+            if change.table is POSTS and (contexts or flags):
+                posts.append(change.uri)
+            elif change.table is LIKES and contexts and change.row is not None:
+                likes.append((change.row[2], change.row[1]))
+        found = await connection.fetch(
+            merge.LOOK_BACK,
+            hot,
+            list({c.repo for c in written}),
+            posts,
+            [like[0] for like in likes],
+            [like[1] for like in likes],
+        )
+        look = _found(written, found)
+        joined = {(kind, key) for kind, key in look.joined if (contexts if kind == "context" else flags)}
+        return look._replace(joined=joined)
 
     async def _look_again(self, connection: Connection, dead_commit: timedelta) -> int:
         """Once for every tombstone, long after it was written: whether it beats a record that is there all the same.
@@ -424,7 +515,7 @@ class Store:
         await connection.execute(merge.LOOKED_AGAIN, *piece)
         return len(kills) + 1
 
-    # 1: what must be committed before the rows --------------------------------------------------
+    # 2: what must be committed before the rows --------------------------------------------------
 
     async def _prologue(
         self,
@@ -504,7 +595,6 @@ class Store:
         progress = batch.progress if batch is not None else None
         if not changes and progress is None:
             return 0
-
         return await self._commit(
             connection, lambda fx: self._apply(connection, changes, shadowed, fx), progress=progress, users=users
         )
@@ -525,16 +615,7 @@ class Store:
                 if users:
                     await connection.execute(merge.USERS, users)
                 rows = await apply(fx)
-                await self._derived(connection, fx)
-                owed: dict[Key, datetime] = {}
-                if fx.owed:
-                    keys = sorted(fx.owed)
-                    at = await connection.fetchval(merge.OWE, *_columns(keys))
-                    owed = dict.fromkeys(keys, at)
-                if progress is not None:
-                    await connection.execute(
-                        merge.PROGRESS, progress.stream, progress.consumer, progress.seq, progress.entry_id
-                    )
+                owed = await self._derived(connection, fx, progress)
                 crashpoint(Place.BEFORE_MAIN_COMMIT)
             crashpoint(Place.AFTER_MAIN_COMMIT)
             return rows, owed
@@ -546,6 +627,10 @@ class Store:
             await self._recompute(connection, owed, set(), wait=False)
         return rows
 
+    async def _put(self, connection: Connection, arguments: dict[str, Any]) -> Any:
+        """(uris placed or None if all were, when what is owed was written or None): 0004_one_call.sql."""
+        return await connection.fetchrow(merge.PUT, *(arguments.get(name) for name in merge.PUT_ARGUMENTS))
+
     async def _apply(self, connection: Connection, changes: Iterable[Change], shadowed: set[str], fx: Effects) -> int:
         """Write the changes that are the newest of their records; collect what follows. Returns rows changed.
 
@@ -556,21 +641,18 @@ class Store:
         cold: list[Change] = []
         for change in sorted(changes, key=lambda c: c.uri):
             (hot if change.table.hot else cold).append(change)
-        rows = 0
-        waiting: list[tuple[Table, dict[str, Change]]] = []
-        for table, mine in _by_table(hot):
-            inserted, pending = await self._insert_new(connection, table, mine, shadowed, fx)
-            rows += inserted
-            if pending:
-                waiting.append((table, pending))
-        if waiting or cold:
+        fresh, waiting = await self._insert_hot(connection, hot, shadowed)
+        for table, new in fresh:
+            derived.add(fx, table, new)
+        rows = sum(len(new) for _, new in fresh)
+        if (waiting or cold) and len(hot) + len(cold) > SMALL_FLUSH:
             await self._items(connection, fx)
         for table, pending in waiting:
             await self._superseded(connection, table, pending, shadowed)
             rows += await self._settle(connection, table, pending, fx)
         if not cold:
             return rows
-        if waiting:
+        if waiting and len(hot) + len(cold) > SMALL_FLUSH:
             await self._items(connection, fx)
         gate = await connection.fetch(
             merge.GATE, *_columns([(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in cold])
@@ -581,27 +663,43 @@ class Store:
         if twins:  # under the gate's locks, so that the answer stays true
             shadowed = shadowed.union(r[0] for r in await connection.fetch(merge.SHADOWED, twins))
         for table, mine in _by_table(cold):
-            inserted, pending = await self._insert_new(connection, table, mine, shadowed, fx)
-            rows += inserted + await self._settle(connection, table, pending, fx)
+            new, pending = _divide(mine, shadowed)
+            if new:
+                placed = {r[0] for r in await connection.fetch(merge.insert(table), [c.row for c in new])}
+                derived.add(fx, table, [c for c in new if c.uri in placed])
+                pending.update((c.uri, c) for c in new if c.uri not in placed)
+                rows += len(placed)
+            rows += await self._settle(connection, table, pending, fx)
         return rows
 
-    async def _insert_new(
-        self, connection: Connection, table: Table, changes: list[Change], shadowed: set[str], fx: Effects
-    ) -> tuple[int, dict[str, Change]]:
-        """Insert what is new; what is left (refused, in the shadow, deletes) goes by the rows that are there."""
-        pending: dict[str, Change] = {}
-        upserts: list[Change] = []
-        for change in changes:
-            if change.row is None or change.uri in shadowed:
-                pending[change.uri] = change
-            else:
-                upserts.append(change)
-        if not upserts:
-            return 0, pending
-        fresh, refused = await self._insert(connection, table, upserts)
-        derived.add(fx, table, fresh)
-        pending.update((change.uri, change) for change in refused)
-        return len(fresh), pending
+    async def _insert_hot(
+        self, connection: Connection, changes: list[Change], shadowed: set[str]
+    ) -> tuple[list[tuple[Table, list[Change]]], list[tuple[Table, dict[str, Change]]]]:
+        """Insert what is new: many of a table by COPY, all the others with one call.
+
+        Returns what is in the tables now; and what goes by the rows that are there: refused, in the shadow, deletes.
+        """
+        fresh: list[tuple[Table, list[Change]]] = []
+        waiting: list[tuple[Table, dict[str, Change]]] = []
+        few: list[tuple[Table, list[Change], dict[str, Change]]] = []
+        for table, mine in _by_table(changes):
+            new, pending = _divide(mine, shadowed)
+            waiting.append((table, pending))
+            if self._may_copy(len(new)):
+                new, taken = await self._copy_new(connection, table, new)
+                fresh.append((table, new))
+                pending.update((c.uri, c) for c in taken)
+            elif new:
+                few.append((table, new, pending))
+        if few:
+            rows = {"new_" + table.name: [c.row for c in new] for table, new, _ in few}
+            found = (await self._put(connection, rows))["placed"]
+            for table, new, pending in few:
+                if found is not None:
+                    placed = set(found)
+                    pending.update((c.uri, c) for c in new if c.uri not in placed)
+                fresh.append((table, [c for c in new if c.uri not in pending]))
+        return fresh, [(table, pending) for table, pending in waiting if pending]
 
     async def _settle(self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects) -> int:
         """Work off `pending` under the locks of the rows that are there. Returns rows changed."""
@@ -613,16 +711,10 @@ class Store:
             rows += await settle(connection, table, pending, fx)
         raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
-    async def _insert(
+    async def _copy_new(
         self, connection: Connection, table: Table, upserts: list[Change]
     ) -> tuple[list[Change], list[Change]]:
-        """What is in the table now, and what it has no room for: the URI or the pair is taken."""
-        if not (table.hot and self._may_copy(len(upserts))):
-            got = await connection.fetch(merge.insert(table), [c.row for c in upserts])
-            if len(got) == len(upserts):
-                return upserts, []
-            placed = {r[0] for r in got}
-            return [c for c in upserts if c.uri in placed], [c for c in upserts if c.uri not in placed]
+        """By COPY what a look says has room. Returns these, and those whose URI or pair is taken."""
         rows = [c.row for c in upserts]
         keys = [table.index(column) for column in (table.key, *table.pair)]
         found = await connection.fetch(merge.taken(table), *([row[key] for row in rows] for key in keys))  # type: ignore[index]
@@ -731,9 +823,12 @@ class Store:
         if not pending:
             return 0
         pairs = {pair for uri in pending for pair in homes.get(uri, ())}
-        pairs.update(_pair(table, c.row) for c in pending.values() if c.row is not None)
-        holders = {r[0] for r in await connection.fetch(merge.winners(table), *_columns(p.split("\n") for p in pairs))}
-        holders.update(r[0] for r in located if r[2])
+        wanted = {_pair(table, c.row) for c in pending.values() if c.row is not None}
+        pairs |= wanted
+        holders = {r[0] for r in located if r[2]}
+        if others := pairs.difference(r[1] for r in located if r[2]):
+            found = await connection.fetch(merge.winners(table), *_columns(p.split("\n") for p in others))
+            holders.update(r[0] for r in found)
         stored = {r[0]: tuple(r) for r in await connection.fetch(merge.lock(table), sorted(holders))}
         if len(stored) < len(holders):
             return 0  # one vanished while we waited: look again
@@ -757,7 +852,8 @@ class Store:
                 )
             if pending.keys() & strays:
                 return 0
-        displaced_cids = await self._cids(connection, table, [row[0] for row in winners.values()], fx)
+        displaced = [row[0] for pair, row in winners.items() if pair in wanted]
+        displaced_cids = await self._cids(connection, table, displaced, fx)
         return await self._rearrange(connection, table, pending, fx, pairs, winners, shadows, homes, displaced_cids)
 
     async def _cids(self, connection: Connection, table: Table, uris: list[str], fx: Effects) -> dict[str, str | None]:
@@ -876,8 +972,11 @@ class Store:
             del pending[uri]
         return len(applied)
 
-    async def _derived(self, connection: Connection, fx: Effects) -> None:
-        """Derived rows and counters; the counters last, because hot rows stay locked until the commit."""
+    async def _derived(self, connection: Connection, fx: Effects, progress: Progress | None) -> dict[Key, datetime]:
+        """Derived rows and counters; the counters last, because hot rows stay locked until the commit.
+
+        Returns the keys that are owed now, and since when.
+        """
         execute = connection.execute
         if fx.profiles:
             empty = (None,) * len(PROFILES.columns)
@@ -887,29 +986,61 @@ class Store:
             await self._gates(connection, fx)
         if fx.labels_added:
             await execute(merge.LABEL_EVENTS, sorted(fx.labels_added))
-        await self._items(connection, fx)
-        await self._counts(connection, fx)
+        await self._copy_items(connection, fx)
+        arguments = self._items_of(fx) | self._last_of(fx, progress)
+        owed_since: Any = (await self._put(connection, arguments))["owed_since"] if arguments else None
+        if fx.recount and self._recount is not None:  # a later statement than its lock
+            await execute(self._recount, sorted(fx.recount))
+        return dict.fromkeys(fx.owed, owed_since)
 
     async def _items(self, connection: Connection, fx: Effects) -> None:
         """Quotes, feed items, notifications and viewer states. What is written is forgotten: more may follow."""
-        for table, removed, added in (
-            (QUOTES, fx.quotes_removed, fx.quotes_added),
-            (FEED_ITEMS, fx.feed_removed, fx.feed_added),
-            (NOTIFICATIONS, fx.notes_removed, fx.notes_added),
-        ):
+        await self._copy_items(connection, fx)
+        if arguments := self._items_of(fx):
+            await self._put(connection, arguments)
+
+    async def _copy_items(self, connection: Connection, fx: Effects) -> None:
+        """Those of which there are many: what follows from a new record is new."""
+        for table, removed, added in _items_by_table(fx):
+            if self._may_copy(len(added)):
+                keys = [key for key in sorted(added) if key not in removed]
+                await self._copy(connection, table, [added.pop(key) for key in keys])
+
+    def _items_of(self, fx: Effects) -> dict[str, Any]:
+        """Arguments of `put`; forgotten by `fx`."""
+        arguments: dict[str, Any] = {}
+        for table, removed, added in _items_by_table(fx):
             if gone := removed.difference(added):
-                await connection.execute(merge.delete(table), sorted(gone))
-            keys = sorted(added)
-            if self._may_copy(len(keys)):  # what follows from a new record is new
-                await self._copy(connection, table, [added[key] for key in keys if key not in removed])
-                keys = [key for key in keys if key in removed]
-            if keys:
-                await connection.execute(merge.upsert(table), [added[key] for key in keys])
+                arguments["no_" + table.name] = sorted(gone)
+            if added:
+                arguments["new_" + table.name] = [added[key] for key in sorted(added)]
             removed.clear()
             added.clear()
-        await self._viewers(connection, fx)
+        if fx.viewers_cleared:
+            cleared = [
+                (post, viewer, 0 in which, 1 in which, 2 in which)
+                for (post, viewer), which in sorted(fx.viewers_cleared.items())
+            ]
+            arguments.update(zip(merge.UNSEEN, _columns(cleared), strict=True))
+        states = [(*key, *state) for key, state in sorted(fx.viewers_set.items()) if state != [None, None, False]]
+        if states:
+            arguments["new_viewers"] = states
         fx.viewers_set.clear()
         fx.viewers_cleared.clear()
+        return arguments
+
+    def _last_of(self, fx: Effects, progress: Progress | None) -> dict[str, Any]:
+        """Arguments of `put`: counters, what is owed, how far the group has come."""
+        arguments: dict[str, Any] = {}
+        if self._recount is not None and (keys := sorted(fx.counts.keys() | fx.recount)):
+            none = [0, 0, 0, 0, 0]  # never a delta and a recount for one key: this locks it
+            arguments["deltas"] = [(k, *(none if k in fx.recount else fx.counts[k])) for k in keys]
+        if fx.owed:
+            arguments["owed_kinds"], arguments["owed_keys"] = _columns(sorted(fx.owed))
+        if progress is not None:
+            arguments["of_stream"], arguments["of_consumer"] = progress.stream, progress.consumer
+            arguments["until_seq"], arguments["until_entry"] = progress.seq, progress.entry_id
+        return arguments
 
     async def _gates(self, connection: Connection, fx: Effects) -> None:
         set_rows = [row for _, row in sorted(fx.gates_set.items())]
@@ -928,60 +1059,25 @@ class Store:
         if posts:
             await connection.execute(merge.POST_GATES, *_sorted_columns(posts))
 
-    async def _viewers(self, connection: Connection, fx: Effects) -> None:
-        if fx.viewers_cleared:
-            cleared = [
-                (post, viewer, 0 in which, 1 in which, 2 in which)
-                for (post, viewer), which in sorted(fx.viewers_cleared.items())
-            ]
-            await connection.execute(merge.VIEWERS_CLEAR, *_columns(cleared))
-        states = [(*key, *state) for key, state in sorted(fx.viewers_set.items()) if state != [None, None, False]]
-        if states:
-            await connection.execute(merge.VIEWERS, states)
-        if fx.viewers_cleared:
-            await connection.execute(merge.VIEWERS_DROP, *_columns(sorted(fx.viewers_cleared)))
-
-    async def _counts(self, connection: Connection, fx: Effects) -> None:
-        """Deltas and recounts: never both for one key. The recount is a later statement than its lock."""
-        if self._recount is None:
-            return
-        none = [0, 0, 0, 0, 0]
-        keys = sorted(fx.counts.keys() | fx.recount)
-        if keys:
-            rows = [(k, *(none if k in fx.recount else fx.counts[k])) for k in keys]
-            await connection.execute(merge.AGGREGATES, rows)
-        if fx.recount:
-            await connection.execute(self._recount, sorted(fx.recount))
-
     # 5: rows that join two records ----------------------------------------------------------------
 
-    async def _rejoin(self, connection: Connection, upserts: list[Change]) -> None:
+    async def _rejoin(self, connection: Connection, upserts: list[Change], joined: set[Key]) -> None:
         """Recompute the joined rows that this batch's upserts may have changed. Those of removals are owed rows."""
-        posts: list[str] = []
-        likes: list[tuple[str, str]] = []
-        keys: set[Key] = set()
+        keys = set(joined)
         contexts, flags, services = (name in self._derive for name in ("thread_contexts", "gate_flags", "like_counts"))
         for change in upserts:
             table, row = change.table, change.row
             assert row is not None
             if table is LIKES:
-                if contexts:
-                    likes.append((row[2], row[1]))
                 if services and derived.is_liked_service(row[2]):
                     keys.add(("like_count", row[2]))
             elif table is POSTS:
-                posts.append(row[0])
                 if contexts and row[7] is not None and row[7] != row[0]:
                     keys.add(("context", row[0]))
             elif flags and table.name == "fastworker.gates":
                 keys.add(("gate", row[2]))
             elif services and (table is FEED_GENERATORS or table.name == "labeler_services"):
                 keys.add(("like_count", row[0]))
-        if (contexts or flags) and (posts or likes):
-            found = await connection.fetch(
-                merge.JOINED, posts, [like[0] for like in likes], [like[1] for like in likes]
-            )
-            keys.update((r[0], r[1]) for r in found if (contexts if r[0] == "context" else flags))
         if keys:
             await self._recompute(connection, {}, keys, wait=False)
 
@@ -992,50 +1088,11 @@ class Store:
 
         Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
         """
-
-        def of(kind: str) -> list[str]:
-            return sorted({key for k, key in (*owed, *fresh) if k == kind})
-
-        async def transaction() -> None:
-            async with connection.transaction():
-                contexts, gates, stale = of("context"), of("gate"), {k for kind, k in owed if kind == "context"}
-                left: set[Key] = set()
-                if roots := of("root"):
-                    replies = {r[0] for r in await connection.fetch(merge.REPLIES, roots)}
-                    stale |= replies
-                    contexts = sorted(replies.union(contexts))
-                if contexts or gates:
-                    # A post that is committed from here on is its own writer's: touching it would take its lock late.
-                    wanted = sorted({*contexts, *gates})
-                    lock = merge.POSTS_LOCK if wait else merge.POSTS_LOCK_FREE
-                    locked = {r[0] for r in await connection.fetch(lock, wanted)}
-                    if not wait and (missing := [uri for uri in wanted if uri not in locked]):
-                        busy = {r[0] for r in await connection.fetch(merge.POSTS_THERE, missing)}
-                        left = {("context", u) for u in contexts if u in busy} | {
-                            ("gate", u) for u in gates if u in busy
-                        }
-                        stale -= busy
-                    contexts = [uri for uri in contexts if uri in locked]
-                    gates = [uri for uri in gates if uri in locked]
-                if contexts:
-                    await connection.execute(merge.CONTEXTS, contexts)
-                if stale:
-                    await connection.execute(merge.CONTEXTS_DROP, sorted(stale))
-                if gates:
-                    await connection.execute(merge.GATE_FLAGS, gates)
-                if services := of("like_count"):
-                    for name in merge.SERVICES_LOCK:
-                        if await connection.fetch(merge.SERVICES_LOCK[name], services):
-                            await connection.execute(merge.SERVICE_LIKES[name], services)
-                if aggregates := of("aggregate"):
-                    await connection.fetch(merge.AGGREGATES_LOCK, aggregates)
-                    await connection.execute(merge.AGGREGATES_DROP, aggregates)
-                if new := sorted(left - owed.keys()):
-                    await connection.execute(merge.OWE, *_columns(new))
-                if paid := [(*key, at) for key, at in sorted(owed.items()) if key not in left]:
-                    await connection.execute(merge.PAID, *_columns(paid))
-
-        await self._retry(transaction)
+        by_kind: dict[str, list[str]] = {kind: [] for kind in merge.JOINED_KINDS}
+        for kind, key in sorted(owed.keys() | fresh):
+            by_kind[kind].append(key)
+        paid = _columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
+        await self._retry(lambda: connection.execute(merge.RECOMPUTE, *by_kind.values(), *paid, wait))
 
     # Deleted accounts -----------------------------------------------------------------------------
 
@@ -1088,6 +1145,18 @@ async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> 
         raise Unreachable(POOLER)
 
 
+def _divide(changes: list[Change], shadowed: set[str]) -> tuple[list[Change], dict[str, Change]]:
+    """Upserts that may be new; and what goes by the rows that are there: deletes, and what is in the shadow."""
+    new: list[Change] = []
+    pending: dict[str, Change] = {}
+    for change in changes:
+        if change.row is None or change.uri in shadowed:
+            pending[change.uri] = change
+        else:
+            new.append(change)
+    return new, pending
+
+
 def _by_table(changes: Iterable[Change]) -> Iterator[tuple[Table, list[Change]]]:
     """In the order in which every writer locks."""
     found: dict[str, list[Change]] = {}
@@ -1096,6 +1165,41 @@ def _by_table(changes: Iterable[Change]) -> Iterator[tuple[Table, list[Change]]]
     for table in TABLES:
         if table.name in found:
             yield table, found[table.name]
+
+
+def _items_by_table(fx: Effects) -> tuple[tuple[Table, set[str], dict[str, Row]], ...]:
+    """(table, keys removed, rows added)"""
+    return (
+        (QUOTES, fx.quotes_removed, fx.quotes_added),
+        (FEED_ITEMS, fx.feed_removed, fx.feed_added),
+        (NOTIFICATIONS, fx.notes_removed, fx.notes_added),
+    )
+
+
+def _found(upserts: list[Change], rows: list[Any]) -> _Look:
+    """What the rows of a look, (kind, key, rev, seq), say about these upserts."""
+    look = _Look({}, set(), set(), set())
+    tombstones: dict[str, tuple[str | None, int | None]] = {}
+    accounts: dict[str, int] = {}
+    for kind, key, rev, seq in rows:
+        if kind == "tombstone":
+            tombstones[key] = (rev, seq)
+        elif kind == "account":
+            accounts[key] = seq
+        elif kind == "twin":
+            look.shadowed.add(key)
+        elif kind == "forbidden":
+            look.forbidden.add(key)
+        else:
+            look.joined.add((kind, key))
+    if tombstones or accounts:
+        for change in upserts:
+            tombstone = tombstones.get(change.uri)
+            if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
+                look.kills[change.uri] = _kill(change, *tombstone)
+            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
+                look.kills[change.uri] = _kill(change, None, deleted)
+    return look
 
 
 def _columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:

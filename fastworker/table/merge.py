@@ -8,7 +8,16 @@ per statement.
 
 from __future__ import annotations
 
-from fastworker.table.schema import AGGREGATIONS, COLLECTIONS, VIEWER_STATES, Table
+from fastworker.table.schema import (
+    AGGREGATIONS,
+    COLLECTIONS,
+    FEED_ITEMS,
+    NOTIFICATIONS,
+    QUOTES,
+    TABLES,
+    VIEWER_STATES,
+    Table,
+)
 
 
 def qualified(table: Table) -> str:
@@ -119,11 +128,24 @@ CIDS = {
 
 # Versions ---------------------------------------------------------------------------------------
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
-LOOK = (
+_BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     "UNION ALL SELECT 'account', did, NULL, deleted_seq FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
-    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[])"
+    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
+)
+# Before a flush also who of $3 may not be stored
+LOOK = _BEATS + (
+    "UNION ALL SELECT 'forbidden', user_did, NULL, NULL FROM public.user_settings "
+    "WHERE data_collection_forbidden AND user_did = ANY($3::varchar[])"
+)
+# After it also which joined rows may have changed: $3 posts of the batch, $4/$5 its likes (post, user)
+LOOK_BACK = _BEATS + (
+    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p "
+    "WHERE p.root_uri = ANY($3::varchar[]) AND p.uri <> p.root_uri "
+    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM unnest($4::varchar[], $5::varchar[]) AS l (post, did) "
+    "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
+    "UNION ALL SELECT 'gate', g.post_uri, NULL, NULL FROM fastworker.gates AS g WHERE g.post_uri = ANY($3::varchar[])"
 )
 # The next piece of tombstones for a second look, (after, until): those written more than $1 ago, about $2 of them
 LOOK_AGAIN_PIECE = (
@@ -203,9 +225,6 @@ def absent(table: Table) -> str:
 
 
 # Users, accounts, identities ----------------------------------------------------------------------
-FORBIDDEN = (
-    "SELECT user_did FROM public.user_settings WHERE data_collection_forbidden AND user_did = ANY($1::varchar[])"
-)
 USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
@@ -274,10 +293,6 @@ REPAIRS = (
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
-PROGRESS = (
-    "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "
-    "ON CONFLICT (stream, consumer) DO UPDATE SET seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now()"
-)
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
@@ -287,15 +302,6 @@ VIEWERS = upsert(
     "repost_uri = coalesce(excluded.repost_uri, t.repost_uri)",
     "bookmarked = t.bookmarked OR excluded.bookmarked",
     "updated_at = now()",
-)
-# Clears, then drops what is left empty: two statements, because the second must see the first.
-VIEWERS_CLEAR = (
-    "UPDATE public.post_viewer_states AS t SET "
-    "like_uri = CASE WHEN u.l THEN NULL ELSE t.like_uri END, "
-    "repost_uri = CASE WHEN u.r THEN NULL ELSE t.repost_uri END, "
-    "bookmarked = t.bookmarked AND NOT u.b, updated_at = now() "
-    "FROM unnest($1::varchar[], $2::varchar[], $3::boolean[], $4::boolean[], $5::boolean[]) AS u (post, viewer, l, r, b) "
-    "WHERE t.post_uri = u.post AND t.viewer_did = u.viewer"
 )
 VIEWERS_DROP = (
     "DELETE FROM public.post_viewer_states AS t USING unnest($1::varchar[], $2::varchar[]) AS u (post, viewer) "
@@ -344,64 +350,37 @@ def recount(derive: frozenset[str]) -> str:
     return f"UPDATE public.post_aggregations AS a SET {sets}, updated_at = now() WHERE a.post_uri = ANY($1::varchar[])"
 
 
-# Rows that join two records: recomputed after both sides have committed ------------------------------
-OWE = (
-    "INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest($1::text[], $2::text[]) "
-    "ON CONFLICT (kind, key) DO UPDATE SET owed_at = now() RETURNING owed_at"
+# What a flush does with few rows, one call each: 0004_one_call.sql --------------------------------------
+_USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in TABLES if table.hot))
+_PROGRESS = ("of_stream", "of_consumer", "until_seq", "until_entry")
+_ITEMS = (QUOTES, FEED_ITEMS, NOTIFICATIONS)
+UNSEEN = ("unseen_posts", "unseen_viewers", "unseen_likes", "unseen_reposts", "unseen_bookmarks")
+PUT_ARGUMENTS = (
+    *_USERS_AND_ROWS,
+    "whole",
+    *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
+    *UNSEEN,
+    *("new_viewers", "deltas", "owed_kinds", "owed_keys"),
+    *_PROGRESS,
 )
+PUT = f"SELECT * FROM fastworker.put({', '.join(f'${n}' for n in range(1, len(PUT_ARGUMENTS) + 1))})"
+WHOLE_ARGUMENTS = (
+    *_USERS_AND_ROWS,
+    *(f"new_{table.name}" for table in _ITEMS),
+    *("new_viewers", "deltas"),
+    *_PROGRESS,
+    *("uris", "repos", "dids", "with_contexts", "with_gates", "with_services"),
+)
+PUT_WHOLE = f"CALL fastworker.put_whole({', '.join(f'${n}' for n in range(1, len(WHOLE_ARGUMENTS) + 1))}, NULL)"
+NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
+JOINED_KINDS = ("context", "gate", "root", "like_count", "aggregate")  # in the order of the arguments
+RECOMPUTE = "SELECT fastworker.recompute($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+
+# Rows that join two records: recomputed after both sides have committed ------------------------------
 OWED = (
     "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
     "ORDER BY owed_at LIMIT $2"
 )
-PAID = (
-    "DELETE FROM fastworker.recheck AS r USING unnest($1::text[], $2::text[], $3::timestamptz[]) AS u (kind, key, owed_at) "
-    "WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at"
-)
-# $1 posts of the batch, $2/$3 its likes (post, user): which joined rows may have changed
-JOINED = (
-    "SELECT 'context', p.uri FROM public.posts AS p WHERE p.root_uri = ANY($1::varchar[]) AND p.uri <> p.root_uri "
-    "UNION ALL SELECT 'context', p.uri FROM unnest($2::varchar[], $3::varchar[]) AS l (post, did) "
-    "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
-    "UNION ALL SELECT 'gate', g.post_uri FROM fastworker.gates AS g WHERE g.post_uri = ANY($1::varchar[])"
-)
-REPLIES = "SELECT uri FROM public.posts WHERE root_uri = ANY($1::varchar[]) AND uri <> root_uri"
-POSTS_LOCK = 'SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE'
-POSTS_LOCK_FREE = POSTS_LOCK + " SKIP LOCKED"
-POSTS_THERE = "SELECT uri FROM public.posts WHERE uri = ANY($1::varchar[])"
-CONTEXTS = (
-    "INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri) "
-    "SELECT p.uri, (SELECT l.uri FROM public.likes AS l WHERE l.user_did = split_part(p.root_uri, '/', 3) AND l.post_uri = p.uri) "
-    "FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri "
-    "WHERE p.uri = ANY($1::varchar[]) AND r.uri <> p.uri "
-    "ON CONFLICT (post_uri) DO UPDATE SET root_author_like_uri = excluded.root_author_like_uri, updated_at = now() "
-    "WHERE t.root_author_like_uri IS DISTINCT FROM excluded.root_author_like_uri"
-)
-CONTEXTS_DROP = (
-    "DELETE FROM public.thread_contexts AS t WHERE t.post_uri = ANY($1::varchar[]) AND NOT EXISTS ("
-    "SELECT 1 FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri "
-    "WHERE p.uri = t.post_uri AND r.uri <> p.uri)"
-)
-CONTEXTS_DELETE = "DELETE FROM public.thread_contexts WHERE post_uri = ANY($1::varchar[])"
-GATE_FLAGS = (
-    "UPDATE public.posts AS p SET has_thread_gate = f.thread, has_post_gate = f.post FROM ("
-    "SELECT u.uri, EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'thread') AS thread, "
-    "EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'post') AS post "
-    "FROM unnest($1::varchar[]) AS u (uri)) AS f "
-    "WHERE p.uri = f.uri AND (p.has_thread_gate, p.has_post_gate) IS DISTINCT FROM (f.thread, f.post)"
-)
-SERVICES_LOCK = {
-    name: f'SELECT uri FROM public.{name} WHERE uri = ANY($1::varchar[]) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE'
-    for name in ("feed_generators", "labeler_services")
-}
-SERVICE_LIKES = {
-    name: (
-        f"UPDATE public.{name} AS s SET like_count = f.likes FROM ("
-        "SELECT u.uri, coalesce((SELECT a.like_count FROM public.post_aggregations AS a WHERE a.post_uri = u.uri), 0) AS likes "
-        "FROM unnest($1::varchar[]) AS u (uri)) AS f WHERE s.uri = f.uri AND s.like_count <> f.likes"
-    )
-    for name in ("feed_generators", "labeler_services")
-}
-AGGREGATES_LOCK = 'SELECT post_uri FROM public.post_aggregations WHERE post_uri = ANY($1::varchar[]) ORDER BY post_uri COLLATE "C" FOR UPDATE'
 AGGREGATES_DROP = (
     "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
     "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
