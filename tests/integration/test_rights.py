@@ -21,8 +21,18 @@ import redis
 from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
 
 from fastworker.edge import feed, postgres_admin, rights, schema_admin, stream
+from fastworker.run.migrate import packaged
 from fastworker.table import derive, merge
-from fastworker.table.schema import DERIVED, FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
+from fastworker.table.schema import (
+    DERIVED,
+    FEED_GENERATORS,
+    FEED_ITEMS,
+    LABELER_SERVICES,
+    NOTIFICATIONS,
+    POSTS,
+    QUOTES,
+    TABLES,
+)
 from fastworker.testing.compare import diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network
@@ -212,8 +222,7 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found = [
         text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
     ]
-    found += [*merge.CIDS.values(), *merge.SERVICES_LOCK.values(), *merge.SERVICE_LIKES.values()]
-    found.append(merge.recount(derive.FULL))
+    found += [*merge.CIDS.values(), merge.recount(derive.FULL)]
     for table in TABLES:
         found += [make(table) for make in (merge.insert, merge.lock, merge.update, merge.delete, merge.absent)]
         if table.hot:
@@ -228,7 +237,35 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
         *((text, None) for text in found),
         (merge.LABEL_EVENTS, [["at://no/such/label"]]),  # only rows take numbers from a sequence
         (merge.upsert(NOTIFICATIONS), [[note]]),
+        *worker_calls(),
     ]
+
+
+POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generator", "at://labeler"
+
+
+def worker_calls() -> Iterator[tuple[str, list[Any]]]:
+    """The functions of 0004_one_call.sql, every statement of them; with what is in them as a comment."""
+    text = next(one.sql for one in packaged() if one.name == "0004_one_call")
+    bodies = dict(re.findall(r"fastworker\.(\w+)\((?:.*?)AS \$\$(.*?)END \$\$;", text, re.DOTALL))
+    words = {name: f" /* {body} */" for name, body in bodies.items()}
+    empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
+    yield merge.PUT + words["put"], [empty.get(name, []) for name in merge.PUT_ARGUMENTS]
+    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
+    yield merge.PUT_WHOLE + words["put_whole"], [empty.get(name) for name in merge.WHOLE_ARGUMENTS]
+    owed = [["context"], ["at://none"], [datetime.now(UTC)]]
+    services = [GENERATOR, LABELER]
+    yield merge.RECOMPUTE + words["recompute"], [[POST], [POST], [POST], services, [POST], *owed, True]
+
+
+async def rows_for_calls(connection: asyncpg.Connection) -> None:
+    """What is not there is not recomputed."""
+    for table, uri in ((POSTS, POST), (FEED_GENERATORS, GENERATOR), (LABELER_SERVICES, LABELER)):
+        at = datetime.now(UTC).replace(tzinfo=None)
+        values = {"timestamp": at, "jsonb": "{}"}
+        row = [values.get(kind, "did:web:a") for kind in table.types]
+        row[table.index("uri")] = uri
+        await connection.fetch(merge.insert(table), [tuple(row)])
 
 
 async def denied(connection: asyncpg.Connection, statement: str, arguments: list[Any] | None) -> bool:
@@ -254,6 +291,7 @@ async def test_every_right_is_needed_and_no_other(pg: asyncpg.Connection, servic
         *((f"SEQUENCE public.{name}", "USAGE") for name in rights.SEQUENCES[service]),
     ]
     assert len(needed) == len(set(needed))
+    await rows_for_calls(pg)
     spare = []
     try:
         await pg.execute(f"SET plan_cache_mode = force_generic_plan; SET ROLE {role}")  # NULLs are not folded away
