@@ -251,8 +251,18 @@ def shell(tools: Path, servers: tuple[EmbeddedPostgres, EmbeddedRedis]) -> Itera
             shutil.rmtree(folder)
 
 
+LONG = ("docs/migration.md", "docs/troubleshooting.md")  # half a minute of both cores, each; what they tell has tests
+
+
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in NOT_YET and blocks(page)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.extended) if page in LONG else page
+        for page in PAGES
+        if page not in NOT_YET and blocks(page)
+    ],
+)
 def test_the_commands_of_a_page(page: str, shell: Shell) -> None:
     for block in blocks(page):
         if "tested-in" not in block.words:

@@ -254,8 +254,8 @@ async def test_redis_comes_back_empty(server_dir: Path) -> None:
 
     The one that is started anew afterwards finds the same place.
     """
-    frames = list(Network(5, accounts=50).frames(5_000))  # for longer than it takes until that is noted
-    async with Stage(frames, rate=300, window=len(frames) + 1, folder=server_dir) as stage:
+    frames = list(Network(5, accounts=50).frames(2_500))  # for longer than it takes until that is noted
+    async with Stage(frames, rate=150, window=len(frames) + 1, folder=server_dir) as stage:
         await stage.worker.start()
         await stage.reader.start()
         async with asyncio.timeout(60):
