@@ -114,6 +114,32 @@ async def test_what_overtook_it_is_looked_back_at(store: Told, pg: asyncpg.Conne
     assert await differences(lawful(events), pg) == "no difference"
 
 
+@pytest.mark.parametrize("whole_rows_max", [0, 200], ids=["step by step", "whole"])
+async def test_a_post_that_is_locked_is_not_waited_for_but_owed(
+    store: Told, pg: asyncpg.Connection, postgres_url: str, whole_rows_max: int
+) -> None:
+    reply = f"at://{A}/app.bsky.feed.post/r"
+    gate = (B, "app.bsky.feed.threadgate/p", {"post": POST, "allow": []})
+    events = commits(post(B), post(A, "r", POST), like(B, reply), gate)
+    await store.write(batch_of(events[:2]))
+    store.whole_rows_max = whole_rows_max
+    watcher = await asyncpg.connect(postgres_url)
+    try:
+        async with watcher.transaction():
+            await watcher.execute("SELECT FROM posts WHERE uri = ANY($1) FOR UPDATE", [POST, reply])
+            async with asyncio.timeout(20):
+                await store.write(batch_of(events[2:3]))
+                await store.write(batch_of(events[3:]))
+            owed = await pg.fetch("SELECT kind, key FROM fastworker.recheck ORDER BY kind")
+            assert [tuple(row) for row in owed] == [("context", reply), ("gate", POST)]
+    finally:
+        await watcher.close()
+    assert await differences(lawful(events), pg) != "no difference"
+    await settle(store)
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.recheck") == 0
+    assert await differences(lawful(events), pg) == "no difference"
+
+
 @pytest.mark.parametrize(
     "before",
     [
