@@ -15,7 +15,6 @@ from typing import Final
 
 import aiohttp
 import msgspec
-from aiohttp.base_protocol import BaseProtocol
 from yarl import URL
 
 from fastworker.errors import ConfigError
@@ -75,15 +74,10 @@ class Subscription:
     """An open connection. `host` is where redirects ended."""
 
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        socket_: aiohttp.ClientWebSocketResponse,
-        address: RelayAddress,
-        protocol: BaseProtocol | None,
+        self, session: aiohttp.ClientSession, socket_: aiohttp.ClientWebSocketResponse, address: RelayAddress
     ) -> None:
         self._session = session
         self._socket = socket_
-        self._protocol = protocol
         self.address = address
 
     @property
@@ -103,15 +97,6 @@ class Subscription:
             raise RelayLost(f"a frame exceeds {FRAME_MAX:,} bytes", oversized=True)
         raise RelayLost(f"the relay closed the connection (code {code}{_reason(message)})")
 
-    def pause(self) -> None:
-        """Leave what comes now in the kernel's buffer. For moments: pings are not answered either."""
-        if self._protocol is not None and self._protocol.connected:
-            self._protocol.pause_reading()
-
-    def resume(self) -> None:
-        if self._protocol is not None and self._protocol.connected:
-            self._protocol.resume_reading()
-
     async def close(self) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
             await self._socket.close()
@@ -124,13 +109,10 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
     if cursor is not None:
         url = url.update_query(cursor=str(cursor))
     answered = url
-    protocol: BaseProtocol | None = None
 
     async def request_ended(_session: object, _context: object, params: aiohttp.TraceRequestEndParams) -> None:
-        nonlocal answered, protocol
+        nonlocal answered
         answered = params.response.url
-        if params.response.connection is not None:
-            protocol = params.response.connection.protocol
 
     trace = aiohttp.TraceConfig()
     trace.on_request_end.append(request_ended)
@@ -160,7 +142,7 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
     except BaseException:
         await session.close()
         raise
-    return Subscription(session, connection, end, protocol)
+    return Subscription(session, connection, end)
 
 
 def _keep_alive(connection: aiohttp.ClientWebSocketResponse) -> None:

@@ -315,7 +315,6 @@ class _Reader:
         self._silence = SilenceWatch(settings.silence_floor_s)
         self._outbox = self._new_outbox()
         self._relay = self._relays[0]
-        self._subscription: Subscription | None = None
         self._last_seq: int | None = None  # newest in the outbox or beyond it
         self._gap: dict[str, Any] | None = None  # to be recorded with the next seq
         self._skip = 0  # seqs passed over because of a frame too large to receive
@@ -461,19 +460,7 @@ class _Reader:
             if chunk.seq is not None:
                 self._stats.last_seq = chunk.seq
             if not self._outbox.waiting:
-                await self._linger(begun + LINGER_S - time.monotonic())
-
-    async def _linger(self, seconds: float) -> None:
-        """What comes meanwhile stays in the kernel's buffer: to be woken for each frame costs more than the frames."""
-        subscription = self._subscription
-        if subscription is None or seconds <= 0:
-            await asyncio.sleep(max(0.0, seconds))
-            return
-        subscription.pause()
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            subscription.resume()
+                await asyncio.sleep(max(0.0, begun + LINGER_S - time.monotonic()))
 
     async def _make_room(self) -> None:
         """The stream is full: trim what is finished; when nothing is, wait. The outbox fills and receiving stops.
@@ -583,10 +570,8 @@ class _Reader:
             if position.switched_from is not None and position.seq is None:
                 # Its whole window may be days; an operator who wants it sets fastworker:cursor:<host> to 0.
                 self._note_gap("relay_switch", switched_from=position.switched_from)
-            self._subscription = subscription
             await self._receive_until_stop(subscription, cursor)
         finally:
-            self._subscription = None
             await subscription.close()
 
     async def _go_to(self, relay: RelayAddress) -> Position:

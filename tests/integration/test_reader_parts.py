@@ -20,13 +20,12 @@ from servers import RedisUnderTest
 
 from fastworker.edge.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
 from fastworker.edge.redis_client import connect, error_code, translate, translating
-from fastworker.edge.relay import PATH, RelayAddress, _at_least, subscribe
+from fastworker.edge.relay import PATH, RelayAddress, _at_least
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
 from fastworker.redact import redact
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import Outbox, SilenceWatch
 from fastworker.run.retry import Backoff, pause
-from fastworker.testing.relay import SimRelay
 
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
 
@@ -193,30 +192,6 @@ def test_how_long_a_relay_wants_us_away(status: int, retry_after: str | None, lo
 
 
 # Silence
-
-
-async def test_what_comes_during_a_pause_waits_in_the_kernel() -> None:
-    """And a paused subscription closes at once: the relay's answer is heard."""
-    frames = [bytes([n]) * 10 for n in range(40)]
-    async with SimRelay(frames, rate=200, start="oldest", wait_for_client=True) as relay:
-        subscription = await subscribe(RelayAddress.parse(relay.url), 0)
-        assert await subscription.receive() == frames[0]
-        subscription.pause()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
-                while True:
-                    assert await subscription.receive() in frames[:10], "what was received before the pause"
-        subscription.resume()
-        last = b""
-        async with asyncio.timeout(30):
-            while last != frames[-1]:
-                last = await subscription.receive()
-        subscription.pause()
-        began = time.monotonic()
-        await subscription.close()
-        assert time.monotonic() - began < 0.9
-        subscription.pause()  # afterwards it is nothing
-        subscription.resume()
 
 
 def test_a_busy_relay_is_silent_after_the_floor_and_a_quiet_one_is_left_in_peace() -> None:
