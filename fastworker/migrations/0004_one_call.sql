@@ -142,17 +142,7 @@ BEGIN
             AND NOT (t.bookmarked OR t.thread_muted OR t.reply_disabled OR t.embedding_disabled OR t.pinned);
     END IF;
 
-    IF owed_keys IS NOT NULL THEN
-        INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest(owed_kinds, owed_keys)
-        ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
-        owed_since := now();
-    END IF;
-    IF until_entry IS NOT NULL THEN
-        INSERT INTO fastworker.progress (stream, consumer, seq, entry_id)
-        VALUES (of_stream, of_consumer, until_seq, until_entry) ON CONFLICT (stream, consumer) DO UPDATE SET
-            seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now();
-    END IF;
-    -- Counters last: hot rows stay locked until the commit. DO UPDATE locks the row even where its WHERE is false.
+    -- Counters late: hot rows stay locked until the commit. DO UPDATE locks the row even where its WHERE is false.
     IF deltas IS NOT NULL THEN
         INSERT INTO public.post_aggregations AS t (post_uri, like_count, repost_count, reply_count, bookmark_count,
             quote_count)
@@ -164,6 +154,17 @@ BEGIN
             quote_count = greatest(0, t.quote_count + excluded.quote_count), updated_at = now()
         WHERE excluded.like_count <> 0 OR excluded.repost_count <> 0 OR excluded.reply_count <> 0
             OR excluded.bookmark_count <> 0 OR excluded.quote_count <> 0;
+    END IF;
+    -- After them: whoever owes or pays the same key would wait for the counters, too.
+    IF owed_keys IS NOT NULL THEN
+        INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest(owed_kinds, owed_keys)
+        ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
+        owed_since := now();
+    END IF;
+    IF until_entry IS NOT NULL THEN
+        INSERT INTO fastworker.progress (stream, consumer, seq, entry_id)
+        VALUES (of_stream, of_consumer, until_seq, until_entry) ON CONFLICT (stream, consumer) DO UPDATE SET
+            seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now();
     END IF;
 END $$;
 
