@@ -86,6 +86,8 @@ def sql(service: Service, role: str) -> str:
         f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA public, fastworker FROM {role};",
         *(f"GRANT {', '.join(rights)} ON {', '.join(tables)} TO {role};" for rights, tables in by_rights.items()),
     ]
+    if service == "worker":  # everybody may, unless somebody took it away
+        lines.append(f"GRANT EXECUTE ON ALL ROUTINES IN SCHEMA fastworker TO {role};")
     if sequences := SEQUENCES[service]:
         lines.append(f"GRANT USAGE ON SEQUENCE {', '.join(qualified(one) for one in sequences)} TO {role};")
     return "\n".join([*lines, "COMMIT;", ""])

@@ -285,6 +285,7 @@ async def denied(connection: asyncpg.Connection, statement: str, arguments: list
 async def test_every_right_is_needed_and_no_other(pg: asyncpg.Connection, service: rights.Service) -> None:
     statements = worker_statements() if service == "worker" else [(postgres_admin._FINISHED, None)]
     role = f"needs_{service}_{os.getpid()}"
+    await pg.execute("REVOKE EXECUTE ON ALL ROUTINES IN SCHEMA fastworker FROM PUBLIC")  # as a careful owner may
     await pg.execute(rights.sql(service, role))
     needed = [
         *((rights.qualified(table), right) for table, some in rights.TABLE_RIGHTS[service].items() for right in some),
