@@ -14,11 +14,11 @@ from asyncpg.exceptions import UniqueViolationError
 
 from bench.corpus import entries
 from bench.servers import cpu_s, servers
-from fastworker.edge.store import _SESSION, Store
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
+from fastworker.store import statements as merge
+from fastworker.store.store import _SESSION, Store
 from fastworker.table import derive as derived
-from fastworker.table import merge
 from fastworker.table.batch import Batch, Row
 from fastworker.table.mapper import map_commit
 from fastworker.table.schema import LIKES, NOTIFICATIONS, Table

@@ -248,7 +248,7 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     if extent is not None and untune:
         raise click.UsageError("--tune and --untune exclude each other.")
     from fastworker.crashpoint import arm
-    from fastworker.run import migrate as migrations
+    from fastworker.store import migrate as migrations
 
     config = _config()
     url = config.require_database_url("migrate")
@@ -359,7 +359,7 @@ def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str |
     `fastworker grants worker | psql atproto`, and
     `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
     """
-    from fastworker.edge import rights
+    from fastworker.store import rights
 
     name = role or f"fastworker_{service}"
     if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):

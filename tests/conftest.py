@@ -23,7 +23,7 @@ from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
 from services import Service
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
-from fastworker.run.migrate import migrate
+from fastworker.store.migrate import migrate
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]

@@ -70,7 +70,7 @@ class _Collector:
 def _application(source: Source) -> web.Application:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(source))
-    page = resources.files("fastworker.edge").joinpath("status.html").read_bytes()
+    page = resources.files("fastworker.monitor").joinpath("status.html").read_bytes()
 
     def answer(reasons: list[str]) -> web.Response:
         return web.Response(text="\n".join(reasons or ["ok"]) + "\n", status=503 if reasons else 200)

@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.edge.store import Ground, Written
 from fastworker.edge.stream import Entry, SetAside, Tally, id_order
 from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
@@ -26,6 +25,7 @@ from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Overlap, keys_of
 from fastworker.run.retry import Backoff, pause
+from fastworker.store.store import Ground, Written
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
@@ -73,7 +73,7 @@ class Source(Protocol):
 
 
 class Store(Protocol):
-    """What a pipeline needs of `edge.store.Store`."""
+    """What a pipeline needs of `store.store.Store`."""
 
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from fastworker.edge.store import Store
 from fastworker.errors import StoreUnavailable
 from fastworker.run.retry import Backoff, pause
+from fastworker.store.store import Store
 
 if TYPE_CHECKING:
     from fastworker.edge.identity import Directory

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from fastworker.edge.postgres_admin import finished_seq
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.store.admin import finished_seq
 
 
 async def read_and_resume(

@@ -13,8 +13,8 @@ from typing import Final, Literal
 import msgspec
 from rich.filesize import decimal
 
-from fastworker.edge.schema_admin import SchemaRefused
-from fastworker.edge.tuning import (
+from fastworker.store.schema_admin import SchemaRefused
+from fastworker.store.tuning import (
     Index,
     Remembered,
     Tunable,

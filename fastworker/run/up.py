@@ -25,13 +25,13 @@ from fastworker.redact import redact
 from fastworker.run.checks import preflight
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import Heartbeats, Slot, State
-from fastworker.run.migrate import migrate
 from fastworker.run.monitor import MonitorSettings, run_monitor
 from fastworker.run.reader import ReaderSettings
 from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.run.resume import read_and_resume
 from fastworker.run.supervisor import ChildSpec, Supervisor
 from fastworker.run.worker import WorkerSettings, processes_max, shrunk, worker_child
+from fastworker.store.migrate import migrate
 
 log = logging.getLogger(__name__)
 

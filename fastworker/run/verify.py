@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
-from fastworker.edge.audit import CHECKS, Audit, Check, Drift, Key, open_audit
-from fastworker.edge.repair import Repair
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
-from fastworker.run.migrate import check as check_schema
 from fastworker.run.retry import pause
+from fastworker.store.audit import CHECKS, Audit, Check, Drift, Key, open_audit
+from fastworker.store.migrate import check as check_schema
+from fastworker.store.repair import Repair
 
 PIECE = 10_000  # keys looked at in one statement
 LOOK_AGAIN_S = (0.2, 0.5)  # a transaction in flight ends

@@ -13,7 +13,6 @@ from redis.asyncio import Redis
 
 from fastworker.crashpoint import arm
 from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Store
 from fastworker.edge.stream import LeaseLostError, WorkerStream
 from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
@@ -22,6 +21,7 @@ from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Marks, Overlap
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
+from fastworker.store.store import Store
 from fastworker.table.batch import Limits
 from fastworker.table.derive import FULL
 

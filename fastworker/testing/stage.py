@@ -28,9 +28,9 @@ from redis.exceptions import BusyLoadingError, ResponseError
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
-from fastworker.edge.store import Store
 from fastworker.errors import ExitCode
-from fastworker.run.migrate import migrate
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
 from fastworker.testing import compare
 from fastworker.testing.model import Event, Model
 from fastworker.testing.proxy import Proxy

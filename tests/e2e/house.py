@@ -10,11 +10,11 @@ from typing import Any, Literal
 from redis.asyncio import Redis
 
 from fastworker.edge.redis_admin import RedisAdmin
-from fastworker.edge.store import Store
 from fastworker.edge.stream import LEDGER_KEY
 from fastworker.run.heartbeat import Heartbeats
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.worker import WorkerSettings, work
+from fastworker.store.store import Store
 from fastworker.testing.relay import SimRelay
 from fastworker.testing.repo import SimFrame
 

@@ -23,7 +23,7 @@ from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
 from servers import PostgresUnderTest
 
-from fastworker.edge.store import Store
+from fastworker.store.store import Store
 from fastworker.testing import compare
 from fastworker.testing.histories import random_history, to_entry
 
@@ -148,7 +148,7 @@ async def test_three_ways(redis_url: str, postgres_url: str) -> None:
 @pytest.mark.extended
 @pytest.mark.timeout(7_200)
 async def test_ten_ways_over_two_hundred_thousand_events(server_dir: Path, redis_url: str) -> None:
-    from fastworker.run.migrate import migrate
+    from fastworker.store.migrate import migrate
 
     with PostgresUnderTest(server_dir, durable=False) as server:
         await migrate(server.url)

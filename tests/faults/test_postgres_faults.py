@@ -20,10 +20,10 @@ from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Store
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.run.heartbeat import State
-from fastworker.run.migrate import migrate
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from fastworker.testing.proxy import Proxy

@@ -10,9 +10,9 @@ import asyncpg
 import pytest
 from property.feeding import batch_of, settle
 
-from fastworker.edge.store import Store
 from fastworker.errors import StoreUnavailable
 from fastworker.event import Sync
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.testing import compare
 from fastworker.testing.histories import DIDS, Event, cid_of, entry_ms, number, random_history

@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from servers import counts_reads
 
 from fastworker.config import parse_config
-from fastworker.edge.store import Store
 from fastworker.errors import ExitCode, Unreachable
 from fastworker.run import compare
+from fastworker.store.store import Store
 from fastworker.testing.histories import DIDS, Event, cid_of, number, to_entry
 
 STREAM, GROUP = "firehose:events", "firehose-processors"

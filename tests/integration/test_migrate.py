@@ -13,10 +13,10 @@ import asyncpg
 import pytest
 
 from fastworker.edge.embedded import EmbeddedPostgres
-from fastworker.edge.schema_admin import open_schema
 from fastworker.errors import ConfigError, ExitCode, Unreachable
-from fastworker.run import migrate as module
-from fastworker.run.migrate import Migration, SchemaRefused, check, migrate, packaged
+from fastworker.store import migrate as module
+from fastworker.store.migrate import Migration, SchemaRefused, check, migrate, packaged
+from fastworker.store.schema_admin import open_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [migration.name for migration in packaged()]
@@ -197,7 +197,7 @@ async def test_killed_in_the_middle_leaves_no_half_migration(empty_postgres_url:
     program = textwrap.dedent(
         """
         import asyncio, sys
-        from fastworker.run.migrate import Migration, migrate, packaged
+        from fastworker.store.migrate import Migration, migrate, packaged
         slow = Migration(number=9000, name="9000_slow", sql="CREATE TABLE half (x int); SELECT pg_sleep(60)")
         asyncio.run(migrate(sys.argv[1], (*packaged(), slow)))
         """

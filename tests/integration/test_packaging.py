@@ -89,9 +89,11 @@ def test_the_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path
     ours = contents(wheel)
     assert ours == contents(tmp_path / "again" / wheel.name)
     assert {name.split("/")[0] for name in ours} == {"fastworker", f"fastworker-{fastworker.__version__}.dist-info"}
-    assert {"fastworker/py.typed", "fastworker/edge/status.html", "fastworker/migrations/0001_contract.sql"} <= set(
-        ours
-    )
+    assert {
+        "fastworker/py.typed",
+        "fastworker/monitor/status.html",
+        "fastworker/store/migrations/0001_contract.sql",
+    } <= set(ours)
     metadata = ours[f"fastworker-{fastworker.__version__}.dist-info/METADATA"].decode()
     assert f"\nVersion: {fastworker.__version__}\n" in metadata
 

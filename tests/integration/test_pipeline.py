@@ -17,7 +17,6 @@ from servers import counts_reads
 
 from fastworker.edge.redis_admin import RedisAdmin
 from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Written
 from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
@@ -26,6 +25,7 @@ from fastworker.run.heartbeat import Heartbeats, State, now_ms
 from fastworker.run.overlap import Marks, Overlap, keys_of
 from fastworker.run.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
+from fastworker.store.store import Written
 from fastworker.table.batch import Batch, Change, Limits
 from fastworker.table.mapper import map_commit
 

@@ -25,10 +25,10 @@ from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, 
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
 from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Store
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
 from fastworker.run.checks import preflight
-from fastworker.run.migrate import migrate
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
 from fastworker.testing.compare import diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network

@@ -17,11 +17,11 @@ import asyncpg
 import pytest
 
 from fastworker.edge.embedded import EmbeddedPostgres
-from fastworker.edge.store import Store
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
 from fastworker.run.verify import Wish, names, verify
+from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit

@@ -11,9 +11,9 @@ import asyncpg
 import pytest
 from property.feeding import batch_of, differences, lawful, settle
 
-from fastworker.edge.store import FEW_USERS, Store
-from fastworker.run.migrate import packaged
-from fastworker.table import merge
+from fastworker.store import statements as merge
+from fastworker.store.migrate import packaged
+from fastworker.store.store import FEW_USERS, Store
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
 from fastworker.testing.histories import Event, cid_of, number
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 
 import asyncpg
 
-from fastworker.edge.store import Store
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from fastworker.testing import compare

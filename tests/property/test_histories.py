@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from property.feeding import batch_of, clear, differences, lawful, settle
 
-from fastworker.edge.store import Store
+from fastworker.store.store import Store
 from fastworker.testing.histories import History, histories
 
 

@@ -17,8 +17,8 @@ import asyncpg
 import pytest
 from property.feeding import batch_of, differences, lawful, settle
 
-from fastworker.edge.store import Store
-from fastworker.table import merge
+from fastworker.store import statements as merge
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.testing.histories import Event, cid_of, number, tid
 

@@ -12,8 +12,8 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from fastworker.edge.store import Store
 from fastworker.event import Account, Commit, Identity, Op
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from fastworker.testing import compare

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import msgspec
 
-from fastworker.edge.schema_admin import AUTHORITY
 from fastworker.errors import ConfigError, Unreachable, words_of
+from fastworker.store.schema_admin import AUTHORITY
 
 CONNECT_SECONDS_MAX = 10.0
 STATEMENT_SECONDS_MAX = 30.0

@@ -1,8 +1,8 @@
 """What the derived tables must hold, asked of PostgreSQL in sets: the reading half of `fastworker verify`.
 
-It owns its own statement of the state law: nothing here is shared with the writer (table/derive.py, table/merge.py), so
+It owns its own statement of the state law: nothing here is shared with the writer (table/derive.py, statements.py), so
 that an error in one is seen by the other. A check compares one derived table with the primary ones over a range of
-keys, one statement and so one snapshot for each range; edge/repair.py mends what it finds.
+keys, one statement and so one snapshot for each range; store/repair.py mends what it finds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 import orjson
 
-from fastworker.edge.store import translating
+from fastworker.store.store import translating
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, Table
 
@@ -55,7 +55,7 @@ class Drift(msgspec.Struct, frozen=True):
 class Check(msgspec.Struct, frozen=True):
     """One statement over ranges of one key. `sources`: the tables that have the key, with its columns.
 
-    `mend` is how edge/repair.py mends it. `is_joined`: its rows are written in a transaction of their own, a moment
+    `mend` is how store/repair.py mends it. `is_joined`: its rows are written in a transaction of their own, a moment
     after what they follow from.
     """
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
-from fastworker.edge.audit import Check, Drift
-from fastworker.edge.store import Connection, Store, thaw
+from fastworker.store import statements as merge
+from fastworker.store.audit import Check, Drift
+from fastworker.store.store import Connection, Store, thaw
 from fastworker.table import derive as derived
-from fastworker.table import merge
 from fastworker.table.batch import Change
 from fastworker.table.derive import Effects
 from fastworker.table.schema import (

@@ -45,10 +45,10 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.protocol import protocol
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.edge.schema_admin import AUTHORITY
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
+from fastworker.store import statements as merge
+from fastworker.store.schema_admin import AUTHORITY
 from fastworker.table import derive as derived
-from fastworker.table import merge
 from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
 from fastworker.table.derive import Effects
 from fastworker.table.schema import (

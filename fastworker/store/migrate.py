@@ -15,7 +15,7 @@ from importlib import resources
 import msgspec
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.edge.schema_admin import Applied, Schema, SchemaRefused, open_schema
+from fastworker.store.schema_admin import Applied, Schema, SchemaRefused, open_schema
 
 __all__ = ["Migration", "SchemaRefused", "check", "migrate", "packaged"]
 
@@ -43,7 +43,9 @@ class Expected(msgspec.Struct, frozen=True):
 @cache
 def packaged() -> tuple[Migration, ...]:
     """The migrations that this release knows, in order."""
-    files = (file for file in resources.files("fastworker").joinpath("migrations").iterdir() if file.name[:4].isdigit())
+    files = (
+        file for file in resources.files("fastworker.store").joinpath("migrations").iterdir() if file.name[:4].isdigit()
+    )
     return tuple(
         Migration(number=int(file.name[:4]), name=file.name.removesuffix(".sql"), sql=file.read_text("utf-8"))
         for file in sorted(files, key=lambda file: file.name)

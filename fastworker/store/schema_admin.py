@@ -1,6 +1,6 @@
 """PostgreSQL for `fastworker migrate`: what is there, and changing it in one transaction.
 
-Decides nothing: run/migrate.py does.
+Decides nothing: store/migrate.py does.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Schema(msgspec.Struct, frozen=True):
 
 
 class SchemaAdmin:
-    """One connection for as long as a migration or a check takes; edge/tuning.py works on it, too."""
+    """One connection for as long as a migration or a check takes; store/tuning.py works on it, too."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection

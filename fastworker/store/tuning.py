@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 import asyncpg
 import msgspec
 
-from fastworker.edge.schema_admin import SchemaAdmin, SchemaRefused, open_schema
+from fastworker.store.schema_admin import SchemaAdmin, SchemaRefused, open_schema
 
 INDEX_SECONDS_MAX = 86_400.0  # a guess: an index over a billion rows takes hours
 TRANSACTIONS_WAIT = "600s"  # CONCURRENTLY waits for every transaction that began before it
