@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fastworker.config import Config
-from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
-from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.rights import TABLE_RIGHTS
+from fastworker.stream.admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
+from fastworker.stream.consumer import form_of
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000

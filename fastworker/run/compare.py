@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from fastworker.config import Config
-from fastworker.edge.redis_admin import Consumer, Count, Fields, RedisAdmin, id_ms, open_redis
 from fastworker.errors import ExitCode, InvalidEvent, StoreUnavailable, Unreachable
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
 from fastworker.metrics import OUTCOMES
 from fastworker.store.audit import Audit, Check, Drift, Held, open_audit
 from fastworker.store.migrate import check as check_schema
+from fastworker.stream.admin import Consumer, Count, Fields, RedisAdmin, id_ms, open_redis
 from fastworker.table.batch import Batch, Change, newer
 from fastworker.table.dates import entry_moment
 from fastworker.table.mapper import map_commit

@@ -31,8 +31,6 @@ from rich.text import Text
 
 from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
-from fastworker.edge.redis_admin import RedisAdmin
-from fastworker.edge.redis_client import connect
 from fastworker.errors import ExitCode
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State, quantile
@@ -41,6 +39,8 @@ from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
 from fastworker.run.worker import WorkerSettings, worker_child
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin
+from fastworker.stream.client import connect
 from fastworker.testing.compare import COLUMNS, Difference, diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network

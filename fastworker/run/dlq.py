@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastworker.config import Config
-from fastworker.edge.redis_admin import Fields, RedisAdmin, id_ms, open_redis
-from fastworker.edge.stream import original_fields
 from fastworker.errors import ExitCode, InvalidEvent, Reason
 from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown
 from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_bytes, load_record
+from fastworker.stream.admin import Fields, RedisAdmin, id_ms, open_redis
+from fastworker.stream.consumer import original_fields
 
 PIECE = 100
 

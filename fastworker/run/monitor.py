@@ -21,9 +21,6 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
-from fastworker.edge.feed import trim_finished
-from fastworker.edge.redis_admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
-from fastworker.edge.redis_client import connect
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.redact import redact
@@ -45,6 +42,9 @@ from fastworker.run.reader_port import FRESH_S, left_in_redis, put_figures, trou
 from fastworker.run.reader_port import cards as reader_cards
 from fastworker.run.retry import pause
 from fastworker.run.status import ProcessStatus, WorkerStatus
+from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
+from fastworker.stream.client import connect
+from fastworker.stream.feed import trim_finished
 
 log = logging.getLogger(__name__)
 

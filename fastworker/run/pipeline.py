@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.edge.stream import Entry, SetAside, Tally, id_order
 from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
@@ -26,6 +25,7 @@ from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Overlap, keys_of
 from fastworker.run.retry import Backoff, pause
 from fastworker.store.store import Ground, Written
+from fastworker.stream.consumer import Entry, SetAside, Tally, id_order
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
@@ -52,7 +52,7 @@ _T = TypeVar("_T")
 
 
 class Stream(Protocol):
-    """What a pipeline needs of `edge.stream.WorkerStream`."""
+    """What a pipeline needs of `stream.consumer.WorkerStream`."""
 
     @property
     def name(self) -> str: ...

@@ -25,8 +25,6 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
-from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
     FastworkerError,
@@ -42,6 +40,8 @@ from fastworker.event.entry import encode_frame_entry, encode_json, encode_nativ
 from fastworker.event.frame import decode_frame
 from fastworker.redact import redact
 from fastworker.run.retry import Backoff, pause
+from fastworker.stream.client import connect
+from fastworker.stream.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
 from fastworker.table.dates import parse_date
 
 T = TypeVar("T")

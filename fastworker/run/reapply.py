@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from fastworker.edge.redis_admin import RedisAdmin, open_redis
-from fastworker.edge.stream import Entry, SetAside, Tally
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
 from fastworker.run.heartbeat import Heartbeats
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.retry import pause
 from fastworker.run.worker import WorkerSettings
 from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin, open_redis
+from fastworker.stream.consumer import Entry, SetAside, Tally
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import time
 from typing import Protocol
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.edge.stream import FOREIGN_IDLE_MS, LEASE_MS, Claimed, Consumer, Entry
 from fastworker.run.heartbeat import Slot
+from fastworker.stream.consumer import FOREIGN_IDLE_MS, LEASE_MS, Claimed, Consumer, Entry
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ SCAN_S = 10.0  # between two looks for dead consumers
 
 
 class ClaimableStream(Protocol):
-    """The part of `edge.stream.WorkerStream` that entries come from."""
+    """The part of `stream.consumer.WorkerStream` that entries come from."""
 
     @property
     def backlog(self) -> bool: ...

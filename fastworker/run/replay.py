@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from fastworker.config import Config
-from fastworker.edge.redis_admin import RedisAdmin, open_redis
 from fastworker.errors import ExitCode, InvalidEvent, Reason, StreamUnavailable
 from fastworker.event import ErrorFrame, Info, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.run.retry import Backoff
+from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.testing.frames import FramesFile
 
 log = logging.getLogger(__name__)

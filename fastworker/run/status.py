@@ -23,9 +23,9 @@ from rich.text import Text
 
 from fastworker import __version__
 from fastworker.config import Config
-from fastworker.edge.redis_admin import STATUS_STALE_S, RedisAdmin, age_s, open_redis
 from fastworker.errors import ExitCode, StreamUnavailable
 from fastworker.metrics import OUTCOMES
+from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, age_s, open_redis
 
 RATE_WINDOW_S: Final = 0.5  # of a single look
 WATCH_S: Final = 1.0

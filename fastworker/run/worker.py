@@ -12,8 +12,6 @@ import msgspec
 from redis.asyncio import Redis
 
 from fastworker.crashpoint import arm
-from fastworker.edge.redis_client import connect
-from fastworker.edge.stream import LeaseLostError, WorkerStream
 from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.run.child import StartAgain, run_child
@@ -22,6 +20,8 @@ from fastworker.run.overlap import Marks, Overlap
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
 from fastworker.store.store import Store
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import LeaseLostError, WorkerStream
 from fastworker.table.batch import Limits
 from fastworker.table.derive import FULL
 

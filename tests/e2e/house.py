@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis
 
-from fastworker.edge.redis_admin import RedisAdmin
-from fastworker.edge.stream import LEDGER_KEY
 from fastworker.run.heartbeat import Heartbeats
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.worker import WorkerSettings, work
 from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin
+from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.testing.relay import SimRelay
 from fastworker.testing.repo import SimFrame
 

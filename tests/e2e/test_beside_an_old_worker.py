@@ -12,11 +12,11 @@ from e2e.house import GROUP, KEY, House
 from property.feeding import differences, lawful
 from redis.asyncio import Redis
 
-from fastworker.edge.stream import LEDGER_KEY
 from fastworker.errors import ExitCode
 from fastworker.run.reapply import reapply
 from fastworker.run.verify import Wish, verify
 from fastworker.run.worker import WorkerSettings
+from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.table import derive
 from fastworker.testing.foreign import Foreign
 from fastworker.testing.histories import random_history, to_entry

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import fastworker
-from fastworker.edge import redis_client
-from fastworker.edge.stream import WorkerStream
 from fastworker.run import pipeline
+from fastworker.stream import client as redis_client
+from fastworker.stream.consumer import WorkerStream
 
 ROOT = Path(fastworker.__file__).parent
 
@@ -122,7 +122,7 @@ def test_every_connection_is_made_with_timeouts() -> None:
         "Redis.from_pool",
     ):
         for file, call in calls(name):
-            assert file == "edge/redis_client.py", f"{file}:{call.lineno} makes a client of its own: use connect()"
+            assert file == "stream/client.py", f"{file}:{call.lineno} makes a client of its own: use connect()"
 
 
 def test_the_bounds_fit_into_each_other() -> None:

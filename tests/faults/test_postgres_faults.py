@@ -19,11 +19,11 @@ from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
-from fastworker.edge.redis_client import connect
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.run.heartbeat import State
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
+from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from fastworker.testing.proxy import Proxy

@@ -254,7 +254,7 @@ async def test_a_key_that_is_no_stream_and_a_clock_that_nobody_keeps(
 async def test_a_redis_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastworker.edge.redis_admin.READY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("fastworker.stream.admin.READY_TIMEOUT_S", 0.2)
 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel connects, and nobody answers
         port = silent.getsockname()[1]

@@ -15,9 +15,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from redis.asyncio import Redis
 from servers import counts_reads
 
-from fastworker.edge.redis_admin import RedisAdmin
-from fastworker.edge.redis_client import connect
-from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
@@ -26,6 +23,9 @@ from fastworker.run.overlap import Marks, Overlap, keys_of
 from fastworker.run.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
 from fastworker.store.store import Written
+from fastworker.stream.admin import RedisAdmin
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.table.batch import Batch, Change, Limits
 from fastworker.table.mapper import map_commit
 

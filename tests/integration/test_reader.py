@@ -23,13 +23,13 @@ from aiohttp import web
 from redis.asyncio import Redis
 from servers import RedisUnderTest
 
-from fastworker.edge import feed as feed_module
-from fastworker.edge.stream import SetAside, WorkerStream, original_fields
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
 from fastworker.run import reader as reader_module
 from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.retry import Backoff
+from fastworker.stream import feed as feed_module
+from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.testing.proxy import Proxy
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"

@@ -19,9 +19,9 @@ from releases import make
 from servers import connected
 
 import fastworker
-from fastworker.edge.redis_client import connect
 from fastworker.event.entry import decode_entry, encode_json, encode_native
 from fastworker.store.migrate import Migration, check, migrate, packaged
+from fastworker.stream.client import connect
 from fastworker.testing.compare import diff, dump, report
 from fastworker.testing.model import Model
 

@@ -20,11 +20,12 @@ import pytest
 import redis
 from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
 
-from fastworker.edge import feed, stream
 from fastworker.store import admin as postgres_admin
 from fastworker.store import rights, schema_admin
 from fastworker.store import statements as merge
 from fastworker.store.migrate import packaged
+from fastworker.stream import consumer as stream
+from fastworker.stream import feed
 from fastworker.table import derive
 from fastworker.table.schema import (
     DERIVED,

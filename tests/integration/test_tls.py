@@ -24,11 +24,11 @@ from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, 
 
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
-from fastworker.edge.redis_client import connect
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
 from fastworker.run.checks import preflight
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
+from fastworker.stream.client import connect
 from fastworker.testing.compare import diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from fastworker.config import Config
-from fastworker.edge.redis_admin import Consumer, Group, Pending, Server, Stream
 from fastworker.run import checks
 from fastworker.run.checks import Finding, Verdict
 from fastworker.store.admin import Client, Facts, Past
+from fastworker.stream.admin import Consumer, Group, Pending, Server, Stream
 
 SERVER = Server(
     version="7.2.4",

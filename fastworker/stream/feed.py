@@ -17,9 +17,9 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastworker.edge.redis_client import error_code, translating
-from fastworker.edge.stream import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY, SET_ASIDE_ONE
 from fastworker.errors import ConfigError, Unreachable
+from fastworker.stream.client import error_code, translating
+from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY, SET_ASIDE_ONE
 
 LEASE: Final = "fastworker:reader"
 RELAYS: Final = "fastworker:relays"

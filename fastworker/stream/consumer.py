@@ -19,8 +19,8 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastworker.edge.redis_client import error_code, translating
 from fastworker.errors import Reason, StreamUnavailable
+from fastworker.stream.client import error_code, translating
 
 Entry = tuple[str, dict[bytes, bytes]]
 """Stream id and fields."""

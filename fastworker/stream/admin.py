@@ -16,12 +16,12 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from fastworker.edge.feed import GAPS, LEASE, READER_STATS, STATUS
-from fastworker.edge.redis_client import connect, error_code, translating
-from fastworker.edge.stream import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
+from fastworker.stream.client import connect, error_code, translating
+from fastworker.stream.consumer import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
+from fastworker.stream.feed import GAPS, LEASE, READER_STATS, STATUS
 
 STATUS_KEY: Final = "fastworker:status:worker"
 """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
