@@ -25,10 +25,10 @@ from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnava
 from fastworker.redact import redact
 
 if TYPE_CHECKING:
+    from fastworker.reader.reader import ReaderSettings
     from fastworker.run.dlq import Wanted
     from fastworker.run.monitor import MonitorSettings
     from fastworker.run.page import HttpSettings
-    from fastworker.run.reader import ReaderSettings
     from fastworker.run.up import Plan
     from fastworker.run.worker import WorkerSettings
 
@@ -95,7 +95,7 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _reader_settings(config: Config) -> ReaderSettings:
-    from fastworker.run.reader import ReaderSettings
+    from fastworker.reader.reader import ReaderSettings
 
     return ReaderSettings(
         relay_urls=config.relay_urls,
@@ -182,8 +182,8 @@ def reader() -> ExitCode:
     Resumes from the cursor in Redis; a second reader waits until the first one is gone. SIGTERM ends it after what was
     received is on the stream.
     """
+    from fastworker.reader.port import serve_reader
     from fastworker.run.checks import preflight
-    from fastworker.run.reader_port import serve_reader
     from fastworker.run.signals import stop_on_signals
 
     config = _config()

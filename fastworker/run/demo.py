@@ -32,9 +32,9 @@ from rich.text import Text
 from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ExitCode
+from fastworker.reader.reader import ReaderSettings, run_reader
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State, quantile
-from fastworker.run.reader import ReaderSettings, run_reader
 from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
 from fastworker.run.worker import WorkerSettings, worker_child
 from fastworker.store.migrate import migrate

@@ -23,6 +23,9 @@ import msgspec
 from fastworker import __version__, metrics
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
+from fastworker.reader.port import FRESH_S, left_in_redis, put_figures, trouble
+from fastworker.reader.port import cards as reader_cards
+from fastworker.reader.reader import ReaderStats
 from fastworker.redact import redact
 from fastworker.run.dlq import Letter, line_of
 from fastworker.run.heartbeat import (
@@ -37,9 +40,6 @@ from fastworker.run.heartbeat import (
     quantile,
 )
 from fastworker.run.page import Card, HttpSettings, Page, listen, pss
-from fastworker.run.reader import ReaderStats
-from fastworker.run.reader_port import FRESH_S, left_in_redis, put_figures, trouble
-from fastworker.run.reader_port import cards as reader_cards
 from fastworker.run.retry import pause
 from fastworker.run.status import ProcessStatus, WorkerStatus
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s

@@ -19,8 +19,8 @@ from servers import RedisUnderTest
 
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
+from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run import worker
-from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.stream import consumer as stream
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import CONSUMERS_KEY

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from fastworker.errors import StoreUnavailable, Unreachable
-from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.store.admin import finished_seq
 
 

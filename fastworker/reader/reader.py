@@ -25,7 +25,6 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
     FastworkerError,
     InvalidEvent,
@@ -38,6 +37,7 @@ from fastworker.errors import (
 from fastworker.event import Account, Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
+from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.redact import redact
 from fastworker.run.retry import Backoff, pause
 from fastworker.stream.client import connect
