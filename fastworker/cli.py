@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastworker.run.monitor import MonitorSettings
     from fastworker.run.page import HttpSettings
     from fastworker.run.up import Plan
-    from fastworker.run.worker import WorkerSettings
+    from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
 
@@ -113,7 +113,7 @@ def _reader_settings(config: Config) -> ReaderSettings:
 
 
 def _worker_settings(config: Config, command: str) -> WorkerSettings:
-    from fastworker.run.worker import WorkerSettings
+    from fastworker.worker.worker import WorkerSettings
 
     return WorkerSettings(
         redis_url=config.redis_url,

@@ -36,7 +36,6 @@ from fastworker.reader.reader import ReaderSettings, run_reader
 from fastworker.run.child import run_child
 from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
-from fastworker.run.worker import WorkerSettings, worker_child
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
@@ -45,6 +44,7 @@ from fastworker.testing.compare import COLUMNS, Difference, diff, dump, report
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network
 from fastworker.testing.relay import SimRelay
+from fastworker.worker.worker import WorkerSettings, worker_child
 
 log = logging.getLogger(__name__)
 

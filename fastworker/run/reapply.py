@@ -18,12 +18,12 @@ from typing import Final
 
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
 from fastworker.run.heartbeat import Heartbeats
-from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.retry import pause
-from fastworker.run.worker import WorkerSettings
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import Entry, SetAside, Tally
+from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+from fastworker.worker.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 

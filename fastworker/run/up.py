@@ -30,8 +30,8 @@ from fastworker.run.heartbeat import Heartbeats, Slot, State
 from fastworker.run.monitor import MonitorSettings, run_monitor
 from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.run.supervisor import ChildSpec, Supervisor
-from fastworker.run.worker import WorkerSettings, processes_max, shrunk, worker_child
 from fastworker.store.migrate import migrate
+from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, worker_child
 
 log = logging.getLogger(__name__)
 

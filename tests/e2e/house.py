@@ -11,12 +11,12 @@ from redis.asyncio import Redis
 
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.run.heartbeat import Heartbeats
-from fastworker.run.worker import WorkerSettings, work
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.testing.relay import SimRelay
 from fastworker.testing.repo import SimFrame
+from fastworker.worker.worker import WorkerSettings, work
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 Form = Literal["json", "native", "frame"]

@@ -15,11 +15,11 @@ from redis.asyncio import Redis
 from fastworker.errors import ExitCode
 from fastworker.run.reapply import reapply
 from fastworker.run.verify import Wish, verify
-from fastworker.run.worker import WorkerSettings
 from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.table import derive
 from fastworker.testing.foreign import Foreign
 from fastworker.testing.histories import random_history, to_entry
+from fastworker.worker.worker import WorkerSettings
 
 EVENTS = 2_500
 

@@ -29,13 +29,13 @@ from fastworker.run.checks import check
 from fastworker.run.compare import compare as run_compare
 from fastworker.run.reapply import reapply
 from fastworker.run.verify import Wish, verify
-from fastworker.run.worker import WorkerSettings
 from fastworker.testing import compare
 from fastworker.testing.foreign import OldWorker
 from fastworker.testing.model import Model
 from fastworker.testing.network import Network
 from fastworker.testing.relay import SimRelay
 from fastworker.testing.repo import SimFrame
+from fastworker.worker.worker import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, GROUP, LEDGER, CURSOR = "firehose:events", "firehose-processors", "fastworker:ledger", "firehose:python_cursor"

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import fastworker
-from fastworker.run import pipeline
 from fastworker.stream import client as redis_client
 from fastworker.stream.consumer import WorkerStream
+from fastworker.worker import pipeline
 
 ROOT = Path(fastworker.__file__).parent
 

@@ -19,15 +19,15 @@ from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Heartbeats, State, now_ms
-from fastworker.run.overlap import Marks, Overlap, keys_of
-from fastworker.run.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
-from fastworker.run.reclaim import Intake
 from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.table.batch import Batch, Change, Limits
 from fastworker.table.mapper import map_commit
+from fastworker.worker.intake import Intake
+from fastworker.worker.overlap import Marks, Overlap, keys_of
+from fastworker.worker.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -333,7 +333,7 @@ async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
 
 
 async def test_a_long_outage_is_told_again(bench, monkeypatch, caplog):
-    monkeypatch.setattr("fastworker.run.pipeline.TELL_AGAIN_S", 1.0)  # several attempts, though one of them is late
+    monkeypatch.setattr("fastworker.worker.pipeline.TELL_AGAIN_S", 1.0)  # several attempts, though one of them is late
     bench.store.down.set()
     async with bench.running():
         await bench.add(likes(1))

@@ -26,9 +26,9 @@ from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
 from fastworker.run.heartbeat import Heartbeats, Slot
 from fastworker.run.supervisor import ChildSpec, Supervisor
-from fastworker.run.worker import WorkerSettings, shrunk, worker_child
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
 ROOT = Path(__file__).parents[2]
 KEY, GROUP = "firehose:events", "firehose-processors"

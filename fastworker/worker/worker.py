@@ -16,14 +16,14 @@ from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.run.child import StartAgain, run_child
 from fastworker.run.heartbeat import Slot, State, now_ms
-from fastworker.run.overlap import Marks, Overlap
-from fastworker.run.pipeline import DeadLetterLimit, Pipeline
-from fastworker.run.reclaim import Intake
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import LeaseLostError, WorkerStream
 from fastworker.table.batch import Limits
 from fastworker.table.derive import FULL
+from fastworker.worker.intake import Intake
+from fastworker.worker.overlap import Marks, Overlap
+from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
 
 log = logging.getLogger(__name__)
 

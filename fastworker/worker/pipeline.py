@@ -22,13 +22,13 @@ from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, 
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
 from fastworker.run.heartbeat import Slot, State, now_ms
-from fastworker.run.overlap import Overlap, keys_of
 from fastworker.run.retry import Backoff, pause
 from fastworker.store.store import Ground, Written
 from fastworker.stream.consumer import Entry, SetAside, Tally, id_order
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
+from fastworker.worker.overlap import Overlap, keys_of
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Stream(Protocol):
 
 
 class Source(Protocol):
-    """What a pipeline needs of `run.reclaim.Intake`. `backlog`: more is there already."""
+    """What a pipeline needs of `worker.intake.Intake`. `backlog`: more is there already."""
 
     @property
     def backlog(self) -> bool: ...
