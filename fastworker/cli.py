@@ -182,9 +182,9 @@ def reader() -> ExitCode:
     Resumes from the cursor in Redis; a second reader waits until the first one is gone. SIGTERM ends it after what was
     received is on the stream.
     """
+    from fastworker.process.signals import stop_on_signals
     from fastworker.reader.port import serve_reader
     from fastworker.run.checks import preflight
-    from fastworker.run.signals import stop_on_signals
 
     config = _config()
 
@@ -332,8 +332,8 @@ def verify(
     By table and key, while workers run. Exit 1 when there is drift that was not mended. Fills in what a narrower
     FASTWORKER_DERIVE left out, and mends a database that an earlier system left behind.
     """
+    from fastworker.process.signals import stop_on_signals
     from fastworker.run import verify as verification
-    from fastworker.run.signals import stop_on_signals
 
     config = _config()
     if "list" in only:
@@ -495,7 +495,7 @@ def relay(
     """
     from itertools import chain, count
 
-    from fastworker.run.signals import stop_on_signals
+    from fastworker.process.signals import stop_on_signals
     from fastworker.testing.frames import FramesFile
     from fastworker.testing.network import Network, SimFrame
     from fastworker.testing.relay import serve

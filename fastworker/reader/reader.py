@@ -37,9 +37,9 @@ from fastworker.errors import (
 from fastworker.event import Account, Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
+from fastworker.process.backoff import Backoff, pause
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.redact import redact
-from fastworker.run.retry import Backoff, pause
 from fastworker.stream.client import connect
 from fastworker.stream.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
 from fastworker.table.dates import parse_date

@@ -32,10 +32,10 @@ from rich.text import Text
 from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ExitCode
+from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
+from fastworker.process.child import run_child
+from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
 from fastworker.reader.reader import ReaderSettings, run_reader
-from fastworker.run.child import run_child
-from fastworker.run.heartbeat import LATENCY_MS, Heartbeats, Slot, State, quantile
-from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin

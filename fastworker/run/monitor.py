@@ -23,12 +23,8 @@ import msgspec
 from fastworker import __version__, metrics
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
-from fastworker.reader.port import FRESH_S, left_in_redis, put_figures, trouble
-from fastworker.reader.port import cards as reader_cards
-from fastworker.reader.reader import ReaderStats
-from fastworker.redact import redact
-from fastworker.run.dlq import Letter, line_of
-from fastworker.run.heartbeat import (
+from fastworker.process.backoff import pause
+from fastworker.process.board import (
     FLUSH_ENTRIES,
     FLUSH_MS,
     HISTOGRAMS,
@@ -39,8 +35,12 @@ from fastworker.run.heartbeat import (
     now_ms,
     quantile,
 )
+from fastworker.reader.port import FRESH_S, left_in_redis, put_figures, trouble
+from fastworker.reader.port import cards as reader_cards
+from fastworker.reader.reader import ReaderStats
+from fastworker.redact import redact
+from fastworker.run.dlq import Letter, line_of
 from fastworker.run.page import Card, HttpSettings, Page, listen, pss
-from fastworker.run.retry import pause
 from fastworker.run.status import ProcessStatus, WorkerStatus
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect

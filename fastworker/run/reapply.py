@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
-from fastworker.run.heartbeat import Heartbeats
-from fastworker.run.retry import pause
+from fastworker.process.backoff import pause
+from fastworker.process.board import Heartbeats
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import Entry, SetAside, Tally

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from fastworker.errors import StoreUnavailable
-from fastworker.run.retry import Backoff, pause
+from fastworker.process.backoff import Backoff, pause
 from fastworker.store.store import Store
 
 if TYPE_CHECKING:

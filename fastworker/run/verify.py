@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
-from fastworker.run.retry import pause
+from fastworker.process.backoff import pause
 from fastworker.store.audit import CHECKS, Audit, Check, Drift, Key, open_audit
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repair import Repair

@@ -12,7 +12,7 @@ import time
 from typing import Protocol
 
 from fastworker.crashpoint import Place, crashpoint
-from fastworker.run.heartbeat import Slot
+from fastworker.process.board import Slot
 from fastworker.stream.consumer import FOREIGN_IDLE_MS, LEASE_MS, Claimed, Consumer, Entry
 
 log = logging.getLogger(__name__)

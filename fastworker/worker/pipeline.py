@@ -21,8 +21,8 @@ from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
-from fastworker.run.heartbeat import Slot, State, now_ms
-from fastworker.run.retry import Backoff, pause
+from fastworker.process.backoff import Backoff, pause
+from fastworker.process.board import Slot, State, now_ms
 from fastworker.store.store import Ground, Written
 from fastworker.stream.consumer import Entry, SetAside, Tally, id_order
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress

@@ -14,8 +14,8 @@ from redis.asyncio import Redis
 from fastworker.crashpoint import arm
 from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
-from fastworker.run.child import StartAgain, run_child
-from fastworker.run.heartbeat import Slot, State, now_ms
+from fastworker.process.board import Slot, State, now_ms
+from fastworker.process.child import StartAgain, run_child
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import LeaseLostError, WorkerStream

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis
 
+from fastworker.process.board import Heartbeats
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
-from fastworker.run.heartbeat import Heartbeats
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.consumer import LEDGER_KEY

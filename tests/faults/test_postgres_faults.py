@@ -20,7 +20,7 @@ from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import StoreUnavailable, Unreachable
-from fastworker.run.heartbeat import State
+from fastworker.process.board import State
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect

@@ -10,7 +10,7 @@ import pytest
 
 from fastworker.event import Commit, Op
 from fastworker.event.entry import encode_native
-from fastworker.run.heartbeat import Heartbeats
+from fastworker.process.board import Heartbeats
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import WorkerStream

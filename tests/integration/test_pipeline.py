@@ -18,7 +18,7 @@ from servers import counts_reads
 from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
-from fastworker.run.heartbeat import Heartbeats, State, now_ms
+from fastworker.process.board import Heartbeats, State, now_ms
 from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect

@@ -25,9 +25,9 @@ from servers import RedisUnderTest
 
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
+from fastworker.process.backoff import Backoff
 from fastworker.reader import reader as reader_module
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
-from fastworker.run.retry import Backoff
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.testing.proxy import Proxy

@@ -19,11 +19,11 @@ from redis.asyncio import Redis
 from servers import RedisUnderTest
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.process.backoff import Backoff, pause
 from fastworker.reader import reader as reader_module
 from fastworker.reader.reader import Outbox, SilenceWatch
 from fastworker.reader.relay import PATH, RelayAddress, _at_least
 from fastworker.redact import redact
-from fastworker.run.retry import Backoff, pause
 from fastworker.stream.client import connect, error_code, translate, translating
 from fastworker.stream.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
 

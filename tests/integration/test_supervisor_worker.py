@@ -24,8 +24,8 @@ from redis.asyncio import Redis
 from fastworker.crashpoint import Place
 from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
-from fastworker.run.heartbeat import Heartbeats, Slot
-from fastworker.run.supervisor import ChildSpec, Supervisor
+from fastworker.process.board import Heartbeats, Slot
+from fastworker.process.supervisor import ChildSpec, Supervisor
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.worker.worker import WorkerSettings, shrunk, worker_child

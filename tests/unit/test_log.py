@@ -12,7 +12,7 @@ import pytest
 
 from fastworker import log as fastworker_log
 from fastworker.log import REPEATS_MAX, WINDOW_S, RepeatLimit, setup_logging
-from fastworker.run.heartbeat import Heartbeats
+from fastworker.process.board import Heartbeats
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 
 from fastworker.errors import ExitCode, FastworkerError
-from fastworker.run.heartbeat import Slot, State, now_ms
+from fastworker.process.board import Slot, State, now_ms
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 No event loop, no connections, no threads: so it can fork at any time, and nothing that hangs a child hangs the parent.
 Signals are data: they stay blocked and are taken one by one from the kernel's queue, in the one wait of the one loop.
-What it knows of its children it reads from the board (run/heartbeat.py) and from waitpid.
+What it knows of its children it reads from the board (process/board.py) and from waitpid.
 
 | signal | means |
 |---|---|
@@ -31,8 +31,8 @@ from typing import Final
 import msgspec
 
 from fastworker.errors import ExitCode
-from fastworker.run.child import AGAIN, dump_stacks_on
-from fastworker.run.heartbeat import Heartbeats, Slot, State, now_ms
+from fastworker.process.board import Heartbeats, Slot, State, now_ms
+from fastworker.process.child import AGAIN, dump_stacks_on
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)  # loaded before the fork
 
 
 class ChildSpec(msgspec.Struct, frozen=True):
-    """A kind of child. `target` runs in the forked process and returns its exit code (see run/child.py).
+    """A kind of child. `target` runs in the forked process and returns its exit code (see process/child.py).
 
     `count` None: exactly one, such as the monitor, which owns a port: it is stopped before it is started anew.
     A number: workers, which may be more or fewer for a while, and whose progress is judged.
