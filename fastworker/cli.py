@@ -25,10 +25,10 @@ from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnava
 from fastworker.redact import redact
 
 if TYPE_CHECKING:
+    from fastworker.monitor.monitor import MonitorSettings
+    from fastworker.monitor.page import HttpSettings
     from fastworker.reader.reader import ReaderSettings
     from fastworker.run.dlq import Wanted
-    from fastworker.run.monitor import MonitorSettings
-    from fastworker.run.page import HttpSettings
     from fastworker.run.up import Plan
     from fastworker.worker.worker import WorkerSettings
 
@@ -134,7 +134,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
 
 
 def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
-    from fastworker.run.monitor import MonitorSettings
+    from fastworker.monitor.monitor import MonitorSettings
 
     return MonitorSettings(
         redis_url=config.redis_url,
@@ -167,7 +167,7 @@ def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
 
 
 def _http_settings(config: Config, default: int) -> HttpSettings:
-    from fastworker.run.page import HttpSettings
+    from fastworker.monitor.page import HttpSettings
 
     port = default if config.http_port is None else config.http_port
     return HttpSettings(
@@ -304,7 +304,7 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.run.page import ask_health
+    from fastworker.monitor.page import ask_health
 
     config = _config()
     if config.http_port in (0, "off"):

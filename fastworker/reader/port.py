@@ -18,9 +18,9 @@ import msgspec
 
 from fastworker import __version__, metrics
 from fastworker.metrics import Figures
+from fastworker.monitor.page import Card, HttpSettings, Page, listen, own_pss
 from fastworker.reader.reader import ReaderSettings, ReaderStats
 from fastworker.reader.resume import read_and_resume
-from fastworker.run.page import Card, HttpSettings, Page, listen, own_pss
 from fastworker.run.status import ProcessStatus
 
 FRESH_S: Final = 6.0

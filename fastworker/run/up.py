@@ -21,6 +21,7 @@ from fastworker.config import Config
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
+from fastworker.monitor.monitor import MonitorSettings, run_monitor
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Supervisor
@@ -28,7 +29,6 @@ from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.resume import read_and_resume
 from fastworker.redact import redact
 from fastworker.run.checks import preflight
-from fastworker.run.monitor import MonitorSettings, run_monitor
 from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.store.migrate import migrate
 from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, worker_child

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from fastworker.edge.expose import Source, ask, serve
 from fastworker.errors import Unreachable
+from fastworker.monitor.http import Source, ask, serve
 from fastworker.run.dlq import Letter
 from fastworker.run.status import ProcessStatus
 

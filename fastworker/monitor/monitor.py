@@ -23,6 +23,7 @@ import msgspec
 from fastworker import __version__, metrics
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
+from fastworker.monitor.page import Card, HttpSettings, Page, listen, pss
 from fastworker.process.backoff import pause
 from fastworker.process.board import (
     FLUSH_ENTRIES,
@@ -40,7 +41,6 @@ from fastworker.reader.port import cards as reader_cards
 from fastworker.reader.reader import ReaderStats
 from fastworker.redact import redact
 from fastworker.run.dlq import Letter, line_of
-from fastworker.run.page import Card, HttpSettings, Page, listen, pss
 from fastworker.run.status import ProcessStatus, WorkerStatus
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect
