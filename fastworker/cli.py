@@ -151,8 +151,8 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
 
 
 def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
-    from fastworker.run.resolver import ResolverSettings
     from fastworker.run.up import Plan
+    from fastworker.sync.resolver import ResolverSettings
 
     url = config.require_database_url(command)
 

@@ -29,8 +29,8 @@ from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.resume import read_and_resume
 from fastworker.redact import redact
 from fastworker.run.checks import preflight
-from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.store.migrate import migrate
+from fastworker.sync.resolver import ResolverSettings, run_resolver
 from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, worker_child
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from fastworker.process.backoff import Backoff, pause
 from fastworker.store.store import Store
 
 if TYPE_CHECKING:
-    from fastworker.edge.identity import Directory
+    from fastworker.sync.identity import Directory
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ async def _resolve(
 
 
 def _directory(settings: ResolverSettings) -> Directory:
-    from fastworker.edge.identity import Directory  # noqa: PLC0415 - memory, where nothing is to be resolved
+    from fastworker.sync.identity import Directory  # noqa: PLC0415 - memory, where nothing is to be resolved
 
     return Directory(
         settings.plc_url,
@@ -85,7 +85,7 @@ def _directory(settings: ResolverSettings) -> Directory:
 
 async def resolve_once(directory: Directory, store: Store, waiting: list[tuple[str, datetime]]) -> None:
     """Ask for these, and write down what was found."""
-    from fastworker.edge.identity import Unresolved, gather  # noqa: PLC0415 - as above
+    from fastworker.sync.identity import Unresolved, gather  # noqa: PLC0415 - as above
 
     asked_at = datetime.now(UTC)
     found = await gather(directory, [did for did, _ in waiting], AT_ONCE, APART_S)
