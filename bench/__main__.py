@@ -28,7 +28,7 @@ from bench.presets import PRESETS
 from bench.reader import reader
 from bench.report import RESULTS, Figures, Report, medians
 from bench.targets import compare
-from fastworker.run.tune import Extent
+from fastworker.commands.tune import Extent
 
 
 class Wish(NamedTuple):

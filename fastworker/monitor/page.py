@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
+from fastworker.commands.dlq import Letter
+from fastworker.commands.status import ProcessStatus
 from fastworker.errors import Unreachable
 from fastworker.monitor.http import Source, ask, serve
-from fastworker.run.dlq import Letter
-from fastworker.run.status import ProcessStatus
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
+from fastworker.commands.status import ProcessStatus
 from fastworker.metrics import Figures
 from fastworker.monitor.page import Card, HttpSettings, Page, listen, own_pss
 from fastworker.reader.reader import ReaderSettings, ReaderStats
 from fastworker.reader.resume import read_and_resume
-from fastworker.run.status import ProcessStatus
 
 FRESH_S: Final = 6.0
 """Readiness: a loop turns, a server answers and a waiting frame is appended within this time."""

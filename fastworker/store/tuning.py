@@ -1,7 +1,7 @@
 """PostgreSQL for `fastworker migrate --tune`: storage parameters and indexes, each change remembered with its undoing.
 
 `fastworker.tuning` has one row per change that is in force; it is made with the first and goes with the last.
-Decides nothing: run/tune.py does.
+Decides nothing: commands/tune.py does.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.commands.check import check
+from fastworker.commands.compare import compare as run_compare
+from fastworker.commands.reapply import reapply
+from fastworker.commands.verify import Wish, verify
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
-from fastworker.run.checks import check
-from fastworker.run.compare import compare as run_compare
-from fastworker.run.reapply import reapply
-from fastworker.run.verify import Wish, verify
 from fastworker.testing import compare
 from fastworker.testing.foreign import OldWorker
 from fastworker.testing.model import Model
@@ -260,8 +260,8 @@ async def test_there_and_back(
 
     # derived tables equal a recomputation
     # nobody writes any more: what differs need not be waited for
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_S", (0.0,))
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_JOINED_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_JOINED_S", (0.0,))
     code, drift = await verified()
     assert (code, drift > 0) == (ExitCode.NO, True), "the old worker left none?"
     assert (await verified(repair=True))[0] is ExitCode.DONE

@@ -14,10 +14,10 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.commands import check as checks
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
-from fastworker.run import checks
 from fastworker.store import rights
 from fastworker.store.migrate import migrate
 from fastworker.testing.histories import random_history, to_entry

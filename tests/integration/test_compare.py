@@ -12,9 +12,9 @@ from property.feeding import batch_of, settle
 from redis.asyncio import Redis
 from servers import counts_reads
 
+from fastworker.commands import compare
 from fastworker.config import parse_config
 from fastworker.errors import ExitCode, Unreachable
-from fastworker.run import compare
 from fastworker.store.store import Store
 from fastworker.testing.histories import DIDS, Event, cid_of, number, to_entry
 

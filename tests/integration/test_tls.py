@@ -22,10 +22,10 @@ import trustme
 from e2e.house import House
 from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, connected
 
+from fastworker.commands.check import preflight
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
-from fastworker.run.checks import preflight
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect

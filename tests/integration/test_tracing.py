@@ -27,7 +27,7 @@ POST = {
 
 def test_nothing_is_imported_when_it_is_off() -> None:
     """By us: the Redis client imports OpenTelemetry's metrics wherever it finds them."""
-    code = "import sys, fastworker.cli, fastworker.run.up, fastworker.worker.worker; print(*sys.modules)"
+    code = "import sys, fastworker.cli, fastworker.commands.up, fastworker.worker.worker; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf", "requests")
     assert [name for name in done.stdout.split() if name.startswith(ours)] == []

@@ -12,12 +12,12 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from fastworker.commands.tune import STORAGE, report, tune, untune
+from fastworker.commands.verify import Wish, verify
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ExitCode
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
-from fastworker.run.tune import STORAGE, report, tune, untune
-from fastworker.run.verify import Wish, verify
 from fastworker.store.migrate import check, packaged
 from fastworker.store.schema_admin import SchemaRefused
 from fastworker.store.store import Store

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from fastworker.commands.check import preflight
 from fastworker.config import Config
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
@@ -28,7 +29,6 @@ from fastworker.process.supervisor import ChildSpec, Supervisor
 from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.resume import read_and_resume
 from fastworker.redact import redact
-from fastworker.run.checks import preflight
 from fastworker.store.migrate import migrate
 from fastworker.sync.resolver import ResolverSettings, run_resolver
 from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, worker_child
