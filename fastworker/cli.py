@@ -496,9 +496,9 @@ def relay(
     from itertools import chain, count
 
     from fastworker.process.signals import stop_on_signals
+    from fastworker.simulator.network import Network, SimFrame
+    from fastworker.simulator.relay import serve
     from fastworker.testing.frames import FramesFile
-    from fastworker.testing.network import Network, SimFrame
-    from fastworker.testing.relay import serve
 
     _config()
     frames: Iterable[SimFrame | bytes | str]

@@ -36,14 +36,14 @@ from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quanti
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
 from fastworker.reader.reader import ReaderSettings, run_reader
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.testing.compare import COLUMNS, Difference, diff, dump, report
 from fastworker.testing.model import Model
-from fastworker.testing.network import Network
-from fastworker.testing.relay import SimRelay
 from fastworker.worker.worker import WorkerSettings, worker_child
 
 log = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ import click
 
 from fastworker.crashpoint import Place
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
-from fastworker.testing.network import Network
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import Fault as RelayFault
+from fastworker.simulator.repo import SimFrame
 from fastworker.testing.proxy import Proxy
-from fastworker.testing.relay import Fault as RelayFault
-from fastworker.testing.repo import SimFrame
 from fastworker.testing.stage import GROUP, KEY, Stage, ended_in, is_entry
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.

@@ -29,13 +29,13 @@ from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import SimFrame
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.testing import compare
 from fastworker.testing.model import Event, Model
 from fastworker.testing.proxy import Proxy
-from fastworker.testing.relay import SimRelay
-from fastworker.testing.repo import SimFrame
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 LEDGER, LETTERS, CURSOR = "fastworker:ledger", "firehose:dead-letters", "firehose:python_cursor"

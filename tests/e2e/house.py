@@ -11,11 +11,11 @@ from redis.asyncio import Redis
 
 from fastworker.process.board import Heartbeats
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import SimFrame
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.consumer import LEDGER_KEY
-from fastworker.testing.relay import SimRelay
-from fastworker.testing.repo import SimFrame
 from fastworker.worker.worker import WorkerSettings, work
 
 KEY, GROUP = "firehose:events", "firehose-processors"

@@ -11,11 +11,11 @@ import pytest
 from house import GROUP, KEY, Form, House
 from sdk_dialect import predecessor
 
+from fastworker.simulator.network import Network
+from fastworker.simulator.repo import SimFrame
 from fastworker.testing.compare import Tables, diff, dump, report
 from fastworker.testing.histories import to_entry
 from fastworker.testing.model import Model
-from fastworker.testing.network import Network
-from fastworker.testing.repo import SimFrame
 
 EVENTS = 1_500
 

@@ -20,12 +20,12 @@ from servers import RedisUnderTest
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
 from fastworker.stream import consumer as stream
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import CONSUMERS_KEY
-from fastworker.testing.network import Network
 from fastworker.testing.proxy import Proxy
-from fastworker.testing.relay import SimRelay
 from fastworker.testing.stage import Stage, is_entry
 from fastworker.worker import worker
 

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fastworker.testing import mst
-from fastworker.testing.cbor import LINK, DecodeError, cid_bytes, cid_of, cid_text, decode, encode_record, head, text
+from fastworker.simulator import mst
+from fastworker.simulator.cbor import LINK, DecodeError, cid_bytes, cid_of, cid_text, decode, encode_record, head, text
 
 START_TIME = datetime(2026, 7, 4, 14, 38, 7, 517000, tzinfo=UTC)
 START_SEQ = 31_527_015_322

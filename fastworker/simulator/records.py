@@ -12,8 +12,8 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from fastworker.testing.cbor import DAG_CBOR, RAW, cid_text
-from fastworker.testing.repo import Clock
+from fastworker.simulator.cbor import DAG_CBOR, RAW, cid_text
+from fastworker.simulator.repo import Clock
 
 Record = dict[str, Any]
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
-from fastworker.testing.cbor import DAG_CBOR, LINK, head
+from fastworker.simulator.cbor import DAG_CBOR, LINK, head
 
 Entry = tuple[bytes, bytes, bytes, bytes]
 """(key, CID of the value, CBOR of the entry before and after the link of its subtree). The third depends on the key

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fastworker.testing.records import Person, Post, Records, Ref, name_cid
-from fastworker.testing.repo import START_TIME, SimFrame, Write, account_frame, identity_frame, tid
-from fastworker.testing.world import Account, World
+from fastworker.simulator.records import Person, Post, Records, Ref, name_cid
+from fastworker.simulator.repo import START_TIME, SimFrame, Write, account_frame, identity_frame, tid
+from fastworker.simulator.world import Account, World
 
 T = TypeVar("T")
 

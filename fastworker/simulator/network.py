@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Literal, Protocol
 
-from fastworker.testing.adversary import Adversary
-from fastworker.testing.hostile import hostile_frames
-from fastworker.testing.production import PRODUCTION, SURGE, Production
-from fastworker.testing.repo import START_SEQ, START_TIME, Block, Clock, Lost, Repo, SimFrame, repo_to_frames
-from fastworker.testing.world import World
+from fastworker.simulator.adversary import Adversary
+from fastworker.simulator.hostile import hostile_frames
+from fastworker.simulator.production import PRODUCTION, SURGE, Production
+from fastworker.simulator.repo import START_SEQ, START_TIME, Block, Clock, Lost, Repo, SimFrame, repo_to_frames
+from fastworker.simulator.world import World
 
 __all__ = ["Block", "Clock", "Lost", "Network", "Repo", "SimFrame", "hostile_frames", "repo_to_frames"]
 

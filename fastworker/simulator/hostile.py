@@ -10,9 +10,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from fastworker.testing import mst
-from fastworker.testing.cbor import DAG_CBOR, RAW, cid_of, encode, head, link, text
-from fastworker.testing.repo import (
+from fastworker.simulator import mst
+from fastworker.simulator.cbor import DAG_CBOR, RAW, cid_of, encode, head, link, text
+from fastworker.simulator.repo import (
     START_SEQ,
     Clock,
     Repo,

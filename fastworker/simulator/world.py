@@ -7,10 +7,10 @@ import random
 from functools import lru_cache
 from hashlib import sha256
 
-from fastworker.testing import mst
-from fastworker.testing.cbor import DAG_CBOR
-from fastworker.testing.records import Person
-from fastworker.testing.repo import START_TIME, Clock, Repo, tid
+from fastworker.simulator import mst
+from fastworker.simulator.cbor import DAG_CBOR
+from fastworker.simulator.records import Person
+from fastworker.simulator.repo import START_TIME, Clock, Repo, tid
 
 _HISTORY_SHARES = (
     ("app.bsky.feed.like", 0.62),

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fastworker.testing.production import GATES, SELF
-from fastworker.testing.records import Person, Post, Record, Records, Ref, name_cid
-from fastworker.testing.repo import (
+from fastworker.simulator.production import GATES, SELF
+from fastworker.simulator.records import Person, Post, Record, Records, Ref, name_cid
+from fastworker.simulator.repo import (
     START_TIME,
     Block,
     Lost,
@@ -21,7 +21,7 @@ from fastworker.testing.repo import (
     tid,
     unknown_frame,
 )
-from fastworker.testing.world import Account, World
+from fastworker.simulator.world import Account, World
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Self
 import libipld
 from aiohttp import ClientConnectionError, WSCloseCode, web
 
-from fastworker.testing.repo import SimFrame, error_frame, info_frame
+from fastworker.simulator.repo import SimFrame, error_frame, info_frame
 
 PATH = "/xrpc/com.atproto.sync.subscribeRepos"
 _PULL_COUNT = 16
