@@ -32,6 +32,8 @@ from rich.text import Text
 from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ExitCode
+from fastworker.law.compare import COLUMNS, Difference, diff, dump, report
+from fastworker.law.model import Model
 from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
@@ -42,8 +44,6 @@ from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
-from fastworker.testing.compare import COLUMNS, Difference, diff, dump, report
-from fastworker.testing.model import Model
 from fastworker.worker.worker import WorkerSettings, worker_child
 
 log = logging.getLogger(__name__)

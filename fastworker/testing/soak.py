@@ -22,9 +22,9 @@ import msgspec
 from redis.exceptions import RedisError
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
+from fastworker.law.model import Event
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing.model import Event
 from fastworker.testing.stage import Stage, ended_in, is_entry
 
 LINE_S = 10.0

@@ -29,12 +29,12 @@ from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
+from fastworker.law import compare
+from fastworker.law.model import Event, Model
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
-from fastworker.testing import compare
-from fastworker.testing.model import Event, Model
 from fastworker.testing.proxy import Proxy
 
 KEY, GROUP = "firehose:events", "firehose-processors"

@@ -11,11 +11,11 @@ import pytest
 from house import GROUP, KEY, Form, House
 from sdk_dialect import predecessor
 
+from fastworker.law.compare import Tables, diff, dump, report
+from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing.compare import Tables, diff, dump, report
 from fastworker.testing.histories import to_entry
-from fastworker.testing.model import Model
 
 EVENTS = 1_500
 

@@ -29,12 +29,12 @@ from fastworker.commands.verify import Wish, verify
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
+from fastworker.law import compare
+from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing import compare
 from fastworker.testing.foreign import OldWorker
-from fastworker.testing.model import Model
 from fastworker.worker.worker import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]

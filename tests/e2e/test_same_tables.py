@@ -23,8 +23,8 @@ from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
 from servers import PostgresUnderTest
 
+from fastworker.law import compare
 from fastworker.store.store import Store
-from fastworker.testing import compare
 from fastworker.testing.histories import random_history, to_entry
 
 KEY, GROUP = "firehose:events", "firehose-processors"

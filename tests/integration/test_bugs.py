@@ -12,11 +12,11 @@ from property.feeding import batch_of, settle
 
 from fastworker.errors import StoreUnavailable
 from fastworker.event import Sync
+from fastworker.law import compare
+from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
-from fastworker.testing import compare
 from fastworker.testing.histories import DIDS, Event, cid_of, entry_ms, number, random_history
-from fastworker.testing.model import Model
 
 POST = f"at://{DIDS[1]}/app.bsky.feed.post/p"
 

@@ -28,10 +28,10 @@ from servers import PostgresUnderTest, RedisUnderTest, connected
 
 import fastworker
 from fastworker.edge.embedded import free_port
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFINED = (

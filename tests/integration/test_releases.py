@@ -20,10 +20,10 @@ from servers import connected
 
 import fastworker
 from fastworker.event.entry import decode_entry, encode_json, encode_native
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
 from fastworker.store.migrate import Migration, check, migrate, packaged
 from fastworker.stream.client import connect
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
 
 FILES = sorted(make.FOLDER.glob("*.json.zst"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 FORMS = ("native", "json", "frame")

@@ -20,6 +20,8 @@ import pytest
 import redis
 from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
 
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store import admin as postgres_admin
@@ -39,8 +41,6 @@ from fastworker.table.schema import (
     QUOTES,
     TABLES,
 )
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"

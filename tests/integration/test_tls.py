@@ -26,12 +26,12 @@ from fastworker.commands.check import preflight
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
 
 SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 

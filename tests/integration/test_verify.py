@@ -21,13 +21,13 @@ from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
+from fastworker.law import compare
+from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing import compare
 from fastworker.testing.histories import Event, entry_ms, random_history, to_entry
-from fastworker.testing.model import Model
 
 SEED = 11
 EVENTS = 2_500

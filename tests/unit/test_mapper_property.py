@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from fastworker.errors import Reason
 from fastworker.event import Commit, Op
+from fastworker.law.model import Model
 from fastworker.table import schema
 from fastworker.table.batch import Change
 from fastworker.table.mapper import map_commit
-from fastworker.testing.model import Model
 
 REPO = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 OTHER = "did:web:other.test"
