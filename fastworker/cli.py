@@ -495,10 +495,10 @@ def relay(
     """
     from itertools import chain, count
 
+    from fastworker.event.recording import FramesFile
     from fastworker.process.signals import stop_on_signals
     from fastworker.simulator.network import Network, SimFrame
     from fastworker.simulator.relay import serve
-    from fastworker.testing.frames import FramesFile
 
     _config()
     frames: Iterable[SimFrame | bytes | str]

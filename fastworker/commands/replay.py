@@ -20,9 +20,9 @@ from fastworker.errors import ExitCode, InvalidEvent, Reason, StreamUnavailable
 from fastworker.event import ErrorFrame, Info, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
+from fastworker.event.recording import FramesFile
 from fastworker.process.backoff import Backoff
 from fastworker.stream.admin import RedisAdmin, open_redis
-from fastworker.testing.frames import FramesFile
 
 log = logging.getLogger(__name__)
 

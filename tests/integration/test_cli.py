@@ -24,9 +24,9 @@ from fastworker import __version__
 from fastworker.cli import cli
 from fastworker.config import VARIABLES
 from fastworker.event.entry import decode_entry
+from fastworker.event.recording import write_frames
 from fastworker.metrics import READER_METRICS, WORKER_METRICS
 from fastworker.simulator.network import Network
-from fastworker.testing.frames import write_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM, GROUP, DEAD = "firehose:events", "firehose-processors", "firehose:dead-letters"

@@ -436,7 +436,7 @@ def test_the_siblings_of_a_hostile_op_are_whole():
 
 def test_nothing_under_test_is_imported():
     code = (
-        "import sys, fastworker.simulator.network, fastworker.simulator.relay, fastworker.testing.frames\n"
+        "import sys, fastworker.simulator.network, fastworker.simulator.relay, fastworker.event.recording\n"
         "parts = ('fastworker.event', 'fastworker.table', 'fastworker.edge', 'fastworker.run')\n"
         "print([m for m in sys.modules if m.startswith(parts)])"
     )

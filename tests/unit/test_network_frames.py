@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastworker.errors import ConfigError
+from fastworker.event.recording import FramesFile, write_frames
 from fastworker.simulator.network import Network
-from fastworker.testing.frames import FramesFile, write_frames
 
 FRAMES = [frame.data for frame in Network(1, accounts=5).frames(40)]
 
