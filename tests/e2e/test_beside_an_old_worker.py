@@ -17,9 +17,9 @@ from fastworker.commands.verify import Wish, verify
 from fastworker.errors import ExitCode
 from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.table import derive
-from fastworker.testing.foreign import Foreign
-from fastworker.testing.histories import random_history, to_entry
 from fastworker.worker.worker import WorkerSettings
+from tests.rig.foreign import Foreign
+from tests.rig.histories import random_history, to_entry
 
 EVENTS = 2_500
 

@@ -15,7 +15,7 @@ from fastworker.law.compare import Tables, diff, dump, report
 from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing.histories import to_entry
+from tests.rig.histories import to_entry
 
 EVENTS = 1_500
 

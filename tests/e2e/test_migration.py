@@ -34,8 +34,8 @@ from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing.foreign import OldWorker
 from fastworker.worker.worker import WorkerSettings
+from tests.rig.foreign import OldWorker
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, GROUP, LEDGER, CURSOR = "firehose:events", "firehose-processors", "fastworker:ledger", "firehose:python_cursor"

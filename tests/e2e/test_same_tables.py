@@ -25,7 +25,7 @@ from servers import PostgresUnderTest
 
 from fastworker.law import compare
 from fastworker.store.store import Store
-from fastworker.testing.histories import random_history, to_entry
+from tests.rig.histories import random_history, to_entry
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 # processes, pipelines in each, COUNT of a read, where to die, kills of whole workers

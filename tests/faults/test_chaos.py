@@ -1,4 +1,4 @@
-"""Everything is pulled: `python -m fastworker.testing.chaos`."""
+"""Everything is pulled: `python -m tests.rig.chaos`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastworker.crashpoint import Place
-from fastworker.testing.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
+from tests.rig.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
 
 
 def test_the_seed_fixes_the_plan() -> None:

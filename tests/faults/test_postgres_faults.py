@@ -26,7 +26,7 @@ from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.proxy import Proxy
+from tests.rig.proxy import Proxy
 
 POST = "at://did:plc:aaaaaaaaaaaaaaaaaaaaaaaa/app.bsky.feed.post/3kaaaaaaaaa2a"
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"

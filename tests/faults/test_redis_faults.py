@@ -25,9 +25,9 @@ from fastworker.simulator.relay import SimRelay
 from fastworker.stream import consumer as stream
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import CONSUMERS_KEY
-from fastworker.testing.proxy import Proxy
-from fastworker.testing.stage import Stage, is_entry
 from fastworker.worker import worker
+from tests.rig.proxy import Proxy
+from tests.rig.stage import Stage, is_entry
 
 
 @pytest.fixture

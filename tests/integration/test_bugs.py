@@ -16,7 +16,7 @@ from fastworker.law import compare
 from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
-from fastworker.testing.histories import DIDS, Event, cid_of, entry_ms, number, random_history
+from tests.rig.histories import DIDS, Event, cid_of, entry_ms, number, random_history
 
 POST = f"at://{DIDS[1]}/app.bsky.feed.post/p"
 

@@ -20,7 +20,7 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
 from fastworker.store import rights
 from fastworker.store.migrate import migrate
-from fastworker.testing.histories import random_history, to_entry
+from tests.rig.histories import random_history, to_entry
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
 

@@ -16,7 +16,7 @@ from fastworker.commands import compare
 from fastworker.config import parse_config
 from fastworker.errors import ExitCode, Unreachable
 from fastworker.store.store import Store
-from fastworker.testing.histories import DIDS, Event, cid_of, number, to_entry
+from tests.rig.histories import DIDS, Event, cid_of, number, to_entry
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
 POST, LIKE, LIST = "app.bsky.feed.post", "app.bsky.feed.like", "app.bsky.graph.list"

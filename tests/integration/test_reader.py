@@ -30,7 +30,7 @@ from fastworker.reader import reader as reader_module
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
-from fastworker.testing.proxy import Proxy
+from tests.rig.proxy import Proxy
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 TIME = "2026-01-02T03:04:05.678Z"

@@ -24,7 +24,7 @@ from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.histories import entry_ms, random_history, to_entry
+from tests.rig.histories import entry_ms, random_history, to_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIXES = {

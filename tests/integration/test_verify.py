@@ -27,7 +27,7 @@ from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.histories import Event, entry_ms, random_history, to_entry
+from tests.rig.histories import Event, entry_ms, random_history, to_entry
 
 SEED = 11
 EVENTS = 2_500

@@ -15,7 +15,7 @@ from fastworker.store import statements as merge
 from fastworker.store.migrate import packaged
 from fastworker.store.store import FEW_USERS, Store
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
-from fastworker.testing.histories import Event, cid_of, number
+from tests.rig.histories import Event, cid_of, number
 
 A, B, C = (f"did:plc:{name * 24}" for name in "abc")
 POST = f"at://{B}/app.bsky.feed.post/p"

@@ -14,7 +14,7 @@ from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.histories import Event, entry_ms, to_entry
+from tests.rig.histories import Event, entry_ms, to_entry
 
 
 def put(batch: Batch, event: Event) -> None:

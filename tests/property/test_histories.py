@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from property.feeding import batch_of, clear, differences, lawful, settle
 
 from fastworker.store.store import Store
-from fastworker.testing.histories import History, histories
+from tests.rig.histories import History, histories
 
 
 class Bench:

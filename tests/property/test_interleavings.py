@@ -20,7 +20,7 @@ from property.feeding import batch_of, differences, lawful, settle
 from fastworker.store import statements as merge
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
-from fastworker.testing.histories import Event, cid_of, number, tid
+from tests.rig.histories import Event, cid_of, number, tid
 
 PLACES = (
     "prologue",  # looked, and nothing is written yet

@@ -1,6 +1,6 @@
 """A worker in the predecessor's style on the same stream: plain SQL, one statement after another, with its bugs.
 
-`python -m fastworker.testing.foreign` runs one on REDIS_URL and DATABASE_URL until it is told to stop: for rehearsing a
+`python -m tests.rig.foreign` runs one on REDIS_URL and DATABASE_URL until it is told to stop: for rehearsing a
 migration, and for the tests of one.
 
 What makes it a foreign writer (predecessor contract, 5.4 and 5.9): no versions; the first row of a URI stays; counters
@@ -24,7 +24,7 @@ import asyncpg
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastworker.testing.histories import Event, Record
+from tests.rig.histories import Event, Record
 
 _INSERT = "INSERT INTO {table} ({columns}) VALUES ({values}) ON CONFLICT (uri) DO NOTHING"
 _COUNTER = {
@@ -45,7 +45,7 @@ _DELETES = {
 
 
 class Foreign:
-    """Applies events in the neutral form of `testing.histories`."""
+    """Applies events in the neutral form of `rig.histories`."""
 
     def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         self._connection = connection

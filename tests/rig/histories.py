@@ -133,7 +133,7 @@ def histories(max_events: int = 12, *, bare: bool = True) -> SearchStrategy[Hist
 
     Most are about a few accounts and collections only: what happens to one record or pair matters more than variety.
     """
-    from hypothesis import strategies as st  # noqa: PLC0415 - a development dependency
+    from hypothesis import strategies as st
 
     few = st.lists(st.sampled_from(sorted(WEIGHTS)), min_size=1, max_size=3, unique=True)
 

@@ -1,4 +1,4 @@
-"""`python -m fastworker.testing.chaos --faults N --seed N`: the whole pipeline while everything is pulled out of it.
+"""`python -m tests.rig.chaos --faults N --seed N`: the whole pipeline while everything is pulled out of it.
 
 Real Valkey with its append-only file, real PostgreSQL, the simulated relay, `fastworker reader` and `fastworker worker`
 with two processes, each connection through a proxy. The seed fixes the plan of faults; when exactly each of them hits
@@ -28,8 +28,8 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import Fault as RelayFault
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing.proxy import Proxy
-from fastworker.testing.stage import GROUP, KEY, Stage, ended_in, is_entry
+from tests.rig.proxy import Proxy
+from tests.rig.stage import GROUP, KEY, Stage, ended_in, is_entry
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.
 WEIGHTS = {
@@ -178,7 +178,7 @@ class Chaos:
         before = ended_in(await self.stage.ledger())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                while ended_in(await self.stage.ledger()) <= before:  # noqa: ASYNC110 - another process's
+                while ended_in(await self.stage.ledger()) <= before:
                     await asyncio.sleep(0.1)
 
     # --- faults
@@ -227,7 +227,7 @@ class Chaos:
         await self.stage.worker.start(crashpoint)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CRASH_S):
-                while not self.stage.worker.has_crashed and self.stage.worker.is_running:  # noqa: ASYNC110 - a log file
+                while not self.stage.worker.has_crashed and self.stage.worker.is_running:
                     await asyncio.sleep(0.1)
 
     async def _provoked(self, place: Place) -> None:

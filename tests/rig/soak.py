@@ -1,4 +1,4 @@
-"""`python -m fastworker.testing.soak`: the pipeline at a steady rate for long, while its servers leave and come back.
+"""`python -m tests.rig.soak`: the pipeline at a steady rate for long, while its servers leave and come back.
 
 Real PostgreSQL and Valkey, the simulated relay at RATE frames a second, `fastworker reader` and `fastworker worker`
 with two processes. PostgreSQL is stopped for some minutes, later Redis for one. A line every ten seconds; in the end a
@@ -25,7 +25,7 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.law.model import Event
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
-from fastworker.testing.stage import Stage, ended_in, is_entry
+from tests.rig.stage import Stage, ended_in, is_entry
 
 LINE_S = 10.0
 LOOK_S = 1.0

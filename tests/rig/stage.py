@@ -35,7 +35,7 @@ from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
-from fastworker.testing.proxy import Proxy
+from tests.rig.proxy import Proxy
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 LEDGER, LETTERS, CURSOR = "fastworker:ledger", "firehose:dead-letters", "firehose:python_cursor"
