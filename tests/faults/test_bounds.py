@@ -1,6 +1,6 @@
 """Nothing in the product can wait for a peer without a bound: every await on a socket, and what ends it.
 
-The list is made from the source: each `await` in edge/ and run/ is put into one class by what it calls. A call that
+The list is made from the source: each `await` of the product is put into one class by what it calls. A call that
 no class knows fails the test: whoever adds one says here what bounds it.
 """
 
@@ -17,6 +17,7 @@ from fastworker.stream.consumer import WorkerStream
 from fastworker.worker import pipeline
 
 ROOT = Path(fastworker.__file__).parent
+ROOMS = ("commands", "edge", "monitor", "process", "reader", "store", "stream", "sync", "worker")
 
 # what is awaited -> what bounds it. First match counts.
 CLASSES: tuple[tuple[str, str], ...] = (
@@ -63,7 +64,7 @@ def _called(value: ast.expr) -> str:
 
 def awaits() -> list[tuple[str, int, str, str]]:
     found = []
-    for folder in ("edge", "run"):
+    for folder in ROOMS:
         for path in sorted((ROOT / folder).glob("*.py")):
             found += [
                 (f"{folder}/{path.name}", node.lineno, ast.unparse(node.value), _called(node.value))
@@ -97,7 +98,8 @@ def calls(name: str) -> list[tuple[str, ast.Call]]:
     return [
         (str(path.relative_to(ROOT)), node)
         for path in sorted(ROOT.rglob("*.py"))
-        if "testing" not in path.parts and path.name != "demo.py"  # simulations on servers of their own
+        if not {"simulator", "law"}.intersection(path.parts)
+        and path.name != "demo.py"  # simulations on servers of their own
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == name
     ]

@@ -9,12 +9,12 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-from fastworker.rig import histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastworker.law.compare import COLUMNS, Difference, diff, report, same
 from fastworker.law.model import CORE, FULL, Model, parse_time
+from tests.rig import histories
 from tests.rig.histories import History, cid_of, entry_ms, random_history, to_entry
 
 A, B, C = ("did:plc:" + letter * 24 for letter in "abc")
