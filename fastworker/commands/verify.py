@@ -23,7 +23,8 @@ from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachab
 from fastworker.process.backoff import pause
 from fastworker.store.audit import CHECKS, Audit, Check, Drift, Key, open_audit
 from fastworker.store.migrate import check as check_schema
-from fastworker.store.repair import Repair
+from fastworker.store.repair import mend
+from fastworker.store.store import Store
 
 PIECE = 10_000  # keys looked at in one statement
 LOOK_AGAIN_S = (0.2, 0.5)  # a transaction in flight ends
@@ -71,9 +72,7 @@ async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: as
     repair = None
     try:
         if wish.repair:
-            repair = await Repair.connect(
-                database_url, pool_size=1, application_name="fastworker-repair", derive=derive
-            )
+            repair = await Store.connect(database_url, pool_size=1, application_name="fastworker-repair", derive=derive)
             while not stop.is_set() and await repair.maintain():  # what is owed is no drift
                 pass
         async with open_audit(database_url, derive) as audit:
@@ -88,7 +87,7 @@ async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: as
 
 
 class _Run:
-    def __init__(self, audit: Audit, repair: Repair | None, wish: Wish, stop: asyncio.Event) -> None:
+    def __init__(self, audit: Audit, repair: Store | None, wish: Wish, stop: asyncio.Event) -> None:
         self._audit = audit
         self._repair = repair
         self._wish = wish
@@ -148,7 +147,7 @@ class _Run:
             if drifts := await self._settled(check, await self._audit.look(check, piece)):
                 left = drifts
                 if self._repair is not None:
-                    await self._repair.mend(check, drifts)
+                    await mend(self._repair, check, drifts)
                     left = await self._settled(check, await self._again(check, drifts))
                 counts = Counter(found.drift)
                 counts.update(drift.problem for drift in drifts)

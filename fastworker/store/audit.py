@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 import orjson
 
-from fastworker.store.store import translating
+from fastworker.store.session import translating
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, Table
 

@@ -14,7 +14,7 @@ from importlib import resources
 
 import msgspec
 
-from fastworker.crashpoint import Place, crashpoint
+from fastworker.crashpoint import Step, crashpoint
 from fastworker.store.schema_admin import Applied, Schema, SchemaRefused, open_schema
 
 __all__ = ["Migration", "SchemaRefused", "check", "migrate", "packaged"]
@@ -69,7 +69,7 @@ async def migrate(database_url: str, migrations: Sequence[Migration] | None = No
                     number=migration.number, name=migration.name, checksum=migration.checksum, adopted=adopted
                 )
                 await admin.apply(entry, migration.sql)
-                crashpoint(Place.IN_MIGRATION)
+                crashpoint(Step.IN_MIGRATION)
                 done.append(f"{migration.name} (adopted)" if adopted else migration.name)
             return done
 

@@ -7,13 +7,21 @@ every cause that was committed before the lock; one that commits later writes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
-from fastworker.store import statements as merge
+from fastworker.store import statements as sql
 from fastworker.store.audit import Check, Drift
-from fastworker.store.store import Connection, Store, thaw
-from fastworker.table import derive as derived
+from fastworker.store.effects import write_effects, write_gates
+from fastworker.store.flush import write_rows
+from fastworker.store.joined import recompute
+from fastworker.store.look import Key
+from fastworker.store.session import Connection
+from fastworker.store.settle import cids_of, settle, thaw
+from fastworker.store.store import Store
+from fastworker.store.writer import Writer
+from fastworker.table import derive
 from fastworker.table.batch import Change
 from fastworker.table.derive import Effects
 from fastworker.table.schema import (
@@ -37,257 +45,261 @@ PIECE = 1_000  # keys of one transaction: how long the writers may have to wait 
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when nothing was owed: nothing is paid for it
 
 
-class Repair(Store):
-    """A writer that takes keys instead of events."""
+async def mend(store: Store, check: Check, drifts: Sequence[Drift]) -> None:
+    """Make these rows right, whatever they are by now. Raises StoreUnavailable, RowRejected."""
+    for start in range(0, len(drifts), PIECE):
+        async with store.connection() as db:
+            await _MENDERS[check.mend](store.writer, db, drifts[start : start + PIECE])
 
-    async def mend(self, check: Check, drifts: Sequence[Drift]) -> None:
-        """Make these rows right, whatever they are by now. Raises StoreUnavailable, RowRejected."""
-        for start in range(0, len(drifts), PIECE):
-            piece = drifts[start : start + PIECE]
-            async with self._connection() as connection:
-                await getattr(self, f"_mend_{check.mend}")(connection, piece)
 
-    # Records ------------------------------------------------------------------------------------
+# Records ------------------------------------------------------------------------------------
 
-    async def _mend_remove(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        """As if their owners had deleted them now: deletes with the versions that the records have."""
-        uris = sorted({drift.target for drift in drifts})
-        versions = {r[0]: (r[1], r[2]) for r in await connection.fetch(_VERSIONS, uris)}
-        twins = {r[0]: (r[1], r[2]) for r in await connection.fetch(_TWIN_VERSIONS, uris)}
-        by_table: dict[str, tuple[Table, list[str]]] = {}
-        for uri in uris:
-            table = collection_table(uri)
-            by_table.setdefault(table.name, (table, []))[1].append(uri)
-        for table, mine in by_table.values():
-            if table.hot:
-                for uri, rev, seq in await connection.fetch(merge.versions_of(table), mine):
-                    versions[uri] = (rev, int(seq) if seq is not None and seq.isdecimal() else None)
-        kills = []
-        for uri in uris:
-            rev, seq = versions.get(uri) or twins.get(uri) or (None, None)
-            kills.append(
-                Change(collection_table(uri), uri, derived.did_of(uri), uri.rpartition("/")[2], rev, seq, 0, None, None)
-            )
-        await self._main(connection, kills, set(twins), None)
 
-    async def _mend_twins(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        """Settle the pairs of these twins once more: whoever has the lowest rkey takes the row."""
-        uris = sorted({drift.target for drift in drifts})
+async def _mend_remove(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    """As if their owners had deleted them now: deletes with the versions that the records have."""
+    uris = sorted({drift.target for drift in drifts})
+    versions = {r[0]: (r[1], r[2]) for r in await db.fetch(_VERSIONS, uris)}
+    twins = {r[0]: (r[1], r[2]) for r in await db.fetch(_TWIN_VERSIONS, uris)}
+    by_table: dict[str, tuple[Table, list[str]]] = {}
+    for uri in uris:
+        table = collection_table(uri)
+        by_table.setdefault(table.name, (table, []))[1].append(uri)
+    for table, mine in by_table.values():
+        if table.hot:
+            for uri, rev, seq in await db.fetch(sql.versions_of(table), mine):
+                versions[uri] = (rev, int(seq) if seq is not None and seq.isdecimal() else None)
+    kills = []
+    for uri in uris:
+        rev, seq = versions.get(uri) or twins.get(uri) or (None, None)
+        kills.append(
+            Change(collection_table(uri), uri, derive.did_of(uri), uri.rpartition("/")[2], rev, seq, 0, None, None)
+        )
+    await write_rows(writer, db, kills, set(twins))
 
-        async def settle(fx: Effects) -> int:
-            await connection.fetch(_VERSIONS_LOCK, uris)  # the gate of the cold tables
-            changes = await self._twins(connection, uris)
-            rows = 0
+
+async def _mend_twins(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    """Settle the pairs of these twins once more: whoever has the lowest rkey takes the row."""
+    uris = sorted({drift.target for drift in drifts})
+
+    async def transaction() -> dict[Key, datetime]:
+        effects = Effects(writer.derive)
+        async with db.transaction():
+            await db.fetch(_VERSIONS_LOCK, uris)  # the gate of the cold tables
+            changes = await _twins(db, uris)
             for table in TABLES:
                 if mine := [change for change in changes if change.table is table]:
-                    rows += await self._settle(connection, table, {change.uri: change for change in mine}, fx)
-            return rows
+                    await settle(db, table, {change.uri: change for change in mine}, effects)
+            return await write_effects(writer, db, effects)
 
-        await self._commit(connection, settle)
+    if owed := await writer.retry(transaction):
+        await recompute(writer, db, owed, set(), wait=False)
 
-    async def _twins(self, connection: Connection, uris: list[str]) -> list[Change]:
-        tables = {table.name: table for table in TABLES}
-        return [
-            Change(
-                tables[r["table_name"]],
-                r["uri"],
-                derived.did_of(r["uri"]),
-                r["rkey"],
-                r["rev"],
-                r["seq"],
-                0,
-                r["cid"],
-                thaw(tables[r["table_name"]], r["row_values"]),
-            )
-            for r in await connection.fetch(_TWINS, uris)
-        ]
 
-    # Users --------------------------------------------------------------------------------------
+async def _twins(db: Connection, uris: list[str]) -> list[Change]:
+    tables = {table.name: table for table in TABLES}
+    return [
+        Change(
+            tables[r["table_name"]],
+            r["uri"],
+            derive.did_of(r["uri"]),
+            r["rkey"],
+            r["rev"],
+            r["seq"],
+            0,
+            r["cid"],
+            thaw(tables[r["table_name"]], r["row_values"]),
+        )
+        for r in await db.fetch(_TWINS, uris)
+    ]
 
-    async def _mend_users(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        dids = sorted({drift.target for drift in drifts})
 
-        async def transaction() -> None:
-            await connection.execute(merge.USERS, dids)
+# Users --------------------------------------------------------------------------------------
 
-        await self._retry(transaction)
 
-    async def _mend_profiles(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        keys = _keys(drifts)
+async def _mend_users(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    dids = sorted({drift.target for drift in drifts})
 
-        async def transaction() -> None:
-            async with connection.transaction():
-                rows = await connection.fetch(merge.lock(PROFILES), keys)
-                profiles = sorted(tuple(row)[1:] for row in rows)
-                if profiles:
-                    await connection.execute(merge.PROFILES, *zip(*profiles, strict=True))
+    async def transaction() -> None:
+        await db.execute(sql.USERS, dids)
 
-        await self._retry(transaction)
+    await writer.retry(transaction)
 
-    async def _mend_handles(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        keys = _keys(drifts)
 
-        async def transaction() -> None:
-            async with connection.transaction():
-                rows = [tuple(row) for row in await connection.fetch(_HANDLES_LOCK, keys)]
-                if rows:
-                    await connection.execute(merge.HANDLES, *zip(*rows, strict=True))
+async def _mend_profiles(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    keys = _keys(drifts)
 
-        await self._retry(transaction)
+    async def transaction() -> None:
+        async with db.transaction():
+            rows = await db.fetch(sql.lock(PROFILES), keys)
+            profiles = sorted(tuple(row)[1:] for row in rows)
+            if profiles:
+                await db.execute(sql.PROFILES, *zip(*profiles, strict=True))
 
-    async def _mend_label_events(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        """One `created` for each live label: the first one stays."""
-        keys = _keys(drifts)
+    await writer.retry(transaction)
 
-        async def transaction() -> None:
-            async with connection.transaction():
-                live = [row[0] for row in await connection.fetch(merge.lock(LABELS), keys)]
-                await connection.execute(_LABEL_EVENTS_AGAIN, live)
-                await connection.execute(_LABEL_EVENTS_MISSING, live)
 
-        await self._retry(transaction)
+async def _mend_handles(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    keys = _keys(drifts)
 
-    # Gates --------------------------------------------------------------------------------------
+    async def transaction() -> None:
+        async with db.transaction():
+            rows = [tuple(row) for row in await db.fetch(_HANDLES_LOCK, keys)]
+            if rows:
+                await db.execute(sql.HANDLES, *zip(*rows, strict=True))
 
-    async def _mend_thread_gates(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        await self._mend_gates(connection, drifts, "thread")
+    await writer.retry(transaction)
 
-    async def _mend_post_gates(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        await self._mend_gates(connection, drifts, "post")
 
-    async def _mend_gates(self, connection: Connection, drifts: Sequence[Drift], kind: str) -> None:
-        """What is `unowned` belongs to a gate of the predecessor's, whose record we never saw: it stays."""
-        keys = sorted({drift.target for drift in drifts if drift.problem != "unowned"})
+async def _mend_label_events(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    """One `created` for each live label: the first one stays."""
+    keys = _keys(drifts)
 
-        async def transaction() -> None:
-            fx = Effects(frozenset())
-            async with connection.transaction():
-                uris = [r[0] for r in await connection.fetch(_GATES_OF, keys, kind)]
-                for row in await connection.fetch(merge.lock(GATES), uris):
-                    derived.added(fx, GATES, tuple(row), None)
-                causes = {row[2] for row in fx.gates_set.values()}
-                if extra := [key for key in keys if key not in causes]:
-                    await connection.fetch(_GATE_ROWS_LOCK.format(kind=kind), extra)
-                    await connection.execute(_GATE_ROWS_EXTRA.format(kind=kind), extra)
-                if fx.gates_set:
-                    await self._gates(connection, fx)
+    async def transaction() -> None:
+        async with db.transaction():
+            live = [row[0] for row in await db.fetch(sql.lock(LABELS), keys)]
+            await db.execute(_LABEL_EVENTS_AGAIN, live)
+            await db.execute(_LABEL_EVENTS_MISSING, live)
 
-        await self._retry(transaction)
+    await writer.retry(transaction)
 
-    # What follows from one row --------------------------------------------------------------------
 
-    async def _mend_feed_items(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        keys = _keys(drifts)
+# Gates --------------------------------------------------------------------------------------
 
-        async def transaction() -> None:
-            fx = Effects(frozenset({"feed_items"}))
-            async with connection.transaction():
-                await self._add(connection, fx, (POSTS, REPOSTS), keys)
-                if extra := [key for key in keys if key not in fx.feed_added]:
-                    await connection.fetch(_FEED_ITEMS_LOCK, extra)
-                    await connection.execute(_FEED_ITEMS_EXTRA, extra)
-                await connection.execute(merge.upsert(FEED_ITEMS), [row for _, row in sorted(fx.feed_added.items())])
 
-        await self._retry(transaction)
+async def _mend_gates(writer: Writer, db: Connection, drifts: Sequence[Drift], kind: str) -> None:
+    """What is `unowned` belongs to a gate of the predecessor's, whose record we never saw: it stays."""
+    keys = sorted({drift.target for drift in drifts if drift.problem != "unowned"})
 
-    async def _mend_quotes(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        """Extra rows go first: the pair of posts is unique, whatever the row's key."""
-        keys = _keys(drifts)
+    async def transaction() -> None:
+        effects = Effects(frozenset())
+        async with db.transaction():
+            uris = [r[0] for r in await db.fetch(_GATES_OF, keys, kind)]
+            for row in await db.fetch(sql.lock(GATES), uris):
+                derive.added(effects, GATES, tuple(row), None)
+            causes = {row[2] for row in effects.gates_set.values()}
+            if extra := [key for key in keys if key not in causes]:
+                await db.fetch(_GATE_ROWS_LOCK.format(kind=kind), extra)
+                await db.execute(_GATE_ROWS_EXTRA.format(kind=kind), extra)
+            if effects.gates_set:
+                await write_gates(db, effects)
 
-        async def transaction() -> None:
-            fx = Effects(frozenset({"quotes"}))
-            async with connection.transaction():
-                await self._add(connection, fx, (POSTS,), keys)
-                held = [r[0] for r in await connection.fetch(_QUOTES_LOCK, keys)]
-                posts = {row[0]: tuple(row) for row in await connection.fetch(merge.select(POSTS), keys)}
-                again = Effects(frozenset({"quotes"}))
-                for row in posts.values():
-                    derived.added(again, POSTS, row, row[1])
-                if extra := sorted(set(held).difference(again.quotes_added)):
-                    await connection.execute(merge.delete(QUOTES), extra)
-                if fx.quotes_added:
-                    await connection.execute(merge.upsert(QUOTES), [r for _, r in sorted(fx.quotes_added.items())])
+    await writer.retry(transaction)
 
-        await self._retry(transaction)
 
-    async def _mend_notifications(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        extra = sorted({drift.target for drift in drifts if drift.problem == "extra"})
-        keys = _keys(drift for drift in drifts if drift.problem != "extra")
+# What follows from one row --------------------------------------------------------------------
 
-        async def transaction() -> None:
-            fx = Effects(frozenset({"notifications"}))
-            async with connection.transaction():
-                await self._add(connection, fx, (POSTS, LIKES, REPOSTS, FOLLOWS), keys)
-                if fx.notes_added:
-                    rows = [row for _, row in sorted(fx.notes_added.items())]
-                    await connection.execute(merge.upsert(NOTIFICATIONS), rows)
-            async with connection.transaction():
-                if extra:
-                    await connection.fetch(_NOTIFICATIONS_LOCK, extra)
-                    causes = sorted({uri.partition("#notification")[0] for uri in extra})
-                    caused = Effects(frozenset({"notifications"}))
-                    for table in (POSTS, LIKES, REPOSTS, FOLLOWS):
-                        for row in await connection.fetch(merge.select(table), causes):
-                            derived.added(caused, table, tuple(row), None)
-                    gone = [uri for uri in extra if uri not in caused.notes_added]
-                    await connection.execute(merge.delete(NOTIFICATIONS), gone)
 
-        await self._retry(transaction)
+async def _mend_feed_items(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    keys = _keys(drifts)
 
-    async def _add(self, connection: Connection, fx: Effects, tables: Iterable[Table], uris: list[str]) -> None:
-        """What follows from the rows of these uris, under their locks; the CIDs as the derived rows have them."""
-        if not uris:
-            return
-        for table in tables:
-            rows = [tuple(row) for row in await connection.fetch(merge.lock(table), uris)]
-            cids = await self._cids(connection, table, [row[0] for row in rows], fx)
-            for row in rows:
-                derived.added(fx, table, row, cids.get(row[0]) or (row[1] if "cid" in table.columns else None))
+    async def transaction() -> None:
+        effects = Effects(frozenset({"feed_items"}))
+        async with db.transaction():
+            await _add(db, effects, (POSTS, REPOSTS), keys)
+            if extra := [key for key in keys if key not in effects.feed_added]:
+                await db.fetch(_FEED_ITEMS_LOCK, extra)
+                await db.execute(_FEED_ITEMS_EXTRA, extra)
+            await db.execute(sql.upsert(FEED_ITEMS), [row for _, row in sorted(effects.feed_added.items())])
 
-    # What follows from several rows ----------------------------------------------------------------
+    await writer.retry(transaction)
 
-    async def _mend_viewer_states(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        """Under the locks of the rows that cause it and of the state itself, made where there is none."""
-        pairs = sorted({drift.key for drift in drifts})  # (viewer, post)
-        columns = list(zip(*pairs, strict=True))
 
-        async def transaction() -> None:
-            async with connection.transaction():
-                for table in (LIKES, REPOSTS, BOOKMARKS):
-                    uris = [r[0] for r in await connection.fetch(merge.winners(table), *columns)]
-                    await connection.fetch(merge.lock(table), sorted(uris))
-                states = sorted((post, viewer, None, None, False) for viewer, post in pairs)
-                await connection.execute(merge.VIEWERS, states)
-                keys = list(zip(*((state[0], state[1]) for state in states), strict=True))
-                await connection.execute(_VIEWERS_AGAIN, *keys)
-                await connection.execute(merge.VIEWERS_DROP, *keys)
+async def _mend_quotes(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    """Extra rows go first: the pair of posts is unique, whatever the row's key."""
+    keys = _keys(drifts)
 
-        await self._retry(transaction)
+    async def transaction() -> None:
+        effects = Effects(frozenset({"quotes"}))
+        async with db.transaction():
+            await _add(db, effects, (POSTS,), keys)
+            held = [r[0] for r in await db.fetch(_QUOTES_LOCK, keys)]
+            posts = {row[0]: tuple(row) for row in await db.fetch(sql.select(POSTS), keys)}
+            again = Effects(frozenset({"quotes"}))
+            for row in posts.values():
+                derive.added(again, POSTS, row, row[1])
+            if extra := sorted(set(held).difference(again.quotes_added)):
+                await db.execute(sql.delete(QUOTES), extra)
+            if effects.quotes_added:
+                await db.execute(sql.upsert(QUOTES), [r for _, r in sorted(effects.quotes_added.items())])
 
-    async def _mend_aggregates(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        keys = _keys(drifts)
+    await writer.retry(transaction)
 
-        async def transaction() -> None:
-            async with connection.transaction():
-                await connection.execute(merge.AGGREGATES, [(key, 0, 0, 0, 0, 0) for key in keys])
-                await connection.execute(merge.recount(self._derive), keys)
-                await connection.execute(merge.AGGREGATES_DROP, keys)
 
-        await self._retry(transaction)
+async def _mend_notifications(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    extra = sorted({drift.target for drift in drifts if drift.problem == "extra"})
+    keys = _keys(drift for drift in drifts if drift.problem != "extra")
 
-    # Rows that join two records ---------------------------------------------------------------------
+    async def transaction() -> None:
+        effects = Effects(frozenset({"notifications"}))
+        async with db.transaction():
+            await _add(db, effects, (POSTS, LIKES, REPOSTS, FOLLOWS), keys)
+            if effects.notes_added:
+                rows = [row for _, row in sorted(effects.notes_added.items())]
+                await db.execute(sql.upsert(NOTIFICATIONS), rows)
+        async with db.transaction():
+            if extra:
+                await db.fetch(_NOTIFICATIONS_LOCK, extra)
+                causes = sorted({uri.partition("#notification")[0] for uri in extra})
+                caused = Effects(frozenset({"notifications"}))
+                for table in (POSTS, LIKES, REPOSTS, FOLLOWS):
+                    for row in await db.fetch(sql.select(table), causes):
+                        derive.added(caused, table, tuple(row), None)
+                gone = [uri for uri in extra if uri not in caused.notes_added]
+                await db.execute(sql.delete(NOTIFICATIONS), gone)
 
-    async def _mend_context(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        await self._joined(connection, "context", drifts)
+    await writer.retry(transaction)
 
-    async def _mend_gate(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        await self._joined(connection, "gate", drifts)
 
-    async def _mend_like_count(self, connection: Connection, drifts: Sequence[Drift]) -> None:
-        await self._joined(connection, "like_count", drifts)
+async def _add(db: Connection, effects: Effects, tables: Iterable[Table], uris: list[str]) -> None:
+    """What follows from the rows of these uris, under their locks; the CIDs as the derived rows have them."""
+    if not uris:
+        return
+    for table in tables:
+        rows = [tuple(row) for row in await db.fetch(sql.lock(table), uris)]
+        cids = await cids_of(db, table, [row[0] for row in rows], effects)
+        for row in rows:
+            derive.added(effects, table, row, cids.get(row[0]) or (row[1] if "cid" in table.columns else None))
 
-    async def _joined(self, connection: Connection, kind: str, drifts: Sequence[Drift]) -> None:
-        await self._recompute(connection, {(kind, key): _NEVER for key in _keys(drifts)}, set())
+
+# What follows from several rows ----------------------------------------------------------------
+
+
+async def _mend_viewer_states(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    """Under the locks of the rows that cause it and of the state itself, made where there is none."""
+    pairs = sorted({drift.key for drift in drifts})  # (viewer, post)
+    columns = list(zip(*pairs, strict=True))
+
+    async def transaction() -> None:
+        async with db.transaction():
+            for table in (LIKES, REPOSTS, BOOKMARKS):
+                uris = [r[0] for r in await db.fetch(sql.winners(table), *columns)]
+                await db.fetch(sql.lock(table), sorted(uris))
+            states = sorted((post, viewer, None, None, False) for viewer, post in pairs)
+            await db.execute(sql.VIEWERS, states)
+            keys = list(zip(*((state[0], state[1]) for state in states), strict=True))
+            await db.execute(_VIEWERS_AGAIN, *keys)
+            await db.execute(sql.VIEWERS_DROP, *keys)
+
+    await writer.retry(transaction)
+
+
+async def _mend_aggregates(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:
+    keys = _keys(drifts)
+
+    async def transaction() -> None:
+        async with db.transaction():
+            await db.execute(sql.AGGREGATES, [(key, 0, 0, 0, 0, 0) for key in keys])
+            await db.execute(sql.recount(writer.derive), keys)
+            await db.execute(sql.AGGREGATES_DROP, keys)
+
+    await writer.retry(transaction)
+
+
+# Rows that join two records ---------------------------------------------------------------------
+
+
+async def _joined(writer: Writer, db: Connection, drifts: Sequence[Drift], kind: str) -> None:
+    await recompute(writer, db, {(kind, key): _NEVER for key in _keys(drifts)}, set())
 
 
 def _keys(drifts: Iterable[Drift]) -> list[str]:
@@ -341,3 +353,22 @@ _VIEWERS_AGAIN = (
     "FROM unnest($1::varchar[], $2::varchar[]) AS u (post, viewer) "
     "WHERE t.post_uri = u.post AND t.viewer_did = u.viewer"
 )
+
+_MENDERS: dict[str, Callable[[Writer, Connection, Sequence[Drift]], Awaitable[None]]] = {
+    "remove": _mend_remove,
+    "twins": _mend_twins,
+    "users": _mend_users,
+    "profiles": _mend_profiles,
+    "handles": _mend_handles,
+    "label_events": _mend_label_events,
+    "feed_items": _mend_feed_items,
+    "quotes": _mend_quotes,
+    "notifications": _mend_notifications,
+    "viewer_states": _mend_viewer_states,
+    "aggregates": _mend_aggregates,
+    "thread_gates": partial(_mend_gates, kind="thread"),
+    "post_gates": partial(_mend_gates, kind="post"),
+    "context": partial(_joined, kind="context"),
+    "gate": partial(_joined, kind="gate"),
+    "like_count": partial(_joined, kind="like_count"),
+}

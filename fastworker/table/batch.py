@@ -10,21 +10,10 @@ from typing import Any
 
 import msgspec
 
-from fastworker.errors import Reason
 from fastworker.event import Account, Drop, Identity, Sync
 from fastworker.table.schema import Table
 
 Row = tuple[Any, ...]
-
-
-class Version(msgspec.Struct, frozen=True, gc=False, order=False):
-    """The version of an operation: `rev` when both sides have one, else `seq` (state law, Winner)."""
-
-    rev: str | None
-    seq: int | None
-
-
-NO_VERSION = Version(None, None)
 
 
 def newer(a_rev: str | None, a_seq: int | None, b_rev: str | None, b_seq: int | None) -> bool:
@@ -111,6 +100,23 @@ def beats(a: Change, b: Change) -> bool:
     return (a.op_index, a.row is None, a.cid or "") > (b.op_index, b.row is None, b.cid or "")
 
 
+def seq_of(text: str | None) -> int | None:
+    """commit_seq is text in the contract; what is not a number is no version."""
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def stored_version(table: Table, row: Row) -> tuple[str | None, int | None]:
+    """(rev, seq) of a stored row; nothing for cold tables, whose gate has ordered the writers already."""
+    return (row[-1], seq_of(row[-2])) if table.hot else (None, None)
+
+
+def replaces(change: Change, rev: str | None, seq: int | None) -> bool:
+    """Whether a change beats the stored version; at equal versions a delete beats an upsert."""
+    if change.row is None:
+        return not newer(rev, seq, change.rev, change.seq)
+    return newer(change.rev, change.seq, rev, seq)
+
+
 class Batch:
     """Accumulates; `changes` holds the winner of each record among what was put."""
 
@@ -162,9 +168,6 @@ class Batch:
 
     def put_sync(self, event: Sync) -> None:
         self.syncs.append(event)
-
-    def drop(self, reason: Reason, collection: str = "", detail: str = "") -> None:
-        self.drops.append(Drop(reason, collection, detail))
 
     def settle(self, entry_id: str, *, payload_bytes: int) -> None:
         """Remember an entry; its ack follows the commit of this batch."""

@@ -11,7 +11,7 @@ import random
 import time
 from typing import Protocol
 
-from fastworker.crashpoint import Place, crashpoint
+from fastworker.crashpoint import Step, crashpoint
 from fastworker.process.board import Slot
 from fastworker.stream.consumer import FOREIGN_IDLE_MS, LEASE_MS, Claimed, Consumer, Entry
 
@@ -77,7 +77,7 @@ class Intake:
             if claimed.found < PIECE:
                 self._suspects.pop()
             if claimed.found:
-                crashpoint(Place.IN_CLAIM)
+                crashpoint(Step.IN_CLAIM)
                 self._slot.add(claimed=len(claimed.entries), ghosts=claimed.ghosts)
                 log.info("Adopted %d pending entries of %s (%d trimmed)", len(claimed.entries), name, claimed.ghosts)
             if claimed.entries:

@@ -16,14 +16,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Protocol, TypeVar
 
-from fastworker.crashpoint import Place, crashpoint
+from fastworker.crashpoint import Step, crashpoint
 from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
-from fastworker.store.store import Ground, Written
+from fastworker.store.flush import Written
+from fastworker.store.upkeep import Ground
 from fastworker.stream.consumer import Entry, SetAside, Tally, id_order
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
 from fastworker.table.dates import date_or, entry_moment, latest_date
@@ -454,7 +455,7 @@ class Pipeline:
         return [drop.reason for drop in batch.drops[drops:]] + [Reason.FORBIDDEN] * written.forbidden
 
     async def _ack(self, held: Held, store_drops: list[Reason]) -> None:
-        crashpoint(Place.BEFORE_ACK)
+        crashpoint(Step.BEFORE_ACK)
         await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.ack(held.tallies, store_drops))
         wall_ms = time.time_ns() // 1_000_000
         slot = self._slot
@@ -472,7 +473,7 @@ class Pipeline:
         slot.add(commits=kinds[Commit], identities=kinds[Identity], accounts=kinds[Account], syncs=kinds[Sync])
 
     async def _leave_aside(self, letters: list[SetAside]) -> None:
-        crashpoint(Place.BETWEEN_DEAD_LETTER_AND_ACK)
+        crashpoint(Step.BETWEEN_DEAD_LETTER_AND_ACK)
         wall_ms = time.time_ns() // 1_000_000
         await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.set_aside(letters, wall_ms))
         self._slot.add(set_aside=len(letters))

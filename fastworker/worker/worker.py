@@ -287,8 +287,8 @@ async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
             connections=store.connections[0],
             connections_busy=store.connections[1],
         )
-        slot.add(conflicts=store.conflicts - conflicts)
-        acked, at, conflicts = total, now, store.conflicts
+        slot.add(conflicts=store.writer.conflicts - conflicts)
+        acked, at, conflicts = total, now, store.writer.conflicts
 
 
 async def _release(streams: list[WorkerStream]) -> None:

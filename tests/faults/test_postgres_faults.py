@@ -199,7 +199,7 @@ async def test_a_connection_whose_rollback_did_not_come_through_is_not_used_agai
     store = await Store.connect(postgres_url)
     try:
         with pytest.raises(StoreUnavailable, match="gone"):
-            async with store._connection() as connection:
+            async with store.connection() as connection:
                 await connection.execute("BEGIN")
                 raise ConnectionResetError("gone")
         assert store.connections == (0, 0)
@@ -325,7 +325,7 @@ async def test_a_lease_is_not_given_back_while_a_commit_may_be_on_its_way(
 
 async def test_a_session_whose_owner_vanished_lets_its_locks_go(postgres_url: str, pg: asyncpg.Connection) -> None:
     store = await Store.connect(postgres_url)
-    async with store._connection() as connection:
+    async with store.connection() as connection:
         value = await connection.fetchval("SHOW idle_in_transaction_session_timeout")
     await store.close()
     assert value == "20s"

@@ -155,8 +155,8 @@ async def test_every_statement_takes_its_keys_sorted(postgres_url: str) -> None:
 
     class Watched(Store):
         @contextlib.asynccontextmanager
-        async def _connection(self) -> AsyncIterator[Any]:
-            async with super()._connection() as connection:
+        async def connection(self) -> AsyncIterator[Any]:
+            async with super().connection() as connection:
                 yield _Watched(connection, seen)
 
     store = await Watched.connect(postgres_url)
@@ -177,11 +177,11 @@ async def test_every_statement_takes_its_keys_sorted(postgres_url: str) -> None:
 
 async def test_a_connection_that_the_driver_lost_count_of_is_replaced(store: Store) -> None:
     """A backend terminated at the very moment of its use: the next attempt has another connection."""
-    async with store._connection() as connection:
+    async with store.connection() as connection:
         backend = connection.get_server_pid()
     with pytest.raises(StoreUnavailable, match="another operation"):
-        async with store._connection():
+        async with store.connection():
             raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
-    async with store._connection() as connection:
+    async with store.connection() as connection:
         assert connection.get_server_pid() != backend
         assert await connection.fetchval("SELECT 1") == 1

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.crashpoint import Place, arm, crashpoint
+from fastworker.crashpoint import Step, arm, crashpoint
 from fastworker.errors import ExitCode, StoppedItself, Unreachable
 from fastworker.log import setup_logging
 from fastworker.process import child as child_module
@@ -141,8 +141,8 @@ def child(main: Callable) -> Callable[[Slot], int]:
 
 def dies(slot: Slot) -> int:
     arm("in_recheck:2" if slot.get("starts") == 1 else None)
-    crashpoint(Place.IN_RECHECK)
-    crashpoint(Place.IN_RECHECK)
+    crashpoint(Step.IN_RECHECK)
+    crashpoint(Step.IN_RECHECK)
     return run_child(slot, healthy)
 
 

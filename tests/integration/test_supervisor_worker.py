@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from fastworker.crashpoint import Place
+from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
 from fastworker.process.board import Heartbeats, Slot
@@ -204,7 +204,7 @@ async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
     await bench.until(lambda: _has(bench.pending))
     bench.kill()
     # Another host takes over; its first claims are cut off too.
-    bench.start(consumer_id="x", crashpoint=str(Place.IN_CLAIM))
+    bench.start(consumer_id="x", crashpoint=str(Step.IN_CLAIM))
     await bench.until(bench.settled)
     text = bench.stop()
     assert "was killed by SIGKILL" in text

@@ -11,9 +11,11 @@ import asyncpg
 import pytest
 from property.feeding import batch_of, differences, lawful, settle
 
-from fastworker.store import statements as merge
+from fastworker.store import statements as sql
+from fastworker.store import whole
+from fastworker.store.flush import FEW_USERS
 from fastworker.store.migrate import packaged
-from fastworker.store.store import FEW_USERS, Store
+from fastworker.store.store import Store
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
 from tests.rig.histories import Event, cid_of, number
 
@@ -28,15 +30,19 @@ class Told(Store):
         super().__init__(*args)
         self.whole: list[bool] = []
 
-    async def _put_whole(self, *args: Any) -> Any:
-        written = await super()._put_whole(*args)
-        self.whole.append(written is not None)
-        return written
-
 
 @pytest.fixture
-async def store(postgres_url: str) -> AsyncIterator[Told]:
+async def store(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Told]:
     store = await Told.connect(postgres_url, application_name="whole", pool_size=2)
+    write_whole = whole.write_whole
+
+    async def telling(writer: Any, *args: Any) -> Any:
+        written = await write_whole(writer, *args)
+        if writer is store.writer:
+            store.whole.append(written is not None)
+        return written
+
+    monkeypatch.setattr(whole, "write_whole", telling)
     yield store
     await store.close()
 
@@ -122,7 +128,7 @@ async def test_a_post_that_is_locked_is_not_waited_for_but_owed(
     gate = (B, "app.bsky.feed.threadgate/p", {"post": POST, "allow": []})
     events = commits(post(B), post(A, "r", POST), like(B, reply), gate)
     await store.write(batch_of(events[:2]))
-    store.whole_rows_max = whole_rows_max
+    store.writer.whole_rows_max = whole_rows_max
     watcher = await asyncpg.connect(postgres_url)
     try:
         async with watcher.transaction():
@@ -178,10 +184,10 @@ async def test_only_few_and_only_new_rows_take_it(store: Told) -> None:
     await store.write(batch_of(commits(*many)))
     assert store.whole == [False], "so many new users are committed first"
     store.whole.clear()
-    await store.write(batch_of(commits(*[like(A, f"{POST}{n}", str(n)) for n in range(store.copy_rows_min)])))
+    await store.write(batch_of(commits(*[like(A, f"{POST}{n}", str(n)) for n in range(store.writer.copying.rows_min)])))
     await store.write(batch_of(commits(post(B), gone(A, "app.bsky.feed.like/0"))))
     await store.write(batch_of(commits((B, "app.bsky.actor.profile/self", {"displayName": "B"}))))
-    assert store.whole == [], "COPY, deletes and cold tables go step by step"
+    assert store.whole == [False] * 3, "COPY, deletes and cold tables go step by step"
 
 
 def test_the_functions_say_what_the_statements_say() -> None:
@@ -191,9 +197,9 @@ def test_the_functions_say_what_the_statements_say() -> None:
         text = re.sub(r"unnest\((?:\$\d+(?:::[\w.]+(?:\[\])?)?|[\w, ]+)(?:, \$\d+::\w+\[\])*\)", "unnest(?)", text)
         return " ".join(re.sub(r"ANY\((?:\$\d+::\w+\[\]|\w+)\)", "ANY(?)", text).split())
 
-    sql = words(next(one.sql for one in packaged() if one.name == "0004_one_call"))
-    hot = [merge.insert(table) for table in TABLES if table.hot]
-    items = [make(table) for table in (QUOTES, FEED_ITEMS, NOTIFICATIONS) for make in (merge.upsert, merge.delete)]
-    others = [merge.USERS, merge.VIEWERS, merge.VIEWERS_DROP, merge.AGGREGATES, merge.AGGREGATES_DROP]
-    missing = [text for text in (*hot, *items, *others) if words(text) not in sql]
+    routines = words(next(one.sql for one in packaged() if one.name == "0004_one_call"))
+    hot = [sql.insert(table) for table in TABLES if table.hot]
+    items = [make(table) for table in (QUOTES, FEED_ITEMS, NOTIFICATIONS) for make in (sql.upsert, sql.delete)]
+    others = [sql.USERS, sql.VIEWERS, sql.VIEWERS_DROP, sql.AGGREGATES, sql.AGGREGATES_DROP]
+    missing = [text for text in (*hot, *items, *others) if words(text) not in routines]
     assert missing == []

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import asyncpg
 import click
 
-from fastworker.crashpoint import Place
+from fastworker.crashpoint import Step
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import Fault as RelayFault
@@ -58,12 +58,12 @@ WEIGHTS = {
 }
 SERVERS = ("postgres_kill", "redis_kill")
 # What the pipeline passes; the migration's is tested with the migration.
-PLACES = [place for place in Place if place is not Place.IN_MIGRATION]
+PLACES = [place for place in Step if place is not Step.IN_MIGRATION]
 ON_TOP = 0.2  # faults of a smaller amount leave no time to recover: the next one comes on top
 RECOVERY_S = 15.0
 CRASH_S = 13.0  # owed rows are looked at every ten seconds
 # Passed once in a while only; `Chaos._provoked` brings it about.
-RARE = (Place.IN_CLAIM, Place.IN_RECHECK, Place.BETWEEN_DEAD_LETTER_AND_ACK, Place.IN_ACCOUNT_DELETION)
+RARE = (Step.IN_CLAIM, Step.IN_RECHECK, Step.BETWEEN_DEAD_LETTER_AND_ACK, Step.IN_ACCOUNT_DELETION)
 RELAY_FAULTS = ("drop", "torn", "silence", "too_slow", "close")
 
 
@@ -91,7 +91,7 @@ def plan(seed: int, count: int) -> list[Fault]:
         kind = r.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         if kind not in SERVERS or sum(one in SERVERS for one in kinds) < most:
             kinds.append(kind)
-    places: list[Place] = []
+    places: list[Step] = []
     faults = []
     for kind in kinds:
         detail = ""
@@ -223,29 +223,29 @@ class Chaos:
 
     async def _crashed(self, crashpoint: str) -> None:
         await self.stage.worker.end(signal.SIGTERM)
-        await self._provoked(Place(crashpoint.partition(":")[0]))
+        await self._provoked(Step(crashpoint.partition(":")[0]))
         await self.stage.worker.start(crashpoint)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CRASH_S):
                 while not self.stage.worker.has_crashed and self.stage.worker.is_running:
                     await asyncio.sleep(0.1)
 
-    async def _provoked(self, place: Place) -> None:
+    async def _provoked(self, place: Step) -> None:
         """Make a worker that starts now come past a place which it seldom sees."""
         redis = self.stage.redis
         await redis.ping()  # so that the next command, which must not be repeated, has a connection
         match place:
-            case Place.IN_CLAIM:  # somebody read these entries and died a minute ago
+            case Step.IN_CLAIM:  # somebody read these entries and died a minute ago
                 await redis.sadd("fastworker:consumers", "dead-0")
                 found: Any = await redis.xreadgroup(GROUP, "dead-0", {KEY: ">"}, count=5)
                 for _, entries in found:
                     await redis.xclaim(KEY, GROUP, "dead-0", 0, [entry[0] for entry in entries], idle=90_000)
-            case Place.IN_RECHECK:
+            case Step.IN_RECHECK:
                 await self._sql(
                     "INSERT INTO fastworker.recheck (kind, key, owed_at) SELECT 'aggregate', post_uri, "
                     "now() - interval '1 minute' FROM post_aggregations LIMIT 20 ON CONFLICT DO NOTHING"
                 )
-            case Place.BETWEEN_DEAD_LETTER_AND_ACK:
+            case Step.BETWEEN_DEAD_LETTER_AND_ACK:
                 await self._poisoned()
             case _:
                 pass

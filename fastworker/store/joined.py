@@ -1,0 +1,52 @@
+"""Rows that join two records (thread contexts, gate flags, like counts of services, empty aggregates)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from fastworker.store import statements as sql
+from fastworker.store.look import Key
+from fastworker.store.session import Connection
+from fastworker.store.writer import Writer, columns
+from fastworker.table import derive
+from fastworker.table.batch import Change
+from fastworker.table.schema import FEED_GENERATORS, LIKES, POSTS
+
+
+async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change], seen: set[Key]) -> None:
+    """Recompute the joined rows that these upserts may have changed; `seen`: those that `look_back` found.
+
+    Last in a flush, after this side has committed: of two flushes that write the two sides, the later one sees both.
+    What a removal changes was owed in its own transaction, and is not repeated here.
+    """
+    keys = set(seen)
+    contexts, flags, services = (name in writer.derive for name in ("thread_contexts", "gate_flags", "like_counts"))
+    for change in upserts:
+        table, row = change.table, change.row
+        assert row is not None
+        if table is LIKES:
+            if services and derive.is_liked_service(row[2]):
+                keys.add(("like_count", row[2]))
+        elif table is POSTS:
+            if contexts and row[7] is not None and row[7] != row[0]:
+                keys.add(("context", row[0]))
+        elif flags and table.name == "fastworker.gates":
+            keys.add(("gate", row[2]))
+        elif services and (table is FEED_GENERATORS or table.name == "labeler_services"):
+            keys.add(("like_count", row[0]))
+    if keys:
+        await recompute(writer, db, {}, keys, wait=False)
+
+
+async def recompute(
+    writer: Writer, db: Connection, owed: dict[Key, datetime], fresh: set[Key], *, wait: bool = True
+) -> None:
+    """Recompute joined rows under the lock of the row that carries them; owed keys are paid with it.
+
+    Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
+    """
+    by_kind: dict[str, list[str]] = {kind: [] for kind in sql.JOINED_KINDS}
+    for kind, key in sorted(owed.keys() | fresh):
+        by_kind[kind].append(key)
+    paid = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
+    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *paid, wait))
