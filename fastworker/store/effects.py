@@ -13,6 +13,7 @@ from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
 from fastworker.table.batch import Progress, Row
 from fastworker.table.derive import Effects
+from fastworker.table.rows import GATE, PROFILE
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, PROFILES, QUOTES, Table
 
 
@@ -36,7 +37,7 @@ async def write_effects(
     """
     if effects.profiles:
         empty = (None,) * len(PROFILES.columns)
-        profiles = [(did, *(row or empty)[2:]) for did, row in sorted(effects.profiles.items())]
+        profiles = [(did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
         await db.execute(sql.PROFILES, *columns(profiles))
     if effects.gates_set or effects.gates_removed:
         await write_gates(db, effects)
@@ -99,8 +100,8 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
 async def write_gates(db: Connection, effects: Effects) -> None:
     """public.thread_gates and public.post_gates as the gates say that were set and removed."""
     set_rows = [row for _, row in sorted(effects.gates_set.items())]
-    threads = {row[2]: derive.thread_gate_row(row) for row in set_rows if row[1] == "thread"}
-    posts = {row[2]: derive.post_gate_row(row) for row in set_rows if row[1] == "post"}
+    threads = {row[GATE.post_uri]: derive.thread_gate_row(row) for row in set_rows if row[GATE.kind] == "thread"}
+    posts = {row[GATE.post_uri]: derive.post_gate_row(row) for row in set_rows if row[GATE.kind] == "post"}
     gone = sorted(effects.gates_removed.items())
     no_thread = [p for p, row in threads.items() if row is None]
     no_thread += [post for uri, post in gone if "/app.bsky.feed.threadgate/" in uri and post not in threads]

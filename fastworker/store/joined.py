@@ -10,6 +10,7 @@ from fastworker.store.session import Connection
 from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
 from fastworker.table.batch import Change
+from fastworker.table.rows import GATE, LIKE, POST
 from fastworker.table.schema import FEED_GENERATORS, LIKES, POSTS
 
 
@@ -25,15 +26,15 @@ async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change]
         table, row = change.table, change.row
         assert row is not None
         if table is LIKES:
-            if services and derive.is_liked_service(row[2]):
-                keys.add(("like_count", row[2]))
+            if services and derive.is_liked_service(row[LIKE.post_uri]):
+                keys.add(("like_count", row[LIKE.post_uri]))
         elif table is POSTS:
-            if contexts and row[7] is not None and row[7] != row[0]:
-                keys.add(("context", row[0]))
+            if contexts and row[POST.root_uri] is not None and row[POST.root_uri] != row[POST.uri]:
+                keys.add(("context", change.uri))
         elif flags and table.name == "fastworker.gates":
-            keys.add(("gate", row[2]))
+            keys.add(("gate", row[GATE.post_uri]))
         elif services and (table is FEED_GENERATORS or table.name == "labeler_services"):
-            keys.add(("like_count", row[0]))
+            keys.add(("like_count", change.uri))
     if keys:
         await recompute(writer, db, {}, keys, wait=False)
 

@@ -13,6 +13,7 @@ from fastworker.store import statements as sql
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Change, newer
+from fastworker.table.rows import LIKE
 from fastworker.table.schema import LIKES, POSTS
 
 Key = tuple[str, str]  # kind and key of a joined row
@@ -56,7 +57,7 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
         if change.table is POSTS and (contexts or flags):
             posts.append(change.uri)
         elif change.table is LIKES and contexts and change.row is not None:
-            likes.append((change.row[2], change.row[1]))
+            likes.append((change.row[LIKE.post_uri], change.row[LIKE.user_did]))
     found = await db.fetch(
         sql.LOOK_BACK,
         hot,

@@ -24,6 +24,7 @@ from fastworker.store.writer import Writer
 from fastworker.table import derive
 from fastworker.table.batch import Change
 from fastworker.table.derive import Effects
+from fastworker.table.rows import GATE, POST, own_cid
 from fastworker.table.schema import (
     BOOKMARKS,
     FEED_ITEMS,
@@ -176,7 +177,7 @@ async def _mend_gates(writer: Writer, db: Connection, drifts: Sequence[Drift], k
             uris = [r[0] for r in await db.fetch(_GATES_OF, keys, kind)]
             for row in await db.fetch(sql.lock(GATES), uris):
                 derive.added(effects, GATES, tuple(row), None)
-            causes = {row[2] for row in effects.gates_set.values()}
+            causes = {row[GATE.post_uri] for row in effects.gates_set.values()}
             if extra := [key for key in keys if key not in causes]:
                 await db.fetch(_GATE_ROWS_LOCK.format(kind=kind), extra)
                 await db.execute(_GATE_ROWS_EXTRA.format(kind=kind), extra)
@@ -216,7 +217,7 @@ async def _mend_quotes(writer: Writer, db: Connection, drifts: Sequence[Drift]) 
             posts = {row[0]: tuple(row) for row in await db.fetch(sql.select(POSTS), keys)}
             again = Effects(frozenset({"quotes"}))
             for row in posts.values():
-                derive.added(again, POSTS, row, row[1])
+                derive.added(again, POSTS, row, row[POST.cid])
             if extra := sorted(set(held).difference(again.quotes_added)):
                 await db.execute(sql.delete(QUOTES), extra)
             if effects.quotes_added:
@@ -258,7 +259,7 @@ async def _add(db: Connection, effects: Effects, tables: Iterable[Table], uris: 
         rows = [tuple(row) for row in await db.fetch(sql.lock(table), uris)]
         cids = await cids_of(db, table, [row[0] for row in rows], effects)
         for row in rows:
-            derive.added(effects, table, row, cids.get(row[0]) or (row[1] if "cid" in table.columns else None))
+            derive.added(effects, table, row, cids.get(row[0]) or own_cid(table, row))
 
 
 # What follows from several rows ----------------------------------------------------------------

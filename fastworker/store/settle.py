@@ -20,6 +20,7 @@ from fastworker.table import derive
 from fastworker.table.batch import Change, Row, newer, replaces, seq_of, stored_version
 from fastworker.table.derive import Effects
 from fastworker.table.pairs import Arrangement, Found, Member, pair_of, rearrange
+from fastworker.table.rows import FEED_ITEM, NOTIFICATION
 from fastworker.table.schema import PROFILES, Table
 
 ROUNDS_MAX = 100  # of one conflict: each round means that another writer committed in between
@@ -206,7 +207,7 @@ async def cids_of(db: Connection, table: Table, uris: list[str], effects: Effect
     cids: dict[str, str | None] = {r[0]: r[1] for r in await db.fetch(statement, keys)}
     for uri, key in zip(uris, keys, strict=True):
         if (row := (effects.feed_added if reposts else effects.notes_added).get(key)) is not None:
-            cids[uri] = row[5]
+            cids[uri] = row[FEED_ITEM.cid if reposts else NOTIFICATION.cid]
     return cids
 
 

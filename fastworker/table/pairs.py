@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastworker.table.batch import Change, Row, newer, replaces, stored_version
+from fastworker.table.rows import own_cid
 from fastworker.table.schema import Table
 
 
@@ -78,7 +79,7 @@ def _members(table: Table, pair: str, found: Found) -> dict[str, Member]:
     members = dict(found.twins.get(pair, ()))
     if (row := found.winners.get(pair)) is not None:
         rev, seq = stored_version(table, row)
-        cid = found.cids.get(row[0]) or (row[1] if "cid" in table.columns else None)
+        cid = found.cids.get(row[0]) or own_cid(table, row)
         members[row[0]] = Member(row[0].rpartition("/")[2], row[0], row, rev, seq, cid)
     return members
 

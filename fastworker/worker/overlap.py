@@ -15,9 +15,11 @@ import mmap
 from collections.abc import Iterable
 
 from fastworker.table.batch import Mapped
+from fastworker.table.schema import TABLES
 
 BITS = 22  # of a hash: 4 MB, in which a look meets one of 20,000 strange marks by chance in one of 200 cases
 _MASK = (1 << BITS) - 1
+_PAIRS = {table.name: tuple(map(table.index, table.pair)) for table in TABLES if table.hot and table.pair}
 NAMES = 255
 
 
@@ -60,7 +62,7 @@ def keys_of(mapped: Mapped) -> list[int]:
     keys = []
     for change in mapped.changes:
         keys.append(hash(change.uri) & _MASK)
-        table, row = change.table, change.row
-        if row is not None and table.hot and table.pair:
-            keys.append(hash((table.name, row[1], row[2])) & _MASK)
+        row = change.row
+        if row is not None and (pair := _PAIRS.get(change.table.name)) is not None:
+            keys.append(hash((change.table.name, row[pair[0]], row[pair[1]])) & _MASK)
     return keys
