@@ -183,8 +183,8 @@ def reader() -> ExitCode:
     received is on the stream.
     """
     from fastworker.commands.check import preflight
+    from fastworker.monitor.reader_port import serve_reader
     from fastworker.process.signals import stop_on_signals
-    from fastworker.reader.port import serve_reader
 
     config = _config()
 
@@ -359,7 +359,7 @@ def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str |
     `fastworker grants worker | psql atproto`, and
     `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
     """
-    from fastworker.store import rights
+    from fastworker.commands import grants as rights
 
     name = role or f"fastworker_{service}"
     if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):

@@ -18,12 +18,12 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from fastworker.commands.grants import TABLE_RIGHTS
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import check as check_schema
-from fastworker.store.rights import TABLE_RIGHTS
 from fastworker.stream.admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.stream.consumer import form_of
 

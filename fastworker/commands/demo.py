@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import asyncpg
 import msgspec
 from rich.console import Console, Group
 from rich.live import Live
@@ -344,14 +343,11 @@ class _Conductor:
         try:
             while await store.maintain(owed_age_s=0):
                 pass
+            async with store.connection() as db:
+                found = await dump(db)
         finally:
             await store.close()
         expected = self._truth()
-        connection = await asyncpg.connect(self._plan.database_url)
-        try:
-            found = await dump(connection)
-        finally:
-            await connection.close()
         differences = diff(expected, found)
         self._summary(expected, found, differences, set_aside, latency)
         return ExitCode.NO if differences or set_aside else ExitCode.DONE

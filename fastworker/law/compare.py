@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -75,7 +76,7 @@ class Difference:
         return f"{self.table} {key} {self.column}: expected {_short(self.expected)}, found {_short(self.found)}"
 
 
-async def dump(conn: asyncpg.Connection[Any], tables: Iterable[str] = COLUMNS) -> Tables:
+async def dump(conn: asyncpg.Connection[Any] | PoolConnectionProxy[Any], tables: Iterable[str] = COLUMNS) -> Tables:
     """The compared columns of the tables, all of one moment; JSON columns parsed."""
     found: Tables = {}
     async with conn.transaction(isolation="repeatable_read", readonly=True):

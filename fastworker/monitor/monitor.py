@@ -26,6 +26,8 @@ from fastworker.commands.status import ProcessStatus, WorkerStatus
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.page import Card, HttpSettings, Page, listen, pss
+from fastworker.monitor.reader_port import FRESH_S, left_in_redis, put_figures, trouble
+from fastworker.monitor.reader_port import cards as reader_cards
 from fastworker.process.backoff import pause
 from fastworker.process.board import (
     FLUSH_ENTRIES,
@@ -38,8 +40,6 @@ from fastworker.process.board import (
     now_ms,
     quantile,
 )
-from fastworker.reader.port import FRESH_S, left_in_redis, put_figures, trouble
-from fastworker.reader.port import cards as reader_cards
 from fastworker.reader.reader import ReaderStats
 from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s

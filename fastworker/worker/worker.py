@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
-from redis.asyncio import Redis
 
 from fastworker.crashpoint import arm
 from fastworker.edge.tracing import OpenSpan, spans
@@ -17,7 +16,7 @@ from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
 from fastworker.store.store import Store
-from fastworker.stream.client import connect
+from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import LeaseLostError, WorkerStream
 from fastworker.table.batch import Limits
 from fastworker.table.derive import FULL

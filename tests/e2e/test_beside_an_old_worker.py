@@ -8,8 +8,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from e2e.house import GROUP, KEY, House
-from property.feeding import differences, lawful
 from redis.asyncio import Redis
 
 from fastworker.commands.reapply import reapply
@@ -18,6 +16,8 @@ from fastworker.errors import ExitCode
 from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.table import derive
 from fastworker.worker.worker import WorkerSettings
+from tests.e2e.house import GROUP, KEY, House
+from tests.property.feeding import differences, lawful
 from tests.rig.foreign import Foreign
 from tests.rig.histories import random_history, to_entry
 

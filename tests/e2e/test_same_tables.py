@@ -18,14 +18,14 @@ from typing import Any
 
 import asyncpg
 import pytest
-from e2e.house import unread
-from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
-from servers import PostgresUnderTest
 
 from fastworker.law import compare
 from fastworker.store.store import Store
+from tests.e2e.house import unread
+from tests.property.feeding import clear, lawful, settle
 from tests.rig.histories import random_history, to_entry
+from tests.servers import PostgresUnderTest
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 # processes, pipelines in each, COUNT of a read, where to die, kills of whole workers

@@ -14,8 +14,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from e2e.house import House
-from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
@@ -26,7 +24,9 @@ from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
+from tests.e2e.house import House
 from tests.rig.proxy import Proxy
+from tests.servers import PostgresUnderTest
 
 POST = "at://did:plc:aaaaaaaaaaaaaaaaaaaaaaaa/app.bsky.feed.post/3kaaaaaaaaa2a"
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from e2e.house import GROUP, KEY, House
 from faults.test_postgres_faults import POST, like
-from servers import RedisUnderTest
 
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
@@ -26,8 +24,10 @@ from fastworker.stream import consumer as stream
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import CONSUMERS_KEY
 from fastworker.worker import worker
+from tests.e2e.house import GROUP, KEY, House
 from tests.rig.proxy import Proxy
 from tests.rig.stage import Stage, is_entry
+from tests.servers import RedisUnderTest
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from property.feeding import batch_of, settle
 
 from fastworker.errors import StoreUnavailable
 from fastworker.event import Sync
@@ -16,6 +15,7 @@ from fastworker.law import compare
 from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
+from tests.property.feeding import batch_of, settle
 from tests.rig.histories import DIDS, Event, cid_of, entry_ms, number, random_history
 
 POST = f"at://{DIDS[1]}/app.bsky.feed.post/p"

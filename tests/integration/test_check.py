@@ -15,10 +15,10 @@ import pytest
 from redis.asyncio import Redis
 
 from fastworker.commands import check as checks
+from fastworker.commands import grants as rights
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
-from fastworker.store import rights
 from fastworker.store.migrate import migrate
 from tests.rig.histories import random_history, to_entry
 

@@ -24,7 +24,6 @@ from typing import Any
 import pytest
 import redis
 import yaml
-from servers import PostgresUnderTest, RedisUnderTest, connected
 
 import fastworker
 from fastworker.edge.embedded import free_port
@@ -32,6 +31,7 @@ from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
+from tests.servers import PostgresUnderTest, RedisUnderTest, connected
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFINED = (

@@ -13,7 +13,6 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.asyncio import Redis
-from servers import counts_reads
 
 from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
@@ -28,6 +27,7 @@ from fastworker.table.mapper import map_commit
 from fastworker.worker.intake import Intake
 from fastworker.worker.overlap import Marks, Overlap, keys_of
 from fastworker.worker.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
+from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"

@@ -21,7 +21,6 @@ import pytest
 import uvloop
 from aiohttp import web
 from redis.asyncio import Redis
-from servers import RedisUnderTest
 
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
@@ -31,6 +30,7 @@ from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from tests.rig.proxy import Proxy
+from tests.servers import RedisUnderTest
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 TIME = "2026-01-02T03:04:05.678Z"

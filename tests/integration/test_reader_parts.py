@@ -16,7 +16,6 @@ from aiohttp import WSServerHandshakeError
 from multidict import CIMultiDict, CIMultiDictProxy
 from redis import exceptions
 from redis.asyncio import Redis
-from servers import RedisUnderTest
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
 from fastworker.process.backoff import Backoff, pause
@@ -26,6 +25,7 @@ from fastworker.reader.relay import PATH, RelayAddress, _at_least
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
 from fastworker.stream.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
+from tests.servers import RedisUnderTest
 
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
 

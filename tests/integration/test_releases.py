@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from e2e.house import House
 from releases import make
-from servers import connected
 
 import fastworker
 from fastworker.event.entry import decode_entry, encode_json, encode_native
@@ -24,6 +22,8 @@ from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
 from fastworker.store.migrate import Migration, check, migrate, packaged
 from fastworker.stream.client import connect
+from tests.e2e.house import House
+from tests.servers import connected
 
 FILES = sorted(make.FOLDER.glob("*.json.zst"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 FORMS = ("native", "json", "frame")

@@ -20,12 +20,13 @@ import pytest
 import redis
 from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
 
+from fastworker.commands import grants as rights
 from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store import admin as postgres_admin
-from fastworker.store import rights, schema_admin
+from fastworker.store import schema_admin
 from fastworker.store import statements as sql
 from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
-from servers import counts_reads
 
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
 from fastworker.stream.client import connect
@@ -23,6 +22,7 @@ from fastworker.stream.consumer import (
     id_order,
     original_fields,
 )
+from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 COMMITTED = Tally("committed", "#commit")

@@ -19,8 +19,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 import asyncpg
 import pytest
 import trustme
-from e2e.house import House
-from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, connected
 
 from fastworker.commands.check import preflight
 from fastworker.config import parse_config
@@ -32,6 +30,8 @@ from fastworker.simulator.network import Network
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
+from tests.e2e.house import House
+from tests.servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, connected
 
 SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import redis
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from services import Service, until
 
 from fastworker.edge import tracing
 from fastworker.errors import ConfigError
+from tests.services import Service, until
 
 POST = {
     "type": "commit",

@@ -9,7 +9,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from property.feeding import batch_of, differences, lawful, settle
 
 from fastworker.store import statements as sql
 from fastworker.store import whole
@@ -17,6 +16,7 @@ from fastworker.store.flush import FEW_USERS
 from fastworker.store.migrate import packaged
 from fastworker.store.store import Store
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, QUOTES, TABLES
+from tests.property.feeding import batch_of, differences, lawful, settle
 from tests.rig.histories import Event, cid_of, number
 
 A, B, C = (f"did:plc:{name * 24}" for name in "abc")

@@ -15,9 +15,9 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from property.feeding import batch_of, clear, differences, lawful, settle
 
 from fastworker.store.store import Store
+from tests.property.feeding import batch_of, clear, differences, lawful, settle
 from tests.rig.histories import History, histories
 
 

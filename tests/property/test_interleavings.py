@@ -15,12 +15,12 @@ from typing import Any
 
 import asyncpg
 import pytest
-from property.feeding import batch_of, differences, lawful, settle
 
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
+from tests.property.feeding import batch_of, differences, lawful, settle
 from tests.rig.histories import Event, cid_of, number, tid
 
 PLACES = (

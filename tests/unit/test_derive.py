@@ -115,18 +115,8 @@ def test_nothing_is_derived_that_was_not_asked_for(table: Table) -> None:
     effects = Effects(frozenset())
     texts = {column: TARGET for column in table.columns if column not in ("embed", "facets", "created_at")}
     derive.added(effects, table, row(table, **texts), None)
-    assert not (
-        effects.counts
-    )
-    assert not (
-        effects.notes_added
-    )
-    assert not (
-        effects.feed_added
-    )
-    assert not (
-        effects.quotes_added
-    )
-    assert not (
-        effects.viewers_set
-    )
+    assert not (effects.counts)
+    assert not (effects.notes_added)
+    assert not (effects.feed_added)
+    assert not (effects.quotes_added)
+    assert not (effects.viewers_set)

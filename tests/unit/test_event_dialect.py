@@ -7,10 +7,10 @@ from typing import Any
 
 import libipld
 import pytest
-from sdk_dialect import predecessor
 
 from fastworker.event.dialect import lexicon_record
 from fastworker.event.entry import decode_entry
+from tests.sdk_dialect import predecessor
 
 BLOB_HEX = "01551220d7bdd545f09d8a73c2b990337c8211d708a04ccd9748627685e4fc79cc038039"
 BLOB = {
