@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from redis import exceptions
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import ConnectionPool
+from redis.asyncio import Redis as Redis  # the one name of the driver that others use
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
