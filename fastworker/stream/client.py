@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from redis import exceptions
-from redis.asyncio import ConnectionPool
-from redis.asyncio import Redis as Redis  # the one name of the driver that others use
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
 from fastworker.redact import redact
+
+__all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
 
 CONNECT_TIMEOUT_S: Final = 5.0
 SOCKET_TIMEOUT_S: Final = 10.0
