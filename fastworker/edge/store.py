@@ -49,7 +49,7 @@ from fastworker.edge.schema_admin import AUTHORITY
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.table import derive as derived
 from fastworker.table import merge
-from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
+from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, is_gone, newer
 from fastworker.table.derive import Effects
 from fastworker.table.schema import (
     FEED_GENERATORS,
@@ -111,11 +111,15 @@ _SESSION = (
 
 
 class Written(NamedTuple):
-    """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest."""
+    """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest.
+
+    `beaten`: uris of upserts that a tombstone or a deleted account had beaten.
+    """
 
     rows: int
     superseded: int
     forbidden: int
+    beaten: frozenset[str] = frozenset()
 
 
 class Ground(NamedTuple):
@@ -294,6 +298,9 @@ class Store:
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""
         async with self._connection() as connection:
+            if hosts := batch.relays - self._relays:  # before the look: what a deletion beats depends on them
+                await self._retry(lambda: connection.execute(merge.RELAYS, sorted(hosts)))
+                self._relays |= hosts
             if self._may_put_whole(batch) and (whole := await self._put_whole(connection, batch)) is not None:
                 return whole
             upserts = [c for c in batch.changes.values() if c.row is not None]
@@ -311,7 +318,7 @@ class Store:
                 key=lambda t: t[0],
             )
             users = sorted(did for did in batch.dids if did not in self._known and did not in forbidden)
-            more = bool(batch.accounts or identities or batch.syncs or batch.relays - self._relays)
+            more = bool(batch.accounts or identities or batch.syncs)
             if more or len(users) > FEW_USERS or not 0 < len(changes) <= SMALL_FLUSH:
                 await self._retry(lambda: self._prologue(connection, batch, tombstones, users, identities))
                 users = []
@@ -337,7 +344,7 @@ class Store:
             back = await self._look_back(connection, written, upserts)
         crashpoint(Place.AFTER_LOOK_BACK)
         await self._rejoin(connection, upserts, back.joined)
-        return Written(rows, superseded + len(kills) + len(late), refused)
+        return Written(rows, superseded + len(kills) + len(late), refused, frozenset((*kills, *late)))
 
     # New rows, few of them, and nothing else: all five steps as one call ---------------------------
 
@@ -347,7 +354,7 @@ class Store:
         return (
             0 < len(changes) <= self.whole_rows_max
             and len(changes) < self.copy_rows_min
-            and not (batch.accounts or batch.identities or batch.syncs or batch.relays - self._relays)
+            and not (batch.accounts or batch.identities or batch.syncs)
             and all(c.row is not None and c.table.hot for c in changes.values())
         )
 
@@ -535,12 +542,9 @@ class Store:
             if identities:
                 await self._identities(connection, identities)
             if batch.syncs:
-                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: s.seq or 0)}
+                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: (s.rev or "", s.seq or 0))}
                 rows = [(s.did, s.rev, s.seq) for _, s in sorted(newest.items())]
                 await connection.execute(merge.REPAIRS, *_columns(rows))
-            if hosts := batch.relays - self._relays:
-                await connection.execute(merge.RELAYS, sorted(hosts))
-        self._relays |= batch.relays
         crashpoint(Place.AFTER_TOMBSTONE_COMMIT)
         self._remember(users)
 
@@ -551,18 +555,22 @@ class Store:
         self._known.update(dict.fromkeys(users[:KNOWN_USERS_MAX]))
 
     async def _accounts(self, connection: Connection, accounts: dict[str, list[TimedAccount]]) -> None:
-        rows = []
-        deleted = []
-        for did, events in sorted(accounts.items()):
-            newest = _newest(events)
-            event = newest.event
-            rows.append((did, event.active, event.status, event.relay, event.seq, newest.at))
-            seqs = [e.event.seq for e in events if not e.event.active and e.event.status == "deleted" and e.event.seq]
-            if seqs:
-                deleted.append((did, max(seqs)))
-        await connection.execute(merge.ACCOUNTS, *_columns(rows))
+        events = [
+            (did, e.event.relay or "", e.event.seq, e.at, e.event.active, e.event.status)
+            for did, some in sorted(accounts.items())
+            for e in some
+        ]
+        columns = _columns(events)
+        await connection.execute(merge.ACCOUNTS_LOCK, *columns)
+        await connection.execute(merge.ACCOUNT_EVENTS, *columns)
+        await connection.execute(merge.ACCOUNTS, sorted(accounts))
+        deleted: dict[str, tuple[str, int, datetime]] = {}
+        for did, _, seq, at, active, status in events:
+            if not active and status == "deleted" and seq:
+                before = deleted.get(did, (did, seq, at))
+                deleted[did] = (did, max(seq, before[1]), max(at, before[2]))
         if deleted:
-            await connection.execute(merge.ACCOUNTS_DELETED, *_columns(deleted))
+            await connection.execute(merge.ACCOUNTS_DELETED, *_columns(deleted.values()))
 
     async def _identities(self, connection: Connection, identities: dict[str, list[TimedIdentity]]) -> None:
         rows = []
@@ -1104,18 +1112,20 @@ class Store:
         account = await connection.fetchrow(merge.PURGE_NEXT, dead_commit)
         if account is None:
             return 0
-        did, deleted_seq = account
-        found = await connection.fetch(merge.PURGE_PIECE, did, deleted_seq, PURGE_PIECE)
+        did, deleted_seq, deleted_at, gone_rev, gone_seq = account
+        found = await connection.fetch(merge.PURGE_PIECE, did, gone_rev, gone_seq, PURGE_PIECE)
         tables = {table.name: table for table in TABLES}
-        kills = {}  # a twin of a cold table is found twice
-        for name, uri in found:
+        kills: dict[str, Change] = {}
+        for name, uri, rev, seq in found:
             table = tables[name] if name is not None else collection_table(uri)
-            kills[uri] = Change(table, uri, did, _rkey(uri), None, deleted_seq, 0, None, None)
+            held = kills.get(uri)  # a twin of a cold table is found twice
+            if held is None or newer(rev, seq, held.rev, held.seq):
+                kills[uri] = Change(table, uri, did, _rkey(uri), rev, seq, 0, None, None)
         if kills:
             await self._main(connection, list(kills.values()), set(), None)
             crashpoint(Place.IN_ACCOUNT_DELETION)
         else:
-            await connection.execute(merge.PURGED, did, deleted_seq)
+            await connection.execute(merge.PURGED, did, deleted_seq, deleted_at)
         return len(kills) + 1
 
     async def _retry(self, work: Callable[[], Awaitable[_T]]) -> _T:
@@ -1180,12 +1190,12 @@ def _found(upserts: list[Change], rows: list[Any]) -> _Look:
     """What the rows of a look, (kind, key, rev, seq), say about these upserts."""
     look = _Look({}, set(), set(), set())
     tombstones: dict[str, tuple[str | None, int | None]] = {}
-    accounts: dict[str, int] = {}
+    accounts: dict[str, tuple[str | None, int | None]] = {}
     for kind, key, rev, seq in rows:
         if kind == "tombstone":
             tombstones[key] = (rev, seq)
         elif kind == "account":
-            accounts[key] = seq
+            accounts[key] = (rev, seq)
         elif kind == "twin":
             look.shadowed.add(key)
         elif kind == "forbidden":
@@ -1197,8 +1207,8 @@ def _found(upserts: list[Change], rows: list[Any]) -> _Look:
             tombstone = tombstones.get(change.uri)
             if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
                 look.kills[change.uri] = _kill(change, *tombstone)
-            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
-                look.kills[change.uri] = _kill(change, None, deleted)
+            elif (gone := accounts.get(change.repo)) is not None and is_gone(change.rev, change.seq, *gone):
+                look.kills[change.uri] = _kill(change, change.rev, change.seq)  # at one version a delete wins
     return look
 
 
