@@ -27,7 +27,7 @@ from fastworker.metrics import OUTCOMES
 from fastworker.store.audit import Audit, Check, Drift, Held, open_audit
 from fastworker.store.migrate import check as check_schema
 from fastworker.stream.admin import Consumer, Count, Fields, RedisAdmin, id_ms, open_redis
-from fastworker.table.batch import Batch, Change, newer
+from fastworker.table.batch import Batch, Change, is_gone, newer
 from fastworker.table.dates import entry_moment
 from fastworker.table.mapper import map_commit
 
@@ -308,7 +308,7 @@ def _judge(change: Change, held: Held, records: Records) -> str:
         records.left_over += 1
         return "was deleted and is still there"
     if not held.is_there:
-        account_gone = held.deleted_seq is not None and (change.seq is None or change.seq < held.deleted_seq)
+        account_gone = is_gone(change.rev, change.seq, held.deleted_rev, held.deleted_seq)
         if gone_later or held.is_twin or account_gone or held.is_forbidden:
             records.fastworker += 1
             return ""

@@ -32,6 +32,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.versions": _ALL,
         "fastworker.twins": _ALL,
         "fastworker.accounts": _KEEP,
+        "fastworker.account_events": _KEEP,
         "fastworker.identities": _KEEP,
         "fastworker.recheck": _ALL,
         "fastworker.progress": _KEEP,

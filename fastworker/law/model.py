@@ -11,6 +11,8 @@ An event is a plain dict, its records are lexicon JSON (`{"$link"}`, `{"$bytes"}
     {"kind": "account", "seq", "did", "active", "status" or None, "time"}
     {"kind": "sync", "seq", "did", "rev", "time"}
 
+Each may say by which "relay" it came: seq orders nothing between two of them.
+
 Where the law (design, section 3) leaves a choice, the comment that starts with `Choice:` makes it.
 """
 
@@ -150,6 +152,14 @@ def _shift(at: datetime, by: timedelta) -> datetime:
         return at + by
     except OverflowError:
         return datetime.max if by > timedelta() else datetime.min  # noqa: DTZ901
+
+
+def tid_time(tid: str) -> datetime:
+    """The time that a TID holds: microseconds above ten bits of a clock's number."""
+    number = 0
+    for letter in tid:
+        number = number << 5 | "234567abcdefghijklmnopqrstuvwxyz".index(letter)
+    return EPOCH + timedelta(microseconds=number >> 10)
 
 
 def real_handle(handle: Any) -> str | None:
@@ -545,8 +555,25 @@ def beats(a: Held, b: Held) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What an account event of one relay said, and when."""
+
+    relay: str
+    seq: int | None
+    time: datetime
+    active: bool
+    status: str | None
+
+    def rank(self) -> tuple[Any, ...]:
+        """Of one relay's events the highest is the newest. Of two deliveries of one event the earlier counts."""
+        later = (self.time - datetime.min).total_seconds()  # noqa: DTZ901
+        seq = -1 if self.seq is None else self.seq
+        return (seq, later if self.seq is None else -later, not self.active, self.status or "")
+
+
+@dataclass(frozen=True, slots=True)
 class Dated:
-    """An identity or account event with what orders it: its seq, else its time."""
+    """An identity event with what orders it: its seq, else its time."""
 
     seq: int | None
     time: datetime
@@ -577,13 +604,16 @@ class Model:
         self._records: dict[str, Held] = {}  # uri -> its winner
         self._dids: set[str] = set()  # everyone who acted, or was followed, blocked or listed
         self._handles: dict[str, Dated] = {}  # did -> newest real handle
-        self._accounts: dict[str, Dated] = {}  # did -> newest (active, status)
-        self._deleted: dict[str, int] = {}  # did -> highest seq of a deletion
+        self._accounts: dict[str, dict[str, Told]] = {}  # did -> relay -> the newest that it told
+        self._deleted: dict[str, tuple[int, datetime]] = {}  # did -> highest seq and latest time of a deletion
+        self._relays: set[str] = set()
 
     # What happens
 
     def apply(self, event: Event, entry_ms: int | None = None) -> None:
         """Take one event. `entry_ms` (of the stream id) dates what carries no time of its own."""
+        if event.get("relay"):
+            self._relays.add(event["relay"])
         match event["kind"]:
             case "commit":
                 self._commit(event, entry_ms)
@@ -653,12 +683,15 @@ class Model:
         did, seq = event["did"], event.get("seq")
         self._meet(did)
         time = parse_time(event.get("time")) or _from_ms(entry_ms)
-        dated = Dated(seq, time, (event["active"], event.get("status")))
-        if dated.newer(self._accounts.get(did)):
-            self._accounts[did] = dated
+        told = Told(event.get("relay") or "", seq, time, event["active"], event.get("status"))
+        newest = self._accounts.setdefault(did, {})
+        held = newest.get(told.relay)
+        if held is None or told.rank() > held.rank():
+            newest[told.relay] = told
         # Choice: only the seq orders a deletion against commits; one without a seq is a status and no tombstone.
-        if not event["active"] and event.get("status") == "deleted" and seq is not None:
-            self._deleted[did] = max(seq, self._deleted.get(did, 0))
+        if not told.active and told.status == "deleted" and seq is not None:
+            before = self._deleted.get(did, (seq, time))
+            self._deleted[did] = (max(seq, before[0]), max(time, before[1]))
 
     def _meet(self, did: str) -> None:
         if did not in self.forbidden:
@@ -676,8 +709,11 @@ class Model:
             rows[table] = _without_twins(rows[table], columns)
         tables: Tables = {table: [_row(held) for held in rows[table]] for table in rows if _is_table(table)}
         tables["users"] = self._users(rows["profiles"])
+        latest = {
+            did: max(told.values(), key=lambda one: (one.time, one.relay)) for did, told in self._accounts.items()
+        }
         tables["fastworker.accounts"] = [
-            {"did": did, "active": newest.value[0], "status": newest.value[1]} for did, newest in self._accounts.items()
+            {"did": did, "active": one.active, "status": one.status} for did, one in latest.items()
         ]
         # Choice: one event for each label in the table; the foreign key takes it away with its label.
         tables["label_events"] = [{"label_uri": row["uri"], "action": "created"} for row in tables["labels"]]
@@ -691,8 +727,15 @@ class Model:
         return [
             held
             for held in self._records.values()
-            if held.row is not None and held.source.seq >= self._deleted.get(held.source.repo, 0)
+            if held.row is not None
+            and not (held.source.repo in self._deleted and self._before(held.source, *self._deleted[held.source.repo]))
         ]
+
+    def _before(self, source: Source, seq: int, time: datetime) -> bool:
+        """Whether a record was written before its account's deletion: by seq in one relay, else by its rev's time."""
+        if len(self._relays) < 2:
+            return source.seq < seq
+        return source.rev is None or tid_time(source.rev) < time
 
     def _users(self, profiles: list[Held]) -> list[Row]:
         known = {held.source.repo: _row(held) for held in profiles}

@@ -12,19 +12,26 @@ from fastworker.table.batch import TimedAccount, TimedIdentity
 
 
 async def put_accounts(db: Connection, accounts: dict[str, list[TimedAccount]]) -> None:
-    """The newest event of each account, and of those that say `deleted` the highest seq, which beats older records."""
-    rows = []
-    deleted = []
-    for did, events in sorted(accounts.items()):
-        newest = _newest(events)
-        event = newest.event
-        rows.append((did, event.active, event.status, event.relay, event.seq, newest.at))
-        seqs = [e.event.seq for e in events if not e.event.active and e.event.status == "deleted" and e.event.seq]
-        if seqs:
-            deleted.append((did, max(seqs)))
-    await db.execute(sql.ACCOUNTS, *columns(rows))
+    """The newest event of each relay, of these the latest, and the highest deletion, which beats older records.
+
+    Takes the lock of the account's row first: it orders the writers of one account.
+    """
+    events = [
+        (did, e.event.relay or "", e.event.seq, e.at, e.event.active, e.event.status)
+        for did, some in sorted(accounts.items())
+        for e in some
+    ]
+    arrays = columns(events)
+    await db.execute(sql.ACCOUNTS_LOCK, *arrays)
+    await db.execute(sql.ACCOUNT_EVENTS, *arrays)
+    await db.execute(sql.ACCOUNTS, sorted(accounts))
+    deleted: dict[str, tuple[str, int, datetime]] = {}
+    for did, _, seq, at, active, status in events:
+        if not active and status == "deleted" and seq:
+            before = deleted.get(did, (did, seq, at))
+            deleted[did] = (did, max(seq, before[1]), max(at, before[2]))
     if deleted:
-        await db.execute(sql.ACCOUNTS_DELETED, *columns(deleted))
+        await db.execute(sql.ACCOUNTS_DELETED, *columns(deleted.values()))
 
 
 async def put_identities(db: Connection, identities: dict[str, list[TimedIdentity]]) -> None:

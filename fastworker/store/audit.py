@@ -16,6 +16,7 @@ import msgspec
 import orjson
 
 from fastworker.store.session import translating
+from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, Table
 
@@ -575,6 +576,7 @@ class Held(msgspec.Struct, frozen=True):
     gone_rev: str | None
     gone_seq: int | None
     is_twin: bool
+    deleted_rev: str | None
     deleted_seq: int | None
     is_forbidden: bool
 
@@ -718,11 +720,13 @@ def _held(table: Table, *, deletes: bool = False) -> str:
         f"{'ARRAY[]::text[]' if deletes else f'array_remove(ARRAY[{differs}], NULL)'}, "
         "coalesce(v.deleted, false), CASE WHEN v.deleted THEN v.rev END, CASE WHEN v.deleted THEN v.seq END, "
         "EXISTS (SELECT 1 FROM fastworker.twins AS t WHERE t.uri = e.uri), "
-        f"(SELECT a.deleted_seq FROM fastworker.accounts AS a WHERE a.did = {_did('e.uri')}), "
+        "a.deleted_rev, a.deleted_seq, "
         f"EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = {_did('e.uri')} "
         "AND s.data_collection_forbidden) "
         f"FROM {source} LEFT JOIN {_qualified(table.name)} AS f ON f.uri = e.uri "
-        "LEFT JOIN fastworker.versions AS v ON v.uri = e.uri"
+        "LEFT JOIN fastworker.versions AS v ON v.uri = e.uri "
+        f"LEFT JOIN LATERAL (SELECT {GONE} FROM fastworker.accounts WHERE did = {_did('e.uri')} "
+        "AND deleted_seq IS NOT NULL) AS a (deleted_rev, deleted_seq) ON true"
     )
 
 

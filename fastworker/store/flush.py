@@ -33,11 +33,15 @@ FEW_USERS = 50  # new users of a small flush are inserted with its rows; more wo
 
 
 class Written(NamedTuple):
-    """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest."""
+    """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest.
+
+    `beaten`: uris of upserts that a tombstone or a deleted account had beaten.
+    """
 
     rows: int
     superseded: int
     forbidden: int
+    beaten: frozenset[str] = frozenset()
 
 
 class Plan(NamedTuple):
@@ -57,6 +61,13 @@ async def write(writer: Writer, db: Connection, batch: Batch) -> Written:
     return await finish(writer, db, plan, rows, forbidden=len(batch.changes) - len(plan.changes))
 
 
+async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
+    """Commit which relays there are, before anything is looked up: what a deletion beats depends on them."""
+    if hosts := batch.relays - writer.relays:
+        await writer.retry(lambda: db.execute(sql.RELAYS, sorted(hosts)))
+        writer.relays |= hosts
+
+
 async def _plan(db: Connection, batch: Batch) -> Plan:
     upserts = [c for c in batch.changes.values() if c.row is not None]
     seen = await look(db, upserts, batch.dids)
@@ -69,7 +80,7 @@ async def _plan(db: Connection, batch: Batch) -> Plan:
 
 
 async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan) -> Sequence[str]:
-    """Commit what others must see before our rows: tombstones, users, accounts, identities, relays, repairs.
+    """Commit what others must see before our rows: tombstones, users, accounts, identities, repairs.
 
     A tombstone that is committed before the delete is what a late create of another writer finds when it looks back.
     Locks are taken in the order of their keys. Returns users that are so few that they go with the rows instead.
@@ -80,7 +91,6 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
         ((c.uri, c.rev, c.seq) for c in batch.changes.values() if c.row is None and c.table.hot), key=lambda t: t[0]
     )
     users = writer.unknown(did for did in batch.dids if did not in forbidden)
-    hosts = batch.relays - writer.relays
 
     async def transaction() -> None:
         async with db.transaction():
@@ -93,15 +103,12 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
             if identities:
                 await put_identities(db, identities)
             if batch.syncs:
-                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: s.seq or 0)}
+                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: (s.rev or "", s.seq or 0))}
                 await db.execute(sql.REPAIRS, *columns((s.did, s.rev, s.seq) for _, s in sorted(newest.items())))
-            if hosts:
-                await db.execute(sql.RELAYS, sorted(hosts))
 
-    more = bool(batch.accounts or identities or batch.syncs or hosts)
+    more = bool(batch.accounts or identities or batch.syncs)
     if more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH:
         await writer.retry(transaction)
-        writer.relays |= batch.relays
         writer.remember(users)
         users = []
     elif tombstones:
@@ -181,4 +188,4 @@ async def finish(writer: Writer, db: Connection, plan: Plan, rows: int, *, forbi
         back = await look_back(writer, db, written, upserts)
     await writer.reach(Step.AFTER_LOOK_BACK)
     await recompute_joined(writer, db, upserts, back.joined)
-    return Written(rows, superseded + len(kills) + len(late), forbidden)
+    return Written(rows, superseded + len(kills) + len(late), forbidden, frozenset((*kills, *late)))

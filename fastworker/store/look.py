@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastworker.store import statements as sql
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer
-from fastworker.table.batch import Change, newer
+from fastworker.table.batch import Change, is_gone, newer
 from fastworker.table.rows import LIKE
 from fastworker.table.schema import LIKES, POSTS
 
@@ -75,12 +75,12 @@ def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
     """What the rows of a look, (kind, key, rev, seq), say about these upserts."""
     seen = Seen({}, set(), set(), set())
     tombstones: dict[str, tuple[str | None, int | None]] = {}
-    accounts: dict[str, int] = {}
+    accounts: dict[str, tuple[str | None, int | None]] = {}
     for kind, key, rev, seq in rows:
         if kind == "tombstone":
             tombstones[key] = (rev, seq)
         elif kind == "account":
-            accounts[key] = seq
+            accounts[key] = (rev, seq)
         elif kind == "twin":
             seen.waiting.add(key)
         elif kind == "forbidden":
@@ -92,8 +92,8 @@ def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
             tombstone = tombstones.get(change.uri)
             if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
                 seen.kills[change.uri] = _kill(change, *tombstone)
-            elif (deleted := accounts.get(change.repo)) is not None and (change.seq is None or change.seq < deleted):
-                seen.kills[change.uri] = _kill(change, None, deleted)
+            elif (gone := accounts.get(change.repo)) is not None and is_gone(change.rev, change.seq, *gone):
+                seen.kills[change.uri] = _kill(change, change.rev, change.seq)  # at one version a delete wins
     return seen
 
 

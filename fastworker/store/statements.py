@@ -127,10 +127,14 @@ CIDS = {
 }
 
 # Versions ---------------------------------------------------------------------------------------
+# What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
+_MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
+_GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
+GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
 _BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
-    "UNION ALL SELECT 'account', did, NULL, deleted_seq FROM fastworker.accounts "
+    f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
     "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
 )
@@ -161,7 +165,8 @@ _BEATEN = (
     "WHERE v.deleted AND v.written_at > $1 AND v.written_at <= $2"
 )
 _HOT_BEATEN = _BEATEN + " AND split_part(v.uri, '/', 4) = '{collection}'"
-_HOT_VERSION = "t.commit_rev, CASE WHEN t.commit_seq ~ '^[0-9]+$' THEN t.commit_seq::bigint END"
+_HOT_SEQ = "CASE WHEN t.commit_seq ~ '^[0-9]+$' THEN t.commit_seq::bigint END"
+_HOT_VERSION = f"t.commit_rev, {_HOT_SEQ}"
 # Those of the piece that beat a record of the hot tables which is there all the same
 LOOK_AGAIN = " UNION ALL ".join(
     [
@@ -195,7 +200,7 @@ GATE = (
 )
 
 # What an entry may assume: how far tombstones are pruned, and whether more than one sequence space was seen.
-GROUND = "SELECT (SELECT pruned_until FROM fastworker.horizon), (SELECT count(*) > 1 FROM fastworker.relays)"
+GROUND = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
 # Tombstones are pruned in two steps, so that every worker knows the horizon before they are gone: $1 keep, $2 notice.
 PRUNE = (
     "DELETE FROM fastworker.versions AS v USING (SELECT v.uri FROM fastworker.horizon AS h JOIN fastworker.versions AS v "
@@ -233,16 +238,42 @@ _EVENT_NEWER = (
     "CASE WHEN {t}.relay IS NOT DISTINCT FROM excluded.relay AND {t}.seq IS NOT NULL AND excluded.seq IS NOT NULL "
     "THEN excluded.seq > {t}.seq ELSE excluded.event_at > {t}.event_at END"
 )
+# $1 dids, $2 relays, $3 seqs, $4 moments, then what the events say
+_OF_EVENTS = "unnest($1::varchar[], $2::text[], $3::bigint[], $4::timestamptz[], $5::boolean[], $6::text[])"
+_AS_EVENTS = "(did, relay, seq, event_at, active, status)"
+# Within one relay the seq decides; without one the later moment, of two deliveries of one event the earlier.
+_RANK = (
+    "(coalesce({t}.seq, -1), CASE WHEN {t}.seq IS NULL THEN 1 ELSE -1 END * extract(epoch FROM {t}.event_at), "
+    "NOT {t}.active, coalesce({t}.status, ''))"
+)
+# Its row's lock orders the writers of one account.
+ACCOUNTS_LOCK = (
+    "INSERT INTO fastworker.accounts AS t (did, relay, seq, event_at, active, status) "
+    f"SELECT DISTINCT ON (did COLLATE \"C\") did, nullif(relay, ''), seq, event_at, active, status FROM {_OF_EVENTS} "
+    f'AS u {_AS_EVENTS} ORDER BY did COLLATE "C" ON CONFLICT (did) DO UPDATE SET did = t.did WHERE false'
+)
+# What is in fastworker.accounts too: the release before ours knows no other place.
+ACCOUNT_EVENTS = (
+    "INSERT INTO fastworker.account_events AS t (did, relay, seq, event_at, active, status) "
+    f"SELECT DISTINCT ON (did, relay) e.* FROM (SELECT * FROM {_OF_EVENTS} AS u {_AS_EVENTS} UNION ALL "
+    "SELECT did, coalesce(relay, ''), seq, event_at, active, status FROM fastworker.accounts WHERE did = ANY($1)) AS e "
+    f"ORDER BY did, relay, {_RANK.format(t='e')} DESC ON CONFLICT (did, relay) DO UPDATE SET seq = excluded.seq, "
+    "event_at = excluded.event_at, active = excluded.active, status = excluded.status "
+    f"WHERE {_RANK.format(t='excluded')} > {_RANK.format(t='t')}"
+)
+# Of the relays' newest ones the latest: a seq says nothing to another relay.
 ACCOUNTS = (
-    "INSERT INTO fastworker.accounts AS t (did, active, status, relay, seq, event_at) "
-    "SELECT * FROM unnest($1::varchar[], $2::boolean[], $3::text[], $4::text[], $5::bigint[], $6::timestamptz[]) "
-    "ON CONFLICT (did) DO UPDATE SET active = excluded.active, status = excluded.status, relay = excluded.relay, "
-    "seq = excluded.seq, event_at = excluded.event_at WHERE " + _EVENT_NEWER.format(t="t")
+    "UPDATE fastworker.accounts AS a SET relay = nullif(n.relay, ''), seq = n.seq, event_at = n.event_at, "
+    "active = n.active, status = n.status FROM (SELECT DISTINCT ON (did) * FROM fastworker.account_events "
+    "WHERE did = ANY($1::varchar[]) ORDER BY did, event_at DESC, relay DESC) AS n WHERE a.did = n.did "
+    "AND (a.active, a.status, coalesce(a.relay, ''), a.seq, a.event_at) "
+    "IS DISTINCT FROM (n.active, n.status, n.relay, n.seq, n.event_at)"
 )
 ACCOUNTS_DELETED = (
-    "UPDATE fastworker.accounts AS a SET deleted_seq = u.seq, purge_pending = true, purged_at = NULL "
-    "FROM unnest($1::varchar[], $2::bigint[]) AS u (did, seq) "
-    "WHERE a.did = u.did AND (a.deleted_seq IS NULL OR a.deleted_seq < u.seq)"
+    "UPDATE fastworker.accounts AS a SET deleted_seq = greatest(a.deleted_seq, u.seq), "
+    "deleted_at = greatest(a.deleted_at, u.at), purge_pending = true, purged_at = NULL "
+    "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
+    "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
 )
 IDENTITIES = (
     "INSERT INTO fastworker.identities AS t (did, handle, relay, seq, event_at, resolve_pending) "
@@ -387,19 +418,27 @@ AGGREGATES_DROP = (
     "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri)"
 )
 
+
 # Deleted accounts ---------------------------------------------------------------------------------
+def _older(rev: str, seq: str) -> str:
+    """Whether the deletion beats a stored version. The same rule as `table.batch.is_gone`."""
+    return f'CASE WHEN $2::text IS NULL THEN {seq} IS NULL OR {seq} < $3::bigint ELSE {rev} IS NULL OR {rev} COLLATE "C" < $2 END'
+
+
 # $1: how long after a purge that found nothing it is done once more
 PURGE_NEXT = (
-    "SELECT did, deleted_seq FROM fastworker.accounts WHERE purge_pending "
+    f"SELECT did, deleted_seq, deleted_at, {GONE} FROM fastworker.accounts WHERE purge_pending "
     "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) ORDER BY did LIMIT 1"
 )
-_HOT_OF = "SELECT '{table}' AS name, uri FROM public.{table} WHERE {author} = $1 AND {older}"
-_OLDER = "(commit_seq IS NULL OR commit_seq !~ '^[0-9]+$' OR commit_seq::bigint < $2)"
+_HOT_OF = (
+    f"SELECT '{{table}}' AS name, t.uri, {_HOT_VERSION} FROM public.{{table}} AS t WHERE {{author}} = $1 AND "
+    f"{_older('t.commit_rev', _HOT_SEQ)}"
+)
 _RANGE = "uri >= 'at://' || $1 || '/' AND uri < 'at://' || $1 || '0'"  # '0' follows '/' in byte order
-# (table name or NULL, uri): $1 DID, $2 its deleted seq, $3 how many
+# (table name or NULL, uri, rev, seq): $1 DID, $2 and $3 what its deletion beats (GONE), $4 how many
 PURGE_PIECE = (
     " UNION ALL ".join(
-        _HOT_OF.format(table=table, author=author, older=_OLDER)
+        _HOT_OF.format(table=table, author=author)
         for table, author in (
             ("posts", "author_did"),
             ("likes", "user_did"),
@@ -408,14 +447,14 @@ PURGE_PIECE = (
             ("blocks", "blocker_did"),
         )
     )
-    + " UNION ALL SELECT table_name, uri FROM fastworker.twins WHERE "
-    + _RANGE
-    + " AND (seq < $2 OR (seq IS NULL AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = twins.uri)))"
-    + " UNION ALL SELECT NULL, uri FROM fastworker.versions WHERE "
-    + _RANGE
-    + " AND NOT deleted AND (seq IS NULL OR seq < $2) LIMIT $3"
+    + f" UNION ALL SELECT table_name, uri, rev, seq FROM fastworker.twins WHERE {_RANGE} AND {_older('rev', 'seq')} "
+    + "AND (rev IS NOT NULL OR seq IS NOT NULL OR NOT EXISTS ("
+    + "SELECT 1 FROM fastworker.versions AS v WHERE v.uri = twins.uri))"
+    + f" UNION ALL SELECT NULL, uri, rev, seq FROM fastworker.versions WHERE {_RANGE} "
+    + f"AND NOT deleted AND {_older('rev', 'seq')} LIMIT $4"
 )
 PURGED = (
     "UPDATE fastworker.accounts SET purge_pending = purged_at IS NULL, "
-    "purged_at = CASE WHEN purged_at IS NULL THEN now() END WHERE did = $1 AND deleted_seq = $2"
+    "purged_at = CASE WHEN purged_at IS NULL THEN now() END "
+    "WHERE did = $1 AND deleted_seq = $2 AND deleted_at IS NOT DISTINCT FROM $3"
 )

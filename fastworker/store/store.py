@@ -81,6 +81,7 @@ class Store:
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
         async with self.connection() as db:
+            await flush.note_relays(self.writer, db, batch)
             written = await whole.write_whole(self.writer, db, batch)
             return written if written is not None else await flush.write(self.writer, db, batch)
 

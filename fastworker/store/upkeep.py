@@ -12,7 +12,7 @@ from fastworker.store.joined import recompute
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer
 from fastworker.table import derive
-from fastworker.table.batch import Change, Progress
+from fastworker.table.batch import Change, Progress, newer
 from fastworker.table.schema import TABLES, Table, collection_table
 
 TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what the stream's group has finished, too
@@ -66,16 +66,18 @@ async def _purge(writer: Writer, db: Connection, dead_commit: timedelta) -> int:
     account = await db.fetchrow(sql.PURGE_NEXT, dead_commit)
     if account is None:
         return 0
-    did, deleted_seq = account
+    did, deleted_seq, deleted_at, gone_rev, gone_seq = account
     tables = {table.name: table for table in TABLES}
-    kills = {}  # a twin of a cold table is found twice
-    for name, uri in await db.fetch(sql.PURGE_PIECE, did, deleted_seq, PURGE_PIECE):
-        kills[uri] = _kill(tables[name] if name is not None else collection_table(uri), uri, did, None, deleted_seq)
+    kills: dict[str, Change] = {}
+    for name, uri, rev, seq in await db.fetch(sql.PURGE_PIECE, did, gone_rev, gone_seq, PURGE_PIECE):
+        held = kills.get(uri)  # a twin of a cold table is found twice
+        if held is None or newer(rev, seq, held.rev, held.seq):
+            kills[uri] = _kill(tables[name] if name is not None else collection_table(uri), uri, did, rev, seq)
     if kills:
         await write_rows(writer, db, list(kills.values()), set())
         await writer.reach(Step.IN_ACCOUNT_DELETION)
     else:
-        await db.execute(sql.PURGED, did, deleted_seq)
+        await db.execute(sql.PURGED, did, deleted_seq, deleted_at)
     return len(kills) + 1
 
 

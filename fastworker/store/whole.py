@@ -64,6 +64,6 @@ def _may_be_whole(writer: Writer, batch: Batch) -> bool:
     return (
         0 < len(changes) <= writer.whole_rows_max
         and len(changes) < writer.copying.rows_min
-        and not (batch.accounts or batch.identities or batch.syncs or batch.relays - writer.relays)
+        and not (batch.accounts or batch.identities or batch.syncs)
         and all(c.row is not None and c.table.hot for c in changes.values())
     )

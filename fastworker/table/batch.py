@@ -25,6 +25,13 @@ def newer(a_rev: str | None, a_seq: int | None, b_rev: str | None, b_seq: int | 
     return (a_rev is not None or a_seq is not None) and b_rev is None and b_seq is None
 
 
+def is_gone(rev: str | None, seq: int | None, gone_rev: str | None, gone_seq: int | None) -> bool:
+    """Whether an account's deletion beats a record: by its moment as a TID, or, within one relay, by its seq."""
+    if gone_rev is not None:
+        return rev is None or rev < gone_rev
+    return gone_seq is not None and (seq is None or seq < gone_seq)
+
+
 class Change(msgspec.Struct, frozen=True, gc=False):
     """One record's operation, ready to write: `row` in the order of `table.columns`, None for a delete.
 
@@ -48,6 +55,7 @@ class Mapped(msgspec.Struct, frozen=True, gc=False):
     changes: list[Change]
     dids: list[str]
     drops: list[Drop]
+    relay: str | None = None
 
 
 class TimedAccount(msgspec.Struct, frozen=True, gc=False):
@@ -122,6 +130,7 @@ class Batch:
 
     __slots__ = (
         "accounts",
+        "beaten",
         "changes",
         "count",
         "dids",
@@ -143,6 +152,7 @@ class Batch:
         self.drops: list[Drop] = []
         self.entries: list[str] = []  # ids
         self.relays: set[str] = set()
+        self.beaten: frozenset[str] = frozenset()  # uris of upserts that were not stored: found when it was written
         self.progress: Progress | None = None
         self.payload_bytes = 0
         self.count = 0  # changes put, before coalescing
@@ -157,17 +167,26 @@ class Batch:
         self.dids.update(mapped.dids)
         if mapped.drops:
             self.drops.extend(mapped.drops)
+        if mapped.relay is not None:
+            self.relays.add(mapped.relay)
 
     def put_account(self, event: Account, at: datetime) -> None:
         self.accounts.setdefault(event.did, []).append(TimedAccount(event, at))
-        self.dids.add(event.did)
+        self._put_event(event)
 
     def put_identity(self, event: Identity, at: datetime) -> None:
         self.identities.setdefault(event.did, []).append(TimedIdentity(event, at))
-        self.dids.add(event.did)
+        self._put_event(event)
 
     def put_sync(self, event: Sync) -> None:
         self.syncs.append(event)
+        if event.relay is not None:
+            self.relays.add(event.relay)
+
+    def _put_event(self, event: Account | Identity) -> None:
+        self.dids.add(event.did)
+        if event.relay is not None:
+            self.relays.add(event.relay)
 
     def settle(self, entry_id: str, *, payload_bytes: int) -> None:
         """Remember an entry; its ack follows the commit of this batch."""

@@ -100,7 +100,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if subject is not None:
             dids.append(row[subject])
         changes.append(Change(table, uri, repo, rkey, rev, seq, index, op.cid, row))
-    return Mapped(changes, dids, drops)
+    return Mapped(changes, dids, drops, commit.relay)
 
 
 # Members

@@ -118,6 +118,7 @@ class Held:
     __slots__ = (
         "batch",
         "before_horizon",
+        "changes",
         "entries",
         "ground",
         "keys",
@@ -133,6 +134,7 @@ class Held:
         self.before_horizon: dict[str, list[Change]] = {}  # upserts of entries that a forgotten delete may beat
         self.batch = Batch()
         self.entries: dict[str, dict[bytes, bytes]] = {}
+        self.changes: dict[str, list[Change]] = {}  # by entry
         self.tallies: dict[Tally, list[str]] = {}
         self.keys: list[int] = []  # marked in the overlap
         self.kinds: Counter[type[Event]] = Counter()
@@ -186,19 +188,30 @@ class Held:
                     return False
                 self.keys += keys
             batch.put(mapped)
+            self.changes[entry_id] = mapped.changes
         elif isinstance(event, Identity):
             batch.put_identity(event, at)
         elif isinstance(event, Account):
             batch.put_account(event, at)
         elif isinstance(event, Sync):
             batch.put_sync(event)
-        if event.relay is not None:
-            batch.relays.add(event.relay)
         self.mark = (entry_id, event.seq)
         self.kinds[type(event)] += 1
         batch.settle(entry_id, payload_bytes=sum(map(len, fields.values())))
         self.tallies.setdefault(tally, []).append(entry_id)
         return True
+
+    def uncount(self) -> None:
+        """Entries of which nothing was stored, since all of it had been deleted, are not counted as committed."""
+        beaten = self.batch.beaten
+        for tally, ids in list(self.tallies.items()) if beaten else ():
+            if tally.kind == _COMMIT.kind and tally.outcome == _COMMIT.outcome:
+                gone = {one for one in ids if (of := self.changes[one]) and all(c.uri in beaten for c in of)}
+                if gone:
+                    del self.tallies[tally]
+                    nothing = Tally(_NOTHING.outcome, tally.kind, tally.drops)
+                    for one in ids:
+                        self.tallies.setdefault(nothing if one in gone else tally, []).append(one)
 
 
 def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, datetime]:
@@ -442,6 +455,7 @@ class Pipeline:
             return written
 
         written = await self._persist(State.WAITING_FOR_STORE, attempt)
+        batch.beaten = written.beaten
         took_us = int((time.perf_counter() - started) * 1e6)
         entries = len(batch.entries)
         slot = self._slot
@@ -456,6 +470,7 @@ class Pipeline:
 
     async def _ack(self, held: Held, store_drops: list[Reason]) -> None:
         crashpoint(Step.BEFORE_ACK)
+        held.uncount()
         await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.ack(held.tallies, store_drops))
         wall_ms = time.time_ns() // 1_000_000
         slot = self._slot

@@ -74,7 +74,8 @@ class MemoryStore:
             raise RowRejected("poison")
         self.uris |= set(batch.changes)
         self.batches.append(batch)
-        return Written(len(batch.changes), 0, 0)
+        beaten = frozenset(uri for uri in batch.changes if "beaten" in uri)
+        return Written(len(batch.changes) - len(beaten), len(beaten), 0, beaten)
 
 
 class Bench:
@@ -500,3 +501,13 @@ async def test_marks_end_with_their_flush(bench, strangers) -> None:
         for entry in likes(3)[:1]:
             await bench.until(lambda: not bench.pipeline.held_count)
             strangers(entry)
+
+
+async def test_what_is_beaten_is_not_counted_as_committed(bench: Bench) -> None:
+    """Of an entry with several records some were stored: that one is."""
+    entries = [commit(1, like("good1")), commit(2, like("beaten2")), commit(3, like("good3"), like("beaten3"))]
+    async with bench.running():
+        await bench.add([*entries, commit(4, like("beaten4"), like("beaten5")), commit(5)])
+        await bench.until(lambda: bench.slot.snapshot().counters.nothing_to_store == 2)
+    ledger = await bench.redis.hgetall(LEDGER_KEY)
+    assert {name: int(count) for name, count in ledger.items()} == {b"committed": 3, b"nothing_to_store": 2}

@@ -88,7 +88,7 @@ async def test_new_rows_and_all_that_follows_are_one_call(store: Told, pg: async
     events = commits(*first, post(B))
     for piece in (events[: len(first)], events[len(first) :]):
         written = await store.write(batch_of(piece))
-        assert written == (len(piece), 0, 0)
+        assert written[:3] == (len(piece), 0, 0)
     assert store.whole == [True, True]
     assert await pg.fetchval("SELECT root_author_like_uri FROM thread_contexts WHERE post_uri = $1", reply) is not None
     assert await differences(lawful(events), pg) == "no difference"
@@ -111,7 +111,7 @@ async def test_what_overtook_it_is_looked_back_at(store: Told, pg: asyncpg.Conne
                     await asyncio.sleep(0.01)
             await other.write(batch_of(events[3:]))
             assert await pg.fetchval("SELECT count(*) FROM likes") == 0, "not committed, and the delete did not wait"
-        assert await writing == (2, 1, 0), "written, and removed again"
+        assert (await writing)[:3] == (2, 1, 0), "written, and removed again"
     finally:
         await watcher.close()
         await other.close()
@@ -173,7 +173,7 @@ async def test_nothing_is_written_unless_every_row_is_new(
 async def test_who_must_not_be_stored_is_not(store: Told, pg: asyncpg.Connection) -> None:
     await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'a.test')", A)
     await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", A)
-    assert await store.write(batch_of(commits(like(A), like(C)))) == (1, 0, 1)
+    assert (await store.write(batch_of(commits(like(A), like(C)))))[:3] == (1, 0, 1)
     assert store.whole == [False]
     assert [r[0] for r in await pg.fetch("SELECT user_did FROM likes")] == [C]
 

@@ -108,7 +108,7 @@ class History:
 
 def entry_ms(event: Event) -> int:
     """The milliseconds of the stream id under which the history's event is delivered, every time the same."""
-    return 1_767_225_600_500 + 1_000 * int(event["seq"])
+    return 1_767_225_600_500 + 1_000 * int(event.get("place", event["seq"]))
 
 
 def to_entry(event: Event) -> dict[bytes, bytes]:
@@ -119,6 +119,8 @@ def to_entry(event: Event) -> dict[bytes, bytes]:
         "account": ("did", "active", "status", "time"),
     }[event["kind"]]
     data = {name: event[name] for name in members if name == "handle" or event[name] is not None}
+    if "relay" in event:
+        data["relay"] = event["relay"]
     if "ops" in data:  # a delete has no cid
         data["ops"] = [{name: op[name] for name in op if name != "cid" or op[name]} for op in data["ops"]]
     return {
@@ -183,6 +185,22 @@ def number(steps: list[Event], *, bare: bool) -> list[Event]:
             numbered["time"] = None if is_bare else numbered["time"]
         events.append(numbered)
     return events
+
+
+def fail_over(events: list[Event], at: int, again: int = 0) -> list[Event]:
+    """The same events, but from position `at` on by another relay whose numbers are lower. That one also tells the
+    `again` events before it, under numbers of its own."""
+    told = []
+    for position, event in enumerate(events):
+        time = BEGIN + timedelta(seconds=event["seq"])
+        moved = {**event, "place": event["seq"], "time": time.isoformat(timespec="milliseconds") + "Z"}
+        if event["kind"] == "commit":
+            moved["rev"] = tid((time - datetime(1970, 1, 1)) // timedelta(microseconds=1) << 10)  # noqa: DTZ001
+        if position < at:
+            told.append({**moved, "relay": "a.test", "seq": event["seq"] + 30_000})
+        if position >= at - again:
+            told.append({**moved, "relay": "b.test", "seq": event["seq"] - FIRST_SEQ + 1})
+    return told
 
 
 class Author:
