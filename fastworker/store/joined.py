@@ -8,32 +8,23 @@ from fastworker.store import statements as sql
 from fastworker.store.look import Key
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer, columns
-from fastworker.table import derive
 from fastworker.table.batch import Change
-from fastworker.table.rows import GATE, LIKE, POST
-from fastworker.table.schema import FEED_GENERATORS, LIKES, POSTS
+from fastworker.table.rows import GATE
+from fastworker.table.schema import FEED_GENERATORS, GATES, LABELER_SERVICES
 
 
 async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change], seen: set[Key]) -> None:
-    """Recompute the joined rows that these upserts may have changed; `seen`: those that `look_back` found.
+    """Recompute the joined rows that these upserts may have changed; `seen`: those of hot tables, by `look_back`.
 
     Last in a flush, after this side has committed: of two flushes that write the two sides, the later one sees both.
     What a removal changes was owed in its own transaction, and is not repeated here.
     """
     keys = set(seen)
-    contexts, flags, services = (name in writer.derive for name in ("thread_contexts", "gate_flags", "like_counts"))
+    flags, services = "gate_flags" in writer.derive, "like_counts" in writer.derive
     for change in upserts:
-        table, row = change.table, change.row
-        assert row is not None
-        if table is LIKES:
-            if services and derive.is_liked_service(row[LIKE.post_uri]):
-                keys.add(("like_count", row[LIKE.post_uri]))
-        elif table is POSTS:
-            if contexts and row[POST.root_uri] is not None and row[POST.root_uri] != row[POST.uri]:
-                keys.add(("context", change.uri))
-        elif flags and table.name == "fastworker.gates":
-            keys.add(("gate", row[GATE.post_uri]))
-        elif services and (table is FEED_GENERATORS or table.name == "labeler_services"):
+        if change.table is GATES and flags and change.row is not None:
+            keys.add(("gate", change.row[GATE.post_uri]))
+        elif services and change.table in (FEED_GENERATORS, LABELER_SERVICES):
             keys.add(("like_count", change.uri))
     if keys:
         await recompute(writer, db, {}, keys, wait=False)
@@ -46,7 +37,7 @@ async def recompute(
 
     Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
     """
-    by_kind: dict[str, list[str]] = {kind: [] for kind in sql.JOINED_KINDS}
+    by_kind: dict[str, list[str]] = {kind: [] for kind in sql.JOINED}
     for kind, key in sorted(owed.keys() | fresh):
         by_kind[kind].append(key)
     paid = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3

@@ -49,26 +49,25 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
     """
     if not upserts:
         return Seen({}, set(), set(), set())
-    hot = [c.uri for c in written if c.table.hot]
-    posts: list[str] = []
-    likes: list[tuple[str, str]] = []
-    contexts, flags = "thread_contexts" in writer.derive, "gate_flags" in writer.derive
-    for change in upserts:
-        if change.table is POSTS and (contexts or flags):
-            posts.append(change.uri)
-        elif change.table is LIKES and contexts and change.row is not None:
-            likes.append((change.row[LIKE.post_uri], change.row[LIKE.user_did]))
-    found = await db.fetch(
-        sql.LOOK_BACK,
-        hot,
-        list({c.repo for c in written}),
-        posts,
-        [like[0] for like in likes],
-        [like[1] for like in likes],
-    )
-    seen = _seen(written, found)
-    joined = {(kind, key) for kind, key in seen.joined if (contexts if kind == "context" else flags)}
-    return seen._replace(joined=joined)
+    likes = [c.row for c in upserts if c.table is LIKES and c.row is not None]
+    arguments = {
+        "uris": [c.uri for c in written if c.table.hot],
+        "repos": list({c.repo for c in written}),
+        "posts": [c.uri for c in upserts if c.table is POSTS],
+        "like_posts": [row[LIKE.post_uri] for row in likes],
+        "like_users": [row[LIKE.user_did] for row in likes],
+        **joins(writer.derive),
+    }
+    return _seen(written, await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS)))
+
+
+def joins(derive: frozenset[str]) -> dict[str, bool]:
+    """Which joined rows there are, as the routines want to be told."""
+    return {
+        "with_contexts": "thread_contexts" in derive,
+        "with_gates": "gate_flags" in derive,
+        "with_services": "like_counts" in derive,
+    }
 
 
 def _seen(upserts: list[Change], rows: list[Any]) -> Seen:

@@ -15,6 +15,7 @@ from importlib import resources
 import msgspec
 
 from fastworker.crashpoint import Step, crashpoint
+from fastworker.store import routines
 from fastworker.store.schema_admin import Applied, Schema, SchemaRefused, open_schema
 
 __all__ = ["Migration", "SchemaRefused", "check", "migrate", "packaged"]
@@ -56,7 +57,8 @@ async def migrate(database_url: str, migrations: Sequence[Migration] | None = No
     """Apply what is pending; returns its names. Raises SchemaRefused, and then nothing was changed."""
     known = packaged() if migrations is None else migrations
     async with open_schema(database_url) as admin:
-        if not _pending(known, await admin.read()):
+        schema = await admin.read()
+        if not _pending(known, schema) and not _stale(known, schema):
             return []  # also for a role that may not create anything
         async with admin.exclusive():
             schema = await admin.read()  # another process may have been faster
@@ -71,6 +73,9 @@ async def migrate(database_url: str, migrations: Sequence[Migration] | None = No
                 await admin.apply(entry, migration.sql)
                 crashpoint(Step.IN_MIGRATION)
                 done.append(f"{migration.name} (adopted)" if adopted else migration.name)
+            for routine in _stale(known, schema):
+                await admin.install(routine.install)
+                done.append(f"routine {routine.name}")
             return done
 
 
@@ -84,10 +89,21 @@ async def check(database_url: str, migrations: Sequence[Migration] | None = None
     except SchemaRefused as refusal:
         return [str(refusal)]
     found = [f"{migration.name} is not applied: run `fastworker migrate`." for migration in pending]
+    if not pending:
+        found += [
+            f"Routine fastworker.{routine.name} is not this release's: run `fastworker migrate`."
+            for routine in _stale(known, schema)
+        ]
     for migration in known:
         if migration not in pending or (migration.number == CONTRACT and _is_there(migration, schema)):
             found += _missing(migration, schema)
     return found
+
+
+def _stale(known: Sequence[Migration], schema: Schema) -> list[routines.Routine]:
+    """Routines to install; none for a list of migrations that lacks some of this release's, on which they stand."""
+    complete = {one.number for one in packaged()} <= {one.number for one in known}
+    return routines.missing(schema.routines) if complete else []
 
 
 def _pending(known: Sequence[Migration], schema: Schema) -> list[Migration]:

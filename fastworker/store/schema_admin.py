@@ -46,6 +46,7 @@ class Schema(msgspec.Struct, frozen=True):
     applied: list[Applied]
     columns: dict[str, dict[str, str]]
     uniques: dict[str, set[frozenset[str]]]  # column sets of complete (no predicate), valid unique indexes
+    routines: dict[str, str | None]  # of schema fastworker: name to comment
 
 
 class SchemaAdmin:
@@ -75,7 +76,8 @@ class SchemaAdmin:
             applied = [
                 Applied(number=row[0], name=row[1], checksum=row[2], adopted=row[3]) for row in await fetch(_APPLIED)
             ]
-        return Schema(applied=applied, columns=columns, uniques=uniques)
+        routines = {row[0]: row[1] for row in await fetch(INSTALLED)}
+        return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines)
 
     async def apply(self, migration: Applied, sql: str) -> None:
         """Run the SQL unless the tables are adopted, and record it. Only inside `exclusive`."""
@@ -89,6 +91,10 @@ class SchemaAdmin:
             migration.checksum,
             migration.adopted,
         )
+
+    async def install(self, sql: str) -> None:
+        """Make or replace a routine. Only inside `exclusive`."""
+        await self.connection.execute(sql)
 
 
 @asynccontextmanager
@@ -131,6 +137,12 @@ JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnk
 WHERE n.nspname IN ('public', 'fastworker') AND i.indisunique AND i.indisvalid
   AND i.indpred IS NULL AND i.indexprs IS NULL
 GROUP BY n.nspname, c.relname, i.indexrelid
+"""
+
+# Names and comments of our routines
+INSTALLED = """
+SELECT p.proname, obj_description(p.oid, 'pg_proc') FROM pg_proc p
+JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'fastworker'
 """
 
 _APPLIED = "SELECT number, name, checksum, adopted FROM fastworker.migrations ORDER BY number"

@@ -132,24 +132,11 @@ _MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
 _GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
 GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
-_BEATS = (
+BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
     "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
-)
-# Before a flush also who of $3 may not be stored
-LOOK = _BEATS + (
-    "UNION ALL SELECT 'forbidden', user_did, NULL, NULL FROM public.user_settings "
-    "WHERE data_collection_forbidden AND user_did = ANY($3::varchar[])"
-)
-# After it also which joined rows may have changed: $3 posts of the batch, $4/$5 its likes (post, user)
-LOOK_BACK = _BEATS + (
-    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p "
-    "WHERE p.root_uri = ANY($3::varchar[]) AND p.uri <> p.root_uri "
-    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM unnest($4::varchar[], $5::varchar[]) AS l (post, did) "
-    "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
-    "UNION ALL SELECT 'gate', g.post_uri, NULL, NULL FROM fastworker.gates AS g WHERE g.post_uri = ANY($3::varchar[])"
 )
 # The next piece of tombstones for a second look, (after, until): those written more than $1 ago, about $2 of them
 LOOK_AGAIN_PIECE = (
@@ -381,11 +368,22 @@ def recount(derive: frozenset[str]) -> str:
     return f"UPDATE public.post_aggregations AS a SET {sets}, updated_at = now() WHERE a.post_uri = ANY($1::varchar[])"
 
 
-# What a flush does with few rows, one call each: 0004_one_call.sql --------------------------------------
+# The routines of the flush (store/sql), called by the names of their arguments -------------------------
 _USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in TABLES if table.hot))
 _PROGRESS = ("of_stream", "of_consumer", "until_seq", "until_entry")
 _ITEMS = (QUOTES, FEED_ITEMS, NOTIFICATIONS)
+_DERIVED = ("with_contexts", "with_gates", "with_services")
 UNSEEN = ("unseen_posts", "unseen_viewers", "unseen_likes", "unseen_reposts", "unseen_bookmarks")
+
+
+def _named(*names: str) -> str:
+    """Arguments in named notation: no order to keep by hand."""
+    return ", ".join(f"{name} => ${n}" for n, name in enumerate(names, 1))
+
+
+LOOK = f"SELECT * FROM fastworker.look_2({_named('uris', 'repos', 'dids')})"
+LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", *_DERIVED)
+LOOK_BACK = f"SELECT * FROM fastworker.look_back_2({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
     "whole",
@@ -394,18 +392,27 @@ PUT_ARGUMENTS = (
     *("new_viewers", "deltas", "owed_kinds", "owed_keys"),
     *_PROGRESS,
 )
-PUT = f"SELECT * FROM fastworker.put({', '.join(f'${n}' for n in range(1, len(PUT_ARGUMENTS) + 1))})"
+PUT = f"SELECT * FROM fastworker.put_2({_named(*PUT_ARGUMENTS)})"
 WHOLE_ARGUMENTS = (
     *_USERS_AND_ROWS,
     *(f"new_{table.name}" for table in _ITEMS),
     *("new_viewers", "deltas"),
     *_PROGRESS,
-    *("uris", "repos", "dids", "with_contexts", "with_gates", "with_services"),
+    *("uris", "repos", "dids"),
+    *_DERIVED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole({', '.join(f'${n}' for n in range(1, len(WHOLE_ARGUMENTS) + 1))}, NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_2({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
 NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
-JOINED_KINDS = ("context", "gate", "root", "like_count", "aggregate")  # in the order of the arguments
-RECOMPUTE = "SELECT fastworker.recompute($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+JOINED = {  # kind of a joined row -> the argument that takes its keys
+    "context": "contexts",
+    "gate": "gates",
+    "root": "roots",
+    "like_count": "services",
+    "aggregate": "aggregates",
+}
+RECOMPUTE = (
+    f"SELECT fastworker.recompute_2({_named(*JOINED.values(), 'owed_kinds', 'owed_keys', 'owed_times', 'patient')})"
+)
 
 # Rows that join two records: recomputed after both sides have committed ------------------------------
 OWED = (

@@ -11,7 +11,7 @@ from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.effects import item_arguments, last_arguments
 from fastworker.store.flush import FEW_USERS, Plan, Written, finish
-from fastworker.store.look import Seen
+from fastworker.store.look import Seen, joins
 from fastworker.store.rows import by_table
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer
@@ -38,9 +38,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
         "uris": [c.uri for c in upserts],
         "repos": list({c.repo for c in upserts}),
         "dids": list(batch.dids),
-        "with_contexts": "thread_contexts" in writer.derive,
-        "with_gates": "gate_flags" in writer.derive,
-        "with_services": "like_counts" in writer.derive,
+        **joins(writer.derive),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]
     await writer.reach(Step.BEFORE_MAIN_COMMIT)

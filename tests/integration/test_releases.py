@@ -76,7 +76,7 @@ async def test_its_schema_is_upgraded_and_its_entries_are_stored(
     known = packaged()[: len(release["migrations"])]
     await migrate(empty_postgres_url, known)
     later = (*packaged(), Migration(number=9000, name="9000_later", sql="CREATE TABLE fastworker.later (x int)"))
-    assert (await migrate(empty_postgres_url, later))[-1] == "9000_later"
+    assert "9000_later" in await migrate(empty_postgres_url, later)
     assert await check(empty_postgres_url, later) == []
 
     chosen = [one for one in release["events"] if form in one["entries"]]

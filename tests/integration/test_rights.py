@@ -26,9 +26,8 @@ from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store import admin as postgres_admin
-from fastworker.store import schema_admin
+from fastworker.store import routines, schema_admin
 from fastworker.store import statements as sql
-from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
 from fastworker.stream import feed
 from fastworker.table import derive
@@ -250,17 +249,15 @@ POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generato
 
 
 def worker_calls() -> Iterator[tuple[str, list[Any]]]:
-    """The functions of 0004_one_call.sql, every statement of them; with what is in them as a comment."""
-    text = next(one.sql for one in packaged() if one.name == "0004_one_call")
-    bodies = dict(re.findall(r"fastworker\.(\w+)\((?:.*?)AS \$\$(.*?)END \$\$;", text, re.DOTALL))
-    words = {name: f" /* {body} */" for name, body in bodies.items()}
+    """The routines, every statement of them; with what is in them as a comment."""
+    words = {one.name: f" /* {one.sql.partition('AS $$')[2]} */" for one in routines.packaged()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
-    yield sql.PUT + words["put"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_2"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
-    yield sql.PUT_WHOLE + words["put_whole"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_2"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     services = [GENERATOR, LABELER]
-    yield sql.RECOMPUTE + words["recompute"], [[POST], [POST], [POST], services, [POST], *owed, True]
+    yield sql.RECOMPUTE + words["recompute_2"], [[POST], [POST], [POST], services, [POST], *owed, True]
 
 
 async def rows_for_calls(connection: asyncpg.Connection) -> None:
