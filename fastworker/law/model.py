@@ -13,7 +13,7 @@ An event is a plain dict, its records are lexicon JSON (`{"$link"}`, `{"$bytes"}
 
 Each may say by which "relay" it came: seq orders nothing between two of them.
 
-Where the law (design, section 3) leaves a choice, the comment that starts with `Choice:` makes it.
+Where the law (docs/invariants.md) leaves a choice, the comment that starts with `Choice:` makes it.
 """
 
 from __future__ import annotations

@@ -857,7 +857,7 @@ class _Reader:
 
 
 def _shown(at: float, event: Event) -> dict[str, str]:
-    """The dashboard's object for one event (contract 1.6)."""
+    """The dashboard's object for one event (docs/compatibility.md)."""
     clock = time.strftime("%H:%M:%S", time.gmtime(at))
     if isinstance(event, Commit):
         op = event.ops[0]

@@ -225,7 +225,7 @@ async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
 
 
 async def claim_as_the_old_worker_does(redis: Redis, idle_ms: int) -> None:
-    """One round of the TypeScript worker (predecessor contract, 1.2 and 1.5)."""
+    """One round of the TypeScript worker."""
     for one in await redis.xpending_range(KEY, GROUP, "-", "+", 100):
         if one["time_since_delivered"] <= idle_ms:
             continue

@@ -3,7 +3,7 @@
 `python -m tests.rig.foreign` runs one on REDIS_URL and DATABASE_URL until it is told to stop: for rehearsing a
 migration, and for the tests of one.
 
-What makes it a foreign writer (predecessor contract, 5.4 and 5.9): no versions; the first row of a URI stays; counters
+What makes it a foreign writer: no versions; the first row of a URI stays; counters
 move whether or not a row did, and only where an aggregate is; updates are ignored; nothing is derived beyond feed
 items; whatever PostgreSQL refuses is lost; everything is acknowledged.
 """

@@ -25,7 +25,7 @@ REF = {
 }
 NOW = "2026-10-18T12:34:56.789Z"
 
-# The entry as the predecessor's reader put it on a stream (contract 1.4).
+# The entry as the predecessor's reader put it on a stream.
 EXAMPLE = r"""{"repo":"did:plc:aaaaaaaaaaaaaaaaaaaaaaaa","ops":[{"action":"create","path":"app.bsky.feed.post/3k1",
  "cid":"bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge",
  "record":{"created_at":"2026-10-18T12:34:56.789Z","text":"hi @bob.test see https://x.y #tag",
