@@ -348,6 +348,30 @@ def verify(
     return _run(run())
 
 
+@cli.command("import")
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="FILE.car|DIR...", type=click.Path(exists=True, path_type=Path)
+)
+@click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
+def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
+    """Repositories from CAR files into the tables.
+
+    Files as `com.atproto.sync.getRepo` sends them, or directories of them. Writes what is missing or different and
+    deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
+    repeat. Signatures are not checked. Exit 1 when a file could not be read.
+    """
+    from fastworker.run.imports import import_files
+    from fastworker.run.signals import stop_on_signals
+
+    config = _config()
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await import_files(config, paths, stop, dry_run=dry_run)
+
+    return _run(run())
+
+
 @cli.command()
 @click.argument("service", type=click.Choice(["worker", "reader"]))
 @click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")

@@ -124,7 +124,7 @@ def _level(text: str) -> str:
 
 
 _REDIS: Final = "reader worker up status check compare dlq replay"
-_POSTGRES: Final = "reader worker up migrate check compare verify"
+_POSTGRES: Final = "reader worker up migrate check compare verify import"
 _STREAM: Final = "reader worker up status check compare dlq replay grants"
 
 
@@ -286,7 +286,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up compare verify",
+            "worker up compare verify import",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,

@@ -435,6 +435,12 @@ class Store:
         marks = [Progress(stream, r[0], r[1], r[2]) for r in found]
         return max(marks, key=lambda mark: [int(part) for part in mark.entry_id.split("-")], default=None)
 
+    async def mark_read(self, uris: Sequence[str]) -> None:
+        """Notifications that are older than what the user has seen long ago (`is_read` is not the state law's)."""
+        if uris:
+            async with self._connection() as connection:
+                await self._retry(lambda: connection.execute(merge.MARK_READ, list(uris)))
+
     # Handles that are resolved beside the stream ---------------------------------------------------
 
     async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:

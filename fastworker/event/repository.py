@@ -80,6 +80,7 @@ class Repository:
     def records(self) -> Iterator[Held]:
         """Every record, in key order. What comes after an error is unknown, so nothing may be done before the end."""
         before = b""
+        self.bad_paths = 0
         pending: list[_Visit] = [(self.commit.data, None, None)]
         while pending:
             name, layer, value = pending.pop()
