@@ -75,6 +75,9 @@ class Repository:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
     def records(self) -> Iterator[Held]:
@@ -93,6 +96,11 @@ class Repository:
             held = self._record(name, value)
             if held is not None:
                 yield held
+
+    def check(self) -> None:
+        """The whole walk, to know that it has an end: before anything is done with the records."""
+        for _ in self.records():
+            pass
 
     def _parts(self, cid: bytes, layer: int | None) -> list[_Visit]:
         """A node's subtrees and entries, in order. `layer` None: the top, whose keys say it."""

@@ -57,6 +57,7 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
 async def _import(settle: Settle, path: Path, report: Report) -> None:
     try:
         with Repository(path) as repository:
+            repository.check()
             commit = repository.commit
             taken_at = tid_moment(commit.rev)
             now = datetime.now(UTC).replace(tzinfo=None)

@@ -68,10 +68,8 @@ class Settle:
         self._store = store
 
     async def settle(self, repository: Repository, snapshot: Snapshot, *, accept_older: bool = False) -> Settled:
-        """Raises Unproved, before anything is written, where the repository is not complete."""
+        """The repository was walked before (`check`), so that it is known to be whole."""
         result = Settled(snapshot.did)
-        for _ in repository.records():
-            pass
         ground = await self._stored.ground(snapshot.did, snapshot.seq)
         if ground.is_forbidden:
             result.refused = "the account does not want its data collected"
