@@ -102,7 +102,7 @@ class Stored:
             await transaction.start()
         try:
             with translating():
-                yield StandingRows(await self._connection.cursor(_STANDING, did))
+                yield StandingRows(await self._connection.cursor(_STANDING, did), did)
         finally:
             with translating():
                 await transaction.rollback()
@@ -121,27 +121,29 @@ class Stored:
 
 
 class StandingRows:
-    """The stored records of one account, once through, in the order of their URIs."""
+    """The stored records of one account, once through, in the order of their URIs. One may come twice."""
 
-    def __init__(self, cursor: Any) -> None:
+    def __init__(self, cursor: Any, did: str) -> None:
         self._cursor = cursor
+        self._start = f"at://{did}/"
         self._ahead: list[Standing] = []
         self._at_end = False
 
-    async def up_to(self, last: str | None) -> dict[str, Standing]:
-        """The next ones, by URI, up to and including `last`; None: all that are left, in pieces (empty: no more)."""
-        found: dict[str, Standing] = {}
+    async def up_to(self, last: str | None) -> AsyncIterator[Standing]:
+        """The next ones, up to and including `last`; None: all that are left."""
         while True:
-            if not self._ahead and not self._at_end:
+            if not self._ahead:
+                if self._at_end:
+                    return
                 with translating():
                     self._ahead = [Standing(*row) for row in reversed(await self._cursor.fetch(_PREFETCH))]
                 self._at_end = len(self._ahead) < _PREFETCH
-            while self._ahead and (last is None or self._ahead[-1].uri <= last):
-                one = self._ahead.pop()
-                if collection_table(one.uri).name not in UNTOUCHED:
-                    found.setdefault(one.uri, one)
-            if self._ahead or self._at_end or (last is None and found):
-                return found
+                continue
+            if last is not None and self._ahead[-1].uri > last:
+                return
+            one = self._ahead.pop()
+            if one.uri.startswith(self._start) and collection_table(one.uri).name not in UNTOUCHED:
+                yield one
 
 
 @contextlib.asynccontextmanager

@@ -24,7 +24,7 @@ from rich.table import Table as Grid
 
 from fastworker.edge.audit import Held
 from fastworker.edge.store import Store
-from fastworker.edge.stored import Standing, Stored
+from fastworker.edge.stored import Standing, StandingRows, Stored
 from fastworker.errors import ExitCode, RowRejected
 from fastworker.event.repository import Repository
 from fastworker.table.batch import Batch, Change, Mapped, Row, newer
@@ -82,18 +82,42 @@ class Settle:
         told = time.monotonic() + TELL_S
         async with self._stored.standing(snapshot.did) as standing:
             for piece in pieces(repository.records(), snapshot, PIECE):
-                there = await standing.up_to(piece.uris[-1]) if piece.uris else {}
-                await self._piece(piece, there, snapshot, result)
+                if piece.uris:
+                    there = await self._stored_of(piece, standing, piece.uris[-1], snapshot, result)
+                    await self._piece(piece, there, snapshot, result)
                 if time.monotonic() > told:
                     told = time.monotonic() + TELL_S
                     log.info("%s: %s records, %s differences", snapshot.did, result.records, result.differences)
-            while there := await standing.up_to(None):
-                await self._piece(Piece(), there, snapshot, result)
+            await self._stored_of(Piece(), standing, None, snapshot, result)
         if repository.bad_paths:
             result.drops["bad_path"] += repository.bad_paths
         return result
 
+    async def _stored_of(
+        self, piece: Piece, standing: StandingRows, last: str | None, snapshot: Snapshot, result: Settled
+    ) -> dict[str, Standing]:
+        """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
+        present = set(piece.uris)
+        there: dict[str, Standing] = {}
+        extra: list[Change] = []
+        async for one in standing.up_to(last):
+            if one.uri in present:
+                there.setdefault(one.uri, one)
+            elif _is_extra(one, snapshot):
+                table, rkey = collection_table(one.uri), one.uri.rpartition("/")[2]
+                extra.append(
+                    Change(table, one.uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None)
+                )
+                result.extra[table.name] += 1
+                _example(result, f"{table.name} {one.uri} extra")
+                if len(extra) >= PIECE:
+                    await self._write(extra, piece, result)
+                    extra = []
+        await self._write(extra, piece, result)
+        return there
+
     async def _piece(self, piece: Piece, there: dict[str, Standing], snapshot: Snapshot, result: Settled) -> None:
+        """Records that are missing or different."""
         result.records += len(piece.uris)
         result.drops += piece.drops
         wrong: list[Change] = []
@@ -109,38 +133,34 @@ class Settle:
                     differs = _differs(table, change.row, row)
                     one = msgspec.structs.replace(one, is_there=True, rev=rev, seq=seq, differs=differs)
                 problem = _judge(change, one, there.get(change.uri), snapshot, piece)
-                if problem:
-                    wrong.append(change)
-                    if problem == "missing":
-                        new.append(change)
-                    (result.missing if problem == "missing" else result.different)[table.name] += 1
-                    _example(result, f"{table.name} {change.uri} {problem}")
-        present = set(piece.uris)
-        for uri, stored in there.items():
-            if uri not in present and _is_extra(stored, snapshot):
-                table = collection_table(uri)
-                wrong.append(
-                    Change(table, uri, snapshot.did, uri.rpartition("/")[2], snapshot.rev, snapshot.seq, 0, None, None)
-                )
-                result.extra[table.name] += 1
-                _example(result, f"{table.name} {uri} extra")
-        if wrong and self._store is not None:
-            await self._write(self._store, wrong, piece, result)
+                if problem == "missing":
+                    new.append(change)
+                    result.missing[table.name] += 1
+                elif problem:
+                    result.different[table.name] += 1
+                else:
+                    continue
+                wrong.append(change)
+                _example(result, f"{table.name} {change.uri} {problem}")
+        await self._write(wrong, piece, result)
+        if self._store is not None:
             await self._store.mark_read(_old_notifications(new, snapshot))
 
-    async def _write(self, store: Store, changes: list[Change], piece: Piece, result: Settled) -> None:
+    async def _write(self, changes: list[Change], piece: Piece, result: Settled) -> None:
+        if self._store is None or not changes:
+            return
         batch = Batch()
         for change in changes:
             batch.put(Mapped([change], piece.dids.get(change.uri, []), []))
         try:
-            result.written += (await store.write(batch)).rows
+            result.written += (await self._store.write(batch)).rows
         except RowRejected:
             if len(changes) == 1:  # the database refuses this one: its siblings live
                 result.drops["row_rejected"] += 1
                 return
             half = len(changes) // 2
-            await self._write(store, changes[:half], piece, result)
-            await self._write(store, changes[half:], piece, result)
+            await self._write(changes[:half], piece, result)
+            await self._write(changes[half:], piece, result)
 
 
 def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
@@ -168,6 +188,8 @@ def _judge(change: Change, held: Held, standing: Standing | None, snapshot: Snap
     is_ours = held.rev is not None or held.seq is not None
     if differs and (is_ours or standing is None or not _is_young(standing, snapshot)):
         return f"different in {', '.join(differs)}"
+    if held.deleted_seq is not None and (held.seq is None or held.seq < held.deleted_seq):
+        return "different in its version"  # the account was deleted since: what is older is taken away
     if held.is_gone and not newer(held.rev, held.seq, held.gone_rev, held.gone_seq):
         return "different in its tombstone"  # which would take the row away at the next look
     return ""

@@ -26,6 +26,7 @@ from fastworker.table.schema import BOOKMARKS, LABELS
 
 _FIRST_TID: Final = datetime(2022, 1, 1)  # noqa: DTZ001 - naive UTC; the protocol is younger
 _DIGITS: Final = {digit: number for number, digit in enumerate("234567abcdefghijklmnopqrstuvwxyz")}
+PIECE_BYTES: Final = 8 * 1024 * 1024
 UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
 """Tables whose rows others write, too: no snapshot touches them."""
 
@@ -57,13 +58,14 @@ class Piece(msgspec.Struct):
 
 
 def pieces(records: Iterable[Held], snapshot: Snapshot, size: int) -> Iterator[Piece]:
-    """In key order, `size` records each."""
-    piece = Piece()
+    """In key order, at most `size` records each, fewer where they are large."""
+    piece, held = Piece(), 0
     for record in records:
         _put(piece, record, snapshot)
-        if len(piece.uris) >= size:
+        held += len(record.block or b"")
+        if len(piece.uris) >= size or held >= PIECE_BYTES:
             yield piece
-            piece = Piece()
+            piece, held = Piece(), 0
     yield piece
 
 
