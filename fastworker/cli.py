@@ -397,6 +397,19 @@ def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
 
 
 @cli.command()
+@click.argument("did", metavar="DID")
+def export(did: str) -> ExitCode:
+    """Print an account's records as they are stored, as JSON lines.
+
+    Rows of the tables in the order of their URIs, also those that wait in the shadow of a twin. Labels and bookmarks
+    are left out. Exit 1 when nothing is stored.
+    """
+    from fastworker.run.export import export as run_export
+
+    return _run(run_export(_config().require_database_url("export"), did))
+
+
+@cli.command()
 @click.argument("service", type=click.Choice(["worker", "reader"]))
 @click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
 @click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")

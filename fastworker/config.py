@@ -124,7 +124,7 @@ def _level(text: str) -> str:
 
 
 _REDIS: Final = "reader worker up status check compare dlq replay repair"
-_POSTGRES: Final = "reader worker up migrate check compare verify import repair"
+_POSTGRES: Final = "reader worker up migrate check compare verify import repair export"
 _STREAM: Final = "reader worker up status check compare dlq replay grants repair"
 
 

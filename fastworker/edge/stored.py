@@ -16,6 +16,7 @@ import asyncpg
 
 from fastworker.edge.audit import Audit, Held
 from fastworker.edge.store import thaw, translating
+from fastworker.table import merge
 from fastworker.table.batch import Change, Row
 from fastworker.table.schema import Table, collection_table
 from fastworker.table.snapshot import UNTOUCHED
@@ -102,10 +103,38 @@ class Stored:
             await transaction.start()
         try:
             with translating():
-                yield StandingRows(await self._connection.cursor(_STANDING, did), did)
+                cursor = await self._connection.cursor(_STANDING, did)
+            yield StandingRows(cursor, did)
         finally:
             with translating():
                 await transaction.rollback()
+
+    async def rows(self, did: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """(table, row) of every stored record, in the order of their URIs; JSON columns are text."""
+        async with self.standing(did) as standing:
+            piece: dict[str, None] = {}
+            async for one in standing.up_to(None):
+                piece[one.uri] = None
+                if len(piece) >= _PREFETCH:
+                    for found in await self._rows(list(piece)):
+                        yield found
+                    piece.clear()
+            for found in await self._rows(list(piece)):
+                yield found
+
+    async def _rows(self, uris: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        by_table: dict[str, tuple[Table, list[str]]] = {}
+        for uri in uris:
+            table = collection_table(uri)
+            by_table.setdefault(table.name, (table, []))[1].append(uri)
+        found = []
+        for table, mine in by_table.values():
+            with translating():
+                rows = [tuple(row) for row in await self._connection.fetch(merge.select(table), mine)]
+            there = {row[0] for row in rows}
+            rows += [row for uri, (row, _, _) in (await self.shadows(table, mine)).items() if uri not in there]
+            found += [(table.name, dict(zip(table.columns, row, strict=True))) for row in rows]
+        return sorted(found, key=lambda one: one[1]["uri"])
 
     async def held(self, table: Table, changes: Sequence[Change]) -> list[Held]:
         """What the database has of the records that these changes are about."""

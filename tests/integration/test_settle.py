@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
@@ -11,6 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 from click.testing import CliRunner
+from services import run
 
 from fastworker.cli import cli
 from fastworker.edge.store import Store
@@ -304,25 +307,41 @@ async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection)
     assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") == 0
 
 
+async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection):
+    await scene.deliver(0)
+    account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
+    done = await asyncio.to_thread(run, "export", account.did, DATABASE_URL=scene.url)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    uris = [line["uri"] for line in lines]
+    held = [f"at://{account.did}/{key.decode()}" for key, _ in mst.items(account.repo.root)]
+    assert uris == [uri for uri in held if not uri.split("/")[3].startswith(UNTOUCHED)]
+    embeds = {line["uri"]: line["embed"] for line in lines if line["table"] == "posts"}
+    for uri, text in await pg.fetch("SELECT uri, embed FROM posts WHERE author_did = $1", account.did):
+        assert embeds[uri] == json.loads(text or "null")
+    nobody = await asyncio.to_thread(run, "export", "did:plc:" + "y" * 24, DATABASE_URL=scene.url)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+
+
 def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DATABASE_URL", scene.url)
     for account in scene.network.world.accounts():
         scene.snapshot(account)
 
-    def run(*args: str) -> tuple[int, str]:
+    def importing(*args: str) -> tuple[int, str]:
         done = CliRunner().invoke(cli, ["import", *args], standalone_mode=False, catch_exceptions=False)
         return int(done.return_value or 0), done.output
 
-    code, words = run(str(scene.folder), "--dry-run")
+    code, words = importing(str(scene.folder), "--dry-run")
     assert code == 1
     assert "nothing was written" in words
-    code, words = run(str(scene.folder))
+    code, words = importing(str(scene.folder))
     assert code == 0, words
     assert "rows written" in words
-    code, words = run(str(scene.folder), "--dry-run")
+    code, words = importing(str(scene.folder), "--dry-run")
     assert (code, "no difference" in words) == (0, True), words
     bad = scene.folder / "bad.car"
     bad.write_bytes(next(scene.folder.glob("*.car")).read_bytes()[:-1])
-    code, words = run(str(bad))
+    code, words = importing(str(bad))
     assert code == 1
     assert "bad_car" in words
