@@ -349,6 +349,67 @@ def verify(
 
 
 @cli.command()
+@click.argument("dids", nargs=-1, required=True, metavar="DID...")
+@click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
+@click.option("--accept-older", is_flag=True, help="Also a repository that is older than what is stored of it.")
+def repair(dids: tuple[str, ...], *, dry_run: bool, accept_older: bool) -> ExitCode:
+    """Make accounts equal to their repositories.
+
+    Fetches each repository from the host that the DID document names, checks signature and tree, waits until the worker
+    has finished what was read before, and writes only the differences. Safe while the services run, and to repeat.
+    Needs `pip install "fastworker[verify]"`. Exit 1 when an account could not be fetched.
+    """
+    from fastworker.commands.repairs import Wish
+    from fastworker.commands.repairs import repair as run_repair
+    from fastworker.process.signals import stop_on_signals
+
+    config = _config()
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await run_repair(config, Wish(dids, dry_run, accept_older), stop)
+
+    return _run(run())
+
+
+@cli.command("import")
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="FILE.car|DIR...", type=click.Path(exists=True, path_type=Path)
+)
+@click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
+def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
+    """Repositories from CAR files into the tables.
+
+    Files as `com.atproto.sync.getRepo` sends them, or directories of them. Writes what is missing or different and
+    deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
+    repeat. Signatures are not checked. Exit 1 when a file could not be read.
+    """
+    from fastworker.commands.imports import import_files
+    from fastworker.process.signals import stop_on_signals
+
+    config = _config()
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await import_files(config, paths, stop, dry_run=dry_run)
+
+    return _run(run())
+
+
+@cli.command()
+@click.argument("did", metavar="DID")
+def export(did: str) -> ExitCode:
+    """Print an account's records as they are stored, as JSON lines.
+
+    Rows of the tables in the order of their URIs, also those that wait in the shadow of a twin. Labels and bookmarks
+    are left out. Exit 1 when nothing is stored.
+    """
+    from fastworker.commands.export import export as run_export
+
+    return _run(run_export(_config().require_database_url("export"), did))
+
+
+@cli.command()
 @click.argument("service", type=click.Choice(["worker", "reader"]))
 @click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
 @click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")

@@ -303,7 +303,7 @@ class Adversary:
         did = account.did if self._random() < 0.95 else self.person().did
         frames = [account_frame(self._world.clock.tick(), did, active=active, status=status)]
         if status == "deleted" and did == account.did:  # whoever comes back begins with an empty repository
-            account.repo = Repo(did, self._world.clock)
+            account.repo = Repo(did, self._world.clock, key=account.key)
             account.live.clear()
             account.unseen_left = 0
             if self._random() < 0.5:

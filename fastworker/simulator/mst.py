@@ -201,6 +201,16 @@ def blocks(root: Node, keys: Iterable[bytes]) -> tuple[bytes, dict[bytes, bytes]
     return root_cid, found
 
 
+def all_blocks(root: Node) -> dict[bytes, bytes]:
+    """Every node of a sealed tree, by CID."""
+    assert root.cid is not None
+    found = {root.cid: root.encode()}
+    for subtree in root.subtrees:
+        if subtree is not None:
+            found |= all_blocks(subtree)
+    return found
+
+
 def _seal(node: Node, found: dict[bytes, bytes]) -> bytes:
     if node.cid is None:
         for subtree in node.subtrees:

@@ -31,7 +31,7 @@ class Network:
     `history` is the number of records that a repository held before, on average, and makes frames as large as real
     ones: 1.2 KB at 0, 4.2 KB at 2,000, 5.5 KB at 14,000 (which takes some seconds to make). `weights` replaces some of
     the mix's: shares of collections in production and surge (`production.PRODUCTION`), of moves in the adversarial mix
-    (`adversary.ADVERSARIAL`).
+    (`adversary.ADVERSARIAL`). `signed`: commits are really signed, and repositories can be exported (hosts.py).
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Network:
         accounts: int | None = None,
         history: int | None = None,
         weights: Mapping[str, float] | None = None,
+        signed: bool = False,
         relay: str = "sim.test",
         start_seq: int = START_SEQ,
         start_time: datetime = START_TIME,
@@ -54,6 +55,7 @@ class Network:
             self.clock,
             accounts=accounts or (8 if adversarial else 16_000),
             history_size=(32 if adversarial else 0) if history is None else history,
+            signed=signed,
         )
         self._traffic: Traffic
         if adversarial:

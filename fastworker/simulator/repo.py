@@ -1,7 +1,7 @@
 """Repositories that grow, and the frames of their commits: true CIDs, true proofs, a true `prevData` chain.
 
 The layouts are written out byte by byte (not through a CBOR encoder of maps): fast, and independent of the code under
-test. Signatures are 64 bytes that look random; nothing here has keys.
+test. Without a key (simulator/keys.py) signatures are 64 bytes that look random.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastworker.simulator import mst
 from fastworker.simulator.cbor import LINK, DecodeError, cid_bytes, cid_of, cid_text, decode, encode_record, head, text
@@ -51,6 +51,10 @@ class Lost(NamedTuple):
 
 Write = tuple[str, str, Any]
 """(action, path, record): record is lexicon JSON, a Block or a Lost; None for a delete."""
+
+
+class Signer(Protocol):
+    def sign(self, message: bytes) -> bytes: ...
 
 
 class Tick(NamedTuple):
@@ -110,10 +114,17 @@ def _second_text(second: int) -> str:
 
 
 class Repo:
-    """One account's repository. `root` may be a tree that other accounts share."""
+    """One account's repository. `root` may be a tree that other accounts share.
 
-    def __init__(self, did: str, clock: Clock | None = None, *, root: mst.Node = mst.EMPTY) -> None:
+    With a key its commits are really signed, and it keeps its records, so that it can be exported whole.
+    """
+
+    def __init__(
+        self, did: str, clock: Clock | None = None, *, root: mst.Node = mst.EMPTY, key: Signer | None = None
+    ) -> None:
         self.did = did
+        self.key = key
+        self.records: dict[bytes, bytes] = {}  # by CID; what is deleted stays
         self.clock = clock or Clock()
         self.root = root
         self.rev: str | None = None
@@ -153,6 +164,8 @@ class Repo:
                 cid = cid_of(block)
                 root = mst.put(root, key, cid)
                 op["cid"] = cid_text(cid)
+                if self.key is not None:
+                    self.records[cid] = block
                 if carried is not None:
                     records[cid] = carried
             ops.append(op_bytes(action, path, cid, present))
@@ -160,7 +173,7 @@ class Repo:
         self.root = root
         data_cid, blocks = mst.blocks(root, keys)
         since, self.rev = self.rev, tick.rev
-        commit = commit_block(self.did, tick.rev, data_cid)
+        commit = commit_block(self.did, tick.rev, data_cid, self.key)
         commit_cid = cid_of(commit)
         car = car_bytes(commit_cid, {commit_cid: commit, **blocks, **records})
         frame = commit_frame(tick, self.did, since=since, commit=commit_cid, car=car, ops=ops, prev_data=before)
@@ -178,13 +191,25 @@ class Repo:
         """`#sync`: the present state, without saying how it came about."""
         tick = self.clock.tick()
         self.rev = tick.rev
-        commit = commit_block(self.did, tick.rev, mst.seal(self.root))
+        commit = commit_block(self.did, tick.rev, mst.seal(self.root), self.key)
         commit_cid = cid_of(commit)
         car = car_bytes(commit_cid, {commit_cid: commit})
         members = (text(self.did), text(tick.rev), head(0, tick.seq), text(tick.time), head(2, len(car)) + car)
         data = _HEADERS["sync"] + b"\xa5" + _members(("did", "rev", "seq", "time", "blocks"), members)
         event = {"kind": "sync", "seq": tick.seq, "did": self.did, "rev": tick.rev, "time": tick.time}
         return SimFrame(data, event, tick.seq)
+
+    def export(self) -> tuple[bytes, dict[bytes, bytes]]:
+        """(CID of the commit, blocks): what `getRepo` sends. Needs a key; rev is that of the last commit."""
+        if self.rev is None:
+            self.rev = self.clock.tid()
+        data = mst.seal(self.root)
+        commit = commit_block(self.did, self.rev, data, self.key)
+        commit_cid = cid_of(commit)
+        blocks = {commit_cid: commit, **mst.all_blocks(self.root)}
+        for _, cid in mst.items(self.root):
+            blocks[cid] = self.records[cid]
+        return commit_cid, blocks
 
 
 def frame_header(kind: str) -> bytes:
@@ -212,11 +237,12 @@ def op_bytes(action: str, path: str, cid: bytes | None, prev: bytes | None) -> b
     )
 
 
-def commit_block(did: str, rev: str, data: bytes) -> bytes:
-    """The signed commit. The signature is the SHA-512 of the rest: as long, and as random to the eye."""
+def commit_block(did: str, rev: str, data: bytes, key: Signer | None = None) -> bytes:
+    """The signed commit. Without a key the signature is the SHA-512 of the rest: as long, and as random to the eye."""
     rest = b"ddata" + LINK + data + b"dprev\xf6gversion\x03"
     start = b"cdid" + text(did) + b"crev" + text(rev)
-    return b"\xa6" + start + b"csigX@" + hashlib.sha512(start + rest).digest() + rest
+    signature = hashlib.sha512(start + rest).digest() if key is None else key.sign(b"\xa5" + start + rest)
+    return b"\xa6" + start + b"csigX@" + signature + rest
 
 
 def commit_frame(

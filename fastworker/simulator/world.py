@@ -6,11 +6,15 @@ import base64
 import random
 from functools import lru_cache
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from fastworker.simulator import mst
 from fastworker.simulator.cbor import DAG_CBOR
 from fastworker.simulator.records import Person
 from fastworker.simulator.repo import START_TIME, Clock, Repo, tid
+
+if TYPE_CHECKING:
+    from fastworker.simulator.keys import SigningKey
 
 _HISTORY_SHARES = (
     ("app.bsky.feed.like", 0.62),
@@ -40,13 +44,16 @@ def history(size: int) -> tuple[mst.Node, tuple[str, ...]]:
 class Account:
     """`live`: paths that this account has shown; `unseen`: paths that it holds from before, in no particular order."""
 
-    __slots__ = ("handle", "live", "number", "repo", "unseen_left", "unseen_paths")
+    __slots__ = ("handle", "key", "live", "number", "repo", "unseen_left", "unseen_paths")
 
-    def __init__(self, number: int, person: Person, clock: Clock, history_size: int) -> None:
+    def __init__(
+        self, number: int, person: Person, clock: Clock, history_size: int, key: SigningKey | None = None
+    ) -> None:
         root, self.unseen_paths = history(history_size)
         self.number = number
         self.handle = person.handle
-        self.repo = Repo(person.did, clock, root=root)
+        self.key = key
+        self.repo = Repo(person.did, clock, root=root, key=key)
         self.live: list[str] = []
         self.unseen_left = len(self.unseen_paths)
 
@@ -71,14 +78,20 @@ class Account:
 
 
 class World:
-    """Accounts by number, made when they are first needed."""
+    """Accounts by number, made when they are first needed.
 
-    def __init__(self, seed: int | str, clock: Clock, *, accounts: int, history_size: int) -> None:
+    `signed`: they have keys, three of four on k256, and keep their records; they have no history then, which has none.
+    """
+
+    def __init__(
+        self, seed: int | str, clock: Clock, *, accounts: int, history_size: int, signed: bool = False
+    ) -> None:
         self.rng = random.Random(f"fastworker {seed}")
         self.clock = clock
         self.accounts_max = accounts
         self._seed = seed
-        self._history_size = history_size
+        self._history_size = 0 if signed else history_size
+        self._signed = signed
         self._accounts: dict[int, Account] = {}
         self._persons: dict[int, Person] = {}
 
@@ -87,8 +100,19 @@ class World:
         if found is None:
             # Repositories differ by an order of magnitude, and so do the proofs.
             size = self._history_size * (1, 4, 8, 24)[number & 3] // 8
-            found = self._accounts[number] = Account(number, self.person(number), self.clock, size)
+            found = self._accounts[number] = Account(
+                number, self.person(number), self.clock, size, self._key(number) if self._signed else None
+            )
         return found
+
+    def accounts(self) -> list[Account]:
+        """Those that were needed so far."""
+        return list(self._accounts.values())
+
+    def _key(self, number: int) -> SigningKey:
+        from fastworker.simulator.keys import SigningKey  # noqa: PLC0415 - only who signs needs the curves
+
+        return SigningKey(f"{self._seed} {number}", "k256" if number & 3 else "p256")
 
     def person(self, number: int) -> Person:
         found = self._persons.get(number)

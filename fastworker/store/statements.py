@@ -425,6 +425,8 @@ AGGREGATES_DROP = (
     "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri)"
 )
 
+MARK_READ = "UPDATE public.notifications SET is_read = true WHERE uri = ANY($1::varchar[]) AND NOT is_read"
+
 
 # Deleted accounts ---------------------------------------------------------------------------------
 def _older(rev: str, seq: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import asyncpg
 from asyncpg.exceptions import InterfaceError, PostgresError
 
 from fastworker.store import accounts, flush, upkeep, whole
+from fastworker.store import statements as sql
 from fastworker.store.flush import Written
 from fastworker.store.session import Connection, borrow, open_pool, translating
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
@@ -112,6 +113,12 @@ class Store:
         """The furthest that any consumer saw the stream's group finished: where reader and worker resume."""
         async with self.connection() as db:
             return await upkeep.finished(db, stream)
+
+    async def mark_read(self, uris: Sequence[str]) -> None:
+        """Notifications that are older than what the user has seen long ago (`is_read` is not the state law's)."""
+        if uris:
+            async with self.connection() as db:
+                await self.writer.retry(lambda: db.execute(sql.MARK_READ, list(uris)))
 
     async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:
         """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
