@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,16 @@ class Client(msgspec.Struct, frozen=True):
 
     name: str
     sessions: int
+
+
+class Sequence(msgspec.Struct, frozen=True):
+    """Ids that a column takes: the last one, and the highest that sequence and column hold."""
+
+    name: str
+    table: str
+    column: str
+    last: int
+    limit: int
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -56,6 +66,8 @@ class Facts(msgspec.Struct, frozen=True):
     may_read_schema: bool = True
     clients: tuple[Client, ...] = ()
     """Who else is connected, the one with the most sessions first."""
+    sequences: tuple[Sequence, ...] = ()
+    """Of the tables on which there are rights to need."""
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -105,7 +117,7 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
         return seq
 
 
-async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts:
+async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Facts:
     """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-check") as connection:
         before = time.time()
@@ -120,6 +132,7 @@ async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
         clients = await connection.fetch(_CLIENTS)
+        sequences = await connection.fetch(_SEQUENCES, list(rights))
         await connection.execute("SET fastworker.probe = 'kept'")
         kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
     return Facts(
@@ -143,10 +156,11 @@ async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts
         pooler=kept != "kept",
         may_read_schema=row["usage"],
         clients=tuple(Client(*client) for client in clients),
+        sequences=tuple(Sequence(*one) for one in sequences),
     )
 
 
-async def writers(database_url: str, tables: Sequence[str]) -> list[str]:
+async def writers(database_url: str, tables: Collection[str]) -> list[str]:
     """Clients other than fastworker that were seen writing to one of these tables within about a second."""
     seen: dict[str, None] = {}
     async with _connection(database_url, "fastworker-check") as connection:
@@ -186,6 +200,18 @@ _NAME = """COALESCE(NULLIF(a.application_name, ''), 'a client') || ' as ' || a.u
 _CLIENTS = f"""
 SELECT {_NAME}, count(*)::int FROM {_SESSIONS} AS a WHERE a.application_name NOT LIKE 'fastworker%'
 GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 10
+"""
+
+# Without the right to read it, a sequence's last value is NULL.
+_SEQUENCES = """
+SELECT s.sequencename, c.relname, a.attname, s.last_value,
+       least(s.max_value, CASE a.atttypid WHEN 'int4'::regtype THEN 2147483647 WHEN 'int2'::regtype THEN 32767
+                          ELSE s.max_value END)
+FROM pg_sequences s JOIN pg_class q ON q.oid = format('%I.%I', s.schemaname, s.sequencename)::regclass
+JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = q.oid AND d.deptype IN ('a', 'i')
+JOIN pg_class c ON c.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
+WHERE s.schemaname = 'public' AND c.relname = ANY ($1::text[]) AND s.last_value IS NOT NULL
+ORDER BY 2
 """
 
 _WRITERS = f"""

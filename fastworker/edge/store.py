@@ -27,15 +27,12 @@ from typing import Any, NamedTuple, Self, TypeVar
 import asyncpg
 import orjson
 from asyncpg.exceptions import (
-    DataError,
     DeadlockDetectedError,
     DuplicatePreparedStatementError,
-    IntegrityConstraintViolationError,
     InterfaceError,
     InternalClientError,
     InvalidSQLStatementNameError,
     PostgresError,
-    ProgramLimitExceededError,
     ReadOnlySQLTransactionError,
     SerializationError,
     UniqueViolationError,
@@ -45,10 +42,11 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.protocol import protocol
 
 from fastworker.crashpoint import Place, crashpoint
+from fastworker.edge.refusal import Whose, sentence, whose
 from fastworker.edge.schema_admin import AUTHORITY
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
+from fastworker.table import control, merge
 from fastworker.table import derive as derived
-from fastworker.table import merge
 from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
 from fastworker.table.derive import Effects
 from fastworker.table.schema import (
@@ -85,6 +83,7 @@ POOLER = (
     "(pgbouncer: pool_mode = session) or connect directly"
 )
 FEW_USERS, SMALL_FLUSH = 50, 200  # so few new ones go with the rows; others who meet them wait for our commit
+STRING_TOO_LONG = "22001"
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
 WARY_MIN, WARY_MAX = 5, 320  # transactions without COPY after somebody else was found to write the same rows
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
@@ -98,6 +97,10 @@ for _name, _types in (("IterableABC", (list, tuple)), ("SizedABC", (list, tuple)
 
 class _Contended(Exception):
     """What the transaction has read is no longer so, and part of it is written: begin again."""
+
+
+class _RolledBack(Exception):
+    """What the transaction did shall not be."""
 
 
 RETRYABLE = (DeadlockDetectedError, SerializationError, _Contended)
@@ -152,25 +155,22 @@ def translating() -> Iterator[None]:
         yield
     except RETRYABLE:
         raise
-    except (
-        DataError,
-        IntegrityConstraintViolationError,
-        ProgramLimitExceededError,
-        OverflowError,
-        UnicodeError,
-    ) as error:
+    except (OverflowError, UnicodeError) as error:
         raise RowRejected(f"{type(error).__name__}: {error}") from error
     except InternalClientError as error:
         # the driver lost count of a connection that the server ended at the same moment; it is gone by now
         raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
-    except UnsupportedClientFeatureError:
-        raise
+    except UnsupportedClientFeatureError as error:
+        raise StoreUnavailable(f"PostgreSQL has a type that the driver does not know: {error}") from error
     except (DuplicatePreparedStatementError, InvalidSQLStatementNameError) as error:
         raise Unreachable(POOLER) from error
     except PostgresError as error:
-        if _is_our_bug(error):
+        fault = whose(error)
+        if fault is Whose.OURS:
             raise
-        raise StoreUnavailable(f"PostgreSQL: {error} (SQLSTATE {error.sqlstate})") from error
+        if fault is Whose.ROW:
+            raise RowRejected(f"{type(error).__name__}: {error}") from error
+        raise StoreUnavailable(sentence(error)) from error
     except RuntimeError as error:
         if "handler is closed" not in str(error):  # uvloop's, of a socket that was lost at that moment
             raise
@@ -184,14 +184,6 @@ def translating() -> Iterator[None]:
         raise StoreUnavailable(f"PostgreSQL connection: {words}") from error
     except (OSError, TimeoutError) as error:
         raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
-
-
-def _is_our_bug(error: PostgresError) -> bool:
-    """Syntax errors and cardinality violations are ours; missing tables, columns and rights are a state to wait out."""
-    state = error.sqlstate or ""
-    if state == "21000":
-        return True
-    return state.startswith("42") and state not in {"42P01", "42703", "42501", "42883", "3F000"}
 
 
 class Store:
@@ -293,6 +285,43 @@ class Store:
 
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (halve it)."""
+        is_sure = False
+        while True:
+            try:
+                return await self._write(batch)
+            except RowRejected as error:
+                await self._refuse_state({c.table.name for c in batch.changes.values()}, error)
+                if is_sure or len(batch.entries) > 1:
+                    raise
+                is_sure = True  # refused twice, with a control between: nobody mended the database meanwhile
+
+    async def _refuse_state(self, tables: set[str], error: RowRejected) -> None:
+        """Raise StoreUnavailable where the database refuses rows of ours as well: then no row is at fault."""
+        is_wide = getattr(error.__cause__, "sqlstate", None) == STRING_TOO_LONG
+        try:
+            async with self._connection() as connection:
+                await self._control(connection, tables, wide=is_wide)
+        except RowRejected as refused:
+            cause = refused.__cause__
+            words = sentence(cause) if isinstance(cause, PostgresError) else f"PostgreSQL: {refused}"
+            raise StoreUnavailable(words) from refused
+        except RETRYABLE as lost:
+            raise StoreUnavailable(f"PostgreSQL: {lost}") from lost
+
+    async def _control(self, connection: Connection, tables: set[str], *, wide: bool) -> None:
+        """Write control records into these tables, as any other record, and take them back."""
+        with contextlib.suppress(_RolledBack):
+            async with connection.transaction():
+                for changes, dids in control.steps(tables, datetime.now(UTC), wide=wide):
+                    fx = Effects(self._derive)
+                    await connection.execute(merge.USERS, dids)
+                    await connection.execute(merge.HANDLES, [control.FULL], ["control.invalid"])
+                    await self._apply(connection, changes, set(), fx)
+                    await self._derived(connection, fx, None)
+                await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+                raise _RolledBack
+
+    async def _write(self, batch: Batch) -> Written:
         async with self._connection() as connection:
             if self._may_put_whole(batch) and (whole := await self._put_whole(connection, batch)) is not None:
                 return whole
@@ -709,6 +738,9 @@ class Store:
             if not pending:
                 return rows
             rows += await settle(connection, table, pending, fx)
+        # A unique index that is not ours refuses one without a word: this names it.
+        rows_left = [change.row for change in pending.values() if change.row is not None]
+        await connection.fetch(merge.insert(table, or_nothing=False), rows_left[:1])
         raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
     async def _copy_new(
@@ -751,6 +783,8 @@ class Store:
         except UniqueViolationError as error:
             self._wary, self._wary_next = self._wary_next, min(WARY_MAX, 4 * self._wary_next)
             raise _Contended from error
+        except TypeError as error:  # of the driver: a column has another type
+            raise RowRejected(f"{table.name}: {error}") from error
 
     async def _superseded(
         self, connection: Connection, table: Table, pending: dict[str, Change], shadowed: set[str]

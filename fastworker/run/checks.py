@@ -26,6 +26,7 @@ from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
+from fastworker.run.migrate import encoding_problem
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -39,6 +40,7 @@ HOLDS_BACK_S: Final = 600.0
 SILENT_S: Final = 300.0
 ENTRIES_TO_JUDGE_BY: Final = 1_000
 """Below it the mean size of an entry says little."""
+SEQUENCE_SHARE: Final = 0.7
 COUNTED: Final = ("post_aggregations", "feed_items")
 """Tables that only ingestion writes; the AppView's API process leaves them alone."""
 
@@ -355,8 +357,8 @@ def postgres_state(found: Facts) -> Iterator[Finding]:
             "postgresql",
             "Transactions are read-only by default: ALTER ROLE ... SET default_transaction_read_only = off.",
         )
-    if found.encoding != "UTF8":
-        yield _fail("postgresql", f"The database's encoding is {found.encoding}: create it with ENCODING 'UTF8'.")
+    if problem := encoding_problem(found.encoding):
+        yield _fail("postgresql", problem)
     if found.pooler:
         yield _fail(
             "postgresql",
@@ -396,6 +398,17 @@ def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
             f"This role or database allows {found.connection_limit} connections, less than "
             f"DB_POOL_SIZE={config.pool_size}: lower DB_POOL_SIZE, or ALTER ROLE ... CONNECTION LIMIT.",
         )
+
+
+def postgres_sequences(found: Facts) -> Iterator[Finding]:
+    for one in found.sequences:
+        if one.last > SEQUENCE_SHARE * one.limit:
+            words = "are used up" if one.last >= one.limit else f"are used up to {100 * one.last / one.limit:.0f} %"
+            yield (_fail if one.last >= one.limit else _warn)(
+                "postgresql",
+                f"The ids of {one.table}.{one.column} {words}: ALTER SEQUENCE {one.name} AS bigint; ALTER TABLE "
+                f"{one.table} ALTER COLUMN {one.column} TYPE bigint (it writes the table anew under a lock).",
+            )
 
 
 def second_writer(writing: list[str], consumers: Iterable[Consumer]) -> Iterator[Finding]:
@@ -530,7 +543,11 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         *clock("postgresql", found.clock_ahead_s),
         *second_writer(writing, seen.consumers),
         *(what_was_before(before, config, seen.cursor) if before is not None else ()),
-        *([_fail("postgresql", problem) for problem in problems] or [_ok("postgresql", "The schema is complete.")]),
+        *postgres_sequences(found),
+        *(
+            [_fail("postgresql", problem) for problem in problems if problem != encoding_problem(found.encoding)]
+            or [_ok("postgresql", "The schema is complete.")]
+        ),
     ]
 
 
@@ -579,10 +596,12 @@ async def _postgres_preflight(database_url: str | None) -> None:
         return
     problems = await check_schema(database_url)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise Unreachable(
-            f"{name_of(database_url)}: the schema is not ready: {problems[0]}{more} Run `fastworker migrate`."
-        )
+        more = f" And {len(problems) - 1} more: `fastworker check` tells them." if len(problems) > 1 else ""
+        raise Unreachable(f"{name_of(database_url)}: the schema is not ready: {problems[0]}{more}")
+    found = await facts(database_url, TABLE_RIGHTS["worker"])
+    for finding in postgres_rights(found):
+        if finding.verdict is Verdict.FAIL:
+            raise Unreachable(f"{name_of(database_url)}: {finding.sentence}")
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -40,13 +40,11 @@ def upsert(table: Table, *replaced: str) -> str:
     )
 
 
-def insert(table: Table) -> str:
-    """Refused rows (any unique conflict) are not among the returned uris."""
+def insert(table: Table, *, or_nothing: bool = True) -> str:
+    """Refused rows (any unique conflict) are not among the returned uris; or they are an error."""
     columns = ", ".join(table.columns)
-    return (
-        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} "
-        f"ON CONFLICT DO NOTHING RETURNING {table.key}"
-    )
+    conflict = "ON CONFLICT DO NOTHING " if or_nothing else ""
+    return f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} {conflict}RETURNING {table.key}"
 
 
 def taken(table: Table) -> str:

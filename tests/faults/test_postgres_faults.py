@@ -21,7 +21,8 @@ from yarl import URL
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
-from fastworker.errors import StoreUnavailable, Unreachable
+from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
+from fastworker.event import Action, Commit, Op
 from fastworker.run.heartbeat import State
 from fastworker.run.migrate import migrate
 from fastworker.table.batch import Batch
@@ -124,6 +125,18 @@ FAULTS: dict[str, tuple[PgAct, PgAct, str]] = {
         statement("ALTER TABLE likes RENAME COLUMN mislaid TO via"),
         "42703",
     ),
+    "a column of the API's": (
+        statement(
+            "ALTER TABLE likes ADD COLUMN mood text NOT NULL DEFAULT ''", "ALTER TABLE likes ALTER mood DROP DEFAULT"
+        ),
+        statement("ALTER TABLE likes DROP COLUMN mood"),
+        "23502",
+    ),
+    "used-up ids": (
+        statement("SELECT setval('notifications_id_seq', 2147483647)"),
+        statement("ALTER SEQUENCE notifications_id_seq AS bigint", "ALTER TABLE notifications ALTER id TYPE bigint"),
+        "2200H",
+    ),
     "missing right": (
         statement(f"REVOKE INSERT ON likes FROM {ROLE}"),
         statement(f"GRANT INSERT ON likes TO {ROLE}"),
@@ -153,6 +166,233 @@ async def test_a_bad_state_is_waited_out(house: House, pg: asyncpg.Connection, n
     assert await house.letters() == []
     assert await pg.fetchval("SELECT count(*) FROM likes") == 59
     assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == 59
+
+
+FULL = {
+    "app.bsky.feed.post": {
+        "text": "hello",
+        "langs": ["en"],
+        "reply": {"root": {"uri": POST, "cid": CID}, "parent": {"uri": POST, "cid": CID}},
+    },
+    "app.bsky.feed.like": {"subject": {"uri": POST, "cid": CID}},
+    "app.bsky.graph.list": {"name": "a", "purpose": "app.bsky.graph.defs#modlist"},
+    "app.bsky.actor.profile": {"displayName": "a"},
+}
+
+
+def records(kind: str, count: int = 1, *, first: int = 1, action: Action = "create", **members: Any) -> Batch:
+    made = Batch()
+    for number in range(first, first + count):
+        did, rkey = f"did:plc:{number:024d}".replace("0", "a").replace("1", "b"), f"3k{number:011d}"
+        rkey = "self" if kind.endswith("profile") else rkey
+        record = {"$type": kind, "createdAt": "2024-01-01T00:00:00.000Z", **FULL[kind], **members}
+        op = Op(action, kind, rkey, CID, record=None if action == "delete" else record)
+        made.put(
+            map_commit(
+                Commit(number + (10_000 if action == "delete" else 0), did, None, None, [op], []), 1_700_000_000_000
+            )
+        )
+    return made
+
+
+# What nobody of ours made, and what the sentence that waits must say: (the kind of record, statements, words).
+STATES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "a NOT NULL column": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ADD COLUMN mood text NOT NULL DEFAULT ''", "ALTER TABLE posts ALTER mood DROP DEFAULT"),
+        "ALTER TABLE posts ALTER COLUMN mood SET DEFAULT",
+    ),
+    "a column of ours that may not be null": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ALTER embed SET NOT NULL",),
+        "ALTER TABLE posts ALTER COLUMN embed",
+    ),
+    "a CHECK": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ADD CONSTRAINT wordy CHECK (length(text) > 1000) NOT VALID",),
+        "ALTER TABLE posts DROP CONSTRAINT wordy",
+    ),
+    "a CHECK of a derived table": (
+        "app.bsky.feed.like",
+        ("ALTER TABLE notifications ADD CONSTRAINT few CHECK (reason <> 'like') NOT VALID",),
+        "DROP CONSTRAINT few",
+    ),
+    "a foreign key": (
+        "app.bsky.feed.like",
+        ("ALTER TABLE likes ADD CONSTRAINT known FOREIGN KEY (post_uri) REFERENCES posts (uri) NOT VALID",),
+        "DROP CONSTRAINT known",
+    ),
+    "a foreign key that is looked at late": (
+        "app.bsky.feed.like",
+        (
+            (
+                "ALTER TABLE likes ADD CONSTRAINT known FOREIGN KEY (post_uri) REFERENCES posts (uri) "
+                "DEFERRABLE INITIALLY DEFERRED"
+            ),
+        ),
+        "DROP CONSTRAINT known",
+    ),
+    "an exclusion": (
+        "app.bsky.graph.list",
+        ("ALTER TABLE lists ADD CONSTRAINT one EXCLUDE USING btree (purpose WITH =)",),
+        "DROP CONSTRAINT one",
+    ),
+    "a unique index": (
+        "app.bsky.feed.like",
+        ("CREATE UNIQUE INDEX one_like ON likes (post_uri)",),
+        "one_like",
+    ),
+    "a unique handle": (
+        "app.bsky.feed.post",
+        ("CREATE UNIQUE INDEX one_handle ON users (handle)",),
+        "one_handle",
+    ),
+    "a narrow column": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ALTER text TYPE varchar(3)",),
+        "character varying\\(3\\).*fastworker check",
+    ),
+    "another type": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ALTER langs TYPE text[] USING NULL",),
+        "langs.*fastworker check",
+    ),
+    "a domain": (
+        "app.bsky.graph.list",
+        (
+            "CREATE DOMAIN kind AS text CHECK (VALUE = 'kind')",
+            "ALTER TABLE lists ALTER purpose TYPE kind USING 'kind'",
+        ),
+        "kind_check",
+    ),
+    "no partition": (
+        "app.bsky.feed.like",
+        (
+            "ALTER TABLE likes RENAME TO likes_old",
+            "CREATE TABLE likes (LIKE likes_old INCLUDING DEFAULTS) PARTITION BY RANGE (created_at)",
+        ),
+        "partition of likes",
+    ),
+    "no unique index of ours": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE feed_items DROP CONSTRAINT feed_items_pkey",),
+        "42P10.*fastworker check",
+    ),
+    "a trigger that refuses": (
+        "app.bsky.feed.post",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+    "a trigger with an error in it": (
+        "app.bsky.feed.post",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'SELEC'; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+    "a trigger against deletes": (
+        "app.bsky.feed.post",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE DELETE ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+    "a trigger of users": (
+        "app.bsky.actor.profile",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+async def test_what_the_database_refuses_of_everybody_is_no_rows_fault(
+    postgres_url: str, pg: asyncpg.Connection, name: str
+) -> None:
+    """Told at the first attempt, also of a large batch, with a sentence that names what is in the way."""
+    kind, faults, words = STATES[name]
+    for fault in faults:
+        await pg.execute(fault)
+    count = 5 if "of ours" in name else 600  # rows that go by COPY ask for no index and no type of ours
+    store = await Store.connect(postgres_url)
+    try:
+        made = records(kind, count)
+        if "delete" in name:
+            await store.write(made)
+            made = records(kind, count, action="delete")
+        with pytest.raises(StoreUnavailable, match=words):
+            await store.write(made)
+    finally:
+        await store.close()
+    if "delete" not in name:
+        assert not await pg.fetchval("SELECT count(*) FROM users WHERE did LIKE '%control%'")
+        assert not await pg.fetchval("SELECT count(*) FROM posts")
+
+
+ROWS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "a trigger": (
+        "app.bsky.feed.post",
+        (
+            ("CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN IF NEW.text = 'odd' THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW; END $$"),
+            "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        {"text": "odd"},
+    ),
+    "a CHECK": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ADD CONSTRAINT short CHECK (length(text) < 1000)",),
+        {"text": "x" * 2_000},
+    ),
+    "a row too large for an index": (
+        "app.bsky.feed.post",
+        ("CREATE INDEX ON posts (text)",),
+        {"text": "".join(map(chr, random.Random(1).choices(range(0x4E00, 0x9FFF), k=4_000)))},
+    ),
+    "a unique index": (
+        "app.bsky.feed.post",
+        ("CREATE UNIQUE INDEX ON posts (text) WHERE text = 'odd'", ("INSERT INTO posts (uri, cid, author_did, text, "
+         "created_at) VALUES ('at://did:plc:x/app.bsky.feed.post/x', '', '', 'odd', now())")),
+        {"text": "odd"},
+    ),
+    "a partition that is not there": (
+        "app.bsky.feed.like",
+        (
+            "ALTER TABLE likes RENAME TO likes_old",
+            "CREATE TABLE likes (LIKE likes_old INCLUDING DEFAULTS) PARTITION BY RANGE (created_at)",
+            "CREATE TABLE now_on PARTITION OF likes FOR VALUES FROM ('2023-06-01') TO ('infinity')",
+        ),
+        {"createdAt": "2023-01-01T00:00:00.000Z"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+async def test_what_it_refuses_of_one_record_is_that_records_fault(
+    postgres_url: str, pg: asyncpg.Connection, name: str
+) -> None:
+    kind, faults, members = ROWS[name]
+    for fault in faults:
+        await pg.execute(fault)
+    store = await Store.connect(postgres_url)
+    try:
+        for count in (1, 600):  # the rows of which one is refused
+            made = records(kind, count)
+            for change in records(kind, first=count, **members).changes.values():
+                made.changes[change.uri] = change
+            with pytest.raises(RowRejected):
+                await store.write(made)
+        assert (await store.write(records(kind, 10))).rows == 10
+    finally:
+        await store.close()
 
 
 def batch(number: int) -> Batch:
