@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from fastworker.edge.audit import Check, Drift
-from fastworker.edge.store import Connection, Store, thaw
+from fastworker.edge.store import Connection, Store, seq_of, thaw
 from fastworker.table import derive as derived
 from fastworker.table import merge
 from fastworker.table.batch import Change
@@ -61,7 +61,7 @@ class Repair(Store):
         for table, mine in by_table.values():
             if table.hot:
                 for uri, rev, seq in await connection.fetch(merge.versions_of(table), mine):
-                    versions[uri] = (rev, int(seq) if seq is not None and seq.isdecimal() else None)
+                    versions[uri] = (rev, seq_of(seq))
         kills = []
         for uri in uris:
             rev, seq = versions.get(uri) or twins.get(uri) or (None, None)

@@ -22,9 +22,10 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import asyncpg
+import msgspec
 import orjson
 from asyncpg.exceptions import (
     DeadlockDetectedError,
@@ -47,7 +48,7 @@ from fastworker.edge.schema_admin import AUTHORITY
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.table import control, merge
 from fastworker.table import derive as derived
-from fastworker.table.batch import Batch, Change, Progress, Row, TimedAccount, TimedIdentity, newer
+from fastworker.table.batch import Batch, Change, Progress, Refused, Row, TimedAccount, TimedIdentity, newer
 from fastworker.table.derive import Effects
 from fastworker.table.schema import (
     FEED_GENERATORS,
@@ -105,12 +106,27 @@ class _RolledBack(Exception):
 
 RETRYABLE = (DeadlockDetectedError, SerializationError, _Contended)
 
-# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys.
-_SESSION = (
-    "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
-    "SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET statement_timeout = '60s'; "
-    "SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s'"
+# For statements of ours now() is PostgreSQL's, whatever a role has first in its path. It keeps its path for its triggers.
+# And nothing ends a long transaction (from PostgreSQL 17 on).
+PATH = (
+    "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), "
+    "false); "
+    "SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) <> '0'"
 )
+# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys. A role or
+# a database may have settings that change what our statements mean, or end them early. All of it is sent after
+# connecting: poolers refuse start-up parameters that they do not know.
+_SESSION = (
+    "SET statement_timeout = '60s'; SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s'; "
+    "SET idle_session_timeout = 0; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; "
+    "SET enable_indexscan = on; SET enable_bitmapscan = on; SET enable_nestloop = on; SET enable_sort = on; "
+    "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "
+    "SET IntervalStyle = postgres; SET bytea_output = hex; SET standard_conforming_strings = on; SET array_nulls = on; "
+    "SET transform_null_equals = off; SET quote_all_identifiers = off; SET row_security = on; "
+    "SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off; " + PATH
+)
+# What was acknowledged must be on disk. Where it is `local` or more, somebody has chosen what that means.
+_DURABLE = "; SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
 
 
 class Written(NamedTuple):
@@ -211,11 +227,16 @@ class Store:
         derive: frozenset[str] = derived.FULL,
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
+        synchronous_commit: Literal["on", "keep"] = "on",
     ) -> Self:
-        """Raises StoreUnavailable where the server cannot be reached or refuses."""
+        """Raises StoreUnavailable where the server cannot be reached or refuses.
+
+        `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it.
+        """
+        settings = _SESSION + (_DURABLE if synchronous_commit == "on" else "")
 
         async def session(connection: asyncpg.Connection[Any]) -> None:
-            await connection.execute(_SESSION)
+            await connection.execute(settings)
 
         async def keep(connection: asyncpg.Connection[Any]) -> None:
             """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""
@@ -449,6 +470,13 @@ class Store:
             return {
                 r[0] for table, uris in by_table.values() for r in await connection.fetch(merge.absent(table), uris)
             }
+
+    async def keep(self, refused: Sequence[Refused]) -> None:
+        """Remember these records by name: their entries will be in no dead letter."""
+        rows = {one.uri: msgspec.structs.astuple(one) for one in refused}
+        if rows:
+            async with self._connection() as connection:
+                await self._retry(lambda: connection.execute(merge.REFUSED, *_sorted_columns(rows)))
 
     async def prune(self, *, keep: timedelta = TOMBSTONES_KEPT, notice: timedelta = HORIZON_NOTICE) -> int:
         """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
@@ -797,7 +825,7 @@ class Store:
         if upserts:
             for uri, rev, seq in await connection.fetch(merge.versions_of(table), upserts):
                 change = pending[uri]
-                if not newer(change.rev, change.seq, rev, _seq(seq)):
+                if not newer(change.rev, change.seq, rev, seq_of(seq)):
                     del pending[uri]
 
     async def _settle_records(
@@ -1268,14 +1296,14 @@ def _kill(change: Change, rev: str | None, seq: int | None) -> Change:
     return Change(change.table, change.uri, change.repo, change.rkey, rev, seq, 0, None, None)
 
 
-def _seq(text: str | None) -> int | None:
-    """commit_seq is text in the contract; what is not a number is no version."""
-    return int(text) if text is not None and text.isdecimal() else None
+def seq_of(text: str | None) -> int | None:
+    """commit_seq is text in the contract; what is not a number, or beyond a bigint, is no version."""
+    return int(text) if text is not None and len(text) <= 18 and text.isascii() and text.isdecimal() else None
 
 
 def _version(table: Table, row: Row) -> tuple[str | None, int | None]:
     """(rev, seq) of a stored row; nothing for cold tables, whose gate has ordered the writers already."""
-    return (row[-1], _seq(row[-2])) if table.hot else (None, None)
+    return (row[-1], seq_of(row[-2])) if table.hot else (None, None)
 
 
 def _replaces(change: Change, rev: str | None, seq: int | None) -> bool:

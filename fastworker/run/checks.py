@@ -349,7 +349,7 @@ def postgres_version(found: Facts) -> Iterator[Finding]:
         yield _ok("postgresql", f"PostgreSQL {found.version}.")
 
 
-def postgres_state(found: Facts) -> Iterator[Finding]:
+def postgres_state(found: Facts, config: Config) -> Iterator[Finding]:
     if found.in_recovery:
         yield _fail("postgresql", "This is a standby: set DATABASE_URL to the primary.")
     elif found.read_only:
@@ -367,11 +367,14 @@ def postgres_state(found: Facts) -> Iterator[Finding]:
         )
     if found.fsync != "on":
         yield _warn("postgresql", "fsync is off: after a crash of the machine acknowledged rows may be lost.")
-    if found.synchronous_commit == "off":
+    if found.synchronous_commit == "off" and config.synchronous_commit == "keep":
         yield _warn(
             "postgresql",
-            "synchronous_commit is off: a crash may lose rows whose entries were acknowledged. Set it to on.",
+            "synchronous_commit is off, and FASTWORKER_SYNCHRONOUS_COMMIT=keep leaves it so: a crash may lose rows "
+            "whose entries were acknowledged. Unset that variable.",
         )
+    elif found.synchronous_commit == "off":
+        yield _ok("postgresql", "synchronous_commit is off; the worker's own sessions turn it on.")
     if found.autovacuum != "on":
         yield _warn("postgresql", "autovacuum is off: counters and versions bloat. Turn it on.")
 
@@ -537,7 +540,7 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         return [_fail("postgresql", f"{redact(str(error))}.")]
     return [
         *postgres_version(found),
-        *postgres_state(found),
+        *postgres_state(found, config),
         *postgres_connections(found, config),
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),

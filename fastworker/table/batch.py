@@ -73,6 +73,18 @@ class TimedIdentity(msgspec.Struct, frozen=True, gc=False):
     at: datetime
 
 
+class Refused(msgspec.Struct, frozen=True, gc=False):
+    """A record that is kept by its name only, for a repair of its account. `seq` fits a bigint."""
+
+    uri: str
+    did: str
+    cid: str | None
+    rev: str | None
+    seq: int | None
+    reason: str
+    detail: str
+
+
 PIECE_MIN = 500  # entries; smaller batches cost PostgreSQL more for each
 
 

@@ -67,9 +67,17 @@ def update(table: Table) -> str:
     return f"UPDATE {qualified(table)} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
 
 
+def _date(column: str) -> str:
+    return f"greatest(least({column}, '9999-12-30'), '0001-01-02') AS {column}"
+
+
 def select(table: Table) -> str:
-    """The rows of $1 uris as they are; those that do not exist are left out."""
-    return f"SELECT {', '.join(table.columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    """The rows of $1 uris as they are; those that do not exist are left out.
+
+    Dates of other writers that Python cannot hold (year 20000, before Christ, infinity) become the nearest it can.
+    """
+    columns = [_date(c) if type_ == "timestamp" else c for c, type_ in zip(table.columns, table.types, strict=True)]
+    return f"SELECT {', '.join(columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
 
 
 def lock(table: Table) -> str:
@@ -159,7 +167,7 @@ _BEATEN = (
     "WHERE v.deleted AND v.written_at > $1 AND v.written_at <= $2"
 )
 _HOT_BEATEN = _BEATEN + " AND split_part(v.uri, '/', 4) = '{collection}'"
-_HOT_VERSION = "t.commit_rev, CASE WHEN t.commit_seq ~ '^[0-9]+$' THEN t.commit_seq::bigint END"
+_HOT_VERSION = "t.commit_rev, CASE WHEN t.commit_seq ~ '^[0-9]{1,18}$' THEN t.commit_seq::bigint END"
 # Those of the piece that beat a record of the hot tables which is there all the same
 LOOK_AGAIN = " UNION ALL ".join(
     [
@@ -291,6 +299,13 @@ REPAIRS = (
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+REFUSED = (
+    "INSERT INTO fastworker.refused AS r (uri, did, cid, rev, seq, reason, detail) SELECT * FROM "
+    "unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[]) "
+    "ON CONFLICT (uri) DO UPDATE SET cid = excluded.cid, rev = excluded.rev, seq = excluded.seq, "
+    "reason = excluded.reason, detail = excluded.detail, refused_at = now() "
+    "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
+)
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
@@ -392,7 +407,7 @@ PURGE_NEXT = (
     "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) ORDER BY did LIMIT 1"
 )
 _HOT_OF = "SELECT '{table}' AS name, uri FROM public.{table} WHERE {author} = $1 AND {older}"
-_OLDER = "(commit_seq IS NULL OR commit_seq !~ '^[0-9]+$' OR commit_seq::bigint < $2)"
+_OLDER = "(commit_seq IS NULL OR commit_seq !~ '^[0-9]{1,18}$' OR commit_seq::bigint < $2)"
 _RANGE = "uri >= 'at://' || $1 || '/' AND uri < 'at://' || $1 || '0'"  # '0' follows '/' in byte order
 # (table name or NULL, uri): $1 DID, $2 its deleted seq, $3 how many
 PURGE_PIECE = (

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import pytest
@@ -569,6 +569,71 @@ async def test_a_session_whose_owner_vanished_lets_its_locks_go(postgres_url: st
         value = await connection.fetchval("SHOW idle_in_transaction_session_timeout")
     await store.close()
     assert value == "20s"
+
+
+SETTINGS = {
+    "default_transaction_isolation": "'serializable'",
+    "default_transaction_deferrable": "on",
+    "DateStyle": "'German, DMY'",
+    "TimeZone": "'Asia/Tokyo'",
+    "IntervalStyle": "'sql_standard'",
+    "standard_conforming_strings": "off",
+    "bytea_output": "escape",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "quote_all_identifiers": "on",
+    "search_path": "evil, public, pg_catalog",
+    "enable_indexscan": "off",
+    "work_mem": "'64kB'",
+    "idle_session_timeout": "'300ms'",
+    "idle_in_transaction_session_timeout": "'5ms'",
+    "lock_timeout": "'5ms'",
+    "row_security": "off",
+}
+
+
+async def test_settings_of_a_role_change_nothing(postgres_url: str, pg: asyncpg.Connection, role: str) -> None:
+    await pg.execute(
+        "CREATE SCHEMA evil; CREATE TABLE evil.posts (uri text); "
+        "CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT '1999-01-01'::timestamptz $$; "
+        "CREATE FUNCTION evil.unnest(anyarray) RETURNS SETOF anyelement LANGUAGE sql AS 'SELECT $1[1]'"
+    )
+    await pg.execute(f"GRANT ALL ON SCHEMA evil TO {role}")
+    for name, value in SETTINGS.items():
+        await pg.execute(f"ALTER ROLE {role} SET {name} = {value}")
+    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"))
+    try:
+        for count in (5, 300):
+            await store.write(records("app.bsky.feed.post", count, text="é 😀 it's \\\\ok"))
+        await store.write(records("app.bsky.feed.like", 300))
+        await asyncio.sleep(0.4)  # longer than a session may idle there
+        await store.write(records("app.bsky.feed.like", 3, action="delete"))
+        while await store.maintain(owed_age_s=0):
+            pass
+        assert store.connections[0] == 1
+    finally:
+        await store.close()
+    rows = await pg.fetch("SELECT DISTINCT text, created_at::text, indexed_at::text FROM posts")
+    assert [tuple(row) for row in rows] == [("é 😀 it's \\\\ok", "2023-11-14 22:15:20", "2023-11-14 22:15:20")]
+    counts = "SELECT like_count, reply_count FROM post_aggregations WHERE post_uri = $1"
+    assert tuple(await pg.fetchrow(counts, POST)) == (297, 300)
+    assert await pg.fetchval("SELECT count(*) FROM users WHERE created_at > '2020-01-01'") == 300
+
+
+@pytest.mark.parametrize(
+    ("value", "wish", "then"),
+    [("off", "on", "on"), ("off", "keep", "off"), ("local", "on", "local"), ("remote_apply", "on", "remote_apply")],
+)
+async def test_what_is_acknowledged_is_on_disk(
+    postgres_url: str, pg: asyncpg.Connection, role: str, value: str, wish: Literal["on", "keep"], then: str
+) -> None:
+    await pg.execute(f"ALTER ROLE {role} SET synchronous_commit = {value}")
+    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"), synchronous_commit=wish)
+    try:
+        async with store._connection() as connection:
+            assert await connection.fetchval("SHOW synchronous_commit") == then
+    finally:
+        await store.close()
 
 
 @pytest.mark.parametrize("mode", ["session", "transaction"])

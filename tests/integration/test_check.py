@@ -335,10 +335,12 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
             return any(words in one for one in await house.check(**{"DATABASE_URL": url, **env}))
 
         found = " ".join(await house.check(DATABASE_URL=url))
-        for words in ("fsync is off", "synchronous_commit is off", "autovacuum is off", "allows 6 connections"):
+        for words in ("fsync is off", "autovacuum is off", "allows 6 connections"):
             assert words in found
         assert "lacks USAGE on schema fastworker" in found
         assert "Others hold" not in found
+        assert "synchronous_commit" not in found, "the worker turns it on"
+        assert await said("synchronous_commit is off, and FASTW", FASTWORKER_SYNCHRONOUS_COMMIT="keep")
         assert await said("DB_POOL_SIZE=30 exceeds max_connections", DB_POOL_SIZE="30")
 
         async def until_no_other() -> None:
