@@ -300,8 +300,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "FASTWORKER_SYNCHRONOUS_COMMIT",
             "worker up check",
             "`on`: where a role, a database or the server has `synchronous_commit = off`, the worker's sessions turn "
-            "it on, so that a crash of PostgreSQL loses nothing that was acknowledged; any other value stays. `keep`: off "
-            "stays off, too.",
+            "it on, so that a crash of PostgreSQL loses nothing that was acknowledged; any other value stays. `keep`: "
+            "off stays off, too.",
             read=str.lower,
         ),
     ] = "on"

@@ -79,6 +79,11 @@ class Past(msgspec.Struct, frozen=True):
     avatars: int
     """How many avatars were looked at, and how many of them are in a form that only old Python workers wrote."""
     avatars_old: int
+    late: int = 0
+    """Pieces of maintenance that failed and are tried again ever more rarely, and why the first did."""
+    late_error: str | None = None
+    refused: int = 0
+    """Records that are kept by name only."""
 
 
 @asynccontextmanager
@@ -228,7 +233,13 @@ _MAY_READ_CURSOR = "SELECT has_table_privilege('public.firehose_cursor', 'SELECT
 _OLD_CURSOR = "SELECT cursor FROM public.firehose_cursor WHERE service = 'firehose'"
 _PAST = """
 SELECT EXISTS (SELECT FROM fastworker.progress WHERE stream = $1 AND seq IS NOT NULL),
-       count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int
+       count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int,
+       (SELECT count(*)::int FROM fastworker.recheck WHERE attempts > 0)
+       + (SELECT count(*)::int FROM fastworker.accounts WHERE purge_pending AND purge_error IS NOT NULL),
+       coalesce((SELECT kind || ' of ' || key || ': ' || error FROM fastworker.recheck WHERE attempts > 0 LIMIT 1),
+           (SELECT 'removal of ' || did || ': ' || purge_error FROM fastworker.accounts
+            WHERE purge_pending AND purge_error IS NOT NULL LIMIT 1)),
+       (SELECT count(*)::int FROM fastworker.refused)
 FROM (SELECT avatar_url FROM public.users WHERE avatar_url IS NOT NULL LIMIT 1000) AS looked_at
 """
 

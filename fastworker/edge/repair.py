@@ -8,10 +8,9 @@ every cause that was committed before the lock; one that commits later writes it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
 from fastworker.edge.audit import Check, Drift
-from fastworker.edge.store import Connection, Store, seq_of, thaw
+from fastworker.edge.store import NEVER, Connection, Store, seq_of, thaw
 from fastworker.table import derive as derived
 from fastworker.table import merge
 from fastworker.table.batch import Change
@@ -34,7 +33,6 @@ from fastworker.table.schema import (
 )
 
 PIECE = 1_000  # keys of one transaction: how long the writers may have to wait for it
-_NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when nothing was owed: nothing is paid for it
 
 
 class Repair(Store):
@@ -287,7 +285,7 @@ class Repair(Store):
         await self._joined(connection, "like_count", drifts)
 
     async def _joined(self, connection: Connection, kind: str, drifts: Sequence[Drift]) -> None:
-        await self._recompute(connection, {(kind, key): _NEVER for key in _keys(drifts)}, set())
+        await self._recompute(connection, {(kind, key): NEVER for key in _keys(drifts)}, set())
 
 
 def _keys(drifts: Iterable[Drift]) -> list[str]:

@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import asyncpg
@@ -63,6 +66,8 @@ from fastworker.table.schema import (
     collection_table,
 )
 
+log = logging.getLogger(__name__)
+
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
 Key = tuple[str, str]
 _T = TypeVar("_T")
@@ -78,15 +83,19 @@ DEAD_COMMIT = timedelta(
 AGAIN_PIECE = 5_000  # tombstones per piece
 PING_S = 3.0
 PRUNE_PIECE = 5_000  # tombstones per transaction
+ANNOUNCE_PIECE = 500_000  # tombstones that one horizon covers: with its notice, 4,000 a second
+CROWD = 2_000  # replies of a thread that are recomputed at once; those of a larger one in such pieces, by `maintain`
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
 POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
     "(pgbouncer: pool_mode = session) or connect directly"
 )
 FEW_USERS, SMALL_FLUSH = 50, 200  # so few new ones go with the rows; others who meet them wait for our commit
-STRING_TOO_LONG = "22001"
+STRING_TOO_LONG, LOCK_TIMEOUT = "22001", "55P03"
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
 WARY_MIN, WARY_MAX = 5, 320  # transactions without COPY after somebody else was found to write the same rows
+CROWD_LOOK_S = 600  # to list the replies of a thread
+NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when nothing was owed: nothing is paid for it
 OWED_PIECE = 1_000  # joined rows recomputed per transaction by `maintain`
 
 
@@ -106,18 +115,19 @@ class _RolledBack(Exception):
 
 RETRYABLE = (DeadlockDetectedError, SerializationError, _Contended)
 
-# For statements of ours now() is PostgreSQL's, whatever a role has first in its path. It keeps its path for its triggers.
+# For statements of ours now() is PostgreSQL's, whatever a role has first in its path, which it keeps for its triggers.
 # And nothing ends a long transaction (from PostgreSQL 17 on).
 PATH = (
     "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), "
     "false); "
     "SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) <> '0'"
 )
-# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys. A role or
-# a database may have settings that change what our statements mean, or end them early. All of it is sent after
+# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys. A role
+# or a database may have settings that change what our statements mean, or end them early. All of it is sent after
 # connecting: poolers refuse start-up parameters that they do not know.
+STATEMENT_TIMEOUT = "SET statement_timeout = '60s'"
 _SESSION = (
-    "SET statement_timeout = '60s'; SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s'; "
+    f"{STATEMENT_TIMEOUT}; SET lock_timeout = '10s'; SET idle_in_transaction_session_timeout = '20s'; "
     "SET idle_session_timeout = 0; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; "
     "SET enable_indexscan = on; SET enable_bitmapscan = on; SET enable_nestloop = on; SET enable_sort = on; "
     "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "
@@ -278,7 +288,7 @@ class Store:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
         with translating():
-            async with self._pool.acquire(timeout=10) as connection:
+            async with self._acquired() as connection:
                 try:
                     yield connection
                 except Exception as error:
@@ -287,6 +297,20 @@ class Store:
                     if useless or _is_left_open(connection):
                         connection.terminate()
                     raise
+
+    @contextlib.asynccontextmanager
+    async def _acquired(self) -> AsyncIterator[Connection]:
+        try:
+            connection = await self._pool.acquire(timeout=10)
+        except TimeoutError as error:
+            opened, busy = self.connections
+            if busy < opened:
+                raise
+            raise StoreUnavailable(f"All {opened} connections are at work, or wait for locks") from error
+        try:
+            yield connection
+        finally:
+            await self._pool.release(connection)
 
     @property
     def connections(self) -> tuple[int, int]:
@@ -310,11 +334,23 @@ class Store:
         while True:
             try:
                 return await self._write(batch)
+            except StoreUnavailable as error:
+                if getattr(error.__cause__, "sqlstate", None) == LOCK_TIMEOUT:
+                    raise StoreUnavailable(f"{error}. {await self._who_locks()}") from error
+                raise
             except RowRejected as error:
                 await self._refuse_state({c.table.name for c in batch.changes.values()}, error)
                 if is_sure or len(batch.entries) > 1:
                     raise
                 is_sure = True  # refused twice, with a control between: nobody mended the database meanwhile
+
+    async def _who_locks(self) -> str:
+        """Of the transactions that hold locks on the tables, the oldest that is not ours."""
+        with contextlib.suppress(StoreUnavailable):
+            async with self._connection() as connection:
+                if held := await connection.fetchval(merge.WHO_LOCKS):
+                    return f"A lock is held by {held}"
+        return "Nobody holds a lock any more"
 
     async def _refuse_state(self, tables: set[str], error: RowRejected) -> None:
         """Raise StoreUnavailable where the database refuses rows of ours as well: then no row is at fault."""
@@ -443,16 +479,59 @@ class Store:
         """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
 
         Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
-        writer is at work, both ages may be 0.
+        writer is at work, both ages may be 0. Each of the three is tried whatever became of the others; an error is
+        raised when nothing else is left to do.
         """
-        async with self._connection() as connection:
-            owed = await connection.fetch(merge.OWED, owed_age_s, OWED_PIECE)
-            if owed:
-                crashpoint(Place.IN_RECHECK)
-                await self._recompute(connection, {(r[0], r[1]): r[2] for r in owed}, set())
-            return (
-                len(owed) + await self._look_again(connection, dead_commit) + await self._purge(connection, dead_commit)
-            )
+        done = 0
+        failure: StoreUnavailable | RowRejected | None = None
+        acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
+            partial(self._pay_owed, age_s=owed_age_s),
+            partial(self._look_again, dead_commit=dead_commit),
+            partial(self._purge, dead_commit=dead_commit),
+        )
+        for act in acts:
+            try:
+                async with self._connection() as connection:
+                    done += await act(connection)
+            except (StoreUnavailable, RowRejected) as error:
+                failure = failure or error
+        if failure is not None and not done:
+            raise StoreUnavailable(str(failure)) from failure
+        return done
+
+    async def _pay_owed(self, connection: Connection, age_s: float) -> int:
+        owed = await connection.fetch(merge.OWED, age_s, OWED_PIECE)
+        if owed:
+            crashpoint(Place.IN_RECHECK)
+            await self._pay(connection, {(r[0], r[1]): r[2] for r in owed})
+        return len(owed)
+
+    async def _pay(self, connection: Connection, owed: dict[Key, datetime]) -> None:
+        """Recompute these; one that fails by itself is put back, with its reason."""
+        try:
+            with translating():
+                await self._recompute(connection, owed, set())
+        except (StoreUnavailable, RowRejected) as error:
+            if len(owed) > 1:
+                for half in _halves(sorted(owed.items())):
+                    await self._pay(connection, dict(half))
+                return
+            [(kind, key)] = owed
+            await connection.execute(merge.OWED_LATER, kind, key, str(error)[:500])
+            log.warning("The %s of %s is recomputed later: %s", kind, key, error)
+
+    async def _kill(self, connection: Connection, kills: list[Change]) -> list[tuple[Change, Exception]]:
+        """Remove these records; those that cannot be removed, and why."""
+        try:
+            with translating():
+                await self._main(connection, kills, set(), None)
+        except (StoreUnavailable, RowRejected) as error:
+            if len(kills) == 1:
+                await connection.fetchval("SELECT 1")  # it is this record, not the server
+                log.warning("%s is removed later: %s", kills[0].uri, error)
+                return [(kills[0], error)]
+            return [failed for half in _halves(kills) for failed in await self._kill(connection, half)]
+        return []
 
     async def ground(self) -> Ground:
         async with self._connection() as connection:
@@ -482,7 +561,7 @@ class Store:
         """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
         async with self._connection() as connection:
             gone = await connection.execute(merge.PRUNE, notice, PRUNE_PIECE)
-            await connection.execute(merge.ANNOUNCE, keep, PRUNE_PIECE)
+            await connection.execute(merge.ANNOUNCE, keep, ANNOUNCE_PIECE)
         return int(gone.rpartition(" ")[2])
 
     async def finished(self, stream: str) -> Progress | None:
@@ -549,7 +628,12 @@ class Store:
             posts,
             [like[0] for like in likes],
             [like[1] for like in likes],
+            CROWD,
         )
+        replies = Counter(r[2] for r in found if r[0] == "context" and r[2] is not None)
+        if contexts and (crowded := sorted(root for root, count in replies.items() if count > CROWD)):
+            await self._retry(lambda: connection.execute(merge.OWE_ROOTS, crowded))
+            found = [r for r in found if r[0] != "context" or r[2] not in crowded]
         look = _found(written, found)
         joined = {(kind, key) for kind, key in look.joined if (contexts if kind == "context" else flags)}
         return look._replace(joined=joined)
@@ -567,8 +651,8 @@ class Store:
         kills = {}  # what is in the table and in the shadow is found twice
         for uri, rev, seq in beaten:
             kills[uri] = Change(collection_table(uri), uri, derived.did_of(uri), _rkey(uri), rev, seq, 0, None, None)
-        if kills:
-            await self._main(connection, list(kills.values()), set(), None)
+        if kills and (failed := await self._kill(connection, list(kills.values()))):
+            await connection.execute(merge.LOOK_LATER, [change.uri for change, _ in failed])
         await connection.execute(merge.LOOKED_AGAIN, *piece)
         return len(kills) + 1
 
@@ -768,7 +852,8 @@ class Store:
             rows += await settle(connection, table, pending, fx)
         # A unique index that is not ours refuses one without a word: this names it.
         rows_left = [change.row for change in pending.values() if change.row is not None]
-        await connection.fetch(merge.insert(table, or_nothing=False), rows_left[:1])
+        if rows_left and not await connection.fetch(merge.insert(table, or_nothing=False), rows_left[:1]):
+            raise RowRejected(f"{table.name}: a trigger or a rule of this database keeps rows away without an error")
         raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
     async def _copy_new(
@@ -1150,11 +1235,36 @@ class Store:
 
         Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
         """
+        keys = owed.keys() | fresh
+        roots = sorted(key for kind, key in keys if kind == "root")
+        crowded = {r[0] for r in await connection.fetch(merge.CROWDED, roots, CROWD)} if roots else set()
+        if crowded and not wait:
+            owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowded}
+            keys = keys - {("root", root) for root in crowded}
+        elif crowded:
+            for root in sorted(crowded):
+                await self._recompute_crowd(connection, root)
         by_kind: dict[str, list[str]] = {kind: [] for kind in merge.JOINED_KINDS}
-        for kind, key in sorted(owed.keys() | fresh):
-            by_kind[kind].append(key)
+        for kind, key in sorted(keys):
+            if kind != "root" or key not in crowded:
+                by_kind[kind].append(key)
         paid = _columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
         await self._retry(lambda: connection.execute(merge.RECOMPUTE, *by_kind.values(), *paid, wait))
+
+    async def _recompute_crowd(self, connection: Connection, root: str) -> None:
+        """The contexts of all replies of a large thread, in transactions of their own."""
+        await connection.execute(f"SET statement_timeout = '{CROWD_LOOK_S}s'")
+        try:
+            await connection.execute(merge.CROWD.format(root=root.replace("'", "''")), timeout=CROWD_LOOK_S)
+            await connection.execute(STATEMENT_TIMEOUT)
+            while piece := [r[0] for r in await connection.fetch(merge.CROWD_PIECE.format(count=CROWD))]:
+                piece.sort()
+                owed = (["context"] * len(piece), piece, [NEVER] * len(piece))
+                again = partial(connection.execute, merge.RECOMPUTE, piece, [], [], [], [], *owed, True)
+                await self._retry(again)
+        finally:
+            if not connection.is_closed():
+                await connection.execute(f"{STATEMENT_TIMEOUT}; CLOSE ALL")
 
     # Deleted accounts -----------------------------------------------------------------------------
 
@@ -1174,7 +1284,8 @@ class Store:
             table = tables[name] if name is not None else collection_table(uri)
             kills[uri] = Change(table, uri, did, _rkey(uri), None, deleted_seq, 0, None, None)
         if kills:
-            await self._main(connection, list(kills.values()), set(), None)
+            if failed := await self._kill(connection, list(kills.values())):
+                await connection.execute(merge.PURGE_LATER, did, str(failed[0][1])[:500])
             crashpoint(Place.IN_ACCOUNT_DELETION)
         else:
             await connection.execute(merge.PURGED, did, deleted_seq)
@@ -1205,6 +1316,11 @@ async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> 
     pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
     if len(pids) < len(connections):
         raise Unreachable(POOLER)
+
+
+def _halves(rows: list[_T]) -> tuple[list[_T], list[_T]]:
+    middle = len(rows) // 2
+    return rows[:middle], rows[middle:]
 
 
 def _divide(changes: list[Change], shadowed: set[str]) -> tuple[list[Change], dict[str, Change]]:

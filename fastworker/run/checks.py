@@ -440,6 +440,21 @@ def what_was_before(found: Past, config: Config, cursor: str | None) -> Iterator
         )
 
 
+def what_waits(found: Past) -> Iterator[Finding]:
+    if found.late:
+        yield _warn(
+            "postgresql",
+            f"{found.late:,} pieces of maintenance fail and are tried again ever more rarely; the first one, "
+            f"{found.late_error}",
+        )
+    if found.refused:
+        yield _warn(
+            "postgresql",
+            f"{found.refused:,} records that were refused are kept by name in fastworker.refused: mend their reason, "
+            "then repair their accounts.",
+        )
+
+
 def postgres_rights(found: Facts) -> Iterator[Finding]:
     if found.lacking:
         yield _fail(
@@ -545,7 +560,7 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
         *second_writer(writing, seen.consumers),
-        *(what_was_before(before, config, seen.cursor) if before is not None else ()),
+        *((*what_was_before(before, config, seen.cursor), *what_waits(before)) if before is not None else ()),
         *postgres_sequences(found),
         *(
             [_fail("postgresql", problem) for problem in problems if problem != encoding_problem(found.encoding)]

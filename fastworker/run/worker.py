@@ -17,7 +17,7 @@ from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
 from fastworker.edge.stream import LeaseLostError, WorkerStream
 from fastworker.edge.tracing import OpenSpan, spans
-from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.run.child import StartAgain, run_child
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Marks, Overlap
@@ -248,16 +248,25 @@ async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
 
 async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
     """What committed transactions still owe, in bounded pieces; and how far the group has come."""
-    try:
+
+    async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
-        await _take_ground(store, pipelines)
+
+    async def pay() -> None:
         while await store.maintain():
             pass
+
+    async def prune() -> None:
         while await store.prune():
             pass
-    except (StoreUnavailable, StreamUnavailable):
-        pass  # the pipelines wait for the same server, and say so
+
+    for act in (note, partial(_take_ground, store, pipelines), pay, prune):
+        try:
+            await act()
+        except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
+            if all(pipeline.state is State.RUNNING for pipeline in pipelines):  # else they say it themselves
+                log.warning("Maintenance is put off: %s", error)
 
 
 async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:

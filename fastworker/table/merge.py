@@ -145,10 +145,11 @@ LOOK = _BEATS + (
     "UNION ALL SELECT 'forbidden', user_did, NULL, NULL FROM public.user_settings "
     "WHERE data_collection_forbidden AND user_did = ANY($3::varchar[])"
 )
-# After it also which joined rows may have changed: $3 posts of the batch, $4/$5 its likes (post, user)
+# After it also which joined rows may have changed: $3 posts of the batch, $4/$5 its likes (post, user). Of the replies of a
+# root, which is told with them, one more than $6 at most.
 LOOK_BACK = _BEATS + (
-    "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p "
-    "WHERE p.root_uri = ANY($3::varchar[]) AND p.uri <> p.root_uri "
+    "UNION ALL SELECT 'context', p.uri, r.uri, NULL FROM unnest($3::varchar[]) AS r (uri), LATERAL ("
+    "SELECT uri FROM public.posts WHERE root_uri = r.uri AND uri <> r.uri LIMIT $6 + 1) AS p "
     "UNION ALL SELECT 'context', p.uri, NULL, NULL FROM unnest($4::varchar[], $5::varchar[]) AS l (post, did) "
     "JOIN public.posts AS p ON p.uri = l.post WHERE starts_with(p.root_uri, 'at://' || l.did || '/') "
     "UNION ALL SELECT 'gate', g.post_uri, NULL, NULL FROM fastworker.gates AS g WHERE g.post_uri = ANY($3::varchar[])"
@@ -179,6 +180,7 @@ LOOK_AGAIN = " UNION ALL ".join(
     ]
     + [_BEATEN.format(table="fastworker.twins", uri="v.uri", version="t.rev, t.seq")]
 )
+LOOK_LATER = "UPDATE fastworker.versions SET written_at = now() WHERE uri = ANY($1::text[]) AND deleted"
 LOOKED_AGAIN = "UPDATE fastworker.horizon SET looked_until = $2 WHERE looked_until = $1"
 SHADOWED = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
@@ -231,6 +233,16 @@ def absent(table: Table) -> str:
 
 
 # Users, accounts, identities ----------------------------------------------------------------------
+WHO_LOCKS = (
+    "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename || ', ' "
+    "|| coalesce(a.state, 'at work') || ', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int "
+    "|| ' s: let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
+    "WHERE a.xact_start IS NOT NULL AND a.application_name NOT LIKE 'fastworker%' AND EXISTS ("
+    "SELECT FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+    "WHERE l.pid = a.pid AND l.granted AND l.mode <> 'AccessShareLock' AND n.nspname IN ('public', 'fastworker')) "
+    "UNION ALL SELECT 'the prepared transaction ' || gid || ': COMMIT PREPARED or ROLLBACK PREPARED it' "
+    "FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1"
+)
 USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
@@ -392,8 +404,26 @@ RECOMPUTE = "SELECT fastworker.recompute($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 # Rows that join two records: recomputed after both sides have committed ------------------------------
 OWED = (
     "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
-    "ORDER BY owed_at LIMIT $2"
+    "AND not_before <= now() ORDER BY owed_at LIMIT $2"
 )
+# One that cannot be recomputed: ever more rarely, from half a minute to a day
+OWE_ROOTS = (
+    "INSERT INTO fastworker.recheck (kind, key) SELECT 'root', unnest($1::text[]) "
+    "ON CONFLICT (kind, key) DO UPDATE SET owed_at = now()"
+)
+OWED_LATER = (
+    "UPDATE fastworker.recheck SET attempts = attempts + 1, error = $3, "
+    "not_before = now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12)) "
+    "WHERE kind = $1 AND key = $2"
+)
+# Those of $1 roots that have more than $2 replies; and the replies of one, listed once and fetched in pieces: no index
+# of the contract has them in an order to go on from.
+CROWDED = (
+    "SELECT u.uri FROM unnest($1::varchar[]) AS u (uri) WHERE "
+    "(SELECT count(*) FROM (SELECT FROM public.posts AS p WHERE p.root_uri = u.uri LIMIT $2 + 1) AS few) > $2"
+)
+CROWD = "DECLARE crowd CURSOR WITH HOLD FOR SELECT uri FROM public.posts WHERE root_uri = '{root}' AND uri <> root_uri"
+CROWD_PIECE = "FETCH {count} FROM crowd"
 AGGREGATES_DROP = (
     "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
     "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
@@ -404,7 +434,10 @@ AGGREGATES_DROP = (
 # $1: how long after a purge that found nothing it is done once more
 PURGE_NEXT = (
     "SELECT did, deleted_seq FROM fastworker.accounts WHERE purge_pending "
-    "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) ORDER BY did LIMIT 1"
+    "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) AND purge_after <= now() ORDER BY did LIMIT 1"
+)
+PURGE_LATER = (
+    "UPDATE fastworker.accounts SET purge_after = now() + interval '10 minutes', purge_error = $2 WHERE did = $1"
 )
 _HOT_OF = "SELECT '{table}' AS name, uri FROM public.{table} WHERE {author} = $1 AND {older}"
 _OLDER = "(commit_seq IS NULL OR commit_seq !~ '^[0-9]{1,18}$' OR commit_seq::bigint < $2)"

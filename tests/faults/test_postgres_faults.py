@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
+from fastworker.edge.postgres_admin import past
 from fastworker.edge.redis_client import connect
 from fastworker.edge.store import Store
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
-from fastworker.event import Action, Commit, Op
+from fastworker.event import Account, Action, Commit, Op
 from fastworker.run.heartbeat import State
 from fastworker.run.migrate import migrate
 from fastworker.table.batch import Batch
@@ -286,6 +288,14 @@ STATES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ),
         "no\\(\\)",
     ),
+    "a trigger that says nothing": (
+        "app.bsky.graph.list",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON lists FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "lists: a trigger or a rule",
+    ),
     "a trigger with an error in it": (
         "app.bsky.feed.post",
         (
@@ -510,6 +520,167 @@ async def test_a_table_locked_by_another_is_waited_for(postgres_url: str, pg: as
     async with asyncio.timeout(60):
         assert (await writing).rows == 1
     await store.close()
+
+
+async def test_who_holds_a_lock_is_told(postgres_url: str, pg: asyncpg.Connection) -> None:
+    store = await Store.connect(postgres_url)
+    try:
+        await store.write(batch(1))
+        async with store._connection() as connection:
+            await connection.execute("SET lock_timeout = '100ms'")
+        await pg.execute("SET application_name = 'psql'")
+        async with pg.transaction():
+            await pg.execute("SELECT FROM post_aggregations WHERE post_uri = $1 FOR UPDATE", POST)
+            pid = await pg.fetchval("SELECT pg_backend_pid()")
+            with pytest.raises(StoreUnavailable, match=rf"held by PID {pid} \(psql\) as postgres, idle in transaction"):
+                await store.write(batch(2))
+        assert (await store.write(batch(2))).rows == 1
+    finally:
+        await store.close()
+
+
+# Maintenance goes on beside a piece of it that fails -----------------------------------------------
+
+
+def reply(number: int, root: str) -> Batch:
+    ref = {"uri": root, "cid": CID}
+    return records("app.bsky.feed.post", first=number, reply={"root": ref, "parent": ref})
+
+
+async def maintained(store: Store, *, and_fails: bool = False) -> None:
+    with pytest.raises(StoreUnavailable) if and_fails else contextlib.nullcontext():
+        while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
+            pass
+
+
+async def test_one_owed_key_that_cannot_be_paid_waits_alone(
+    postgres_url: str, pg: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    [root] = records("app.bsky.feed.post").changes
+    store = await Store.connect(postgres_url)
+    try:
+        await store.write(records("app.bsky.feed.post"))
+        replies = [next(iter(reply(number, root).changes)) for number in range(2, 40)]
+        for number in range(2, 40):
+            await store.write(reply(number, root))
+        bad = replies[7]
+        await pg.execute(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION "
+            "'canceling statement due to statement timeout' USING ERRCODE = '57014'; END $$; "
+            "CREATE TRIGGER no BEFORE UPDATE OR DELETE ON thread_contexts FOR EACH ROW "
+            f"WHEN (OLD.post_uri = '{bad}') EXECUTE FUNCTION no()"
+        )
+        await pg.execute("INSERT INTO fastworker.recheck (kind, key) SELECT 'context', unnest($1::text[])", replies)
+        await pg.execute("DELETE FROM posts WHERE uri = $1", root)  # as the API does: every context is stale
+        gone = "did:plc:zzzzzzzzzzzzzzzzzzzzzzzz"
+        await pg.execute(
+            "INSERT INTO posts (uri, cid, author_did, text, created_at, commit_seq) "
+            f"VALUES ('at://{gone}/app.bsky.feed.post/a', 'c', '{gone}', '', now(), '1')"
+        )
+        deletion = Batch()
+        deletion.put_account(Account(9, gone, active=False, status="deleted", time=None), datetime.now(UTC))
+        await store.write(deletion)
+        await maintained(store)
+        assert await pg.fetch("SELECT post_uri FROM thread_contexts") == [(bad,)]
+        [left] = await pg.fetch("SELECT key, attempts, error, not_before > now() FROM fastworker.recheck")
+        assert (left["key"], left["attempts"], left[3]) == (bad, 1, True)
+        assert "57014" in left["error"]
+        assert bad in caplog.text
+        found = await past(postgres_url, "s")
+        assert found.late == 1
+        assert bad in (found.late_error or "")
+        assert not await pg.fetchval("SELECT count(*) FROM posts WHERE author_did = $1", gone)
+        await pg.execute("DROP FUNCTION no CASCADE; UPDATE fastworker.recheck SET not_before = now()")
+        await maintained(store)
+        assert await pg.fetch("SELECT post_uri FROM thread_contexts") == []
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+    finally:
+        await store.close()
+
+
+async def test_one_record_that_cannot_be_removed_holds_up_no_other(postgres_url: str, pg: asyncpg.Connection) -> None:
+    """Of a deleted account, and at the second look at tombstones."""
+    store = await Store.connect(postgres_url)
+    try:
+        likes = records("app.bsky.feed.like", 30)
+        await store.write(likes)
+        bad = next(iter(likes.changes))
+        await pg.execute(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$; "
+            f"CREATE TRIGGER no BEFORE DELETE ON likes FOR EACH ROW WHEN (OLD.uri = '{bad}') EXECUTE FUNCTION no()"
+        )
+        await pg.execute(  # left behind: their tombstones are there, and so are they
+            "INSERT INTO fastworker.versions (uri, seq, deleted) SELECT unnest($1::text[]), 99999, true",
+            list(likes.changes),
+        )
+        deletion = Batch()
+        for did in sorted(change.repo for change in records("app.bsky.graph.list", 2).changes.values()):
+            deletion.put_account(Account(99, did, active=False, status="deleted", time=None), datetime.now(UTC))
+        await store.write(deletion)
+        for _ in range(3):
+            await store.maintain(owed_age_s=0, dead_commit=timedelta())
+        assert [r[0] for r in await pg.fetch("SELECT uri FROM likes")] == [bad]
+        [pending] = await pg.fetch(
+            "SELECT purge_error, purge_after > now() FROM fastworker.accounts WHERE purge_pending"
+        )
+        assert ("no" in pending[0], pending[1]) == (True, True)
+        await pg.execute("DROP FUNCTION no CASCADE; UPDATE fastworker.accounts SET purge_after = now()")
+        await maintained(store)
+        assert await pg.fetchval("SELECT count(*) FROM likes") == 0
+    finally:
+        await store.close()
+
+
+async def test_a_large_thread_is_recomputed_in_pieces(
+    postgres_url: str, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastworker.edge.store.CROWD", 20)
+    [root] = records("app.bsky.feed.post").changes
+    store = await Store.connect(postgres_url)
+    try:
+        await store.write(records("app.bsky.feed.post"))
+        ref = {"uri": root, "cid": CID}
+        await store.write(records("app.bsky.feed.post", 90, first=2, reply={"root": ref, "parent": ref}))
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90
+        await store.write(records("app.bsky.feed.post", action="delete"))
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90, "not in the path of an event"
+        assert await pg.fetch("SELECT kind, key FROM fastworker.recheck") == [("root", root)]
+        await maintained(store)
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 0
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+        async with store._connection() as connection:
+            assert await connection.fetchval("SHOW statement_timeout") == "1min"
+            assert await connection.fetch("SELECT FROM pg_cursors WHERE name = 'crowd'") == []
+        await pg.execute("DELETE FROM fastworker.versions")
+        store.whole_rows_max = 0
+        await store.write(records("app.bsky.feed.post", first=1))  # the root comes after its replies
+        assert await pg.fetch("SELECT kind, key FROM fastworker.recheck") == [("root", root)]
+        await maintained(store)
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+    finally:
+        await store.close()
+
+
+async def test_one_horizon_covers_many_pieces(postgres_url: str, pg: asyncpg.Connection) -> None:
+    """The notice of a horizon takes two minutes: a piece of tombstones each would be 40 a second."""
+    await pg.execute(
+        "INSERT INTO fastworker.versions (uri, seq, deleted, written_at) SELECT 'at://' || n, 1, true, "
+        "now() - interval '9 days' + n * interval '1 second' FROM generate_series(1, 70000) AS n"
+    )
+    await pg.execute(
+        "INSERT INTO fastworker.progress (stream, consumer, entry_id) VALUES ('s', 'c', $1)", "9999999999999-0"
+    )
+    store = await Store.connect(postgres_url)
+    try:
+        assert await store.prune() == 0, "announced"
+        assert await store.prune() == 0, "the notice"
+        gone = 0
+        while piece := await store.prune(notice=timedelta()):
+            gone += piece
+        assert gone == 70_000
+    finally:
+        await store.close()
 
 
 async def test_a_connection_that_hangs_without_closing_is_given_up(
