@@ -126,6 +126,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         processes=config.processes,
         pipelines=config.pipelines,
         derive=config.derive,
+        synchronous_commit=config.synchronous_commit,
         dead_letter_maxlen=config.dead_letter_maxlen,
         tracing=config.tracing,
         dead_letters_in_a_row=config.dead_letters_in_a_row,

@@ -203,7 +203,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_DEAD_LETTERS_IN_A_ROW",
             "worker up",
-            "Entries in a row that a process sets aside before it stops itself (exit 4), so that a bad release does "
+            "Entries in a row that the worker sets aside before it stops itself (exit 4), so that a bad release does "
             "not empty the stream into the dead letters. Raise it for one run to get past entries that may go there.",
             read=_integer,
         ),
@@ -294,6 +294,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="full",
         ),
     ] = derived.FULL
+    synchronous_commit: Annotated[
+        Literal["on", "keep"],
+        _env(
+            "FASTWORKER_SYNCHRONOUS_COMMIT",
+            "worker up check",
+            "`on`: where a role, a database or the server has `synchronous_commit = off`, the worker's sessions turn "
+            "it on, so that a crash of PostgreSQL loses nothing that was acknowledged; any other value stays. `keep`: "
+            "off stays off, too.",
+            read=str.lower,
+        ),
+    ] = "on"
     http_port: Annotated[
         Annotated[int, Meta(ge=0, le=65_535)] | Literal["off"] | None,
         _env(

@@ -24,6 +24,7 @@ from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import check as check_schema
+from fastworker.store.migrate import encoding_problem
 from fastworker.stream.admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.stream.consumer import form_of
 
@@ -39,6 +40,7 @@ HOLDS_BACK_S: Final = 600.0
 SILENT_S: Final = 300.0
 ENTRIES_TO_JUDGE_BY: Final = 1_000
 """Below it the mean size of an entry says little."""
+SEQUENCE_SHARE: Final = 0.7
 COUNTED: Final = ("post_aggregations", "feed_items")
 """Tables that only ingestion writes; the AppView's API process leaves them alone."""
 
@@ -347,7 +349,7 @@ def postgres_version(found: Facts) -> Iterator[Finding]:
         yield _ok("postgresql", f"PostgreSQL {found.version}.")
 
 
-def postgres_state(found: Facts) -> Iterator[Finding]:
+def postgres_state(found: Facts, config: Config) -> Iterator[Finding]:
     if found.in_recovery:
         yield _fail("postgresql", "This is a standby: set DATABASE_URL to the primary.")
     elif found.read_only:
@@ -355,8 +357,8 @@ def postgres_state(found: Facts) -> Iterator[Finding]:
             "postgresql",
             "Transactions are read-only by default: ALTER ROLE ... SET default_transaction_read_only = off.",
         )
-    if found.encoding != "UTF8":
-        yield _fail("postgresql", f"The database's encoding is {found.encoding}: create it with ENCODING 'UTF8'.")
+    if problem := encoding_problem(found.encoding):
+        yield _fail("postgresql", problem)
     if found.pooler:
         yield _fail(
             "postgresql",
@@ -365,11 +367,14 @@ def postgres_state(found: Facts) -> Iterator[Finding]:
         )
     if found.fsync != "on":
         yield _warn("postgresql", "fsync is off: after a crash of the machine acknowledged rows may be lost.")
-    if found.synchronous_commit == "off":
+    if found.synchronous_commit == "off" and config.synchronous_commit == "keep":
         yield _warn(
             "postgresql",
-            "synchronous_commit is off: a crash may lose rows whose entries were acknowledged. Set it to on.",
+            "synchronous_commit is off, and FASTWORKER_SYNCHRONOUS_COMMIT=keep leaves it so: a crash may lose rows "
+            "whose entries were acknowledged. Unset that variable.",
         )
+    elif found.synchronous_commit == "off":
+        yield _ok("postgresql", "synchronous_commit is off; the worker's own sessions turn it on.")
     if found.autovacuum != "on":
         yield _warn("postgresql", "autovacuum is off: counters and versions bloat. Turn it on.")
 
@@ -398,6 +403,17 @@ def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
         )
 
 
+def postgres_sequences(found: Facts) -> Iterator[Finding]:
+    for one in found.sequences:
+        if one.last > SEQUENCE_SHARE * one.limit:
+            words = "are used up" if one.last >= one.limit else f"are used up to {100 * one.last / one.limit:.0f} %"
+            yield (_fail if one.last >= one.limit else _warn)(
+                "postgresql",
+                f"The ids of {one.table}.{one.column} {words}: ALTER SEQUENCE {one.name} AS bigint; ALTER TABLE "
+                f"{one.table} ALTER COLUMN {one.column} TYPE bigint (it writes the table anew under a lock).",
+            )
+
+
 def second_writer(writing: list[str], consumers: Iterable[Consumer]) -> Iterator[Finding]:
     """Somebody writes what only ingestion writes, and is no consumer of the group."""
     if writing and not any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
@@ -421,6 +437,21 @@ def what_was_before(found: Past, config: Config, cursor: str | None) -> Iterator
             "postgresql",
             f"{found.avatars_old:,} of {found.avatars:,} avatars that were looked at are hexadecimal or b'...', which "
             "the API cannot show. The next profile event of an account mends its own; a backfill mends all.",
+        )
+
+
+def what_waits(found: Past) -> Iterator[Finding]:
+    if found.late:
+        yield _warn(
+            "postgresql",
+            f"{found.late:,} pieces of maintenance fail and are tried again ever more rarely; the first one, "
+            f"{found.late_error}",
+        )
+    if found.refused:
+        yield _warn(
+            "postgresql",
+            f"{found.refused:,} records that were refused are kept by name in fastworker.refused: mend their reason, "
+            "then repair their accounts.",
         )
 
 
@@ -524,13 +555,17 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         return [_fail("postgresql", f"{redact(str(error))}.")]
     return [
         *postgres_version(found),
-        *postgres_state(found),
+        *postgres_state(found, config),
         *postgres_connections(found, config),
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
         *second_writer(writing, seen.consumers),
-        *(what_was_before(before, config, seen.cursor) if before is not None else ()),
-        *([_fail("postgresql", problem) for problem in problems] or [_ok("postgresql", "The schema is complete.")]),
+        *((*what_was_before(before, config, seen.cursor), *what_waits(before)) if before is not None else ()),
+        *postgres_sequences(found),
+        *(
+            [_fail("postgresql", problem) for problem in problems if problem != encoding_problem(found.encoding)]
+            or [_ok("postgresql", "The schema is complete.")]
+        ),
     ]
 
 
@@ -579,10 +614,12 @@ async def _postgres_preflight(database_url: str | None) -> None:
         return
     problems = await check_schema(database_url)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise Unreachable(
-            f"{name_of(database_url)}: the schema is not ready: {problems[0]}{more} Run `fastworker migrate`."
-        )
+        more = f" And {len(problems) - 1} more: `fastworker check` tells them." if len(problems) > 1 else ""
+        raise Unreachable(f"{name_of(database_url)}: the schema is not ready: {problems[0]}{more}")
+    found = await facts(database_url, TABLE_RIGHTS["worker"])
+    for finding in postgres_rights(found):
+        if finding.verdict is Verdict.FAIL:
+            raise Unreachable(f"{name_of(database_url)}: {finding.sentence}")
 
 
 def _some(names: list[str], count: int = 3) -> str:

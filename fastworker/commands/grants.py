@@ -39,6 +39,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.relays": _APPEND,
         "fastworker.horizon": ("SELECT", "UPDATE"),
         "fastworker.repairs": _KEEP,
+        "fastworker.refused": _KEEP,
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty.
     "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ},

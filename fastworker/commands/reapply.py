@@ -67,6 +67,9 @@ class _Retained:
         self.counts["not_understood"] += len(letters)
         return len(letters)
 
+    async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]:  # noqa: ARG002
+        return []
+
     async def lowest_pending(self) -> str | None:
         return None
 
@@ -87,7 +90,11 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
             return ExitCode.DONE
         try:
             store = await Store.connect(
-                settings.database_url, pool_size=1, application_name="fastworker-reapply", derive=settings.derive
+                settings.database_url,
+                pool_size=1,
+                application_name="fastworker-reapply",
+                derive=settings.derive,
+                synchronous_commit=settings.synchronous_commit,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

@@ -8,6 +8,7 @@ cannot write; `--repair` adds one of the writer's kind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, RowRejected, StoreUnavailable, Unreachable
 from fastworker.process.backoff import pause
 from fastworker.store.audit import CHECKS, Audit, Check, Drift, Key, open_audit
 from fastworker.store.migrate import check as check_schema
@@ -73,12 +74,13 @@ async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: as
     try:
         if wish.repair:
             repair = await Store.connect(database_url, pool_size=1, application_name="fastworker-repair", derive=derive)
-            while not stop.is_set() and await repair.maintain():  # what is owed is no drift
-                pass
+            with contextlib.suppress(StoreUnavailable):  # of a piece that cannot be paid; the rest is
+                while not stop.is_set() and await repair.maintain():  # what is owed is no drift
+                    pass
         async with open_audit(database_url, derive) as audit:
             run = _Run(audit, repair, wish, stop)
             await run.conduct()
-    except StoreUnavailable as error:
+    except (StoreUnavailable, RowRejected) as error:
         raise Unreachable(str(error)) from error
     finally:
         if repair is not None:

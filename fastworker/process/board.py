@@ -115,8 +115,8 @@ _BUCKETS: Final = dict(
     )
 )
 _WORDS: Final = _BUCKETS_AT + sum(len(bounds) + 1 for bounds in HISTOGRAMS.values())
-_TEXTS: Final = {"name": (0, 40), "error": (40, 200), "consumers": (240, 272)}  # offset and bytes
-_SLOT_BYTES: Final = _WORDS * 8 + 512
+_TEXTS: Final = {"name": (0, 40), "error": (40, 400), "consumers": (440, 272)}  # offset and bytes
+_SLOT_BYTES: Final = _WORDS * 8 + 712
 _REASON_INDEX: Final = {reason: _DROPS_AT + n for n, reason in enumerate(REASONS)}
 _TABLE_INDEX: Final = {table.name: _TABLES_AT + n for n, table in enumerate(TABLES)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,16 @@ class Client(msgspec.Struct, frozen=True):
 
     name: str
     sessions: int
+
+
+class Sequence(msgspec.Struct, frozen=True):
+    """Ids that a column takes: the last one, and the highest that sequence and column hold."""
+
+    name: str
+    table: str
+    column: str
+    last: int
+    limit: int
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -56,6 +66,8 @@ class Facts(msgspec.Struct, frozen=True):
     may_read_schema: bool = True
     clients: tuple[Client, ...] = ()
     """Who else is connected, the one with the most sessions first."""
+    sequences: tuple[Sequence, ...] = ()
+    """Of the tables on which there are rights to need."""
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -67,6 +79,11 @@ class Past(msgspec.Struct, frozen=True):
     avatars: int
     """How many avatars were looked at, and how many of them are in a form that only old Python workers wrote."""
     avatars_old: int
+    late: int = 0
+    """Pieces of maintenance that failed and are tried again ever more rarely, and why the first did."""
+    late_error: str | None = None
+    refused: int = 0
+    """Records that are kept by name only."""
 
 
 @asynccontextmanager
@@ -105,7 +122,7 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
         return seq
 
 
-async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts:
+async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Facts:
     """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-check") as connection:
         before = time.time()
@@ -120,6 +137,7 @@ async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
         clients = await connection.fetch(_CLIENTS)
+        sequences = await connection.fetch(_SEQUENCES, list(rights))
         await connection.execute("SET fastworker.probe = 'kept'")
         kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
     return Facts(
@@ -143,10 +161,11 @@ async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts
         pooler=kept != "kept",
         may_read_schema=row["usage"],
         clients=tuple(Client(*client) for client in clients),
+        sequences=tuple(Sequence(*one) for one in sequences),
     )
 
 
-async def writers(database_url: str, tables: Sequence[str]) -> list[str]:
+async def writers(database_url: str, tables: Collection[str]) -> list[str]:
     """Clients other than fastworker that were seen writing to one of these tables within about a second."""
     seen: dict[str, None] = {}
     async with _connection(database_url, "fastworker-check") as connection:
@@ -188,6 +207,18 @@ SELECT {_NAME}, count(*)::int FROM {_SESSIONS} AS a WHERE a.application_name NOT
 GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 10
 """
 
+# Without the right to read it, a sequence's last value is NULL.
+_SEQUENCES = """
+SELECT s.sequencename, c.relname, a.attname, s.last_value,
+       least(s.max_value, CASE a.atttypid WHEN 'int4'::regtype THEN 2147483647 WHEN 'int2'::regtype THEN 32767
+                          ELSE s.max_value END)
+FROM pg_sequences s JOIN pg_class q ON q.oid = format('%I.%I', s.schemaname, s.sequencename)::regclass
+JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = q.oid AND d.deptype IN ('a', 'i')
+JOIN pg_class c ON c.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
+WHERE s.schemaname = 'public' AND c.relname = ANY ($1::text[]) AND s.last_value IS NOT NULL
+ORDER BY 2
+"""
+
 _WRITERS = f"""
 SELECT DISTINCT {_NAME}
 FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -202,7 +233,13 @@ _MAY_READ_CURSOR = "SELECT has_table_privilege('public.firehose_cursor', 'SELECT
 _OLD_CURSOR = "SELECT cursor FROM public.firehose_cursor WHERE service = 'firehose'"
 _PAST = """
 SELECT EXISTS (SELECT FROM fastworker.progress WHERE stream = $1 AND seq IS NOT NULL),
-       count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int
+       count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int,
+       (SELECT count(*)::int FROM fastworker.recheck WHERE attempts > 0)
+       + (SELECT count(*)::int FROM fastworker.accounts WHERE purge_pending AND purge_error IS NOT NULL),
+       coalesce((SELECT kind || ' of ' || key || ': ' || error FROM fastworker.recheck WHERE attempts > 0 LIMIT 1),
+           (SELECT 'removal of ' || did || ': ' || purge_error FROM fastworker.accounts
+            WHERE purge_pending AND purge_error IS NOT NULL LIMIT 1)),
+       (SELECT count(*)::int FROM fastworker.refused)
 FROM (SELECT avatar_url FROM public.users WHERE avatar_url IS NOT NULL LIMIT 1000) AS looked_at
 """
 

@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 import orjson
 
-from fastworker.store.session import translating
+from fastworker.store.session import PATH, translating
 from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, Table
@@ -28,7 +28,10 @@ Where = Callable[..., str]
 _SESSION = (
     "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
     "SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on; SET TIME ZONE 'UTC'; "
-    "SET statement_timeout = '300s'"
+    "SET statement_timeout = '300s'; SET lock_timeout = 0; SET idle_session_timeout = 0; "
+    "SET idle_in_transaction_session_timeout = 0; SET transform_null_equals = off; SET array_nulls = on; "
+    "SET standard_conforming_strings = on; SET DateStyle = 'ISO, MDY'; SET row_security = on; "
+    "SET default_transaction_isolation = 'read committed'; " + PATH
 )
 CONNECT_SECONDS_MAX = 10.0
 _ADOPTED = "coalesce((SELECT adopted FROM fastworker.migrations WHERE number = 1), false)"
@@ -87,7 +90,7 @@ def _compare(columns: str, expected: str, found: str, *, join: str = "FULL", wid
         return f"CASE WHEN {side}.target IS NOT NULL THEN jsonb_build_object({members}) END"
 
     def record(side: str) -> str:
-        return f"ROW({', '.join(f'{side}.{name}' for name in ['target', *names])})"
+        return f"ROW({', '.join(_told(f'{side}.{name}') for name in ['target', *names])})"
 
     selected = ", ".join(f"coalesce(e.{key}, f.{key})" if both else f"e.{key}" for key in keys)
     return (
@@ -96,6 +99,13 @@ def _compare(columns: str, expected: str, found: str, *, join: str = "FULL", wid
         f"{packed('e')}, {packed('f')} FROM ({expected}) AS e {join} JOIN ({found}) AS f ON e.target = f.target "
         f"WHERE {record('e')} IS DISTINCT FROM {record('f')} {unless}"
     )
+
+
+def _told(column: str) -> str:
+    """Dates that only PostgreSQL can hold are as good as the nearest that a writer can."""
+    if column.endswith((".created_at", ".sort_at")):
+        return f"greatest(least({column}, '9999-12-30'), '0001-01-02')"
+    return column
 
 
 def _did(uri: str) -> str:

@@ -149,28 +149,35 @@ async def _main_transaction(
     progress: Progress | None,
     users: Sequence[str],
 ) -> tuple[int, dict[Key, datetime]]:
-    """In this order, so that locks that other writers may wait for are taken as late as can be."""
     effects = Effects(writer.derive)
-    hot: list[Change] = []
-    cold: list[Change] = []
-    for change in sorted(changes, key=lambda c: c.uri):
-        (hot if change.table.hot else cold).append(change)
-    is_large = len(changes) > SMALL_FLUSH
     async with db.transaction():
         if users:
             await db.execute(sql.USERS, users)
-        rows, existing = await insert_new(writer, db, hot, waiting, effects)
-        if is_large and (existing or cold):
-            await write_items(writer, db, effects)
-        rows += await settle_existing(db, existing, waiting, effects)
-        if is_large and existing and cold:
-            await write_items(writer, db, effects)
-        rows += await settle_cold(db, cold, waiting, effects)
+        rows = await put_rows(writer, db, changes, waiting, effects)
         await writer.reach(Step.ROWS_WRITTEN)
         owed = await write_effects(writer, db, effects, progress)
         await writer.reach(Step.BEFORE_MAIN_COMMIT)
     await writer.reach(Step.AFTER_MAIN_COMMIT)
     return rows, owed
+
+
+async def put_rows(writer: Writer, db: Connection, changes: list[Change], waiting: set[str], effects: Effects) -> int:
+    """The primary rows, inside the main transaction; `effects` collects what follows. Returns how many rows changed.
+
+    In this order, so that locks that other writers may wait for are taken as late as can be.
+    """
+    hot: list[Change] = []
+    cold: list[Change] = []
+    for change in sorted(changes, key=lambda c: c.uri):
+        (hot if change.table.hot else cold).append(change)
+    is_large = len(changes) > SMALL_FLUSH
+    rows, existing = await insert_new(writer, db, hot, waiting, effects)
+    if is_large and (existing or cold):
+        await write_items(writer, db, effects)
+    rows += await settle_existing(db, existing, waiting, effects)
+    if is_large and existing and cold:
+        await write_items(writer, db, effects)
+    return rows + await settle_cold(db, cold, waiting, effects)
 
 
 async def finish(writer: Writer, db: Connection, plan: Plan, rows: int, *, forbidden: int = 0) -> Written:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import partial
 
 from fastworker.store import statements as sql
 from fastworker.store.look import Key
-from fastworker.store.session import Connection
+from fastworker.store.session import STATEMENT_TIMEOUT, Connection
 from fastworker.store.writer import Writer, columns
 from fastworker.table.batch import Change
 from fastworker.table.rows import GATE
 from fastworker.table.schema import FEED_GENERATORS, GATES, LABELER_SERVICES
+
+NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when nothing was owed: nothing is paid for it
+CROWD_LOOK_S = 600  # to list the replies of a thread
 
 
 async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change], seen: set[Key]) -> None:
@@ -37,8 +41,33 @@ async def recompute(
 
     Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
     """
+    keys = owed.keys() | fresh
+    roots = sorted(key for kind, key in keys if kind == "root")
+    crowded = {r[0] for r in await db.fetch(sql.CROWDED, roots, writer.crowd)} if roots else set()
+    if crowded and not wait:
+        owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowded}
+        keys = keys - {("root", root) for root in crowded}
+    elif crowded:
+        for root in sorted(crowded):
+            await _recompute_crowd(writer, db, root)
     by_kind: dict[str, list[str]] = {kind: [] for kind in sql.JOINED}
-    for kind, key in sorted(owed.keys() | fresh):
-        by_kind[kind].append(key)
+    for kind, key in sorted(keys):
+        if kind != "root" or key not in crowded:
+            by_kind[kind].append(key)
     paid = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
     await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *paid, wait))
+
+
+async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:
+    """The contexts of all replies of a large thread, in transactions of their own."""
+    await db.execute(f"SET statement_timeout = '{CROWD_LOOK_S}s'")
+    try:
+        await db.execute(sql.CROWD.format(root=root.replace("'", "''")), timeout=CROWD_LOOK_S)
+        await db.execute(STATEMENT_TIMEOUT)
+        while piece := [r[0] for r in await db.fetch(sql.CROWD_PIECE.format(count=writer.crowd))]:
+            piece.sort()
+            owed = (["context"] * len(piece), piece, [NEVER] * len(piece))
+            await writer.retry(partial(db.execute, sql.RECOMPUTE, piece, [], [], [], [], *owed, True))
+    finally:
+        if not db.is_closed():
+            await db.execute(f"{STATEMENT_TIMEOUT}; CLOSE ALL")

@@ -6,6 +6,7 @@ of order: whatever was committed between the two is seen by it, or sees us (docs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -56,9 +57,15 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
         "posts": [c.uri for c in upserts if c.table is POSTS],
         "like_posts": [row[LIKE.post_uri] for row in likes],
         "like_users": [row[LIKE.user_did] for row in likes],
+        "crowd": writer.crowd,
         **joins(writer.derive),
     }
-    return _seen(written, await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS)))
+    found = await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS))
+    replies = Counter(r[2] for r in found if r[0] == "context" and r[2] is not None)
+    if crowded := sorted(root for root, count in replies.items() if count > writer.crowd):
+        await writer.retry(lambda: db.execute(sql.OWE_ROOTS, crowded))
+        found = [r for r in found if r[0] != "context" or r[2] not in crowded]
+    return _seen(written, found)
 
 
 def joins(derive: frozenset[str]) -> dict[str, bool]:

@@ -18,7 +18,7 @@ from fastworker.crashpoint import Step, crashpoint
 from fastworker.store import routines
 from fastworker.store.schema_admin import Applied, Schema, SchemaRefused, open_schema
 
-__all__ = ["Migration", "SchemaRefused", "check", "migrate", "packaged"]
+__all__ = ["Migration", "SchemaRefused", "check", "encoding_problem", "migrate", "packaged"]
 
 CONTRACT = 1  # the migration that is adopted where its tables exist
 
@@ -58,8 +58,11 @@ async def migrate(database_url: str, migrations: Sequence[Migration] | None = No
     known = packaged() if migrations is None else migrations
     async with open_schema(database_url) as admin:
         schema = await admin.read()
-        if not _pending(known, schema) and not _stale(known, schema):
-            return []  # also for a role that may not create anything
+        if problem := encoding_problem(schema.encoding):
+            raise SchemaRefused(problem)
+        if not _pending(known, schema) and not _stale(known, schema):  # also for a role that may not create anything
+            _refuse_if_missing(known, schema)
+            return []
         async with admin.exclusive():
             schema = await admin.read()  # another process may have been faster
             done = []
@@ -76,19 +79,34 @@ async def migrate(database_url: str, migrations: Sequence[Migration] | None = No
             for routine in _stale(known, schema):
                 await admin.install(routine.install)
                 done.append(f"routine {routine.name}")
+            _refuse_if_missing(known, await admin.read())
             return done
+
+
+def _refuse_if_missing(known: Sequence[Migration], schema: Schema) -> None:
+    """What no migration makes again, a worker would refuse."""
+    if missing := [problem for migration in known for problem in _missing(migration, schema)]:
+        raise SchemaRefused(f"All migrations are applied, and yet: {' '.join(missing)}")
+
+
+def encoding_problem(encoding: str) -> str | None:
+    if encoding == "UTF8":
+        return None
+    return f"The database's encoding is {encoding}: create it with ENCODING 'UTF8'."
 
 
 async def check(database_url: str, migrations: Sequence[Migration] | None = None) -> list[str]:
     """Every reason why a worker cannot use this database yet, as sentences; changes nothing."""
     known = packaged() if migrations is None else migrations
-    async with open_schema(database_url) as admin:
-        schema = await admin.read()
     try:
+        async with open_schema(database_url) as admin:
+            schema = await admin.read()
         pending = _pending(known, schema)
     except SchemaRefused as refusal:
         return [str(refusal)]
-    found = [f"{migration.name} is not applied: run `fastworker migrate`." for migration in pending]
+    problem = encoding_problem(schema.encoding)
+    found = [problem] if problem else []
+    found += [f"{migration.name} is not applied: run `fastworker migrate`." for migration in pending]
     if not pending:
         found += [
             f"Routine fastworker.{routine.name} is not this release's: run `fastworker migrate`."
@@ -139,7 +157,10 @@ def _missing(migration: Migration, schema: Schema) -> list[str]:
             if column not in columns:
                 found.append(f"Column {table.name}.{column} ({type_}) is missing: {_mend(table.name)}.")
             elif not _holds(columns[column], type_):
-                found.append(f"Column {table.name}.{column} is {columns[column]}, expected {type_}.")
+                found.append(
+                    f"Column {table.name}.{column} is {columns[column]}, expected {type_}: ALTER TABLE {table.name} "
+                    f"ALTER COLUMN {column} TYPE {type_}."
+                )
         found += [
             f"Table {table.name} has no unique index on ({', '.join(sorted(unique))}): CREATE UNIQUE INDEX "
             f"CONCURRENTLY ON {table.name} ({', '.join(sorted(unique))}); duplicates have to go first."
@@ -154,8 +175,8 @@ def _mend(table: str) -> str:
 
 
 def _holds(actual: str, expected: str) -> bool:
-    """Whether every value of the expected type fits: a wider text column is as good."""
-    if actual == expected:
+    """Whether every value of the expected type fits: a wider text column is as good, and so is a wider number."""
+    if actual == expected or (expected, actual) == ("integer", "bigint"):
         return True
     widths = [re.fullmatch(r"character varying(?:\((\d+)\))?|text", type_) for type_ in (actual, expected)]
     if widths[0] is None or widths[1] is None:

@@ -8,21 +8,21 @@ every cause that was committed before the lock; one that commits later writes it
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 
 from fastworker.store import statements as sql
 from fastworker.store.audit import Check, Drift
 from fastworker.store.effects import write_effects, write_gates
 from fastworker.store.flush import write_rows
-from fastworker.store.joined import recompute
+from fastworker.store.joined import NEVER, recompute
 from fastworker.store.look import Key
 from fastworker.store.session import Connection
 from fastworker.store.settle import cids_of, settle, thaw
 from fastworker.store.store import Store
 from fastworker.store.writer import Writer
 from fastworker.table import derive
-from fastworker.table.batch import Change
+from fastworker.table.batch import Change, seq_of
 from fastworker.table.derive import Effects
 from fastworker.table.rows import GATE, POST, own_cid
 from fastworker.table.schema import (
@@ -43,7 +43,6 @@ from fastworker.table.schema import (
 )
 
 PIECE = 1_000  # keys of one transaction: how long the writers may have to wait for it
-_NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when nothing was owed: nothing is paid for it
 
 
 async def mend(store: Store, check: Check, drifts: Sequence[Drift]) -> None:
@@ -68,7 +67,7 @@ async def _mend_remove(writer: Writer, db: Connection, drifts: Sequence[Drift]) 
     for table, mine in by_table.values():
         if table.hot:
             for uri, rev, seq in await db.fetch(sql.versions_of(table), mine):
-                versions[uri] = (rev, int(seq) if seq is not None and seq.isdecimal() else None)
+                versions[uri] = (rev, seq_of(seq))
     kills = []
     for uri in uris:
         rev, seq = versions.get(uri) or twins.get(uri) or (None, None)
@@ -300,7 +299,7 @@ async def _mend_aggregates(writer: Writer, db: Connection, drifts: Sequence[Drif
 
 
 async def _joined(writer: Writer, db: Connection, drifts: Sequence[Drift], kind: str) -> None:
-    await recompute(writer, db, {(kind, key): _NEVER for key in _keys(drifts)}, set())
+    await recompute(writer, db, {(kind, key): NEVER for key in _keys(drifts)}, set())
 
 
 def _keys(drifts: Iterable[Drift]) -> list[str]:

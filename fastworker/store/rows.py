@@ -7,6 +7,7 @@ from typing import Any
 
 from asyncpg.exceptions import UniqueViolationError
 
+from fastworker.errors import RowRejected
 from fastworker.store import statements as sql
 from fastworker.store.session import Connection, Contended
 from fastworker.store.writer import Writer
@@ -67,6 +68,8 @@ async def copy(writer: Writer, db: Connection, table: Table, rows: Sequence[Any]
     except UniqueViolationError as error:
         writer.copying.failed()
         raise Contended(f"COPY of {name}: {error}") from error
+    except TypeError as error:  # of the driver: a column has another type
+        raise RowRejected(f"{table.name}: {error}") from error
 
 
 async def _copy_new(

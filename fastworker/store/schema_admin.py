@@ -47,6 +47,7 @@ class Schema(msgspec.Struct, frozen=True):
     columns: dict[str, dict[str, str]]
     uniques: dict[str, set[frozenset[str]]]  # column sets of complete (no predicate), valid unique indexes
     routines: dict[str, str | None]  # of schema fastworker: name to comment
+    encoding: str
 
 
 class SchemaAdmin:
@@ -58,12 +59,17 @@ class SchemaAdmin:
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
         """One transaction around everything inside; other processes that migrate wait for its end."""
-        async with self.connection.transaction():
-            await self.connection.execute(f"SET LOCAL lock_timeout = '{LOCK_WAIT}'; SET LOCAL search_path = public")
+        async with self.connection.transaction(isolation="read_committed"):  # what others committed while we waited
+            await self.connection.execute(f"{_SETTINGS}; SET LOCAL lock_timeout = '{LOCK_WAIT}'")
             await self.connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
             yield
 
     async def read(self) -> Schema:
+        async with self.connection.transaction():
+            await self.connection.execute(_SETTINGS)
+            return await self._read()
+
+    async def _read(self) -> Schema:
         fetch = self.connection.fetch
         columns: dict[str, dict[str, str]] = {}
         for table, column, type_ in await fetch(_COLUMNS):
@@ -77,7 +83,8 @@ class SchemaAdmin:
                 Applied(number=row[0], name=row[1], checksum=row[2], adopted=row[3]) for row in await fetch(_APPLIED)
             ]
         routines = {row[0]: row[1] for row in await fetch(INSTALLED)}
-        return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines)
+        encoding = await self.connection.fetchval("SHOW server_encoding")
+        return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines, encoding=encoding)
 
     async def apply(self, migration: Applied, sql: str) -> None:
         """Run the SQL unless the tables are adopted, and record it. Only inside `exclusive`."""
@@ -116,11 +123,23 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
         yield SchemaAdmin(connection)
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError) as error:
         raise Unreachable(f"PostgreSQL at {where} was lost: {str(error) or type(error).__name__}") from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise SchemaRefused(
+            f"PostgreSQL refused it, and nothing was changed: {error}. Migrate as the owner of the tables; a worker's "
+            "own role needs what `fastworker grants worker` prints."
+        ) from error
     except asyncpg.PostgresError as error:
-        raise SchemaRefused(f"PostgreSQL refused the migration, nothing was changed: {error}") from error
+        raise SchemaRefused(f"PostgreSQL refused it, and nothing was changed: {error}") from error
     finally:
         connection.terminate()
 
+
+# What a role or a database may have set that changes how types are written and what SQL means. LOCAL: a pooler would
+# give the settings of a session to others.
+_SETTINGS = (
+    "SET LOCAL search_path = public; SET LOCAL quote_all_identifiers = off; "
+    "SET LOCAL standard_conforming_strings = on; SET LOCAL statement_timeout = 0; SET LOCAL row_security = on"
+)
 
 _COLUMNS = """
 SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname, a.attname,

@@ -8,15 +8,12 @@ from typing import Any
 
 import asyncpg
 from asyncpg.exceptions import (
-    DataError,
     DeadlockDetectedError,
     DuplicatePreparedStatementError,
-    IntegrityConstraintViolationError,
     InterfaceError,
     InternalClientError,
     InvalidSQLStatementNameError,
     PostgresError,
-    ProgramLimitExceededError,
     ReadOnlySQLTransactionError,
     SerializationError,
     UnsupportedClientFeatureError,
@@ -25,6 +22,7 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.protocol import protocol
 
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
+from fastworker.store.refusal import Whose, sentence, whose
 from fastworker.store.schema_admin import AUTHORITY
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
@@ -40,12 +38,28 @@ POOLER = (
 for _name, _types in (("IterableABC", (list, tuple)), ("SizedABC", (list, tuple)), ("MappingABC", dict)):
     setattr(protocol, _name, _types)
 
-# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys.
-SESSION = (
-    "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
-    "SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET statement_timeout = '60s'; "
-    "SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s'"
+# For statements of ours now() is PostgreSQL's, whatever a role has first in its path, which it keeps for its triggers.
+# And nothing ends a long transaction (from PostgreSQL 17 on).
+PATH = (
+    "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), "
+    "false); "
+    "SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) <> '0'"
 )
+# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys. A role
+# or a database may have settings that change what our statements mean, or end them early. All of it is sent after
+# connecting: poolers refuse start-up parameters that they do not know.
+STATEMENT_TIMEOUT = "SET statement_timeout = '60s'"
+SESSION = (
+    f"{STATEMENT_TIMEOUT}; SET lock_timeout = '10s'; SET idle_in_transaction_session_timeout = '20s'; "
+    "SET idle_session_timeout = 0; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; "
+    "SET enable_indexscan = on; SET enable_bitmapscan = on; SET enable_nestloop = on; SET enable_sort = on; "
+    "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "
+    "SET IntervalStyle = postgres; SET bytea_output = hex; SET standard_conforming_strings = on; SET array_nulls = on; "
+    "SET transform_null_equals = off; SET quote_all_identifiers = off; SET row_security = on; "
+    "SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off; " + PATH
+)
+# What was acknowledged must be on disk. Where it is `local` or more, somebody has chosen what that means.
+DURABLE = "; SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
 
 
 class Contended(Exception):
@@ -66,25 +80,22 @@ def translating() -> Iterator[None]:
         yield
     except RETRYABLE:
         raise
-    except (
-        DataError,
-        IntegrityConstraintViolationError,
-        ProgramLimitExceededError,
-        OverflowError,
-        UnicodeError,
-    ) as error:
+    except (OverflowError, UnicodeError) as error:
         raise RowRejected(f"{type(error).__name__}: {error}") from error
     except InternalClientError as error:
         # the driver lost count of a connection that the server ended at the same moment; it is gone by now
         raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
-    except UnsupportedClientFeatureError:
-        raise
+    except UnsupportedClientFeatureError as error:
+        raise StoreUnavailable(f"PostgreSQL has a type that the driver does not know: {error}") from error
     except (DuplicatePreparedStatementError, InvalidSQLStatementNameError) as error:
         raise Unreachable(POOLER) from error
     except PostgresError as error:
-        if _is_our_bug(error):
+        fault = whose(error)
+        if fault is Whose.OURS:
             raise
-        raise StoreUnavailable(f"PostgreSQL: {error} (SQLSTATE {error.sqlstate})") from error
+        if fault is Whose.ROW:
+            raise RowRejected(f"{type(error).__name__}: {error}") from error
+        raise StoreUnavailable(sentence(error)) from error
     except RuntimeError as error:
         if "handler is closed" not in str(error):  # uvloop's, of a socket that was lost at that moment
             raise
@@ -100,21 +111,22 @@ def translating() -> Iterator[None]:
         raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
 
 
-def _is_our_bug(error: PostgresError) -> bool:
-    """Syntax errors and cardinality violations are ours; missing tables, columns and rights are a state to wait out."""
-    state = error.sqlstate or ""
-    if state == "21000":
-        return True
-    return state.startswith("42") and state not in {"42P01", "42703", "42501", "42883", "3F000"}
-
-
 async def open_pool(
-    database_url: str, *, size: int, application_name: str, connect_timeout_s: float, command_timeout_s: float
+    database_url: str,
+    *,
+    size: int,
+    application_name: str,
+    connect_timeout_s: float,
+    command_timeout_s: float,
+    settings: str = SESSION + DURABLE,
 ) -> asyncpg.Pool[Any]:
-    """Raises StoreUnavailable where the server cannot be reached or refuses, Unreachable for a transaction pooler."""
+    """Raises StoreUnavailable where the server cannot be reached or refuses, Unreachable for a transaction pooler.
+
+    `settings`: SQL that each new session begins with.
+    """
 
     async def session(connection: asyncpg.Connection[Any]) -> None:
-        await connection.execute(SESSION)
+        await connection.execute(settings)
 
     async def keep(connection: asyncpg.Connection[Any]) -> None:
         """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""
@@ -151,7 +163,7 @@ async def open_pool(
 async def borrow(pool: asyncpg.Pool[Any]) -> AsyncIterator[Connection]:
     """A connection of the pool, with errors translated; one that is of no more use is closed instead of given back."""
     with translating():
-        async with pool.acquire(timeout=10) as connection:
+        async with _acquired(pool) as connection:
             try:
                 yield connection
             except Exception as error:
@@ -160,6 +172,20 @@ async def borrow(pool: asyncpg.Pool[Any]) -> AsyncIterator[Connection]:
                 if useless or _is_left_open(connection):
                     connection.terminate()
                 raise
+
+
+@contextlib.asynccontextmanager
+async def _acquired(pool: asyncpg.Pool[Any]) -> AsyncIterator[Connection]:
+    try:
+        connection = await pool.acquire(timeout=10)
+    except TimeoutError as error:
+        if pool.get_idle_size():
+            raise
+        raise StoreUnavailable(f"All {pool.get_size()} connections are at work, or wait for locks") from error
+    try:
+        yield connection
+    finally:
+        await pool.release(connection)
 
 
 def _is_left_open(connection: Connection) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from fastworker.errors import StoreUnavailable
+from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.rows import Pending, by_table, divide
 from fastworker.store.session import Connection, Contended
@@ -78,6 +78,10 @@ async def settle(db: Connection, table: Table, pending: Pending, effects: Effect
         if not pending:
             return rows
         rows += await once(db, table, pending, effects)
+    # A unique index that is not ours refuses one without a word: this names it.
+    left = [change.row for change in pending.values() if change.row is not None]
+    if left and not await db.fetch(sql.insert(table, or_nothing=False), left[:1]):
+        raise RowRejected(f"{table.name}: a trigger or a rule of this database keeps rows away without an error")
     raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
 

@@ -40,13 +40,11 @@ def upsert(table: Table, *replaced: str) -> str:
     )
 
 
-def insert(table: Table) -> str:
-    """Refused rows (any unique conflict) are not among the returned uris."""
+def insert(table: Table, *, or_nothing: bool = True) -> str:
+    """Refused rows (any unique conflict) are not among the returned uris; or they are an error."""
     columns = ", ".join(table.columns)
-    return (
-        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} "
-        f"ON CONFLICT DO NOTHING RETURNING {table.key}"
-    )
+    conflict = "ON CONFLICT DO NOTHING " if or_nothing else ""
+    return f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} {conflict}RETURNING {table.key}"
 
 
 def taken(table: Table) -> str:
@@ -69,9 +67,17 @@ def update(table: Table) -> str:
     return f"UPDATE {qualified(table)} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
 
 
+def _date(column: str) -> str:
+    return f"greatest(least({column}, '9999-12-30'), '0001-01-02') AS {column}"
+
+
 def select(table: Table) -> str:
-    """The rows of $1 uris as they are; those that do not exist are left out."""
-    return f"SELECT {', '.join(table.columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    """The rows of $1 uris as they are; those that do not exist are left out.
+
+    Dates of other writers that Python cannot hold (year 20000, before Christ, infinity) become the nearest it can.
+    """
+    columns = [_date(c) if type_ == "timestamp" else c for c, type_ in zip(table.columns, table.types, strict=True)]
+    return f"SELECT {', '.join(columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
 
 
 def lock(table: Table) -> str:
@@ -152,7 +158,7 @@ _BEATEN = (
     "WHERE v.deleted AND v.written_at > $1 AND v.written_at <= $2"
 )
 _HOT_BEATEN = _BEATEN + " AND split_part(v.uri, '/', 4) = '{collection}'"
-_HOT_SEQ = "CASE WHEN t.commit_seq ~ '^[0-9]+$' THEN t.commit_seq::bigint END"
+_HOT_SEQ = "CASE WHEN t.commit_seq ~ '^[0-9]{1,18}$' THEN t.commit_seq::bigint END"
 _HOT_VERSION = f"t.commit_rev, {_HOT_SEQ}"
 # Those of the piece that beat a record of the hot tables which is there all the same
 LOOK_AGAIN = " UNION ALL ".join(
@@ -165,6 +171,7 @@ LOOK_AGAIN = " UNION ALL ".join(
     ]
     + [_BEATEN.format(table="fastworker.twins", uri="v.uri", version="t.rev, t.seq")]
 )
+LOOK_LATER = "UPDATE fastworker.versions SET written_at = now() WHERE uri = ANY($1::text[]) AND deleted"
 LOOKED_AGAIN = "UPDATE fastworker.horizon SET looked_until = $2 WHERE looked_until = $1"
 SHADOWED = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
@@ -217,6 +224,16 @@ def absent(table: Table) -> str:
 
 
 # Users, accounts, identities ----------------------------------------------------------------------
+WHO_LOCKS = (
+    "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename || ', ' "
+    "|| coalesce(a.state, 'at work') || ', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int "
+    "|| ' s: let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
+    "WHERE a.xact_start IS NOT NULL AND a.application_name NOT LIKE 'fastworker%' AND EXISTS ("
+    "SELECT FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+    "WHERE l.pid = a.pid AND l.granted AND l.mode <> 'AccessShareLock' AND n.nspname IN ('public', 'fastworker')) "
+    "UNION ALL SELECT 'the prepared transaction ' || gid || ': COMMIT PREPARED or ROLLBACK PREPARED it' "
+    "FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1"
+)
 USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
@@ -311,6 +328,13 @@ REPAIRS = (
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+REFUSED = (
+    "INSERT INTO fastworker.refused AS r (uri, did, cid, rev, seq, reason, detail) SELECT * FROM "
+    "unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[]) "
+    "ON CONFLICT (uri) DO UPDATE SET cid = excluded.cid, rev = excluded.rev, seq = excluded.seq, "
+    "reason = excluded.reason, detail = excluded.detail, refused_at = now() "
+    "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
+)
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
 # Derived tables -----------------------------------------------------------------------------------
@@ -382,7 +406,7 @@ def _named(*names: str) -> str:
 
 
 LOOK = f"SELECT * FROM fastworker.look_2({_named('uris', 'repos', 'dids')})"
-LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", *_DERIVED)
+LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", "crowd", *_DERIVED)
 LOOK_BACK = f"SELECT * FROM fastworker.look_back_2({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
@@ -398,7 +422,7 @@ WHOLE_ARGUMENTS = (
     *(f"new_{table.name}" for table in _ITEMS),
     *("new_viewers", "deltas"),
     *_PROGRESS,
-    *("uris", "repos", "dids"),
+    *("uris", "repos", "dids", "crowd"),
     *_DERIVED,
 )
 PUT_WHOLE = f"CALL fastworker.put_whole_2({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
@@ -417,8 +441,26 @@ RECOMPUTE = (
 # Rows that join two records: recomputed after both sides have committed ------------------------------
 OWED = (
     "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
-    "ORDER BY owed_at LIMIT $2"
+    "AND not_before <= now() ORDER BY owed_at LIMIT $2"
 )
+# One that cannot be recomputed: ever more rarely, from half a minute to a day
+OWE_ROOTS = (
+    "INSERT INTO fastworker.recheck (kind, key) SELECT 'root', unnest($1::text[]) "
+    "ON CONFLICT (kind, key) DO UPDATE SET owed_at = now()"
+)
+OWED_LATER = (
+    "UPDATE fastworker.recheck SET attempts = attempts + 1, error = $3, "
+    "not_before = now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12)) "
+    "WHERE kind = $1 AND key = $2"
+)
+# Those of $1 roots that have more than $2 replies; and the replies of one, listed once and fetched in pieces: no index
+# of the contract has them in an order to go on from.
+CROWDED = (
+    "SELECT u.uri FROM unnest($1::varchar[]) AS u (uri) WHERE "
+    "(SELECT count(*) FROM (SELECT FROM public.posts AS p WHERE p.root_uri = u.uri LIMIT $2 + 1) AS few) > $2"
+)
+CROWD = "DECLARE crowd CURSOR WITH HOLD FOR SELECT uri FROM public.posts WHERE root_uri = '{root}' AND uri <> root_uri"
+CROWD_PIECE = "FETCH {count} FROM crowd"
 AGGREGATES_DROP = (
     "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
     "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
@@ -437,17 +479,25 @@ def _older(rev: str, seq: str) -> str:
 # $1: how long after a purge that found nothing it is done once more
 PURGE_NEXT = (
     f"SELECT did, deleted_seq, deleted_at, {GONE} FROM fastworker.accounts WHERE purge_pending "
-    "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) ORDER BY did LIMIT 1"
+    "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) AND purge_after <= now() ORDER BY did LIMIT 1"
 )
-_HOT_OF = (
-    f"SELECT '{{table}}' AS name, t.uri, {_HOT_VERSION} FROM public.{{table}} AS t WHERE {{author}} = $1 AND "
-    f"{_older('t.commit_rev', _HOT_SEQ)}"
+PURGE_LATER = (
+    "UPDATE fastworker.accounts SET purge_after = now() + interval '10 minutes', purge_error = $2 WHERE did = $1"
 )
+
+
+def _hot_of(table: str, author: str) -> str:
+    return (
+        f"SELECT '{table}' AS name, t.uri, {_HOT_VERSION} FROM public.{table} AS t WHERE {author} = $1 AND "
+        f"{_older('t.commit_rev', _HOT_SEQ)}"
+    )
+
+
 _RANGE = "uri >= 'at://' || $1 || '/' AND uri < 'at://' || $1 || '0'"  # '0' follows '/' in byte order
 # (table name or NULL, uri, rev, seq): $1 DID, $2 and $3 what its deletion beats (GONE), $4 how many
 PURGE_PIECE = (
     " UNION ALL ".join(
-        _HOT_OF.format(table=table, author=author)
+        _hot_of(table, author)
         for table, author in (
             ("posts", "author_did"),
             ("likes", "user_did"),

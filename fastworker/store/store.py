@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Self
+from functools import partial
+from typing import Any, Literal, Self
 
 import asyncpg
 from asyncpg.exceptions import InterfaceError, PostgresError
 
-from fastworker.store import accounts, flush, upkeep, whole
+from fastworker.errors import RowRejected, StoreUnavailable
+from fastworker.store import accounts, blame, flush, upkeep, whole
 from fastworker.store import statements as sql
 from fastworker.store.flush import Written
-from fastworker.store.session import Connection, borrow, open_pool, translating
+from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
 from fastworker.store.writer import Writer
-from fastworker.table.batch import Batch, Change, Progress
+from fastworker.table.batch import Batch, Change, Progress, Refused
 from fastworker.table.derive import FULL
 
 PING_S = 3.0
@@ -40,14 +42,19 @@ class Store:
         derive: frozenset[str] = FULL,
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
+        synchronous_commit: Literal["on", "keep"] = "on",
     ) -> Self:
-        """Raises StoreUnavailable where the server cannot be reached or refuses."""
+        """Raises StoreUnavailable where the server cannot be reached or refuses.
+
+        `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it.
+        """
         pool = await open_pool(
             database_url,
             size=pool_size,
             application_name=application_name,
             connect_timeout_s=connect_timeout_s,
             command_timeout_s=command_timeout_s,
+            settings=SESSION + (DURABLE if synchronous_commit == "on" else ""),
         )
         return cls(pool, derive)
 
@@ -81,6 +88,22 @@ class Store:
 
     async def write(self, batch: Batch) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+        is_sure = False
+        while True:
+            try:
+                return await self._write(batch)
+            except StoreUnavailable as error:
+                if blame.is_lock_timeout(error):
+                    raise StoreUnavailable(f"{error}. {await blame.who_locks(self.connection)}") from error
+                raise
+            except RowRejected as error:
+                tables = {change.table.name for change in batch.changes.values()}
+                await blame.refuse_state(self.writer, self.connection, tables, error)
+                if is_sure or len(batch.entries) > 1:
+                    raise
+                is_sure = True  # refused twice, with a control between: nobody mended the database meanwhile
+
+    async def _write(self, batch: Batch) -> Written:
         async with self.connection() as db:
             await flush.note_relays(self.writer, db, batch)
             written = await whole.write_whole(self.writer, db, batch)
@@ -90,10 +113,30 @@ class Store:
         """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
 
         Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
-        writer is at work, both ages may be 0.
+        writer is at work, both ages may be 0. Each of the three is tried whatever became of the others; an error is
+        raised when nothing else is left to do.
         """
+        done = 0
+        failure: StoreUnavailable | RowRejected | None = None
+        acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
+            partial(upkeep.pay_owed, self.writer, age_s=owed_age_s),
+            partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
+            partial(upkeep.purge, self.writer, dead_commit=dead_commit),
+        )
+        for act in acts:
+            try:
+                async with self.connection() as db:
+                    done += await act(db)
+            except (StoreUnavailable, RowRejected) as error:
+                failure = failure or error
+        if failure is not None and not done:
+            raise StoreUnavailable(str(failure)) from failure
+        return done
+
+    async def keep(self, refused: Sequence[Refused]) -> None:
+        """Remember these records by name: their entries will be in no dead letter."""
         async with self.connection() as db:
-            return await upkeep.maintain(self.writer, db, owed_age_s, dead_commit)
+            await upkeep.keep(self.writer, db, refused)
 
     async def prune(self, *, keep: timedelta = TOMBSTONES_KEPT, notice: timedelta = HORIZON_NOTICE) -> int:
         """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from fastworker.crashpoint import Step
+from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.flush import write_rows
 from fastworker.store.joined import recompute
-from fastworker.store.session import Connection
-from fastworker.store.writer import Writer
+from fastworker.store.look import Key
+from fastworker.store.session import Connection, translating
+from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
-from fastworker.table.batch import Change, Progress, newer
+from fastworker.table.batch import Change, Progress, Refused, newer
 from fastworker.table.schema import TABLES, Table, collection_table
 
 TOMBSTONES_KEPT = timedelta(days=7)  # relays replay three days; bounded by what the stream's group has finished, too
@@ -20,8 +26,12 @@ HORIZON_NOTICE = timedelta(minutes=2)  # between announcing a horizon and prunin
 DEAD_COMMIT = timedelta(minutes=2)  # a commit that a dead process sent has arrived by then, or never will
 AGAIN_PIECE = 5_000  # tombstones per piece
 PRUNE_PIECE = 5_000  # tombstones per transaction
+ANNOUNCE_PIECE = 500_000  # tombstones that one horizon covers: with its notice, 4,000 a second
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
 OWED_PIECE = 1_000  # joined rows recomputed per transaction
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
 
 
 class Ground(NamedTuple):
@@ -31,16 +41,31 @@ class Ground(NamedTuple):
     ambiguous: bool
 
 
-async def maintain(writer: Writer, db: Connection, owed_age_s: float, dead_commit: timedelta) -> int:
-    """One bounded piece of each: joined rows that are owed, second looks, purges. Returns how much was done."""
-    owed = await db.fetch(sql.OWED, owed_age_s, OWED_PIECE)
+async def pay_owed(writer: Writer, db: Connection, *, age_s: float) -> int:
+    """One piece of the joined rows that are owed for so long. Returns how many there were."""
+    owed = await db.fetch(sql.OWED, age_s, OWED_PIECE)
     if owed:
         await writer.reach(Step.IN_RECHECK)
-        await recompute(writer, db, {(r[0], r[1]): r[2] for r in owed}, set())
-    return len(owed) + await _look_again(writer, db, dead_commit) + await _purge(writer, db, dead_commit)
+        await _pay(writer, db, {(r[0], r[1]): r[2] for r in owed})
+    return len(owed)
 
 
-async def _look_again(writer: Writer, db: Connection, dead_commit: timedelta) -> int:
+async def _pay(writer: Writer, db: Connection, owed: dict[Key, datetime]) -> None:
+    """Recompute these; one that fails by itself is put back, with its reason."""
+    try:
+        with translating():
+            await recompute(writer, db, owed, set())
+    except (StoreUnavailable, RowRejected) as error:
+        if len(owed) > 1:
+            for half in _halves(sorted(owed.items())):
+                await _pay(writer, db, dict(half))
+            return
+        [(kind, key)] = owed
+        await db.execute(sql.OWED_LATER, kind, key, str(error)[:500])
+        log.warning("The %s of %s is recomputed later: %s", kind, key, error)
+
+
+async def look_again(writer: Writer, db: Connection, *, dead_commit: timedelta) -> int:
     """Once for every tombstone, long after it was written: whether it beats a record that is there all the same.
 
     A process that died with its commit on the way never looked back; if others had settled its entries, nobody did.
@@ -52,16 +77,16 @@ async def _look_again(writer: Writer, db: Connection, dead_commit: timedelta) ->
     kills = {}  # what is in the table and among the twins is found twice
     for uri, rev, seq in await db.fetch(sql.LOOK_AGAIN, *piece):
         kills[uri] = _kill(collection_table(uri), uri, derive.did_of(uri), rev, seq)
-    if kills:
-        await write_rows(writer, db, list(kills.values()), set())
+    if kills and (failed := await _remove(writer, db, list(kills.values()))):
+        await db.execute(sql.LOOK_LATER, [change.uri for change, _ in failed])
     await db.execute(sql.LOOKED_AGAIN, *piece)
     return len(kills) + 1
 
 
-async def _purge(writer: Writer, db: Connection, dead_commit: timedelta) -> int:
+async def purge(writer: Writer, db: Connection, *, dead_commit: timedelta) -> int:
     """Remove one bounded piece of a deleted account's records, like deletes of each of them.
 
-    When nothing is left, once more after a while, for the reason of `_look_again`.
+    When nothing is left, once more after a while, for the reason of `look_again`.
     """
     account = await db.fetchrow(sql.PURGE_NEXT, dead_commit)
     if account is None:
@@ -74,11 +99,38 @@ async def _purge(writer: Writer, db: Connection, dead_commit: timedelta) -> int:
         if held is None or newer(rev, seq, held.rev, held.seq):
             kills[uri] = _kill(tables[name] if name is not None else collection_table(uri), uri, did, rev, seq)
     if kills:
-        await write_rows(writer, db, list(kills.values()), set())
+        if failed := await _remove(writer, db, list(kills.values())):
+            await db.execute(sql.PURGE_LATER, did, str(failed[0][1])[:500])
         await writer.reach(Step.IN_ACCOUNT_DELETION)
     else:
         await db.execute(sql.PURGED, did, deleted_seq, deleted_at)
     return len(kills) + 1
+
+
+async def _remove(writer: Writer, db: Connection, kills: list[Change]) -> list[tuple[Change, Exception]]:
+    """Remove these records; those that cannot be removed, and why."""
+    try:
+        with translating():
+            await write_rows(writer, db, kills, set())
+    except (StoreUnavailable, RowRejected) as error:
+        if len(kills) == 1:
+            await db.fetchval("SELECT 1")  # it is this record, not the server
+            log.warning("%s is removed later: %s", kills[0].uri, error)
+            return [(kills[0], error)]
+        return [failed for half in _halves(kills) for failed in await _remove(writer, db, half)]
+    return []
+
+
+def _halves(rows: list[_T]) -> tuple[list[_T], list[_T]]:
+    middle = len(rows) // 2
+    return rows[:middle], rows[middle:]
+
+
+async def keep(writer: Writer, db: Connection, refused: Sequence[Refused]) -> None:
+    """Remember these records by name: their entries will be in no dead letter."""
+    rows = {one.uri: msgspec.structs.astuple(one) for one in refused}
+    if rows:
+        await writer.retry(lambda: db.execute(sql.REFUSED, *columns(row for _, row in sorted(rows.items()))))
 
 
 def _kill(table: Table, uri: str, did: str, rev: str | None, seq: int | None) -> Change:
@@ -88,7 +140,7 @@ def _kill(table: Table, uri: str, did: str, rev: str | None, seq: int | None) ->
 async def prune(db: Connection, keep: timedelta, notice: timedelta) -> int:
     """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
     gone = await db.execute(sql.PRUNE, notice, PRUNE_PIECE)
-    await db.execute(sql.ANNOUNCE, keep, PRUNE_PIECE)
+    await db.execute(sql.ANNOUNCE, keep, ANNOUNCE_PIECE)
     return int(gone.rpartition(" ")[2])
 
 

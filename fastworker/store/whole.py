@@ -38,6 +38,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
         "uris": [c.uri for c in upserts],
         "repos": list({c.repo for c in upserts}),
         "dids": list(batch.dids),
+        "crowd": writer.crowd,
         **joins(writer.derive),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]

@@ -13,6 +13,7 @@ from fastworker.store import statements as sql
 from fastworker.store.session import RETRYABLE
 
 ATTEMPTS_MAX = 20  # deadlocks and serialisation failures of one transaction; each resolves one writer
+CROWD = 2_000  # replies of a thread that are recomputed at once; those of a larger one in such pieces, by `maintain`
 KNOWN_USERS_MAX = 32_768  # DIDs a process remembers as committed, about 6 MB
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
 SMALL_FLUSH = 200  # changes; a larger flush makes others wait longer, so it takes their locks later
@@ -52,6 +53,7 @@ class Writer:
         self.derive = derive
         self.copying = Copying()
         self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call
+        self.crowd = CROWD
         self.known: dict[str, None] = {}  # DIDs whose users row is committed
         self.relays: set[str] = set()  # hosts that are in fastworker.relays
         self.conflicts = 0  # transactions begun again because another writer came first

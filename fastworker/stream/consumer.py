@@ -42,6 +42,8 @@ BURST_ENTRIES: Final = 1_000
 """What one round trip asks for when there is a backlog, in reads of BATCH_SIZE each."""
 BURST_BYTES: Final = 4 * 1024 * 1024
 CONSUMERS_MAX: Final = 10_000
+PUSHED_OUT_MAX: Final = 3_000
+"""Letters looked at before others push them out: more than a flush sets aside."""
 
 # Redis refuses the first write of a script at maxmemory, but lets one finish that has begun to write. Acks and dead
 # letters free memory in the end, so each script begins with a write that changes nothing.
@@ -420,6 +422,15 @@ class WorkerStream:
             async with self._translating_group():
                 total += int(await self._set_aside(keys=keys, args=args))
         return total
+
+    async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]:
+        """The fields of the dead letters that have to go where so many more come: the oldest ones."""
+        async with translating(self._redis):
+            over = int(await self._redis.xlen(DEAD_LETTERS_KEY)) + count - self._dead_letter_maxlen
+            if over <= 0:
+                return []
+            found = await self._redis.xrange(DEAD_LETTERS_KEY, count=min(over, PUSHED_OUT_MAX))
+            return [fields for _, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", found)]
 
     # --- inside
 

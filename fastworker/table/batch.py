@@ -70,6 +70,18 @@ class TimedIdentity(msgspec.Struct, frozen=True, gc=False):
     at: datetime
 
 
+class Refused(msgspec.Struct, frozen=True, gc=False):
+    """A record that is kept by its name only, for a repair of its account. `seq` fits a bigint."""
+
+    uri: str
+    did: str
+    cid: str | None
+    rev: str | None
+    seq: int | None
+    reason: str
+    detail: str
+
+
 PIECE_MIN = 500  # entries; smaller batches cost PostgreSQL more for each
 
 
@@ -109,8 +121,8 @@ def beats(a: Change, b: Change) -> bool:
 
 
 def seq_of(text: str | None) -> int | None:
-    """commit_seq is text in the contract; what is not a number is no version."""
-    return int(text) if text is not None and text.isdecimal() else None
+    """commit_seq is text in the contract; what is not a number, or beyond a bigint, is no version."""
+    return int(text) if text is not None and len(text) <= 18 and text.isascii() and text.isdecimal() else None
 
 
 def stored_version(table: Table, row: Row) -> tuple[str | None, int | None]:

@@ -7,6 +7,8 @@ section 3; nothing here knows SQL.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
@@ -130,11 +132,21 @@ def did_of(uri: str) -> str:
     return uri[5:end] if end > 0 else uri[5:]
 
 
+def _loads(text: str) -> Any:
+    """Rows of other writers hold numbers (1e400) and depths that orjson refuses and PostgreSQL does not."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    return None
+
+
 def quoted_post(embed: str | None) -> tuple[str, str | None] | None:
     """(uri, cid) of the post that an embed (JSON text) quotes, if it quotes one."""
     if embed is None or "app.bsky.embed.record" not in embed:
         return None
-    value = orjson.loads(embed)
+    value = _loads(embed)
     if not isinstance(value, dict):
         return None
     ref = value.get("record")
@@ -157,7 +169,7 @@ def mentioned(facets: str | None) -> list[str]:
     """Distinct DIDs that facets (JSON text) mention, in their order, at most MENTIONS_MAX."""
     if facets is None or "#mention" not in facets:
         return []
-    value = orjson.loads(facets)
+    value = _loads(facets)
     found: dict[str, None] = {}
     for facet in value if isinstance(value, list) else ():
         features = facet.get("features") if isinstance(facet, dict) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,8 +26,8 @@ from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.store.flush import Written
 from fastworker.store.upkeep import Ground
-from fastworker.stream.consumer import Entry, SetAside, Tally, id_order
-from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
+from fastworker.stream.consumer import Entry, SetAside, Tally, id_order, original_fields
+from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress, Refused
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
 from fastworker.worker.overlap import Overlap, keys_of
@@ -40,6 +41,9 @@ ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter 
 POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
 TELL_AGAIN_S = 60.0  # between two log lines about the same outage
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
+
+LETTERS_OF_ACCOUNT_MAX = 20  # a process; what more of its content is refused is kept by name
+REFUSING_ACCOUNTS_MAX = 10_000
 
 _COMMIT = Tally("committed", "#commit")
 _NOTHING = Tally("nothing_to_store", "#commit")
@@ -61,6 +65,7 @@ class Stream(Protocol):
     def stream_key(self) -> str: ...
     async def ack(self, tallies: Mapping[Tally, Sequence[str]], more_drops: Sequence[str] = ...) -> int: ...
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int: ...
+    async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]: ...
     async def lowest_pending(self) -> str | None: ...
 
 
@@ -78,38 +83,68 @@ class Store(Protocol):
 
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
+    async def keep(self, refused: Sequence[Refused]) -> None: ...
 
 
 class DeadLetterLimit:
-    """Stops the worker when too much is set aside: a bad release must not empty the stream into the dead letters."""
+    """Stops the worker when too much is set aside: a bad release must not empty the stream into the dead letters.
+
+    Entries are counted when they are settled, once. The counts are shared by all processes that are forked after it was
+    made; two that count in the same instant may lose a count, which changes nothing.
+    """
 
     def __init__(self, *, run_max: int = 500, ratio_max: float = 0.5, window: int = 4_000) -> None:
-        """More than `run_max` in a row, or more than `ratio_max` of about the last `window` entries. Guesses: far
+        """More than `run_max` in a row, or `ratio_max` and more of about the last `window` entries. Guesses: far
         above what hostile accounts get past the reader, far below what an operator would want to repair."""
         self._run_max = run_max
         self._ratio_max = ratio_max
         self._window = window
-        self._run = 0
-        self._good = 0
-        self._bad = 0
+        self._counts = memoryview(mmap.mmap(-1, 3 * 8)).cast("q")  # in a row, good, bad
 
     def good(self, count: int = 1) -> None:
-        self._run = 0
-        self._good += count
+        self._counts[0] = 0
+        self._counts[1] += count
+        self._fade()
 
-    def bad(self, why: object) -> None:
-        """Call before setting an entry aside; raises StoppedItself, and the entry stays pending."""
-        self._run += 1
-        self._bad += 1
-        seen = self._good + self._bad
-        if self._run > self._run_max or (seen >= self._window and self._bad > self._ratio_max * seen):
+    def bad(self, why: object, count: int = 1, *, in_a_row: int | None = None) -> None:
+        """Call before setting entries aside; raises StoppedItself, and they stay pending.
+
+        `in_a_row`: the longest row of them, where others are between them.
+        """
+        counts = self._counts
+        counts[0] = counts[0] + count if in_a_row is None else in_a_row
+        counts[2] += count
+        run, seen = counts[0], counts[1] + counts[2]
+        if run > self._run_max or (seen >= self._window and counts[2] >= self._ratio_max * seen):
             raise StoppedItself(
-                f"Too many entries cannot be stored: {self._run} in a row, {self._bad} of the last {seen}. They stay "
+                f"Too many entries cannot be stored: {run} in a row, {counts[2]} of the last {seen}. They stay "
                 f"pending (FASTWORKER_DEAD_LETTERS_IN_A_ROW lets more pass). The last one: {why}"
             )
-        if seen >= self._window:  # forget half: old entries fade out
-            self._good //= 2
-            self._bad //= 2
+        self._fade()
+
+    def _fade(self) -> None:
+        """Forget half of a full window: old entries fade out."""
+        counts = self._counts
+        while counts[1] + counts[2] >= 2 * self._window:
+            counts[1] //= 2
+            counts[2] //= 2
+
+
+class Refusals:
+    """How often each account's content was refused by this process: a few are letters, the others are kept by name.
+
+    So nobody can fill the dead letters, or stop the worker: of each account one counts against the limit.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, did: str) -> int:
+        """How many it are now."""
+        if len(self._counts) >= REFUSING_ACCOUNTS_MAX:
+            self._counts.clear()
+        self._counts[did] += 1
+        return self._counts[did]
 
 
 class Held:
@@ -147,6 +182,15 @@ class Held:
 
     def is_full(self, limits: Limits) -> bool:
         return self.batch.is_full(limits) or len(self.entries) >= limits.entries_max
+
+    def rejected_in_a_row(self) -> int:
+        """The longest row of them among the entries."""
+        rejected = {letter.entry_id for letter in self.rejected}
+        longest = run = 0
+        for entry_id in self.entries:
+            run = run + 1 if entry_id in rejected else 0
+            longest = max(longest, run)
+        return longest
 
     def apply(
         self, entry_id: str, fields: dict[bytes, bytes], overlap: Overlap | None = None, *, postpone: bool = False
@@ -234,6 +278,26 @@ def _moment(event: Event, entry_ms: int) -> datetime:
     return date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
 
 
+def _names(event: Event, changes: Sequence[Change], reason: str, detail: str) -> list[Refused]:
+    """What remembers an event without its content: its records, or its account."""
+    did = event.repo if isinstance(event, Commit) else event.did
+    rev = event.rev if isinstance(event, Commit | Sync) else None
+    seq = event.seq if event.seq is None or abs(event.seq) < 2**63 else None
+    of = [(change.uri, change.cid) for change in changes] or [(f"at://{did}", None)]
+    return [Refused(uri, did, cid, rev, seq, str(reason), detail[:200]) for uri, cid in of]
+
+
+def _names_of_letter(letter: dict[bytes, bytes]) -> list[Refused]:
+    """Of a letter that goes; nothing of one that no release understands: it names no record."""
+    reason, error = (letter.get(name, b"").decode(errors="replace") for name in (b"reason", b"error"))
+    try:
+        event = decode_entry(original_fields(letter))
+        changes = map_commit(event, 0).changes if isinstance(event, Commit) else []
+    except Exception:  # noqa: BLE001 - whatever made it a letter
+        return []
+    return _names(event, changes, reason, error)
+
+
 class Pipeline:
     """One consumer's loop. `run` returns when it was stopped and everything it held is settled."""
 
@@ -246,6 +310,7 @@ class Pipeline:
         *,
         limits: Limits,
         dead_letters: DeadLetterLimit,
+        refusals: Refusals | None = None,
         overlap: Overlap | None = None,
         open_span: OpenSpan = no_span,
     ) -> None:
@@ -259,6 +324,7 @@ class Pipeline:
         self._slot = slot
         self._limits = limits
         self._dead_letters = dead_letters
+        self._refusals = refusals or Refusals()
         self._open_span = open_span
         self._overlap = overlap
         self._ground = UNBOUNDED
@@ -374,13 +440,8 @@ class Pipeline:
         for entry_id, fields in entries:
             if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
                 continue  # read back while we hold it
-            rejected = len(filling.rejected)
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
                 self._postponed[entry_id] = (fields, now_ms())
-            if len(filling.rejected) > rejected:
-                self._dead_letters.bad(filling.rejected[-1].error)
-            else:
-                self._dead_letters.good()
             taken += 1
             if not taken & 15 and time.perf_counter() >= turn_ends:
                 await asyncio.sleep(0)
@@ -411,6 +472,8 @@ class Pipeline:
             span.set_attribute("fastworker.changes", len(held.batch.changes))
             span.set_attribute("fastworker.set_aside", len(held.rejected))
             if held.rejected:
+                in_a_row = held.rejected_in_a_row() if held.batch else None
+                self._dead_letters.bad(held.rejected[-1].error, len(held.rejected), in_a_row=in_a_row)
                 await self._leave_aside(held.rejected)
             if not held.batch:
                 return
@@ -484,11 +547,16 @@ class Pipeline:
                 slot.drop(Reason(reason), len(ids))
         for reason in store_drops:
             slot.drop(reason)
+        self._dead_letters.good(len(held.batch.entries))
         kinds = held.kinds
         slot.add(commits=kinds[Commit], identities=kinds[Identity], accounts=kinds[Account], syncs=kinds[Sync])
 
     async def _leave_aside(self, letters: list[SetAside]) -> None:
         crashpoint(Step.BETWEEN_DEAD_LETTER_AND_ACK)
+        pushed = await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.pushed_out(len(letters)))
+        if names := [name for letter in pushed for name in _names_of_letter(letter)]:
+            await self._persist(State.WAITING_FOR_STORE, lambda: self._store.keep(names))
+            log.warning("%d dead letters make room: their records are kept in fastworker.refused", len(pushed))
         wall_ms = time.time_ns() // 1_000_000
         await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.set_aside(letters, wall_ms))
         self._slot.add(set_aside=len(letters))
@@ -521,26 +589,43 @@ class Pipeline:
     async def _isolate_op(self, entry: Entry, error: RowRejected) -> None:
         """One bad record must not cost the commit: its siblings are stored, then the entry is set aside whole.
 
-        A retry of the dead letter is harmless: the siblings are there already.
+        A retry of the dead letter is harmless: the siblings are there already. An account that has many letters gets
+        no more of them; the records are kept by name.
         """
         entry_id, fields = entry
-        self._dead_letters.bad(error)
         event = decode_entry(fields)
-        if isinstance(event, Commit) and len(event.ops) > 1:
-            mapped = map_commit(event, int(entry_id.partition("-")[0]))
-            await self._write_parts(mapped, 0, len(mapped.changes))
-        await self._leave_aside([SetAside(entry_id, fields, Reason.ROW_REJECTED, str(error))])
+        letter = SetAside(entry_id, fields, Reason.ROW_REJECTED, str(error))
+        did = event.repo if isinstance(event, Commit) else event.did
+        mapped = map_commit(event, int(entry_id.partition("-")[0])) if isinstance(event, Commit) else None
+        refused = mapped.changes if mapped is not None else []
+        if mapped is not None and len(refused) > 1:
+            refused = await self._write_parts(mapped, 0, len(refused))
+        count = self._refusals.add(did)
+        if count == 1:
+            self._dead_letters.bad(error)
+        if count <= LETTERS_OF_ACCOUNT_MAX:
+            await self._leave_aside([letter])
+            return
+        names = _names(event, refused, Reason.ROW_REJECTED, str(error))
+        await self._persist(State.WAITING_FOR_STORE, lambda: self._store.keep(names))
+        tally = Tally("set_aside", drops=(Reason.ROW_REJECTED,))
+        await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.ack({tally: [entry_id]}))
+        self._slot.add(set_aside=1)
+        self._slot.drop(Reason.ROW_REJECTED)
+        log.debug("Kept %s by name: %s (%s)", entry_id, did, error)
 
-    async def _write_parts(self, mapped: Mapped, first: int, stop: int) -> None:
+    async def _write_parts(self, mapped: Mapped, first: int, stop: int) -> list[Change]:
+        """Write these changes, or their halves; those that are refused alone."""
         batch = Batch()
         batch.put(Mapped(mapped.changes[first:stop], mapped.dids, []))
         try:
             await self._write(batch)
         except RowRejected:
-            if stop - first > 1:
-                middle = (first + stop) // 2
-                await self._write_parts(mapped, first, middle)
-                await self._write_parts(mapped, middle, stop)
+            if stop - first == 1:
+                return mapped.changes[first:stop]
+            middle = (first + stop) // 2
+            return await self._write_parts(mapped, first, middle) + await self._write_parts(mapped, middle, stop)
+        return []
 
     async def _persist(self, waiting: State, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """Try until it works: whoever stops us cancels us. Reading pauses meanwhile."""

@@ -7,12 +7,13 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Literal
 
 import msgspec
 
 from fastworker.crashpoint import arm
 from fastworker.edge.tracing import OpenSpan, spans
-from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
 from fastworker.store.store import Store
@@ -22,7 +23,7 @@ from fastworker.table.batch import Limits
 from fastworker.table.derive import FULL
 from fastworker.worker.intake import Intake
 from fastworker.worker.overlap import Marks, Overlap
-from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+from fastworker.worker.pipeline import DeadLetterLimit, Pipeline, Refusals
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     processes: int = 2
     pipelines: int = 1  # per process
     derive: frozenset[str] = FULL
+    synchronous_commit: Literal["on", "keep"] = "on"
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
     dead_letters_in_a_row: int = 500
@@ -81,16 +83,28 @@ def _room(settings: WorkerSettings) -> int:
 
 def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
     """The target of a worker's children, made before the fork: runs in the forked process, returns its exit code."""
-    return partial(_worker_main, settings, Marks())
+    return partial(_worker_main, settings, Marks(), dead_letter_limit(settings))
 
 
-def _worker_main(settings: WorkerSettings, marks: Marks, slot: Slot) -> int:
+def dead_letter_limit(settings: WorkerSettings) -> DeadLetterLimit:
+    in_a_row = settings.dead_letters_in_a_row
+    return DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
+
+
+def _worker_main(settings: WorkerSettings, marks: Marks, dead_letters: DeadLetterLimit, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
-    return run_child(slot, partial(work, settings, marks=marks))
+    return run_child(slot, partial(work, settings, marks=marks, dead_letters=dead_letters))
 
 
-async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, marks: Marks | None = None) -> None:
+async def work(
+    settings: WorkerSettings,
+    slot: Slot,
+    stopping: asyncio.Event,
+    *,
+    marks: Marks | None = None,
+    dead_letters: DeadLetterLimit | None = None,
+) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     try:
@@ -100,12 +114,14 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
                 pool_size=settings.pipelines,
                 application_name="fastworker",
                 derive=settings.derive,
+                synchronous_commit=settings.synchronous_commit,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
-                await _work(settings, marks or Marks(), slot, stopping, redis, store, open_span)
+                limit = dead_letters or dead_letter_limit(settings)
+                await _work(settings, marks or Marks(), limit, slot, stopping, redis, store, open_span)
         finally:
             await store.close()
     finally:
@@ -115,6 +131,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
 async def _work(
     settings: WorkerSettings,
     marks: Marks,
+    dead_letters: DeadLetterLimit,
     slot: Slot,
     stopping: asyncio.Event,
     redis: Redis,
@@ -147,8 +164,7 @@ async def _work(
         except (StreamUnavailable, StoreUnavailable) as error:
             raise Unreachable(str(error)) from error
         slot.text("consumers", " ".join(stream.name for stream in streams))
-        in_a_row = settings.dead_letters_in_a_row
-        dead_letters = DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
+        refusals = Refusals()
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
         pipelines += [
             Pipeline(
@@ -164,6 +180,7 @@ async def _work(
                 slot,
                 limits=limits,
                 dead_letters=dead_letters,
+                refusals=refusals,
                 overlap=Overlap(marks, slot.number * settings.pipelines + n),
                 open_span=open_span,
             )
@@ -230,16 +247,25 @@ async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
 
 async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
     """What committed transactions still owe, in bounded pieces; and how far the group has come."""
-    try:
+
+    async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
-        await _take_ground(store, pipelines)
+
+    async def pay() -> None:
         while await store.maintain():
             pass
+
+    async def prune() -> None:
         while await store.prune():
             pass
-    except (StoreUnavailable, StreamUnavailable):
-        pass  # the pipelines wait for the same server, and say so
+
+    for act in (note, partial(_take_ground, store, pipelines), pay, prune):
+        try:
+            await act()
+        except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
+            if all(pipeline.state is State.RUNNING for pipeline in pipelines):  # else they say it themselves
+                log.warning("Maintenance is put off: %s", error)
 
 
 async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:

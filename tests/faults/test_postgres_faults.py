@@ -9,16 +9,19 @@ import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import pytest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
-from fastworker.errors import StoreUnavailable, Unreachable
+from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
+from fastworker.event import Account, Action, Commit, Op
 from fastworker.process.board import State
+from fastworker.store.admin import past
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
@@ -124,6 +127,18 @@ FAULTS: dict[str, tuple[PgAct, PgAct, str]] = {
         statement("ALTER TABLE likes RENAME COLUMN mislaid TO via"),
         "42703",
     ),
+    "a column of the API's": (
+        statement(
+            "ALTER TABLE likes ADD COLUMN mood text NOT NULL DEFAULT ''", "ALTER TABLE likes ALTER mood DROP DEFAULT"
+        ),
+        statement("ALTER TABLE likes DROP COLUMN mood"),
+        "23502",
+    ),
+    "used-up ids": (
+        statement("SELECT setval('notifications_id_seq', 2147483647)"),
+        statement("ALTER SEQUENCE notifications_id_seq AS bigint", "ALTER TABLE notifications ALTER id TYPE bigint"),
+        "2200H",
+    ),
     "missing right": (
         statement(f"REVOKE INSERT ON likes FROM {ROLE}"),
         statement(f"GRANT INSERT ON likes TO {ROLE}"),
@@ -153,6 +168,241 @@ async def test_a_bad_state_is_waited_out(house: House, pg: asyncpg.Connection, n
     assert await house.letters() == []
     assert await pg.fetchval("SELECT count(*) FROM likes") == 59
     assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == 59
+
+
+FULL = {
+    "app.bsky.feed.post": {
+        "text": "hello",
+        "langs": ["en"],
+        "reply": {"root": {"uri": POST, "cid": CID}, "parent": {"uri": POST, "cid": CID}},
+    },
+    "app.bsky.feed.like": {"subject": {"uri": POST, "cid": CID}},
+    "app.bsky.graph.list": {"name": "a", "purpose": "app.bsky.graph.defs#modlist"},
+    "app.bsky.actor.profile": {"displayName": "a"},
+}
+
+
+def records(kind: str, count: int = 1, *, first: int = 1, action: Action = "create", **members: Any) -> Batch:
+    made = Batch()
+    for number in range(first, first + count):
+        did, rkey = f"did:plc:{number:024d}".replace("0", "a").replace("1", "b"), f"3k{number:011d}"
+        rkey = "self" if kind.endswith("profile") else rkey
+        record = {"$type": kind, "createdAt": "2024-01-01T00:00:00.000Z", **FULL[kind], **members}
+        op = Op(action, kind, rkey, CID, record=None if action == "delete" else record)
+        made.put(
+            map_commit(
+                Commit(number + (10_000 if action == "delete" else 0), did, None, None, [op], []), 1_700_000_000_000
+            )
+        )
+    return made
+
+
+# What nobody of ours made, and what the sentence that waits must say: (the kind of record, statements, words).
+STATES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "a NOT NULL column": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ADD COLUMN mood text NOT NULL DEFAULT ''", "ALTER TABLE posts ALTER mood DROP DEFAULT"),
+        "ALTER TABLE posts ALTER COLUMN mood SET DEFAULT",
+    ),
+    "a column of ours that may not be null": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ALTER embed SET NOT NULL",),
+        "ALTER TABLE posts ALTER COLUMN embed",
+    ),
+    "a CHECK": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ADD CONSTRAINT wordy CHECK (length(text) > 1000) NOT VALID",),
+        "ALTER TABLE posts DROP CONSTRAINT wordy",
+    ),
+    "a CHECK of a derived table": (
+        "app.bsky.feed.like",
+        ("ALTER TABLE notifications ADD CONSTRAINT few CHECK (reason <> 'like') NOT VALID",),
+        "DROP CONSTRAINT few",
+    ),
+    "a foreign key": (
+        "app.bsky.feed.like",
+        ("ALTER TABLE likes ADD CONSTRAINT known FOREIGN KEY (post_uri) REFERENCES posts (uri) NOT VALID",),
+        "DROP CONSTRAINT known",
+    ),
+    "a foreign key that is looked at late": (
+        "app.bsky.feed.like",
+        (
+            (
+                "ALTER TABLE likes ADD CONSTRAINT known FOREIGN KEY (post_uri) REFERENCES posts (uri) "
+                "DEFERRABLE INITIALLY DEFERRED"
+            ),
+        ),
+        "DROP CONSTRAINT known",
+    ),
+    "an exclusion": (
+        "app.bsky.graph.list",
+        ("ALTER TABLE lists ADD CONSTRAINT one EXCLUDE USING btree (purpose WITH =)",),
+        "DROP CONSTRAINT one",
+    ),
+    "a unique index": (
+        "app.bsky.feed.like",
+        ("CREATE UNIQUE INDEX one_like ON likes (post_uri)",),
+        "one_like",
+    ),
+    "a unique handle": (
+        "app.bsky.feed.post",
+        ("CREATE UNIQUE INDEX one_handle ON users (handle)",),
+        "one_handle",
+    ),
+    "a narrow column": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ALTER text TYPE varchar(3)",),
+        "character varying\\(3\\).*fastworker check",
+    ),
+    "another type": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ALTER langs TYPE text[] USING NULL",),
+        "langs.*fastworker check",
+    ),
+    "a domain": (
+        "app.bsky.graph.list",
+        (
+            "CREATE DOMAIN kind AS text CHECK (VALUE = 'kind')",
+            "ALTER TABLE lists ALTER purpose TYPE kind USING 'kind'",
+        ),
+        "kind_check",
+    ),
+    "no partition": (
+        "app.bsky.feed.like",
+        (
+            "ALTER TABLE likes RENAME TO likes_old",
+            "CREATE TABLE likes (LIKE likes_old INCLUDING DEFAULTS) PARTITION BY RANGE (created_at)",
+        ),
+        "partition of likes",
+    ),
+    "no unique index of ours": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE feed_items DROP CONSTRAINT feed_items_pkey",),
+        "42P10.*fastworker check",
+    ),
+    "a trigger that refuses": (
+        "app.bsky.feed.post",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+    "a trigger that says nothing": (
+        "app.bsky.graph.list",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON lists FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "lists: a trigger or a rule",
+    ),
+    "a trigger with an error in it": (
+        "app.bsky.feed.post",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'SELEC'; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+    "a trigger against deletes": (
+        "app.bsky.feed.post",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE DELETE ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+    "a trigger of users": (
+        "app.bsky.actor.profile",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "no\\(\\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+async def test_what_the_database_refuses_of_everybody_is_no_rows_fault(
+    postgres_url: str, pg: asyncpg.Connection, name: str
+) -> None:
+    """Told at the first attempt, also of a large batch, with a sentence that names what is in the way."""
+    kind, faults, words = STATES[name]
+    for fault in faults:
+        await pg.execute(fault)
+    count = 5 if "of ours" in name else 600  # rows that go by COPY ask for no index and no type of ours
+    store = await Store.connect(postgres_url)
+    try:
+        made = records(kind, count)
+        if "delete" in name:
+            await store.write(made)
+            made = records(kind, count, action="delete")
+        with pytest.raises(StoreUnavailable, match=words):
+            await store.write(made)
+    finally:
+        await store.close()
+    if "delete" not in name:
+        assert not await pg.fetchval("SELECT count(*) FROM users WHERE did LIKE '%control%'")
+        assert not await pg.fetchval("SELECT count(*) FROM posts")
+
+
+ROWS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "a trigger": (
+        "app.bsky.feed.post",
+        (
+            ("CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN IF NEW.text = 'odd' THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW; END $$"),
+            "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        {"text": "odd"},
+    ),
+    "a CHECK": (
+        "app.bsky.feed.post",
+        ("ALTER TABLE posts ADD CONSTRAINT short CHECK (length(text) < 1000)",),
+        {"text": "x" * 2_000},
+    ),
+    "a row too large for an index": (
+        "app.bsky.feed.post",
+        ("CREATE INDEX ON posts (text)",),
+        {"text": "".join(map(chr, random.Random(1).choices(range(0x4E00, 0x9FFF), k=4_000)))},
+    ),
+    "a unique index": (
+        "app.bsky.feed.post",
+        ("CREATE UNIQUE INDEX ON posts (text) WHERE text = 'odd'", ("INSERT INTO posts (uri, cid, author_did, text, "
+         "created_at) VALUES ('at://did:plc:x/app.bsky.feed.post/x', '', '', 'odd', now())")),
+        {"text": "odd"},
+    ),
+    "a partition that is not there": (
+        "app.bsky.feed.like",
+        (
+            "ALTER TABLE likes RENAME TO likes_old",
+            "CREATE TABLE likes (LIKE likes_old INCLUDING DEFAULTS) PARTITION BY RANGE (created_at)",
+            "CREATE TABLE now_on PARTITION OF likes FOR VALUES FROM ('2023-06-01') TO ('infinity')",
+        ),
+        {"createdAt": "2023-01-01T00:00:00.000Z"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+async def test_what_it_refuses_of_one_record_is_that_records_fault(
+    postgres_url: str, pg: asyncpg.Connection, name: str
+) -> None:
+    kind, faults, members = ROWS[name]
+    for fault in faults:
+        await pg.execute(fault)
+    store = await Store.connect(postgres_url)
+    try:
+        for count in (1, 600):  # the rows of which one is refused
+            made = records(kind, count)
+            for change in records(kind, first=count, **members).changes.values():
+                made.changes[change.uri] = change
+            with pytest.raises(RowRejected):
+                await store.write(made)
+        assert (await store.write(records(kind, 10))).rows == 10
+    finally:
+        await store.close()
 
 
 def batch(number: int) -> Batch:
@@ -272,6 +522,165 @@ async def test_a_table_locked_by_another_is_waited_for(postgres_url: str, pg: as
     await store.close()
 
 
+async def test_who_holds_a_lock_is_told(postgres_url: str, pg: asyncpg.Connection) -> None:
+    store = await Store.connect(postgres_url)
+    try:
+        await store.write(batch(1))
+        async with store.connection() as connection:
+            await connection.execute("SET lock_timeout = '100ms'")
+        await pg.execute("SET application_name = 'psql'")
+        async with pg.transaction():
+            await pg.execute("SELECT FROM post_aggregations WHERE post_uri = $1 FOR UPDATE", POST)
+            pid = await pg.fetchval("SELECT pg_backend_pid()")
+            with pytest.raises(StoreUnavailable, match=rf"held by PID {pid} \(psql\) as postgres, idle in transaction"):
+                await store.write(batch(2))
+        assert (await store.write(batch(2))).rows == 1
+    finally:
+        await store.close()
+
+
+# Maintenance goes on beside a piece of it that fails -----------------------------------------------
+
+
+def reply(number: int, root: str) -> Batch:
+    ref = {"uri": root, "cid": CID}
+    return records("app.bsky.feed.post", first=number, reply={"root": ref, "parent": ref})
+
+
+async def maintained(store: Store, *, and_fails: bool = False) -> None:
+    with pytest.raises(StoreUnavailable) if and_fails else contextlib.nullcontext():
+        while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
+            pass
+
+
+async def test_one_owed_key_that_cannot_be_paid_waits_alone(
+    postgres_url: str, pg: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    [root] = records("app.bsky.feed.post").changes
+    store = await Store.connect(postgres_url)
+    try:
+        await store.write(records("app.bsky.feed.post"))
+        replies = [next(iter(reply(number, root).changes)) for number in range(2, 40)]
+        for number in range(2, 40):
+            await store.write(reply(number, root))
+        bad = replies[7]
+        await pg.execute(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION "
+            "'canceling statement due to statement timeout' USING ERRCODE = '57014'; END $$; "
+            "CREATE TRIGGER no BEFORE UPDATE OR DELETE ON thread_contexts FOR EACH ROW "
+            f"WHEN (OLD.post_uri = '{bad}') EXECUTE FUNCTION no()"
+        )
+        await pg.execute("INSERT INTO fastworker.recheck (kind, key) SELECT 'context', unnest($1::text[])", replies)
+        await pg.execute("DELETE FROM posts WHERE uri = $1", root)  # as the API does: every context is stale
+        gone = "did:plc:zzzzzzzzzzzzzzzzzzzzzzzz"
+        await pg.execute(
+            "INSERT INTO posts (uri, cid, author_did, text, created_at, commit_seq) "
+            f"VALUES ('at://{gone}/app.bsky.feed.post/a', 'c', '{gone}', '', now(), '1')"
+        )
+        deletion = Batch()
+        deletion.put_account(Account(9, gone, active=False, status="deleted", time=None), datetime.now(UTC))
+        await store.write(deletion)
+        await maintained(store)
+        assert await pg.fetch("SELECT post_uri FROM thread_contexts") == [(bad,)]
+        [left] = await pg.fetch("SELECT key, attempts, error, not_before > now() FROM fastworker.recheck")
+        assert (left["key"], left["attempts"], left[3]) == (bad, 1, True)
+        assert "57014" in left["error"]
+        assert bad in caplog.text
+        found = await past(postgres_url, "s")
+        assert found.late == 1
+        assert bad in (found.late_error or "")
+        assert not await pg.fetchval("SELECT count(*) FROM posts WHERE author_did = $1", gone)
+        await pg.execute("DROP FUNCTION no CASCADE; UPDATE fastworker.recheck SET not_before = now()")
+        await maintained(store)
+        assert await pg.fetch("SELECT post_uri FROM thread_contexts") == []
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+    finally:
+        await store.close()
+
+
+async def test_one_record_that_cannot_be_removed_holds_up_no_other(postgres_url: str, pg: asyncpg.Connection) -> None:
+    """Of a deleted account, and at the second look at tombstones."""
+    store = await Store.connect(postgres_url)
+    try:
+        likes = records("app.bsky.feed.like", 30)
+        await store.write(likes)
+        bad = next(iter(likes.changes))
+        await pg.execute(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$; "
+            f"CREATE TRIGGER no BEFORE DELETE ON likes FOR EACH ROW WHEN (OLD.uri = '{bad}') EXECUTE FUNCTION no()"
+        )
+        await pg.execute(  # left behind: their tombstones are there, and so are they
+            "INSERT INTO fastworker.versions (uri, seq, deleted) SELECT unnest($1::text[]), 99999, true",
+            list(likes.changes),
+        )
+        deletion = Batch()
+        for did in sorted(change.repo for change in records("app.bsky.graph.list", 2).changes.values()):
+            deletion.put_account(Account(99, did, active=False, status="deleted", time=None), datetime.now(UTC))
+        await store.write(deletion)
+        for _ in range(3):
+            await store.maintain(owed_age_s=0, dead_commit=timedelta())
+        assert [r[0] for r in await pg.fetch("SELECT uri FROM likes")] == [bad]
+        [pending] = await pg.fetch(
+            "SELECT purge_error, purge_after > now() FROM fastworker.accounts WHERE purge_pending"
+        )
+        assert ("no" in pending[0], pending[1]) == (True, True)
+        await pg.execute("DROP FUNCTION no CASCADE; UPDATE fastworker.accounts SET purge_after = now()")
+        await maintained(store)
+        assert await pg.fetchval("SELECT count(*) FROM likes") == 0
+    finally:
+        await store.close()
+
+
+async def test_a_large_thread_is_recomputed_in_pieces(postgres_url: str, pg: asyncpg.Connection) -> None:
+    [root] = records("app.bsky.feed.post").changes
+    store = await Store.connect(postgres_url)
+    store.writer.crowd = 20
+    try:
+        await store.write(records("app.bsky.feed.post"))
+        ref = {"uri": root, "cid": CID}
+        await store.write(records("app.bsky.feed.post", 90, first=2, reply={"root": ref, "parent": ref}))
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90
+        await store.write(records("app.bsky.feed.post", action="delete"))
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90, "not in the path of an event"
+        assert await pg.fetch("SELECT kind, key FROM fastworker.recheck") == [("root", root)]
+        await maintained(store)
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 0
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+        async with store.connection() as connection:
+            assert await connection.fetchval("SHOW statement_timeout") == "1min"
+            assert await connection.fetch("SELECT FROM pg_cursors WHERE name = 'crowd'") == []
+        await pg.execute("DELETE FROM fastworker.versions")
+        store.writer.whole_rows_max = 0
+        await store.write(records("app.bsky.feed.post", first=1))  # the root comes after its replies
+        assert await pg.fetch("SELECT kind, key FROM fastworker.recheck") == [("root", root)]
+        await maintained(store)
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+    finally:
+        await store.close()
+
+
+async def test_one_horizon_covers_many_pieces(postgres_url: str, pg: asyncpg.Connection) -> None:
+    """The notice of a horizon takes two minutes: a piece of tombstones each would be 40 a second."""
+    await pg.execute(
+        "INSERT INTO fastworker.versions (uri, seq, deleted, written_at) SELECT 'at://' || n, 1, true, "
+        "now() - interval '9 days' + n * interval '1 second' FROM generate_series(1, 70000) AS n"
+    )
+    await pg.execute(
+        "INSERT INTO fastworker.progress (stream, consumer, entry_id) VALUES ('s', 'c', $1)", "9999999999999-0"
+    )
+    store = await Store.connect(postgres_url)
+    try:
+        assert await store.prune() == 0, "announced"
+        assert await store.prune() == 0, "the notice"
+        gone = 0
+        while piece := await store.prune(notice=timedelta()):
+            gone += piece
+        assert gone == 70_000
+    finally:
+        await store.close()
+
+
 async def test_a_connection_that_hangs_without_closing_is_given_up(
     postgres_server: EmbeddedPostgres, postgres_url: str, pg: asyncpg.Connection
 ) -> None:
@@ -329,6 +738,71 @@ async def test_a_session_whose_owner_vanished_lets_its_locks_go(postgres_url: st
         value = await connection.fetchval("SHOW idle_in_transaction_session_timeout")
     await store.close()
     assert value == "20s"
+
+
+SETTINGS = {
+    "default_transaction_isolation": "'serializable'",
+    "default_transaction_deferrable": "on",
+    "DateStyle": "'German, DMY'",
+    "TimeZone": "'Asia/Tokyo'",
+    "IntervalStyle": "'sql_standard'",
+    "standard_conforming_strings": "off",
+    "bytea_output": "escape",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "quote_all_identifiers": "on",
+    "search_path": "evil, public, pg_catalog",
+    "enable_indexscan": "off",
+    "work_mem": "'64kB'",
+    "idle_session_timeout": "'300ms'",
+    "idle_in_transaction_session_timeout": "'5ms'",
+    "lock_timeout": "'5ms'",
+    "row_security": "off",
+}
+
+
+async def test_settings_of_a_role_change_nothing(postgres_url: str, pg: asyncpg.Connection, role: str) -> None:
+    await pg.execute(
+        "CREATE SCHEMA evil; CREATE TABLE evil.posts (uri text); "
+        "CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT '1999-01-01'::timestamptz $$; "
+        "CREATE FUNCTION evil.unnest(anyarray) RETURNS SETOF anyelement LANGUAGE sql AS 'SELECT $1[1]'"
+    )
+    await pg.execute(f"GRANT ALL ON SCHEMA evil TO {role}")
+    for name, value in SETTINGS.items():
+        await pg.execute(f"ALTER ROLE {role} SET {name} = {value}")
+    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"))
+    try:
+        for count in (5, 300):
+            await store.write(records("app.bsky.feed.post", count, text="é 😀 it's \\\\ok"))
+        await store.write(records("app.bsky.feed.like", 300))
+        await asyncio.sleep(0.4)  # longer than a session may idle there
+        await store.write(records("app.bsky.feed.like", 3, action="delete"))
+        while await store.maintain(owed_age_s=0):
+            pass
+        assert store.connections[0] == 1
+    finally:
+        await store.close()
+    rows = await pg.fetch("SELECT DISTINCT text, created_at::text, indexed_at::text FROM posts")
+    assert [tuple(row) for row in rows] == [("é 😀 it's \\\\ok", "2023-11-14 22:15:20", "2023-11-14 22:15:20")]
+    counts = "SELECT like_count, reply_count FROM post_aggregations WHERE post_uri = $1"
+    assert tuple(await pg.fetchrow(counts, POST)) == (297, 300)
+    assert await pg.fetchval("SELECT count(*) FROM users WHERE created_at > '2020-01-01'") == 300
+
+
+@pytest.mark.parametrize(
+    ("value", "wish", "then"),
+    [("off", "on", "on"), ("off", "keep", "off"), ("local", "on", "local"), ("remote_apply", "on", "remote_apply")],
+)
+async def test_what_is_acknowledged_is_on_disk(
+    postgres_url: str, pg: asyncpg.Connection, role: str, value: str, wish: Literal["on", "keep"], then: str
+) -> None:
+    await pg.execute(f"ALTER ROLE {role} SET synchronous_commit = {value}")
+    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"), synchronous_commit=wish)
+    try:
+        async with store.connection() as connection:
+            assert await connection.fetchval("SHOW synchronous_commit") == then
+    finally:
+        await store.close()
 
 
 @pytest.mark.parametrize("mode", ["session", "transaction"])

@@ -305,6 +305,16 @@ async def test_the_schema_and_what_an_earlier_system_left(
     assert await said("1 of 2 avatars")
     await house.redis.delete("firehose:python_cursor")
     assert await said("The TypeScript reader stopped at 12345")
+    await pg.execute("SELECT setval('notifications_id_seq', 1600000000)")
+    assert await said("warn postgresql: The ids of notifications.id are used up to 75 %: ALTER SEQUENCE")
+    await pg.execute("SELECT setval('notifications_id_seq', 2147483647)")
+    assert await said(
+        "fail postgresql: The ids of notifications.id are used up: ALTER SEQUENCE notifications_id_seq AS"
+    )
+    await pg.execute("ALTER SEQUENCE notifications_id_seq AS bigint")
+    assert await said("ids of notifications.id are used up"), "the column is as narrow as it was"
+    await pg.execute("ALTER TABLE notifications ALTER COLUMN id TYPE bigint")
+    assert not await said("are used up")
     await pg.execute("DROP INDEX unique_like_user_post")
     assert await said("Table likes has no unique index on (post_uri, user_did): CREATE UNIQUE INDEX CONCURRENTLY")
     await pg.execute("CREATE UNIQUE INDEX CONCURRENTLY ON likes (post_uri, user_did)")
@@ -325,10 +335,12 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
             return any(words in one for one in await house.check(**{"DATABASE_URL": url, **env}))
 
         found = " ".join(await house.check(DATABASE_URL=url))
-        for words in ("fsync is off", "synchronous_commit is off", "autovacuum is off", "allows 6 connections"):
+        for words in ("fsync is off", "autovacuum is off", "allows 6 connections"):
             assert words in found
         assert "lacks USAGE on schema fastworker" in found
         assert "Others hold" not in found
+        assert "synchronous_commit" not in found, "the worker turns it on"
+        assert await said("synchronous_commit is off, and FASTW", FASTWORKER_SYNCHRONOUS_COMMIT="keep")
         assert await said("DB_POOL_SIZE=30 exceeds max_connections", DB_POOL_SIZE="30")
 
         async def until_no_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -12,6 +13,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from fastworker.commands import check as checks
+from fastworker.commands import grants as rights
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.store import migrate as module
@@ -253,3 +256,78 @@ async def test_unreachable_and_unusable_urls_are_told_apart(postgres_server: Emb
     with pytest.raises(ConfigError) as bad:
         await check("mysql://x:secret@localhost/y")
     assert "secret" not in str(bad.value)
+
+
+async def test_another_encoding_is_refused_before_anything_is_made(postgres_server: EmbeddedPostgres) -> None:
+    admin = postgres_server.url_of("postgres")
+    await execute(
+        admin,
+        "CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C'",
+    )
+    url = postgres_server.url_of("latin")
+    try:
+        with pytest.raises(SchemaRefused, match="The database's encoding is LATIN1: create it with ENCODING 'UTF8'"):
+            await migrate(url)
+        assert (await check(url))[0] == "The database's encoding is LATIN1: create it with ENCODING 'UTF8'."
+        with pytest.raises(Unreachable, match="LATIN1"):
+            await checks._postgres_preflight(url)
+        assert await fetch(url, "SELECT 1 FROM pg_namespace WHERE nspname = 'fastworker'") == []
+    finally:
+        await execute(admin, "DROP DATABASE latin WITH (FORCE)")
+
+
+async def test_wider_columns_are_as_good_and_others_are_not(postgres_url: str) -> None:
+    wider = {"notifications": "id bigint", "post_aggregations": "like_count bigint", "posts": "uri text"}
+    for table, column in wider.items():
+        name, _, type_ = column.partition(" ")
+        await execute(postgres_url, f"ALTER TABLE {table} ALTER {name} TYPE {type_}")
+    assert await check(postgres_url) == []
+    assert await migrate(postgres_url) == []
+    await checks._postgres_preflight(postgres_url)
+    for odd in ("timestamptz", "date", "text"):
+        await execute(postgres_url, f"ALTER TABLE likes ALTER created_at TYPE {odd}")
+        words = "likes.created_at is .*ALTER TABLE likes ALTER COLUMN created_at TYPE timestamp without time zone"
+        assert re.search(words, (await check(postgres_url))[0])
+        with pytest.raises(SchemaRefused, match=words):
+            await migrate(postgres_url)
+        with pytest.raises(Unreachable, match=words):
+            await checks._postgres_preflight(postgres_url)
+        await execute(postgres_url, "ALTER TABLE likes ALTER created_at TYPE timestamp USING now()")
+
+
+async def test_what_migrate_cannot_mend_is_not_sent_to_migrate(postgres_url: str) -> None:
+    await execute(postgres_url, "ALTER TABLE fastworker.twins DROP COLUMN pair")
+    with pytest.raises(SchemaRefused, match="twins.pair .* restore it from a backup"):
+        await migrate(postgres_url)
+    with pytest.raises(Unreachable) as refused:
+        await checks._postgres_preflight(postgres_url)
+    assert "twins.pair" in str(refused.value)
+    assert "migrate" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "without", ["USAGE ON SCHEMA fastworker", "INSERT ON likes", "SELECT ON fastworker.migrations"]
+)
+async def test_a_worker_without_a_right_is_told_which(postgres_url: str, without: str) -> None:
+    role = "lacking"
+    await execute(postgres_url, rights.sql("worker", role), f"REVOKE {without} FROM {role}")
+    try:
+        with pytest.raises(Unreachable, match="fastworker grants worker") as refused:
+            await checks._postgres_preflight(postgres_url.replace("postgres@", f"{role}@"))
+        for word in without.split(" ON ")[1].removeprefix("SCHEMA ").split():
+            assert word.removeprefix("fastworker.") in str(refused.value)
+        assert "migrate`" not in str(refused.value)
+    finally:
+        await execute(postgres_url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_settings_of_the_role_change_nothing(postgres_url: str, empty_postgres_url: str) -> None:
+    for url in (postgres_url, empty_postgres_url):
+        await execute(url, *(
+            f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {one}', current_database()); END $$"
+            for one in ("quote_all_identifiers = on", "search_path = ''evil''", "standard_conforming_strings = off",
+                        "default_transaction_isolation = ''serializable''", "statement_timeout = 1000")
+        ))  # fmt: skip
+    assert await migrate(empty_postgres_url) == DONE
+    assert await migrate(postgres_url) == []
+    assert await check(postgres_url) == []

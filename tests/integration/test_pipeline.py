@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -22,11 +23,11 @@ from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
-from fastworker.table.batch import Batch, Change, Limits
+from fastworker.table.batch import Batch, Change, Limits, Refused
 from fastworker.table.mapper import map_commit
 from fastworker.worker.intake import Intake
 from fastworker.worker.overlap import Marks, Overlap, keys_of
-from fastworker.worker.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
+from fastworker.worker.pipeline import LETTERS_OF_ACCOUNT_MAX, POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -42,13 +43,15 @@ def like(rkey: str) -> dict:
     return {"action": "create", "path": f"app.bsky.feed.like/{rkey}", "cid": subject["cid"], "record": record}
 
 
-def commit(seq: int, *ops: dict) -> dict[str, str]:
-    data = {"repo": DID, "ops": list(ops), "rev": None, "time": "2024-01-01T00:00:00.000Z"}
+def commit(seq: int, *ops: dict, did: str = DID) -> dict[str, str]:
+    data = {"repo": did, "ops": list(ops), "rev": None, "time": "2024-01-01T00:00:00.000Z"}
     return {"type": "commit", "data": json.dumps(data), "seq": str(seq)}
 
 
-def likes(count: int, poison: frozenset[int] = frozenset()) -> list[dict[str, str]]:
-    return [commit(n + 1, like(f"{'poison' if n in poison else 'good'}{n}")) for n in range(count)]
+def likes(count: int, poison: frozenset[int] = frozenset(), *, of_many: bool = False) -> list[dict[str, str]]:
+    """`of_many`: each of another account."""
+    dids = [f"did:plc:{chr(97 + n // 26)}{chr(97 + n % 26)}" if of_many else DID for n in range(count)]
+    return [commit(n + 1, like(f"{'poison' if n in poison else 'good'}{n}"), did=did) for n, did in enumerate(dids)]
 
 
 class MemoryStore:
@@ -56,6 +59,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.uris: set[str] = set()
+        self.kept: list[Refused] = []
         self.batches: list[Batch] = []
         self.writes = 0
         self.down = asyncio.Event()
@@ -64,6 +68,9 @@ class MemoryStore:
 
     async def absent(self, changes: list[Change]) -> set[str]:  # noqa: ARG002
         return set()
+
+    async def keep(self, refused: Sequence[Refused]) -> None:
+        self.kept += refused
 
     async def write(self, batch: Batch) -> Written:
         self.writes += 1
@@ -278,7 +285,7 @@ async def test_a_flush_is_a_span_and_its_halves_are_children(bench):
 
 async def test_too_much_poison_stops_the_worker_with_the_rest_pending(bench):
     bench.dead_letters = DeadLetterLimit(run_max=5)
-    await bench.add(likes(50, poison=frozenset(range(20, 50))))
+    await bench.add(likes(50, poison=frozenset(range(20, 50)), of_many=True))
     with pytest.raises(StoppedItself, match="in a row"):
         async with bench.running():
             await bench.until_settled(50)
@@ -294,6 +301,64 @@ async def test_too_much_garbage_stops_the_worker_before_it_is_set_aside(bench):
             await bench.until_settled(50)
     assert await bench.pending() >= 10
     assert (await bench.ledger()).get("set_aside", 0) <= 5
+
+
+async def test_one_account_neither_stops_the_worker_nor_fills_the_letters(bench):
+    bench.dead_letters = DeadLetterLimit(run_max=5, window=20)
+    entries = likes(60, poison=frozenset(range(60)))
+    entries.append(commit(400, like("good-a"), like("poison-b"), like("good-c")))
+    await bench.add([*entries, *likes(3)])
+    async with bench.running():
+        await bench.until_settled(64)
+    assert len(await bench.redis.xrange(DEAD_LETTERS_KEY)) == LETTERS_OF_ACCOUNT_MAX
+    assert len(bench.store.kept) == 61 - LETTERS_OF_ACCOUNT_MAX
+    [last] = [one for one in bench.store.kept if one.uri == f"at://{DID}/app.bsky.feed.like/poison-b"]
+    assert (last.did, last.seq, last.reason, bool(last.cid)) == (DID, 400, "row_rejected", True)
+    assert not [one for one in bench.store.kept if "good" in one.uri]
+    assert await bench.ledger() == {"committed": 3, "set_aside": 61, "drop:row_rejected": 61}
+    assert await bench.pending() == 0
+
+
+async def test_letters_that_make_room_are_kept_by_name(bench):
+    bench.stream = WorkerStream(bench.redis, consumer_id="w", dead_letter_maxlen=3)
+    async with bench.running():
+        for n in range(5):
+            await bench.add(likes(n + 1, poison=frozenset({n}), of_many=True)[n:])
+            await bench.until_settled(n + 1)
+    letters = await bench.redis.xrange(DEAD_LETTERS_KEY)
+    names = {one.uri for one in bench.store.kept}
+    assert names >= {"at://did:plc:aa/app.bsky.feed.like/poison0", "at://did:plc:ab/app.bsky.feed.like/poison1"}
+    assert len(letters) + len(names) >= 5
+
+
+async def test_every_reason_counts_at_any_rate_and_size_of_batch(bench):
+    """Entries that are refused one by one, among others that are as many."""
+    bench.dead_letters = DeadLetterLimit(run_max=1_000, window=40)
+    with pytest.raises(StoppedItself, match=r"2\d of the last 4\d"):
+        async with bench.running():
+            for n in range(40):
+                await bench.add([{"odd": "1"}, commit(n + 1, like(f"good{n}"))])
+                await bench.until_settled(2 * n + 2)
+    assert await bench.pending() > 0
+
+
+def test_the_limit_is_that_of_all_processes():
+    limit = DeadLetterLimit(run_max=10)
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            limit.bad("x", 5)
+            os._exit(0)
+        os.waitpid(child, 0)
+    with pytest.raises(StoppedItself, match="11 in a row"):
+        limit.bad("x")
+
+
+def test_the_limit_by_half_of_the_window():
+    limit = DeadLetterLimit()
+    with pytest.raises(StoppedItself, match="2000 of the last 4000"):
+        for _ in range(2_000):
+            limit.good(10)
+            limit.bad("x", 10)
 
 
 def test_the_limit_by_ratio():

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
@@ -19,7 +19,7 @@ import pytest
 from fastworker.commands.verify import Wish, names, verify
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ConfigError, ExitCode, Unreachable
-from fastworker.event import Account, Commit, Identity
+from fastworker.event import Account, Commit, Identity, Op
 from fastworker.event.entry import decode_entry
 from fastworker.law import compare
 from fastworker.law.model import Model
@@ -601,3 +601,48 @@ def test_ctrl_c_says_where_to_go_on(url: str) -> None:
         process.kill()
     assert process.returncode == 1
     assert "fastworker verify --from '" in out
+
+
+@pytest.mark.parametrize("date", ["20000-01-01", "0044-03-15 BC", "infinity", "-infinity"])
+async def test_what_only_postgresql_can_hold_is_no_obstacle(
+    postgres_url: str, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str], date: str
+) -> None:
+    """Dates, versions and numbers of other writers: their rows are updated, deleted, purged and verified."""
+    did, other, cid = f"did:plc:{'a' * 24}", f"did:plc:{'b' * 24}", "bafyold"
+    embed = json.dumps({"$type": "app.bsky.embed.record", "n": 0}).replace("0}", "1e400}")
+    for number in range(4):
+        uri = f"at://{did}/app.bsky.feed.post/3p{number}"
+        await pg.execute(
+            "INSERT INTO posts (uri, cid, author_did, text, embed, created_at, indexed_at, commit_seq) "
+            "VALUES ($1, $2, $3, 'old', $4, $5::text::timestamp, $5::text::timestamp, $6)",
+            *(uri, cid, did, embed, date, "9" * 30 if number else None),
+        )
+        await pg.execute(
+            "INSERT INTO likes (uri, user_did, post_uri, created_at) VALUES ($1, $2, $3, $4::text::timestamp)",
+            *(f"at://{other}/app.bsky.feed.like/3l{number}", other, uri, date),
+        )
+    code, _ = await told(postgres_url, capsys, Wish(repair=True, as_json=True))
+    code, drift = await told(postgres_url, capsys, Wish(as_json=True))
+    assert (code, drift) == (ExitCode.DONE, {})
+    op = {"text": "new", "createdAt": "2026-11-27T00:00:00.000Z", "$type": "app.bsky.feed.post"}
+    like = {"$type": "app.bsky.feed.like", "subject": {"uri": f"at://{did}/app.bsky.feed.post/3p2", "cid": cid}}
+    batch = Batch()
+    for commit in (
+        Commit(1, did, None, None, [Op("update", "app.bsky.feed.post", "3p0", cid, record=op)], []),
+        Commit(2, did, None, None, [Op("delete", "app.bsky.feed.post", "3p1")], []),
+        Commit(3, other, None, None, [Op("delete", "app.bsky.feed.like", "3l0")], []),
+        Commit(4, other, None, None, [Op("create", "app.bsky.feed.like", "3a2", cid, record=like)], []),  # a twin
+    ):
+        batch.put(map_commit(commit, 1_700_000_000_000))
+    batch.put_account(Account(9, other, active=False, status="deleted", time=None), datetime.now(UTC))
+    store = await Store.connect(postgres_url)
+    try:
+        await store.write(batch)
+        while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
+            pass
+    finally:
+        await store.close()
+    assert [r[0] for r in await pg.fetch("SELECT text FROM posts ORDER BY uri")] == ["new", "old", "old"]
+    assert await pg.fetchval("SELECT count(*) FROM likes") == 0
+    code, drift = await told(postgres_url, capsys, Wish(as_json=True))
+    assert (code, drift) == (ExitCode.DONE, {})

@@ -1,12 +1,14 @@
 -- After the commit of a flush: what overtook its records (as in `look`), and which rows that join two records it may
 -- have changed: thread contexts of its `posts`, of replies to them, and of posts that their root's author liked
 -- (`like_posts`, `like_users`); gate flags of its posts; like counts of the feed generators and labelers it liked.
+-- Of the replies to one post, `crowd` + 1 at most, with the post in `rev`: so many are not recomputed at once.
 CREATE OR REPLACE FUNCTION fastworker.look_back_2(
     uris text[],
     repos varchar[],
     posts varchar[],
     like_posts varchar[],
     like_users varchar[],
+    crowd int,
     with_contexts boolean,
     with_gates boolean,
     with_services boolean
@@ -16,8 +18,9 @@ CREATE OR REPLACE FUNCTION fastworker.look_back_2(
     SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p
     WHERE with_contexts AND p.uri = ANY(posts) AND p.root_uri <> p.uri
     UNION ALL
-    SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p
-    WHERE with_contexts AND p.root_uri = ANY(posts) AND p.uri <> p.root_uri
+    SELECT 'context', p.uri, r.uri, NULL FROM unnest(posts) AS r (uri), LATERAL (
+        SELECT q.uri FROM public.posts AS q WHERE q.root_uri = r.uri AND q.uri <> r.uri LIMIT crowd + 1) AS p
+    WHERE with_contexts
     UNION ALL
     SELECT 'context', p.uri, NULL, NULL FROM unnest(like_posts, like_users) AS l (post, did)
     JOIN public.posts AS p ON p.uri = l.post

@@ -1,7 +1,7 @@
 -- A whole flush of new rows of the hot tables, as docs/invariants.md has it: look, main transaction, look back, rows that
 -- join two records. If anything else is to be done (a row is not new, one is beaten or among the twins, somebody must
--- not be stored), nothing is, with SQLSTATE FW001. `is_late`: it is all written, and something overtook it: the look
--- back is the caller's.
+-- not be stored), nothing is, with SQLSTATE FW001. `is_late`: it is all written, and something overtook it, or
+-- more than `crowd` thread contexts follow: the look back is the caller's.
 CREATE OR REPLACE PROCEDURE fastworker.put_whole_2(
     new_users varchar[],
     {{new_rows_arguments}}
@@ -17,6 +17,7 @@ CREATE OR REPLACE PROCEDURE fastworker.put_whole_2(
     uris text[],
     repos varchar[],
     dids varchar[],
+    crowd int,
     with_contexts boolean,
     with_gates boolean,
     with_services boolean,
@@ -38,14 +39,15 @@ BEGIN
         deltas => deltas, owed_kinds => NULL, owed_keys => NULL, of_stream => of_stream, of_consumer => of_consumer,
         until_seq => until_seq, until_entry => until_entry);
     COMMIT;
-    SELECT coalesce(bool_or(kind IN ('tombstone', 'account', 'twin')), false),
+    SELECT coalesce(bool_or(kind IN ('tombstone', 'account', 'twin')), false)
+            OR count(*) FILTER (WHERE kind = 'context') > crowd,
         array_agg(DISTINCT key) FILTER (WHERE kind = 'context'),
         array_agg(DISTINCT key) FILTER (WHERE kind = 'gate'),
         array_agg(DISTINCT key) FILTER (WHERE kind = 'like_count')
     INTO is_late, contexts, gates, services
     FROM fastworker.look_back_2(uris, repos,
         ARRAY(SELECT uri FROM unnest(new_posts)), ARRAY(SELECT post_uri FROM unnest(new_likes)),
-        ARRAY(SELECT user_did FROM unnest(new_likes)), with_contexts, with_gates, with_services);
+        ARRAY(SELECT user_did FROM unnest(new_likes)), crowd, with_contexts, with_gates, with_services);
     IF NOT is_late AND coalesce(contexts, gates, services) IS NOT NULL THEN
         PERFORM fastworker.recompute_2(
             contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => '{}',

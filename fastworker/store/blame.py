@@ -1,0 +1,78 @@
+"""Whose fault a refused flush is: a row's, or the database's state. A control record of ours decides.
+
+Where the database refuses records of ours as well, written in the same way into the same tables and taken back, no row
+is at fault: it is waited for. Where it takes them, the refused rows are at fault, and are found by halving the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+
+from asyncpg.exceptions import PostgresError
+
+from fastworker.errors import RowRejected, StoreUnavailable
+from fastworker.store import statements as sql
+from fastworker.store.effects import write_effects
+from fastworker.store.flush import put_rows
+from fastworker.store.refusal import sentence
+from fastworker.store.session import RETRYABLE, Connection
+from fastworker.store.writer import Writer
+from fastworker.table import control
+from fastworker.table.derive import Effects
+
+STRING_TOO_LONG, LOCK_TIMEOUT = "22001", "55P03"
+Connect = Callable[[], AbstractAsyncContextManager[Connection]]
+
+
+class _RolledBack(Exception):
+    """What the transaction did shall not be."""
+
+
+def is_lock_timeout(error: StoreUnavailable) -> bool:
+    return getattr(error.__cause__, "sqlstate", None) == LOCK_TIMEOUT
+
+
+async def who_locks(connect: Connect) -> str:
+    """Of the transactions that hold locks on the tables, the oldest that is not ours, as a sentence."""
+    with contextlib.suppress(StoreUnavailable):
+        async with connect() as db:
+            if held := await db.fetchval(sql.WHO_LOCKS):
+                return f"A lock is held by {held}"
+    return "Nobody holds a lock any more"
+
+
+async def refuse_state(writer: Writer, connect: Connect, tables: set[str], error: RowRejected) -> None:
+    """Raise StoreUnavailable where the database refuses rows of ours as well; `error`: what it said of the batch."""
+    is_wide = getattr(error.__cause__, "sqlstate", None) == STRING_TOO_LONG
+    try:
+        async with connect() as db:
+            await _write_control(writer, db, tables, wide=is_wide)
+    except RowRejected as refused:
+        cause = refused.__cause__
+        words = sentence(cause) if isinstance(cause, PostgresError) else f"PostgreSQL: {refused}"
+        raise StoreUnavailable(words) from refused
+    except RETRYABLE as lost:
+        raise StoreUnavailable(f"PostgreSQL: {lost}") from lost
+
+
+async def _write_control(writer: Writer, db: Connection, tables: set[str], *, wide: bool) -> None:
+    """Write control records into these tables, as any other record, and take them back."""
+    async with _taken_back(db):
+        for changes, dids in control.steps(tables, datetime.now(UTC), wide=wide):
+            effects = Effects(writer.derive)
+            await db.execute(sql.USERS, dids)
+            await db.execute(sql.HANDLES, [control.FULL], ["control.invalid"])
+            await put_rows(writer, db, changes, set(), effects)
+            await write_effects(writer, db, effects)
+        await db.execute("SET CONSTRAINTS ALL IMMEDIATE")
+
+
+@contextlib.asynccontextmanager
+async def _taken_back(db: Connection) -> AsyncIterator[None]:
+    with contextlib.suppress(_RolledBack):
+        async with db.transaction():
+            yield
+            raise _RolledBack
