@@ -8,7 +8,6 @@ are small, requests are short, and a host that keeps failing is left alone for a
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import time
 from collections import OrderedDict
@@ -23,9 +22,8 @@ import msgspec
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from fastworker.event.syntax import is_handle
+from fastworker.edge.addresses import is_host, is_public
 
-_RESERVED: Final = ("alt", "arpa", "example", "internal", "invalid", "local", "localhost", "onion")
 DOCUMENT_BYTES_MAX: Final = 64 * 1024
 DID_BYTES_MAX: Final = 2 * 1024
 REQUEST_S: Final = 5.0
@@ -79,7 +77,7 @@ class _PublicOnly(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = [a for a in await self._inner.resolve(host, port, family) if ipaddress.ip_address(a["host"]).is_global]
+        found = [a for a in await self._inner.resolve(host, port, family) if is_public(a["host"])]
         if not found:
             raise OSError(f"{host} has no public address")
         return found
@@ -193,11 +191,6 @@ class Directory:
             raise
         self._breaker.worked(host)
         return bytes(body)
-
-
-def is_host(name: str) -> bool:
-    """Whether a name may be asked: a handle's syntax, no address, no ending that is reserved."""
-    return is_handle(name) and name.rpartition(".")[2] not in _RESERVED
 
 
 async def gather(

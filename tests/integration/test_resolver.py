@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 
 from fastworker.edge import identity
 from fastworker.edge.embedded import free_port
-from fastworker.edge.identity import Breaker, Directory, Unresolved, gather, is_host
+from fastworker.edge.identity import Breaker, Directory, Unresolved, gather
 from fastworker.edge.store import Store
 from fastworker.event import Identity
 from fastworker.run import resolver
@@ -279,25 +279,6 @@ async def test_private_hosts_are_not_asked(world: Any) -> None:
     async with Directory(servers["plc_url"], allow_private=True, **where) as directory:
         assert await directory.handle_of(ALICE) is None
     assert "alice.test/atproto-did" in says.asked, "it was the address that was refused"
-
-
-@pytest.mark.parametrize(
-    ("name", "may"),
-    [
-        ("alice.test", True),
-        ("xn--bcher-kva.example.com", True),
-        ("127.0.0.1", False),
-        ("localhost", False),
-        ("a.localhost", False),
-        ("a.internal", False),
-        ("alice.test:80", False),
-        ("alice.test/x", False),
-        ("-a.test", False),
-        ("a" * 250 + ".test", False),
-    ],
-)
-def test_which_hosts_may_be_asked(name: str, may: bool) -> None:
-    assert is_host(name) is may
 
 
 def test_a_failing_host_is_left_alone_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
