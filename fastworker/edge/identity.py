@@ -1,13 +1,14 @@
 """Who a DID is: the DID directory, DNS and well-known files. The only importer of dnspython.
 
 A handle counts when both sides say so: the DID document names it, and it names the DID (atproto.com/specs/handle).
-Hosts come from the network, so nothing private is asked (names that resolve to private addresses are refused), answers
-are small, requests are short, and a host that keeps failing is left alone for a while.
+Hosts come from the network, so nothing private is asked (edge/addresses.py judges each URL, each redirect and each
+address), answers are small, requests are short, and a host that keeps failing is left alone for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import time
 from collections import OrderedDict
@@ -22,13 +23,14 @@ import msgspec
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from fastworker.edge.addresses import is_host, is_public
+from fastworker.edge.addresses import is_host, is_public, refusal
 
 DOCUMENT_BYTES_MAX: Final = 64 * 1024
 DID_BYTES_MAX: Final = 2 * 1024
 REQUEST_S: Final = 5.0
 DNS_S: Final = 3.0
 REDIRECTS_MAX: Final = 3
+_REDIRECTS: Final = (301, 302, 303, 307, 308)
 VERIFIED_S: Final = 600.0  # a handle's DID is remembered
 VERIFIED_MAX: Final = 10_000
 FAILURES_MAX: Final = 5  # of one host, in a row
@@ -69,7 +71,7 @@ class Breaker:
 
 
 class _PublicOnly(AbstractResolver):
-    """Names as the system resolves them, without addresses that are not public."""
+    """The system's names, without addresses that are not public. aiohttp connects to what it is given here."""
 
     def __init__(self) -> None:
         self._inner = aiohttp.ThreadedResolver()
@@ -79,7 +81,7 @@ class _PublicOnly(AbstractResolver):
     ) -> list[ResolveResult]:
         found = [a for a in await self._inner.resolve(host, port, family) if is_public(a["host"])]
         if not found:
-            raise OSError(f"{host} has no public address")
+            raise OSError(errno.EHOSTUNREACH, f"{host} has no public address")
         return found
 
     async def close(self) -> None:
@@ -87,7 +89,11 @@ class _PublicOnly(AbstractResolver):
 
 
 class Directory:
-    """An async context manager. `well_known` and `nameserver` are where tests put their own servers."""
+    """An async context manager. `well_known` and `nameserver` are where tests put their own servers.
+
+    The rules for foreign hosts hold for all but the first request to the operator's own directory (or, with
+    `allow_private`, to the tests' servers).
+    """
 
     def __init__(
         self,
@@ -109,23 +115,23 @@ class Directory:
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=REQUEST_S)
-        self._plc = aiohttp.ClientSession(timeout=timeout)  # the operator's choice: may be private
-        connector = aiohttp.TCPConnector(resolver=None if self._allow_private else _PublicOnly(), limit_per_host=2)
-        self._hosts = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        self._own = aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+        connector = aiohttp.TCPConnector(resolver=_PublicOnly(), limit_per_host=2)
+        self._foreign = aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._plc.close()
-        await self._hosts.close()
+        await self._own.close()
+        await self._foreign.close()
 
     async def handle_of(self, did: str) -> str | None:
         """The DID's verified handle, lower-cased; None when it has none. Raises Unresolved."""
         if did.startswith("did:plc:"):
-            text = await self._get(self._plc, f"{self._plc_url}/{did}", DOCUMENT_BYTES_MAX)
+            text = await self._get(f"{self._plc_url}/{did}", DOCUMENT_BYTES_MAX, own=True)
         elif did.startswith("did:web:") and is_host(host := did[8:].lower()):
-            text = await self._get(self._hosts, f"{self._at(host)}/did.json", DOCUMENT_BYTES_MAX)
+            text = await self._get(f"{self._at(host)}/did.json", DOCUMENT_BYTES_MAX, own=self._allow_private)
         else:
             return None
         try:
@@ -145,7 +151,7 @@ class Directory:
             return known[1]
         did = await self._by_dns(handle)
         if did is None:
-            text = await self._get(self._hosts, f"{self._at(handle)}/atproto-did", DID_BYTES_MAX)
+            text = await self._get(f"{self._at(handle)}/atproto-did", DID_BYTES_MAX, own=self._allow_private)
             did = (text or b"").decode("ascii", "replace").strip()
         if not did.startswith("did:"):
             return None
@@ -167,22 +173,14 @@ class Directory:
     def _at(self, host: str) -> str:
         return self._well_known.format(host=host)
 
-    async def _get(self, session: aiohttp.ClientSession, url: str, bytes_max: int) -> bytes | None:
+    async def _get(self, text: str, bytes_max: int, *, own: bool) -> bytes | None:
         """The answer's body; None when the host says that there is none. Raises Unresolved."""
-        host = URL(url).authority
+        url = URL(text)
+        host = url.authority
         self._breaker.check(host)
         try:
-            async with session.get(url, max_redirects=REDIRECTS_MAX) as response:
-                if response.status == 429 or response.status >= 500:
-                    raise Unresolved(f"{host} answers {response.status}")  # noqa: TRY301 - as a broken connection
-                if response.status != 200:
-                    self._breaker.worked(host)
-                    return None
-                body = bytearray()
-                async for chunk in response.content.iter_chunked(8_192):
-                    body += chunk
-                    if len(body) > bytes_max:
-                        return None
+            async with asyncio.timeout(REQUEST_S):
+                body = await self._follow(url, bytes_max, own=own)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             self._breaker.failed(host)
             raise Unresolved(f"{host}: {str(error) or type(error).__name__}") from error
@@ -190,7 +188,32 @@ class Directory:
             self._breaker.failed(host)
             raise
         self._breaker.worked(host)
-        return bytes(body)
+        return body
+
+    async def _follow(self, url: URL, bytes_max: int, *, own: bool) -> bytes | None:
+        """Redirects by hand: each is judged before it is asked, and none of them is our own any more."""
+        for _ in range(1 + REDIRECTS_MAX):
+            if not own and (why := refusal(url)) is not None:
+                raise Unresolved(f"{url.host} is not asked: {why}")
+            session = self._own if own else self._foreign
+            async with session.get(url, allow_redirects=False) as response:
+                if response.status in _REDIRECTS and "Location" in response.headers:
+                    url, own = url.join(URL(response.headers["Location"])), False
+                    continue
+                if response.status == 429 or response.status >= 500:
+                    raise Unresolved(f"{url.host} answers {response.status}")
+                return await _body(response, bytes_max) if response.status == 200 else None
+        raise Unresolved(f"{url.host}: more than {REDIRECTS_MAX} redirects")
+
+
+async def _body(response: aiohttp.ClientResponse, bytes_max: int) -> bytes | None:
+    """None when it is too large."""
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(8_192):
+        body += chunk
+        if len(body) > bytes_max:
+            return None
+    return bytes(body)
 
 
 async def gather(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import aiohttp
 import asyncpg
 import dns.flags
 import dns.message
@@ -39,6 +41,7 @@ class World:
         self.documents: dict[str, Any] = {}  # did -> document, or a status
         self.files: dict[str, str] = {}  # host -> atproto-did
         self.records: dict[str, list[str]] = {}  # handle -> TXT
+        self.moved: dict[str, str] = {}  # did or host/name -> Location
         self.asked: list[str] = []
         self.hold: asyncio.Event | None = None
 
@@ -50,16 +53,24 @@ class World:
         self.asked.append(did)
         if self.hold is not None:
             await self.hold.wait()
+        if did in self.moved:
+            return web.Response(status=302, headers={"Location": self.moved[did]})
         found = self.documents.get(did, 404)
         return web.Response(status=found) if isinstance(found, int) else web.json_response(found)
 
     async def well_known(self, request: web.Request) -> web.StreamResponse:
         host, name = request.match_info["host"], request.match_info["name"]
         self.asked.append(f"{host}/{name}")
+        if f"{host}/{name}" in self.moved:
+            return web.Response(status=301, headers={"Location": self.moved[f"{host}/{name}"]})
         if name == "did.json":
             found = self.documents.get(f"did:web:{host}", 404)
             return web.Response(status=found) if isinstance(found, int) else web.json_response(found)
         return web.Response(text=self.files[host]) if host in self.files else web.Response(status=404)
+
+    async def secret(self, _request: web.Request) -> web.StreamResponse:
+        self.asked.append("secret")
+        return web.Response(text=ALICE)
 
 
 class _Names(asyncio.DatagramProtocol):
@@ -88,6 +99,7 @@ async def world() -> AsyncIterator[tuple[World, dict[str, Any]]]:
     world = World()
     app = web.Application()
     app.router.add_get("/plc/{did}", world.document)
+    app.router.add_get("/secret", world.secret)
     app.router.add_get("/hosts/{host}/{name}", world.well_known)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -273,12 +285,66 @@ async def test_private_hosts_are_not_asked(world: Any) -> None:
     port = servers["plc_url"].split(":")[2].split("/")[0]
     where = {"well_known": f"http://localhost:{port}/hosts/{{host}}", "nameserver": servers["nameserver"]}
     async with Directory(servers["plc_url"], **where) as directory:
-        with pytest.raises(Unresolved, match="localhost"):
+        with pytest.raises(Unresolved, match="localhost is not asked: http is not https"):
             await directory.handle_of(ALICE)
     assert "alice.test/atproto-did" not in says.asked
     async with Directory(servers["plc_url"], allow_private=True, **where) as directory:
         assert await directory.handle_of(ALICE) is None
-    assert "alice.test/atproto-did" in says.asked, "it was the address that was refused"
+    assert "alice.test/atproto-did" in says.asked, "it was the host that was refused"
+
+
+@pytest.mark.parametrize("first", ["the directory", "a host"])
+@pytest.mark.parametrize(
+    ("to", "why"),
+    [
+        ("http://127.0.0.1:{port}/secret", "not https"),
+        ("/secret", "not https"),
+        ("//127.0.0.1:{port}/secret", "not https"),
+        ("https://127.0.0.1/secret", "not the name of a public host"),
+        ("https://[64:ff9b::7f00:1]/secret", "not the name of a public host"),
+        ("https://pds.example.com:{port}/secret", "port"),
+        ("https://private.test/secret", "no public address"),
+        ("https://u:p@private.test/secret", "user name"),
+        ("file:///etc/passwd", "not https"),
+        ("https://[::1", "Invalid IPv6 URL"),
+    ],
+)
+async def test_redirects_are_judged_as_hosts_are(
+    first: str, to: str, why: str, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of the operator's own directory, and also to a name whose addresses are private."""
+    says, servers = world
+    says.is_called(ALICE, "alice.test")
+    port = servers["plc_url"].split(":")[2].split("/")[0]
+    says.moved["alice.test/atproto-did" if first == "a host" else ALICE] = to.format(port=port)
+
+    async def resolve(_self: object, host: str, port: int = 0, family: Any = 0) -> list[Any]:
+        return [
+            {"hostname": host, "host": a, "port": port, "family": socket.AF_INET, "proto": 0, "flags": 0}
+            for a in ("127.0.0.1", "169.254.169.254")
+        ]
+
+    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolve)
+    async with Directory(**servers) as directory:
+        with pytest.raises(Unresolved, match=why):
+            await directory.handle_of(ALICE)
+    assert "secret" not in says.asked
+
+
+async def test_redirects_end(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    says, servers = world
+    monkeypatch.setattr(identity, "refusal", lambda _url: None)
+    monkeypatch.setattr(identity, "is_public", lambda _address: True)
+    says.moved[ALICE] = f"/plc/{ALICE}"
+    async with Directory(**servers) as directory:
+        with pytest.raises(Unresolved, match="redirects"):
+            await directory.handle_of(ALICE)
+    assert len(says.asked) == 1 + identity.REDIRECTS_MAX
+    says.moved[ALICE] = f"/plc/{BOB}"
+    says.documents[BOB] = {"id": ALICE, "alsoKnownAs": ["at://alice.test"]}
+    says.records["alice.test"] = [f"did={ALICE}"]
+    async with Directory(**servers) as directory:
+        assert await directory.handle_of(ALICE) == "alice.test"
 
 
 def test_a_failing_host_is_left_alone_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
