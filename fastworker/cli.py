@@ -171,7 +171,10 @@ def _http_settings(config: Config, default: int) -> HttpSettings:
 
     port = default if config.http_port is None else config.http_port
     return HttpSettings(
-        host=config.http_host, port=None if port == "off" else port, chosen=config.http_port is not None
+        host=config.http_host,
+        port=None if port == "off" else port,
+        chosen=config.http_port is not None,
+        names=config.http_hosts,
     )
 
 

@@ -314,6 +314,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Address that the port listens on; in a container 0.0.0.0. There is no password: keep it inside.",
         ),
     ] = "127.0.0.1"
+    http_hosts: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_HTTP_HOSTS",
+            "reader worker up",
+            "More names that the status page and /status.json answer to, such as that of a Kubernetes service or an "
+            "ingress (`*`: any). Without it: addresses, localhost and the host's own name, so that no web site can "
+            "read them through a visitor's browser. /metrics, /livez and /readyz answer to every name.",
+            read=_words,
+            allowed="host names without port, comma-separated, or *",
+            default="none",
+        ),
+    ] = ()
     home: Annotated[
         str | None,
         _env(
