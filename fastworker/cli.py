@@ -8,6 +8,7 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ import click
 import msgspec
 
 import fastworker
-from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config
+from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
 from fastworker.redact import redact
 
@@ -85,6 +86,8 @@ def _config() -> Config:
 
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
+    for remark in remarks(os.environ):
+        logging.getLogger(__name__).info("%s", remark)
     return config
 
 
@@ -223,8 +226,10 @@ def worker(reapply: str | None) -> ExitCode:
     config = _config()
     plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
+        from fastworker.run.checks import preflight
         from fastworker.run.reapply import reapply as run_reapply
 
+        _run(preflight(config, database_url=config.database_url))
         return _run(run_reapply(plan.worker, reapply))
     from fastworker.run.up import run_worker
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import msgspec
 
-from fastworker.edge.schema_admin import AUTHORITY
-from fastworker.errors import ConfigError, Unreachable, words_of
+from fastworker.edge.schema_admin import NOT_CONNECTED, not_connected
+from fastworker.errors import Unreachable
+from fastworker.urls import place_of
 
 CONNECT_SECONDS_MAX = 10.0
 STATEMENT_SECONDS_MAX = 30.0
@@ -72,7 +72,6 @@ class Past(msgspec.Struct, frozen=True):
 @asynccontextmanager
 async def _connection(database_url: str, application_name: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """One connection for one look, with the driver's errors as ours."""
-    where = name_of(database_url)
     try:
         connection = await asyncpg.connect(
             database_url,
@@ -81,14 +80,12 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
             statement_cache_size=0,  # behind pgbouncer too
             server_settings={"application_name": application_name},
         )
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
-        raise Unreachable(f"{where} cannot be reached: {words_of(error, AUTHORITY)}") from error
-    except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
+    except NOT_CONNECTED as error:
+        raise not_connected(database_url, error) from error
     try:
         yield connection
     except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where}: {str(error) or type(error).__name__}") from error
+        raise Unreachable(f"{name_of(database_url)}: {str(error) or type(error).__name__}") from error
     finally:
         connection.terminate()
 
@@ -167,9 +164,7 @@ async def past(database_url: str, stream_key: str) -> Past:
 
 def name_of(database_url: str) -> str:
     """The server without user and password, for a sentence."""
-    parts = urlsplit(database_url)
-    host = parts.hostname or "its socket"
-    return f"PostgreSQL at {host}{f':{parts.port}' if parts.port else ''}"
+    return f"PostgreSQL at {place_of(database_url)}"
 
 
 _FINISHED = """

@@ -115,6 +115,15 @@ def test_every_command_of_a_variable_exists() -> None:
         (["dlq", "list"], {"REDIS_URL": "redis://x:hunter2@nowhere.invalid"}, 3, "Redis cannot be reached"),
         (["dlq", "purge"], {}, 2, "--all"),
         (["migrate"], {"DATABASE_URL": f"postgresql://u:hunter2@{NOBODY}/x"}, 3, "PostgreSQL"),
+        (["migrate"], {"DATABASE_URL": f"postgresql://u:hunter2@{NOBODY}/x"}, 3, NOBODY),
+        (["migrate"], {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1,127.0.0.1:2/x"}, 3, "127.0.0.1:1 or 127."),
+        (["migrate"], {"DATABASE_URL": "{pg}&no_such=hunter2"}, 2, '"no_such"'),
+        (["worker"], {"DATABASE_URL": "{pg}&statement_timeout=soon", "REDIS_URL": "{redis}"}, 2, '"statement_timeout"'),
+        (["worker", "--reapply", "0"], {"DATABASE_URL": "{pg}&no_such=1", "REDIS_URL": "{redis}"}, 2, '"no_such"'),
+        (["migrate", "--check"], {"DATABASE_URL": "{pg}&shared_buffers=1"}, 2, '"shared_buffers"'),
+        (["verify"], {"DATABASE_URL": "{pg}&sslcert=/nonexistent"}, 2, "sslcert names no file"),
+        (["status"], {"REDIS_URL": "redis://:hunter2@a,b"}, 2, "several servers"),
+        (["status"], {"REDIS_URL_FILE": "/nonexistent"}, 2, "No such file"),
         (["replay", "/nonexistent"], {}, 2, "does not exist"),
         (["health"], {"FASTWORKER_HTTP_PORT": "1"}, 1, "nobody answers"),
         (["health"], {"FASTWORKER_HTTP_PORT": "off"}, 2, "FASTWORKER_HTTP_PORT"),
@@ -134,7 +143,9 @@ def test_refusal(
 ) -> None:
     client.rpush("a-list", "x")
     urls = {"{redis}": redis_url, "{pg}": postgres_url, "{empty}": empty_postgres_url}
-    done = run(*args, **{name: urls.get(value, value) for name, value in env.items()})
+    for name, url in urls.items():
+        env = {key: value.replace(name, url) for key, value in env.items()}
+    done = run(*args, **env)
     said = done.stderr
     assert done.returncode == code, said
     assert words in said
