@@ -23,7 +23,7 @@ import msgspec
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
-from fastworker.redact import redact
+from fastworker.redact import printable, printable_lines, redact
 
 if TYPE_CHECKING:
     from fastworker.run.dlq import Wanted
@@ -319,7 +319,7 @@ def health(*, live: bool) -> ExitCode:
         raise ConfigError("FASTWORKER_HTTP_PORT is 0 or off: `fastworker health` needs a port that it can know")
     ports = [WORKER_PORT, READER_PORT] if config.http_port is None else [int(config.http_port)]
     well, words = _run(ask_health(config.http_host, ports, "/livez" if live else "/readyz"))
-    click.echo(words, err=not well)
+    click.echo(printable_lines(words), err=not well)
     return ExitCode.DONE if well else ExitCode.NO
 
 
@@ -448,10 +448,15 @@ def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
 @_IDS
 @_REASON
 @_ALL
-def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> ExitCode:
+@click.option("--yes", is_flag=True, help="Do not ask before --all.")
+def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool, yes: bool) -> ExitCode:
     """Delete dead letters for good."""
     from fastworker.run.dlq import purge_letters
 
+    if everything and not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("--all deletes every dead letter for good: add --yes where nobody can be asked.")
+        click.confirm("Delete every dead letter for good?", abort=True)
     return _run(purge_letters(_config(), _wanted(ids, reason, everything=everything)))
 
 
@@ -587,7 +592,7 @@ def _main() -> int:
     except BaseExceptionGroup as group:
         return _group(group)
     except Exception:  # noqa: BLE001 - the last line: what is not ours to explain gets a traceback
-        sys.stderr.write(redact(traceback.format_exc()))
+        sys.stderr.write(printable_lines(redact(traceback.format_exc())))
         return ExitCode.BUG
 
 
@@ -595,7 +600,7 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
     """Of several errors at once, one of ours says why; its siblings were cancelled for its sake."""
     ours, others = group.split((FastworkerError, StreamUnavailable, StoreUnavailable))
     if ours is None or others is not None:
-        sys.stderr.write(redact("".join(traceback.format_exception(group))))
+        sys.stderr.write(printable_lines(redact("".join(traceback.format_exception(group)))))
         return ExitCode.BUG
     first: BaseException = ours
     while isinstance(first, BaseExceptionGroup):
@@ -604,5 +609,5 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
 
 
 def _say(error: BaseException, code: ExitCode) -> int:
-    sys.stderr.write(f"fastworker: {redact(str(error))}\n")
+    sys.stderr.write(f"fastworker: {printable(redact(str(error)))}\n")
     return code

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Final
 
 import msgspec
-from rich.console import Console
 from rich.text import Text
 
 from fastworker.config import Config
@@ -26,6 +24,7 @@ from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
+from fastworker.terminal import Terminal, write_json
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -543,14 +542,14 @@ async def check(config: Config, *, as_json: bool) -> ExitCode:
     else:
         findings += await _postgres_findings(config, config.database_url, seen)
     if as_json:
-        sys.stdout.write(msgspec.json.encode(findings).decode() + "\n")
+        write_json(msgspec.json.encode(findings))
     else:
         _print(findings)
     return ExitCode.NO if any(finding.verdict is Verdict.FAIL for finding in findings) else ExitCode.DONE
 
 
 def _print(findings: list[Finding]) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     styles = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
     for finding in findings:
         line = Text(f"{finding.verdict:<4} ", style=styles[finding.verdict])

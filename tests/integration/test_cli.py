@@ -502,6 +502,43 @@ def test_dlq_list_and_show(letters: dict[str, str], redis_url: str) -> None:
     assert run("dlq", "show", "9-9", REDIS_URL=redis_url).returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["show", "nonsense"], "'nonsense' is not the id of a dead letter"),
+        (["retry", "1-2-3"], "'1-2-3' is not the id of a dead letter"),
+        (["purge", "-"], "'-' is not the id"),
+        (["purge", "--reason", "typo"], "the reasons are bad_entry, "),
+        (["retry", "--reason", "typo"], "deliveries"),
+        (["list", "--reason", "typo"], "the reasons are"),
+        (["purge", "--all"], "--yes"),
+    ],
+)
+def test_dlq_refuses_what_cannot_be(args: list[str], words: str, client: redis.Redis, redis_url: str) -> None:
+    client.xadd(DEAD, {"reason": "typo"})
+    done = run("dlq", *args, REDIS_URL=redis_url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert client.xlen(DEAD) == 1
+
+
+def test_dead_letters_cannot_speak_to_the_terminal(client: redis.Redis, redis_url: str) -> None:
+    """Nor break its table, nor what reads its JSON."""
+    evil = "x\n[2026-11-27 00:00:00] [CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:"
+    fields = dict.fromkeys(("type", "reason", "error", "consumer", "form", "deliveries", "origId", "seq"), evil)
+    letter_id = client.xadd(DEAD, {**fields, "data": evil, "setAsideAt": "9" * 30}).decode()
+    for args in (["list"], ["list", "--json"], ["show", letter_id]):
+        done = run("dlq", *args, REDIS_URL=redis_url, COLUMNS="1000")
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        assert not set(said) & set("\x1b\x07\x9b\r\u202e\u2028"), args
+        assert not re.search(r"(?m)^\[2026", said), said
+    listed = run("dlq", "list", REDIS_URL=redis_url, COLUMNS="1000").stdout
+    assert r"[CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:" in listed
+    assert json.loads(run("dlq", "list", "--json", REDIS_URL=redis_url).stdout)["error"] == evil
+    assert json.loads(run("dlq", "show", letter_id, REDIS_URL=redis_url).stdout)["error"] == evil
+
+
 def test_dlq_retry_gives_back_what_the_entry_was(letters: dict[str, str], client: redis.Redis, redis_url: str) -> None:
     done = run("dlq", "retry", letters["json"], "9-9", REDIS_URL=redis_url)
     assert done.returncode == 1
@@ -552,6 +589,6 @@ def test_dlq_purge(letters: dict[str, str], client: redis.Redis, redis_url: str)
     done = run("dlq", "purge", "--reason", "bad_frame", REDIS_URL=redis_url)
     assert (done.returncode, done.stdout) == (0, "2 dead letters are gone.\n")
     assert client.xlen(DEAD) == 3
-    assert run("dlq", "purge", "--all", REDIS_URL=redis_url).returncode == 0
+    assert run("dlq", "purge", "--all", "--yes", REDIS_URL=redis_url).returncode == 0
     assert client.xlen(DEAD) == 0
     assert run("dlq", "list", REDIS_URL=redis_url).stdout == "No dead letters.\n"
