@@ -8,9 +8,11 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Coroutine, Iterable
@@ -22,7 +24,7 @@ import msgspec
 
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
-from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
+from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.redact import printable, printable_lines, redact
 
 if TYPE_CHECKING:
@@ -533,7 +535,14 @@ def relay(
                 on_ready=lambda sim: click.echo(f"RELAY_URL={sim.url}"),
             )
 
-    _run(main())
+    try:
+        _run(main())
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Unreachable(f"Port {port} of {host} is in use: give --port another one, or 0") from error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) or isinstance(error, socket.gaierror):
+            raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
+        raise
     return ExitCode.DONE
 
 

@@ -21,7 +21,7 @@ from fastworker.edge.postgres_admin import Facts, Past, facts, name_of, past, wr
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.edge.rights import TABLE_RIGHTS
 from fastworker.edge.stream import form_of
-from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
 from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
 from fastworker.terminal import Terminal, write_json
@@ -159,7 +159,10 @@ def somebody_works(stream: Stream, consumers: Iterable[Consumer], config: Config
     group = stream.group(config.group)
     waiting = stream.length if group is None else group.lag
     if waiting and not any(one.leased or one.idle_ms < ACTIVE_MS for one in consumers):
-        yield _warn("stream", f"{waiting:,} entries wait and no worker is at work: start `fastworker worker`.")
+        yield _warn(
+            "stream",
+            f"{counted(waiting, 'entry waits', 'entries wait')} and no worker is at work: start `fastworker worker`.",
+        )
 
 
 def the_reader(
@@ -202,7 +205,8 @@ def gaps(count: int) -> Iterator[Finding]:
     if count:
         yield _warn(
             "stream",
-            f"{count} stretches were never given by the relay (LRANGE fastworker:gaps 0 -1 tells which): backfill the "
+            f"{counted(count, 'stretch was', 'stretches were')} never given by the relay (LRANGE "
+            "fastworker:gaps 0 -1 tells which): backfill the "
             "accounts of that time, then DEL the list.",
         )
 
@@ -296,7 +300,8 @@ def abandoned_pending(consumers: Iterable[Consumer], oldest: Iterable[Pending]) 
         count = sum(one.pending for one in dead)
         yield _warn(
             "stream",
-            f"{count:,} entries are pending for consumers that are gone ({_some([one.name for one in dead])}): a "
+            f"{counted(count, 'entry is', 'entries are')} pending for consumers that are gone "
+            f"({_some([one.name for one in dead])}): a "
             "running worker adopts them.",
         )
     stale = [one for one in oldest if one.idle_ms > STALE_PENDING_S * 1000]
@@ -333,7 +338,7 @@ def trimmed_unread(stream: Stream, config: Config) -> Iterator[Finding]:
 
 def dead_letters(count: int) -> Iterator[Finding]:
     if count:
-        yield _warn("stream", f"{count:,} dead letters: see `fastworker dlq list`.")
+        yield _warn("stream", f"{counted(count, 'dead letter')}: see `fastworker dlq list`.")
 
 
 # --- PostgreSQL

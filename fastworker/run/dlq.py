@@ -22,7 +22,7 @@ from rich.table import Table
 from fastworker.config import Config
 from fastworker.edge.redis_admin import Fields, RedisAdmin, id_ms, open_redis
 from fastworker.edge.stream import original_fields
-from fastworker.errors import ConfigError, ExitCode, InvalidEvent, Reason
+from fastworker.errors import ConfigError, ExitCode, InvalidEvent, Reason, counted
 from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown
 from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
@@ -157,7 +157,7 @@ async def list_letters(config: Config, *, reason: str | None, limit: int, as_jso
         table.add_row(line.id, line.set_aside_at, line.reason, line.form, line.error)
     console.print(table)
     total = ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
-    console.print(f"{sum(counts.values()):,} dead letters: {total}")
+    console.print(f"{counted(sum(counts.values()), 'dead letter')}: {total}")
     return ExitCode.DONE
 
 
@@ -196,7 +196,7 @@ async def retry_letters(config: Config, wanted: Wanted) -> ExitCode:
                 refused.append(f"{letter_id}: {error}")
                 continue
             retried += await admin.retry_letter(letter_id, fields)
-    sys.stdout.write(f"{retried:,} dead letters went back to {config.stream_key}.\n")
+    sys.stdout.write(f"{counted(retried, 'dead letter')} went back to {config.stream_key}.\n")
     return _end(wanted, found, refused)
 
 
@@ -211,7 +211,7 @@ async def purge_letters(config: Config, wanted: Wanted) -> ExitCode:
         purged = 0
         for at in range(0, len(found), PIECE):
             purged += await admin.purge_letters(found[at : at + PIECE])
-    sys.stdout.write(f"{purged:,} dead letters are gone.\n")
+    sys.stdout.write(f"{counted(purged, 'dead letter is', 'dead letters are')} gone.\n")
     return _end(wanted, set(found), [])
 
 

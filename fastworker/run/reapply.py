@@ -19,7 +19,7 @@ from typing import Final
 from fastworker.edge.redis_admin import RedisAdmin, open_redis
 from fastworker.edge.store import Store
 from fastworker.edge.stream import Entry, SetAside, Tally
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, counted
 from fastworker.run.heartbeat import Heartbeats
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.retry import pause
@@ -106,8 +106,9 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
         finally:
             await store.close()
     counts = source.counts
+    applied = counted(counts["committed"] + counts["nothing_to_store"], "entry", "entries")
     sys.stdout.write(
-        f"{counts['committed'] + counts['nothing_to_store']:,} entries applied again from {from_id} to "
+        f"{applied} applied again from {from_id} to "
         f"{stream.last_id}, {counts['drops']:,} drops, {counts['not_understood']:,} not understood, "
         f"{time.monotonic() - started:.1f} s\n"
     )

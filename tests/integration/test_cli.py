@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -128,6 +129,9 @@ def test_every_command_of_a_variable_exists() -> None:
         (["health"], {"FASTWORKER_HTTP_PORT": "1"}, 1, "nobody answers"),
         (["health"], {"FASTWORKER_HTTP_PORT": "off"}, 2, "FASTWORKER_HTTP_PORT"),
         (["nonsense"], {}, 2, "No such command"),
+        (["relay", "--port", "{port}", "--events", "5"], {}, 3, "in use: give --port another one"),
+        (["relay", "--host", "203.0.113.1", "--events", "5"], {}, 2, "Cannot listen on 203.0.113.1"),
+        (["relay", "--host", "nowhere.invalid", "--events", "5"], {}, 2, "Cannot listen on nowhere.invalid"),
         (["up"], {"FASTWORKER_HOME": "/proc/nowhere"}, 2, "FASTWORKER_HOME"),
     ],
 )
@@ -145,7 +149,9 @@ def test_refusal(
     urls = {"{redis}": redis_url, "{pg}": postgres_url, "{empty}": empty_postgres_url}
     for name, url in urls.items():
         env = {key: value.replace(name, url) for key, value in env.items()}
-    done = run(*args, **env)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(*(arg.replace("{port}", port) for arg in args), **env)
     said = done.stderr
     assert done.returncode == code, said
     assert words in said

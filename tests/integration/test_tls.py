@@ -26,6 +26,7 @@ from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, 
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
 from fastworker.edge.redis_client import connect
+from fastworker.edge.relay import RelayAddress, RelayRefused, subscribe
 from fastworker.edge.store import Store
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
 from fastworker.run.checks import preflight
@@ -173,6 +174,20 @@ async def test_a_certificate_that_is_not_right_is_refused(
     else:  # as libpq has it: without a file there is nothing to verify with
         assert "root certificate file" in str(of_postgres.value)
         assert "\n" not in str(of_postgres.value)
+
+
+async def test_a_port_that_speaks_no_tls_is_called_that() -> None:
+    async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(hello, "localhost", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(RelayRefused, match=f"localhost:{port}: this port does not speak TLS"):
+            await subscribe(RelayAddress.parse(f"wss://localhost:{port}"), None)
+        with pytest.raises(Unreachable, match="this port does not speak TLS"):
+            await preflight(parse_config({"REDIS_URL": f"rediss://localhost:{port}"}), database_url=None)
 
 
 async def test_servers_of_their_own(server_dir: Path, authority: Authority) -> None:
