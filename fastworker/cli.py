@@ -51,8 +51,36 @@ _COMPLETION: Final = (
 )
 
 
+def _env_file(ctx: click.Context, _option: click.Parameter, paths: tuple[Path, ...]) -> None:
+    """What the environment itself does not set comes from the files, the last one first."""
+    from fastworker.config import read_env_file
+
+    from_files: set[str] = ctx.meta.setdefault("names of env files", set())
+    for path in paths:
+        for name, value in read_env_file(path).items():
+            if name in from_files or not os.environ.get(name, "").strip():
+                os.environ[name] = value
+                from_files.add(name)
+
+
+_ENV_FILE: Final = click.Option(
+    ["--env-file"],
+    type=click.Path(path_type=Path),
+    multiple=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_env_file,
+    metavar="FILE",
+    help="Settings as NAME=value lines; the environment goes before them. May be repeated: the last one wins.",
+)
+
+
 class _Command(click.Command):
     """A command whose help ends with the environment variables that it reads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_ENV_FILE)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(ctx, formatter)
@@ -68,6 +96,10 @@ class _Command(click.Command):
 
 class _Group(click.Group):
     command_class = _Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_ENV_FILE)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         formatter.write_paragraph()

@@ -11,6 +11,7 @@ A variable of the predecessor keeps its name and meaning, names that are not our
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -557,6 +558,24 @@ def _texts(environment: Mapping[str, str]) -> dict[str, str]:
         if not texts[variable.name].strip():
             raise ConfigError(f"{variable.name}_FILE={path!r} is empty")
     return {name: text.strip() for name, text in texts.items() if text.strip() or name.startswith(PREFIX)}
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Names and values of a file as `docker compose` and shells read it: quotes, comments, `export`, `${NAME}`."""
+    from dotenv import dotenv_values  # noqa: PLC0415 - seldom needed
+    from dotenv.parser import parse_stream  # noqa: PLC0415
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"--env-file {path} cannot be read: {why}") from None
+    if broken := next((one for one in parse_stream(io.StringIO(text)) if one.error), None):
+        raise ConfigError(f"--env-file {path}: line {broken.original.line} is not NAME=value")
+    values = {name: value for name, value in dotenv_values(stream=io.StringIO(text)).items() if value is not None}
+    if wrong := next((name for name, value in values.items() if not name or "=" in name or "\0" in name + value), None):
+        raise ConfigError(f"--env-file {path}: {wrong!r} cannot be an environment variable")
+    return values
 
 
 def parse_config(environment: Mapping[str, str]) -> Config:

@@ -353,6 +353,20 @@ def test_a_future_cursor_ends_the_reader_and_a_gap_is_shown(
 # --- one-shot commands
 
 
+def test_settings_of_files(tmp_path: Path, redis_url: str) -> None:
+    """Before or after the command; the environment goes first, then the last file; an empty value is not set."""
+    first, second = tmp_path / "first.env", tmp_path / "second.env"
+    first.write_text(f"REDIS_URL=redis://{NOBODY}\nREDIS_STREAM_KEY=one\n")
+    second.write_text(f"export REDIS_URL='{redis_url}'\n")
+    for args in (["--env-file", str(first), "dlq", "list"], ["dlq", "list", "--env-file", str(first)]):
+        assert run(*args).returncode == 3
+        assert run(*args, REDIS_URL=redis_url).returncode == 0
+        assert run(*args, "--env-file", str(second)).returncode == 0
+    assert run("dlq", "list", "--env-file", str(second), REDIS_URL="").returncode == 0
+    refused = run("dlq", "list", "--env-file", str(tmp_path / "none"))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
 def test_migrate_and_its_check(empty_postgres_url: str) -> None:
     before = run("migrate", "--check", DATABASE_URL=empty_postgres_url)
     assert before.returncode == 1

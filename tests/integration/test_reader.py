@@ -936,7 +936,7 @@ async def test_a_stream_key_of_the_wrong_type(redis: Redis, redis_url: str, rela
 
 async def test_a_cursor_that_is_no_number(redis: Redis, redis_url: str, relay: Relay) -> None:
     await redis.set(CURSOR, "abc")
-    with pytest.raises(ConfigError, match="firehose:python_cursor holds b'abc'"):
+    with pytest.raises(ConfigError, match="firehose:python_cursor holds 'abc'"):
         await asyncio.wait_for(run_reader(settings(redis_url, relay), asyncio.Event()), 30)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.config import VARIABLES, Config, markdown, parse_config, remarks
+from fastworker.config import VARIABLES, Config, markdown, parse_config, read_env_file, remarks
 from fastworker.errors import ConfigError, ExitCode
 from fastworker.redact import redact
 from fastworker.table.derive import CORE, FULL
@@ -235,6 +235,34 @@ def test_secrets_in_files(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=why) as refusal:
             parse_config(wrong)
         assert ":p@" not in str(refusal.value)
+
+
+def test_an_environment_file(tmp_path: Path) -> None:
+    path = tmp_path / "worker.env"
+    path.write_bytes(
+        b"\xef\xbb\xbf# of the old worker\r\nexport RELAY_URL=wss://bsky.network\nBATCH_SIZE=10 # each\n"
+        b"PASSWORD='p$w#d'\nDATABASE_URL=\"postgresql://u:${PASSWORD}@h/x\"\n\nEMPTY=\nBARE\nREDIS_URL = redis://:a#b@h\n"
+    )
+    values = read_env_file(path)
+    assert values == {
+        "RELAY_URL": "wss://bsky.network",
+        "BATCH_SIZE": "10",
+        "PASSWORD": "p$w#d",
+        "DATABASE_URL": "postgresql://u:p$w#d@h/x",
+        "EMPTY": "",
+        "REDIS_URL": "redis://:a#b@h",
+    }
+    for content, why in ((b"A=1\nB='open\n", "line 2"), (b"\xff=1", "not text"), (b"A=x\0y", "cannot be")):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=why):
+            read_env_file(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_env_file(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "env").glob("*.env")), ids=lambda path: path.name)
+def test_the_documented_files_start(path: Path) -> None:
+    parse_config(read_env_file(path))
 
 
 def test_every_field_is_declared_once_with_all_that_the_reference_shows() -> None:
