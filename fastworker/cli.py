@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastworker.run.monitor import MonitorSettings
     from fastworker.run.page import HttpSettings
     from fastworker.run.reader import ReaderSettings
+    from fastworker.run.start import Start
     from fastworker.run.up import Plan
     from fastworker.run.worker import WorkerSettings
 
@@ -215,8 +216,31 @@ def _http_settings(config: Config, default: int) -> HttpSettings:
     )
 
 
+class _Place(click.ParamType):  # type: ignore[type-arg]
+    name = "live|oldest|SEQ"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Start:
+        if value in ("live", "oldest"):
+            return value  # type: ignore[no-any-return]
+        if not re.fullmatch(r"\d{1,16}", str(value), re.ASCII) or int(value) >= 2**53:
+            self.fail(f"{value!r} is neither live nor oldest nor the seq of an event", param, ctx)
+        return int(value)
+
+
+_FROM: Final = click.option(
+    "--from",
+    "start",
+    type=_Place(),
+    metavar="live|oldest|SEQ",
+    help="Begin there, whatever the stored cursor says: at the relay's tip, with the oldest event that it has, or with "
+    "this one. What is passed over is recorded as a gap. For one start: a service that has it for good begins there "
+    "after every restart.",
+)
+
+
 @cli.command()
-def reader() -> ExitCode:
+@_FROM
+def reader(start: Start | None) -> ExitCode:
     """Read the relay's firehose onto the Redis stream.
 
     Resumes from the cursor in Redis; a second reader waits until the first one is gone. SIGTERM ends it after what was
@@ -225,11 +249,14 @@ def reader() -> ExitCode:
     from fastworker.run.checks import preflight
     from fastworker.run.reader_port import serve_reader
     from fastworker.run.signals import stop_on_signals
+    from fastworker.run.start import begin_at
 
     config = _config()
 
     async def main() -> None:
         await preflight(config, database_url=None)
+        if start is not None:
+            await begin_at(_reader_settings(config), start, database_url=config.database_url)
         with stop_on_signals() as stop:
             await serve_reader(
                 _reader_settings(config),
@@ -579,7 +606,8 @@ def relay(
 
 
 @cli.command()
-def up() -> ExitCode:
+@_FROM
+def up(start: Start | None) -> ExitCode:
     """Reader and worker together, with embedded servers.
 
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
@@ -590,7 +618,7 @@ def up() -> ExitCode:
     config = _config()
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
-    return run_up(config, lambda config: _plan(config, "up", with_reader=True))
+    return run_up(config, lambda config: _plan(config, "up", with_reader=True), start)
 
 
 @cli.command()

@@ -102,6 +102,12 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
         return seq
 
 
+async def note_gap(database_url: str, relay: str, after: int, until: int) -> None:
+    """Events of a relay after `after` and up to `until` were passed over. Raises ConfigError and Unreachable."""
+    async with _connection(database_url, "fastworker-reader") as connection:
+        await connection.execute(_NOTE_GAP, relay, after, until)
+
+
 async def facts(database_url: str, rights: Mapping[str, Sequence[str]]) -> Facts:
     """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-check") as connection:
@@ -170,6 +176,11 @@ def name_of(database_url: str) -> str:
 _FINISHED = """
 SELECT max(seq) FROM fastworker.progress
 WHERE stream = $1 AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+"""
+
+_NOTE_GAP = """
+INSERT INTO fastworker.gaps AS g (relay, from_seq, to_seq) VALUES ($1, $2, $3)
+ON CONFLICT (relay, from_seq) DO UPDATE SET to_seq = greatest(g.to_seq, excluded.to_seq), seen_at = now()
 """
 
 # backend_type is not told of sessions of other roles, unless this one may see all statistics.

@@ -350,6 +350,21 @@ def test_a_future_cursor_ends_the_reader_and_a_gap_is_shown(
     assert gap == {"relay": "r.test", "reason": "outdated_cursor", "after": 10, "resumed": 50, "at": 1767323045.678}
 
 
+def test_the_reader_begins_where_it_is_told(
+    services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
+) -> None:
+    relay = services("relay", "--events", "60", "--port", "0", "--seed", "5")
+    env = {"REDIS_URL": redis_url, "RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "DATABASE_URL": postgres_url}
+    env["FASTWORKER_HTTP_PORT"] = "off"
+    client.set("firehose:python_cursor", "1")
+    reader = services("reader", "--from", "31000000000", **env)
+    until(lambda: client.xlen(STREAM) > 20 or reader.process.poll() is not None)
+    assert reader.stop() == 0, reader.lines
+    assert int(client.xrange(STREAM)[0][1][b"seq"]) > 31_000_000_000
+    assert fetch(postgres_url, "SELECT from_seq, to_seq FROM fastworker.gaps") == [(1, 30_999_999_999)]
+    assert run("reader", "--from", "tip", **env).returncode == 2
+
+
 # --- one-shot commands
 
 
