@@ -124,10 +124,15 @@ def _application(source: Source, names: Iterable[str]) -> web.Application:
         return web.Response(body=source.status_json(), content_type="application/json")
 
     async def index(_request: web.Request) -> web.Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        policy += "frame-ancestors 'none'"
         return web.Response(body=page, content_type="text/html", headers={"Content-Security-Policy": policy})
 
+    async def as_declared(_request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+
     app = web.Application(client_max_size=1024)
+    app.on_response_prepare.append(as_declared)
     app.add_routes(
         [
             web.get("/metrics", metrics),

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from fastworker.edge.schema_admin import NOT_CONNECTED, not_connected
+from fastworker.edge.schema_admin import LOST, NOT_CONNECTED, not_connected, why_lost
 from fastworker.errors import Unreachable
 from fastworker.urls import place_of
 
@@ -84,8 +84,8 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
         raise not_connected(database_url, error) from error
     try:
         yield connection
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{name_of(database_url)}: {str(error) or type(error).__name__}") from error
+    except (*LOST, asyncpg.PostgresError) as error:
+        raise Unreachable(f"{name_of(database_url)}: {why_lost(error)}") from error
     finally:
         connection.terminate()
 

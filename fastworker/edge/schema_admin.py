@@ -30,6 +30,17 @@ ADVISORY_LOCK = 0x66617374776F726B  # "fastwork": one lock per database, held by
 
 NOT_CONNECTED = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, InternalClientError)
 
+LOST = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, InternalClientError)
+
+
+def why_lost(error: Exception) -> str:
+    """The driver's words about its own state, when a connection ends under it, say nothing to an operator."""
+    return (
+        "the connection ended while it was used"
+        if isinstance(error, InternalClientError)
+        else words_of(error, AUTHORITY)
+    )
+
 
 def not_connected(database_url: str, error: Exception) -> ConfigError | Unreachable:
     """What an error of a connection that was begun means to an operator."""
@@ -121,8 +132,8 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
     where = place_of(database_url)
     try:
         yield SchemaAdmin(connection)
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError) as error:
-        raise Unreachable(f"PostgreSQL at {where} was lost: {str(error) or type(error).__name__}") from error
+    except LOST as error:
+        raise Unreachable(f"PostgreSQL at {where} was lost: {why_lost(error)}") from error
     except asyncpg.PostgresError as error:
         raise SchemaRefused(f"PostgreSQL refused the migration, nothing was changed: {error}") from error
     finally:
