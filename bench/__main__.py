@@ -25,10 +25,12 @@ from bench.latency import latency
 from bench.life import life
 from bench.memory import memory
 from bench.presets import PRESETS
+from bench.proof import proofs, repositories
 from bench.reader import reader
 from bench.report import RESULTS, Figures, Report, medians
 from bench.targets import compare
-from fastworker.run.tune import Extent
+from fastworker.commands.tune import Extent
+from fastworker.simulator.keys import Curve
 
 
 class Wish(NamedTuple):
@@ -170,6 +172,17 @@ def _memory(session: Session) -> None:
     session.measure("memory", {"events": events, "form": "native"}, work, runs=1)
 
 
+def _proof(session: Session) -> None:
+    curves: tuple[Curve, ...] = ("k256", "p256")
+    for curve in curves:
+        commits = 300 if session.quick else 1_800
+        session.measure("proof", {"curve": curve}, functools.partial(proofs, curve, commits=commits), runs=1)
+    records = 1_000 if session.quick else 20_000
+    session.measure(
+        "proof", {"records": records}, functools.partial(repositories, session.seed, records=records), runs=1
+    )
+
+
 class Bench(NamedTuple):
     run: Callable[[Session], None]
     minutes: int  # of a full run on two quiet cores, about; each says at its end what it took
@@ -204,6 +217,9 @@ BENCHES: dict[str, Bench] = {
     ),
     "life": Bench(_life, 1, "from exec to the first ack, and from SIGTERM under full load to the end"),
     "memory": Bench(_memory, 9, "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
+    "proof": Bench(
+        _proof, 1, "signatures and proofs of commits, walking and mapping whole repositories, settling one of them"
+    ),
     "grid": Bench(_grid, 3, "end_to_end for processes x pipelines, 100,000 events, one run each"),
     "growth": Bench(
         _growth,

@@ -14,7 +14,7 @@ import msgspec
 from fastworker.errors import InvalidEvent
 from fastworker.event.entry import encode_json, encode_native
 from fastworker.event.frame import decode_frame
-from fastworker.testing.network import Network
+from fastworker.simulator.network import Network
 
 Fields = dict[bytes, bytes]
 FORMS = ("native", "json", "frame")

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from bench.corpus import entries
 from bench.floor import floor_s
 from bench.servers import Servers, command, cpu_s, environment, fill, pss_mb, servers, settled
-from fastworker.run.tune import Extent
+from fastworker.commands.tune import Extent
 
 HOT = "SELECT n_tup_hot_upd / nullif(n_tup_upd, 0)::float8 FROM pg_stat_user_tables WHERE relname = 'post_aggregations'"
 WAL = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"

@@ -14,11 +14,12 @@ from asyncpg.exceptions import UniqueViolationError
 
 from bench.corpus import entries
 from bench.servers import cpu_s, servers
-from fastworker.edge.store import _SESSION, Store
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
+from fastworker.store import statements as sql
+from fastworker.store.session import SESSION
+from fastworker.store.store import Store
 from fastworker.table import derive as derived
-from fastworker.table import merge
 from fastworker.table.batch import Batch, Row
 from fastworker.table.mapper import map_commit
 from fastworker.table.schema import LIKES, NOTIFICATIONS, Table
@@ -74,14 +75,14 @@ def _events(folder: Path, count: int) -> Iterator[Any]:
 
 async def _rows(connection: Any, table: Table, rows: list[Row]) -> None:
     """The product's for small batches: one array of composites."""
-    await connection.fetch(merge.insert(table), rows)
+    await connection.fetch(sql.insert(table), rows)
 
 
 async def _columns(connection: Any, table: Table, rows: list[Row]) -> None:
     arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(table.types, 1))
     columns = ", ".join(table.columns)
     await connection.fetch(
-        f"INSERT INTO {merge.qualified(table)} ({columns}) SELECT * FROM unnest({arrays}) "
+        f"INSERT INTO {sql.qualified(table)} ({columns}) SELECT * FROM unnest({arrays}) "
         f"ON CONFLICT DO NOTHING RETURNING {table.key}",
         *zip(*rows, strict=True),
     )
@@ -90,7 +91,7 @@ async def _columns(connection: Any, table: Table, rows: list[Row]) -> None:
 async def _many(connection: Any, table: Table, rows: list[Row]) -> None:
     values = ", ".join(f"${n}" for n in range(1, len(table.columns) + 1))
     await connection.executemany(
-        f"INSERT INTO {merge.qualified(table)} ({', '.join(table.columns)}) VALUES ({values}) ON CONFLICT DO NOTHING",
+        f"INSERT INTO {sql.qualified(table)} ({', '.join(table.columns)}) VALUES ({values}) ON CONFLICT DO NOTHING",
         rows,
     )
 
@@ -99,7 +100,7 @@ async def _staging(connection: Any, table: Table, rows: list[Row]) -> None:
     columns = ", ".join(table.columns)
     await connection.copy_records_to_table(f"staging_{table.name}", columns=table.columns, records=rows)
     await connection.fetch(
-        f"INSERT INTO {merge.qualified(table)} ({columns}) SELECT {columns} FROM staging_{table.name} "
+        f"INSERT INTO {sql.qualified(table)} ({columns}) SELECT {columns} FROM staging_{table.name} "
         f"ON CONFLICT DO NOTHING RETURNING {table.key}"
     )
 
@@ -119,7 +120,7 @@ async def _copy_else_rows(connection: Any, table: Table, rows: list[Row]) -> Non
 async def _look_and_copy(connection: Any, table: Table, rows: list[Row]) -> None:
     """The product's for large batches."""
     keys = [table.index(column) for column in (table.key, *table.pair)]
-    found = await connection.fetch(merge.taken(table), *([row[key] for row in rows] for key in keys))
+    found = await connection.fetch(sql.taken(table), *([row[key] for row in rows] for key in keys))
     taken = {r[0] for r in found}
     await _copy(connection, table, [row for row in rows if row[0] not in taken] if taken else rows)
 
@@ -170,10 +171,10 @@ def _unique(folder: Path, table: Table, events: int) -> list[Row]:
 
 async def _compare(url: str, table: Table, rows: list[Row], old: float) -> dict[tuple[str, int], float]:
     connection = await asyncpg.connect(url)
-    await connection.execute(_SESSION)
+    await connection.execute(SESSION)
     await connection.execute(
         f"CREATE TEMP TABLE staging_{table.name} ON COMMIT DELETE ROWS AS "
-        f"SELECT {', '.join(table.columns)} FROM {merge.qualified(table)} LIMIT 0"
+        f"SELECT {', '.join(table.columns)} FROM {sql.qualified(table)} LIMIT 0"
     )
     half = min(BASE, len(rows) // 2)
     base, fresh = rows[:half], rows[half:]
@@ -181,7 +182,7 @@ async def _compare(url: str, table: Table, rows: list[Row], old: float) -> dict[
     for size in (size for size in SIZES if size <= len(fresh)):
         count = max(3, min(100, 5_000 // size, len(fresh) // size))
         for name, write in STRATEGIES.items():
-            await connection.execute(f"TRUNCATE {merge.qualified(table)}")
+            await connection.execute(f"TRUNCATE {sql.qualified(table)}")
             await _copy(connection, table, base)
             times = []
             for n in range(min(count, len(fresh) // size)):

@@ -17,10 +17,10 @@ import uvloop
 from redis.asyncio import Redis
 
 from bench.corpus import Fields
+from fastworker.commands.tune import Extent, tune
 from fastworker.config import VARIABLES
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
-from fastworker.run.migrate import migrate
-from fastworker.run.tune import Extent, tune
+from fastworker.store.migrate import migrate
 
 SETTINGS = {
     "shared_buffers": "512MB",

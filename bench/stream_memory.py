@@ -12,7 +12,7 @@ from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.event import Event
 from fastworker.event.entry import Fields, encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
-from fastworker.testing.network import Network
+from fastworker.simulator.network import Network
 
 HOST = "relay.example"
 

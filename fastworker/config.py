@@ -128,9 +128,9 @@ def _level(text: str) -> str:
     return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
 
 
-_REDIS: Final = "reader worker up status check compare dlq replay"
-_POSTGRES: Final = "reader worker up migrate check compare verify"
-_STREAM: Final = "reader worker up status check compare dlq replay grants"
+_REDIS: Final = "reader worker up status check compare dlq replay repair"
+_POSTGRES: Final = "reader worker up migrate check compare verify import repair export"
+_STREAM: Final = "reader worker up status check compare dlq replay grants repair"
 
 
 def _env(
@@ -180,7 +180,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         _env(
             "REDIS_CURSOR_KEY",
-            "reader up status check grants",
+            "reader up status check grants repair",
             "Where the reader keeps its relay cursor (decimal seq).",
         ),
     ] = "firehose:python_cursor"
@@ -220,7 +220,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         _env(
             "REDIS_CONSUMER_GROUP",
-            "worker up status check compare dlq",
+            "worker up status check compare dlq repair",
             "The consumer group; old workers may share it.",
         ),
     ] = "firehose-processors"
@@ -295,7 +295,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up compare verify",
+            "worker up compare verify import repair",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
@@ -383,8 +383,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _env(
             "FASTWORKER_PLC_URL",
-            "worker up",
-            "DID directory for resolving handles beside the stream.",
+            "worker up repair",
+            "DID directory for resolving handles beside the stream, and for finding the hosts of accounts.",
             read=_http_url,
             allowed="https:// or http:// URL",
         ),

@@ -1,4 +1,4 @@
-"""Named places where a test may kill the process with SIGKILL, and what recovery must do there.
+"""The steps of a flush and of what surrounds it, where a test may kill the process, and what recovery must do there.
 
 A no-op unless `arm` was called (at the start of a child, with the value of FASTWORKER_CRASHPOINT that the command
 line read). The process dies as with a pulled plug: nothing is flushed, released or closed.
@@ -13,15 +13,21 @@ from enum import StrEnum
 from fastworker.errors import ConfigError
 
 
-class Place(StrEnum):
+class Step(StrEnum):
     """Where to die. What the next process finds, and must do, stands beside each."""
 
+    LOOKED = "looked"
+    """A flush knows what beats its batch; nothing is written, all entries pending. Deliver again."""
     AFTER_TOMBSTONE_COMMIT = "after_tombstone_commit"
     """Tombstones are there, rows are not; all entries pending. Deliver again: the same flush, the same result."""
+    ROWS_WRITTEN = "rows_written"
+    """In the main transaction, what follows from the rows is not written. PostgreSQL rolls back. Deliver again."""
     BEFORE_MAIN_COMMIT = "before_main_commit"
-    """PostgreSQL rolls back. As above."""
+    """Everything of the main transaction is written. PostgreSQL rolls back. As above."""
     AFTER_MAIN_COMMIT = "after_main_commit"
     """Rows are there, nobody looked back, nothing is acked. Deliver again: unchanged rows, then the look-back."""
+    OWED_PAID = "owed_paid"
+    """As AFTER_MAIN_COMMIT, and the joined rows that the transaction left owed are recomputed."""
     AFTER_LOOK_BACK = "after_look_back"
     """Everything is written, nothing is acked. Deliver again: nothing changes, then the ack."""
     BEFORE_ACK = "before_ack"
@@ -40,7 +46,7 @@ class Place(StrEnum):
     """Some of the account's records are gone; `purge_pending` is still set: the next purge goes on."""
 
 
-_armed: Place | None = None
+_armed: Step | None = None
 _passes_left = 0
 
 
@@ -52,14 +58,14 @@ def arm(text: str | None) -> None:
         return
     name, _, nth = text.partition(":")
     try:
-        _armed, _passes_left = Place(name), int(nth or 1)
+        _armed, _passes_left = Step(name), int(nth or 1)
     except ValueError:
         raise ConfigError(
-            f"FASTWORKER_CRASHPOINT={text!r}: allowed are {', '.join(Place)}, each with `:n` for the n-th pass"
+            f"FASTWORKER_CRASHPOINT={text!r}: allowed are {', '.join(Step)}, each with `:n` for the n-th pass"
         ) from None
 
 
-def crashpoint(place: Place) -> None:
+def crashpoint(place: Step) -> None:
     """Die here if a test asked for it."""
     global _passes_left  # noqa: PLW0603
     if place is not _armed:

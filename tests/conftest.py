@@ -18,12 +18,12 @@ import hypothesis
 import pytest
 import redis
 import uvloop
-from databases import TEMPLATE, Contents
-from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
-from services import Service
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
-from fastworker.run.migrate import migrate
+from fastworker.store.migrate import migrate
+from tests.databases import TEMPLATE, Contents
+from tests.servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
+from tests.services import Service
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]

@@ -1,4 +1,4 @@
-"""What the predecessor reader's SDK does to a lexicon record (contract 1.4), written from the shapes of the lexicon.
+"""What the predecessor reader's SDK does to a lexicon record, written from the shapes of the lexicon.
 
 Independent of fastworker/event/dialect.py, which undoes it.
 """

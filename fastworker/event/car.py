@@ -2,6 +2,7 @@
 
 Most of a commit's CAR is MST nodes, which the firehose consumer has no use for. Neither the CAR
 header nor the roots are read: a block is what its CID says, so the hash decides, not the framing.
+Who proves commits or reads whole repositories (event/proof.py, event/repository.py) reads the header, too.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from hashlib import sha256
 
+import libipld
+
 RECORD_CID = b"\x01\x71\x12\x20"
 """CIDv1, dag-cbor, sha-256, 32 bytes: how every CID of a record begins."""
 RECORD_CID_BYTES = 36
+HEADER_BYTES_MAX = 4_096
 
 
 def select_blocks(car: bytes, wanted: AbstractSet[bytes]) -> tuple[dict[bytes, bytes], bool]:
@@ -23,7 +27,7 @@ def select_blocks(car: bytes, wanted: AbstractSet[bytes]) -> tuple[dict[bytes, b
     found: dict[bytes, bytes] = {}
     position = 0
     try:
-        size, position = _varint(car, 0)
+        size, position = read_varint(car, 0)
         position += size  # the header
         missing = len(wanted)
         while missing:
@@ -34,7 +38,7 @@ def select_blocks(car: bytes, wanted: AbstractSet[bytes]) -> tuple[dict[bytes, b
                 size += (high << 7) - 128
                 position += 2
             else:
-                size, position = _varint(car, position)
+                size, position = read_varint(car, position)
             cid = car[position : position + RECORD_CID_BYTES]
             start = position
             position += size
@@ -48,7 +52,7 @@ def select_blocks(car: bytes, wanted: AbstractSet[bytes]) -> tuple[dict[bytes, b
     return found, True
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
     """An unsigned LEB128 number and where it ends. Raises IndexError where there is none."""
     number = 0
     for shift in range(0, 63, 7):
@@ -63,3 +67,20 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 def is_block_of(cid: bytes, block: bytes) -> bool:
     """Whether the block's bytes are those that a record's CID names."""
     return sha256(block).digest() == cid[4:]
+
+
+def read_header(car: bytes) -> tuple[bytes, int]:
+    """(first root, where the blocks begin). Raises IndexError where it is cut, ValueError where it is none."""
+    size, start = read_varint(car, 0)
+    if size > HEADER_BYTES_MAX:
+        raise ValueError("a header of more than 4 KB")
+    stop = start + size
+    if stop > len(car):
+        raise IndexError
+    header = libipld.decode_dag_cbor(car[start:stop])
+    if type(header) is not dict or header.get("version") != 1 or type(header.get("version")) is not int:
+        raise ValueError("not a CAR of version 1")
+    roots = header.get("roots")
+    if type(roots) is not list or not roots or not isinstance(roots[0], bytes):
+        raise ValueError("a CAR without a root")
+    return roots[0], stop

@@ -1,6 +1,6 @@
 """The predecessor reader's dialect of records back to lexicon JSON.
 
-That reader puts its SDK's dump on the stream (contract 1.4): snake_case names, a `py_type` in every
+That reader puts its SDK's dump on the stream (docs/compatibility.md): snake_case names, a `py_type` in every
 object (also where the lexicon implies the type and JSON has no `$type`), nulls for absent fields, hex
 for links and bytes. Members that the SDK did not know stand beside these under their own names, so
 only the names that the lexicon has for an object's `py_type` are renamed: a blind rename would

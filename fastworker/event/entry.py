@@ -30,7 +30,7 @@ from fastworker.event.syntax import is_did, is_tid, split_path
 Fields = list[tuple[bytes, bytes]]
 
 NATIVE_VERSION = 1
-_CID_MAX = 100  # characters; "at most 100 bytes" (field survey D2)
+_CID_MAX = 100  # characters; "at most 100 bytes" (AT Protocol, data model)
 
 _native_encoder = msgspec.msgpack.Encoder()
 _native_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)

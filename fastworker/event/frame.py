@@ -17,8 +17,8 @@ from fastworker.event.cbor import decode_sequence
 from fastworker.event.record import cid_text, clean_text
 from fastworker.event.syntax import is_did, is_handle, is_tid, split_path
 
-# The protocol's limits (field survey D2). Beyond them the whole frame is refused: what a relay should
-# not have passed on is kept as it came, for a person to look at, and nothing of it is half stored.
+# The protocol's limits (lexicon com.atproto.sync.subscribeRepos). Beyond them the whole frame is refused: what a relay
+# should not have passed on is kept as it came, for a person to look at, and nothing of it is half stored.
 FRAME_BYTES_MAX = 5_000_000
 BLOCKS_BYTES_MAX = 2_000_000
 OPS_MAX = 200

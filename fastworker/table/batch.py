@@ -10,21 +10,10 @@ from typing import Any
 
 import msgspec
 
-from fastworker.errors import Reason
 from fastworker.event import Account, Drop, Identity, Sync
 from fastworker.table.schema import Table
 
 Row = tuple[Any, ...]
-
-
-class Version(msgspec.Struct, frozen=True, gc=False, order=False):
-    """The version of an operation: `rev` when both sides have one, else `seq` (state law, Winner)."""
-
-    rev: str | None
-    seq: int | None
-
-
-NO_VERSION = Version(None, None)
 
 
 def newer(a_rev: str | None, a_seq: int | None, b_rev: str | None, b_seq: int | None) -> bool:
@@ -34,6 +23,13 @@ def newer(a_rev: str | None, a_seq: int | None, b_rev: str | None, b_seq: int | 
     if a_seq is not None and b_seq is not None:
         return a_seq > b_seq
     return (a_rev is not None or a_seq is not None) and b_rev is None and b_seq is None
+
+
+def is_gone(rev: str | None, seq: int | None, gone_rev: str | None, gone_seq: int | None) -> bool:
+    """Whether an account's deletion beats a record: by its moment as a TID, or, within one relay, by its seq."""
+    if gone_rev is not None:
+        return rev is None or rev < gone_rev
+    return gone_seq is not None and (seq is None or seq < gone_seq)
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
@@ -59,6 +55,7 @@ class Mapped(msgspec.Struct, frozen=True, gc=False):
     changes: list[Change]
     dids: list[str]
     drops: list[Drop]
+    relay: str | None = None
 
 
 class TimedAccount(msgspec.Struct, frozen=True, gc=False):
@@ -111,11 +108,29 @@ def beats(a: Change, b: Change) -> bool:
     return (a.op_index, a.row is None, a.cid or "") > (b.op_index, b.row is None, b.cid or "")
 
 
+def seq_of(text: str | None) -> int | None:
+    """commit_seq is text in the contract; what is not a number is no version."""
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def stored_version(table: Table, row: Row) -> tuple[str | None, int | None]:
+    """(rev, seq) of a stored row; nothing for cold tables, whose gate has ordered the writers already."""
+    return (row[-1], seq_of(row[-2])) if table.hot else (None, None)
+
+
+def replaces(change: Change, rev: str | None, seq: int | None) -> bool:
+    """Whether a change beats the stored version; at equal versions a delete beats an upsert."""
+    if change.row is None:
+        return not newer(rev, seq, change.rev, change.seq)
+    return newer(change.rev, change.seq, rev, seq)
+
+
 class Batch:
     """Accumulates; `changes` holds the winner of each record among what was put."""
 
     __slots__ = (
         "accounts",
+        "beaten",
         "changes",
         "count",
         "dids",
@@ -137,6 +152,7 @@ class Batch:
         self.drops: list[Drop] = []
         self.entries: list[str] = []  # ids
         self.relays: set[str] = set()
+        self.beaten: frozenset[str] = frozenset()  # uris of upserts that were not stored: found when it was written
         self.progress: Progress | None = None
         self.payload_bytes = 0
         self.count = 0  # changes put, before coalescing
@@ -151,20 +167,26 @@ class Batch:
         self.dids.update(mapped.dids)
         if mapped.drops:
             self.drops.extend(mapped.drops)
+        if mapped.relay is not None:
+            self.relays.add(mapped.relay)
 
     def put_account(self, event: Account, at: datetime) -> None:
         self.accounts.setdefault(event.did, []).append(TimedAccount(event, at))
-        self.dids.add(event.did)
+        self._put_event(event)
 
     def put_identity(self, event: Identity, at: datetime) -> None:
         self.identities.setdefault(event.did, []).append(TimedIdentity(event, at))
-        self.dids.add(event.did)
+        self._put_event(event)
 
     def put_sync(self, event: Sync) -> None:
         self.syncs.append(event)
+        if event.relay is not None:
+            self.relays.add(event.relay)
 
-    def drop(self, reason: Reason, collection: str = "", detail: str = "") -> None:
-        self.drops.append(Drop(reason, collection, detail))
+    def _put_event(self, event: Account | Identity) -> None:
+        self.dids.add(event.did)
+        if event.relay is not None:
+            self.relays.add(event.relay)
 
     def settle(self, entry_id: str, *, payload_bytes: int) -> None:
         """Remember an entry; its ack follows the commit of this batch."""

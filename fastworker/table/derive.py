@@ -15,6 +15,7 @@ import orjson
 
 from fastworker.table import schema
 from fastworker.table.batch import Change, Row
+from fastworker.table.rows import BOOKMARK, FEED_ITEM, FOLLOW, GATE, LABEL, LIKE, NOTIFICATION, POST, PROFILE, REPOST
 
 URI_MAX = 512  # varchar(512) of notifications.uri and quotes.uri
 MENTIONS_MAX = 100  # notifications of one post; a post of 3,000 bytes has room for more facets than people
@@ -34,7 +35,7 @@ FULL = frozenset(
 )
 CORE = frozenset({"counts", "feed_items"})  # what the predecessor's Python worker wrote
 
-LIKE, REPOST, REPLY, BOOKMARK, QUOTE = range(5)  # positions in Effects.counts
+LIKE_COUNT, REPOST_COUNT, REPLY_COUNT, BOOKMARK_COUNT, QUOTE_COUNT = range(5)  # positions in Effects.counts
 
 Counts = list[int]
 Viewer = list[Any]  # like_uri, repost_uri, bookmarked
@@ -94,7 +95,7 @@ class Effects:
             self.owed.add(("aggregate", uri))
 
     def feed_item(self, row: Row) -> None:
-        self.feed_added[row[0]] = row
+        self.feed_added[row[FEED_ITEM.uri]] = row
 
     def no_feed_item(self, uri: str) -> None:
         self.feed_added.pop(uri, None)
@@ -174,18 +175,17 @@ def _note_row(
     return (uri, recipient, author, reason, subject, cid, at)
 
 
-# posts: uri cid author text langs parent_uri parent_cid root_uri root_cid embed facets tags created_at ...
 def _post_notes(row: Row, cid: str | None) -> list[Row]:
-    uri, author, parent, at = row[0], row[2], row[5], row[12]
+    uri, author, parent, at = row[POST.uri], row[POST.author_did], row[POST.parent_uri], row[POST.created_at]
     notes = []
     if parent is not None and (to := did_of(parent)) != author:
         note = uri + "#notification/reply"
         notes.append(_note_row(note, to, author, "reply", parent, cid, at))
-    quoted = quoted_post(row[9])
+    quoted = quoted_post(row[POST.embed])
     if quoted is not None and (to := did_of(quoted[0])) != author:
         note = uri + "#notification/quote"
         notes.append(_note_row(note, to, author, "quote", quoted[0], cid, at))
-    for did in mentioned(row[10]):
+    for did in mentioned(row[POST.facets]):
         if did != author:
             note = f"{uri}#notification/mention/{did}"
             notes.append(_note_row(note, did, author, "mention", uri, cid, at))
@@ -193,62 +193,63 @@ def _post_notes(row: Row, cid: str | None) -> list[Row]:
 
 
 def _add_post(fx: Effects, row: Row, cid: str | None) -> None:
-    uri, parent = row[0], row[5]
+    uri, parent = row[POST.uri], row[POST.parent_uri]
     derive = fx.derive
     if "counts" in derive:
         fx.counts.setdefault(uri, [0, 0, 0, 0, 0])
     if parent is not None and "reply_counts" in derive:
-        fx.count(parent, REPLY, 1)
+        fx.count(parent, REPLY_COUNT, 1)
     if "feed_items" in derive:
-        fx.feed_item((uri, uri, row[2], "post", row[12], row[1], row[12]))
-    if "quotes" in derive and (quoted := quoted_post(row[9])) is not None and len(uri) + 6 <= URI_MAX:
+        fx.feed_item(
+            (uri, uri, row[POST.author_did], "post", row[POST.created_at], row[POST.cid], row[POST.created_at])
+        )
+    if "quotes" in derive and (quoted := quoted_post(row[POST.embed])) is not None and len(uri) + 6 <= URI_MAX:
         quote_uri = uri + "#quote"
-        fx.quotes_added[quote_uri] = (quote_uri, row[1], uri, quoted[0], quoted[1], row[12])
-        fx.count(quoted[0], QUOTE, 1)
+        fx.quotes_added[quote_uri] = (quote_uri, row[POST.cid], uri, quoted[0], quoted[1], row[POST.created_at])
+        fx.count(quoted[0], QUOTE_COUNT, 1)
     if "notifications" in derive:
         for note in _post_notes(row, cid):
-            fx.note(note[0], note)
+            fx.note(note[NOTIFICATION.uri], note)
 
 
 def _remove_post(fx: Effects, row: Row) -> None:
-    uri, parent = row[0], row[5]
+    uri, parent = row[POST.uri], row[POST.parent_uri]
     derive = fx.derive
     fx.owed.add(("aggregate", uri))
     if parent is not None and "reply_counts" in derive:
-        fx.count(parent, REPLY, -1)
+        fx.count(parent, REPLY_COUNT, -1)
     if "feed_items" in derive:
         fx.no_feed_item(uri)
-    if "quotes" in derive and (quoted := quoted_post(row[9])) is not None and len(uri) + 6 <= URI_MAX:
+    if "quotes" in derive and (quoted := quoted_post(row[POST.embed])) is not None and len(uri) + 6 <= URI_MAX:
         quote_uri = uri + "#quote"
         fx.quotes_added.pop(quote_uri, None)
         fx.quotes_removed.add(quote_uri)
-        fx.count(quoted[0], QUOTE, -1)
+        fx.count(quoted[0], QUOTE_COUNT, -1)
     if "notifications" in derive:
         for note in _post_notes(row, None):
-            fx.no_note(note[0])
+            fx.no_note(note[NOTIFICATION.uri])
     if "thread_contexts" in derive:
         fx.owed.add(("context", uri))
         fx.owed.add(("root", uri))
 
 
-# likes, reposts: uri user_did post_uri subject_cid via created_at ...
 def _add_like(fx: Effects, row: Row, cid: str | None) -> None:
-    uri, user, post = row[0], row[1], row[2]
+    uri, user, post = row[LIKE.uri], row[LIKE.user_did], row[LIKE.post_uri]
     derive = fx.derive
     if "counts" in derive:
-        fx.count(post, LIKE, 1)
+        fx.count(post, LIKE_COUNT, 1)
     if "viewer_states" in derive:
         fx.view(post, user, 0, uri)
     if "notifications" in derive and (to := did_of(post)) != user:
         note = uri + "#notification"
-        fx.note(note, (note, to, user, "like", post, cid, row[5]))
+        fx.note(note, (note, to, user, "like", post, cid, row[LIKE.created_at]))
 
 
 def _remove_like(fx: Effects, row: Row) -> None:
-    uri, user, post = row[0], row[1], row[2]
+    uri, user, post = row[LIKE.uri], row[LIKE.user_did], row[LIKE.post_uri]
     derive = fx.derive
     if "counts" in derive:
-        fx.count(post, LIKE, -1)
+        fx.count(post, LIKE_COUNT, -1)
     if "viewer_states" in derive:
         fx.no_view(post, user, 0)
     if "notifications" in derive:
@@ -260,24 +261,24 @@ def _remove_like(fx: Effects, row: Row) -> None:
 
 
 def _add_repost(fx: Effects, row: Row, cid: str | None) -> None:
-    uri, user, post = row[0], row[1], row[2]
+    uri, user, post = row[REPOST.uri], row[REPOST.user_did], row[REPOST.post_uri]
     derive = fx.derive
     if "counts" in derive:
-        fx.count(post, REPOST, 1)
+        fx.count(post, REPOST_COUNT, 1)
     if "feed_items" in derive:
-        fx.feed_item((uri, post, user, "repost", row[5], cid or uri[:255], row[5]))
+        fx.feed_item((uri, post, user, "repost", row[REPOST.created_at], cid or uri[:255], row[REPOST.created_at]))
     if "viewer_states" in derive:
         fx.view(post, user, 1, uri)
     if "notifications" in derive and (to := did_of(post)) != user:
         note = uri + "#notification"
-        fx.note(note, (note, to, user, "repost", post, cid, row[5]))
+        fx.note(note, (note, to, user, "repost", post, cid, row[REPOST.created_at]))
 
 
 def _remove_repost(fx: Effects, row: Row) -> None:
-    uri, user, post = row[0], row[1], row[2]
+    uri, user, post = row[REPOST.uri], row[REPOST.user_did], row[REPOST.post_uri]
     derive = fx.derive
     if "counts" in derive:
-        fx.count(post, REPOST, -1)
+        fx.count(post, REPOST_COUNT, -1)
     if "feed_items" in derive:
         fx.no_feed_item(uri)
     if "viewer_states" in derive:
@@ -286,60 +287,61 @@ def _remove_repost(fx: Effects, row: Row) -> None:
         fx.no_note(uri + "#notification")
 
 
-# bookmarks: uri user_did post_uri created_at
 def _add_bookmark(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
     if "counts" in fx.derive:
-        fx.count(row[2], BOOKMARK, 1)
+        fx.count(row[BOOKMARK.post_uri], BOOKMARK_COUNT, 1)
     if "viewer_states" in fx.derive:
-        fx.view(row[2], row[1], 2, value=True)
+        fx.view(row[BOOKMARK.post_uri], row[BOOKMARK.user_did], 2, value=True)
 
 
 def _remove_bookmark(fx: Effects, row: Row) -> None:
     if "counts" in fx.derive:
-        fx.count(row[2], BOOKMARK, -1)
+        fx.count(row[BOOKMARK.post_uri], BOOKMARK_COUNT, -1)
     if "viewer_states" in fx.derive:
-        fx.no_view(row[2], row[1], 2)
+        fx.no_view(row[BOOKMARK.post_uri], row[BOOKMARK.user_did], 2)
 
 
-# follows: uri follower_did following_did created_at ...
 def _add_follow(fx: Effects, row: Row, cid: str | None) -> None:
-    if "notifications" in fx.derive and row[1] != row[2]:
-        note = row[0] + "#notification"
-        fx.note(note, (note, row[2], row[1], "follow", None, cid, row[3]))
+    if "notifications" in fx.derive and row[FOLLOW.follower_did] != row[FOLLOW.following_did]:
+        note = row[FOLLOW.uri] + "#notification"
+        fx.note(
+            note,
+            (note, row[FOLLOW.following_did], row[FOLLOW.follower_did], "follow", None, cid, row[FOLLOW.created_at]),
+        )
 
 
 def _remove_follow(fx: Effects, row: Row) -> None:
     if "notifications" in fx.derive:
-        fx.no_note(row[0] + "#notification")
+        fx.no_note(row[FOLLOW.uri] + "#notification")
 
 
 def _add_profile(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
-    fx.profiles[row[1]] = row
+    fx.profiles[row[PROFILE.did]] = row
 
 
 def _remove_profile(fx: Effects, row: Row) -> None:
-    fx.profiles[row[1]] = None
+    fx.profiles[row[PROFILE.did]] = None
 
 
 def _add_gate(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
-    fx.gates_set[row[0]] = row
-    fx.gates_removed.pop(row[0], None)
+    fx.gates_set[row[GATE.uri]] = row
+    fx.gates_removed.pop(row[GATE.uri], None)
 
 
 def _remove_gate(fx: Effects, row: Row) -> None:
-    fx.gates_set.pop(row[0], None)
-    fx.gates_removed[row[0]] = row[2]
+    fx.gates_set.pop(row[GATE.uri], None)
+    fx.gates_removed[row[GATE.uri]] = row[GATE.post_uri]
     if "gate_flags" in fx.derive:
-        fx.owed.add(("gate", row[2]))
+        fx.owed.add(("gate", row[GATE.post_uri]))
 
 
 def _add_label(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG001 - one signature
-    if row[0] not in fx.labels_removed:
-        fx.labels_added.append(row[0])
+    if row[LABEL.uri] not in fx.labels_removed:
+        fx.labels_added.append(row[LABEL.uri])
 
 
 def _remove_label(fx: Effects, row: Row) -> None:
-    fx.labels_removed.add(row[0])
+    fx.labels_removed.add(row[LABEL.uri])
 
 
 _Add = Callable[[Effects, Row, str | None], None]
@@ -386,10 +388,10 @@ def removed(fx: Effects, table: schema.Table, row: Row, *, counted: bool = True)
 def subjects(table: schema.Table, row: Row) -> list[str]:
     """The aggregate keys that a row counts for."""
     if table is schema.POSTS:
-        quoted = quoted_post(row[9])
-        return [uri for uri in (row[5], quoted and quoted[0]) if uri is not None]
+        quoted = quoted_post(row[POST.embed])
+        return [uri for uri in (row[POST.parent_uri], quoted and quoted[0]) if uri is not None]
     if table in (schema.LIKES, schema.REPOSTS, schema.BOOKMARKS):
-        return [row[2]]
+        return [row[table.index("post_uri")]]
     return []
 
 
@@ -403,7 +405,7 @@ def thread_gate_row(gate: Row) -> Row | None:
 
     No `allow` means everyone may reply: there is no row.
     """
-    rules = orjson.loads(gate[4])
+    rules = orjson.loads(gate[GATE.rules])
     allow = rules.get("allow")
     if not isinstance(allow, list):
         return None
@@ -416,19 +418,19 @@ def thread_gate_row(gate: Row) -> Row | None:
         and isinstance(rule.get("list"), str)
     ]
     return (
-        gate[2],
-        gate[3],
+        gate[GATE.post_uri],
+        gate[GATE.owner_did],
         "app.bsky.feed.threadgate#mentionRule" in kinds,
         "app.bsky.feed.threadgate#followingRule" in kinds,
         "app.bsky.feed.threadgate#listRule" in kinds,
         orjson.dumps(lists).decode(),
-        gate[5],
+        gate[GATE.created_at],
     )
 
 
 def post_gate_row(gate: Row) -> Row:
     """public.post_gates row (post_uri, embedding_rules, created_at)."""
-    rules = orjson.loads(gate[4])
+    rules = orjson.loads(gate[GATE.rules])
     embedding: dict[str, Any] = {}
     if any(
         isinstance(rule, dict) and rule.get("$type") == "app.bsky.feed.postgate#disableRule"
@@ -437,4 +439,4 @@ def post_gate_row(gate: Row) -> Row:
         embedding["disableRule"] = True
     if detached := [uri for uri in rules.get("detachedEmbeddingUris") or () if isinstance(uri, str)]:
         embedding["detachedEmbeddingUris"] = detached
-    return (gate[2], orjson.dumps(embedding).decode(), gate[5])
+    return (gate[GATE.post_uri], orjson.dumps(embedding).decode(), gate[GATE.created_at])

@@ -27,7 +27,7 @@ from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
 from fastworker.table.dates import date_or, entry_moment, latest_date, parse_date
 
-# Lengths of the contract's columns, in characters as PostgreSQL counts them (contract 2.1).
+# Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
 URI_MAX = 512
 DID_MAX = 255
 NAME_MAX = 255
@@ -100,7 +100,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if subject is not None:
             dids.append(row[subject])
         changes.append(Change(table, uri, repo, rkey, rev, seq, index, op.cid, row))
-    return Mapped(changes, dids, drops)
+    return Mapped(changes, dids, drops, commit.relay)
 
 
 # Members
@@ -180,7 +180,7 @@ def _blob_cid(value: Any, op: Op) -> str | None:
     return (clean_text(value) or None) if type(value) is str else None
 
 
-# Embeds: what an API server would trip over is taken out (contract 3.3).
+# Embeds: what an API server would trip over is taken out.
 
 
 def _embed(value: Any, op: Op) -> Record | None:

@@ -2,7 +2,7 @@
 
 Nothing else lists columns. Column order here is the order of every row tuple. Columns that are
 not listed (`indexed_at` of most tables, serial ids, `is_read`, ...) are left to their defaults.
-Source of names and types: predecessor contract, section 2.1.
+Source of names and types: migrations/0001_contract.sql, the tables as the AppView makes them.
 """
 
 from __future__ import annotations

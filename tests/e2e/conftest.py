@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from house import House
 
-from fastworker.edge.redis_client import connect
+from fastworker.stream.client import connect
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis
 
-from fastworker.edge.redis_admin import RedisAdmin
-from fastworker.edge.store import Store
-from fastworker.edge.stream import LEDGER_KEY
-from fastworker.run.heartbeat import Heartbeats
-from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
-from fastworker.run.worker import WorkerSettings, work
-from fastworker.testing.relay import SimRelay
-from fastworker.testing.repo import SimFrame
+from fastworker.process.board import Heartbeats
+from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import SimFrame
+from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin
+from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.worker.worker import WorkerSettings, work
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 Form = Literal["json", "native", "frame"]

@@ -8,18 +8,18 @@ from typing import Any
 
 import asyncpg
 import pytest
-from e2e.house import GROUP, KEY, House
-from property.feeding import differences, lawful
 from redis.asyncio import Redis
 
-from fastworker.edge.stream import LEDGER_KEY
+from fastworker.commands.reapply import reapply
+from fastworker.commands.verify import Wish, verify
 from fastworker.errors import ExitCode
-from fastworker.run.reapply import reapply
-from fastworker.run.verify import Wish, verify
-from fastworker.run.worker import WorkerSettings
+from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.table import derive
-from fastworker.testing.foreign import Foreign
-from fastworker.testing.histories import random_history, to_entry
+from fastworker.worker.worker import WorkerSettings
+from tests.e2e.house import GROUP, KEY, House
+from tests.property.feeding import differences, lawful
+from tests.rig.foreign import Foreign
+from tests.rig.histories import random_history, to_entry
 
 EVENTS = 2_500
 
@@ -28,8 +28,8 @@ async def test_reapply_and_verify_make_it_right(
     redis_url: str, postgres_url: str, pg: asyncpg.Connection, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # nobody writes any more when it verifies: what differs need not be waited for
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_S", (0.0,))
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_JOINED_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_JOINED_S", (0.0,))
     history = random_history(8, EVENTS, bare=False)
     order = list(chain.from_iterable(history.batches))
     async with Redis.from_url(redis_url) as redis:

@@ -37,7 +37,7 @@ import redis
 
 from fastworker.cli import cli
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
-from fastworker.testing.histories import random_history, to_entry
+from tests.rig.histories import random_history, to_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md")))]

@@ -9,13 +9,13 @@ from typing import Any
 import asyncpg
 import pytest
 from house import GROUP, KEY, Form, House
-from sdk_dialect import predecessor
 
-from fastworker.testing.compare import Tables, diff, dump, report
-from fastworker.testing.histories import to_entry
-from fastworker.testing.model import Model
-from fastworker.testing.network import Network
-from fastworker.testing.repo import SimFrame
+from fastworker.law.compare import Tables, diff, dump, report
+from fastworker.law.model import Model
+from fastworker.simulator.network import Network
+from fastworker.simulator.repo import SimFrame
+from tests.rig.histories import to_entry
+from tests.sdk_dialect import predecessor
 
 EVENTS = 1_500
 

@@ -12,9 +12,9 @@ import pytest
 from house import House
 
 from fastworker.errors import Reason
-from fastworker.testing.hostile import hostile_frames
-from fastworker.testing.network import Network
-from fastworker.testing.repo import START_SEQ, SimFrame
+from fastworker.simulator.hostile import hostile_frames
+from fastworker.simulator.network import Network
+from fastworker.simulator.repo import START_SEQ, SimFrame
 
 KINDS = 400
 

@@ -22,20 +22,20 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.commands.check import check
+from fastworker.commands.compare import compare as run_compare
+from fastworker.commands.reapply import reapply
+from fastworker.commands.verify import Wish, verify
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
-from fastworker.run.checks import check
-from fastworker.run.compare import compare as run_compare
-from fastworker.run.reapply import reapply
-from fastworker.run.verify import Wish, verify
-from fastworker.run.worker import WorkerSettings
-from fastworker.testing import compare
-from fastworker.testing.foreign import OldWorker
-from fastworker.testing.model import Model
-from fastworker.testing.network import Network
-from fastworker.testing.relay import SimRelay
-from fastworker.testing.repo import SimFrame
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import SimFrame
+from fastworker.worker.worker import WorkerSettings
+from tests.rig.foreign import OldWorker
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, GROUP, LEDGER, CURSOR = "firehose:events", "firehose-processors", "fastworker:ledger", "firehose:python_cursor"
@@ -260,8 +260,8 @@ async def test_there_and_back(
 
     # derived tables equal a recomputation
     # nobody writes any more: what differs need not be waited for
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_S", (0.0,))
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_JOINED_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_JOINED_S", (0.0,))
     code, drift = await verified()
     assert (code, drift > 0) == (ExitCode.NO, True), "the old worker left none?"
     assert (await verified(repair=True))[0] is ExitCode.DONE

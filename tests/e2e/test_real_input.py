@@ -13,11 +13,11 @@ import libipld
 import pytest
 from house import Form, House
 
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.frames import FramesFile
-from fastworker.testing.model import Model
-from fastworker.testing.network import repo_to_frames
-from fastworker.testing.repo import read_car
+from fastworker.event.recording import FramesFile
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
+from fastworker.simulator.network import repo_to_frames
+from fastworker.simulator.repo import read_car
 
 pytestmark = pytest.mark.real_data
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import asyncpg
 import pytest
-from e2e.house import unread
-from property.feeding import clear, lawful, settle
 from redis.asyncio import Redis
-from servers import PostgresUnderTest
 
-from fastworker.edge.store import Store
-from fastworker.testing import compare
-from fastworker.testing.histories import random_history, to_entry
+from fastworker.law import compare
+from fastworker.store.store import Store
+from tests.e2e.house import unread
+from tests.property.feeding import clear, lawful, settle
+from tests.rig.histories import random_history, to_entry
+from tests.servers import PostgresUnderTest
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 # processes, pipelines in each, COUNT of a read, where to die, kills of whole workers
@@ -148,7 +148,7 @@ async def test_three_ways(redis_url: str, postgres_url: str) -> None:
 @pytest.mark.extended
 @pytest.mark.timeout(7_200)
 async def test_ten_ways_over_two_hundred_thousand_events(server_dir: Path, redis_url: str) -> None:
-    from fastworker.run.migrate import migrate
+    from fastworker.store.migrate import migrate
 
     with PostgresUnderTest(server_dir, durable=False) as server:
         await migrate(server.url)

@@ -1,6 +1,6 @@
 """Nothing in the product can wait for a peer without a bound: every await on a socket, and what ends it.
 
-The list is made from the source: each `await` in edge/ and run/ is put into one class by what it calls. A call that
+The list is made from the source: each `await` of the product is put into one class by what it calls. A call that
 no class knows fails the test: whoever adds one says here what bounds it.
 """
 
@@ -12,11 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import fastworker
-from fastworker.edge import redis_client
-from fastworker.edge.stream import WorkerStream
-from fastworker.run import pipeline
+from fastworker.stream import client as redis_client
+from fastworker.stream.consumer import WorkerStream
+from fastworker.worker import pipeline
 
 ROOT = Path(fastworker.__file__).parent
+ROOMS = ("commands", "edge", "monitor", "process", "reader", "store", "stream", "sync", "worker")
 
 # what is awaited -> what bounds it. First match counts.
 CLASSES: tuple[tuple[str, str], ...] = (
@@ -40,7 +41,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._pool\.close\(", "PostgreSQL: inside asyncio.timeout(5)"),
     # HTTP and WebSocket: every session has a ClientTimeout
     (r"^(self\._)?session\.(close|ws_connect|get)\(|^response\.\w+\(|^\w+\.content\.\w+\(", "HTTP: ClientTimeout of the session"),
-    (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (run/reader.py)"),
+    (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (reader/reader.py)"),
     (r"^(self\._socket|connection|subscription)\.close\(", "WebSocket: CLOSE_TIMEOUT_S"),
     (r"^(runner|site|self\._runner|app_runner|socket)\.\w+\(", "our own HTTP server: shutdown_timeout; clients wait, not we"),
     (r"^dns\.asyncresolver|^resolver\.\w+\(|^self\._resolver\.\w+\(", "DNS: lifetime of the query"),
@@ -63,7 +64,7 @@ def _called(value: ast.expr) -> str:
 
 def awaits() -> list[tuple[str, int, str, str]]:
     found = []
-    for folder in ("edge", "run"):
+    for folder in ROOMS:
         for path in sorted((ROOT / folder).glob("*.py")):
             found += [
                 (f"{folder}/{path.name}", node.lineno, ast.unparse(node.value), _called(node.value))
@@ -97,7 +98,8 @@ def calls(name: str) -> list[tuple[str, ast.Call]]:
     return [
         (str(path.relative_to(ROOT)), node)
         for path in sorted(ROOT.rglob("*.py"))
-        if "testing" not in path.parts and path.name != "demo.py"  # simulations on servers of their own
+        if not {"simulator", "law"}.intersection(path.parts)
+        and path.name != "demo.py"  # simulations on servers of their own
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == name
     ]
@@ -122,7 +124,7 @@ def test_every_connection_is_made_with_timeouts() -> None:
         "Redis.from_pool",
     ):
         for file, call in calls(name):
-            assert file == "edge/redis_client.py", f"{file}:{call.lineno} makes a client of its own: use connect()"
+            assert file == "stream/client.py", f"{file}:{call.lineno} makes a client of its own: use connect()"
 
 
 def test_the_bounds_fit_into_each_other() -> None:

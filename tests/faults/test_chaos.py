@@ -1,4 +1,4 @@
-"""Everything is pulled: `python -m fastworker.testing.chaos`."""
+"""Everything is pulled: `python -m tests.rig.chaos`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.crashpoint import Place
-from fastworker.testing.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
+from fastworker.crashpoint import Step
+from tests.rig.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
 
 
 def test_the_seed_fixes_the_plan() -> None:
@@ -18,7 +18,7 @@ def test_the_seed_fixes_the_plan() -> None:
     assert set(kinds) == set(WEIGHTS)
     assert 0 < sum(kind in SERVERS for kind in kinds) <= 50
     places = {fault.detail.partition(":")[0] for fault in plan(7, 500) if fault.kind == "crashpoint"}
-    assert places == set(PLACES) == set(Place) - {Place.IN_MIGRATION}
+    assert places == set(PLACES) == set(Step) - {Step.IN_MIGRATION}
 
 
 @pytest.mark.timeout(300)  # each fault waits until the pipeline is at work again: a busy machine takes its time

@@ -23,9 +23,9 @@ from fastworker.event import Commit, Event, Op
 from fastworker.event.entry import decode_entry, encode_json, encode_native
 from fastworker.event.frame import ErrorFrame, Info, Unknown, decode_frame
 from fastworker.event.record import json_text, load_record
+from fastworker.simulator.network import Network, hostile_frames
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.network import Network, hostile_frames
 
 SECONDS_PER_MB = 5.0  # of one core; an honest frame takes a hundredth of it
 MEMORY_PER_BYTE = 400

@@ -14,19 +14,19 @@ from typing import Any
 
 import asyncpg
 import pytest
-from e2e.house import House
-from servers import PostgresUnderTest
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
-from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Store
 from fastworker.errors import StoreUnavailable, Unreachable
-from fastworker.run.heartbeat import State
-from fastworker.run.migrate import migrate
+from fastworker.process.board import State
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
+from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.proxy import Proxy
+from tests.e2e.house import House
+from tests.rig.proxy import Proxy
+from tests.servers import PostgresUnderTest
 
 POST = "at://did:plc:aaaaaaaaaaaaaaaaaaaaaaaa/app.bsky.feed.post/3kaaaaaaaaa2a"
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
@@ -199,7 +199,7 @@ async def test_a_connection_whose_rollback_did_not_come_through_is_not_used_agai
     store = await Store.connect(postgres_url)
     try:
         with pytest.raises(StoreUnavailable, match="gone"):
-            async with store._connection() as connection:
+            async with store.connection() as connection:
                 await connection.execute("BEGIN")
                 raise ConnectionResetError("gone")
         assert store.connections == (0, 0)
@@ -325,7 +325,7 @@ async def test_a_lease_is_not_given_back_while_a_commit_may_be_on_its_way(
 
 async def test_a_session_whose_owner_vanished_lets_its_locks_go(postgres_url: str, pg: asyncpg.Connection) -> None:
     store = await Store.connect(postgres_url)
-    async with store._connection() as connection:
+    async with store.connection() as connection:
         value = await connection.fetchval("SHOW idle_in_transaction_session_timeout")
     await store.close()
     assert value == "20s"

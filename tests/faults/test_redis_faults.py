@@ -13,21 +13,21 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from e2e.house import GROUP, KEY, House
 from faults.test_postgres_faults import POST, like
-from servers import RedisUnderTest
 
-from fastworker.edge import stream
 from fastworker.edge.embedded import EmbeddedRedis
-from fastworker.edge.redis_client import connect
-from fastworker.edge.stream import CONSUMERS_KEY
 from fastworker.errors import Unreachable
-from fastworker.run import worker
-from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
-from fastworker.testing.network import Network
-from fastworker.testing.proxy import Proxy
-from fastworker.testing.relay import SimRelay
-from fastworker.testing.stage import Stage, is_entry
+from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
+from fastworker.stream import consumer as stream
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import CONSUMERS_KEY
+from fastworker.worker import worker
+from tests.e2e.house import GROUP, KEY, House
+from tests.rig.proxy import Proxy
+from tests.rig.stage import Stage, is_entry
+from tests.servers import RedisUnderTest
 
 
 @pytest.fixture

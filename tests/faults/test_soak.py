@@ -1,4 +1,4 @@
-"""`python -m fastworker.testing.soak`: what its verdict is made of, and a short run of it."""
+"""`python -m tests.rig.soak`: what its verdict is made of, and a short run of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.testing.soak import CatchUp, Look, Outage, Soak, catch_up
+from tests.rig.soak import CatchUp, Look, Outage, Soak, catch_up
 
 
 def look(at_s: float, made: int, ended: int | None) -> Look:

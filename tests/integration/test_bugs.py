@@ -8,17 +8,17 @@ from typing import Any
 
 import asyncpg
 import pytest
-from property.feeding import batch_of, settle
 
-from fastworker.edge.postgres_admin import _connection
-from fastworker.edge.schema_admin import open_schema
-from fastworker.edge.store import Store
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.event import Sync
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.store.admin import _connection
+from fastworker.store.schema_admin import open_schema
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
-from fastworker.testing import compare
-from fastworker.testing.histories import DIDS, Event, cid_of, entry_ms, number, random_history
-from fastworker.testing.model import Model
+from tests.property.feeding import batch_of, settle
+from tests.rig.histories import DIDS, Event, cid_of, entry_ms, number, random_history
 
 POST = f"at://{DIDS[1]}/app.bsky.feed.post/p"
 
@@ -157,8 +157,8 @@ async def test_every_statement_takes_its_keys_sorted(postgres_url: str) -> None:
 
     class Watched(Store):
         @contextlib.asynccontextmanager
-        async def _connection(self) -> AsyncIterator[Any]:
-            async with super()._connection() as connection:
+        async def connection(self) -> AsyncIterator[Any]:
+            async with super().connection() as connection:
                 yield _Watched(connection, seen)
 
     store = await Watched.connect(postgres_url)
@@ -179,12 +179,12 @@ async def test_every_statement_takes_its_keys_sorted(postgres_url: str) -> None:
 
 async def test_a_connection_that_the_driver_lost_count_of_is_replaced(store: Store) -> None:
     """A backend terminated at the very moment of its use: the next attempt has another connection."""
-    async with store._connection() as connection:
+    async with store.connection() as connection:
         backend = connection.get_server_pid()
     with pytest.raises(StoreUnavailable, match="another operation"):
-        async with store._connection():
+        async with store.connection():
             raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
-    async with store._connection() as connection:
+    async with store.connection() as connection:
         assert connection.get_server_pid() != backend
         assert await connection.fetchval("SELECT 1") == 1
 

@@ -14,13 +14,13 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.commands import check as checks
+from fastworker.commands import grants as rights
 from fastworker.config import parse_config
-from fastworker.edge import rights
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
-from fastworker.run import checks
-from fastworker.run.migrate import migrate
-from fastworker.testing.histories import random_history, to_entry
+from fastworker.store.migrate import migrate
+from tests.rig.histories import random_history, to_entry
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
 
@@ -76,7 +76,7 @@ def durable(servers_dir: Path) -> Iterator[EmbeddedRedis]:
 async def house(
     durable: EmbeddedRedis, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[House]:
-    monkeypatch.setattr("fastworker.edge.postgres_admin.LOOKS", 2)  # whom a test lets write holds on to it
+    monkeypatch.setattr("fastworker.store.admin.LOOKS", 2)  # whom a test lets write holds on to it
     async with Redis.from_url(durable.url) as redis:
         house = House(redis, durable.url, capsys)
         await house.begin()
@@ -254,7 +254,7 @@ async def test_a_key_that_is_no_stream_and_a_clock_that_nobody_keeps(
 async def test_a_redis_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastworker.edge.redis_admin.READY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("fastworker.stream.admin.READY_TIMEOUT_S", 0.2)
 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel connects, and nobody answers
         port = silent.getsockname()[1]
@@ -353,7 +353,7 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
         for other in own:
             await other.close(timeout=10)
         now = time.time
-        monkeypatch.setattr("fastworker.edge.postgres_admin.time.time", lambda: now() - 60)
+        monkeypatch.setattr("fastworker.store.admin.time.time", lambda: now() - 60)
         found = " ".join(await house.check(DATABASE_URL=url))
         assert re.search(r"Its clock is (59|60)\.\d s ahead of this machine's", found)  # an answer takes a while
         monkeypatch.undo()

@@ -18,16 +18,16 @@ import asyncpg
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
-from servers import RedisUnderTest
-from services import Service, get, run, until
 
 from fastworker import __version__
 from fastworker.cli import cli
 from fastworker.config import VARIABLES
 from fastworker.event.entry import decode_entry
+from fastworker.event.recording import write_frames
 from fastworker.metrics import READER_METRICS, WORKER_METRICS
-from fastworker.testing.frames import write_frames
-from fastworker.testing.network import Network
+from fastworker.simulator.network import Network
+from tests.servers import RedisUnderTest
+from tests.services import Service, get, run, until
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM, GROUP, DEAD = "firehose:events", "firehose-processors", "firehose:dead-letters"

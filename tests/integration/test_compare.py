@@ -8,15 +8,15 @@ from typing import Any
 
 import asyncpg
 import pytest
-from property.feeding import batch_of, settle
 from redis.asyncio import Redis
-from servers import counts_reads
 
+from fastworker.commands import compare
 from fastworker.config import parse_config
-from fastworker.edge.store import Store
 from fastworker.errors import ExitCode, Unreachable
-from fastworker.run import compare
-from fastworker.testing.histories import DIDS, Event, cid_of, number, to_entry
+from fastworker.store.store import Store
+from tests.property.feeding import batch_of, settle
+from tests.rig.histories import DIDS, Event, cid_of, number, to_entry
+from tests.servers import counts_reads
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
 POST, LIKE, LIST = "app.bsky.feed.post", "app.bsky.feed.like", "app.bsky.graph.list"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncpg
 import pytest
-from databases import Contents
+
+from tests.databases import Contents
 
 DID = "did:plc:" + "a" * 24
 

@@ -8,15 +8,15 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Store
-from fastworker.edge.stream import WorkerStream
 from fastworker.event import Commit, Op
 from fastworker.event.entry import encode_native
-from fastworker.run.heartbeat import Heartbeats
-from fastworker.run.pipeline import DeadLetterLimit, Pipeline
-from fastworker.run.reclaim import Intake
+from fastworker.process.board import Heartbeats
+from fastworker.store.store import Store
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import WorkerStream
 from fastworker.table.batch import Batch, Limits, Progress
+from fastworker.worker.intake import Intake
+from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
 
 KEY = "firehose:events"
 ALICE = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"

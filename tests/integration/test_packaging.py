@@ -24,14 +24,14 @@ from typing import Any
 import pytest
 import redis
 import yaml
-from servers import PostgresUnderTest, RedisUnderTest, connected
 
 import fastworker
 from fastworker.edge.embedded import free_port
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
-from fastworker.testing.network import Network
-from fastworker.testing.relay import SimRelay
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
+from tests.servers import PostgresUnderTest, RedisUnderTest, connected
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFINED = (
@@ -89,9 +89,11 @@ def test_the_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path
     ours = contents(wheel)
     assert ours == contents(tmp_path / "again" / wheel.name)
     assert {name.split("/")[0] for name in ours} == {"fastworker", f"fastworker-{fastworker.__version__}.dist-info"}
-    assert {"fastworker/py.typed", "fastworker/edge/status.html", "fastworker/migrations/0001_contract.sql"} <= set(
-        ours
-    )
+    assert {
+        "fastworker/py.typed",
+        "fastworker/monitor/status.html",
+        "fastworker/store/migrations/0001_contract.sql",
+    } <= set(ours)
     metadata = ours[f"fastworker-{fastworker.__version__}.dist-info/METADATA"].decode()
     assert f"\nVersion: {fastworker.__version__}\n" in metadata
 

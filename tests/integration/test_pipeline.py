@@ -13,21 +13,21 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.asyncio import Redis
-from servers import counts_reads
 
-from fastworker.edge.redis_admin import RedisAdmin
-from fastworker.edge.redis_client import connect
-from fastworker.edge.store import Written
-from fastworker.edge.stream import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
-from fastworker.run.heartbeat import Heartbeats, State, now_ms
-from fastworker.run.overlap import Marks, Overlap, keys_of
-from fastworker.run.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
-from fastworker.run.reclaim import Intake
+from fastworker.process.board import Heartbeats, State, now_ms
+from fastworker.store.store import Written
+from fastworker.stream.admin import RedisAdmin
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
 from fastworker.table.batch import Batch, Change, Limits
 from fastworker.table.mapper import map_commit
+from fastworker.worker.intake import Intake
+from fastworker.worker.overlap import Marks, Overlap, keys_of
+from fastworker.worker.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
+from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -74,7 +74,8 @@ class MemoryStore:
             raise RowRejected("poison")
         self.uris |= set(batch.changes)
         self.batches.append(batch)
-        return Written(len(batch.changes), 0, 0)
+        beaten = frozenset(uri for uri in batch.changes if "beaten" in uri)
+        return Written(len(batch.changes) - len(beaten), len(beaten), 0, beaten)
 
 
 class Bench:
@@ -333,7 +334,7 @@ async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
 
 
 async def test_a_long_outage_is_told_again(bench, monkeypatch, caplog):
-    monkeypatch.setattr("fastworker.run.pipeline.TELL_AGAIN_S", 1.0)  # several attempts, though one of them is late
+    monkeypatch.setattr("fastworker.worker.pipeline.TELL_AGAIN_S", 1.0)  # several attempts, though one of them is late
     bench.store.down.set()
     async with bench.running():
         await bench.add(likes(1))
@@ -500,3 +501,13 @@ async def test_marks_end_with_their_flush(bench, strangers) -> None:
         for entry in likes(3)[:1]:
             await bench.until(lambda: not bench.pipeline.held_count)
             strangers(entry)
+
+
+async def test_what_is_beaten_is_not_counted_as_committed(bench: Bench) -> None:
+    """Of an entry with several records some were stored: that one is."""
+    entries = [commit(1, like("good1")), commit(2, like("beaten2")), commit(3, like("good3"), like("beaten3"))]
+    async with bench.running():
+        await bench.add([*entries, commit(4, like("beaten4"), like("beaten5")), commit(5)])
+        await bench.until(lambda: bench.slot.snapshot().counters.nothing_to_store == 2)
+    ledger = await bench.redis.hgetall(LEDGER_KEY)
+    assert {name: int(count) for name, count in ledger.items()} == {b"committed": 3, b"nothing_to_store": 2}

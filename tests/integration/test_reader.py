@@ -21,17 +21,17 @@ import pytest
 import uvloop
 from aiohttp import web
 from redis.asyncio import Redis
-from servers import RedisUnderTest
 
-from fastworker.edge import feed as feed_module
-from fastworker.edge.stream import SetAside, WorkerStream, original_fields
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
-from fastworker.run import reader as reader_module
-from fastworker.run import start as start_module
-from fastworker.run.reader import ReaderSettings, ReaderStats, run_reader
-from fastworker.run.retry import Backoff
-from fastworker.testing.proxy import Proxy
+from fastworker.process.backoff import Backoff
+from fastworker.reader import reader as reader_module
+from fastworker.reader import start as start_module
+from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.stream import feed as feed_module
+from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
+from tests.rig.proxy import Proxy
+from tests.servers import RedisUnderTest
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 TIME = "2026-01-02T03:04:05.678Z"
@@ -575,7 +575,7 @@ async def test_endless_redirects_end(relay: Relay, redis: Redis, redis_url: str)
 async def test_a_frame_too_large_to_receive_is_passed_over(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastworker.edge.relay.FRAME_MAX", 100_000)
+    monkeypatch.setattr("fastworker.reader.relay.FRAME_MAX", 100_000)
     await redis.set(CURSOR, "0")
     relay.add(1, 2)
     relay.frames.append((5, b"x" * 200_000))

@@ -16,16 +16,16 @@ from aiohttp import WSServerHandshakeError
 from multidict import CIMultiDict, CIMultiDictProxy
 from redis import exceptions
 from redis.asyncio import Redis
-from servers import RedisUnderTest
 
-from fastworker.edge.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
-from fastworker.edge.redis_client import connect, error_code, translate, translating
-from fastworker.edge.relay import PATH, RelayAddress, _at_least
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.process.backoff import Backoff, pause
+from fastworker.reader import reader as reader_module
+from fastworker.reader.reader import Outbox, SilenceWatch
+from fastworker.reader.relay import PATH, RelayAddress, _at_least
 from fastworker.redact import redact
-from fastworker.run import reader as reader_module
-from fastworker.run.reader import Outbox, SilenceWatch
-from fastworker.run.retry import Backoff, pause
+from fastworker.stream.client import connect, error_code, translate, translating
+from fastworker.stream.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
+from tests.servers import RedisUnderTest
 
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from services import Service, get, until
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
+from tests.services import Service, get, until
 
 RED_WITHIN_S = 10.0
 GREEN_WITHIN_S = 60.0

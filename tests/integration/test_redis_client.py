@@ -8,8 +8,8 @@ import contextlib
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from fastworker.edge.redis_client import connect, translating
 from fastworker.errors import StreamUnavailable
+from fastworker.stream.client import connect, translating
 
 CANCELLATIONS = 400
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import zstandard
-from e2e.house import House
 from releases import make
-from servers import connected
 
 import fastworker
-from fastworker.edge.redis_client import connect
 from fastworker.event.entry import decode_entry, encode_json, encode_native
-from fastworker.run.migrate import Migration, check, migrate, packaged
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
+from fastworker.store.migrate import Migration, check, migrate, packaged
+from fastworker.stream.client import connect
+from tests.e2e.house import House
+from tests.servers import connected
 
 FILES = sorted(make.FOLDER.glob("*.json.zst"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 FORMS = ("native", "json", "frame")
@@ -76,7 +76,7 @@ async def test_its_schema_is_upgraded_and_its_entries_are_stored(
     known = packaged()[: len(release["migrations"])]
     await migrate(empty_postgres_url, known)
     later = (*packaged(), Migration(number=9000, name="9000_later", sql="CREATE TABLE fastworker.later (x int)"))
-    assert (await migrate(empty_postgres_url, later))[-1] == "9000_later"
+    assert "9000_later" in await migrate(empty_postgres_url, later)
     assert await check(empty_postgres_url, later) == []
 
     chosen = [one for one in release["events"] if form in one["entries"]]

@@ -21,13 +21,12 @@ import pytest
 from aiohttp import web
 from redis.asyncio import Redis
 
-from fastworker.edge import identity
 from fastworker.edge.embedded import free_port
-from fastworker.edge.identity import Breaker, Directory, Unresolved, gather
-from fastworker.edge.store import Store
 from fastworker.event import Identity
-from fastworker.run import resolver
-from fastworker.run.resolver import ResolverSettings, run_resolver
+from fastworker.store.store import Store
+from fastworker.sync import identity, resolver
+from fastworker.sync.identity import Breaker, Directory, Unresolved, gather
+from fastworker.sync.resolver import ResolverSettings, run_resolver
 from fastworker.table.batch import Batch
 
 ALICE, BOB = "did:plc:" + "a" * 24, "did:plc:" + "b" * 24

@@ -20,9 +20,17 @@ import pytest
 import redis
 from asyncpg.exceptions import InsufficientPrivilegeError, PostgresError
 
-from fastworker.edge import feed, postgres_admin, rights, schema_admin, stream
-from fastworker.run.migrate import packaged
-from fastworker.table import derive, merge
+from fastworker.commands import grants as rights
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
+from fastworker.store import admin as postgres_admin
+from fastworker.store import routines, schema_admin
+from fastworker.store import statements as sql
+from fastworker.stream import consumer as stream
+from fastworker.stream import feed
+from fastworker.table import derive
 from fastworker.table.schema import (
     DERIVED,
     FEED_GENERATORS,
@@ -33,10 +41,6 @@ from fastworker.table.schema import (
     QUOTES,
     TABLES,
 )
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
-from fastworker.testing.network import Network
-from fastworker.testing.relay import SimRelay
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
@@ -218,25 +222,25 @@ def ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 def worker_statements() -> list[tuple[str, list[Any] | None]]:
     """Every statement of a worker, and arguments where nothing but NULLs would not reach what is guarded."""
-    constants = [value for name, value in vars(merge).items() if name.isupper() and isinstance(value, str)]
+    constants = [value for name, value in vars(sql).items() if name.isupper() and isinstance(value, str)]
     found = [
         text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
     ]
-    found += [*merge.CIDS.values(), merge.recount(derive.FULL)]
+    found += [*sql.CIDS.values(), sql.recount(derive.FULL)]
     for table in TABLES:
-        found += [make(table) for make in (merge.insert, merge.lock, merge.update, merge.delete, merge.absent)]
+        found += [make(table) for make in (sql.insert, sql.lock, sql.update, sql.delete, sql.absent)]
         if table.hot:
-            found += [merge.versions_of(table), merge.taken(table)]
+            found += [sql.versions_of(table), sql.taken(table)]
         if table.pair:
-            found += [merge.locate(table), merge.winners(table)]
-    found += [merge.upsert(table) for table in DERIVED]
-    found += [merge.delete(table) for table in (FEED_ITEMS, QUOTES, NOTIFICATIONS)]
+            found += [sql.locate(table), sql.winners(table)]
+    found += [sql.upsert(table) for table in DERIVED]
+    found += [sql.delete(table) for table in (FEED_ITEMS, QUOTES, NOTIFICATIONS)]
     found.append(schema_admin._APPLIED)
     note = ("at://a", "did:web:a", "did:web:b", "like", None, None, datetime.now(UTC).replace(tzinfo=None))
     return [
         *((text, None) for text in found),
-        (merge.LABEL_EVENTS, [["at://no/such/label"]]),  # only rows take numbers from a sequence
-        (merge.upsert(NOTIFICATIONS), [[note]]),
+        (sql.LABEL_EVENTS, [["at://no/such/label"]]),  # only rows take numbers from a sequence
+        (sql.upsert(NOTIFICATIONS), [[note]]),
         *worker_calls(),
     ]
 
@@ -245,17 +249,15 @@ POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generato
 
 
 def worker_calls() -> Iterator[tuple[str, list[Any]]]:
-    """The functions of 0004_one_call.sql, every statement of them; with what is in them as a comment."""
-    text = next(one.sql for one in packaged() if one.name == "0004_one_call")
-    bodies = dict(re.findall(r"fastworker\.(\w+)\((?:.*?)AS \$\$(.*?)END \$\$;", text, re.DOTALL))
-    words = {name: f" /* {body} */" for name, body in bodies.items()}
+    """The routines, every statement of them; with what is in them as a comment."""
+    words = {one.name: f" /* {one.sql.partition('AS $$')[2]} */" for one in routines.packaged()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
-    yield merge.PUT + words["put"], [empty.get(name, []) for name in merge.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_2"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
-    yield merge.PUT_WHOLE + words["put_whole"], [empty.get(name) for name in merge.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_2"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     services = [GENERATOR, LABELER]
-    yield merge.RECOMPUTE + words["recompute"], [[POST], [POST], [POST], services, [POST], *owed, True]
+    yield sql.RECOMPUTE + words["recompute_2"], [[POST], [POST], [POST], services, [POST], *owed, True]
 
 
 async def rows_for_calls(connection: asyncpg.Connection) -> None:
@@ -265,7 +267,7 @@ async def rows_for_calls(connection: asyncpg.Connection) -> None:
         values = {"timestamp": at, "jsonb": "{}"}
         row = [values.get(kind, "did:web:a") for kind in table.types]
         row[table.index("uri")] = uri
-        await connection.fetch(merge.insert(table), [tuple(row)])
+        await connection.fetch(sql.insert(table), [tuple(row)])
 
 
 async def denied(connection: asyncpg.Connection, statement: str, arguments: list[Any] | None) -> bool:

@@ -9,9 +9,9 @@ import aiohttp
 import libipld
 import pytest
 
-from fastworker.testing.network import Network
-from fastworker.testing.relay import PATH, Fault, SimRelay
-from fastworker.testing.repo import START_SEQ
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import PATH, Fault, SimRelay
+from fastworker.simulator.repo import START_SEQ
 
 
 @asynccontextmanager

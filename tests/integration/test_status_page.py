@@ -17,7 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 import redis
-from services import ROOT, Service, until
+
+from tests.services import ROOT, Service, until
 
 RATE = 60
 CARD = "[...document.querySelectorAll('dl div')].find(d => d.querySelector('dt').textContent === {!r})"

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
-from servers import counts_reads
 
-from fastworker.edge.redis_client import connect
-from fastworker.edge.stream import (
+from fastworker.errors import Reason, StreamUnavailable, Unreachable
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import (
     CONSUMERS_KEY,
     DEAD_LETTERS_KEY,
     LEDGER_KEY,
@@ -22,7 +22,7 @@ from fastworker.edge.stream import (
     id_order,
     original_fields,
 )
-from fastworker.errors import Reason, StreamUnavailable, Unreachable
+from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 COMMITTED = Tally("committed", "#commit")

@@ -22,14 +22,14 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.crashpoint import Place, arm, crashpoint
+from fastworker.crashpoint import Step, arm, crashpoint
 from fastworker.errors import ExitCode, StoppedItself, Unreachable
 from fastworker.log import setup_logging
-from fastworker.run import child as child_module
-from fastworker.run import supervisor as supervisor_module
-from fastworker.run.child import run_child
-from fastworker.run.heartbeat import Heartbeats, Slot, now_ms
-from fastworker.run.supervisor import ChildSpec, Patience, Supervisor
+from fastworker.process import child as child_module
+from fastworker.process import supervisor as supervisor_module
+from fastworker.process.board import Heartbeats, Slot, now_ms
+from fastworker.process.child import run_child
+from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
 
 # --- the process under test
 
@@ -141,8 +141,8 @@ def child(main: Callable) -> Callable[[Slot], int]:
 
 def dies(slot: Slot) -> int:
     arm("in_recheck:2" if slot.get("starts") == 1 else None)
-    crashpoint(Place.IN_RECHECK)
-    crashpoint(Place.IN_RECHECK)
+    crashpoint(Step.IN_RECHECK)
+    crashpoint(Step.IN_RECHECK)
     return run_child(slot, healthy)
 
 

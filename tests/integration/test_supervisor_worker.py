@@ -21,14 +21,14 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from fastworker.crashpoint import Place
-from fastworker.edge.redis_client import connect
-from fastworker.edge.stream import LEDGER_KEY
+from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode
 from fastworker.log import setup_logging
-from fastworker.run.heartbeat import Heartbeats, Slot
-from fastworker.run.supervisor import ChildSpec, Supervisor
-from fastworker.run.worker import WorkerSettings, shrunk, worker_child
+from fastworker.process.board import Heartbeats, Slot
+from fastworker.process.supervisor import ChildSpec, Supervisor
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
 ROOT = Path(__file__).parents[2]
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -204,7 +204,7 @@ async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
     await bench.until(lambda: _has(bench.pending))
     bench.kill()
     # Another host takes over; its first claims are cut off too.
-    bench.start(consumer_id="x", crashpoint=str(Place.IN_CLAIM))
+    bench.start(consumer_id="x", crashpoint=str(Step.IN_CLAIM))
     await bench.until(bench.settled)
     text = bench.stop()
     assert "was killed by SIGKILL" in text
@@ -225,7 +225,7 @@ async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
 
 
 async def claim_as_the_old_worker_does(redis: Redis, idle_ms: int) -> None:
-    """One round of the TypeScript worker (predecessor contract, 1.2 and 1.5)."""
+    """One round of the TypeScript worker."""
     for one in await redis.xpending_range(KEY, GROUP, "-", "+", 100):
         if one["time_since_delivered"] <= idle_ms:
             continue

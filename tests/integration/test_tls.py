@@ -20,20 +20,20 @@ from urllib.parse import parse_qs, quote, urlsplit
 import asyncpg
 import pytest
 import trustme
-from e2e.house import House
-from servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, connected
 
+from fastworker.commands.check import preflight
 from fastworker.config import parse_config
 from fastworker.edge.embedded import free_port
-from fastworker.edge.redis_client import connect
-from fastworker.edge.relay import RelayAddress, RelayRefused, subscribe
-from fastworker.edge.store import Store
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
-from fastworker.run.checks import preflight
-from fastworker.run.migrate import migrate
-from fastworker.testing.compare import diff, dump, report
-from fastworker.testing.model import Model
-from fastworker.testing.network import Network
+from fastworker.law.compare import diff, dump, report
+from fastworker.law.model import Model
+from fastworker.reader.relay import RelayAddress, RelayRefused, subscribe
+from fastworker.simulator.network import Network
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
+from fastworker.stream.client import connect
+from tests.e2e.house import House
+from tests.servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest, connected
 
 SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import redis
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from services import Service, until
 
 from fastworker.edge import tracing
 from fastworker.errors import ConfigError
+from tests.services import Service, until
 
 POST = {
     "type": "commit",
@@ -27,7 +27,7 @@ POST = {
 
 def test_nothing_is_imported_when_it_is_off() -> None:
     """By us: the Redis client imports OpenTelemetry's metrics wherever it finds them."""
-    code = "import sys, fastworker.cli, fastworker.run.up, fastworker.run.worker; print(*sys.modules)"
+    code = "import sys, fastworker.cli, fastworker.commands.up, fastworker.worker.worker; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf", "requests")
     assert [name for name in done.stdout.split() if name.startswith(ours)] == []

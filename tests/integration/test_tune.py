@@ -12,19 +12,19 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from fastworker.commands.tune import STORAGE, report, tune, untune
+from fastworker.commands.verify import Wish, verify
 from fastworker.edge.embedded import EmbeddedPostgres
-from fastworker.edge.schema_admin import SchemaRefused
-from fastworker.edge.store import Store
 from fastworker.errors import ExitCode
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
-from fastworker.run.migrate import check, packaged
-from fastworker.run.tune import STORAGE, report, tune, untune
-from fastworker.run.verify import Wish, verify
+from fastworker.store.migrate import check, packaged
+from fastworker.store.schema_admin import SchemaRefused
+from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing.histories import entry_ms, random_history, to_entry
+from tests.rig.histories import entry_ms, random_history, to_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIXES = {
@@ -265,7 +265,7 @@ async def test_without_the_schema_it_says_migrate(empty_postgres_url: str) -> No
 async def test_a_vacuum_in_the_way_is_named(
     postgres_url: str, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastworker.edge.schema_admin.LOCK_WAIT", "200ms")
+    monkeypatch.setattr("fastworker.store.schema_admin.LOCK_WAIT", "200ms")
     async with pg.transaction():
         await pg.execute("LOCK TABLE likes IN SHARE UPDATE EXCLUSIVE MODE")
         with pytest.raises(SchemaRefused, match=r"No storage parameter was changed; a VACUUM, .* was in the way"):
@@ -282,7 +282,7 @@ async def test_a_drop_that_waited_in_vain_is_finished_or_undone(
         async with pg.transaction():
             await pg.fetch("SELECT count(*) FROM likes")
             with monkeypatch.context() as patch:  # not afterwards: an autovacuum may be in the way for a moment
-                patch.setattr("fastworker.edge.tuning.TRANSACTIONS_WAIT", "200ms")
+                patch.setattr("fastworker.store.tuning.TRANSACTIONS_WAIT", "200ms")
                 with pytest.raises(SchemaRefused, match="idx_likes_user_did stays, or is left invalid"):
                     await tune(postgres_url, "indexes", nothing)
         if end == "tune":

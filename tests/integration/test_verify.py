@@ -16,18 +16,18 @@ from datetime import UTC, datetime
 import asyncpg
 import pytest
 
+from fastworker.commands.verify import Wish, names, verify
 from fastworker.edge.embedded import EmbeddedPostgres
-from fastworker.edge.store import Store
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
-from fastworker.run.verify import Wish, names, verify
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing import compare
-from fastworker.testing.histories import Event, entry_ms, random_history, to_entry
-from fastworker.testing.model import Model
+from tests.rig.histories import Event, entry_ms, random_history, to_entry
 
 SEED = 11
 EVENTS = 2_500
@@ -128,8 +128,8 @@ async def differences(url: str, expected: compare.Tables) -> str:
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else writes: what differs need not be waited for."""
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_S", (0.0,))
-    monkeypatch.setattr("fastworker.run.verify.LOOK_AGAIN_JOINED_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_S", (0.0,))
+    monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_JOINED_S", (0.0,))
 
 
 FIND = Wish(as_json=True, rows=300)
@@ -510,7 +510,7 @@ async def test_a_stopped_run_says_where_to_go_on(
             stop.set()
         return stopping.is_set()
 
-    monkeypatch.setattr("fastworker.run.verify.pause", pause)
+    monkeypatch.setattr("fastworker.commands.verify.pause", pause)
     code = await verify(url, derive.FULL, Wish(rows=5, as_json=True), stop)
     report = json.loads(capsys.readouterr().out)
     assert code is ExitCode.NO

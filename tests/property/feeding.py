@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 
 import asyncpg
 
-from fastworker.edge.store import Store
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing import compare
-from fastworker.testing.histories import Event, entry_ms, to_entry
-from fastworker.testing.model import Model
+from tests.rig.histories import Event, entry_ms, to_entry
 
 
 def put(batch: Batch, event: Event) -> None:

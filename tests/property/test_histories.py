@@ -15,10 +15,10 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from property.feeding import batch_of, clear, differences, lawful, settle
 
-from fastworker.edge.store import Store
-from fastworker.testing.histories import History, histories
+from fastworker.store.store import Store
+from tests.property.feeding import batch_of, clear, differences, lawful, settle
+from tests.rig.histories import History, histories
 
 
 class Bench:
@@ -36,7 +36,8 @@ class Bench:
     async def _open(self, url: str) -> None:
         self.connection = await asyncpg.connect(url)
         self.stores = [await Store.connect(url) for _ in range(3)]
-        self.stores[0].copy_rows_min = self.stores[2].copy_rows_min = 1
+        for store in (self.stores[0], self.stores[2]):
+            store.writer.copying.rows_min = 1
 
     async def _close(self) -> None:
         for store in self.stores:
@@ -51,8 +52,8 @@ class Bench:
     async def check(self, history: History, writers: int) -> str:
         await clear(self.connection)
         for store in self.stores:
-            store._known.clear()  # the table of users is empty again
-            store._wary = 0
+            store.writer.known.clear()  # the table of users is empty again
+            store.writer.copying.pause = 0
 
         async def deliver(n: int) -> None:
             for events in history.deliveries()[n::writers]:

@@ -15,75 +15,56 @@ from typing import Any
 
 import asyncpg
 import pytest
-from property.feeding import batch_of, differences, lawful, settle
 
-from fastworker.edge.store import Store
-from fastworker.table import merge
+from fastworker.crashpoint import Step
+from fastworker.store import statements as sql
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
-from fastworker.testing.histories import Event, cid_of, number, tid
+from tests.property.feeding import batch_of, differences, lawful, settle
+from tests.rig.histories import Event, cid_of, number, tid
 
 PLACES = (
-    "prologue",  # looked, and nothing is written yet
-    "main",  # what the prologue writes is committed
-    "rows written",  # in the main transaction, derived rows are not
-    "derived written",  # in the main transaction, before its commit
-    "recompute owed",  # main transaction committed
-    "look back",
-    "rejoin",  # looked back; rows that join two records are not recomputed
+    Step.LOOKED,
+    Step.AFTER_TOMBSTONE_COMMIT,  # what is committed first is
+    Step.ROWS_WRITTEN,
+    Step.BEFORE_MAIN_COMMIT,
+    Step.AFTER_MAIN_COMMIT,
+    Step.OWED_PAID,  # before the look back
+    Step.AFTER_LOOK_BACK,  # rows that join two records are not recomputed
 )
 
 
-class Held(Store):
-    """A writer that waits at one of the places, once, until it is let go."""
+class Died(Exception):
+    """What becomes of a writer that is killed."""
 
-    place: str | None = None
 
-    def hold(self, place: str | None) -> None:
-        self.place = place
+class Held:
+    """A writer that waits at one of the steps, once, until it is let go; or that dies at one."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.dies_at: Step | None = None
+        self.hold(None)
+        store.writer.on_step = self._at
+
+    def hold(self, step: Step | None) -> None:
+        self.step = step
         self.reached, self.go = asyncio.Event(), asyncio.Event()
 
-    async def _at(self, place: str) -> None:
-        if place == self.place and not self.go.is_set():
+    async def _at(self, step: Step) -> None:
+        if step is self.step and not self.go.is_set():
             self.reached.set()
             await self.go.wait()
-
-    async def _look(self, *args: Any) -> Any:
-        found = await super()._look(*args)
-        await self._at("prologue")
-        return found
-
-    async def _look_back(self, *args: Any) -> Any:
-        await self._at("look back")
-        return await super()._look_back(*args)
-
-    async def _main(self, *args: Any) -> Any:
-        await self._at("main")
-        return await super()._main(*args)
-
-    async def _apply(self, *args: Any) -> Any:
-        rows = await super()._apply(*args)
-        await self._at("rows written")
-        return rows
-
-    async def _derived(self, *args: Any) -> Any:
-        owed = await super()._derived(*args)
-        await self._at("derived written")
-        return owed
-
-    async def _recompute(self, *args: Any, **options: Any) -> None:
-        await self._at("recompute owed")
-        await super()._recompute(*args, **options)
-
-    async def _rejoin(self, *args: Any) -> None:
-        await self._at("rejoin")
-        await super()._rejoin(*args)
+        if step is self.dies_at:
+            raise Died
 
 
 class Stage:
     """Two writers and somebody who sees which of them waits for a lock."""
 
-    def __init__(self, stores: list[Held], watcher: asyncpg.Connection) -> None:
-        self.stores = stores
+    def __init__(self, held: list[Held], watcher: asyncpg.Connection) -> None:
+        self.held = held
+        self.stores = [one.store for one in held]
         self.watcher = watcher
 
     async def waits(self, n: int) -> bool:
@@ -100,18 +81,18 @@ class Stage:
             while not (task.done() or reached.is_set() or await self.waits(n)):
                 await asyncio.sleep(0.001)
 
-    async def play(self, batches: tuple[Batch, Batch], places: tuple[str | None, str | None]) -> None:
+    async def play(self, batches: tuple[Batch, Batch], places: tuple[Step | None, Step | None]) -> None:
         # Users are there before: who makes the same ones would wait for the other, whatever the race is about.
         dids = sorted(batches[0].dids | batches[1].dids)
-        await self.watcher.execute(merge.USERS, dids)
+        await self.watcher.execute(sql.USERS, dids)
         tasks = []
-        for n, (store, batch, place) in enumerate(zip(self.stores, batches, places, strict=True)):
-            store.hold(place)
-            store._remember(dids)
-            tasks.append(asyncio.create_task(store.write(batch)))
-            await self.until(n, tasks[n], store.reached)
-        for n, store in enumerate(self.stores):
-            store.go.set()
+        for n, (held, batch, place) in enumerate(zip(self.held, batches, places, strict=True)):
+            held.hold(place)
+            held.store.writer.remember(dids)
+            tasks.append(asyncio.create_task(held.store.write(batch)))
+            await self.until(n, tasks[n], held.reached)
+        for n, held in enumerate(self.held):
+            held.go.set()
             await self.until(n, tasks[n], asyncio.Event())
         async with asyncio.timeout(60):
             await asyncio.gather(*tasks)
@@ -348,12 +329,12 @@ RACES: tuple[Race, ...] = (
 
 @pytest.fixture
 async def stage(postgres_url: str, pg: asyncpg.Connection) -> Any:
-    stores = [await Held.connect(postgres_url, application_name=f"writer-{n}") for n in range(2)]
-    for store in stores:
-        store.whole_rows_max = 0  # step by step: nobody can be held inside of a call
-    yield Stage(stores, pg)
-    for store in stores:
-        await store.close()
+    held = [Held(await Store.connect(postgres_url, application_name=f"writer-{n}")) for n in range(2)]
+    for one in held:
+        one.store.writer.whole_rows_max = 0  # step by step: nobody can be held inside of a call
+    yield Stage(held, pg)
+    for one in held:
+        await one.store.close()
 
 
 @pytest.mark.parametrize(
@@ -375,15 +356,16 @@ async def test_every_interleaving_ends_as_the_law_says(
         base, *parts = race(scene)
         if turned:
             parts.reverse()
-        for store in stage.stores:
-            store.hold(None)
-            store.copy_rows_min, store._wary = copy_rows_min, 0
-            store.whole_rows_max = whole_rows_max
+        for held in stage.held:
+            held.hold(None)
+            writer = held.store.writer
+            writer.copying.rows_min, writer.copying.pause = copy_rows_min, 0
+            writer.whole_rows_max = whole_rows_max
         if base:
             await stage.stores[0].write(batch_of(base))
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))
         events += scene.events
-    stage.stores[0].hold(None)
+    stage.held[0].hold(None)
     await settle(stage.stores[0])
     expected = lawful(events)
     assert sum(map(len, expected.values())) >= 112, "the cases are about nothing"
@@ -391,7 +373,7 @@ async def test_every_interleaving_ends_as_the_law_says(
     assert told == "no difference", _explain(told)
 
 
-def _cases() -> Iterable[tuple[bool, str, str | None]]:
+def _cases() -> Iterable[tuple[bool, Step, Step | None]]:
     for turned in (False, True):
         for one in PLACES:
             for other in (*PLACES, None):
@@ -420,7 +402,7 @@ async def test_a_recount_beside_a_delta(stage: Stage, pg: asyncpg.Connection) ->
             parts.reverse()
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))
         events += s.events
-    stage.stores[0].hold(None)
+    stage.held[0].hold(None)
     await settle(stage.stores[0])
     assert await differences(lawful(events), pg) == "no difference"
 
@@ -430,11 +412,9 @@ async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connecti
     s = Scene(0)
     parts = [s.like(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.like/l")]
 
-    async def blind(*_: Any) -> Any:
-        return None
-
-    stage.stores[0]._finish = blind  # type: ignore[method-assign]
-    await stage.play((batch_of(parts[0]), batch_of(parts[1])), ("rows written", None))
+    stage.held[0].dies_at = Step.OWED_PAID
+    with pytest.raises(Died):
+        await stage.play((batch_of(parts[0]), batch_of(parts[1])), (Step.ROWS_WRITTEN, None))
     assert await pg.fetchval("SELECT count(*) FROM likes") == 1
 
 
@@ -447,26 +427,22 @@ async def test_a_commit_that_arrives_after_its_process_died(
     before = [s.post(s.b), *([s.like(s.a, s.uri(s.b), "k")] if shadowed else [])]
     late = s.like(s.a, s.uri(s.b))
     gone = s.delete(s.a, "app.bsky.feed.like/l") if deletes == "the record" else s.account(s.a, "deleted")
-    dead, alive = stage.stores
-    alive.hold(None)
-    await stage.watcher.execute(merge.USERS, [s.a, s.b])  # whoever makes the same users would wait for the commit
+    dead, alive = stage.held[0], stage.stores[1]
+    await stage.watcher.execute(sql.USERS, [s.a, s.b])  # whoever makes the same users would wait for the commit
     for store in stage.stores:
-        store._remember([s.a, s.b])
+        store.writer.remember([s.a, s.b])
     await alive.write(batch_of(before))
 
-    async def dies(*_: Any) -> Any:
-        raise asyncio.CancelledError
-
-    dead.hold("derived written")
-    committing = asyncio.create_task(dead.write(batch_of([late])))
+    dead.hold(Step.BEFORE_MAIN_COMMIT)
+    dead.dies_at = Step.AFTER_MAIN_COMMIT
+    committing = asyncio.create_task(dead.store.write(batch_of([late])))
     await stage.until(0, committing, dead.reached)
     await alive.write(batch_of([gone]))
     await alive.write(batch_of([late]))
     await settle(alive)
-    dead._finish = dies  # type: ignore[method-assign]
     dead.go.set()
-    await asyncio.wait([committing])
-    assert committing.cancelled()
+    with pytest.raises(Died):
+        await committing
     there = (
         "SELECT (SELECT count(*) FROM likes WHERE uri = $1) + (SELECT count(*) FROM fastworker.twins WHERE uri = $1)"
     )

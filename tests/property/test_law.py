@@ -12,12 +12,12 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from fastworker.edge.store import Store
 from fastworker.event import Account, Commit, Identity, Op
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from fastworker.testing import compare
-from fastworker.testing.model import Model
 
 POST = "app.bsky.feed.post"
 RKEYS = ["r1", "r2", "r3"]

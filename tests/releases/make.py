@@ -22,8 +22,8 @@ sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent.parent)]
 import fastworker  # noqa: E402
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native  # noqa: E402
 from fastworker.event.frame import decode_frame  # noqa: E402
-from fastworker.run.migrate import packaged  # noqa: E402
-from fastworker.testing.network import Network  # noqa: E402
+from fastworker.simulator.network import Network  # noqa: E402
+from fastworker.store.migrate import packaged  # noqa: E402
 
 RELAY = "relay.test"
 OF_A_SORT = 2  # events of each collection and action

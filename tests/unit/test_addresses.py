@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from yarl import URL
 
-from fastworker.edge.addresses import is_host, is_public, refusal
+from fastworker.sync.addresses import is_host, is_public, refusal
 
 PRIVATE_4 = ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.0", "224.0.0.1"]
 PRIVATE_4 += ["255.255.255.255", "240.0.0.1", "192.0.0.1", "198.18.0.1", "203.0.113.1"]

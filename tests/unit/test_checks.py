@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from fastworker.commands import check as checks
+from fastworker.commands.check import Finding, Verdict
 from fastworker.config import Config
-from fastworker.edge.postgres_admin import Client, Facts, Past
-from fastworker.edge.redis_admin import Consumer, Group, Pending, Server, Stream
-from fastworker.run import checks
-from fastworker.run.checks import Finding, Verdict
+from fastworker.store.admin import Client, Facts, Past
+from fastworker.stream.admin import Consumer, Group, Pending, Server, Stream
 
 SERVER = Server(
     version="7.2.4",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastworker.event.car import is_block_of, select_blocks
-from fastworker.testing.cbor import cid_of
-from fastworker.testing.repo import car_bytes
+from fastworker.simulator.cbor import cid_of
+from fastworker.simulator.repo import car_bytes
 
 # One byte of length, two, and three (16,384 is where the third begins).
 BLOCKS = [bytes([size % 251]) * size for size in (1, 91, 92, 300, 16_347, 16_348, 40_000, 5)]

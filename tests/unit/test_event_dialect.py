@@ -7,10 +7,10 @@ from typing import Any
 
 import libipld
 import pytest
-from sdk_dialect import predecessor
 
 from fastworker.event.dialect import lexicon_record
 from fastworker.event.entry import decode_entry
+from tests.sdk_dialect import predecessor
 
 BLOB_HEX = "01551220d7bdd545f09d8a73c2b990337c8211d708a04ccd9748627685e4fc79cc038039"
 BLOB = {
@@ -25,7 +25,7 @@ REF = {
 }
 NOW = "2026-10-18T12:34:56.789Z"
 
-# The entry as the predecessor's reader put it on a stream (contract 1.4).
+# The entry as the predecessor's reader put it on a stream.
 EXAMPLE = r"""{"repo":"did:plc:aaaaaaaaaaaaaaaaaaaaaaaa","ops":[{"action":"create","path":"app.bsky.feed.post/3k1",
  "cid":"bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge",
  "record":{"created_at":"2026-10-18T12:34:56.789Z","text":"hi @bob.test see https://x.y #tag",

@@ -19,7 +19,7 @@ from fastworker.event.entry import (
     encode_native,
 )
 from fastworker.event.record import json_text, load_record
-from fastworker.testing.cbor import cid_of, cid_text, encode
+from fastworker.simulator.cbor import cid_of, cid_text, encode
 
 DID = "did:plc:wq4aajammjtxdomz3e23667t"
 REV = "3mptbypluud2a"

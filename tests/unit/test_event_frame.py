@@ -12,8 +12,8 @@ from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Account, Commit, Drop, ErrorFrame, Identity, Info, Sync, Unknown
 from fastworker.event.frame import BLOCKS_BYTES_MAX, FRAME_BYTES_MAX, OPS_MAX, decode_frame
 from fastworker.event.record import load_record
-from fastworker.testing.cbor import cid_of, cid_text, encode
-from fastworker.testing.repo import car_bytes
+from fastworker.simulator.cbor import cid_of, cid_text, encode
+from fastworker.simulator.repo import car_bytes
 
 DID = "did:plc:wq4aajammjtxdomz3e23667t"
 REV = "3mptbypluud2a"

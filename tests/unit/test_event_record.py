@@ -15,7 +15,7 @@ from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Op
 from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, decode
 from fastworker.event.record import cid_text, clean_text, json_text, link_text, load_record, nesting_exceeds
-from fastworker.testing.cbor import cid_of, encode, head, text
+from fastworker.simulator.cbor import cid_of, encode, head, text
 
 CID = cid_of(b"some record")
 BLOB = b"\x01\x55\x12\x20" + bytes(range(32))
@@ -321,8 +321,8 @@ def test_interop_data_model(real_data: Path) -> None:
 @pytest.mark.parametrize("name", ["bsky.app.car", "little.car", "jetstream-repo.car"])
 def test_every_record_of_a_real_repository(name: str, real_data: Path) -> None:
     """libipld and our own decoder agree, and the JSON is what the simulator's independent decoder says."""
-    from fastworker.testing.cbor import decode as independent
-    from fastworker.testing.repo import read_car
+    from fastworker.simulator.cbor import decode as independent
+    from fastworker.simulator.repo import read_car
 
     _, blocks = read_car((real_data / "cars" / name).read_bytes())
     records = 0

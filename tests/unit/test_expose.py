@@ -7,8 +7,8 @@ import socket
 import aiohttp
 import pytest
 
-from fastworker.edge.expose import is_ours, serve
 from fastworker.metrics import Figures
+from fastworker.monitor.http import is_ours, serve
 
 
 class Quiet:

@@ -12,8 +12,8 @@ import pytest
 
 from fastworker import log as fastworker_log
 from fastworker.log import REPEATS_MAX, WINDOW_S, RepeatLimit, setup_logging
+from fastworker.process.board import Heartbeats
 from fastworker.redact import printable, printable_json
-from fastworker.run.heartbeat import Heartbeats
 
 
 @pytest.fixture(autouse=True)

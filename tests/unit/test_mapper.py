@@ -1,4 +1,4 @@
-"""Records to rows, collection by collection. Reference: state law (design, section 3); contract 2.1, 3, 4.5 to 4.7.
+"""Records to rows, collection by collection. Reference: the state law, docs/invariants.md.
 
 Ids such as W20 or T44 are the predecessors' bugs (contract 5) that the case shows to be absent.
 """
@@ -758,7 +758,7 @@ def test_text_that_postgresql_cannot_hold() -> None:
     assert rows[0]["text"].endswith("c")
 
 
-# Blobs and embeds (contract 3.3)
+# Blobs and embeds
 
 
 @pytest.mark.parametrize(
@@ -889,7 +889,7 @@ def test_label(record: dict[str, Any], expected: tuple[Any, ...]) -> None:
 
 
 def test_a_profile_is_self() -> None:
-    """No other rkey overwrites a profile (contract 1.4)."""
+    """No other rkey overwrites a profile."""
     assert drop_of("app.bsky.actor.profile", {"displayName": "x"}, "other") == Reason.BAD_PATH
 
 

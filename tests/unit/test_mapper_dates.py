@@ -1,4 +1,4 @@
-"""Dates: whatever a client wrote, as naive UTC. Reference: state law, Dates; contract 4.5."""
+"""Dates: whatever a client wrote, as naive UTC. Reference: state law, Dates"""
 
 # ruff: noqa: DTZ001, DTZ901 - naive UTC is the contract
 

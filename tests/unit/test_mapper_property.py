@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from fastworker.errors import Reason
 from fastworker.event import Commit, Op
+from fastworker.law.model import Model
 from fastworker.table import schema
 from fastworker.table.batch import Change
 from fastworker.table.mapper import map_commit
-from fastworker.testing.model import Model
 
 REPO = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 OTHER = "did:web:other.test"
@@ -31,7 +31,7 @@ CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 RKEY = "3kabcdefghi22"
 ENTRY_MS = 1_717_250_400_123
 
-# What each column takes (contract 2.1): length in characters of a varchar, and whether it takes null.
+# What each column takes: length in characters of a varchar, and whether it takes null.
 LENGTHS = {
     "purpose": 64,
     "val": 128,

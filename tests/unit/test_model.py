@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastworker.testing import histories
-from fastworker.testing.compare import COLUMNS, Difference, diff, report, same
-from fastworker.testing.histories import History, cid_of, entry_ms, random_history, to_entry
-from fastworker.testing.model import CORE, FULL, Model, parse_time
+from fastworker.law.compare import COLUMNS, Difference, diff, report, same
+from fastworker.law.model import CORE, FULL, Model, parse_time
+from tests.rig import histories
+from tests.rig.histories import History, cid_of, entry_ms, random_history, to_entry
 
 A, B, C = ("did:plc:" + letter * 24 for letter in "abc")
 NOW = "2026-03-01T12:00:00.000Z"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastworker import metrics
+from fastworker.commands import status
 from fastworker.metrics import METRICS
-from fastworker.run import status
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MONITORING = DOCS / "monitoring"

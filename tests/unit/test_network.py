@@ -12,12 +12,12 @@ from collections import Counter
 import libipld
 import pytest
 
-from fastworker.testing import mst
-from fastworker.testing.adversary import ADVERSARIAL, COLLECTIONS
-from fastworker.testing.cbor import DAG_CBOR, cid_bytes, cid_text, decode, encode
-from fastworker.testing.hostile import good_likes
-from fastworker.testing.network import Block, Clock, Lost, Network, Repo, SimFrame, hostile_frames
-from fastworker.testing.repo import START_SEQ, error_frame, read_car, read_tree, tid
+from fastworker.simulator import mst
+from fastworker.simulator.adversary import ADVERSARIAL, COLLECTIONS
+from fastworker.simulator.cbor import DAG_CBOR, cid_bytes, cid_text, decode, encode
+from fastworker.simulator.hostile import good_likes
+from fastworker.simulator.network import Block, Clock, Lost, Network, Repo, SimFrame, hostile_frames
+from fastworker.simulator.repo import START_SEQ, error_frame, read_car, read_tree, tid
 
 MIXES = ("production", "surge", "adversarial")
 
@@ -77,7 +77,7 @@ def load(blocks: dict[bytes, bytes], cid: bytes, layer: int | None = None) -> ms
 @pytest.mark.parametrize("mix", MIXES)
 def test_the_same_seed_gives_the_same_bytes_in_any_process(mix):
     code = (
-        "import hashlib; from fastworker.testing.network import Network\n"
+        "import hashlib; from fastworker.simulator.network import Network\n"
         f"frames = Network(5, mix={mix!r}, history=20).frames(400)\n"
         "print(hashlib.sha256(b''.join(frame.data for frame in frames)).hexdigest())"
     )
@@ -436,8 +436,9 @@ def test_the_siblings_of_a_hostile_op_are_whole():
 
 def test_nothing_under_test_is_imported():
     code = (
-        "import sys, fastworker.testing.network, fastworker.testing.relay, fastworker.testing.frames\n"
-        "parts = ('fastworker.event', 'fastworker.table', 'fastworker.edge', 'fastworker.run')\n"
+        "import sys, fastworker.simulator.network, fastworker.simulator.relay, fastworker.law.model\n"
+        "rooms = ('event', 'table', 'store', 'stream', 'reader', 'worker', 'process')\n"
+        "parts = tuple('fastworker.' + room for room in rooms)\n"
         "print([m for m in sys.modules if m.startswith(parts)])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

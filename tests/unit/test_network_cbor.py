@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastworker.testing.cbor import (
+from fastworker.simulator.cbor import (
     DAG_CBOR,
     DecodeError,
     cid_bytes,

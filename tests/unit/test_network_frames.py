@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastworker.errors import ConfigError
-from fastworker.testing.frames import FramesFile, write_frames
-from fastworker.testing.network import Network
+from fastworker.event.recording import FramesFile, write_frames
+from fastworker.simulator.network import Network
 
 FRAMES = [frame.data for frame in Network(1, accounts=5).frames(40)]
 

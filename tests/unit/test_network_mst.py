@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastworker.testing import mst
-from fastworker.testing.cbor import DAG_CBOR, cid_bytes, cid_of, cid_text, decode, encode
-from fastworker.testing.repo import Clock, read_car, read_tree, repo_to_frames
+from fastworker.simulator import mst
+from fastworker.simulator.cbor import DAG_CBOR, cid_bytes, cid_of, cid_text, decode, encode
+from fastworker.simulator.repo import Clock, read_car, read_tree, repo_to_frames
 
 KEYS = st.integers(0, 300).map(lambda n: b"app.bsky.feed.like/%d" % n)
 

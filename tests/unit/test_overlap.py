@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 
 from fastworker.event import Commit, Op
-from fastworker.run.overlap import Marks, Overlap, keys_of
 from fastworker.table.mapper import map_commit
+from fastworker.worker.overlap import Marks, Overlap, keys_of
 
 REPO, OTHER = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb"
 

@@ -1,0 +1,427 @@
+"""`fastworker demo`: the whole pipeline on embedded servers, fed by the simulated relay, verified against its truth.
+
+One supervisor, as in production, with four kinds of children: the relay (makes the events, then serves them over a real
+WebSocket), the reader, the worker's processes, and the conductor, which shows what happens, decides when it is over,
+compares the tables with the model of the state law and says how it went. The parent only starts the servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fastworker.config import Config
+from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
+from fastworker.errors import ExitCode
+from fastworker.law.compare import COLUMNS, Difference, diff, dump, report
+from fastworker.law.model import Model
+from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
+from fastworker.process.child import run_child
+from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
+from fastworker.reader.reader import ReaderSettings, run_reader
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin
+from fastworker.stream.client import connect
+from fastworker.worker.worker import WorkerSettings, worker_child
+
+log = logging.getLogger(__name__)
+
+EVENTS: Final = 30_000  # about half a minute on two slow cores, half of it making and checking the events
+ACCOUNTS: Final = 2_000  # few enough that people meet
+LOOK_S: Final = 0.25
+LINE_S: Final = 2.0  # between plain lines where there is no terminal
+STALL_S: Final = 60.0  # without any progress the demo gives up
+GONE_S: Final = 5.0  # tries to remove its folder
+STREAM: Final = "firehose:events"
+GROUP: Final = "firehose-processors"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the children are told before they are forked."""
+
+    events: int
+    rate: float | None
+    seed: int
+    folder: Path
+    redis_url: str
+    database_url: str
+
+    @property
+    def truth(self) -> Path:
+        """The events as the simulator knows them, one JSON document a line."""
+        return self.folder / "events.jsonl"
+
+    @property
+    def address(self) -> Path:
+        """The relay's URL and its last seq, once it serves."""
+        return self.folder / "relay.json"
+
+
+class Served(msgspec.Struct, frozen=True):
+    url: str
+    last_seq: int
+
+
+def run_demo(config: Config, *, events: int | None, rate: float | None, seed: int) -> ExitCode:
+    """Exit code DONE only if every table is as it must be. Of the configuration, only the worker's shape is used."""
+    console = Console(stderr=False)
+    started = time.monotonic()
+    with _folder() as folder:
+        console.print("Starting PostgreSQL and Valkey for this demo ...")
+        with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis", aof=False) as redis:
+            asyncio.run(migrate(postgres.url))
+            plan = Plan(
+                events=EVENTS if events is None else events,
+                rate=rate,
+                seed=seed,
+                folder=folder,
+                redis_url=redis.url,
+                database_url=postgres.url,
+            )
+            console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
+            heartbeats = Heartbeats()
+            worker = WorkerSettings(
+                redis_url=redis.url,
+                database_url=postgres.url,
+                consumer_id="demo",
+                batch_size=config.batch_size,
+                processes=config.processes,
+                pipelines=config.pipelines,
+                pool_size=config.pool_size,
+            )
+            supervisor = Supervisor(
+                [
+                    ChildSpec("relay", partial(_relay_main, plan)),
+                    ChildSpec("reader", partial(_reader_main, plan)),
+                    ChildSpec("worker", worker_child(worker), count=worker.processes),
+                    ChildSpec("conductor", partial(_conductor_main, plan, heartbeats), ends_run=True),
+                ],
+                heartbeats,
+                patience=Patience(start_s=600.0, drain_s=3.0),
+            )
+            logging.getLogger("fastworker").setLevel(logging.WARNING)
+            return supervisor.run()
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder that is gone afterwards; SIGTERM before the supervisor listens leaves nothing behind either."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.DONE))
+    folder = Path(tempfile.mkdtemp(prefix="fastworker-demo-"))
+    try:
+        yield folder
+    finally:
+        give_up = time.monotonic() + GONE_S
+        while folder.exists() and time.monotonic() < give_up:  # what was killed may still be writing its last file
+            shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+# The relay ------------------------------------------------------------------------------------------
+
+
+def _relay_main(plan: Plan, slot: Slot) -> int:
+    return run_child(slot, partial(_relay, plan))
+
+
+async def _relay(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
+    """Make all events first, so that making them does not slow down what is shown; then serve them."""
+    network = Network(plan.seed, accounts=ACCOUNTS)
+    frames: list[bytes] = []
+    last_seq = 0
+    encode = msgspec.json.Encoder().encode
+    with plan.truth.open("wb") as truth:
+        for frame in network.frames(plan.events):
+            frames.append(frame.data)
+            if frame.event is not None:
+                last_seq = frame.event["seq"]
+                truth.write(encode(frame.event) + b"\n")
+            if len(frames) % 64 == 0:
+                slot.add(read=64)
+                await asyncio.sleep(0)
+                if stopping.is_set():
+                    return
+    relay = SimRelay(frames, rate=plan.rate, window=len(frames) + 1, start="oldest", wait_for_client=True)
+    async with relay:
+        temporary = plan.address.with_suffix(".new")
+        temporary.write_bytes(encode(Served(relay.url, last_seq)))
+        temporary.rename(plan.address)
+        slot.set(ready=1, state=State.RUNNING)
+        await stopping.wait()
+
+
+# The reader -----------------------------------------------------------------------------------------
+
+
+def _reader_main(plan: Plan, slot: Slot) -> int:
+    return run_child(slot, partial(_reader, plan))
+
+
+async def _reader(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
+    while not plan.address.exists():
+        await asyncio.sleep(0.02)
+        if stopping.is_set():
+            return
+    served = msgspec.json.decode(plan.address.read_bytes(), type=Served)
+    slot.set(ready=1, state=State.RUNNING)
+    settings = ReaderSettings(
+        relay_urls=(served.url,), redis_url=plan.redis_url, stream_key=STREAM, group=GROUP, stream_format="native"
+    )
+    await run_reader(settings, stopping)
+
+
+# The conductor --------------------------------------------------------------------------------------
+
+
+def _conductor_main(plan: Plan, heartbeats: Heartbeats, slot: Slot) -> int:
+    found: list[ExitCode] = []
+
+    async def main(slot: Slot, stopping: asyncio.Event) -> None:
+        slot.set(ready=1, state=State.RUNNING)
+        found.append(await _Conductor(plan, heartbeats, stopping).conduct())
+
+    return run_child(slot, main) or (found[0] if found else ExitCode.DONE)
+
+
+class Look(msgspec.Struct):
+    """One look at everything: counts since the start, rates over the last looks."""
+
+    at: float
+    made: int = 0
+    on_stream: int = 0
+    settled: int = 0
+    pending: int = 0
+    lag: int = 0
+    rows: int = 0
+    tables: Counter[str] = msgspec.field(default_factory=Counter)
+    memory_bytes: int = 0
+
+
+class _Conductor:
+    def __init__(self, plan: Plan, heartbeats: Heartbeats, stopping: asyncio.Event) -> None:
+        self._plan = plan
+        self._heartbeats = heartbeats
+        self._stopping = stopping
+        self._console = Console()
+        self._first: float | None = None  # when the first event was settled
+        self._last = 0.0
+        self._peak_bytes = 0
+        self._looks: list[Look] = []
+
+    async def conduct(self) -> ExitCode:
+        redis = connect(self._plan.redis_url, client_name="fastworker-demo")
+        try:
+            ended = await self._watch(RedisAdmin(redis, STREAM))
+            if self._stopping.is_set():
+                return ExitCode.DONE
+            set_aside = int(await redis.xlen("firehose:dead-letters"))
+        finally:
+            await redis.aclose()
+        if not ended:
+            self._console.print(f"[bold red]Nothing has moved for {STALL_S:g} s: giving up.[/]")
+            return ExitCode.NO
+        return await self._verify(set_aside)
+
+    async def _watch(self, admin: RedisAdmin) -> bool:
+        """Show progress until everything is settled. False: nothing moved for too long."""
+        moved_at = time.monotonic()
+        line_at = 0.0
+        before = (-1, -1, -1)
+        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+            while not self._stopping.is_set():
+                look = await self._look(admin)
+                now = time.monotonic()
+                moved = (look.made, look.on_stream, look.settled)
+                if moved != before:
+                    before, moved_at = moved, now
+                if self._console.is_terminal:
+                    live.update(self._picture(look), refresh=True)
+                elif now >= line_at:
+                    line_at = now + LINE_S
+                    self._console.print(self._line(look), soft_wrap=True)
+                if await self._is_over(admin, look):
+                    return True
+                if now > moved_at + STALL_S:
+                    return False
+                await asyncio.sleep(LOOK_S)
+        return True
+
+    async def _look(self, admin: RedisAdmin) -> Look:
+        look = Look(time.monotonic())
+        for snapshot in self._heartbeats.snapshot():
+            name = snapshot.name
+            if name.startswith("relay"):
+                look.made = snapshot.counters.read
+            elif name.startswith("worker"):
+                look.settled += snapshot.acked
+                look.rows += snapshot.counters.rows
+                look.tables.update(snapshot.tables)
+            if snapshot.gauges.pid and not name.startswith(("relay", "conductor")):
+                look.memory_bytes += _pss(snapshot.gauges.pid)
+        look.memory_bytes += _pss(os.getppid())
+        self._peak_bytes = max(self._peak_bytes, look.memory_bytes)
+        stream = await admin.stream()
+        group = stream.group(GROUP) if stream is not None else None
+        if group is not None:
+            look.pending, look.lag = group.pending, group.lag or 0
+        stats = await admin.reader_stats()
+        look.on_stream = max(int(stats.get("entries", 0)), look.settled + look.pending + look.lag)
+        if look.settled:
+            if self._first is None:
+                self._first = look.at
+            if not self._looks or look.settled > self._looks[-1].settled:
+                self._last = look.at
+        self._looks = [*self._looks[-8:], look]
+        return look
+
+    async def _is_over(self, admin: RedisAdmin, look: Look) -> bool:
+        if not self._plan.address.exists() or look.pending or look.lag:
+            return False
+        served = msgspec.json.decode(self._plan.address.read_bytes(), type=Served)
+        stats = await admin.reader_stats()
+        return int(stats.get("last_seq") or 0) >= served.last_seq and look.settled >= int(stats.get("entries", 0))
+
+    def _rate(self) -> float:
+        old, new = self._looks[0], self._looks[-1]
+        return (new.settled - old.settled) / (new.at - old.at) if new.at > old.at else 0.0
+
+    def _line(self, look: Look) -> str:
+        if not self._plan.address.exists():
+            return f"making events: {look.made:,} of {self._plan.events:,}"
+        return (
+            f"events settled: {look.settled:,} ({self._rate():,.0f}/s), on the stream: {look.on_stream:,}, "
+            f"behind: {look.pending + look.lag:,}, rows: {look.rows:,}, memory: {look.memory_bytes >> 20} MB"
+        )
+
+    def _picture(self, look: Look) -> Group:
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        for name, value in (
+            ("events made", f"{look.made:,} of {self._plan.events:,}"),
+            ("on the stream", f"{look.on_stream:,}"),
+            ("settled", f"{look.settled:,}"),
+            ("events/s", f"{self._rate():,.0f}"),
+            ("behind", f"{look.pending + look.lag:,}"),
+            ("rows written", f"{look.rows:,}"),
+            ("memory", f"{look.memory_bytes >> 20} MB"),
+        ):
+            table.add_row(Text(name, style="dim"), Text(value, style="bold"))
+        rows = Table(box=None, padding=(0, 2, 0, 0))
+        rows.add_column("changes written to", style="dim")
+        rows.add_column("", justify="right")
+        for name, count in look.tables.most_common(8):
+            if count:
+                rows.add_row(name, f"{count:,}")
+        return Group(Text("fastworker demo: relay -> reader -> stream -> worker -> PostgreSQL\n"), table, Text(), rows)
+
+    # --- the end
+
+    async def _verify(self, set_aside: int) -> ExitCode:
+        latency = self._latency()
+        self._console.print("Comparing every table with what the simulator knows ...")
+        store = await Store.connect(self._plan.database_url, application_name="fastworker-demo")
+        try:
+            while await store.maintain(owed_age_s=0):
+                pass
+            async with store.connection() as db:
+                found = await dump(db)
+        finally:
+            await store.close()
+        expected = self._truth()
+        differences = diff(expected, found)
+        self._summary(expected, found, differences, set_aside, latency)
+        return ExitCode.NO if differences or set_aside else ExitCode.DONE
+
+    def _truth(self) -> dict[str, list[dict[str, Any]]]:
+        model = Model()
+        decode = msgspec.json.Decoder().decode
+        with self._plan.truth.open("rb") as lines:
+            for line in lines:
+                model.apply(decode(line), None)
+        return model.tables()
+
+    def _latency(self) -> str:
+        counts = [0] * (len(LATENCY_MS) + 1)
+        for snapshot in self._heartbeats.snapshot():
+            if snapshot.name.startswith("worker"):
+                counts = [a + b for a, b in zip(counts, snapshot.histograms["latency_ms"], strict=True)]
+        return f"p50 {_quantile(counts, 0.5)}, p99 {_quantile(counts, 0.99)}"
+
+    def _summary(
+        self,
+        expected: dict[str, list[dict[str, Any]]],
+        found: dict[str, list[dict[str, Any]]],
+        differences: list[Difference],
+        set_aside: int,
+        latency: str,
+    ) -> None:
+        wrong = Counter(difference.table for difference in differences)
+        table = Table(title="rows per table", title_justify="left")
+        table.add_column("table")
+        for column in ("expected", "found", "differences"):
+            table.add_column(column, justify="right")
+        for name in COLUMNS:
+            if name in expected:
+                bad = wrong[name]
+                table.add_row(
+                    name,
+                    f"{len(expected[name]):,}",
+                    f"{len(found.get(name, [])):,}",
+                    str(bad) if bad else "0",
+                    style="bold red" if bad else None,
+                )
+        self._console.print(table)
+        if differences:
+            self._console.print(report(differences, 20), markup=False, highlight=False)
+        look = self._looks[-1]
+        seconds = max(self._last - (self._first or self._last), 1e-9)
+        flat_out = "flat out: most of it is waiting in the stream" if self._plan.rate is None else "at the chosen rate"
+        self._console.print(
+            f"events      {look.settled:,} settled, {set_aside} set aside\n"
+            f"throughput  {look.settled / seconds:,.0f} events/s, relay to commit, all on this machine\n"
+            f"latency     {latency} from the stream to the ack ({flat_out})\n"
+            f"memory      {self._peak_bytes >> 20} MB at most (PSS): supervisor, reader, worker processes",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if differences or set_aside:
+            self._console.print("[bold red]NOT verified.[/]")
+        else:
+            self._console.print("[bold green]Verified:[/] every row and every counter is as it must be.")
+
+
+def _quantile(counts: list[int], share: float) -> str:
+    """The bucket that holds the share, as a bound."""
+    if not sum(counts):
+        return "unknown"
+    bound = quantile(LATENCY_MS, counts, share)
+    return f"over {LATENCY_MS[-1]:,} ms" if bound is None else f"under {bound:,} ms"
+
+
+def _pss(pid: int) -> int:
+    """Proportional set size in bytes; 0 where it cannot be read."""
+    try:
+        with Path(f"/proc/{pid}/smaps_rollup").open(encoding="ascii") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0

@@ -1,0 +1,112 @@
+"""Least privilege: what worker and reader may do in PostgreSQL and in Redis, as data.
+
+`fastworker grants` prints it, `fastworker check` compares a role with it, and tests/integration/test_rights.py runs
+both services with exactly this and shows of each single right that something needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from fastworker.stream.feed import BROADCAST
+from fastworker.table.schema import DERIVED, TABLES
+
+Service = Literal["worker", "reader"]
+
+_READ: Final = ("SELECT",)
+_APPEND: Final = ("SELECT", "INSERT")
+_KEEP: Final = ("SELECT", "INSERT", "UPDATE")
+_ALL: Final = ("SELECT", "INSERT", "UPDATE", "DELETE")
+
+TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
+    "worker": {
+        **{table.name: _ALL for table in (*TABLES, *DERIVED)},
+        "users": _KEEP,
+        "user_settings": _READ,
+        "label_events": ("INSERT",),  # they go with their label, by the table's own cascade
+        "thread_contexts": _ALL,
+        "thread_gates": _ALL,
+        "post_gates": _ALL,
+        "fastworker.migrations": _READ,
+        "fastworker.versions": _ALL,
+        "fastworker.twins": _ALL,
+        "fastworker.accounts": _KEEP,
+        "fastworker.account_events": _KEEP,
+        "fastworker.identities": _KEEP,
+        "fastworker.recheck": _ALL,
+        "fastworker.progress": _KEEP,
+        "fastworker.relays": _APPEND,
+        "fastworker.horizon": ("SELECT", "UPDATE"),
+        "fastworker.repairs": _KEEP,
+    },
+    # It may do without PostgreSQL: only to find its place again when Redis comes back empty.
+    "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ},
+}
+SEQUENCES: Final[Mapping[Service, tuple[str, ...]]] = {
+    "worker": ("label_events_id_seq", "notifications_id_seq"),
+    "reader": (),
+}
+
+_CONNECTION: Final = ("client|setname", "ping", "info", "time", "evalsha", "script|load")
+# Subcommands are written with `|`. What a script calls has to be allowed, too.
+COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
+    "worker": (
+        *_CONNECTION,
+        *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
+        *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer"),
+        *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
+        *("hgetall", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember"),
+    ),
+    "reader": (
+        *_CONNECTION,
+        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "xinfo|groups", "xinfo|consumers", "memory|usage"),
+        *("get", "set", "del", "exists", "type", "multi", "exec", "publish"),
+        *("hset", "hsetnx", "hincrby", "lpush", "ltrim"),
+    ),
+}
+
+
+def qualified(table: str) -> str:
+    return table if "." in table else f"public.{table}"
+
+
+def sql(service: Service, role: str) -> str:
+    """Makes the role if it is not there, and gives it exactly what this release needs. `role`: a plain identifier."""
+    by_rights: dict[tuple[str, ...], list[str]] = {}
+    for table, rights in TABLE_RIGHTS[service].items():
+        by_rights.setdefault(rights, []).append(qualified(table))
+    lines = [
+        f"-- What `fastworker {service}` needs, and nothing else. Run it as the owner of the tables after `fastworker",
+        f"-- migrate`, and again after each upgrade. A new role has no password yet: \\password {role}",
+        "BEGIN;",
+        f"DO $$ BEGIN CREATE ROLE {role} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;",
+        f"DO $$ BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO {role}', current_database()); END $$;",
+        f"GRANT USAGE ON SCHEMA public, fastworker TO {role};",
+        f"REVOKE ALL ON ALL TABLES IN SCHEMA public, fastworker FROM {role};",
+        f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA public, fastworker FROM {role};",
+        *(f"GRANT {', '.join(rights)} ON {', '.join(tables)} TO {role};" for rights, tables in by_rights.items()),
+    ]
+    if service == "worker":  # everybody may, unless somebody took it away
+        lines.append(f"GRANT EXECUTE ON ALL ROUTINES IN SCHEMA fastworker TO {role};")
+    if sequences := SEQUENCES[service]:
+        lines.append(f"GRANT USAGE ON SEQUENCE {', '.join(qualified(one) for one in sequences)} TO {role};")
+    return "\n".join([*lines, "COMMIT;", ""])
+
+
+def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
+    """A command for redis-cli. `keys`: those that are configured, which need not have the usual beginnings."""
+    usual = ("firehose:*", "fastworker:*", "cluster:metrics")
+    others = [key for key in keys if not key.startswith(("firehose:", "fastworker:"))]
+    words = [
+        "ACL SETUSER",
+        user,
+        "reset",
+        "resetchannels",
+        "on",
+        ">PASSWORD",
+        *(f"~{key}" for key in (*usual, *others)),
+    ]
+    if service == "reader":
+        words.append(f"&{BROADCAST}")
+    return " ".join([*words, *(f"+{command}" for command in COMMANDS[service])])

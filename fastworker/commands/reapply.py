@@ -1,0 +1,131 @@
+"""`fastworker worker --reapply FROM_ID`: the retained entries from a stream id on, once more through the pipeline.
+
+Heals what an old worker dropped. The state law makes it safe at any time and beside running workers: what is there
+already stays as it is. It belongs to no consumer group, acks nothing, and ends at the entry that was the newest when
+it began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, counted
+from fastworker.process.backoff import pause
+from fastworker.process.board import Heartbeats
+from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin, open_redis
+from fastworker.stream.consumer import Entry, SetAside, Tally
+from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+from fastworker.worker.worker import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+PIECE: Final = 500
+PROGRESS_S: Final = 5.0
+
+
+class _Retained:
+    """Where the pipeline's entries come from, and where they end: the stream without its group."""
+
+    def __init__(self, admin: RedisAdmin, stream_key: str, after: str, last: str, stopping: asyncio.Event) -> None:
+        self.name = "reapply"
+        self.stream_key = stream_key
+        self.backlog = True
+        self.counts: Counter[str] = Counter()
+        self._admin = admin
+        self._after = after
+        self._last = last
+        self._stopping = stopping
+
+    async def next(self, block_ms: int) -> list[Entry]:  # noqa: ARG002 - nothing new is waited for
+        entries = await self._admin.entries(self._after, self._last, PIECE)
+        if not entries:
+            self._stopping.set()
+            return []
+        self._after = entries[-1][0]
+        return entries
+
+    def look_again(self) -> None:
+        """A reply that was lost took nothing with it: the next look begins where the last one ended."""
+
+    async def ack(self, tallies: Mapping[Tally, Sequence[str]], more_drops: Sequence[str] = ()) -> int:
+        for tally, ids in tallies.items():
+            self.counts[tally.outcome] += len(ids)
+            self.counts["drops"] += len(tally.drops) * len(ids)
+        self.counts["drops"] += len(more_drops)
+        return sum(map(len, tallies.values()))
+
+    async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:  # noqa: ARG002 - no letter is written
+        """Its first delivery has or will set it aside; a second letter would say nothing new."""
+        self.counts["not_understood"] += len(letters)
+        return len(letters)
+
+    async def lowest_pending(self) -> str | None:
+        return None
+
+
+async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
+    """Everything from `from_id` (inclusive) on. Raises ConfigError for what is not a stream id."""
+    found = re.fullmatch(r"(\d{1,16})(?:-(\d{1,16}))?", from_id)
+    if not found:
+        raise ConfigError(f"--reapply {from_id!r}: a stream id is milliseconds, or milliseconds-number, such as 0")
+    stopping = asyncio.Event()
+    slot = Heartbeats(1)[0]
+    slot.open("reapply")
+    started = time.monotonic()
+    async with open_redis(settings.redis_url, settings.stream_key, client_name="fastworker-reapply") as admin:
+        stream = await admin.stream()
+        if stream is None or not stream.length:
+            sys.stdout.write(f"{settings.stream_key} holds no entries.\n")
+            return ExitCode.DONE
+        try:
+            store = await Store.connect(
+                settings.database_url, pool_size=1, application_name="fastworker-reapply", derive=settings.derive
+            )
+        except StoreUnavailable as error:
+            raise Unreachable(str(error)) from error
+        after = _before(int(found[1]), int(found[2] or 0))
+        source = _Retained(admin, settings.stream_key, after, stream.last_id, stopping)
+        pipeline = Pipeline(source, source, store, slot, limits=settings.limits, dead_letters=DeadLetterLimit())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                telling = tasks.create_task(_tell(source, stopping))
+                await pipeline.run(stopping)
+                while await store.maintain():
+                    pass
+                telling.cancel()
+        except* (StoreUnavailable, Unreachable) as group:
+            raise Unreachable(str(group.exceptions[0])) from group
+        finally:
+            await store.close()
+    counts = source.counts
+    applied = counted(counts["committed"] + counts["nothing_to_store"], "entry", "entries")
+    sys.stdout.write(
+        f"{applied} applied again from {from_id} to "
+        f"{stream.last_id}, {counts['drops']:,} drops, {counts['not_understood']:,} not understood, "
+        f"{time.monotonic() - started:.1f} s\n"
+    )
+    return ExitCode.DONE
+
+
+def _before(ms: int, n: int) -> str:
+    """The id just below, so that reading beyond it begins at the given one."""
+    if n:
+        return f"{ms}-{n - 1}"
+    return f"{ms - 1}-18446744073709551615" if ms else "0-0"
+
+
+async def _tell(source: _Retained, stopping: asyncio.Event) -> None:
+    told, at = 0, time.monotonic()
+    while not await pause(PROGRESS_S, stopping):
+        count = source.counts["committed"] + source.counts["nothing_to_store"]
+        rate = (count - told) / (time.monotonic() - at)
+        log.info("Processed %s events (~%s events/sec)", f"{count:,}", f"{rate:,.0f}")
+        told, at = count, time.monotonic()

@@ -1,0 +1,184 @@
+"""The two ways to run it all: `worker` on servers of the operator's, `up` with embedded ones and the reader too.
+
+Both are one supervisor. What must be known before anything is forked (servers there, schema complete) is asked here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from fastworker.commands.check import preflight
+from fastworker.config import Config
+from fastworker.edge import tracing
+from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
+from fastworker.errors import ConfigError, ExitCode
+from fastworker.monitor.monitor import MonitorSettings, run_monitor
+from fastworker.process.board import Heartbeats, Slot, State
+from fastworker.process.child import run_child
+from fastworker.process.supervisor import ChildSpec, Supervisor
+from fastworker.reader.reader import ReaderSettings
+from fastworker.reader.resume import read_and_resume
+from fastworker.reader.start import Start, begin_at
+from fastworker.redact import redact
+from fastworker.store.migrate import migrate
+from fastworker.sync.resolver import ResolverSettings, run_resolver
+from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, worker_child
+
+log = logging.getLogger(__name__)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a supervisor runs. `reader` None: the reader is another service; `resolver`: of handles."""
+
+    worker: WorkerSettings
+    monitor: MonitorSettings
+    reader: ReaderSettings | None = None
+    resolver: ResolverSettings | None = None
+    memory_max_bytes: int | None = None
+    notify_socket: str | None = None
+
+
+def supervise(plan: Plan) -> ExitCode:
+    """Fork, and return when all is over."""
+    heartbeats = Heartbeats()
+    worker = shrunk(plan.worker)
+    specs = [
+        ChildSpec("worker", worker_child(worker), count=worker.processes),
+        ChildSpec("monitor", partial(_monitor_main, plan.monitor, plan.resolver, heartbeats)),
+    ]
+    if plan.reader is not None:
+        specs.append(ChildSpec("reader", partial(_reader_main, plan.reader, worker.database_url)))
+    log.info(
+        "Starting %d processes with %d pipelines each on %s as %s",
+        worker.processes,
+        worker.pipelines,
+        worker.stream_key,
+        worker.consumer_id,
+    )
+    return Supervisor(
+        specs,
+        heartbeats,
+        memory_max_bytes=plan.memory_max_bytes,
+        workers_max=max(worker.processes, processes_max(worker)),
+        notify_socket=plan.notify_socket,
+    ).run()
+
+
+def _monitor_main(
+    settings: MonitorSettings, resolver: ResolverSettings | None, heartbeats: Heartbeats, slot: Slot
+) -> int:
+    async def main(slot: Slot, stopping: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            if resolver is not None:
+                tasks.create_task(run_resolver(resolver, stopping))
+            await run_monitor(settings, heartbeats, stopping, on_ready=lambda: slot.set(ready=1, state=State.RUNNING))
+
+    return run_child(slot, main)
+
+
+def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int:
+    async def main(slot: Slot, stopping: asyncio.Event) -> None:
+        slot.set(ready=1, state=State.RUNNING)
+        await read_and_resume(settings, stopping, database_url=database_url)
+
+    return run_child(slot, main)
+
+
+def run_worker(config: Config, plan: Plan, start: Start | None = None) -> ExitCode:
+    """`fastworker worker`, and its reader from `start` on. Raises FastworkerError for what an operator has to mend."""
+    if plan.worker.tracing:
+        tracing.require()
+    # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
+    asyncio.run(preflight(config, database_url=plan.worker.database_url))
+    if start is not None and plan.reader is not None:
+        asyncio.run(begin_at(plan.reader, start, database_url=plan.worker.database_url))
+    return supervise(plan)
+
+
+def up(config: Config, make_plan: Callable[[Config], Plan], start: Start | None = None) -> ExitCode:
+    """`fastworker up`. `make_plan` turns the configuration, its URLs filled in, into settings."""
+    with ExitStack() as stack:
+        config = stack.enter_context(_with_servers(config))
+        plan = make_plan(config)
+        for name in asyncio.run(migrate(plan.worker.database_url)):
+            log.info("Schema: applied %s", name)
+        _say_how_to_connect(config, plan)
+        return run_worker(config, plan, start)
+
+
+@contextmanager
+def _with_servers(config: Config) -> Iterator[Config]:
+    """The configuration with a running embedded server's URL in place of each one that was not set."""
+    wants_postgres, wants_redis = config.database_url is None, "REDIS_URL" not in config.given
+    with ExitStack() as stack:
+        if wants_postgres or wants_redis:
+            home = _home(config)
+            stack.enter_context(_only_one(home))
+            if wants_redis:
+                log.info("Starting the embedded Valkey in %s", home / "redis")
+                server = stack.enter_context(EmbeddedRedis(home / "redis"))
+                config = msgspec.structs.replace(config, redis_url=server.url)
+            if wants_postgres:
+                log.info("Starting the embedded PostgreSQL in %s", home / "postgres")
+                postgres = stack.enter_context(EmbeddedPostgres(home / "postgres"))
+                config = msgspec.structs.replace(config, database_url=postgres.url)
+        yield config
+
+
+def _home(config: Config) -> Path:
+    """FASTWORKER_HOME, made if it is not there."""
+    if config.home is not None:
+        home = Path(config.home).expanduser()
+    else:
+        try:
+            data = os.path.expandvars("$XDG_DATA_HOME")
+            home = (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "fastworker"
+        except RuntimeError as error:
+            raise ConfigError("There is no home directory: set FASTWORKER_HOME") from error
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"FASTWORKER_HOME: {home} cannot be made: {error.strerror or error}") from error
+    return home.absolute()
+
+
+@contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    """Hold the directory: two would feed one stream from two readers, and share the servers' files."""
+    try:
+        fd = os.open(home / "up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"FASTWORKER_HOME: {home} cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another `fastworker up` runs in {home}: stop it, or set FASTWORKER_HOME to another directory"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def _say_how_to_connect(config: Config, plan: Plan) -> None:
+    """For people, on standard output: the log has everything else."""
+    http = plan.monitor.http
+    where = f"http://{http.host}:{http.port}/" if http.port else "its port is in the log" if http.port == 0 else "off"
+    sys.stdout.write(
+        f"relay       {', '.join(config.relay_urls)}\n"
+        f"tables      psql '{redact(plan.worker.database_url)}'\n"
+        f"stream      REDIS_URL='{redact(config.redis_url)}' fastworker status --watch\n"
+        f"status page {where}\n"
+    )
+    sys.stdout.flush()

@@ -1,0 +1,479 @@
+"""What a commit proves about itself: the signed commit block, and the undoing of its ops in the tree.
+
+A `#commit` frame is a claim of its relay. The account's signature covers the commit block, which names the root of
+the Merkle search tree after the commit (`data`), which by hashes covers every record. The list `ops` is covered by
+nothing: undo its ops in the tree, and the root before (`prevData`) must come out. The chain of `since` and `prevData`
+from commit to commit is its keeper's business; `seq` and `time` are covered by nothing at all.
+
+Pure, bounded and linear: what is not loaded by way of the tree costs its hash and no more. Source: atproto.com/specs
+(repository, sync). Raises Unproved and nothing else.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from hashlib import sha256
+from typing import Any, Final, TypeGuard
+
+import libipld
+import msgspec
+
+from fastworker.event.car import RECORD_CID, RECORD_CID_BYTES, read_header, read_varint
+from fastworker.event.frame import BLOCKS_BYTES_MAX, OPS_MAX
+from fastworker.event.syntax import is_did, is_tid, split_path
+
+COMMIT_BYTES_MAX: Final = 10_000
+NODE_ENTRIES_MAX: Final = 10_000  # keys can be mined, so that one node holds them all
+LAYER_MAX: Final = 64  # by chance a key of this layer is one of 2**128
+KEY_BYTES_MAX: Final = 1_024
+LINK: Final = b"\xd8\x2a\x58\x25\x00"  # CBOR before a CID of 36 bytes
+
+Blocks = Mapping[bytes, bytes]
+IsSigned = Callable[[bytes, bytes], bool]
+"""Whether a signature (64 bytes) is the account's under these bytes."""
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    LEGACY = "legacy"  # no prevData, as hosts before sync 1.1 wrote it: signed, but the ops cannot be undone
+
+
+class Flaw(StrEnum):
+    """Why something is not proved. The values are names of metrics."""
+
+    BAD_CAR = "bad_car"  # the framing is broken, or it ends early
+    BAD_HASH = "bad_hash"  # a block is not what its CID says
+    BAD_COMMIT = "bad_commit"  # the commit block is none, or another than the message says
+    BAD_SIGNATURE = "bad_signature"
+    BAD_TREE = "bad_tree"  # keys out of order or in the wrong layer, or a node that is none
+    MISSING_BLOCK = "missing_block"
+    TOO_LARGE = "too_large"
+    TOO_DEEP = "too_deep"
+    INVERSION = "inversion"  # the ops are not what happened between the two trees
+
+
+class Unproved(Exception):
+    def __init__(self, flaw: Flaw, detail: str) -> None:
+        super().__init__(f"{flaw}: {detail}")
+        self.flaw = flaw
+        self.detail = detail
+
+
+class SignedCommit(msgspec.Struct, frozen=True, gc=False):
+    """`signed`: the bytes under the signature, which is the block without its member `sig`."""
+
+    did: str
+    rev: str
+    data: bytes
+    signature: bytes
+    signed: bytes
+
+
+def read_commit(block: bytes) -> SignedCommit:
+    """The signed bytes are cut out of the block: encoding them again could make others."""
+    if len(block) > COMMIT_BYTES_MAX:
+        raise Unproved(Flaw.TOO_LARGE, f"a commit block of {len(block)} bytes")
+    commit = _decode(block, Flaw.BAD_COMMIT)
+    at = block.find(b"csigX@")
+    if at < 0 or type(commit) is not dict or not 0xA1 <= block[0] <= 0xB7:
+        raise Unproved(Flaw.BAD_COMMIT, "no map with a signature of 64 bytes")
+    signed = bytes((block[0] - 1,)) + block[1:at] + block[at + 70 :]
+    signature: bytes = block[at + 6 : at + 70]
+    if commit.pop("sig", None) != signature or _decode(signed, Flaw.BAD_COMMIT) != commit:
+        raise Unproved(Flaw.BAD_COMMIT, "the signature is not where it belongs")
+    did, rev, data = commit.get("did"), commit.get("rev"), commit.get("data")
+    if commit.get("version") != 3 or type(commit["version"]) is not int or commit.keys() - _MEMBERS:
+        raise Unproved(Flaw.BAD_COMMIT, "not a commit of version 3")
+    if type(did) is not str or not is_did(did) or type(rev) is not str or not is_tid(rev) or not is_cid(data):
+        raise Unproved(Flaw.BAD_COMMIT, "did, rev or data is none")
+    if LINK + data not in block:
+        raise Unproved(Flaw.BAD_COMMIT, "data is no link")
+    return SignedCommit(did, rev, data, signature, signed)
+
+
+_MEMBERS: Final = frozenset(("did", "rev", "data", "prev", "version"))
+
+
+def is_cid(value: Any) -> TypeGuard[bytes]:
+    """Whether it is the CID of a block of a repository: version 1, DAG-CBOR, SHA-256."""
+    return isinstance(value, bytes) and len(value) == RECORD_CID_BYTES and value.startswith(RECORD_CID)
+
+
+def _decode(block: bytes, flaw: Flaw) -> Any:
+    try:
+        return libipld.decode_dag_cbor(block)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise Unproved(flaw, str(error)[:200]) from None
+
+
+def read_blocks(car: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """(first root, blocks by CID) of a message's CAR, every block checked. A block may be there twice."""
+    if len(car) > BLOCKS_BYTES_MAX:
+        raise Unproved(Flaw.TOO_LARGE, f"blocks of {len(car)} bytes")
+    blocks: dict[bytes, bytes] = {}
+    try:
+        root, position = read_header(car)
+        end = len(car)
+        while position < end:
+            size, position = read_varint(car, position)
+            stop = position + size
+            if stop > end:
+                raise IndexError  # noqa: TRY301 - as where the length itself is cut
+            cid = car[position : position + RECORD_CID_BYTES]
+            block = car[position + RECORD_CID_BYTES : stop]
+            if size < RECORD_CID_BYTES or cid[:4] != RECORD_CID or sha256(block).digest() != cid[4:]:
+                raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
+            blocks[cid] = block
+            position = stop
+    except (IndexError, ValueError):
+        raise Unproved(Flaw.BAD_CAR, "the CAR is broken or ends early") from None
+    return root, blocks
+
+
+def prove_commit(payload: Mapping[str, Any], is_signed: IsSigned) -> Verdict:
+    """The whole of a decoded `#commit` payload: envelope, hashes, signature, ops."""
+    commit, blocks = prove_signature(payload, is_signed)
+    return prove_ops(payload, commit, blocks)
+
+
+def prove_signature(payload: Mapping[str, Any], is_signed: IsSigned) -> tuple[SignedCommit, dict[bytes, bytes]]:
+    """The commit block is there, is what the envelope says, and the account signed it."""
+    car = payload.get("blocks")
+    if not isinstance(car, bytes):
+        raise Unproved(Flaw.BAD_CAR, "no blocks")
+    root, blocks = read_blocks(car)
+    if root != payload.get("commit"):
+        raise Unproved(Flaw.BAD_COMMIT, "the CAR has another root")
+    block = blocks.get(root)
+    if block is None:
+        raise Unproved(Flaw.MISSING_BLOCK, "the commit block")
+    commit = read_commit(block)
+    if commit.did != payload.get("repo") or commit.rev != payload.get("rev"):
+        raise Unproved(Flaw.BAD_COMMIT, "it is another account's or another revision's")
+    if not is_signed(commit.signature, commit.signed):
+        raise Unproved(Flaw.BAD_SIGNATURE, "not signed with the account's key")
+    return commit, blocks
+
+
+Step = tuple[str, bytes, bytes | None, bytes | None]
+"""(action, path, cid, prev) of an op."""
+
+
+def prove_ops(payload: Mapping[str, Any], commit: SignedCommit, blocks: Blocks) -> Verdict:
+    """The ops are all that happened between `prevData` and the commit's tree."""
+    steps = _steps(payload.get("ops"))
+    before = payload.get("prevData")
+    if before is None:
+        for action, path, cid, _ in steps:
+            if find(blocks, commit.data, path) != (None if action == "delete" else cid):
+                raise Unproved(Flaw.INVERSION, f"{path.decode()} is not what the tree says")
+        return Verdict.LEGACY
+    if any((prev is None) != (action == "create") for action, _, _, prev in steps):
+        raise Unproved(Flaw.INVERSION, "an op without its prev, or a create with one")
+    if invert(blocks, commit.data, steps) != before:
+        raise Unproved(Flaw.INVERSION, "the ops do not lead from prevData to data")
+    return Verdict.OK
+
+
+def _steps(ops: Any) -> list[Step]:
+    if type(ops) is not list or len(ops) > OPS_MAX:
+        raise Unproved(Flaw.TOO_LARGE if type(ops) is list else Flaw.INVERSION, "ops are not a list of at most 200")
+    steps: list[Step] = []
+    for op in ops:
+        action, path = (op.get("action"), op.get("path")) if type(op) is dict else (None, None)
+        if action not in ("create", "update", "delete") or type(path) is not str or split_path(path) is None:
+            raise Unproved(Flaw.INVERSION, "an op without action or path")
+        cid, prev = op.get("cid"), op.get("prev")
+        if not (cid is None if action == "delete" else is_cid(cid)) or not (prev is None or is_cid(prev)):
+            raise Unproved(Flaw.INVERSION, f"{path}: no CID of a record")
+        steps.append((action, path.encode(), cid, prev))
+    if len({step[1] for step in steps}) != len(steps):
+        raise Unproved(Flaw.INVERSION, "two ops on one path")
+    return steps
+
+
+# The tree
+
+
+class Node:
+    """One node, loaded: `len(below) == len(keys) + 1`; `below` holds None, a CID that is not loaded, or a Node.
+
+    `shared[i]`: how many bytes keys[i] has in common with the key before; -1 where that must be found out again.
+    """
+
+    __slots__ = ("below", "keys", "layer", "shared", "values")
+
+    def __init__(
+        self,
+        layer: int,
+        keys: list[bytes],
+        values: list[bytes],
+        below: list[bytes | Node | None],
+        shared: list[int],
+    ) -> None:
+        self.layer = layer
+        self.keys = keys
+        self.values = values
+        self.below = below
+        self.shared = shared
+
+
+def layer_of(key: bytes) -> int:
+    """Half the number of leading zero bits of the key's hash."""
+    return (256 - int.from_bytes(sha256(key).digest(), "big").bit_length()) >> 1
+
+
+def read_entries(block: bytes) -> tuple[bytes | None, list[tuple[bytes, bytes, bytes | None, int]]]:
+    """(subtree before all keys, [(key, value, subtree after it, shared bytes)]) of a node; keys strictly ascend."""
+    node = _decode(block, Flaw.BAD_TREE)
+    entries = node.get("e") if type(node) is dict else None
+    if type(entries) is not list or len(node) != 2:
+        raise Unproved(Flaw.BAD_TREE, "a block that is no node")
+    if len(entries) > NODE_ENTRIES_MAX:
+        raise Unproved(Flaw.TOO_LARGE, f"a node of {len(entries)} entries")
+    left = node.get("l")
+    if left is not None and not is_cid(left):
+        raise Unproved(Flaw.BAD_TREE, "a subtree that is no CID")
+    found = []
+    before = b""
+    try:
+        for entry in entries:
+            shared, tail, after = entry["p"], entry["k"], entry["t"]
+            key = before[:shared] + tail
+            if type(shared) is not int or not 0 <= shared <= len(before) or not key > before:
+                raise Unproved(Flaw.BAD_TREE, "keys that do not ascend")
+            if len(key) > KEY_BYTES_MAX:
+                raise Unproved(Flaw.TOO_LARGE, f"a key of {len(key)} bytes")
+            if after is not None and not is_cid(after):
+                raise Unproved(Flaw.BAD_TREE, "a subtree that is no CID")
+            value = entry["v"]
+            if not isinstance(value, bytes):
+                raise Unproved(Flaw.BAD_TREE, "an entry without a value")
+            found.append((key, value, after, shared))
+            before = key
+    except (KeyError, TypeError, IndexError):
+        raise Unproved(Flaw.BAD_TREE, "an entry that is none") from None
+    return left, found
+
+
+def _load(blocks: Blocks, cid: bytes, layer: int | None) -> Node:
+    block = blocks.get(cid)
+    if block is None:
+        raise Unproved(Flaw.MISSING_BLOCK, "a node of the tree")
+    left, entries = read_entries(block)
+    if layer is None:
+        layer = layer_of(entries[0][0]) if entries else 0
+    if not 0 <= layer <= LAYER_MAX:
+        raise Unproved(Flaw.TOO_DEEP, f"a node of layer {layer}")
+    if not entries:
+        return Node(layer, [], [], [left], [])
+    keys, values, after, shared = (list(part) for part in zip(*entries, strict=True))
+    return Node(layer, keys, values, [left, *after], shared)
+
+
+def _below(blocks: Blocks, node: Node, at: int) -> Node | None:
+    below = node.below[at]
+    if isinstance(below, bytes):
+        below = node.below[at] = _load(blocks, below, node.layer - 1)
+    return below
+
+
+def find(blocks: Blocks, root: bytes, path: bytes) -> bytes | None:
+    """The CID that the tree holds at a path."""
+    node: Node | None = _load(blocks, root, None)
+    while node is not None:
+        at = bisect_left(node.keys, path)
+        if at < len(node.keys) and node.keys[at] == path:
+            return node.values[at]
+        node = _below(blocks, node, at)
+    return None
+
+
+def invert(blocks: Blocks, root: bytes, steps: list[Step]) -> bytes:
+    """The root before the steps: deletes are undone first, then the others by path."""
+    if len(steps) == 1 and steps[0][0] == "create":
+        before = _invert_leaf(blocks, root, steps[0][1], steps[0][2])
+        if before is not None:
+            return before
+    tree: Node | None = _load(blocks, root, None)
+    for action, path, cid, prev in sorted(steps, key=lambda step: (step[0] != "delete", step[1])):
+        if action == "create":
+            tree, old = _remove(blocks, tree, path)
+        else:
+            assert prev is not None
+            tree, old = _put(blocks, tree, path, prev)
+        if old != cid:
+            raise Unproved(Flaw.INVERSION, f"{path.decode()} is not what the tree says")
+    while tree is not None and not tree.keys:  # the top of a tree has keys, unless it is empty
+        tree = _below(blocks, tree, 0)
+    return _seal(Node(0, [], [], [None], []) if tree is None else tree)
+
+
+def _invert_leaf(blocks: Blocks, root: bytes, path: bytes, cid: bytes | None) -> bytes | None:
+    """The same for a new key in a leaf that keeps other keys, which most commits are; None where it is not so.
+
+    One node is encoded again; above it only the link is another one.
+    """
+    if cid is None or layer_of(path):
+        return None
+    nodes = [(name, block) for name, block in blocks.items() if block.startswith(b"\xa2ae")]
+    mark = LINK + cid
+    holders = [(name, block) for name, block in nodes if mark in block]
+    if len(holders) != 1:
+        return None
+    old, block = holders[0]
+    left, entries = read_entries(block)
+    at = next((i for i, entry in enumerate(entries) if entry[0] == path), -1)
+    if at < 0 or len(entries) < 2 or entries[at][1] != cid or left is not None or any(e[2] for e in entries):
+        return None
+    del entries[at]
+    if at < len(entries):
+        key, value, _, _ = entries[at]
+        entries[at] = (key, value, None, common_prefix(entries[at - 1][0], key) if at else 0)
+    new = RECORD_CID + sha256(_encode(left, entries)).digest()
+    for _ in range(LAYER_MAX):
+        if old == root:
+            return new
+        mark = LINK + old
+        holders = [(name, block) for name, block in nodes if mark in block]
+        if len(holders) != 1 or holders[0][1].count(mark) != 1:
+            return None
+        old, block = holders[0]
+        new = RECORD_CID + sha256(block.replace(mark, LINK + new)).digest()
+    return None
+
+
+def _remove(blocks: Blocks, node: Node | None, key: bytes) -> tuple[Node | None, bytes | None]:
+    """(what is left, the value that was there)."""
+    if node is None:
+        return None, None
+    at = bisect_left(node.keys, key)
+    if at < len(node.keys) and node.keys[at] == key:
+        old: bytes | None = node.values[at]
+        joined = _merge(blocks, node.below[at], node.below[at + 1], node.layer - 1)
+        del node.keys[at], node.values[at], node.shared[at]
+        node.below[at : at + 2] = [joined]
+        if at < len(node.keys):
+            node.shared[at] = -1
+    else:
+        node.below[at], old = _remove(blocks, _below(blocks, node, at), key)
+    return (None if not node.keys and node.below[0] is None else node), old
+
+
+def _put(blocks: Blocks, node: Node | None, key: bytes, value: bytes) -> tuple[Node, bytes | None]:
+    """(the tree with the key, the value that was there)."""
+    layer = layer_of(key)
+    if layer > LAYER_MAX:
+        raise Unproved(Flaw.TOO_DEEP, f"a key of layer {layer}")
+    if node is None:
+        return Node(layer, [key], [value], [None, None], [0]), None
+    if layer > node.layer:
+        low, high = _split(blocks, node, key, node.layer)
+        below = [_lift(low, node.layer, layer - 1), _lift(high, node.layer, layer - 1)]
+        return Node(layer, [key], [value], below, [0]), None
+    return node, _put_below(blocks, node, key, value, layer)
+
+
+def _put_below(blocks: Blocks, node: Node, key: bytes, value: bytes, layer: int) -> bytes | None:
+    at = bisect_left(node.keys, key)
+    if layer == node.layer:
+        if at < len(node.keys) and node.keys[at] == key:
+            old, node.values[at] = node.values[at], value
+            return old
+        low, high = _split(blocks, node.below[at], key, node.layer - 1)
+        node.keys.insert(at, key)
+        node.values.insert(at, value)
+        node.shared.insert(at, -1)
+        if at + 1 < len(node.keys):
+            node.shared[at + 1] = -1
+        node.below[at : at + 1] = [low, high]
+        return None
+    below = _below(blocks, node, at)
+    if below is None:
+        node.below[at] = _lift(Node(layer, [key], [value], [None, None], [0]), layer, node.layer - 1)
+        return None
+    return _put_below(blocks, below, key, value, layer)
+
+
+_Subtree = bytes | Node | None
+
+
+def _merge(blocks: Blocks, low: _Subtree, high: _Subtree, layer: int) -> _Subtree:
+    if low is None or high is None:
+        return high if low is None else low
+    left = _load(blocks, low, layer) if isinstance(low, bytes) else low
+    right = _load(blocks, high, layer) if isinstance(high, bytes) else high
+    middle = _merge(blocks, left.below[-1], right.below[0], layer - 1)
+    return Node(
+        layer,
+        left.keys + right.keys,
+        left.values + right.values,
+        [*left.below[:-1], middle, *right.below[1:]],
+        [*left.shared, *([-1] if right.keys else []), *right.shared[1:]],
+    )
+
+
+def _split(blocks: Blocks, tree: _Subtree, key: bytes, layer: int) -> tuple[_Subtree, _Subtree]:
+    """What is below the key and what is above it."""
+    if tree is None:
+        return None, None
+    node = _load(blocks, tree, layer) if isinstance(tree, bytes) else tree
+    at = bisect_left(node.keys, key)
+    if at < len(node.keys) and node.keys[at] == key:
+        raise Unproved(Flaw.BAD_TREE, "a key in the wrong layer")
+    low, high = _split(blocks, node.below[at], key, layer - 1)
+    left = Node(layer, node.keys[:at], node.values[:at], [*node.below[:at], low], node.shared[:at])
+    shared = node.shared[at:]
+    if shared:
+        shared[0] = -1
+    right = Node(layer, node.keys[at:], node.values[at:], [high, *node.below[at + 1 :]], shared)
+    return (left if left.keys or low is not None else None), (right if right.keys or high is not None else None)
+
+
+def _lift(tree: _Subtree, layer: int, to: int) -> _Subtree:
+    """Nodes without keys bridge the layers between."""
+    while tree is not None and layer < to:
+        layer += 1
+        tree = Node(layer, [], [], [tree], [])
+    return tree
+
+
+def _seal(node: Node) -> bytes:
+    """The CID of a tree of which some nodes are loaded."""
+    links = [_seal(below) if isinstance(below, Node) else below for below in node.below]
+    entries = []
+    before = b""
+    for key, value, link, shared in zip(node.keys, node.values, links[1:], node.shared, strict=True):
+        entries.append((key, value, link, common_prefix(before, key) if shared < 0 else shared))
+        before = key
+    return RECORD_CID + sha256(_encode(links[0], entries)).digest()
+
+
+def common_prefix(left: bytes, right: bytes) -> int:
+    size = min(len(left), len(right))
+    differing = int.from_bytes(left[:size], "big") ^ int.from_bytes(right[:size], "big")
+    return size - ((differing.bit_length() + 7) >> 3)
+
+
+def _encode(left: bytes | None, entries: list[tuple[bytes, bytes, bytes | None, int]]) -> bytes:
+    """DAG-CBOR of a node."""
+    parts = [b"\xa2ae", _head(0x80, len(entries))]
+    for key, value, after, shared in entries:
+        tail = key[shared:]
+        parts += (b"\xa4ak", _head(0x40, len(tail)), tail, b"ap", _head(0, shared), b"at")
+        parts += (b"\xf6av" if after is None else LINK + after + b"av", LINK, value)
+    parts += (b"al", b"\xf6" if left is None else LINK + left)
+    return b"".join(parts)
+
+
+def _head(major: int, count: int) -> bytes:
+    if count < 24:
+        return _HEADS[major | count]
+    if count < 256:
+        return bytes((major | 24, count))
+    return bytes((major | 25,)) + count.to_bytes(2, "big")
+
+
+_HEADS: Final = [bytes((number,)) for number in range(256)]

@@ -1,0 +1,1 @@
+"""What others can see: HTTP, metrics, the status page, readiness."""

@@ -1,0 +1,185 @@
+"""HTTP for operators: /metrics, /livez, /readyz, /status.json and a page at /.
+
+Shows what a `Source` says; knows nothing of where the figures come from. Answers come from the latest reading, so
+that a scrape never waits for Redis or PostgreSQL.
+
+The page and /status.json show what the network wrote (dead letters), so they answer only to names that are ours: a web
+site whose name is pointed at this port (DNS rebinding) could read them otherwise. /metrics, /livez and /readyz hold
+figures and our own sentences, and scrapers and probes ask by any name: they answer to all.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any, Protocol
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from fastworker.errors import ConfigError, Unreachable
+from fastworker.metrics import Figures
+
+log = logging.getLogger(__name__)
+
+REQUEST_TIMEOUT_S = 10.0
+SHUTDOWN_S = 1.0
+
+
+class Source(Protocol):
+    """What is shown. All three are immediate: they return the latest reading."""
+
+    def figures(self) -> Figures: ...
+
+    def why_not_live(self) -> list[str]:
+        """Reasons, as sentences, why this process is beyond help; empty when it is well."""
+
+    def why_not_ready(self) -> list[str]:
+        """Reasons why it is not connected, fresh and progressing; empty when it is."""
+
+    def status_json(self) -> bytes: ...
+
+
+class _Collector:
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        figures = self._source.figures()
+        for metric, values in figures:
+            family: Metric
+            if not values:
+                continue
+            if metric.kind == "histogram":
+                family = HistogramMetricFamily(metric.name, metric.why)
+                buckets = [(bound, value) for (bound,), value in values.items()]
+                family.add_metric([], buckets, sum_value=figures.sum_of(metric))
+                yield family
+                continue
+            if metric.kind == "counter":
+                family = CounterMetricFamily(metric.name, metric.why, labels=metric.labels)
+            else:
+                family = GaugeMetricFamily(metric.name, metric.why, labels=metric.labels)
+            for labels, value in values.items():
+                family.add_metric(labels, value)
+            yield family
+
+
+def is_ours(host_header: str, names: Iterable[str]) -> bool:
+    """Whether a request meant this server: by an address, as localhost, or by one of the names (`*`: any)."""
+    host = host_header.strip().lower()
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    host = host.rstrip(".")
+    allowed = {name.lower().rstrip(".") for name in names}
+    if "*" in allowed or host in allowed or host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _named(answer: Callable[[web.Request], Awaitable[web.Response]], names: Iterable[str]) -> Any:
+    async def guarded(request: web.Request) -> web.Response:
+        headers = request.headers.getall("Host", [])  # none: HTTP/1.0, which no browser speaks
+        if all(is_ours(header, names) for header in headers):
+            return await answer(request)
+        return web.Response(
+            text="This page answers to addresses, localhost and its host's own name only. Another name must be in "
+            "FASTWORKER_HTTP_HOSTS.\n",
+            status=421,
+        )
+
+    return guarded
+
+
+def _application(source: Source, names: Iterable[str]) -> web.Application:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(source))
+    page = resources.files("fastworker.monitor").joinpath("status.html").read_bytes()
+
+    def answer(reasons: list[str]) -> web.Response:
+        return web.Response(text="\n".join(reasons or ["ok"]) + "\n", status=503 if reasons else 200)
+
+    async def metrics(request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(registry), headers={"Content-Type": content_type})
+
+    async def livez(_request: web.Request) -> web.Response:
+        return answer(source.why_not_live())
+
+    async def readyz(_request: web.Request) -> web.Response:
+        return answer(source.why_not_ready())
+
+    async def status(_request: web.Request) -> web.Response:
+        return web.Response(body=source.status_json(), content_type="application/json")
+
+    async def index(_request: web.Request) -> web.Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        policy += "frame-ancestors 'none'"
+        return web.Response(body=page, content_type="text/html", headers={"Content-Security-Policy": policy})
+
+    async def as_declared(_request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+
+    app = web.Application(client_max_size=1024)
+    app.on_response_prepare.append(as_declared)
+    app.add_routes(
+        [
+            web.get("/metrics", metrics),
+            web.get("/livez", livez),
+            web.get("/readyz", readyz),
+            web.get("/status.json", _named(status, names)),
+            web.get("/", _named(index, names)),
+        ]
+    )
+    return app
+
+
+@asynccontextmanager
+async def serve(source: Source, host: str, port: int, names: Iterable[str] = ()) -> AsyncIterator[int]:
+    """Listen until the block ends; yields the port, which differs from `port` where that is 0.
+
+    `names`: those that the page answers to, beside addresses, localhost and this machine's own.
+    """
+    app = _application(source, {*names, socket.gethostname(), host})
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=30)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Unreachable(
+                    f"Port {port} of {host} is in use: set FASTWORKER_HTTP_PORT to another one, to 0 or to off"
+                ) from error
+            raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
+        bound: int = runner.addresses[0][1]
+        log.info("HTTP on http://%s:%d: /metrics /livez /readyz and a status page at /", host, bound)
+        yield bound
+    finally:
+        await runner.cleanup()
+
+
+async def ask(host: str, port: int, path: str) -> tuple[bool, str] | None:
+    """Whether a service's own port says that it is well, and its words; None when nobody listens."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    url = f"http://[{address}]:{port}{path}" if ":" in address else f"http://{address}:{port}{path}"
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+            return response.status == 200, (await response.text())[:2000].strip()
+    except aiohttp.ClientConnectorError:
+        return None
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        return False, str(error) or "no answer in time"

@@ -1,0 +1,1 @@
+"""Processes: the supervisor, its children, the shared memory in which they report, waiting and signals."""

@@ -1,0 +1,1 @@
+"""Relay to Redis: the firehose's frames, in order, onto the stream."""

@@ -1,0 +1,32 @@
+"""The reader with a way back: when Redis comes back empty, PostgreSQL knows how far the stream was finished."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastworker.errors import StoreUnavailable, Unreachable
+from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.store.admin import finished_seq
+
+
+async def read_and_resume(
+    settings: ReaderSettings,
+    stop: asyncio.Event,
+    *,
+    database_url: str | None,
+    stats: ReaderStats | None = None,
+    on_tick: Callable[[ReaderStats], None] | None = None,
+) -> None:
+    """`run_reader`, which asks PostgreSQL for the cursor if there is one to ask and Redis has none."""
+
+    async def fallback_seq(host: str) -> int | None:
+        assert database_url is not None
+        try:
+            return await finished_seq(database_url, settings.stream_key, host)
+        except Unreachable as error:
+            raise StoreUnavailable(str(error)) from error
+
+    await run_reader(
+        settings, stop, stats=stats, on_tick=on_tick, fallback_seq=fallback_seq if database_url is not None else None
+    )

@@ -1,1 +1,0 @@
-"""Time, tasks and processes (floor 3)."""

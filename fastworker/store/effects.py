@@ -1,0 +1,129 @@
+"""Derived rows: from what `table.derive.Effects` collected to the arguments of the routines that write them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from fastworker.store import statements as sql
+from fastworker.store.look import Key
+from fastworker.store.rows import copy, put
+from fastworker.store.session import Connection
+from fastworker.store.writer import Writer, columns
+from fastworker.table import derive
+from fastworker.table.batch import Progress, Row
+from fastworker.table.derive import Effects
+from fastworker.table.rows import GATE, PROFILE
+from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, PROFILES, QUOTES, Table
+
+
+async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
+    """Quotes, feed items, notifications and viewer states collected so far; `effects` forgets them.
+
+    In a large flush, before the locks that others wait for are taken.
+    """
+    await _copy_items(writer, db, effects)
+    if arguments := item_arguments(effects):
+        await put(db, arguments)
+
+
+async def write_effects(
+    writer: Writer, db: Connection, effects: Effects, progress: Progress | None = None
+) -> dict[Key, datetime]:
+    """Everything that follows from the rows; the counters late, because their rows are hot and locked until the commit.
+
+    Last in the main transaction. Also stores how far the stream is finished. Returns the joined rows that are owed now,
+    and since when: they are recomputed after the commit, when both sides of the join can be seen.
+    """
+    if effects.profiles:
+        empty = (None,) * len(PROFILES.columns)
+        profiles = [(did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
+        await db.execute(sql.PROFILES, *columns(profiles))
+    if effects.gates_set or effects.gates_removed:
+        await write_gates(db, effects)
+    if effects.labels_added:
+        await db.execute(sql.LABEL_EVENTS, sorted(effects.labels_added))
+    await _copy_items(writer, db, effects)
+    arguments = item_arguments(effects) | last_arguments(writer, effects, progress)
+    owed_since: Any = (await put(db, arguments))["owed_since"] if arguments else None
+    if effects.recount and writer.recount is not None:  # a later statement than the one that locked these counters
+        await db.execute(writer.recount, sorted(effects.recount))
+    return dict.fromkeys(effects.owed, owed_since)
+
+
+async def _copy_items(writer: Writer, db: Connection, effects: Effects) -> None:
+    """Those of which there are many: what follows from a new record is new."""
+    for table, removed, added in _items(effects):
+        if writer.copying.may(len(added)):
+            keys = [key for key in sorted(added) if key not in removed]
+            await copy(writer, db, table, [added.pop(key) for key in keys])
+
+
+def item_arguments(effects: Effects) -> dict[str, Any]:
+    """Arguments of `fastworker.put` for what `write_items` writes; `effects` forgets it."""
+    arguments: dict[str, Any] = {}
+    for table, removed, added in _items(effects):
+        if gone := removed.difference(added):
+            arguments["no_" + table.name] = sorted(gone)
+        if added:
+            arguments["new_" + table.name] = [added[key] for key in sorted(added)]
+        removed.clear()
+        added.clear()
+    if effects.viewers_cleared:
+        cleared = [
+            (post, viewer, 0 in which, 1 in which, 2 in which)
+            for (post, viewer), which in sorted(effects.viewers_cleared.items())
+        ]
+        arguments.update(zip(sql.UNSEEN, columns(cleared), strict=True))
+    states = [(*key, *state) for key, state in sorted(effects.viewers_set.items()) if state != [None, None, False]]
+    if states:
+        arguments["new_viewers"] = states
+    effects.viewers_set.clear()
+    effects.viewers_cleared.clear()
+    return arguments
+
+
+def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) -> dict[str, Any]:
+    """Arguments of `fastworker.put`: counters, what is owed, how far the group has come."""
+    arguments: dict[str, Any] = {}
+    if writer.recount is not None and (keys := sorted(effects.counts.keys() | effects.recount)):
+        none = [0, 0, 0, 0, 0]  # never a delta and a recount for one key: this locks it
+        arguments["deltas"] = [(k, *(none if k in effects.recount else effects.counts[k])) for k in keys]
+    if effects.owed:
+        arguments["owed_kinds"], arguments["owed_keys"] = columns(sorted(effects.owed))
+    if progress is not None:
+        arguments["of_stream"], arguments["of_consumer"] = progress.stream, progress.consumer
+        arguments["until_seq"], arguments["until_entry"] = progress.seq, progress.entry_id
+    return arguments
+
+
+async def write_gates(db: Connection, effects: Effects) -> None:
+    """public.thread_gates and public.post_gates as the gates say that were set and removed."""
+    set_rows = [row for _, row in sorted(effects.gates_set.items())]
+    threads = {row[GATE.post_uri]: derive.thread_gate_row(row) for row in set_rows if row[GATE.kind] == "thread"}
+    posts = {row[GATE.post_uri]: derive.post_gate_row(row) for row in set_rows if row[GATE.kind] == "post"}
+    gone = sorted(effects.gates_removed.items())
+    no_thread = [p for p, row in threads.items() if row is None]
+    no_thread += [post for uri, post in gone if "/app.bsky.feed.threadgate/" in uri and post not in threads]
+    no_post = [post for uri, post in gone if "/app.bsky.feed.postgate/" in uri and post not in posts]
+    if no_thread:
+        await db.execute(sql.THREAD_GATES_DELETE, sorted(no_thread))
+    if live := {post: row for post, row in threads.items() if row is not None}:
+        await db.execute(sql.THREAD_GATES, *_sorted_columns(live))
+    if no_post:
+        await db.execute(sql.POST_GATES_DELETE, sorted(no_post))
+    if posts:
+        await db.execute(sql.POST_GATES, *_sorted_columns(posts))
+
+
+def _items(effects: Effects) -> tuple[tuple[Table, set[str], dict[str, Row]], ...]:
+    """(table, keys removed, rows added)"""
+    return (
+        (QUOTES, effects.quotes_removed, effects.quotes_added),
+        (FEED_ITEMS, effects.feed_removed, effects.feed_added),
+        (NOTIFICATIONS, effects.notes_removed, effects.notes_added),
+    )
+
+
+def _sorted_columns(rows: dict[str, Row]) -> list[tuple[Any, ...]]:
+    return columns(row for _, row in sorted(rows.items()))

@@ -1,0 +1,191 @@
+"""One flush: a batch becomes committed rows. Read top to bottom; docs/invariants.md has the proof.
+
+1. look: what tombstones and deleted accounts beat already is not written;
+2. commit first: tombstones of this batch's deletes, new users, accounts, identities, in a transaction of their own;
+3. the main transaction: new rows, existing rows, the cold tables, then everything that follows from them;
+4. look back: what overtook us between 1 and 3 is removed in the same way;
+5. recompute the rows that join two records, now that this side has committed.
+
+A flush of few new rows does all of it with one call (store/whole.py). The caller acks after `write` returns. Every step
+may be repeated: a crash anywhere means that the entries are delivered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from fastworker.crashpoint import Step
+from fastworker.store import statements as sql
+from fastworker.store.accounts import put_accounts, put_identities
+from fastworker.store.effects import write_effects, write_items
+from fastworker.store.joined import recompute, recompute_joined
+from fastworker.store.look import Key, Seen, look, look_back
+from fastworker.store.rows import insert_new
+from fastworker.store.session import Connection
+from fastworker.store.settle import settle_cold, settle_existing
+from fastworker.store.writer import SMALL_FLUSH, Writer, columns
+from fastworker.table.batch import Batch, Change, Progress
+from fastworker.table.derive import Effects
+
+FEW_USERS = 50  # new users of a small flush are inserted with its rows; more would make other writers wait too long
+
+
+class Written(NamedTuple):
+    """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest.
+
+    `beaten`: uris of upserts that a tombstone or a deleted account had beaten.
+    """
+
+    rows: int
+    superseded: int
+    forbidden: int
+    beaten: frozenset[str] = frozenset()
+
+
+class Plan(NamedTuple):
+    """What is to be done with a batch, after the first look."""
+
+    changes: list[Change]  # to write: those that may be stored, with deletes instead of what is beaten
+    upserts: list[Change]  # those that may be stored, beaten or not
+    seen: Seen
+
+
+async def write(writer: Writer, db: Connection, batch: Batch) -> Written:
+    """Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+    plan = await _plan(db, batch)
+    await writer.reach(Step.LOOKED)
+    users = await commit_first(writer, db, batch, plan)
+    rows = await write_rows(writer, db, plan.changes, plan.seen.waiting, progress=batch.progress, users=users)
+    return await finish(writer, db, plan, rows, forbidden=len(batch.changes) - len(plan.changes))
+
+
+async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
+    """Commit which relays there are, before anything is looked up: what a deletion beats depends on them."""
+    if hosts := batch.relays - writer.relays:
+        await writer.retry(lambda: db.execute(sql.RELAYS, sorted(hosts)))
+        writer.relays |= hosts
+
+
+async def _plan(db: Connection, batch: Batch) -> Plan:
+    upserts = [c for c in batch.changes.values() if c.row is not None]
+    seen = await look(db, upserts, batch.dids)
+    kills, forbidden = seen.kills, seen.forbidden
+    if forbidden:
+        upserts = [c for c in upserts if c.repo not in forbidden]
+        kills = {uri: kill for uri, kill in kills.items() if kill.repo not in forbidden}
+    changes = [kills.get(c.uri, c) for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
+    return Plan(changes, upserts, seen._replace(kills=kills))
+
+
+async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan) -> Sequence[str]:
+    """Commit what others must see before our rows: tombstones, users, accounts, identities, repairs.
+
+    A tombstone that is committed before the delete is what a late create of another writer finds when it looks back.
+    Locks are taken in the order of their keys. Returns users that are so few that they go with the rows instead.
+    """
+    forbidden = plan.seen.forbidden
+    identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
+    tombstones = sorted(
+        ((c.uri, c.rev, c.seq) for c in batch.changes.values() if c.row is None and c.table.hot), key=lambda t: t[0]
+    )
+    users = writer.unknown(did for did in batch.dids if did not in forbidden)
+
+    async def transaction() -> None:
+        async with db.transaction():
+            if tombstones:
+                await db.execute(sql.TOMBSTONES, *columns(tombstones))
+            if users:
+                await db.execute(sql.USERS, users)
+            if batch.accounts:
+                await put_accounts(db, batch.accounts)
+            if identities:
+                await put_identities(db, identities)
+            if batch.syncs:
+                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: (s.rev or "", s.seq or 0))}
+                await db.execute(sql.REPAIRS, *columns((s.did, s.rev, s.seq) for _, s in sorted(newest.items())))
+
+    more = bool(batch.accounts or identities or batch.syncs)
+    if more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH:
+        await writer.retry(transaction)
+        writer.remember(users)
+        users = []
+    elif tombstones:
+        await writer.retry(lambda: db.execute(sql.TOMBSTONES, *columns(tombstones)))
+    await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
+    return users
+
+
+async def write_rows(
+    writer: Writer,
+    db: Connection,
+    changes: list[Change],
+    waiting: set[str],
+    *,
+    progress: Progress | None = None,
+    users: Sequence[str] = (),
+) -> int:
+    """The main transaction, begun again where another writer came first. Returns how many rows changed.
+
+    Joined rows that it leaves owed are recomputed after its commit.
+    """
+    if not changes and progress is None:
+        return 0
+    rows, owed = await writer.retry(lambda: _main_transaction(writer, db, changes, waiting, progress, users))
+    writer.remember(users)
+    writer.copying.committed()
+    if owed:
+        await recompute(writer, db, owed, set(), wait=False)
+    await writer.reach(Step.OWED_PAID)
+    return rows
+
+
+async def _main_transaction(
+    writer: Writer,
+    db: Connection,
+    changes: list[Change],
+    waiting: set[str],
+    progress: Progress | None,
+    users: Sequence[str],
+) -> tuple[int, dict[Key, datetime]]:
+    """In this order, so that locks that other writers may wait for are taken as late as can be."""
+    effects = Effects(writer.derive)
+    hot: list[Change] = []
+    cold: list[Change] = []
+    for change in sorted(changes, key=lambda c: c.uri):
+        (hot if change.table.hot else cold).append(change)
+    is_large = len(changes) > SMALL_FLUSH
+    async with db.transaction():
+        if users:
+            await db.execute(sql.USERS, users)
+        rows, existing = await insert_new(writer, db, hot, waiting, effects)
+        if is_large and (existing or cold):
+            await write_items(writer, db, effects)
+        rows += await settle_existing(db, existing, waiting, effects)
+        if is_large and existing and cold:
+            await write_items(writer, db, effects)
+        rows += await settle_cold(db, cold, waiting, effects)
+        await writer.reach(Step.ROWS_WRITTEN)
+        owed = await write_effects(writer, db, effects, progress)
+        await writer.reach(Step.BEFORE_MAIN_COMMIT)
+    await writer.reach(Step.AFTER_MAIN_COMMIT)
+    return rows, owed
+
+
+async def finish(writer: Writer, db: Connection, plan: Plan, rows: int, *, forbidden: int = 0) -> Written:
+    """Look back, remove what overtook the rows between look and commit, then recompute what joins two records."""
+    upserts, kills = plan.upserts, plan.seen.kills
+    superseded = max(0, len(upserts) - len(kills) - rows)
+    # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
+    # A record among the twins may by now be in the table as well, with another pair: settle it again.
+    written = [c for c in upserts if c.uri not in kills]
+    back = await look_back(writer, db, written, upserts)
+    late = back.kills
+    if late or back.waiting:
+        again = [late.get(c.uri, c) for c in written if c.uri in late or c.uri in back.waiting]
+        rows += await write_rows(writer, db, again, back.waiting)
+        back = await look_back(writer, db, written, upserts)
+    await writer.reach(Step.AFTER_LOOK_BACK)
+    await recompute_joined(writer, db, upserts, back.joined)
+    return Written(rows, superseded + len(kills) + len(late), forbidden, frozenset((*kills, *late)))

@@ -1,0 +1,100 @@
+"""Before and after the main transaction: what beats the records of a batch.
+
+Both looks read without locks. The first saves work; the second, after the commit, is what makes the result independent
+of order: whatever was committed between the two is seen by it, or sees us (docs/invariants.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from fastworker.store import statements as sql
+from fastworker.store.session import Connection
+from fastworker.store.writer import Writer
+from fastworker.table.batch import Change, is_gone, newer
+from fastworker.table.rows import LIKE
+from fastworker.table.schema import LIKES, POSTS
+
+Key = tuple[str, str]  # kind and key of a joined row
+
+
+class Seen(NamedTuple):
+    """What was found about a batch's upserts."""
+
+    kills: dict[str, Change]  # by uri, deletes of those that a tombstone or a deleted account beats
+    waiting: set[str]  # uris that are among the twins
+    forbidden: set[str]  # DIDs that may not be stored; only before the flush
+    joined: set[Key]  # joined rows that may have changed; only after it
+
+
+async def look(db: Connection, upserts: list[Change], dids: Iterable[str]) -> Seen:
+    """What is beaten already, which records are among the twins, and which of `dids` may not be stored.
+
+    Reads versions, accounts, twins and user_settings; locks nothing. Without it beaten records would be written and
+    removed again, and records of people who forbade it would be stored.
+    """
+    dids = list(dids)
+    if not upserts and not dids:
+        return Seen({}, set(), set(), set())
+    hot = [c.uri for c in upserts if c.table.hot]
+    return _seen(upserts, await db.fetch(sql.LOOK, hot, list({c.repo for c in upserts}), dids))
+
+
+async def look_back(writer: Writer, db: Connection, written: list[Change], upserts: list[Change]) -> Seen:
+    """What overtook those written since `look`, and which joined rows the upserts may have changed.
+
+    After the commit of the main transaction, in a statement of its own: its snapshot must see what committed before
+    ours. Without it a delete that committed between look and commit would leave its record in the table.
+    """
+    if not upserts:
+        return Seen({}, set(), set(), set())
+    likes = [c.row for c in upserts if c.table is LIKES and c.row is not None]
+    arguments = {
+        "uris": [c.uri for c in written if c.table.hot],
+        "repos": list({c.repo for c in written}),
+        "posts": [c.uri for c in upserts if c.table is POSTS],
+        "like_posts": [row[LIKE.post_uri] for row in likes],
+        "like_users": [row[LIKE.user_did] for row in likes],
+        **joins(writer.derive),
+    }
+    return _seen(written, await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS)))
+
+
+def joins(derive: frozenset[str]) -> dict[str, bool]:
+    """Which joined rows there are, as the routines want to be told."""
+    return {
+        "with_contexts": "thread_contexts" in derive,
+        "with_gates": "gate_flags" in derive,
+        "with_services": "like_counts" in derive,
+    }
+
+
+def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
+    """What the rows of a look, (kind, key, rev, seq), say about these upserts."""
+    seen = Seen({}, set(), set(), set())
+    tombstones: dict[str, tuple[str | None, int | None]] = {}
+    accounts: dict[str, tuple[str | None, int | None]] = {}
+    for kind, key, rev, seq in rows:
+        if kind == "tombstone":
+            tombstones[key] = (rev, seq)
+        elif kind == "account":
+            accounts[key] = (rev, seq)
+        elif kind == "twin":
+            seen.waiting.add(key)
+        elif kind == "forbidden":
+            seen.forbidden.add(key)
+        else:
+            seen.joined.add((kind, key))
+    if tombstones or accounts:
+        for change in upserts:
+            tombstone = tombstones.get(change.uri)
+            if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
+                seen.kills[change.uri] = _kill(change, *tombstone)
+            elif (gone := accounts.get(change.repo)) is not None and is_gone(change.rev, change.seq, *gone):
+                seen.kills[change.uri] = _kill(change, change.rev, change.seq)  # at one version a delete wins
+    return seen
+
+
+def _kill(change: Change, rev: str | None, seq: int | None) -> Change:
+    return Change(change.table, change.uri, change.repo, change.rkey, rev, seq, 0, None, None)

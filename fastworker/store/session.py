@@ -1,0 +1,179 @@
+"""Sessions in PostgreSQL: how they are opened, what is set in them, and whose fault an error is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+from asyncpg.exceptions import (
+    DataError,
+    DeadlockDetectedError,
+    DuplicatePreparedStatementError,
+    IntegrityConstraintViolationError,
+    InterfaceError,
+    InternalClientError,
+    InvalidSQLStatementNameError,
+    PostgresError,
+    ProgramLimitExceededError,
+    ReadOnlySQLTransactionError,
+    SerializationError,
+    TargetServerAttributeNotMatched,
+    UnsupportedClientFeatureError,
+)
+from asyncpg.pool import PoolConnectionProxy
+from asyncpg.protocol import protocol
+
+from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
+from fastworker.store.schema_admin import AUTHORITY
+
+Connection = PoolConnectionProxy  # asyncpg's: dead after release
+
+POOLER = (
+    "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
+    "(pgbouncer: pool_mode = session) or connect directly"
+)
+
+# The driver asks of each element of an array whether it is an array itself, through abstract classes: 0.6 us for each
+# text, 1 us for each row (docs/performance.md). Our arrays are lists and tuples, so plain types answer it. If a later
+# release of the driver has other names, this has no effect, and writing is that much slower.
+for _name, _types in (("IterableABC", (list, tuple)), ("SizedABC", (list, tuple)), ("MappingABC", dict)):
+    setattr(protocol, _name, _types)
+
+# A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys.
+SESSION = (
+    "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
+    "SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET statement_timeout = '60s'; "
+    "SET lock_timeout = '30s'; SET idle_in_transaction_session_timeout = '20s'"
+)
+
+
+class Contended(Exception):
+    """Another writer committed what this transaction had read otherwise, and part of it is written: begin again."""
+
+
+RETRYABLE = (DeadlockDetectedError, SerializationError, Contended)
+
+
+@contextlib.contextmanager
+def translating() -> Iterator[None]:
+    """Errors of driver and server become ours, by fault. What is left is our own bug and crashes.
+
+    Raises RowRejected (a value was refused), StoreUnavailable (a state to wait out), Unreachable (a pooler that cannot
+    be worked with). What is `RETRYABLE` passes.
+    """
+    try:
+        yield
+    except RETRYABLE:
+        raise
+    except (
+        DataError,
+        IntegrityConstraintViolationError,
+        ProgramLimitExceededError,
+        OverflowError,
+        UnicodeError,
+    ) as error:
+        raise RowRejected(f"{type(error).__name__}: {error}") from error
+    except InternalClientError as error:
+        # the driver lost count of a connection that the server ended at the same moment; it is gone by now
+        if isinstance(error, TargetServerAttributeNotMatched):
+            raise StoreUnavailable("PostgreSQL: none of the hosts is what target_session_attrs asks for") from error
+        raise StoreUnavailable("PostgreSQL connection: it was lost while another operation used it") from error
+    except UnsupportedClientFeatureError:
+        raise
+    except (DuplicatePreparedStatementError, InvalidSQLStatementNameError) as error:
+        raise Unreachable(POOLER) from error
+    except PostgresError as error:
+        if _is_our_bug(error):
+            raise
+        raise StoreUnavailable(f"PostgreSQL: {error} (SQLSTATE {error.sqlstate})") from error
+    except RuntimeError as error:
+        if "handler is closed" not in str(error):  # uvloop's, of a socket that was lost at that moment
+            raise
+        raise StoreUnavailable("PostgreSQL connection: closed while it was used") from error
+    except InterfaceError as error:
+        # the pool or the connection is closed under us; what closed it says more than what found it closed
+        why = error.__context__ if isinstance(error.__context__, PostgresError | OSError) else error
+        words = str(why) or type(why).__name__
+        if "connection is closed" in words:  # the driver names the method of its own that found out
+            words = "closed while it was used"
+        raise StoreUnavailable(f"PostgreSQL connection: {words}") from error
+    except (OSError, TimeoutError) as error:
+        raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
+
+
+def _is_our_bug(error: PostgresError) -> bool:
+    """Syntax errors and cardinality violations are ours; missing tables, columns and rights are a state to wait out."""
+    state = error.sqlstate or ""
+    if state == "21000":
+        return True
+    return state.startswith("42") and state not in {"42P01", "42703", "42501", "42883", "3F000"}
+
+
+async def open_pool(
+    database_url: str, *, size: int, application_name: str, connect_timeout_s: float, command_timeout_s: float
+) -> asyncpg.Pool[Any]:
+    """Raises StoreUnavailable where the server cannot be reached or refuses, Unreachable for a transaction pooler."""
+
+    async def session(connection: asyncpg.Connection[Any]) -> None:
+        await connection.execute(SESSION)
+
+    async def keep(connection: asyncpg.Connection[Any]) -> None:
+        """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""
+
+    with translating():
+        pool = await asyncpg.create_pool(
+            database_url,
+            min_size=0,  # the pool would keep more alive by itself, and log a traceback for each failure
+            max_size=size,
+            init=session,
+            reset=keep,
+            timeout=connect_timeout_s,
+            command_timeout=command_timeout_s,
+            max_inactive_connection_lifetime=0,
+            server_settings={"application_name": application_name},
+        )
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                first = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
+                if size > 1:
+                    second = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
+                    await _refuse_pooler(first, second)
+                else:  # for this once
+                    another = await asyncpg.connect(database_url, timeout=connect_timeout_s, command_timeout=10)
+                    stack.push_async_callback(another.close, timeout=5)
+                    await _refuse_pooler(first, another)
+        except BaseException:
+            pool.terminate()
+            raise
+    return pool
+
+
+@contextlib.asynccontextmanager
+async def borrow(pool: asyncpg.Pool[Any]) -> AsyncIterator[Connection]:
+    """A connection of the pool, with errors translated; one that is of no more use is closed instead of given back."""
+    with translating():
+        async with pool.acquire(timeout=10) as connection:
+            try:
+                yield connection
+            except Exception as error:
+                # it lost count, leads to what is a replica now, or the server went before the rollback
+                useless = isinstance(error, InternalClientError | ReadOnlySQLTransactionError)
+                if useless or _is_left_open(connection):
+                    connection.terminate()
+                raise
+
+
+def _is_left_open(connection: Connection) -> bool:
+    try:
+        return bool(connection.is_in_transaction())
+    except (InterfaceError, AttributeError):  # it is gone already
+        return False
+
+
+async def _refuse_pooler(*connections: Connection | asyncpg.Connection[Any]) -> None:
+    """Two connections that share one session are a pooler's that we cannot work with."""
+    pids = {await connection.fetchval("SELECT pg_backend_pid()") for connection in connections}
+    if len(pids) < len(connections):
+        raise Unreachable(POOLER)

@@ -1,0 +1,109 @@
+-- New rows of the hot tables and what follows from them; NULL where there is nothing. `placed`: the uris of the new rows
+-- that were inserted, NULL if all of them were. `whole`: all of them or nothing, else SQLSTATE FW001.
+-- `owed_since`: when the keys that are owed were written.
+CREATE OR REPLACE FUNCTION fastworker.put_2(
+    new_users varchar[],
+    {{new_rows_arguments}}
+    whole boolean,
+    no_quotes varchar[],
+    new_quotes fastworker.quotes_row[],
+    no_feed_items varchar[],
+    new_feed_items fastworker.feed_items_row[],
+    no_notifications varchar[],
+    new_notifications fastworker.notifications_row[],
+    unseen_posts varchar[],
+    unseen_viewers varchar[],
+    unseen_likes boolean[],
+    unseen_reposts boolean[],
+    unseen_bookmarks boolean[],
+    new_viewers fastworker.post_viewer_states_row[],
+    deltas fastworker.post_aggregations_row[],
+    owed_kinds text[],
+    owed_keys text[],
+    of_stream text,
+    of_consumer text,
+    until_seq bigint,
+    until_entry text,
+    OUT placed varchar[],
+    OUT owed_since timestamptz
+) LANGUAGE plpgsql AS $$
+DECLARE
+    got varchar[];
+    wanted int := 0;
+BEGIN
+    IF new_users IS NOT NULL THEN
+        INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest(new_users) AS u (did)
+        ON CONFLICT (did) DO NOTHING;
+    END IF;
+{{insert_new_rows}}
+    IF coalesce(cardinality(placed), 0) = wanted THEN
+        placed := NULL;
+    ELSIF whole THEN
+        RAISE EXCEPTION 'not every row is new' USING ERRCODE = 'FW001';
+    ELSIF placed IS NULL THEN
+        placed := '{}';
+    END IF;
+
+    IF no_quotes IS NOT NULL THEN
+        DELETE FROM public.quotes WHERE uri = ANY(no_quotes);
+    END IF;
+    IF new_quotes IS NOT NULL THEN
+        INSERT INTO public.quotes AS t ({{columns quotes}})
+        SELECT * FROM unnest(new_quotes) ON CONFLICT (uri) DO UPDATE SET {{set quotes}};
+    END IF;
+    IF no_feed_items IS NOT NULL THEN
+        DELETE FROM public.feed_items WHERE uri = ANY(no_feed_items);
+    END IF;
+    IF new_feed_items IS NOT NULL THEN
+        INSERT INTO public.feed_items AS t ({{columns feed_items}})
+        SELECT * FROM unnest(new_feed_items) ON CONFLICT (uri) DO UPDATE SET {{set feed_items}};
+    END IF;
+    IF no_notifications IS NOT NULL THEN
+        DELETE FROM public.notifications WHERE uri = ANY(no_notifications);
+    END IF;
+    IF new_notifications IS NOT NULL THEN
+        INSERT INTO public.notifications AS t ({{columns notifications}})
+        SELECT * FROM unnest(new_notifications) ON CONFLICT (uri) DO UPDATE SET {{set notifications}};
+    END IF;
+
+    -- Clears, then drops what is left empty: two statements, because the second must see the first.
+    IF unseen_posts IS NOT NULL THEN
+        UPDATE public.post_viewer_states AS t SET
+            like_uri = CASE WHEN u.l THEN NULL ELSE t.like_uri END,
+            repost_uri = CASE WHEN u.r THEN NULL ELSE t.repost_uri END,
+            bookmarked = t.bookmarked AND NOT u.b, updated_at = now()
+        FROM unnest(unseen_posts, unseen_viewers, unseen_likes, unseen_reposts, unseen_bookmarks)
+            AS u (post, viewer, l, r, b)
+        WHERE t.post_uri = u.post AND t.viewer_did = u.viewer;
+    END IF;
+    IF new_viewers IS NOT NULL THEN
+        INSERT INTO public.post_viewer_states AS t ({{columns post_viewer_states}})
+        SELECT * FROM unnest(new_viewers) ON CONFLICT (post_uri, viewer_did) DO UPDATE SET
+            like_uri = coalesce(excluded.like_uri, t.like_uri), repost_uri = coalesce(excluded.repost_uri, t.repost_uri),
+            bookmarked = t.bookmarked OR excluded.bookmarked, updated_at = now();
+    END IF;
+    IF unseen_posts IS NOT NULL THEN
+        DELETE FROM public.post_viewer_states AS t USING unnest(unseen_posts, unseen_viewers) AS u (post, viewer)
+        WHERE t.post_uri = u.post AND t.viewer_did = u.viewer AND t.like_uri IS NULL AND t.repost_uri IS NULL
+            AND NOT (t.bookmarked OR t.thread_muted OR t.reply_disabled OR t.embedding_disabled OR t.pinned);
+    END IF;
+
+    -- Counters late: hot rows stay locked until the commit. DO UPDATE locks the row even where its WHERE is false.
+    IF deltas IS NOT NULL THEN
+        INSERT INTO public.post_aggregations AS t ({{columns post_aggregations}})
+        SELECT * FROM unnest(deltas) ON CONFLICT (post_uri) DO UPDATE SET
+            {{add post_aggregations}}, updated_at = now()
+        WHERE {{moves post_aggregations}};
+    END IF;
+    -- After them: whoever owes or pays the same key would wait for the counters, too.
+    IF owed_keys IS NOT NULL THEN
+        INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest(owed_kinds, owed_keys)
+        ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
+        owed_since := now();
+    END IF;
+    IF until_entry IS NOT NULL THEN
+        INSERT INTO fastworker.progress (stream, consumer, seq, entry_id)
+        VALUES (of_stream, of_consumer, until_seq, until_entry) ON CONFLICT (stream, consumer) DO UPDATE SET
+            seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now();
+    END IF;
+END $$;

@@ -1,0 +1,55 @@
+-- A whole flush of new rows of the hot tables, as docs/invariants.md has it: look, main transaction, look back, rows that
+-- join two records. If anything else is to be done (a row is not new, one is beaten or among the twins, somebody must
+-- not be stored), nothing is, with SQLSTATE FW001. `is_late`: it is all written, and something overtook it: the look
+-- back is the caller's.
+CREATE OR REPLACE PROCEDURE fastworker.put_whole_2(
+    new_users varchar[],
+    {{new_rows_arguments}}
+    new_quotes fastworker.quotes_row[],
+    new_feed_items fastworker.feed_items_row[],
+    new_notifications fastworker.notifications_row[],
+    new_viewers fastworker.post_viewer_states_row[],
+    deltas fastworker.post_aggregations_row[],
+    of_stream text,
+    of_consumer text,
+    until_seq bigint,
+    until_entry text,
+    uris text[],
+    repos varchar[],
+    dids varchar[],
+    with_contexts boolean,
+    with_gates boolean,
+    with_services boolean,
+    INOUT is_late boolean
+) LANGUAGE plpgsql AS $$
+DECLARE
+    contexts varchar[];
+    gates varchar[];
+    services varchar[];
+BEGIN
+    IF EXISTS (SELECT FROM fastworker.look_2(uris, repos, dids)) THEN
+        RAISE EXCEPTION 'not only new rows' USING ERRCODE = 'FW001';
+    END IF;
+    PERFORM fastworker.put_2(
+        new_users => new_users, {{new_rows_passed}}, whole => true,
+        no_quotes => NULL, new_quotes => new_quotes, no_feed_items => NULL, new_feed_items => new_feed_items,
+        no_notifications => NULL, new_notifications => new_notifications, unseen_posts => NULL, unseen_viewers => NULL,
+        unseen_likes => NULL, unseen_reposts => NULL, unseen_bookmarks => NULL, new_viewers => new_viewers,
+        deltas => deltas, owed_kinds => NULL, owed_keys => NULL, of_stream => of_stream, of_consumer => of_consumer,
+        until_seq => until_seq, until_entry => until_entry);
+    COMMIT;
+    SELECT coalesce(bool_or(kind IN ('tombstone', 'account', 'twin')), false),
+        array_agg(DISTINCT key) FILTER (WHERE kind = 'context'),
+        array_agg(DISTINCT key) FILTER (WHERE kind = 'gate'),
+        array_agg(DISTINCT key) FILTER (WHERE kind = 'like_count')
+    INTO is_late, contexts, gates, services
+    FROM fastworker.look_back_2(uris, repos,
+        ARRAY(SELECT uri FROM unnest(new_posts)), ARRAY(SELECT post_uri FROM unnest(new_likes)),
+        ARRAY(SELECT user_did FROM unnest(new_likes)), with_contexts, with_gates, with_services);
+    IF NOT is_late AND coalesce(contexts, gates, services) IS NOT NULL THEN
+        PERFORM fastworker.recompute_2(
+            contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => '{}',
+            services => coalesce(services, '{}'), aggregates => '{}', owed_kinds => '{}', owed_keys => '{}',
+            owed_times => '{}', patient => false);
+    END IF;
+END $$;

@@ -1,0 +1,106 @@
+-- Rows that join two records, under the lock of the row that carries them; the owed keys (kinds, keys, owed_at) are paid
+-- with it. Not `patient`: a post that another flush has locked is left owed instead.
+CREATE OR REPLACE FUNCTION fastworker.recompute_2(
+    contexts varchar[],
+    gates varchar[],
+    roots varchar[],
+    services varchar[],
+    aggregates varchar[],
+    owed_kinds text[],
+    owed_keys text[],
+    owed_times timestamptz[],
+    patient boolean
+) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    stale varchar[] := ARRAY(SELECT k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE kind = 'context');
+    got varchar[];
+    missing varchar[];
+    busy varchar[] := '{}';
+BEGIN
+    IF cardinality(roots) > 0 THEN
+        got := ARRAY(SELECT uri FROM public.posts WHERE root_uri = ANY(roots) AND uri <> root_uri);
+        stale := stale || got;
+        contexts := contexts || got;
+    END IF;
+    IF cardinality(contexts) > 0 OR cardinality(gates) > 0 THEN
+        -- A post that is committed from here on is its own writer's: touching it would take its lock late.
+        IF patient THEN
+            WITH mine AS (
+                SELECT uri FROM public.posts WHERE uri = ANY(contexts || gates) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE
+            ) SELECT array_agg(uri) INTO got FROM mine;
+        ELSE
+            WITH mine AS (
+                SELECT uri FROM public.posts WHERE uri = ANY(contexts || gates) ORDER BY uri COLLATE "C"
+                FOR NO KEY UPDATE SKIP LOCKED
+            ) SELECT array_agg(uri) INTO got FROM mine;
+            missing := ARRAY(SELECT unnest(contexts || gates) EXCEPT SELECT unnest(got));
+            IF cardinality(missing) > 0 THEN
+                busy := ARRAY(SELECT uri FROM public.posts WHERE uri = ANY(missing));
+            END IF;
+            IF cardinality(busy) > 0 THEN
+                stale := ARRAY(SELECT s FROM unnest(stale) AS s WHERE s <> ALL(busy));
+                INSERT INTO fastworker.recheck (kind, key)
+                SELECT l.kind, l.k FROM (
+                    SELECT 'context', c FROM unnest(contexts) AS c UNION SELECT 'gate', g FROM unnest(gates) AS g
+                ) AS l (kind, k)
+                WHERE l.k = ANY(busy) AND NOT EXISTS (
+                    SELECT 1 FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE o.kind = l.kind AND o.k = l.k
+                )
+                ORDER BY l.kind COLLATE "C", l.k COLLATE "C"
+                ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
+            END IF;
+        END IF;
+        contexts := ARRAY(SELECT unnest(contexts) INTERSECT SELECT unnest(got));
+        gates := ARRAY(SELECT unnest(gates) INTERSECT SELECT unnest(got));
+    END IF;
+    IF cardinality(contexts) > 0 THEN
+        INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri)
+        SELECT p.uri, (SELECT l.uri FROM public.likes AS l
+            WHERE l.user_did = split_part(p.root_uri, '/', 3) AND l.post_uri = p.uri)
+        FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri
+        WHERE p.uri = ANY(contexts) AND r.uri <> p.uri
+        ON CONFLICT (post_uri) DO UPDATE SET root_author_like_uri = excluded.root_author_like_uri, updated_at = now()
+        WHERE t.root_author_like_uri IS DISTINCT FROM excluded.root_author_like_uri;
+    END IF;
+    IF cardinality(stale) > 0 THEN
+        DELETE FROM public.thread_contexts AS t WHERE t.post_uri = ANY(stale) AND NOT EXISTS (
+            SELECT 1 FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri
+            WHERE p.uri = t.post_uri AND r.uri <> p.uri);
+    END IF;
+    IF cardinality(gates) > 0 THEN
+        UPDATE public.posts AS p SET has_thread_gate = f.thread, has_post_gate = f.post FROM (
+            SELECT u.uri,
+                EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'thread') AS thread,
+                EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'post') AS post
+            FROM unnest(gates) AS u (uri)) AS f
+        WHERE p.uri = f.uri AND (p.has_thread_gate, p.has_post_gate) IS DISTINCT FROM (f.thread, f.post);
+    END IF;
+    IF cardinality(services) > 0 THEN
+        PERFORM uri FROM public.feed_generators WHERE uri = ANY(services) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE;
+        IF FOUND THEN
+            UPDATE public.feed_generators AS s SET like_count = f.likes FROM (
+                SELECT u.uri, coalesce((SELECT a.like_count FROM public.post_aggregations AS a
+                    WHERE a.post_uri = u.uri), 0) AS likes
+                FROM unnest(services) AS u (uri)) AS f WHERE s.uri = f.uri AND s.like_count <> f.likes;
+        END IF;
+        PERFORM uri FROM public.labeler_services WHERE uri = ANY(services) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE;
+        IF FOUND THEN
+            UPDATE public.labeler_services AS s SET like_count = f.likes FROM (
+                SELECT u.uri, coalesce((SELECT a.like_count FROM public.post_aggregations AS a
+                    WHERE a.post_uri = u.uri), 0) AS likes
+                FROM unnest(services) AS u (uri)) AS f WHERE s.uri = f.uri AND s.like_count <> f.likes;
+        END IF;
+    END IF;
+    IF cardinality(aggregates) > 0 THEN
+        PERFORM post_uri FROM public.post_aggregations WHERE post_uri = ANY(aggregates)
+        ORDER BY post_uri COLLATE "C" FOR UPDATE;
+        DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY(aggregates) AND a.like_count <= 0
+            AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0
+            AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri);
+    END IF;
+    IF cardinality(owed_keys) > 0 THEN
+        DELETE FROM fastworker.recheck AS r USING unnest(owed_kinds, owed_keys, owed_times) AS u (kind, key, owed_at)
+        WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at
+            AND NOT (u.kind IN ('context', 'gate') AND u.key = ANY(busy));
+    END IF;
+END $$;

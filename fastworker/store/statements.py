@@ -1,0 +1,469 @@
+"""SQL text: functions of a table, and the statements of the derived tables. Pure; golden-tested.
+
+Every statement takes arrays and touches many rows. The caller passes keys sorted, and `unnest` keeps
+their order, so that every writer locks in the same order. A statement whose result depends on waiting
+for a lock never shares a WITH with what depends on that result: READ COMMITTED gives one snapshot
+per statement.
+"""
+
+from __future__ import annotations
+
+from fastworker.table.schema import (
+    AGGREGATIONS,
+    COLLECTIONS,
+    FEED_ITEMS,
+    NOTIFICATIONS,
+    QUOTES,
+    TABLES,
+    VIEWER_STATES,
+    Table,
+)
+
+
+def qualified(table: Table) -> str:
+    return table.name if "." in table.name else f"public.{table.name}"
+
+
+def _rows(table: Table) -> str:
+    """$1 as rows: one array of composites costs the client and the server half of what an array per column does."""
+    return f"unnest($1::{table.row_type}[])"
+
+
+def upsert(table: Table, *replaced: str) -> str:
+    """Rows of a derived table, whole: a later word replaces an earlier one."""
+    columns = ", ".join(table.columns)
+    key = table.key.split(", ")
+    sets = ", ".join(replaced) or ", ".join(f"{c} = excluded.{c}" for c in table.columns if c not in key)
+    return (
+        f"INSERT INTO {qualified(table)} AS t ({columns}) SELECT * FROM {_rows(table)} "
+        f"ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
+    )
+
+
+def insert(table: Table) -> str:
+    """Refused rows (any unique conflict) are not among the returned uris."""
+    columns = ", ".join(table.columns)
+    return (
+        f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} "
+        f"ON CONFLICT DO NOTHING RETURNING {table.key}"
+    )
+
+
+def taken(table: Table) -> str:
+    """Those of $1 uris that the table would refuse: the pair ($2, $3) is there, or, without pairs, the uri.
+
+    A record that changed its pair is not found by it: the insert will tell.
+    """
+    if not table.pair:
+        return f"SELECT {table.key} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    a, b = table.pair
+    return (
+        "SELECT u.uri FROM unnest($1::varchar[], $2::varchar[], $3::varchar[]) AS u (uri, a, b) "
+        f"JOIN {qualified(table)} AS t ON t.{a} = u.a AND t.{b} = u.b"
+    )
+
+
+def update(table: Table) -> str:
+    """The whole record is replaced; columns that are not ours keep their values."""
+    sets = ", ".join(f"{c} = u.{c}" for c in table.columns if c != table.key)
+    return f"UPDATE {qualified(table)} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
+
+
+def select(table: Table) -> str:
+    """The rows of $1 uris as they are; those that do not exist are left out."""
+    return f"SELECT {', '.join(table.columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+
+
+def lock(table: Table) -> str:
+    """The same, locked in the order in which Python sorts keys, whatever the database's collation."""
+    return f'{select(table)} ORDER BY {table.key} COLLATE "C" FOR UPDATE'
+
+
+def delete(table: Table) -> str:
+    return f"DELETE FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+
+
+def versions_of(table: Table) -> str:
+    """(uri, rev, seq text) of the stored rows of $1 uris, without locking. Hot tables only."""
+    return f"SELECT uri, commit_rev, commit_seq FROM {qualified(table)} WHERE uri = ANY($1::varchar[])"
+
+
+def locate(table: Table) -> str:
+    """Where each of $1 uris is, table or shadow, with its pair: one statement, so one snapshot."""
+    pair = " || E'\\n' || ".join(table.pair)
+    version = "commit_rev, commit_seq" if table.hot else "NULL::text, NULL::text"
+    return (
+        f"SELECT uri, {pair} AS pair, true AS in_table, {version} FROM {qualified(table)} WHERE uri = ANY($1::varchar[]) "
+        "UNION ALL SELECT uri, pair, false, rev, seq::text FROM fastworker.twins "
+        f"WHERE uri = ANY($1::text[]) AND table_name = '{table.name}'"
+    )
+
+
+def winners(table: Table) -> str:
+    """uris of the rows that hold the given pairs (one array per pair column)."""
+    arrays = ", ".join(f"${i}::varchar[]" for i in range(1, len(table.pair) + 1))
+    names = ", ".join(f"p{i}" for i in range(len(table.pair)))
+    on = " AND ".join(f"t.{column} = p.p{i}" for i, column in enumerate(table.pair))
+    return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {qualified(table)} AS t ON {on}"
+
+
+TWINS = (
+    "SELECT uri, pair, rkey, rev, seq, cid, row_values FROM fastworker.twins "
+    "WHERE table_name = $1 AND pair = ANY($2::text[])"
+)
+TWINS_PUT = (
+    "INSERT INTO fastworker.twins (uri, table_name, pair, rkey, rev, seq, cid, row_values) "
+    "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
+    "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
+    "cid = excluded.cid, row_values = excluded.row_values "
+    "WHERE NOT fastworker.newer(twins.rev, twins.seq, excluded.rev, excluded.seq)"
+)
+TWINS_DELETE = "DELETE FROM fastworker.twins WHERE uri = ANY($1::text[])"
+CIDS = {
+    # where the CID of a record without a cid column is kept, exactly when something derived needs it
+    "likes": "SELECT left(uri, -13), cid FROM public.notifications WHERE uri = ANY($1::varchar[])",
+    "follows": "SELECT left(uri, -13), cid FROM public.notifications WHERE uri = ANY($1::varchar[])",
+    "reposts": "SELECT uri, cid FROM public.feed_items WHERE uri = ANY($1::varchar[])",
+}
+
+# Versions ---------------------------------------------------------------------------------------
+# What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
+_MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
+_GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
+GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
+# $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
+BEATS = (
+    "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
+    f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
+    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
+    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
+)
+# The next piece of tombstones for a second look, (after, until): those written more than $1 ago, about $2 of them
+LOOK_AGAIN_PIECE = (
+    "SELECT h.looked_until, p.until FROM fastworker.horizon AS h, LATERAL (SELECT max(t.written_at) AS until FROM ("
+    "SELECT v.written_at FROM fastworker.versions AS v WHERE v.deleted AND v.written_at > h.looked_until "
+    "AND v.written_at <= now() - $1::interval ORDER BY v.written_at FETCH FIRST ($2) ROWS WITH TIES) AS t) AS p "
+    "WHERE p.until IS NOT NULL"
+)
+# OFFSET 0: from the tombstones to the rows, never the other way, whichever table was empty when it was planned
+_BEATEN = (
+    "SELECT v.uri, v.rev, v.seq FROM fastworker.versions AS v, LATERAL (SELECT FROM {table} AS t "
+    "WHERE t.uri = {uri} AND NOT fastworker.newer({version}, v.rev, v.seq) OFFSET 0) AS found "
+    "WHERE v.deleted AND v.written_at > $1 AND v.written_at <= $2"
+)
+_HOT_BEATEN = _BEATEN + " AND split_part(v.uri, '/', 4) = '{collection}'"
+_HOT_SEQ = "CASE WHEN t.commit_seq ~ '^[0-9]+$' THEN t.commit_seq::bigint END"
+_HOT_VERSION = f"t.commit_rev, {_HOT_SEQ}"
+# Those of the piece that beat a record of the hot tables which is there all the same
+LOOK_AGAIN = " UNION ALL ".join(
+    [
+        _HOT_BEATEN.format(
+            table=qualified(table), uri='v.uri::varchar COLLATE "default"', version=_HOT_VERSION, collection=collection
+        )
+        for collection, table in COLLECTIONS.items()
+        if table.hot
+    ]
+    + [_BEATEN.format(table="fastworker.twins", uri="v.uri", version="t.rev, t.seq")]
+)
+LOOKED_AGAIN = "UPDATE fastworker.horizon SET looked_until = $2 WHERE looked_until = $1"
+SHADOWED = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
+TOMBSTONES = (
+    "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
+    "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
+    "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, deleted = true, written_at = now() "
+    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq)"
+)
+# The gate of the cold tables: returns the uris whose operation is the newest. The row lock it takes orders
+# the writers of a record until they commit.
+GATE = (
+    "INSERT INTO fastworker.versions AS v (uri, rev, seq, cid, deleted) "
+    "SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::boolean[]) "
+    "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, cid = excluded.cid, "
+    "deleted = excluded.deleted, written_at = now() "
+    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq) "
+    "OR (NOT fastworker.newer(v.rev, v.seq, excluded.rev, excluded.seq) "
+    "AND (excluded.deleted, coalesce(excluded.cid, '')) > (v.deleted, coalesce(v.cid, ''))) "
+    "RETURNING uri"
+)
+
+# What an entry may assume: how far tombstones are pruned, and whether more than one sequence space was seen.
+GROUND = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
+# Tombstones are pruned in two steps, so that every worker knows the horizon before they are gone: $1 keep, $2 notice.
+PRUNE = (
+    "DELETE FROM fastworker.versions AS v USING (SELECT v.uri FROM fastworker.horizon AS h JOIN fastworker.versions AS v "
+    "ON v.deleted AND v.written_at <= h.pruned_until WHERE h.announced_at < now() - $1::interval "
+    "ORDER BY v.written_at LIMIT $2 FOR UPDATE OF v SKIP LOCKED) AS old WHERE v.uri = old.uri"
+)
+# The next piece, never past what any stream's group has finished: an unread entry may still be beaten by them.
+ANNOUNCE = (
+    "UPDATE fastworker.horizon AS h SET pruned_until = n.until, announced_at = now() FROM ("
+    "SELECT max(t.written_at) AS until FROM (SELECT written_at FROM fastworker.versions WHERE deleted "
+    "AND written_at < least(now() - $1::interval, (SELECT min(f.at) FROM (SELECT to_timestamp("
+    "max(split_part(entry_id, '-', 1)::numeric) / 1000.0) AS at FROM fastworker.progress GROUP BY stream) AS f)) "
+    "ORDER BY written_at LIMIT $2) AS t) AS n WHERE n.until > h.pruned_until "
+    "AND EXISTS (SELECT 1 FROM fastworker.progress) AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v "
+    "WHERE v.deleted AND v.written_at <= h.pruned_until)"
+)
+
+
+def absent(table: Table) -> str:
+    """Those of $1 uris of which nothing is known: no row, no twin, no version."""
+    return (
+        "SELECT u.uri FROM unnest($1::text[]) AS u (uri) WHERE NOT EXISTS ("
+        f"SELECT 1 FROM {qualified(table)} AS t WHERE t.{table.key} = u.uri) "
+        "AND NOT EXISTS (SELECT 1 FROM fastworker.twins AS w WHERE w.uri = u.uri) "
+        "AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = u.uri)"
+    )
+
+
+# Users, accounts, identities ----------------------------------------------------------------------
+USERS = (
+    "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
+    "ON CONFLICT (did) DO NOTHING"
+)
+_EVENT_NEWER = (
+    "CASE WHEN {t}.relay IS NOT DISTINCT FROM excluded.relay AND {t}.seq IS NOT NULL AND excluded.seq IS NOT NULL "
+    "THEN excluded.seq > {t}.seq ELSE excluded.event_at > {t}.event_at END"
+)
+# $1 dids, $2 relays, $3 seqs, $4 moments, then what the events say
+_OF_EVENTS = "unnest($1::varchar[], $2::text[], $3::bigint[], $4::timestamptz[], $5::boolean[], $6::text[])"
+_AS_EVENTS = "(did, relay, seq, event_at, active, status)"
+# Within one relay the seq decides; without one the later moment, of two deliveries of one event the earlier.
+_RANK = (
+    "(coalesce({t}.seq, -1), CASE WHEN {t}.seq IS NULL THEN 1 ELSE -1 END * extract(epoch FROM {t}.event_at), "
+    "NOT {t}.active, coalesce({t}.status, ''))"
+)
+# Its row's lock orders the writers of one account.
+ACCOUNTS_LOCK = (
+    "INSERT INTO fastworker.accounts AS t (did, relay, seq, event_at, active, status) "
+    f"SELECT DISTINCT ON (did COLLATE \"C\") did, nullif(relay, ''), seq, event_at, active, status FROM {_OF_EVENTS} "
+    f'AS u {_AS_EVENTS} ORDER BY did COLLATE "C" ON CONFLICT (did) DO UPDATE SET did = t.did WHERE false'
+)
+# What is in fastworker.accounts too: the release before ours knows no other place.
+ACCOUNT_EVENTS = (
+    "INSERT INTO fastworker.account_events AS t (did, relay, seq, event_at, active, status) "
+    f"SELECT DISTINCT ON (did, relay) e.* FROM (SELECT * FROM {_OF_EVENTS} AS u {_AS_EVENTS} UNION ALL "
+    "SELECT did, coalesce(relay, ''), seq, event_at, active, status FROM fastworker.accounts WHERE did = ANY($1)) AS e "
+    f"ORDER BY did, relay, {_RANK.format(t='e')} DESC ON CONFLICT (did, relay) DO UPDATE SET seq = excluded.seq, "
+    "event_at = excluded.event_at, active = excluded.active, status = excluded.status "
+    f"WHERE {_RANK.format(t='excluded')} > {_RANK.format(t='t')}"
+)
+# Of the relays' newest ones the latest: a seq says nothing to another relay.
+ACCOUNTS = (
+    "UPDATE fastworker.accounts AS a SET relay = nullif(n.relay, ''), seq = n.seq, event_at = n.event_at, "
+    "active = n.active, status = n.status FROM (SELECT DISTINCT ON (did) * FROM fastworker.account_events "
+    "WHERE did = ANY($1::varchar[]) ORDER BY did, event_at DESC, relay DESC) AS n WHERE a.did = n.did "
+    "AND (a.active, a.status, coalesce(a.relay, ''), a.seq, a.event_at) "
+    "IS DISTINCT FROM (n.active, n.status, n.relay, n.seq, n.event_at)"
+)
+ACCOUNTS_DELETED = (
+    "UPDATE fastworker.accounts AS a SET deleted_seq = greatest(a.deleted_seq, u.seq), "
+    "deleted_at = greatest(a.deleted_at, u.at), purge_pending = true, purged_at = NULL "
+    "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
+    "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
+)
+IDENTITIES = (
+    "INSERT INTO fastworker.identities AS t (did, handle, relay, seq, event_at, resolve_pending) "
+    "SELECT u.*, false FROM unnest($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[]) AS u "
+    "ON CONFLICT (did) DO UPDATE SET handle = excluded.handle, relay = excluded.relay, seq = excluded.seq, "
+    "event_at = excluded.event_at, resolve_pending = false "
+    "WHERE t.handle IS NULL OR " + _EVENT_NEWER.format(t="t") + " RETURNING did, handle"
+)
+IDENTITIES_UNRESOLVED = (
+    "INSERT INTO fastworker.identities AS t (did, event_at, marked_at, resolve_pending) "
+    "SELECT u.did, u.at, u.at, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u (did, at) "
+    "ON CONFLICT (did) DO UPDATE SET resolve_pending = true, marked_at = excluded.marked_at, "
+    "resolve_after = '-infinity', attempts = 0 WHERE t.event_at < excluded.event_at"
+)
+# Handle resolution, beside the stream. An event with a handle clears the mark, another without one moves it: what was
+# being resolved meanwhile is then not taken.
+UNRESOLVED = (
+    "SELECT i.did, i.marked_at FROM fastworker.identities AS i WHERE i.resolve_pending AND i.resolve_after <= now() "
+    "AND NOT EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = i.did AND s.data_collection_forbidden) "
+    "ORDER BY i.resolve_after LIMIT $1"
+)
+RESOLVED = (
+    "UPDATE fastworker.identities AS t SET resolve_pending = false, attempts = 0, "
+    "handle = coalesce(u.handle, t.handle), relay = CASE WHEN u.handle IS NULL THEN t.relay END, "
+    "seq = CASE WHEN u.handle IS NULL THEN t.seq END, "
+    "event_at = CASE WHEN u.handle IS NULL THEN t.event_at ELSE greatest(t.event_at, u.at) END "
+    "FROM unnest($1::varchar[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS u (did, handle, at, marked_at) "
+    "WHERE t.did = u.did AND t.resolve_pending AND t.marked_at = u.marked_at RETURNING t.did, u.handle"
+)
+UNRESOLVABLE = (
+    "UPDATE fastworker.identities SET attempts = attempts + 1, "
+    "resolve_after = now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12)) "
+    "WHERE did = ANY($1::varchar[]) AND resolve_pending"
+)
+HANDLES = (
+    "UPDATE public.users AS t SET handle = u.handle FROM unnest($1::varchar[], $2::varchar[]) AS u (did, handle) "
+    "WHERE t.did = u.did AND t.handle IS DISTINCT FROM u.handle"
+)
+PROFILES = (
+    "UPDATE public.users AS t SET display_name = u.display_name, description = u.description, avatar_url = u.avatar_url, "
+    "banner_url = u.banner_url, profile_record = u.profile_record, pinned_post = u.pinned_post "
+    "FROM unnest($1::varchar[], $2::varchar[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::jsonb[]) "
+    "AS u (did, display_name, description, avatar_url, banner_url, profile_record, pinned_post) WHERE t.did = u.did"
+)
+REPAIRS = (
+    "INSERT INTO fastworker.repairs AS r (did, rev, seq) SELECT * FROM unnest($1::varchar[], $2::text[], $3::bigint[]) "
+    "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, seen_at = now() "
+    "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
+)
+RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
+
+# Derived tables -----------------------------------------------------------------------------------
+VIEWERS = upsert(
+    VIEWER_STATES,
+    "like_uri = coalesce(excluded.like_uri, t.like_uri)",
+    "repost_uri = coalesce(excluded.repost_uri, t.repost_uri)",
+    "bookmarked = t.bookmarked OR excluded.bookmarked",
+    "updated_at = now()",
+)
+VIEWERS_DROP = (
+    "DELETE FROM public.post_viewer_states AS t USING unnest($1::varchar[], $2::varchar[]) AS u (post, viewer) "
+    "WHERE t.post_uri = u.post AND t.viewer_did = u.viewer AND t.like_uri IS NULL AND t.repost_uri IS NULL "
+    "AND NOT (t.bookmarked OR t.thread_muted OR t.reply_disabled OR t.embedding_disabled OR t.pinned)"
+)
+THREAD_GATES = (
+    "INSERT INTO public.thread_gates (post_uri, owner_did, allow_mentions, allow_following, allow_list_members, "
+    "allow_list_uris, created_at) SELECT * FROM "
+    "unnest($1::varchar[], $2::varchar[], $3::boolean[], $4::boolean[], $5::boolean[], $6::jsonb[], $7::timestamp[]) "
+    "ON CONFLICT (post_uri) DO UPDATE SET owner_did = excluded.owner_did, allow_mentions = excluded.allow_mentions, "
+    "allow_following = excluded.allow_following, allow_list_members = excluded.allow_list_members, "
+    "allow_list_uris = excluded.allow_list_uris, created_at = excluded.created_at, updated_at = now()"
+)
+THREAD_GATES_DELETE = "DELETE FROM public.thread_gates WHERE post_uri = ANY($1::varchar[])"
+POST_GATES = (
+    "INSERT INTO public.post_gates (post_uri, embedding_rules, created_at) "
+    "SELECT * FROM unnest($1::varchar[], $2::jsonb[], $3::timestamp[]) "
+    "ON CONFLICT (post_uri) DO UPDATE SET embedding_rules = excluded.embedding_rules, created_at = excluded.created_at"
+)
+POST_GATES_DELETE = "DELETE FROM public.post_gates WHERE post_uri = ANY($1::varchar[])"
+LABEL_EVENTS = "INSERT INTO public.label_events (label_uri, action) SELECT unnest($1::varchar[]), 'created'"
+# DO UPDATE locks the row even where its WHERE is false: a touched aggregate cannot be removed under us.
+_COUNTS = AGGREGATIONS.columns[1:]
+AGGREGATES = (
+    upsert(AGGREGATIONS, *(f"{c} = greatest(0, t.{c} + excluded.{c})" for c in _COUNTS), "updated_at = now()")
+    + " WHERE "
+    + " OR ".join(f"excluded.{c} <> 0" for c in _COUNTS)
+)
+
+
+def recount(derive: frozenset[str]) -> str:
+    """Counts of $1 post_uris whose aggregate rows the transaction has locked in an earlier statement."""
+    counts = [
+        ("like_count", "likes", "post_uri", "counts"),
+        ("repost_count", "reposts", "post_uri", "counts"),
+        ("bookmark_count", "bookmarks", "post_uri", "counts"),
+        ("reply_count", "posts", "parent_uri", "reply_counts"),
+        ("quote_count", "quotes", "quoted_uri", "quotes"),
+    ]
+    sets = ", ".join(
+        f"{column} = (SELECT count(*) FROM public.{table} AS r WHERE r.{key} = a.post_uri)"
+        for column, table, key, name in counts
+        if name in derive
+    )
+    return f"UPDATE public.post_aggregations AS a SET {sets}, updated_at = now() WHERE a.post_uri = ANY($1::varchar[])"
+
+
+# The routines of the flush (store/sql), called by the names of their arguments -------------------------
+_USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in TABLES if table.hot))
+_PROGRESS = ("of_stream", "of_consumer", "until_seq", "until_entry")
+_ITEMS = (QUOTES, FEED_ITEMS, NOTIFICATIONS)
+_DERIVED = ("with_contexts", "with_gates", "with_services")
+UNSEEN = ("unseen_posts", "unseen_viewers", "unseen_likes", "unseen_reposts", "unseen_bookmarks")
+
+
+def _named(*names: str) -> str:
+    """Arguments in named notation: no order to keep by hand."""
+    return ", ".join(f"{name} => ${n}" for n, name in enumerate(names, 1))
+
+
+LOOK = f"SELECT * FROM fastworker.look_2({_named('uris', 'repos', 'dids')})"
+LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", *_DERIVED)
+LOOK_BACK = f"SELECT * FROM fastworker.look_back_2({_named(*LOOK_BACK_ARGUMENTS)})"
+PUT_ARGUMENTS = (
+    *_USERS_AND_ROWS,
+    "whole",
+    *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
+    *UNSEEN,
+    *("new_viewers", "deltas", "owed_kinds", "owed_keys"),
+    *_PROGRESS,
+)
+PUT = f"SELECT * FROM fastworker.put_2({_named(*PUT_ARGUMENTS)})"
+WHOLE_ARGUMENTS = (
+    *_USERS_AND_ROWS,
+    *(f"new_{table.name}" for table in _ITEMS),
+    *("new_viewers", "deltas"),
+    *_PROGRESS,
+    *("uris", "repos", "dids"),
+    *_DERIVED,
+)
+PUT_WHOLE = f"CALL fastworker.put_whole_2({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
+NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
+JOINED = {  # kind of a joined row -> the argument that takes its keys
+    "context": "contexts",
+    "gate": "gates",
+    "root": "roots",
+    "like_count": "services",
+    "aggregate": "aggregates",
+}
+RECOMPUTE = (
+    f"SELECT fastworker.recompute_2({_named(*JOINED.values(), 'owed_kinds', 'owed_keys', 'owed_times', 'patient')})"
+)
+
+# Rows that join two records: recomputed after both sides have committed ------------------------------
+OWED = (
+    "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
+    "ORDER BY owed_at LIMIT $2"
+)
+AGGREGATES_DROP = (
+    "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
+    "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
+    "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri)"
+)
+
+MARK_READ = "UPDATE public.notifications SET is_read = true WHERE uri = ANY($1::varchar[]) AND NOT is_read"
+
+
+# Deleted accounts ---------------------------------------------------------------------------------
+def _older(rev: str, seq: str) -> str:
+    """Whether the deletion beats a stored version. The same rule as `table.batch.is_gone`."""
+    return f'CASE WHEN $2::text IS NULL THEN {seq} IS NULL OR {seq} < $3::bigint ELSE {rev} IS NULL OR {rev} COLLATE "C" < $2 END'
+
+
+# $1: how long after a purge that found nothing it is done once more
+PURGE_NEXT = (
+    f"SELECT did, deleted_seq, deleted_at, {GONE} FROM fastworker.accounts WHERE purge_pending "
+    "AND (purged_at IS NULL OR purged_at <= now() - $1::interval) ORDER BY did LIMIT 1"
+)
+_HOT_OF = (
+    f"SELECT '{{table}}' AS name, t.uri, {_HOT_VERSION} FROM public.{{table}} AS t WHERE {{author}} = $1 AND "
+    f"{_older('t.commit_rev', _HOT_SEQ)}"
+)
+_RANGE = "uri >= 'at://' || $1 || '/' AND uri < 'at://' || $1 || '0'"  # '0' follows '/' in byte order
+# (table name or NULL, uri, rev, seq): $1 DID, $2 and $3 what its deletion beats (GONE), $4 how many
+PURGE_PIECE = (
+    " UNION ALL ".join(
+        _HOT_OF.format(table=table, author=author)
+        for table, author in (
+            ("posts", "author_did"),
+            ("likes", "user_did"),
+            ("reposts", "user_did"),
+            ("follows", "follower_did"),
+            ("blocks", "blocker_did"),
+        )
+    )
+    + f" UNION ALL SELECT table_name, uri, rev, seq FROM fastworker.twins WHERE {_RANGE} AND {_older('rev', 'seq')} "
+    + "AND (rev IS NOT NULL OR seq IS NOT NULL OR NOT EXISTS ("
+    + "SELECT 1 FROM fastworker.versions AS v WHERE v.uri = twins.uri))"
+    + f" UNION ALL SELECT NULL, uri, rev, seq FROM fastworker.versions WHERE {_RANGE} "
+    + f"AND NOT deleted AND {_older('rev', 'seq')} LIMIT $4"
+)
+PURGED = (
+    "UPDATE fastworker.accounts SET purge_pending = purged_at IS NULL, "
+    "purged_at = CASE WHEN purged_at IS NULL THEN now() END "
+    "WHERE did = $1 AND deleted_seq = $2 AND deleted_at IS NOT DISTINCT FROM $3"
+)

@@ -1,0 +1,136 @@
+"""PostgreSQL as the worker sees it: every operation borrows a connection, and its errors come translated."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Self
+
+import asyncpg
+from asyncpg.exceptions import InterfaceError, PostgresError
+
+from fastworker.store import accounts, flush, upkeep, whole
+from fastworker.store import statements as sql
+from fastworker.store.flush import Written
+from fastworker.store.session import Connection, borrow, open_pool, translating
+from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
+from fastworker.store.writer import Writer
+from fastworker.table.batch import Batch, Change, Progress
+from fastworker.table.derive import FULL
+
+PING_S = 3.0
+
+
+class Store:
+    """The connections of one process, and the writer that uses them. Every method raises StoreUnavailable."""
+
+    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str]) -> None:
+        self._pool = pool
+        self.writer = Writer(derive)
+
+    @classmethod
+    async def connect(
+        cls,
+        database_url: str,
+        *,
+        pool_size: int = 1,
+        application_name: str = "fastworker",
+        derive: frozenset[str] = FULL,
+        connect_timeout_s: float = 10.0,
+        command_timeout_s: float = 90.0,
+    ) -> Self:
+        """Raises StoreUnavailable where the server cannot be reached or refuses."""
+        pool = await open_pool(
+            database_url,
+            size=pool_size,
+            application_name=application_name,
+            connect_timeout_s=connect_timeout_s,
+            command_timeout_s=command_timeout_s,
+        )
+        return cls(pool, derive)
+
+    async def close(self) -> None:
+        try:
+            async with asyncio.timeout(5):
+                await self._pool.close()
+        except (TimeoutError, OSError, InterfaceError, PostgresError):
+            self._pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        async with borrow(self._pool) as db:
+            yield db
+
+    @property
+    def connections(self) -> tuple[int, int]:
+        """Open, and of these at work."""
+        size = self._pool.get_size()
+        return size, size - self._pool.get_idle_size()
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable unless the server answers within a moment."""
+        with translating():
+            async with asyncio.timeout(PING_S), self.connection() as db:
+                try:
+                    await db.fetchval("SELECT 1")
+                except BaseException:  # a cancelled query is waited for, which on a hung server has no end
+                    db.terminate()
+                    raise
+
+    async def write(self, batch: Batch) -> Written:
+        """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+        async with self.connection() as db:
+            await flush.note_relays(self.writer, db, batch)
+            written = await whole.write_whole(self.writer, db, batch)
+            return written if written is not None else await flush.write(self.writer, db, batch)
+
+    async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
+        """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
+
+        Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
+        writer is at work, both ages may be 0.
+        """
+        async with self.connection() as db:
+            return await upkeep.maintain(self.writer, db, owed_age_s, dead_commit)
+
+    async def prune(self, *, keep: timedelta = TOMBSTONES_KEPT, notice: timedelta = HORIZON_NOTICE) -> int:
+        """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
+        async with self.connection() as db:
+            return await upkeep.prune(db, keep, notice)
+
+    async def ground(self) -> Ground:
+        async with self.connection() as db:
+            return await upkeep.ground(db)
+
+    async def absent(self, changes: list[Change]) -> set[str]:
+        """uris of the changes of which the database knows nothing, not even that they were deleted."""
+        async with self.connection() as db:
+            return await upkeep.absent(db, changes)
+
+    async def finished(self, stream: str) -> Progress | None:
+        """The furthest that any consumer saw the stream's group finished: where reader and worker resume."""
+        async with self.connection() as db:
+            return await upkeep.finished(db, stream)
+
+    async def mark_read(self, uris: Sequence[str]) -> None:
+        """Notifications that are older than what the user has seen long ago (`is_read` is not the state law's)."""
+        if uris:
+            async with self.connection() as db:
+                await self.writer.retry(lambda: db.execute(sql.MARK_READ, list(uris)))
+
+    async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:
+        """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
+        async with self.connection() as db:
+            return await accounts.unresolved(db, limit)
+
+    async def resolved(self, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
+        """(did, its handle or None, asked at, marked at). Not taken where an event came meanwhile; how many were."""
+        async with self.connection() as db:
+            return await accounts.resolved(self.writer, db, rows)
+
+    async def unresolvable(self, dids: list[str]) -> None:
+        """Ask later, ever more rarely: from half a minute to a day."""
+        async with self.connection() as db:
+            await accounts.unresolvable(db, dids)

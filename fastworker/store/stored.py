@@ -1,0 +1,194 @@
+"""What is stored of one account, in the order of its repository's keys: the reading half of a settle.
+
+One connection that only reads. The rows of an account come from a cursor, so that a million of them need no memory.
+Rows that nobody of ours wrote are found in tables that have an index on their author; of list items and verifications
+only those with a version of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+
+from fastworker.store import statements as merge
+from fastworker.store.audit import Audit, Held
+from fastworker.store.session import translating
+from fastworker.store.settle import thaw
+from fastworker.table.batch import Change, Row
+from fastworker.table.schema import Table, collection_table
+from fastworker.table.snapshot import UNTOUCHED
+
+_SESSION: Final = (
+    "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
+    "SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on; SET TIME ZONE 'UTC'; "
+    "SET statement_timeout = '300s'"
+)
+_CONNECT_S: Final = 10.0
+_PREFETCH: Final = 2_000
+_HOT: Final = (
+    ("posts", "author_did"),
+    ("likes", "user_did"),
+    ("reposts", "user_did"),
+    ("follows", "follower_did"),
+    ("blocks", "blocker_did"),
+)
+_COLD: Final = (
+    ("lists", "creator_did"),
+    ("list_blocks", "blocker_did"),
+    ("feed_generators", "creator_did"),
+    ("starter_packs", "creator_did"),
+    ("labeler_services", "creator_did"),
+    ("generic_records", "author_did"),
+)
+_SEQ: Final = "CASE WHEN commit_seq ~ '^[0-9]{1,18}$' THEN commit_seq::bigint END"
+_RANGE: Final = """uri COLLATE "C" >= 'at://' || $1 || '/' AND uri COLLATE "C" < 'at://' || $1 || '0'"""
+_VERSIONED: Final = " UNION ALL ".join(
+    [f"SELECT uri, commit_rev AS rev, {_SEQ} AS seq, indexed_at FROM public.{t} WHERE {a} = $1" for t, a in _HOT]
+    + [
+        f"SELECT {kind} FROM fastworker.{table} WHERE {_RANGE}{more}"
+        for table, kind, more in (
+            ("twins", "uri, rev, seq, NULL::timestamp", ""),
+            ("versions", "uri, rev, seq, NULL::timestamp", " AND NOT deleted"),
+        )
+    ]
+)
+_FOREIGN: Final = " UNION ALL ".join(
+    f"SELECT t.uri, NULL::text, NULL::bigint, t.indexed_at FROM public.{table} AS t WHERE t.{author} = $1 "
+    "AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = t.uri)"
+    for table, author in _COLD
+)
+_STANDING: Final = f"""SELECT * FROM ({_VERSIONED} UNION ALL {_FOREIGN}) AS s ORDER BY uri COLLATE "C" """
+_GROUND: Final = (
+    f'SELECT (SELECT max(rev COLLATE "C") FROM ({_VERSIONED}) AS s WHERE seq <= $2), '
+    "(SELECT deleted_seq FROM fastworker.accounts WHERE did = $1), "
+    "EXISTS (SELECT 1 FROM public.user_settings WHERE user_did = $1 AND data_collection_forbidden)"
+)
+
+
+class Standing(NamedTuple):
+    """A stored record: its version (both None: nobody of ours wrote it), and when the row was made, where it says."""
+
+    uri: str
+    rev: str | None
+    seq: int | None
+    indexed_at: datetime | None
+
+
+class AccountGround(NamedTuple):
+    """`newest_rev`: of what was stored up to a seq."""
+
+    newest_rev: str | None
+    deleted_seq: int | None
+    is_forbidden: bool
+
+
+class Stored:
+    def __init__(self, connection: asyncpg.Connection[Any]) -> None:
+        self._connection = connection
+        self._audit = Audit(connection, frozenset())
+
+    async def ground(self, did: str, until_seq: int) -> AccountGround:
+        with translating():
+            row = await self._connection.fetchrow(_GROUND, did, until_seq)
+        assert row is not None
+        return AccountGround(*row)
+
+    @contextlib.asynccontextmanager
+    async def standing(self, did: str) -> AsyncIterator[StandingRows]:
+        with translating():
+            transaction = self._connection.transaction(readonly=True)
+            await transaction.start()
+        try:
+            with translating():
+                cursor = await self._connection.cursor(_STANDING, did)
+            yield StandingRows(cursor, did)
+        finally:
+            with translating():
+                await transaction.rollback()
+
+    async def rows(self, did: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """(table, row) of every stored record, in the order of their URIs; JSON columns are text."""
+        async with self.standing(did) as standing:
+            piece: dict[str, None] = {}
+            async for one in standing.up_to(None):
+                piece[one.uri] = None
+                if len(piece) >= _PREFETCH:
+                    for found in await self._rows(list(piece)):
+                        yield found
+                    piece.clear()
+            for found in await self._rows(list(piece)):
+                yield found
+
+    async def _rows(self, uris: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        by_table: dict[str, tuple[Table, list[str]]] = {}
+        for uri in uris:
+            table = collection_table(uri)
+            by_table.setdefault(table.name, (table, []))[1].append(uri)
+        found = []
+        for table, mine in by_table.values():
+            with translating():
+                rows = [tuple(row) for row in await self._connection.fetch(merge.select(table), mine)]
+            there = {row[0] for row in rows}
+            rows += [row for uri, (row, _, _) in (await self.shadows(table, mine)).items() if uri not in there]
+            found += [(table.name, dict(zip(table.columns, row, strict=True))) for row in rows]
+        return sorted(found, key=lambda one: one[1]["uri"])
+
+    async def held(self, table: Table, changes: Sequence[Change]) -> list[Held]:
+        """What the database has of the records that these changes are about."""
+        return await self._audit.held(table, changes)
+
+    async def shadows(self, table: Table, uris: Sequence[str]) -> dict[str, tuple[Row, str | None, int | None]]:
+        """Rows that wait in the shadow of a twin, with their versions."""
+        with translating():
+            rows = await self._connection.fetch(
+                "SELECT uri, row_values, rev, seq FROM fastworker.twins WHERE uri = ANY($1::text[])", list(uris)
+            )
+        return {row[0]: (thaw(table, row[1]), row[2], row[3]) for row in rows}
+
+
+class StandingRows:
+    """The stored records of one account, once through, in the order of their URIs. One may come twice."""
+
+    def __init__(self, cursor: Any, did: str) -> None:
+        self._cursor = cursor
+        self._start = f"at://{did}/"
+        self._ahead: list[Standing] = []
+        self._at_end = False
+
+    async def up_to(self, last: str | None) -> AsyncIterator[Standing]:
+        """The next ones, up to and including `last`; None: all that are left."""
+        while True:
+            if not self._ahead:
+                if self._at_end:
+                    return
+                with translating():
+                    self._ahead = [Standing(*row) for row in reversed(await self._cursor.fetch(_PREFETCH))]
+                self._at_end = len(self._ahead) < _PREFETCH
+                continue
+            if last is not None and self._ahead[-1].uri > last:
+                return
+            one = self._ahead.pop()
+            if one.uri.startswith(self._start) and collection_table(one.uri).name not in UNTOUCHED:
+                yield one
+
+
+@contextlib.asynccontextmanager
+async def open_stored(database_url: str) -> AsyncIterator[Stored]:
+    """Raises StoreUnavailable."""
+    with translating():
+        connection = await asyncpg.connect(
+            database_url,
+            timeout=_CONNECT_S,
+            command_timeout=330.0,
+            server_settings={"application_name": "fastworker-settle"},
+        )
+    try:
+        with translating():
+            await connection.execute(_SESSION)
+        yield Stored(connection)
+    finally:
+        connection.terminate()

@@ -1,0 +1,166 @@
+"""One way to reach Redis, shared by reader, worker and monitor: explicit timeouts, no hidden retries, typed errors.
+
+The client never repeats a command by itself: a repeated XADD would double an entry, and only the caller
+knows what may be done again. `translating` turns the client's many errors into the two that callers act on:
+`StreamUnavailable` (wait and try again) and `Unreachable` (an operator has to change something).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from redis import exceptions
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
+from fastworker.redact import redact
+
+__all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
+
+CONNECT_TIMEOUT_S: Final = 5.0
+SOCKET_TIMEOUT_S: Final = 10.0
+"""Longest wait for one reply; a blocking read must block for less."""
+HEALTH_CHECK_S: Final = 15.0
+"""A connection that was idle for longer is pinged before it is used."""
+
+_SCHEMES: Final = ("redis://", "rediss://", "unix://")
+
+# Error codes that pass by themselves or when the server is mended, and what they mean to an operator.
+_PASSING: Final = {
+    "LOADING": "is loading its data",
+    "READONLY": "is a read-only replica",
+    "MASTERDOWN": "is a replica that has lost its master",
+    "OOM": "is out of memory (maxmemory reached)",
+    "MISCONF": "refuses writes because it cannot save to disk",
+    "NOREPLICAS": "refuses writes because too few replicas are connected",
+    "BUSY": "is busy with a script",
+    "TRYAGAIN": "asks to try again",
+    "UNBLOCKED": "ended a blocked read: the stream was deleted or replaced",  # 7.0; newer ones name what is wrong
+    "CLUSTERDOWN": "is in a cluster that is down",
+    "NOAUTH": "asks for a password",
+    "WRONGPASS": "refuses the user name or password",
+}
+# Error codes that no waiting mends.
+_LASTING: Final = {
+    "NOPERM": "the user lacks a permission",
+    "WRONGTYPE": "a key has the wrong type",
+    "MOVED": "Redis Cluster is not supported yet",
+    "ASK": "Redis Cluster is not supported yet",
+    "CROSSSLOT": "Redis Cluster is not supported yet",
+}
+_CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
+    # The client strips the code from the messages of these classes.
+    (exceptions.BusyLoadingError, "LOADING"),
+    (exceptions.ReadOnlyError, "READONLY"),
+    (exceptions.OutOfMemoryError, "OOM"),
+    (exceptions.NoPermissionError, "NOPERM"),
+    (exceptions.MasterDownError, "MASTERDOWN"),
+    (exceptions.ClusterDownError, "CLUSTERDOWN"),
+    (exceptions.TryAgainError, "TRYAGAIN"),
+    (exceptions.MovedError, "MOVED"),
+    (exceptions.AskError, "ASK"),
+    (exceptions.ClusterCrossSlotError, "CROSSSLOT"),
+    (exceptions.AuthenticationError, "WRONGPASS"),
+)
+# Redis 6.2 wraps what a command in a script answered: `Error running script (...): @user_script: 1: -OOM ...`;
+# newer ones lead with the code. The client's pipelines wrap once more.
+_CODE: Final = re.compile(r"(?:^|@user_script: ?\d+: |caused error: )-?([A-Z]{3,})\b")
+# What a script is told that does what its user may not: without a code of its own (from 7.0, then 6.2).
+_NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executing the script can't ")
+
+
+def connect(
+    url: str,
+    *,
+    client_name: str = "fastworker",
+    socket_timeout: float = SOCKET_TIMEOUT_S,
+    max_connections: int | None = None,
+) -> Redis:
+    """A client for `redis://`, `rediss://` (verified) or `unix://`; the first command connects.
+
+    Replies are bytes, in the RESP2 shapes on every server. `max_connections` None: no ceiling.
+    """
+    if not url.startswith(_SCHEMES):
+        raise ConfigError(f"{redact(url)!r} is not a Redis URL: it must start with redis://, rediss:// or unix://")
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "socket_timeout": socket_timeout,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "health_check_interval": HEALTH_CHECK_S,
+        "client_name": client_name,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if not url.startswith("unix://"):
+        options["socket_keepalive"] = True
+    if max_connections is not None:
+        options["max_connections"] = max_connections
+    try:
+        pool = ConnectionPool.from_url(url, **options)
+    except (ValueError, TypeError):  # its text may quote a piece of the password
+        raise ConfigError(f"{redact(url)!r} is not a Redis URL: its port or an option cannot be read") from None
+    pool.connection_kwargs["decode_responses"] = False  # whatever the URL's options say
+    return Redis.from_pool(pool)
+
+
+def error_code(error: exceptions.RedisError) -> str:
+    """The server's code (`OOM`, `NOGROUP`, ...), also through a script; empty when there is none."""
+    for kind, code in _CLASS_CODES:
+        if isinstance(error, kind):
+            return code
+    text = str(error)
+    if _NOPERM_IN_SCRIPT.search(text):
+        return "NOPERM"
+    found = _CODE.search(text)
+    return found[1] if found else ""
+
+
+def translate(error: Exception) -> Exception:
+    """What `error` means to a caller: `StreamUnavailable`, `Unreachable`, or the error itself (ours to fix)."""
+    code = error_code(error) if isinstance(error, exceptions.RedisError) else ""
+    if code in _PASSING:
+        return StreamUnavailable(f"Redis {_PASSING[code]}")
+    if code in _LASTING:
+        return Unreachable(f"Redis cannot be used: {_LASTING[code]} ({redact(str(error))})")
+    if isinstance(error, exceptions.TimeoutError | TimeoutError):
+        return StreamUnavailable("Redis did not answer in time")
+    if isinstance(error, RuntimeError):
+        return StreamUnavailable("Redis cannot be reached: the connection was closed while it was used")
+    if isinstance(error, exceptions.ConnectionError | OSError):
+        return StreamUnavailable(
+            f"Redis cannot be reached: {redact(words_of(error, '?ssl_ca_certs=FILE in REDIS_URL'))}"
+        )
+    return error
+
+
+@asynccontextmanager
+async def translating(redis: Redis) -> AsyncIterator[None]:
+    """Run Redis commands with their errors translated.
+
+    After READONLY the idle connections are closed, so that the next attempt finds the new master.
+    A cancellation that arrives while a command is sent is not lost: on Python 3.11 the client's
+    `asyncio.wait_for` swallows it when the bytes have just left, and a loop of commands would go on for ever.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
+    try:
+        yield
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+    except (exceptions.RedisError, OSError, RuntimeError) as error:
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError from error
+        if isinstance(error, RuntimeError) and "handler is closed" not in str(error):  # uvloop's, of a lost socket
+            raise
+        if isinstance(error, exceptions.RedisError) and error_code(error) == "READONLY":
+            await redis.connection_pool.disconnect(inuse_connections=False)
+        translated = translate(error)
+        if translated is error:
+            raise
+        raise translated from error

@@ -1,0 +1,1 @@
+"""Other hosts of the network (PLC, PDSes): identities, repositories, repair."""

@@ -1,0 +1,159 @@
+"""One account's repository from the host that its DID document names, checked until nothing is left to believe.
+
+The document says which host and which key. The commit must be the account's own, not from the future, signed with the
+key of the document, and the tree whole. A host that commits while it exports may send pieces of two states, so what
+is not whole is asked for again; a document may be old, so a wrong signature or a missing repository asks for it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from fastworker.event.proof import Flaw, SignedCommit, Unproved
+from fastworker.event.repository import Repository
+from fastworker.sync.hosts import HostError, HostFault, Hosts, pds_of
+from fastworker.sync.keys import key_of, multikey_of
+from fastworker.table.snapshot import tid_moment
+
+TRIES_S: Final = (0.0, 2.0, 15.0)
+"""Pauses before each try for a repository that was not whole."""
+AHEAD: Final = timedelta(minutes=5)
+_AGAIN: Final = frozenset((Flaw.BAD_CAR, Flaw.BAD_HASH, Flaw.MISSING_BLOCK, Flaw.BAD_TREE))
+_CUT: Final = (HostFault.BAD_ANSWER,)
+
+
+class Refusal(StrEnum):
+    """Why an account could not be fetched. The values are names of metrics."""
+
+    GONE = "gone"  # not found, taken down, suspended, deactivated: its rows stay as they are
+    UNREACHABLE = "unreachable"
+    LIMITED = "limited"
+    PRIVATE = "private"
+    TOO_LARGE = "too_large"
+    BAD_ANSWER = "bad_answer"
+    NO_SPACE = "no_space"
+    NO_KEY = "no_key"
+    BAD_SIGNATURE = "bad_signature"
+    FUTURE_REV = "future_rev"
+    BAD_CAR = "bad_car"
+    STALE = "stale"  # a file older than what is stored
+
+
+class NotFetched(Exception):
+    def __init__(self, refusal: Refusal, why: str) -> None:
+        super().__init__(f"{refusal}: {why}")
+        self.refusal = refusal
+
+
+_REFUSALS: Final = {
+    HostFault.UNREACHABLE: Refusal.UNREACHABLE,
+    HostFault.SLOW: Refusal.UNREACHABLE,
+    HostFault.LIMITED: Refusal.LIMITED,
+    HostFault.REFUSED: Refusal.PRIVATE,
+    HostFault.TOO_LARGE: Refusal.TOO_LARGE,
+    HostFault.BAD_ANSWER: Refusal.BAD_ANSWER,
+    HostFault.NO_SPACE: Refusal.NO_SPACE,
+}
+
+
+@asynccontextmanager
+async def fetched(
+    hosts: Hosts, did: str, folder: Path, *, tries_s: tuple[float, ...] = TRIES_S
+) -> AsyncIterator[Repository]:
+    """An open repository, whole and signed; its file is gone afterwards. Raises NotFetched."""
+    path = folder / f"{did.replace(':', '_').replace('/', '_')[:100]}.car"
+    try:
+        with await _fetch(hosts, did, path, tries_s) as repository:
+            yield repository
+    finally:
+        _remove(path)
+
+
+async def _fetch(hosts: Hosts, did: str, path: Path, tries_s: tuple[float, ...]) -> Repository:
+    try:
+        document = await hosts.document(did)
+        for number, pause in enumerate(tries_s, 1):
+            await asyncio.sleep(pause)
+            _remove(path)  # of the try before
+            try:
+                document = await _into(hosts, did, document, path)
+                return await _checked(hosts, did, document, path)
+            except (Unproved, HostError) as error:
+                is_transient = error.flaw in _AGAIN if isinstance(error, Unproved) else error.fault in _CUT
+                if not is_transient or number == len(tries_s):
+                    raise
+        raise AssertionError
+    except HostError as error:
+        raise NotFetched(_REFUSALS.get(error.fault, Refusal.GONE), str(error)) from error
+    except Unproved as error:
+        is_large = error.flaw in (Flaw.TOO_LARGE, Flaw.TOO_DEEP)
+        refusal = Refusal.BAD_SIGNATURE if error.flaw == Flaw.BAD_SIGNATURE else Refusal.BAD_CAR
+        raise NotFetched(Refusal.TOO_LARGE if is_large else refusal, str(error)) from error
+
+
+async def _into(hosts: Hosts, did: str, document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The file; and the document that named the host, which is a newer one where the account has moved."""
+    host = _host_of(document)
+    try:
+        await hosts.get_repo(host, did, path)
+    except HostError as error:
+        if error.fault != HostFault.NOT_FOUND:
+            raise
+        newer = await hosts.document(did)
+        if _host_of(newer) == host:
+            raise
+        await hosts.get_repo(_host_of(newer), did, path)
+        return newer
+    return document
+
+
+async def _checked(hosts: Hosts, did: str, document: dict[str, Any], path: Path) -> Repository:
+    repository = Repository(path)
+    try:
+        await _prove(hosts, did, document, repository.commit)
+        repository.check()
+    except BaseException:
+        repository.close()
+        raise
+    return repository
+
+
+async def _prove(hosts: Hosts, did: str, document: dict[str, Any], commit: SignedCommit) -> None:
+    if commit.did != did:
+        raise NotFetched(Refusal.BAD_SIGNATURE, f"the repository of {commit.did}")
+    moment = tid_moment(commit.rev)
+    if moment is None or moment > datetime.now(UTC).replace(tzinfo=None) + AHEAD:
+        raise NotFetched(Refusal.FUTURE_REV, f"its revision {commit.rev} is from the future")
+    if _is_signed(document, commit.signature, commit.signed):
+        return
+    document = await hosts.document(did)  # the key may have been another one since
+    if not _is_signed(document, commit.signature, commit.signed):
+        raise NotFetched(Refusal.BAD_SIGNATURE, "not signed with the key of the DID document")
+
+
+def _is_signed(document: dict[str, Any], signature: bytes, signed: bytes) -> bool:
+    text = multikey_of(document)
+    if text is None:
+        raise NotFetched(Refusal.NO_KEY, "its DID document has no key of the account")
+    try:
+        key = key_of(text)
+    except ValueError as error:
+        raise NotFetched(Refusal.NO_KEY, str(error)) from None
+    return key.is_signed(signature, signed)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _host_of(document: dict[str, Any]) -> str:
+    host = pds_of(document)
+    if host is None:
+        raise NotFetched(Refusal.GONE, "its DID document names no host")
+    return host

@@ -1,0 +1,100 @@
+"""Handles of identities whose event named none: resolved beside the stream, in the monitor's process.
+
+The queue is in PostgreSQL (`fastworker.identities.resolve_pending`), so nothing grows here and nothing is lost. A DID
+that cannot be resolved now is asked for again after half a minute, then ever more rarely.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from fastworker.errors import StoreUnavailable, counted
+from fastworker.process.backoff import Backoff, pause
+from fastworker.store.store import Store
+
+if TYPE_CHECKING:
+    from fastworker.sync.identity import Directory
+
+log = logging.getLogger(__name__)
+
+PIECE: Final = 50  # identities taken at once
+AT_ONCE: Final = 8
+APART_S: Final = 0.05  # 20 a second
+IDLE_S: Final = 5.0
+AFTER_A_BUG_S: Final = 60.0
+
+
+class ResolverSettings(msgspec.Struct, frozen=True):
+    """`well_known`, `nameserver` and `allow_private` are for tests' own servers."""
+
+    database_url: str
+    plc_url: str
+    well_known: str = "https://{host}/.well-known"
+    nameserver: tuple[str, int] | None = None
+    allow_private: bool = False
+
+
+async def run_resolver(settings: ResolverSettings, stop: asyncio.Event) -> None:
+    """Until `stop`. Never raises: whatever happens here must not disturb the process that it lives in."""
+    backoff = Backoff(1.0, 60.0)
+    while not stop.is_set():
+        try:
+            async with AsyncExitStack() as stack:
+                store = await Store.connect(settings.database_url, application_name="fastworker-resolver")
+                stack.push_async_callback(store.close)
+                await _resolve(settings, store, stack, stop, backoff)
+        except StoreUnavailable as error:
+            log.info("Handles wait for PostgreSQL: %s", error)
+            await backoff.wait(stop)
+        except Exception:
+            log.exception("The resolver of handles failed; it begins again in %.0f s", AFTER_A_BUG_S)
+            await pause(AFTER_A_BUG_S, stop)
+
+
+async def _resolve(
+    settings: ResolverSettings, store: Store, stack: AsyncExitStack, stop: asyncio.Event, backoff: Backoff
+) -> None:
+    directory: Directory | None = None
+    while not stop.is_set():
+        waiting = await store.unresolved(PIECE)
+        backoff.reset()
+        if not waiting:
+            await pause(IDLE_S, stop)
+            continue
+        if directory is None:
+            directory = await stack.enter_async_context(_directory(settings))
+        await resolve_once(directory, store, waiting)
+
+
+def _directory(settings: ResolverSettings) -> Directory:
+    from fastworker.sync.identity import Directory  # noqa: PLC0415 - memory, where nothing is to be resolved
+
+    return Directory(
+        settings.plc_url,
+        well_known=settings.well_known,
+        nameserver=settings.nameserver,
+        allow_private=settings.allow_private,
+    )
+
+
+async def resolve_once(directory: Directory, store: Store, waiting: list[tuple[str, datetime]]) -> None:
+    """Ask for these, and write down what was found."""
+    from fastworker.sync.identity import Unresolved, gather  # noqa: PLC0415 - as above
+
+    asked_at = datetime.now(UTC)
+    found = await gather(directory, [did for did, _ in waiting], AT_ONCE, APART_S)
+    rows = []
+    for did, marked_at in waiting:
+        answer = found[did]
+        if not isinstance(answer, Unresolved):
+            rows.append((did, answer, asked_at, marked_at))
+    await store.resolved(rows)
+    if later := [did for did, answer in found.items() if isinstance(answer, Unresolved)]:
+        log.info("%s could not be resolved now: %s", counted(len(later), "handle"), found[later[0]])
+        await store.unresolvable(later)

@@ -1,0 +1,296 @@
+"""Settle: how a snapshot of a repository becomes rows. Only the differences are written, by the same flush as events.
+
+The walk of the repository and the stored rows of the account come in the same order, so both directions are compared
+in one pass: what is missing or different is written at the snapshot's version, and what is stored, absent and older is
+deleted at it. Nothing is written twice: a second settle of the same snapshot finds no difference.
+
+Without a floor (invariants.md): the caller has waited until the worker has finished what was read before the snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Final
+
+import msgspec
+import orjson
+from rich.console import Console
+from rich.table import Table as Grid
+
+from fastworker.errors import ExitCode, RowRejected
+from fastworker.event.repository import Repository
+from fastworker.store.audit import Held
+from fastworker.store.store import Store
+from fastworker.store.stored import Standing, StandingRows, Stored
+from fastworker.table.batch import Batch, Change, Mapped, Row, newer
+from fastworker.table.derive import FULL, Effects, add
+from fastworker.table.schema import Table, collection_table
+from fastworker.table.snapshot import Piece, Snapshot, is_judged_date, pieces
+
+log = logging.getLogger(__name__)
+
+PIECE: Final = 2_000
+TELL_S: Final = 5.0
+YOUNG: Final = timedelta(minutes=10)
+"""Rows without a version of ours that are not older than this before the snapshot: the API may have written them."""
+OLD: Final = timedelta(days=1)
+EXAMPLES: Final = 20
+
+
+class Settled(msgspec.Struct):
+    """What was found of one account, by table, and what was done about it."""
+
+    did: str
+    records: int = 0
+    missing: Counter[str] = msgspec.field(default_factory=Counter)
+    different: Counter[str] = msgspec.field(default_factory=Counter)
+    extra: Counter[str] = msgspec.field(default_factory=Counter)
+    drops: Counter[str] = msgspec.field(default_factory=Counter)
+    written: int = 0
+    refused: str | None = None
+    examples: list[str] = []
+
+    @property
+    def differences(self) -> int:
+        return self.missing.total() + self.different.total() + self.extra.total()
+
+
+class Settle:
+    """`store` None: only look."""
+
+    def __init__(self, stored: Stored, store: Store | None) -> None:
+        self._stored = stored
+        self._store = store
+
+    async def settle(self, repository: Repository, snapshot: Snapshot, *, accept_older: bool = False) -> Settled:
+        """The repository was walked before (`check`), so that it is known to be whole."""
+        result = Settled(snapshot.did)
+        ground = await self._stored.ground(snapshot.did, snapshot.seq)
+        if ground.is_forbidden:
+            result.refused = "the account does not want its data collected"
+        elif ground.deleted_seq is not None and snapshot.seq < ground.deleted_seq:
+            result.refused = f"the account was deleted at seq {ground.deleted_seq}, and the snapshot may be older"
+        elif ground.newest_rev is not None and ground.newest_rev > snapshot.rev and not accept_older:
+            result.refused = f"its revision {snapshot.rev} is older than what is stored ({ground.newest_rev})"
+        if result.refused:
+            return result
+        told = time.monotonic() + TELL_S
+        async with self._stored.standing(snapshot.did) as standing:
+            for piece in pieces(repository.records(), snapshot, PIECE):
+                if piece.uris:
+                    there = await self._stored_of(piece, standing, piece.uris[-1], snapshot, result)
+                    await self._piece(piece, there, snapshot, result)
+                if time.monotonic() > told:
+                    told = time.monotonic() + TELL_S
+                    log.info("%s: %s records, %s differences", snapshot.did, result.records, result.differences)
+            await self._stored_of(Piece(), standing, None, snapshot, result)
+        if repository.bad_paths:
+            result.drops["bad_path"] += repository.bad_paths
+        return result
+
+    async def _stored_of(
+        self, piece: Piece, standing: StandingRows, last: str | None, snapshot: Snapshot, result: Settled
+    ) -> dict[str, Standing]:
+        """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
+        present = set(piece.uris)
+        there: dict[str, Standing] = {}
+        extra: list[Change] = []
+        async for one in standing.up_to(last):
+            if one.uri in present:
+                there.setdefault(one.uri, one)
+            elif _is_extra(one, snapshot):
+                table, rkey = collection_table(one.uri), one.uri.rpartition("/")[2]
+                extra.append(
+                    Change(table, one.uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None)
+                )
+                result.extra[table.name] += 1
+                _example(result, f"{table.name} {one.uri} extra")
+                if len(extra) >= PIECE:
+                    await self._write(extra, piece, result)
+                    extra = []
+        await self._write(extra, piece, result)
+        return there
+
+    async def _piece(self, piece: Piece, there: dict[str, Standing], snapshot: Snapshot, result: Settled) -> None:
+        """Records that are missing or different."""
+        result.records += len(piece.uris)
+        result.drops += piece.drops
+        wrong: list[Change] = []
+        new: list[Change] = []
+        for table, changes in _by_table(piece.changes):
+            held = {one.uri: one for one in await self._stored.held(table, changes)}
+            twins = [uri for uri, one in held.items() if one.is_twin]
+            shadows = await self._stored.shadows(table, twins) if twins else {}
+            for change in changes:
+                one = held[change.uri]
+                row, rev, seq = shadows.get(change.uri, (None, None, None))
+                if row is not None and change.row is not None and not one.is_there:
+                    differs = _differs(table, change.row, row)
+                    one = msgspec.structs.replace(one, is_there=True, rev=rev, seq=seq, differs=differs)
+                problem = _judge(change, one, there.get(change.uri), snapshot, piece)
+                if problem == "missing":
+                    new.append(change)
+                    result.missing[table.name] += 1
+                elif problem:
+                    result.different[table.name] += 1
+                else:
+                    continue
+                wrong.append(change)
+                _example(result, f"{table.name} {change.uri} {problem}")
+        await self._write(wrong, piece, result)
+        if self._store is not None:
+            await self._store.mark_read(_old_notifications(new, snapshot))
+
+    async def _write(self, changes: list[Change], piece: Piece, result: Settled) -> None:
+        if self._store is None or not changes:
+            return
+        batch = Batch()
+        for change in changes:
+            batch.put(Mapped([change], piece.dids.get(change.uri, []), []))
+        try:
+            result.written += (await self._store.write(batch)).rows
+        except RowRejected:
+            if len(changes) == 1:  # the database refuses this one: its siblings live
+                result.drops["row_rejected"] += 1
+                return
+            half = len(changes) // 2
+            await self._write(changes[:half], piece, result)
+            await self._write(changes[half:], piece, result)
+
+
+def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
+    found: dict[str, tuple[Table, list[Change]]] = {}
+    for change in changes:
+        found.setdefault(change.table.name, (change.table, []))[1].append(change)
+    return list(found.values())
+
+
+def _judge(change: Change, held: Held, standing: Standing | None, snapshot: Snapshot, piece: Piece) -> str:
+    """`missing`, `different in ...`, or nothing. What is newer than the snapshot is right."""
+    if held.is_gone and not snapshot.beats(held.gone_rev, held.gone_seq):
+        return ""
+    if not held.is_there:
+        return "missing"
+    if not snapshot.beats(held.rev, held.seq):
+        return ""
+    moment = piece.moments[change.uri]
+    row = change.row or ()
+    differs = [
+        column
+        for column in held.differs
+        if not column.startswith("commit_") and not is_judged_date(row[change.table.index(column)], moment)
+    ]
+    is_ours = held.rev is not None or held.seq is not None
+    if differs and (is_ours or standing is None or not _is_young(standing, snapshot)):
+        return f"different in {', '.join(differs)}"
+    if held.deleted_seq is not None and (held.seq is None or held.seq < held.deleted_seq):
+        return "different in its version"  # the account was deleted since: what is older is taken away
+    if held.is_gone and not newer(held.rev, held.seq, held.gone_rev, held.gone_seq):
+        return "different in its tombstone"  # which would take the row away at the next look
+    return ""
+
+
+def _is_extra(standing: Standing, snapshot: Snapshot) -> bool:
+    if standing.rev is None and standing.seq is None:
+        return not _is_young(standing, snapshot)
+    return snapshot.beats(standing.rev, standing.seq)
+
+
+def _is_young(standing: Standing, snapshot: Snapshot) -> bool:
+    return standing.indexed_at is None or standing.indexed_at > snapshot.taken_at - YOUNG
+
+
+def _differs(table: Table, expected: Row, found: Row) -> list[str]:
+    """Columns of a row that waits in the shadow which are not as they must be."""
+    return [
+        column
+        for column, kind, a, b in zip(table.columns, table.types, expected, found, strict=True)
+        if (orjson.loads(a or "null") != orjson.loads(b or "null") if kind == "jsonb" else a != b)
+    ]
+
+
+def _old_notifications(changes: list[Change], snapshot: Snapshot) -> list[str]:
+    """Those of rows that come late: nobody wants thousands of unread ones about last year."""
+    fx = Effects(FULL)
+    for table, some in _by_table(changes):
+        add(fx, table, some)
+    return sorted(uri for uri, row in fx.notes_added.items() if row[-1] < snapshot.taken_at - OLD)
+
+
+def _example(result: Settled, words: str) -> None:
+    if len(result.examples) < EXAMPLES:
+        result.examples.append(words)
+
+
+class Report:
+    """What all accounts of one run came to, for people."""
+
+    def __init__(self, *, dry_run: bool) -> None:
+        self.stopped: str | None = None
+        self._dry_run = dry_run
+        self._accounts = self._records = self._written = self._failures = 0
+        self._kinds = {kind: Counter[str]() for kind in ("missing", "different", "extra")}
+        self._drops: Counter[str] = Counter()
+        self._examples: list[str] = []
+        self._began = self._told = time.monotonic()
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._side = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def add(self, settled: Settled) -> None:
+        self._accounts += not settled.refused
+        self._records += settled.records
+        self._written += settled.written
+        for kind, counts in self._kinds.items():
+            counts.update(getattr(settled, kind))
+        self._drops.update(settled.drops)
+        self._examples += settled.examples[: EXAMPLES - len(self._examples)]
+
+    def failed(self, name: str, why: str) -> None:
+        self._failures += 1
+        self._side.print(f"{name}: {why}", markup=False)
+
+    def tell(self, number: int, of: int) -> None:
+        """A line from time to time."""
+        if time.monotonic() - self._told > 5:
+            self._told = time.monotonic()
+            self._side.print(f"{number:,} of {of:,}: {self._records:,} records, {self._differences:,} differences")
+
+    @property
+    def _differences(self) -> int:
+        return sum(counts.total() for counts in self._kinds.values())
+
+    def end(self) -> ExitCode:
+        tables = sorted({table for counts in self._kinds.values() for table in counts})
+        if tables:
+            grid = Grid(box=None, pad_edge=False, header_style="bold")
+            grid.add_column("table", no_wrap=True)
+            for kind in self._kinds:
+                grid.add_column(kind, justify="right", no_wrap=True)
+            for table in tables:
+                cells = (counts[table] for counts in self._kinds.values())
+                grid.add_row(table, *(f"{cell:,}" if cell else "" for cell in cells))
+            self._console.print(grid)
+        for line in self._examples if self._dry_run else ():
+            self._console.print(f"  {line}"[:300], markup=False)
+        words = f"{self._differences:,} differences" if self._differences else "no difference"
+        if self._differences:
+            words += ", nothing was written" if self._dry_run else f", {self._written:,} rows written"
+        if self._drops:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._drops.items()))
+            words += f"; records that cannot be stored: {reasons}"
+        seconds = time.monotonic() - self._began
+        self._console.print(
+            f"{self._accounts:,} accounts, {self._records:,} records in {seconds:.1f} s: {words}", markup=False
+        )
+        if self._failures:
+            self._console.print(f"{self._failures:,} could not be settled: the reasons are above.")
+        if self.stopped:
+            self._console.print(f"Stopped after {self.stopped}. Run the same command again.")
+        sys.stdout.flush()
+        is_well = not (self._failures or self.stopped or (self._dry_run and self._differences))
+        return ExitCode.DONE if is_well else ExitCode.NO

@@ -1,0 +1,39 @@
+"""Rows by name: where each column is in a row tuple. `row[POST.root_uri]`, never `row[7]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastworker.table import schema
+from fastworker.table.schema import Table
+
+
+class Positions:
+    """The columns of one table as attributes; each is its position in the row tuples of that table.
+
+    Made from the schema, so a column that is added or moved there is moved here. An unknown name is an AttributeError.
+    """
+
+    def __init__(self, table: Table) -> None:
+        vars(self).update({column: number for number, column in enumerate(table.columns)})
+        self._table = table.name
+
+    def __getattr__(self, name: str) -> int:  # only reached for what is no column
+        raise AttributeError(f"{vars(self)['_table']} has no column {name}")
+
+
+POST = Positions(schema.POSTS)
+LIKE = Positions(schema.LIKES)
+REPOST = Positions(schema.REPOSTS)
+FOLLOW = Positions(schema.FOLLOWS)
+BOOKMARK = Positions(schema.BOOKMARKS)
+GATE = Positions(schema.GATES)
+LABEL = Positions(schema.LABELS)
+PROFILE = Positions(schema.PROFILES)
+FEED_ITEM = Positions(schema.FEED_ITEMS)
+NOTIFICATION = Positions(schema.NOTIFICATIONS)
+
+
+def own_cid(table: Table, row: tuple[Any, ...]) -> str | None:
+    """The record's CID, where its table has a column for it."""
+    return row[table.index("cid")] if "cid" in table.columns else None

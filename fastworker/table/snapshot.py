@@ -1,0 +1,113 @@
+"""A repository's records as rows: what a snapshot says of every path, in pieces. Pure.
+
+A full snapshot at revision R counts, for every path of its repository, as one operation of version (R, S0): an upsert
+of what it holds, a delete of what it lacks (state law, Snapshots). S0 is a seq up to which everything happened before
+the snapshot was taken: the reader's cursor before the request, or 0 where nobody knows when a file was written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import msgspec
+
+from fastworker.errors import Reason
+from fastworker.event import Commit, Op
+from fastworker.event.record import cid_text
+from fastworker.event.repository import Held
+from fastworker.event.syntax import is_tid
+from fastworker.table.batch import Change, newer
+from fastworker.table.dates import EPOCH, SKEW, latest_date
+from fastworker.table.mapper import map_commit
+from fastworker.table.schema import BOOKMARKS, LABELS
+
+_FIRST_TID: Final = datetime(2022, 1, 1)  # noqa: DTZ001 - naive UTC; the protocol is younger
+_DIGITS: Final = {digit: number for number, digit in enumerate("234567abcdefghijklmnopqrstuvwxyz")}
+PIECE_BYTES: Final = 8 * 1024 * 1024
+UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
+"""Tables whose rows others write, too: no snapshot touches them."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """`taken_at`: naive UTC, when the host was asked."""
+
+    did: str
+    rev: str
+    seq: int
+    taken_at: datetime
+
+    def beats(self, rev: str | None, seq: int | None) -> bool:
+        """Whether it is newer than a stored version."""
+        return newer(self.rev, self.seq, rev, seq)
+
+
+class Piece(msgspec.Struct):
+    """Records of consecutive keys. `uris`: of all of them, also of those that cannot be stored, which are in `drops`.
+
+    `dids` and `moments` are by URI: users that a record needs, and what its dates were judged by.
+    """
+
+    uris: list[str] = []
+    changes: list[Change] = []
+    dids: dict[str, list[str]] = {}
+    moments: dict[str, datetime] = {}
+    drops: Counter[str] = msgspec.field(default_factory=Counter)
+
+
+def pieces(records: Iterable[Held], snapshot: Snapshot, size: int) -> Iterator[Piece]:
+    """In key order, at most `size` records each, fewer where they are large."""
+    piece, held = Piece(), 0
+    for record in records:
+        _put(piece, record, snapshot)
+        held += len(record.block or b"")
+        if len(piece.uris) >= size or held >= PIECE_BYTES:
+            yield piece
+            piece, held = Piece(), 0
+    yield piece
+
+
+def _put(piece: Piece, record: Held, snapshot: Snapshot) -> None:
+    collection, rkey, cid, block = record
+    uri = f"at://{snapshot.did}/{collection}/{rkey}"
+    piece.uris.append(uri)
+    if block is None:
+        piece.drops[str(Reason.BAD_HASH)] += 1
+        return
+    moment = moment_of(rkey, snapshot.taken_at)
+    op = Op("create", collection, rkey, cid_text(cid), block)
+    commit = Commit(snapshot.seq, snapshot.did, snapshot.rev, moment.isoformat(), [op], [])
+    mapped = map_commit(commit, int(moment.replace(tzinfo=UTC).timestamp() * 1000))
+    for drop in mapped.drops:
+        piece.drops[str(drop.reason)] += 1
+    for change in mapped.changes:
+        if change.table.name not in UNTOUCHED:
+            piece.changes.append(change)
+            piece.dids[uri] = mapped.dids
+            piece.moments[uri] = moment
+
+
+def moment_of(rkey: str, taken_at: datetime) -> datetime:
+    """When a record was written, as far as its key tells; else when the snapshot was taken."""
+    moment = tid_moment(rkey)
+    return moment if moment is not None and _FIRST_TID <= moment <= taken_at + SKEW else taken_at
+
+
+def tid_moment(tid: str) -> datetime | None:
+    """The moment that a TID names, as naive UTC."""
+    if not is_tid(tid):
+        return None
+    number = 0
+    for digit in tid:
+        number = number << 5 | _DIGITS[digit]
+    return EPOCH + timedelta(microseconds=number >> 10)
+
+
+def is_judged_date(value: object, moment: datetime) -> bool:
+    """Whether a date of a row was not the record's own: cut to what its moment allows, or the moment itself.
+
+    The same record that came as an event has another moment, and so another date.
+    """
+    return value in (moment, latest_date(moment), EPOCH)

@@ -1,0 +1,1 @@
+"""Redis to PostgreSQL: entries become batches, batches are written, then acknowledged."""

@@ -1,0 +1,575 @@
+"""The path of an entry: read, decode, map, batch, flush, ack. One batch fills, one is written, never a third.
+
+Natural batching: whatever arrived while the last flush ran is the next one, so a quiet stream flushes single entries
+at once (no more often than every few milliseconds) and a busy one fills batches. Back-pressure is not reading. An entry
+leaves in one of three ways, each ending in one ack: rows committed, nothing to store, set aside. Everything else stays
+pending, and is read again by whoever comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Protocol, TypeVar
+
+from fastworker.crashpoint import Step, crashpoint
+from fastworker.edge.tracing import OpenSpan, no_span
+from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
+from fastworker.event import Account, Commit, Event, Identity, Sync
+from fastworker.event.entry import decode_entry
+from fastworker.process.backoff import Backoff, pause
+from fastworker.process.board import Slot, State, now_ms
+from fastworker.store.flush import Written
+from fastworker.store.upkeep import Ground
+from fastworker.stream.consumer import Entry, SetAside, Tally, id_order
+from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
+from fastworker.table.dates import date_or, entry_moment, latest_date
+from fastworker.table.mapper import map_commit
+from fastworker.worker.overlap import Overlap, keys_of
+
+log = logging.getLogger(__name__)
+
+PACE_S = 0.01  # between the starts of two flushes of a quiet stream: half the work, for a wait of a few milliseconds
+BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
+TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
+ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
+POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
+TELL_AGAIN_S = 60.0  # between two log lines about the same outage
+MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
+
+_COMMIT = Tally("committed", "#commit")
+_NOTHING = Tally("nothing_to_store", "#commit")
+_IDENTITY = Tally("committed", "#identity")
+_ACCOUNT = Tally("committed", "#account")
+_SYNC = Tally("committed")
+_NEVER = datetime.min.replace(tzinfo=UTC)
+UNBOUNDED = Ground(_NEVER, ambiguous=False)
+CLOCKS = timedelta(minutes=10)  # by which the clocks of relay, Redis and PostgreSQL may differ
+_T = TypeVar("_T")
+
+
+class Stream(Protocol):
+    """What a pipeline needs of `stream.consumer.WorkerStream`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stream_key(self) -> str: ...
+    async def ack(self, tallies: Mapping[Tally, Sequence[str]], more_drops: Sequence[str] = ...) -> int: ...
+    async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int: ...
+    async def lowest_pending(self) -> str | None: ...
+
+
+class Source(Protocol):
+    """What a pipeline needs of `worker.intake.Intake`. `backlog`: more is there already."""
+
+    @property
+    def backlog(self) -> bool: ...
+    async def next(self, block_ms: int) -> list[Entry]: ...
+    def look_again(self) -> None: ...
+
+
+class Store(Protocol):
+    """What a pipeline needs of `store.store.Store`."""
+
+    async def write(self, batch: Batch) -> Written: ...
+    async def absent(self, changes: list[Change]) -> set[str]: ...
+
+
+class DeadLetterLimit:
+    """Stops the worker when too much is set aside: a bad release must not empty the stream into the dead letters."""
+
+    def __init__(self, *, run_max: int = 500, ratio_max: float = 0.5, window: int = 4_000) -> None:
+        """More than `run_max` in a row, or more than `ratio_max` of about the last `window` entries. Guesses: far
+        above what hostile accounts get past the reader, far below what an operator would want to repair."""
+        self._run_max = run_max
+        self._ratio_max = ratio_max
+        self._window = window
+        self._run = 0
+        self._good = 0
+        self._bad = 0
+
+    def good(self, count: int = 1) -> None:
+        self._run = 0
+        self._good += count
+
+    def bad(self, why: object) -> None:
+        """Call before setting an entry aside; raises StoppedItself, and the entry stays pending."""
+        self._run += 1
+        self._bad += 1
+        seen = self._good + self._bad
+        if self._run > self._run_max or (seen >= self._window and self._bad > self._ratio_max * seen):
+            raise StoppedItself(
+                f"Too many entries cannot be stored: {self._run} in a row, {self._bad} of the last {seen}. They stay "
+                f"pending (FASTWORKER_DEAD_LETTERS_IN_A_ROW lets more pass). The last one: {why}"
+            )
+        if seen >= self._window:  # forget half: old entries fade out
+            self._good //= 2
+            self._bad //= 2
+
+
+class Held:
+    """A batch, the entries it came from (to apply them again in halves), and how each will be counted."""
+
+    __slots__ = (
+        "batch",
+        "before_horizon",
+        "changes",
+        "entries",
+        "ground",
+        "keys",
+        "kinds",
+        "mark",
+        "rejected",
+        "since_ms",
+        "tallies",
+    )
+
+    def __init__(self, ground: Ground = UNBOUNDED) -> None:
+        self.ground = ground
+        self.before_horizon: dict[str, list[Change]] = {}  # upserts of entries that a forgotten delete may beat
+        self.batch = Batch()
+        self.entries: dict[str, dict[bytes, bytes]] = {}
+        self.changes: dict[str, list[Change]] = {}  # by entry
+        self.tallies: dict[Tally, list[str]] = {}
+        self.keys: list[int] = []  # marked in the overlap
+        self.kinds: Counter[type[Event]] = Counter()
+        self.rejected: list[SetAside] = []  # never settled: they leave through the dead letters
+        self.since_ms = 0  # when its first entry was read
+        self.mark: tuple[str, int | None] | None = None  # id and seq of the latest entry understood
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def is_full(self, limits: Limits) -> bool:
+        return self.batch.is_full(limits) or len(self.entries) >= limits.entries_max
+
+    def apply(
+        self, entry_id: str, fields: dict[bytes, bytes], overlap: Overlap | None = None, *, postpone: bool = False
+    ) -> bool:
+        """Put one entry's content into the batch, all of it or nothing, and settle it; or reject it.
+
+        False, and nothing is done: another pipeline holds one of its records, and it may be postponed.
+        """
+        self.entries[entry_id] = fields
+        try:
+            event = decode_entry(fields)
+            entry_ms = int(entry_id.partition("-")[0])
+            if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
+                self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
+                return True
+            tally, mapped, at = _understand(event, entry_ms)
+        except InvalidEvent as error:
+            self.rejected.append(
+                SetAside(entry_id, fields, error.reason, error.detail or f"{error.reason}: nothing there")
+            )
+            return True
+        except Exception as error:
+            # A bug of ours that some bytes can reach must not stop the stream for everybody else's: the entry waits
+            # in the dead letters for the release that mends it, and the limit still stops a worker that is all bug.
+            log.exception("Entry %s could not be understood", entry_id)
+            self.rejected.append(SetAside(entry_id, fields, Reason.BAD_ENTRY, f"our bug: {error!r}"))
+            return True
+        batch = self.batch
+        if mapped is not None:
+            if self.ground.pruned_until > _NEVER and _moment(event, entry_ms) < self.ground.pruned_until + CLOCKS:
+                upserts = [change for change in mapped.changes if change.row is not None]
+                if upserts:
+                    self.before_horizon[entry_id] = upserts
+                    return True
+            if overlap is not None:
+                keys = keys_of(mapped)
+                if not overlap.take(keys) and postpone:
+                    del self.entries[entry_id]
+                    return False
+                self.keys += keys
+            batch.put(mapped)
+            self.changes[entry_id] = mapped.changes
+        elif isinstance(event, Identity):
+            batch.put_identity(event, at)
+        elif isinstance(event, Account):
+            batch.put_account(event, at)
+        elif isinstance(event, Sync):
+            batch.put_sync(event)
+        self.mark = (entry_id, event.seq)
+        self.kinds[type(event)] += 1
+        batch.settle(entry_id, payload_bytes=sum(map(len, fields.values())))
+        self.tallies.setdefault(tally, []).append(entry_id)
+        return True
+
+    def uncount(self) -> None:
+        """Entries of which nothing was stored, since all of it had been deleted, are not counted as committed."""
+        beaten = self.batch.beaten
+        for tally, ids in list(self.tallies.items()) if beaten else ():
+            if tally.kind == _COMMIT.kind and tally.outcome == _COMMIT.outcome:
+                gone = {one for one in ids if (of := self.changes[one]) and all(c.uri in beaten for c in of)}
+                if gone:
+                    del self.tallies[tally]
+                    nothing = Tally(_NOTHING.outcome, tally.kind, tally.drops)
+                    for one in ids:
+                        self.tallies.setdefault(nothing if one in gone else tally, []).append(one)
+
+
+def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, datetime]:
+    """How an event is counted, what a commit becomes, and when the other kinds happened."""
+    if isinstance(event, Commit):
+        mapped = map_commit(event, entry_ms)
+        tally = _COMMIT if mapped.changes or mapped.dids else _NOTHING
+        if mapped.drops:
+            tally = Tally(tally.outcome, tally.kind, tuple(sorted(drop.reason for drop in mapped.drops)))
+        return tally, mapped, _NEVER
+    at = _moment(event, entry_ms)
+    if isinstance(event, Identity):
+        return _IDENTITY, None, at
+    return (_ACCOUNT if isinstance(event, Account) else _SYNC), None, at
+
+
+def _moment(event: Event, entry_ms: int) -> datetime:
+    """When the relay saw the event: its own time, else its entry's."""
+    entry_time = entry_moment(entry_ms)
+    return date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
+
+
+class Pipeline:
+    """One consumer's loop. `run` returns when it was stopped and everything it held is settled."""
+
+    def __init__(
+        self,
+        source: Source,
+        stream: Stream,
+        store: Store,
+        slot: Slot,
+        *,
+        limits: Limits,
+        dead_letters: DeadLetterLimit,
+        overlap: Overlap | None = None,
+        open_span: OpenSpan = no_span,
+    ) -> None:
+        self.stream = stream
+        self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
+        self.is_unsure = (
+            False  # a write was begun and has not ended: its commit may still arrive, whatever becomes of us
+        )
+        self._source = source
+        self._store = store
+        self._slot = slot
+        self._limits = limits
+        self._dead_letters = dead_letters
+        self._open_span = open_span
+        self._overlap = overlap
+        self._ground = UNBOUNDED
+        self._filling = Held()
+        self._writing: Held | None = None
+        self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
+        self._flush_at = 0.0  # when the latest flush began
+        self._reading_state = State.RUNNING
+        self._writing_state = State.RUNNING
+        self._told_at = 0.0  # when the log was last told what is waited for
+        self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
+        self._progress: Progress | None = None
+
+    # --- what others look at
+
+    @property
+    def state(self) -> State:
+        """Running, or what one of its two halves waits for."""
+        return max(self._reading_state, self._writing_state)
+
+    @property
+    def held_count(self) -> int:
+        writing = len(self._writing.entries) if self._writing else 0
+        return len(self._filling.entries) + writing + len(self._postponed)
+
+    @property
+    def oldest_ms(self) -> int:
+        """When the oldest unsettled entry was read; 0 if there is none."""
+        held = (self._writing or self._filling).since_ms
+        postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
+        return min(held or postponed, postponed or held)
+
+    async def note_progress(self) -> None:
+        """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
+        marks = list(self._marks)  # before we ask: what is read meanwhile is not covered by the answer
+        if not marks:
+            return
+        lowest = await self.stream.lowest_pending()
+        if lowest is not None:
+            bound = id_order(lowest)
+            marks = [mark for mark in marks if id_order(mark[0]) < bound]
+        newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
+        if newest is not None:
+            self._progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
+
+    def stand_on(self, ground: Ground) -> None:
+        """From the next entry on."""
+        self._ground = self._filling.ground = ground
+
+    # --- the loop
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        reading: asyncio.Task[list[Entry]] | None = None
+        writing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                if writing is None and self._postponed:
+                    self._bring_back(at_last=stopping.is_set())
+                if writing is None and self._filling:
+                    self._writing, self._filling = self._filling, Held(self._ground)
+                    self._flush_at = time.monotonic()
+                    writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
+                may_read = not (
+                    stopping.is_set() or self._filling.is_full(self._limits) or self.state is not State.RUNNING
+                )
+                if reading is None and may_read:
+                    reading = asyncio.create_task(self._read(stopping), name=f"read {self.stream.name}")
+                tasks = {task for task in (reading, writing) if task is not None}
+                if not tasks:
+                    return
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if writing is not None and writing.done():
+                    writing.result()
+                    if self._overlap is not None and self._writing is not None:
+                        self._overlap.give_back(self._writing.keys)
+                    self._writing = writing = None
+                if reading is not None and reading.done():
+                    entries = reading.result()
+                    reading = None
+                    await self._take(entries)
+        finally:
+            for task in (reading, writing):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait([task])
+
+    async def _read(self, stopping: asyncio.Event) -> list[Entry]:
+        backoff = Backoff()
+        # Without a backlog one read a flush is enough: it finds everything that came meanwhile.
+        wait_s = self._flush_at + PACE_S - time.monotonic()
+        if wait_s > 0 and not self._source.backlog and await pause(wait_s, stopping):
+            return []
+        while True:
+            try:
+                entries = await self._source.next(BLOCK_MS)
+            except StreamUnavailable as error:
+                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error, backoff.elapsed)
+                # The reply that did not come may have handed us entries: they are pending in our name now.
+                self._source.look_again()
+                if await backoff.wait(stopping):
+                    return []
+            else:
+                self._reading_state = self._go_on(self._reading_state)
+                return entries
+
+    async def _take(self, entries: list[Entry]) -> None:
+        """Decode and map, in turns short enough for the flush and the heartbeat beside it."""
+        filling, writing = self._filling, self._writing.entries if self._writing else {}
+        if entries and not filling:
+            filling.since_ms = now_ms()
+        turn_ends = time.perf_counter() + TURN_S
+        taken = 0
+        for entry_id, fields in entries:
+            if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
+                continue  # read back while we hold it
+            rejected = len(filling.rejected)
+            if not filling.apply(entry_id, fields, self._overlap, postpone=True):
+                self._postponed[entry_id] = (fields, now_ms())
+            if len(filling.rejected) > rejected:
+                self._dead_letters.bad(filling.rejected[-1].error)
+            else:
+                self._dead_letters.good()
+            taken += 1
+            if not taken & 15 and time.perf_counter() >= turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.perf_counter() + TURN_S
+        if taken:
+            self._slot.add(read=taken)
+            if filling.mark is not None:
+                self._marks.append(filling.mark)
+
+    def _bring_back(self, *, at_last: bool) -> None:
+        """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
+        postponed, self._postponed = self._postponed, {}
+        before = now_ms() - POSTPONED_MS_MAX
+        for entry_id, (fields, since_ms) in postponed.items():
+            self._filling.since_ms = self._filling.since_ms or since_ms
+            if not self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
+                self._postponed[entry_id] = (fields, since_ms)
+
+    # --- the flush
+
+    async def _flush(self, held: Held) -> None:
+        """Write, then ack. Cancelled or killed anywhere, it can be done again."""
+        with self._open_span("flush") as span:
+            if held.before_horizon:
+                await self._judge(held)
+            span.set_attribute("fastworker.consumer", self.stream.name)
+            span.set_attribute("fastworker.entries", len(held.entries))
+            span.set_attribute("fastworker.changes", len(held.batch.changes))
+            span.set_attribute("fastworker.set_aside", len(held.rejected))
+            if held.rejected:
+                await self._leave_aside(held.rejected)
+            if not held.batch:
+                return
+            held.batch.progress = self._progress
+            try:
+                store_drops = await self._write(held.batch)
+            except RowRejected as error:
+                span.set_attribute("fastworker.row_rejected", str(error))
+                await self._isolate(held, error)
+            else:
+                await self._ack(held, store_drops)
+
+    async def _judge(self, held: Held) -> None:
+        """Entries from before the horizon: what the database does not know may have been deleted and forgotten."""
+        upserts = [change for changes in held.before_horizon.values() for change in changes]
+        absent = await self._persist(State.WAITING_FOR_STORE, lambda: self._store.absent(upserts))
+        held.ground = held.ground._replace(pruned_until=_NEVER)
+        for entry_id, changes in held.before_horizon.items():
+            fields = held.entries[entry_id]
+            unknown = sorted(change.uri for change in changes if change.uri in absent)
+            if unknown:
+                held.rejected.append(SetAside(entry_id, fields, Reason.OLDER_THAN_TOMBSTONES, " ".join(unknown[:3])))
+            else:
+                held.apply(entry_id, fields)
+
+    async def _write(self, batch: Batch) -> list[Reason]:
+        """One flush, as often as it takes; the reasons of ops that the store itself dropped."""
+        if not (batch.changes or batch.dids or batch.accounts or batch.identities or batch.syncs):
+            return []
+        drops = len(batch.drops)
+        started = time.perf_counter()
+
+        async def attempt() -> Written:
+            del batch.drops[drops:]  # an earlier attempt's
+            self.is_unsure = True
+            try:
+                written = await self._store.write(batch)
+            except RowRejected:
+                self.is_unsure = False
+                raise
+            self.is_unsure = False
+            return written
+
+        written = await self._persist(State.WAITING_FOR_STORE, attempt)
+        batch.beaten = written.beaten
+        took_us = int((time.perf_counter() - started) * 1e6)
+        entries = len(batch.entries)
+        slot = self._slot
+        slot.add(flushes=1, flush_us_total=took_us, flush_entries_total=entries)
+        slot.add(rows=written.rows, superseded=written.superseded)
+        slot.observe("flush_ms", took_us // 1_000)
+        slot.observe("flush_entries", entries)
+        slot.set(flush_us_last=took_us, store_ms=now_ms())
+        for table, count in Counter(change.table.name for change in batch.changes.values()).items():
+            slot.wrote(table, count)
+        return [drop.reason for drop in batch.drops[drops:]] + [Reason.FORBIDDEN] * written.forbidden
+
+    async def _ack(self, held: Held, store_drops: list[Reason]) -> None:
+        crashpoint(Step.BEFORE_ACK)
+        held.uncount()
+        await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.ack(held.tallies, store_drops))
+        wall_ms = time.time_ns() // 1_000_000
+        slot = self._slot
+        for tally, ids in held.tallies.items():
+            slot.add(**{tally.outcome: len(ids)})
+            for appended_ms, count in Counter([entry_id.partition("-")[0] for entry_id in ids]).items():
+                age = max(0, wall_ms - int(appended_ms))
+                slot.observe("latency_ms", age, count)
+                slot.add(latency_ms_total=age * count)
+            for reason in tally.drops:
+                slot.drop(Reason(reason), len(ids))
+        for reason in store_drops:
+            slot.drop(reason)
+        kinds = held.kinds
+        slot.add(commits=kinds[Commit], identities=kinds[Identity], accounts=kinds[Account], syncs=kinds[Sync])
+
+    async def _leave_aside(self, letters: list[SetAside]) -> None:
+        crashpoint(Step.BETWEEN_DEAD_LETTER_AND_ACK)
+        wall_ms = time.time_ns() // 1_000_000
+        await self._persist(State.WAITING_FOR_STREAM, lambda: self.stream.set_aside(letters, wall_ms))
+        self._slot.add(set_aside=len(letters))
+        reasons = Counter(letter.reason for letter in letters)
+        for reason, count in reasons.items():
+            self._slot.drop(reason, count)
+        log.warning(
+            "Set aside %d entries (%s); the first: %s, %s",
+            len(letters), ", ".join(f"{reason} {n}" for reason, n in reasons.items()), letters[0].entry_id,
+            letters[0].error,
+        )  # fmt: skip
+        for letter in letters:
+            log.debug("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
+
+    async def _isolate(self, held: Held, error: RowRejected) -> None:
+        """PostgreSQL refused a value: apply the entries again in halves, until the one that holds it is alone."""
+        entries = [(entry_id, held.entries[entry_id]) for entry_id in held.batch.entries]
+        if len(entries) == 1:
+            await self._isolate_op(entries[0], error)
+            return
+        middle = len(entries) // 2
+        for half in (entries[:middle], entries[middle:]):
+            part = Held()
+            part.since_ms = held.since_ms
+            for entry_id, fields in half:
+                part.apply(entry_id, fields)
+            await self._flush(part)
+            await asyncio.sleep(0)
+
+    async def _isolate_op(self, entry: Entry, error: RowRejected) -> None:
+        """One bad record must not cost the commit: its siblings are stored, then the entry is set aside whole.
+
+        A retry of the dead letter is harmless: the siblings are there already.
+        """
+        entry_id, fields = entry
+        self._dead_letters.bad(error)
+        event = decode_entry(fields)
+        if isinstance(event, Commit) and len(event.ops) > 1:
+            mapped = map_commit(event, int(entry_id.partition("-")[0]))
+            await self._write_parts(mapped, 0, len(mapped.changes))
+        await self._leave_aside([SetAside(entry_id, fields, Reason.ROW_REJECTED, str(error))])
+
+    async def _write_parts(self, mapped: Mapped, first: int, stop: int) -> None:
+        batch = Batch()
+        batch.put(Mapped(mapped.changes[first:stop], mapped.dids, []))
+        try:
+            await self._write(batch)
+        except RowRejected:
+            if stop - first > 1:
+                middle = (first + stop) // 2
+                await self._write_parts(mapped, first, middle)
+                await self._write_parts(mapped, middle, stop)
+
+    async def _persist(self, waiting: State, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Try until it works: whoever stops us cancels us. Reading pauses meanwhile."""
+        backoff = Backoff()
+        while True:
+            try:
+                async with asyncio.timeout(ATTEMPT_S):
+                    result = await attempt()
+            except (StoreUnavailable, StreamUnavailable, TimeoutError) as error:
+                self._writing_state = self._wait(self._writing_state, waiting, error, backoff.elapsed)
+                await asyncio.sleep(backoff.next())
+            else:
+                self._writing_state = self._go_on(self._writing_state)
+                return result
+
+    def _wait(self, before: State, state: State, error: Exception, since_s: float) -> State:
+        if before is not state or time.monotonic() - self._told_at >= TELL_AGAIN_S:
+            self._told_at = time.monotonic()
+            log.warning("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
+        self.progress_ms = now_ms()
+        self._slot.failed(error)
+        if state is State.WAITING_FOR_STORE:
+            self._slot.add(store_retries=1)
+        else:
+            self._slot.add(stream_retries=1)
+        return state
+
+    def _go_on(self, before: State) -> State:
+        if before is not State.RUNNING:
+            log.info("%s goes on", self.stream.name)
+        self.progress_ms = now_ms()
+        return State.RUNNING

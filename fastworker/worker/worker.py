@@ -1,0 +1,302 @@
+"""One worker process: its connections, its pipelines, their side tasks, and the order in which they stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import msgspec
+
+from fastworker.crashpoint import arm
+from fastworker.edge.tracing import OpenSpan, spans
+from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.process.board import Slot, State, now_ms
+from fastworker.process.child import StartAgain, run_child
+from fastworker.store.store import Store
+from fastworker.stream.client import Redis, connect
+from fastworker.stream.consumer import LeaseLostError, WorkerStream
+from fastworker.table.batch import Limits
+from fastworker.table.derive import FULL
+from fastworker.worker.intake import Intake
+from fastworker.worker.overlap import Marks, Overlap
+from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+
+log = logging.getLogger(__name__)
+
+RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
+MAINTAIN_S = 10.0
+FIGURES_S = 0.5
+LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told. `pool_size` is a ceiling for all processes and the monitor together."""
+
+    redis_url: str
+    database_url: str
+    stream_key: str = "firehose:events"
+    group: str = "firehose-processors"
+    consumer_id: str = "python-worker"
+    batch_size: int = 10
+    pool_size: int = 8
+    processes: int = 2
+    pipelines: int = 1  # per process
+    derive: frozenset[str] = FULL
+    limits: Limits = Limits()
+    dead_letter_maxlen: int = 10_000
+    dead_letters_in_a_row: int = 500
+    drain_s: float = 4.0
+    tracing: bool = False
+    crashpoint: str | None = None  # tests only
+    scan_s: float = 10.0  # between two looks for dead consumers
+    lease_ms: int = 15_000
+    foreign_idle_ms: int = 60_000
+
+
+def shrunk(settings: WorkerSettings) -> WorkerSettings:
+    """Settings whose connections, one per pipeline and one for the monitor, fit under `pool_size`; says so once."""
+    room = _room(settings)
+    processes = min(settings.processes, room)
+    pipelines = min(settings.pipelines, room // processes)
+    if (processes, pipelines) == (settings.processes, settings.pipelines):
+        return settings
+    log.warning(
+        "DB_POOL_SIZE=%d leaves room for %d processes with %d pipelines each, not %d with %d",
+        settings.pool_size, processes, pipelines, settings.processes, settings.pipelines,
+    )  # fmt: skip
+    return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
+
+
+def processes_max(settings: WorkerSettings) -> int:
+    """How many processes with all their pipelines fit under `pool_size`: what SIGTTIN may reach."""
+    return max(1, _room(settings) // settings.pipelines)
+
+
+def _room(settings: WorkerSettings) -> int:
+    return max(1, settings.pool_size - 1)
+
+
+def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
+    """The target of a worker's children, made before the fork: runs in the forked process, returns its exit code."""
+    return partial(_worker_main, settings, Marks())
+
+
+def _worker_main(settings: WorkerSettings, marks: Marks, slot: Slot) -> int:
+    if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
+        arm(settings.crashpoint)
+    return run_child(slot, partial(work, settings, marks=marks))
+
+
+async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, marks: Marks | None = None) -> None:
+    """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
+    redis = connect(settings.redis_url, client_name="fastworker-worker")
+    try:
+        try:
+            store = await Store.connect(
+                settings.database_url,
+                pool_size=settings.pipelines,
+                application_name="fastworker",
+                derive=settings.derive,
+            )
+        except StoreUnavailable as error:
+            raise Unreachable(str(error)) from error
+        try:
+            with spans(on=settings.tracing) as open_span:
+                await _work(settings, marks or Marks(), slot, stopping, redis, store, open_span)
+        finally:
+            await store.close()
+    finally:
+        await redis.aclose()
+
+
+async def _work(
+    settings: WorkerSettings,
+    marks: Marks,
+    slot: Slot,
+    stopping: asyncio.Event,
+    redis: Redis,
+    store: Store,
+    open_span: OpenSpan,
+) -> None:
+    async def last_finished() -> str | None:
+        progress = await store.finished(settings.stream_key)
+        return progress.entry_id if progress is not None else None
+
+    streams = [
+        WorkerStream(
+            redis,
+            stream_key=settings.stream_key,
+            group=settings.group,
+            consumer_id=settings.consumer_id,
+            batch_size=settings.batch_size,
+            dead_letter_maxlen=settings.dead_letter_maxlen,
+            last_finished=last_finished,
+            lease_ms=settings.lease_ms,
+            foreign_idle_ms=settings.foreign_idle_ms,
+        )
+        for _ in range(settings.pipelines)
+    ]
+    pipelines: list[Pipeline] = []
+    try:
+        try:
+            for stream in streams:
+                await stream.acquire()
+        except (StreamUnavailable, StoreUnavailable) as error:
+            raise Unreachable(str(error)) from error
+        slot.text("consumers", " ".join(stream.name for stream in streams))
+        in_a_row = settings.dead_letters_in_a_row
+        dead_letters = DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
+        limits = settings.limits.shared_by(settings.processes * settings.pipelines)
+        pipelines += [
+            Pipeline(
+                Intake(
+                    stream,
+                    slot,
+                    scan_s=settings.scan_s,
+                    own_idle_ms=settings.lease_ms,
+                    foreign_idle_ms=settings.foreign_idle_ms,
+                ),
+                stream,
+                store,
+                slot,
+                limits=limits,
+                dead_letters=dead_letters,
+                overlap=Overlap(marks, slot.number * settings.pipelines + n),
+                open_span=open_span,
+            )
+            for n, stream in enumerate(streams)
+        ]
+        try:
+            await _take_ground(store, pipelines)
+        except StoreUnavailable as error:
+            raise Unreachable(str(error)) from error
+        await _run(settings, slot, stopping, store, streams, pipelines)
+    finally:
+        # Whoever takes over at once would be done before a commit of ours that is still on its way, and nobody would
+        # look back after it: what is not known to have ended keeps its lease, which ends by itself.
+        unsure = {pipeline.stream.name for pipeline in pipelines if pipeline.is_unsure}
+        for name in sorted(unsure):
+            log.warning("The lease of %s ends by itself: it is not known how its last write ended", name)
+        await _release([stream for stream in streams if stream.name not in unsure])
+
+
+async def _run(
+    settings: WorkerSettings,
+    slot: Slot,
+    stopping: asyncio.Event,
+    store: Store,
+    streams: list[WorkerStream],
+    pipelines: list[Pipeline],
+) -> None:
+    """Everything in one group: an unexpected end of any task ends them all, and the process."""
+    renew_s = settings.lease_ms / 1000 / RENEWALS
+    async with asyncio.TaskGroup() as group:
+        side_tasks = [
+            group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
+            group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
+            group.create_task(_figures(slot, store, pipelines), name="figures"),
+            group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
+        ]
+        loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
+        slot.set(ready=1, state=State.RUNNING)
+        await stopping.wait()
+        # No intake from here on; what is held is settled within the budget, or stays pending for the next worker.
+        _, late = await asyncio.wait(loops, timeout=settings.drain_s)
+        if late:
+            held = sum(pipeline.held_count for pipeline in pipelines)
+            log.error("Not drained within %.1f s: %d entries stay pending", settings.drain_s, held)
+        for task in (*late, *side_tasks):
+            task.cancel()
+
+
+async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await act()
+        await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
+
+
+async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
+    try:
+        for stream in streams:
+            await stream.renew(idle_ms=int(renew_s * 1000))
+    except StreamUnavailable:
+        pass  # the pipelines wait for Redis, and say so
+    except LeaseLostError as error:
+        raise StartAgain(str(error)) from error
+
+
+async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
+    """What committed transactions still owe, in bounded pieces; and how far the group has come."""
+    try:
+        for pipeline in pipelines:
+            await pipeline.note_progress()
+        await _take_ground(store, pipelines)
+        while await store.maintain():
+            pass
+        while await store.prune():
+            pass
+    except (StoreUnavailable, StreamUnavailable):
+        pass  # the pipelines wait for the same server, and say so
+
+
+async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
+    ground = await store.ground()
+    for pipeline in pipelines:
+        pipeline.stand_on(ground)
+
+
+async def _look_for(store: Store, slot: Slot) -> None:
+    """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
+
+    Not while every connection writes: then flushes tell, by their progress.
+    """
+    opened, busy = store.connections
+    if slot.get("held") and busy == opened:
+        return
+    try:
+        await store.ping()
+    except (StoreUnavailable, Unreachable) as error:
+        slot.failed(error)
+    else:
+        slot.set(store_ms=now_ms())
+
+
+async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
+    """What the pipelines know, into the slot. Running is an effort of all: the slowest one is what is shown."""
+
+    def finished() -> int:
+        return slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+
+    acked, at, conflicts = finished(), now_ms(), 0
+    while True:
+        await asyncio.sleep(FIGURES_S)
+        now = now_ms()
+        total = finished()
+        oldest = [pipeline.oldest_ms for pipeline in pipelines if pipeline.oldest_ms]
+        if slot.get("state") != State.DRAINING:
+            slot.set(state=max(pipeline.state for pipeline in pipelines))
+        slot.set(
+            progress_ms=min(pipeline.progress_ms for pipeline in pipelines),
+            oldest_ms=min(oldest, default=0),
+            held=sum(pipeline.held_count for pipeline in pipelines),
+            acked_per_second=(total - acked) * 1000 // max(1, now - at),
+            connections=store.connections[0],
+            connections_busy=store.connections[1],
+        )
+        slot.add(conflicts=store.writer.conflicts - conflicts)
+        acked, at, conflicts = total, now, store.writer.conflicts
+
+
+async def _release(streams: list[WorkerStream]) -> None:
+    """Give the names back, so that a successor need not wait for the leases to end."""
+    for stream in streams:
+        if stream.name:
+            try:
+                async with asyncio.timeout(2):
+                    await stream.release()
+            except (StreamUnavailable, Unreachable, TimeoutError) as error:
+                log.warning("The lease of %s ends by itself: %s", stream.name, error)
+                return

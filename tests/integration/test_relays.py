@@ -1,0 +1,110 @@
+"""Two relays number the same network differently: what came by one of them is never compared by seq with the other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+
+from fastworker.store.store import Store
+from tests.property.feeding import batch_of, clear, differences, lawful, settle
+from tests.rig.histories import DIDS, Event, cid_of, fail_over, number
+
+A = DIDS[0]
+POST, LIST, PROFILE = "app.bsky.feed.post", "app.bsky.graph.list", "app.bsky.actor.profile"
+
+
+@pytest.fixture
+async def store(postgres_url: str) -> AsyncIterator[Store]:
+    store = await Store.connect(postgres_url)
+    yield store
+    await store.close()
+
+
+def put(path: str, **record: Any) -> Event:
+    full = {"$type": path.partition("/")[0], "createdAt": "2026-01-01T00:00:00Z", **record}
+    op = {"action": "create", "path": path, "cid": cid_of(full), "record": full}
+    return {"kind": "commit", "repo": A, "bare": False, "ops": [op]}
+
+
+def records(name: str) -> list[Event]:
+    """One of a hot table, one of a cold table, and two that are written again and again."""
+    return [
+        put(f"{POST}/{name}", text=name),
+        put(f"{POST}/same", text=name),
+        put(f"{LIST}/{name}", name=name, purpose="app.bsky.graph.defs#modlist"),
+        put(f"{PROFILE}/self", displayName=name),
+    ]
+
+
+def account(status: str | None) -> Event:
+    return {"kind": "account", "did": A, "active": status is None, "status": status}
+
+
+async def in_orders(store: Store, pg: asyncpg.Connection, events: list[Event], at: int) -> None:
+    """As it happened, backwards, and in two halves changed over; each event alone and all of them at once."""
+    half = len(events) // 2
+    orders = [events, events[::-1], events[half:] + events[:half], events[at:] + events[:at]]
+    for order, size in itertools.product(orders, (1, len(events))):
+        await clear(pg)
+        store.writer.known.clear()
+        store.writer.relays.clear()
+        for start in range(0, len(order), size):
+            await store.write(batch_of(order[start : start + size]))
+        await settle(store)
+        told = await differences(lawful(events), pg)
+        assert told == "no difference", f"{[e['seq'] for e in order]} by {size}: {told}"
+
+
+async def test_an_account_deleted_after_the_failover(store: Store, pg: asyncpg.Connection) -> None:
+    steps = [*records("one"), account("deleted")]
+    await in_orders(store, pg, fail_over(number(steps, bare=False), 4), 4)
+    for table in ("posts", "lists", "fastworker.profiles", "feed_items"):
+        assert await pg.fetchval(f"SELECT count(*) FROM {table}") == 0, table
+    assert await pg.fetchval("SELECT status FROM fastworker.accounts") == "deleted"
+
+
+async def test_an_account_that_came_back_after_the_failover(store: Store, pg: asyncpg.Connection) -> None:
+    steps = [*records("one"), account("deleted"), account(None), *records("two")]
+    await in_orders(store, pg, fail_over(number(steps, bare=False), 5), 5)
+    assert {row[0] for row in await pg.fetch("SELECT text FROM posts")} == {"two"}
+    assert await pg.fetchval("SELECT count(*) FROM posts") == 2
+    assert await pg.fetchval("SELECT name FROM lists") == "two"
+    assert await pg.fetchval("SELECT display_name FROM users") == "two"
+    assert await pg.fetchval("SELECT active FROM fastworker.accounts")
+
+
+async def test_both_relays_tell_of_it(store: Store, pg: asyncpg.Connection) -> None:
+    """The other relay tells the last four events again; then the account goes and comes once more."""
+    steps = [account("takendown"), *records("one"), account("deleted"), account(None), *records("two")]
+    steps += [account("deactivated"), account(None)]
+    await in_orders(store, pg, fail_over(number(steps, bare=False), 7, again=4), 7)
+    assert {row[0] for row in await pg.fetch("SELECT text FROM posts")} == {"two"}
+    assert await pg.fetchval("SELECT active FROM fastworker.accounts")
+
+
+async def test_a_deletion_of_the_only_relay_goes_by_its_seq(store: Store, pg: asyncpg.Connection) -> None:
+    """A repository's own clock does not matter there, nor does it afterwards to what was purged before."""
+    events = [event | {"relay": "a.test"} for event in number([*records("one"), account("deleted")], bare=False)]
+    for event in events[:4]:
+        event["rev"] = "7" + event["rev"][1:]
+    for event in events:
+        await store.write(batch_of([event]))
+    await settle(store)
+    assert await pg.fetchval("SELECT count(*) FROM posts") == 0
+    assert await differences(lawful(events), pg) == "no difference"
+
+
+async def test_what_a_deletion_had_beaten_is_told(store: Store) -> None:
+    events = fail_over(number([account("deleted"), account(None), *records("two")], bare=False), 1)
+    for event in events:
+        written = await store.write(batch_of([event]))
+        assert not written.beaten
+    late = fail_over(number(records("one"), bare=False), 4)
+    for event in late:
+        event["rev"] = "2" + event["rev"][1:]
+        uri = f"at://{A}/{event['ops'][0]['path']}"
+        assert (await store.write(batch_of([event]))).beaten == {uri}

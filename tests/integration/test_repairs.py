@@ -1,0 +1,158 @@
+"""`fastworker repair` between real servers, a running worker and simulated hosts: the tables end equal to the network."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import redis as sync_redis
+from integration.test_settle import comparable, may_be_lost
+
+from fastworker.commands import repairs
+from fastworker.commands.repairs import Wish, repair
+from fastworker.config import Config, parse_config
+from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.event.entry import encode_native
+from fastworker.event.frame import decode_frame
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.simulator.hosts import SimHosts
+from fastworker.simulator.network import Network
+from fastworker.simulator.repo import SimFrame
+from fastworker.sync.hosts import Bounds, Hosts
+from tests.services import Service
+
+STREAM, GROUP, CURSOR = "firehose:events", "firehose-processors", "firehose:python_cursor"
+
+
+class Scene:
+    def __init__(self, network: Network, sim: SimHosts, hosts: Hosts, config: Config, client: sync_redis.Redis) -> None:
+        self.network = network
+        self.sim = sim
+        self.hosts = hosts
+        self.config = config
+        self.client = client
+        self.model = Model()
+        self.lost = 0
+
+    def happen(self, count: int, *, lose: Callable[[int], bool] = lambda _: False) -> None:
+        """Frames onto the stream and the cursor behind them, as the reader does it; some are lost on the way."""
+        for number, frame in enumerate(self.network.frames(count)):
+            if frame.event is None:
+                continue
+            entry_id = self._append(frame, lost=may_be_lost(frame) and lose(number))
+            self.model.apply(frame.event, int(entry_id.partition("-")[0]))
+        self.client.set(CURSOR, self.network.clock.seq)
+        self.sim.settle()
+
+    def _append(self, frame: SimFrame, *, lost: bool) -> str:
+        event = decode_frame(frame.data, "sim.test")
+        fields = [("dropped", "1")] if lost else encode_native(event)  # type: ignore[arg-type]
+        entry_id: bytes = self.client.xadd(STREAM, dict(fields))  # type: ignore[arg-type]
+        if lost:
+            self.lost += 1
+            self.client.xdel(STREAM, entry_id)
+        return entry_id.decode()
+
+    async def repair(self, *dids: str, dry_run: bool = False) -> ExitCode:
+        everybody = [one.did for one in self.network.world.accounts()]
+        return await repair(self.config, Wish(dids or tuple(everybody), dry_run), asyncio.Event(), hosts=self.hosts)
+
+    async def finished(self) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                group: dict[str, Any] = self.client.xinfo_groups(STREAM)[0]  # type: ignore[index]
+                if not group["pending"] and not self.client.xrange(STREAM, b"(" + group["last-delivered-id"], count=1):
+                    return
+                await asyncio.sleep(0.1)
+
+    async def differences(self, pg: asyncpg.Connection) -> str:
+        """Once what is owed is paid."""
+        for _ in range(40):
+            found = compare.diff(comparable(self.model.tables()), comparable(await compare.dump(pg)))
+            if not found:
+                break
+            await asyncio.sleep(0.25)
+        return compare.report(found)
+
+
+@pytest.fixture
+async def scene(redis_url: str, postgres_url: str) -> AsyncIterator[Scene]:
+    network = Network(11, accounts=14, signed=True)
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    bounds = Bounds(idle_s=5, wait_max_s=30)
+    with contextlib.closing(sync_redis.Redis.from_url(redis_url)) as client:
+        async with (
+            SimHosts(network.world) as sim,
+            Hosts(sim.directory.url, own=sim.own, bounds=bounds, rate=lambda _: 100.0) as hosts,
+        ):
+            yield Scene(network, sim, hosts, parse_config(env), client)
+
+
+@pytest.fixture
+def worker(scene: Scene, services: Callable[..., Service], redis_url: str, postgres_url: str) -> Service:
+    scene.client.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    return services(
+        "worker",
+        REDIS_URL=redis_url,
+        DATABASE_URL=postgres_url,
+        FASTWORKER_PROCESSES="1",
+        FASTWORKER_HTTP_PORT="off",
+        FASTWORKER_KEEP_SECONDS="0",
+    )
+
+
+async def test_lost_events_are_repaired_beside_a_running_worker(
+    scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+):
+    scene.happen(900, lose=lambda n: n % 3 == 0)
+    assert scene.lost > 150
+    assert await scene.repair(dry_run=True) == ExitCode.NO  # waits for the worker by itself
+    assert "nothing was written" in capsys.readouterr().out
+    assert compare.diff(comparable(scene.model.tables()), comparable(await compare.dump(pg)))
+    work = asyncio.create_task(scene.repair())
+    scene.happen(300)  # while it is repaired
+    assert await work == ExitCode.DONE
+    words = capsys.readouterr().out
+    assert "rows written" in words
+    await scene.finished()
+    assert await scene.repair() == ExitCode.DONE  # what was lost of accounts that appeared meanwhile
+    assert await scene.differences(pg) == "no difference"
+    assert await scene.repair(dry_run=True) == ExitCode.DONE
+    assert worker.process.poll() is None
+
+
+async def test_one_bad_host_costs_its_accounts_only(
+    scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+):
+    scene.happen(400, lose=lambda n: n % 3 == 0)
+    bad = scene.sim.pdses[0]
+    bad.fail("wrong_key")
+    assert await scene.repair() == ExitCode.NO
+    captured = capsys.readouterr()
+    assert f"{len(bad.accounts)} could not be settled" in captured.out
+    assert captured.err.count("bad_signature") == len(bad.accounts)
+    bad.fail(None)
+    assert await scene.repair() == ExitCode.DONE
+    assert await scene.differences(pg) == "no difference"
+    assert worker.process.poll() is None
+
+
+async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with pytest.raises(ConfigError, match="not a DID"):
+        await scene.repair("alice.test")
+    list(scene.network.frames(5))
+    with pytest.raises(Unreachable, match="holds no cursor"):
+        await scene.repair()
+    scene.happen(20)
+    with pytest.raises(Unreachable, match="no group"):
+        await scene.repair()
+    scene.client.xgroup_create(STREAM, GROUP, "0")
+    monkeypatch.setattr(repairs, "STALL_S", 0.1)
+    with pytest.raises(Unreachable, match="is it running"):
+        await scene.repair()

@@ -1,0 +1,348 @@
+"""Snapshots against the tables: lost events are found and mended, and only the differences are written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from click.testing import CliRunner
+
+from fastworker.cli import cli
+from fastworker.event import Account, Commit, Identity
+from fastworker.event.frame import decode_frame
+from fastworker.event.repository import Repository
+from fastworker.law import compare
+from fastworker.law.model import Model
+from fastworker.simulator import mst
+from fastworker.simulator.cbor import cid_text
+from fastworker.simulator.keys import SigningKey
+from fastworker.simulator.network import Network
+from fastworker.simulator.repo import Repo, SimFrame, car_bytes
+from fastworker.simulator.world import Account as SimAccount
+from fastworker.store.store import Store
+from fastworker.store.stored import open_stored
+from fastworker.sync.settle import Settle, Settled
+from fastworker.table.batch import Batch
+from fastworker.table.mapper import map_commit
+from fastworker.table.snapshot import Snapshot, tid_moment
+from tests.services import run
+
+HOUR = timedelta(hours=1)
+UNTOUCHED = ("com.atproto.label.label", "app.bsky.bookmark")
+
+
+def moment(event: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(event["time"])
+
+
+def batch_of(frames: Iterable[SimFrame]) -> Batch:
+    batch = Batch()
+    for frame in frames:
+        assert frame.event is not None
+        at = moment(frame.event)
+        event = decode_frame(frame.data, "sim.test")
+        if isinstance(event, Commit):
+            batch.put(map_commit(event, int(at.timestamp() * 1000)))
+        elif isinstance(event, Identity):
+            batch.put_identity(event, at)
+        elif isinstance(event, Account):
+            batch.put_account(event, at)
+    return batch
+
+
+def may_be_lost(frame: SimFrame) -> bool:
+    """What a snapshot can mend: commits of records that are no labels and bookmarks."""
+    event = frame.event
+    return (
+        event is not None
+        and event["kind"] == "commit"
+        and not any(op["path"].startswith(UNTOUCHED) for op in event["ops"])
+    )
+
+
+class Scene:
+    """A network whose events are in the tables, but for those that were lost."""
+
+    def __init__(self, network: Network, frames: Sequence[SimFrame], folder: Path, store: Store, url: str) -> None:
+        self.network = network
+        self.frames = [frame for frame in frames if frame.event is not None]
+        self.folder = folder
+        self.store = store
+        self.url = url
+
+    async def deliver(self, lost: float, seed: int = 1) -> int:
+        chance = random.Random(seed)
+        kept = [frame for frame in self.frames if not may_be_lost(frame) or chance.random() >= lost]
+        for start in range(0, len(kept), 500):
+            await self.store.write(batch_of(kept[start : start + 500]))
+        return len(self.frames) - len(kept)
+
+    def snapshot(self, account: SimAccount, *, seq: int | None = None) -> tuple[Path, Snapshot]:
+        root, blocks = account.repo.export()
+        path = self.folder / f"{account.number}.car"
+        path.write_bytes(car_bytes(root, blocks))
+        rev = account.repo.rev or ""
+        taken_at = tid_moment(rev)
+        assert taken_at is not None
+        return path, Snapshot(account.did, rev, self.network.clock.seq if seq is None else seq, taken_at + HOUR)
+
+    async def settle(self, *, dry_run: bool = False) -> list[Settled]:
+        async with open_stored(self.url) as stored:
+            settle = Settle(stored, None if dry_run else self.store)
+            found = []
+            for account in self.network.world.accounts():
+                path, snapshot = self.snapshot(account)
+                with Repository(path) as repository:
+                    found.append(await settle.settle(repository, snapshot))
+            return found
+
+    def expected(self) -> compare.Tables:
+        model = Model()
+        for frame in self.frames:
+            assert frame.event is not None
+            model.apply(frame.event, int(moment(frame.event).timestamp() * 1000))
+        return comparable(model.tables())
+
+
+def comparable(tables: compare.Tables) -> compare.Tables:
+    """Without the version of a row: a mended one has the snapshot's. Users who were only named by a lost event that
+    nothing is left of are known to nobody."""
+    return {
+        table: [{name: value for name, value in row.items() if not name.startswith("commit_")} for row in rows]
+        for table, rows in tables.items()
+        if table not in ("users", "fastworker.accounts")
+    }
+
+
+async def differences(scene: Scene, pg: asyncpg.Connection) -> str:
+    while await scene.store.maintain(owed_age_s=0):
+        pass
+    return compare.report(compare.diff(scene.expected(), comparable(await compare.dump(pg))))
+
+
+@pytest.fixture
+async def store(postgres_url: str) -> AsyncIterator[Store]:
+    store = await Store.connect(postgres_url)
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def scene(store: Store, postgres_url: str, tmp_path: Path) -> Scene:
+    network = Network(7, accounts=14, signed=True)
+    return Scene(network, list(network.frames(1_500)), tmp_path, store, postgres_url)
+
+
+async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection):
+    lost = await scene.deliver(0.4)
+    assert lost > 300
+    assert await differences(scene, pg) != "no difference"
+    looked = await scene.settle(dry_run=True)
+    found = await scene.settle()
+    assert [one.differences for one in found] == [one.differences for one in looked]
+    assert sum(one.missing.total() for one in found) > 100
+    assert sum(one.extra.total() for one in found) > 3
+    assert await differences(scene, pg) == "no difference"
+    again = await scene.settle()
+    assert sum(one.differences for one in again) == 0, [one.examples for one in again if one.examples]
+
+
+async def test_lost_events_of_an_adversarial_network(
+    store: Store, postgres_url: str, tmp_path: Path, pg: asyncpg.Connection
+):
+    """Twins, churn, records that come again. Without events that are not what the repository says (an action that is
+    none, a block that is missing), and without records that cannot be stored where an earlier version could.
+
+    Dates of keys that lie in the past are judged by them, as the law says for snapshots."""
+    weights = dict.fromkeys(("account", "lost", "bad_block", "bad_action", "bad_path", "odd"), 0.0)
+    network = Network(5, mix="adversarial", accounts=8, history=0, signed=True, weights=weights)
+    scene = Scene(network, list(network.frames(1_200)), tmp_path, store, postgres_url)
+    assert await scene.deliver(0.3) > 100
+    assert sum(one.differences for one in await scene.settle()) > 100
+    again = await scene.settle()
+    assert sum(one.differences for one in again) == 0, [one.examples for one in again if one.examples]
+    dates = {"created_at", "indexed_at", "sort_at", "verified_at"}
+    found = compare.diff(scene.expected(), comparable(await compare.dump(pg)))
+    held = {cid_text(cid) for one in network.world.accounts() for _, cid in mst.items(one.repo.root)}
+    wrong = [one for one in found if one.column not in dates and _cid(one) in (None, *held)]
+    assert compare.report(wrong) == "no difference"
+
+
+def _cid(difference: compare.Difference) -> str | None:
+    """Of the record that a missing row is of. One that the repository has no more, under a later version that cannot
+    be stored (an item in another account's list), is a matter of events alone."""
+    rows = [row for row in (difference.expected, difference.found) if isinstance(row, dict)]
+    return rows[0].get("cid") if rows else None
+
+
+async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(scene: Scene, pg: asyncpg.Connection):
+    """Taken in the middle, settled after everything: then only what is older than it may change."""
+    early = Network(7, accounts=14, signed=True)  # the same world, earlier
+    list(early.frames(700))
+    await scene.deliver(0)
+    late = Scene(early, (), scene.folder, scene.store, scene.url)
+    found = await late.settle()
+    assert sum(one.records for one in found) > 200
+    assert [one.examples for one in found if one.differences] == []
+    assert await differences(scene, pg) == "no difference"
+
+
+async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection):
+    """Rows without a version: the API's, which may be younger than the snapshot, or what an earlier system left."""
+    await scene.deliver(0)
+    account = next(one for one in scene.network.world.accounts() if len(one.live) > 10)
+    path, snapshot = scene.snapshot(account)
+    for rkey, age in (("young", timedelta(minutes=9)), ("old", timedelta(minutes=11))):
+        await pg.execute(
+            "INSERT INTO posts (uri, cid, author_did, text, created_at, indexed_at) VALUES ($1, 'c', $2, '', $3, $3)",
+            f"at://{account.did}/app.bsky.feed.post/{rkey}",
+            account.did,
+            snapshot.taken_at - age,
+        )
+        await pg.execute(
+            "INSERT INTO lists (uri, cid, creator_did, name, purpose, created_at, indexed_at) "
+            "VALUES ($1, 'c', $2, '', '', $3, $3)",
+            f"at://{account.did}/app.bsky.graph.list/{rkey}",
+            account.did,
+            snapshot.taken_at - age,
+        )
+    async with open_stored(scene.url) as stored:
+        with Repository(path) as repository:
+            found = await Settle(stored, scene.store).settle(repository, snapshot)
+    assert found.extra == {"posts": 1, "lists": 1}
+    left = await pg.fetch("SELECT uri FROM posts WHERE cid = 'c' UNION ALL SELECT uri FROM lists WHERE cid = 'c'")
+    assert sorted(row[0].rpartition("/")[2] for row in left) == ["young", "young"]
+
+
+async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection):
+    account = next(one for one in scene.network.world.accounts() if len(one.live) > 10)
+    path, snapshot = scene.snapshot(account)
+
+    async def settle(**changed: Any) -> Settled:
+        async with open_stored(scene.url) as stored:
+            with Repository(path) as repository:
+                return await Settle(stored, scene.store).settle(
+                    repository, Snapshot(**{f: getattr(snapshot, f) for f in snapshot.__struct_fields__} | changed)
+                )
+
+    assert (await settle()).missing.total() > 10
+    assert "older than what is stored" in ((await settle(rev="3aaaaaaaaaaaa")).refused or "")
+    await pg.execute(
+        "INSERT INTO fastworker.accounts (did, active, event_at, deleted_seq) VALUES ($1, true, now(), $2)",
+        account.did,
+        snapshot.seq,
+    )
+    assert (await settle()).refused is None
+    assert "was deleted" in ((await settle(seq=snapshot.seq - 1)).refused or "")
+    await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'x') ON CONFLICT DO NOTHING", account.did)
+    await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", account.did)
+    assert "does not want" in ((await settle()).refused or "")
+
+
+async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path):
+    """Thousands of rows, and a repository that holds one record: the others go, in pieces."""
+    did = "did:plc:" + "g" * 24
+    repo = Repo(did, key=SigningKey("gone"))
+    for start in range(0, 4_200, 200):
+        paths = [f"app.bsky.graph.follow/{n:05}" for n in range(start, start + 200)]
+        frames = [repo.commit([("create", path, follow(path)) for path in paths])]
+        await scene.store.write(batch_of(frames))
+    repo.commit([("delete", f"app.bsky.graph.follow/{n:05}", None) for n in range(4_199)])
+    root, blocks = repo.export()
+    (tmp_path / "gone.car").write_bytes(car_bytes(root, blocks))
+    async with open_stored(scene.url) as stored:
+        with Repository(tmp_path / "gone.car") as repository:
+            taken_at = tid_moment(repo.rev or "")
+            assert taken_at is not None
+            snapshot = Snapshot(did, repo.rev or "", repo.clock.seq, taken_at)
+            found = await Settle(stored, scene.store).settle(repository, snapshot)
+    assert (found.extra, found.records, found.written) == ({"follows": 4_199}, 1, 4_199)
+    assert await pg.fetchval("SELECT count(*) FROM follows WHERE follower_did = $1", did) == 1
+
+
+def follow(path: str) -> dict[str, Any]:
+    subject = f"did:plc:{path[-5:].translate(str.maketrans('0123456789', 'abcdefghij')):a>24}"
+    return {"$type": "app.bsky.graph.follow", "subject": subject, "createdAt": "2026-07-01T00:00:00Z"}
+
+
+async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(scene: Scene, pg: asyncpg.Connection):
+    """Rows that are older than the deletion, and equal, get the snapshot's version: the purge lets them be."""
+    await scene.deliver(0)
+    account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
+    path, snapshot = scene.snapshot(account)
+    before = await pg.fetchval("SELECT count(*) FROM likes WHERE user_did = $1", account.did)
+    assert before
+    await pg.execute(
+        "INSERT INTO fastworker.accounts (did, active, event_at, deleted_seq, purge_pending) VALUES ($1, true, now(), $2, "
+        "true) ON CONFLICT (did) DO UPDATE SET deleted_seq = excluded.deleted_seq, purge_pending = true",
+        account.did,
+        snapshot.seq,
+    )
+    async with open_stored(scene.url) as stored:
+        with Repository(path) as repository:
+            found = await Settle(stored, scene.store).settle(repository, snapshot)
+    assert found.different["likes"] >= before  # and those that wait in the shadow of a twin
+    while await scene.store.maintain(owed_age_s=0):
+        pass
+    assert await pg.fetchval("SELECT count(*) FROM likes WHERE user_did = $1", account.did) == before
+
+
+async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection):
+    await scene.settle()
+    assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") > 0
+    await pg.execute("TRUNCATE posts, likes, reposts, follows, notifications, fastworker.versions")
+    async with open_stored(scene.url) as stored:
+        for account in scene.network.world.accounts():
+            path, snapshot = scene.snapshot(account)
+            later = Snapshot(snapshot.did, snapshot.rev, snapshot.seq, snapshot.taken_at + timedelta(days=2))
+            with Repository(path) as repository:
+                await Settle(stored, scene.store).settle(repository, later)
+    assert await pg.fetchval("SELECT count(*) FROM notifications") > 0
+    assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") == 0
+
+
+async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection):
+    await scene.deliver(0)
+    account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
+    done = await asyncio.to_thread(run, "export", account.did, DATABASE_URL=scene.url)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    uris = [line["uri"] for line in lines]
+    held = [f"at://{account.did}/{key.decode()}" for key, _ in mst.items(account.repo.root)]
+    assert uris == [uri for uri in held if not uri.split("/")[3].startswith(UNTOUCHED)]
+    embeds = {line["uri"]: line["embed"] for line in lines if line["table"] == "posts"}
+    for uri, text in await pg.fetch("SELECT uri, embed FROM posts WHERE author_did = $1", account.did):
+        assert embeds[uri] == json.loads(text or "null")
+    nobody = await asyncio.to_thread(run, "export", "did:plc:" + "y" * 24, DATABASE_URL=scene.url)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+
+
+def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DATABASE_URL", scene.url)
+    for account in scene.network.world.accounts():
+        scene.snapshot(account)
+
+    def importing(*args: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli, ["import", *args], standalone_mode=False, catch_exceptions=False)
+        return int(done.return_value or 0), done.output
+
+    code, words = importing(str(scene.folder), "--dry-run")
+    assert code == 1
+    assert "nothing was written" in words
+    code, words = importing(str(scene.folder))
+    assert code == 0, words
+    assert "rows written" in words
+    code, words = importing(str(scene.folder), "--dry-run")
+    assert (code, "no difference" in words) == (0, True), words
+    bad = scene.folder / "bad.car"
+    bad.write_bytes(next(scene.folder.glob("*.car")).read_bytes()[:-1])
+    code, words = importing(str(bad))
+    assert code == 1
+    assert "bad_car" in words

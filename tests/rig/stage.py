@@ -1,0 +1,351 @@
+"""The whole pipeline on a stage of its own: real PostgreSQL and Valkey, the simulated relay, reader and worker.
+
+What plays on it is somebody else's (`chaos`, `soak`); here is what must be so afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import asyncpg
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import BusyLoadingError, ResponseError
+from yarl import URL
+
+from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
+from fastworker.errors import ExitCode
+from fastworker.law import compare
+from fastworker.law.model import Event, Model
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import SimFrame
+from fastworker.store.migrate import migrate
+from fastworker.store.store import Store
+from tests.rig.proxy import Proxy
+
+KEY, GROUP = "firehose:events", "firehose-processors"
+LEDGER, LETTERS, CURSOR = "fastworker:ledger", "firehose:dead-letters", "firehose:python_cursor"
+_UNEXPECTED = re.compile(r"^Traceback|\bCRITICAL\b|our bug", re.MULTILINE)
+_READY = re.compile(r"(\S+) \(pid (\d+)\) is ready")
+
+
+class Command:
+    """A `fastworker` command in a process of its own, started again and again; each life has a log."""
+
+    def __init__(self, name: str, folder: Path, env: dict[str, str]) -> None:
+        self.name = name
+        self._folder = folder
+        self._env = env
+        self._lives = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._kills = 0  # of children, by us
+        self._asked = False  # to end, by us
+        self._crashpoint = ""
+        self.crashes: Counter[str] = Counter()
+
+    @property
+    def log(self) -> Path:
+        return self._folder / f"{self.name}-{self._lives:03d}.log"
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self, crashpoint: str = "") -> None:
+        self._lives += 1
+        self._kills = 0
+        self._asked = False
+        self._crashpoint = crashpoint
+        env = {**self._env, **({"FASTWORKER_CRASHPOINT": crashpoint} if crashpoint else {})}
+        with self.log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "fastworker",
+                self.name,
+                env=env,
+                stdout=log,
+                stderr=log,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+
+    def tell(self, number: signal.Signals) -> None:
+        if self._process is not None and self.is_running:
+            self._process.send_signal(number)
+
+    async def end(self, how: signal.Signals) -> int:
+        """The exit code, negative for a signal."""
+        assert self._process is not None
+        self._asked = True
+        self.tell(how)
+        try:
+            async with asyncio.timeout(25):
+                code = await self._process.wait()
+        except TimeoutError:
+            self.tell(signal.SIGKILL)
+            code = await self._process.wait()
+        if self.has_crashed:
+            self.crashes[self._crashpoint.partition(":")[0]] += 1
+        return code
+
+    def why_ended(self) -> list[str]:
+        """What is wrong with an end that nobody asked for. At its start a command may give up on a server: code 3."""
+        if self._asked or self._process is None or self._process.returncode in (None, ExitCode.UNREACHABLE):
+            return []
+        return [f"{self.name} ended by itself with {self._process.returncode}: {self.log}"]
+
+    def bugs(self) -> list[str]:
+        """Logs of all its lives that tell of what was never expected: a child that ended so is started again."""
+        logs = sorted(self._folder.glob(f"{self.name}-*.log"))
+        return [f"Unexpected: {log}" for log in logs if _UNEXPECTED.search(log.read_text(errors="replace"))]
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether this life's crash point was passed."""
+        return bool(self._crashpoint) and self._died() > self._kills
+
+    def _died(self) -> int:
+        return self.log.read_text(errors="replace").count("was killed by SIGKILL")
+
+    def children(self) -> list[int]:
+        if self._process is None or not self.is_running:
+            return []
+        pid = self._process.pid
+        with contextlib.suppress(OSError):
+            return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return []
+
+    def tell_child(self, which: float, number: signal.Signals) -> None:
+        if children := self.children():
+            if number is signal.SIGKILL:
+                self._kills += 1
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(children[int(which * len(children))], number)
+
+    def processes(self) -> dict[str, int]:
+        """The pids of those that live, by the names that the log gives them."""
+        if self._process is None or not self.is_running:
+            return {}
+        children = set(self.children())
+        named = {name: int(pid) for name, pid in _READY.findall(self.log.read_text(errors="replace"))}
+        return {self.name if not children else "supervisor": self._process.pid} | {
+            name: pid for name, pid in named.items() if pid in children
+        }
+
+
+class Stage:
+    """`async with` starts the servers and the relay; reader and worker are the caller's to start.
+
+    `proxied`: both go through proxies that can be told to misbehave. `folder` None: a temporary one, gone afterwards.
+    """
+
+    proxies: dict[str, Proxy]
+    reader: Command
+    worker: Command
+    redis: Redis
+
+    def __init__(
+        self,
+        source: Iterable[SimFrame],
+        *,
+        rate: float,
+        window: int,
+        folder: Path | None = None,
+        proxied: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="fw-stage-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.postgres = EmbeddedPostgres(self.folder / "postgres", port=free_port())
+        self.redis_server = EmbeddedRedis(self.folder / "redis", port=free_port())
+        self.relay = SimRelay(source, rate=rate, window=window, start="oldest", wait_for_client=True)
+        self._is_ours = folder is None
+        self._proxied = proxied
+        self._env = env or {}
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._begin()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _begin(self) -> None:
+        enter = self._stack.enter_async_context
+        if self._is_ours:
+            self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._stack.enter_context(self.postgres)
+        self._stack.enter_context(self.redis_server)
+        await migrate(self.postgres.url)
+        await enter(self.relay)
+        urls = {
+            name: URL(url)
+            for name, url in (
+                ("postgres", self.postgres.url),
+                ("redis", self.redis_server.url),
+                ("relay", self.relay.url),
+            )
+        }
+        if self._proxied:
+            self.proxies = {name: await enter(Proxy((url.host or "", url.port or 0))) for name, url in urls.items()}
+            urls = {name: url.with_port(self.proxies[name].port) for name, url in urls.items()}
+        env = self._env = {name: value for name, value in os.environ.items() if not name.startswith("FASTWORKER_")} | {
+            "REDIS_URL": str(urls["redis"]),
+            "DATABASE_URL": str(urls["postgres"]),
+            "RELAY_URL": str(urls["relay"]),
+            "FASTWORKER_HTTP_PORT": "off",
+            "FASTWORKER_RESOLVE_HANDLES": "off",
+            **self._env,
+        }
+        self.redis = Redis.from_url(
+            self.redis_server.url, retry=Retry(ExponentialBackoff(), 8), retry_on_error=[BusyLoadingError]
+        )
+        self._stack.push_async_callback(self.redis.aclose)
+        self.reader = Command("reader", self.folder, env)
+        self.worker = Command("worker", self.folder, env)
+        self._stack.push_async_callback(self._stop_all)
+
+    async def _stop_all(self) -> None:
+        for command in (self.reader, self.worker):
+            for child in command.children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGCONT)
+            if command.is_running:
+                await command.end(signal.SIGKILL)
+
+    # --- what is so now
+
+    async def added(self) -> int:
+        """Entries that were ever put on the stream."""
+        return int((await self.redis.xinfo_stream(KEY))["entries-added"])
+
+    async def ledger(self) -> dict[str, int]:
+        found: dict[bytes, bytes] = await self.redis.hgetall(LEDGER)  # type: ignore[assignment]
+        return {name.decode(): int(value) for name, value in found.items()}
+
+    async def pending(self) -> int:
+        """-1 while the group is not there (again)."""
+        try:
+            return int((await self.redis.xpending(KEY, GROUP))["pending"])
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            return -1
+
+    async def keep_running(self) -> list[str]:
+        """Start what has ended; what is wrong with how it did."""
+        problems = []
+        for command in (self.worker, self.reader):
+            if not command.is_running:
+                problems += command.why_ended()
+                await command.start()
+        return problems
+
+    # --- what must be so in the end
+
+    async def settle(self, last_seq: Callable[[], int], limit_s: float) -> list[str]:
+        """Wait until everything up to `last_seq` is on the stream and has ended; what is wrong if it gets nowhere.
+
+        `last_seq` is asked again each time: until the source is exhausted, there may be more. `limit_s` is the longest
+        time in which nothing ends: how long a backlog takes is the machine's business.
+        """
+        loop = asyncio.get_running_loop()
+        state, problems, most = "", [], -1
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                while True:
+                    problems += await self.keep_running()
+                    last, is_all = last_seq(), self.relay.exhausted
+                    cursor = int(await self.redis.get(CURSOR) or 0)
+                    added, ended, pending = await self.added(), ended_in(await self.ledger()), await self.pending()
+                    state = f"cursor {cursor} of {last}, {added} entries, {ended} ended, {pending} pending"
+                    if is_all and cursor >= last and ended >= added and not pending:
+                        return problems
+                    if ended > most:
+                        most = ended
+                        limit.reschedule(loop.time() + limit_s)
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            return [*problems, f"Not settled, and nothing ended for {limit_s:g} s: {state}"]
+
+    async def stop(self) -> list[str]:
+        """Both commands in good order; what is wrong with how they ended."""
+        return [
+            f"{command.name} ended with {code}: {command.log}"
+            for command in (self.reader, self.worker)
+            if (code := await command.end(signal.SIGTERM)) != 0
+        ]
+
+    async def unbalanced(self, expected: int, letters: dict[str, int]) -> list[str]:
+        """Whether each of the `expected` entries is there and has ended once, and only `letters` were set aside."""
+        problems = []
+        entries, ledger = await self.added(), await self.ledger()
+        if entries != expected:
+            problems.append(f"{entries} entries were put on the stream for {expected} events")
+        if (ended := ended_in(ledger)) != entries:
+            problems.append(f"The ledger knows the end of {ended} of {entries} entries: {ledger}")
+        found: Any = await self.redis.xrange(LETTERS)
+        reasons = Counter(fields[b"reason"].decode() for _, fields in found)
+        if reasons != Counter(letters):
+            problems.append(f"The dead letters hold {dict(reasons)}; they should hold {letters}")
+        if pending := await self.pending():
+            problems.append(f"{pending} entries are pending")
+        if (unaccounted := await self._unaccounted()) != 0:
+            problems.append(f"`fastworker status` says that {unaccounted} entries are unaccounted for")
+        return problems
+
+    async def _unaccounted(self) -> int | None:
+        """What an operator would see."""
+        command = [sys.executable, "-m", "fastworker", "status", "--json"]
+        process = await asyncio.create_subprocess_exec(*command, env=self._env, stdout=asyncio.subprocess.PIPE)
+        said, _ = await process.communicate()
+        return json.loads(said)["unaccounted_entries"] if process.returncode == 0 else None
+
+    async def different(self, events: Iterable[Event]) -> list[str]:
+        """How the tables differ from what the model of the state law makes of the events."""
+        store = await Store.connect(self.postgres.url)
+        while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
+            pass
+        await store.close()
+        model = Model()
+        for event in events:
+            model.apply(event)
+        expected = model.tables()
+        differences = []
+        connection = await asyncpg.connect(self.postgres.url, timeout=10)
+        try:
+            for table in list(expected):  # one at a time: a long run has millions of rows
+                found = await compare.dump(connection, [table])
+                differences += compare.diff({table: expected.pop(table)}, found)
+        finally:
+            await connection.close(timeout=10)
+        return [compare.report(differences)] if differences else []
+
+
+def ended_in(ledger: dict[str, int]) -> int:
+    return sum(count for name, count in ledger.items() if not name.startswith("drop:"))
+
+
+def is_entry(frame: SimFrame) -> bool:
+    """Whether the reader puts it on a JSON stream."""
+    event = frame.event
+    return event is not None and event["kind"] != "sync" and (event["kind"] != "commit" or bool(event["ops"]))
