@@ -8,8 +8,11 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Coroutine, Iterable
@@ -20,9 +23,9 @@ import click
 import msgspec
 
 import fastworker
-from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config
-from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
-from fastworker.redact import redact
+from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
+from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.redact import printable, printable_lines, redact
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from fastworker.monitor.monitor import MonitorSettings
     from fastworker.monitor.page import HttpSettings
     from fastworker.reader.reader import ReaderSettings
+    from fastworker.reader.start import Start
     from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
@@ -48,8 +52,36 @@ _COMPLETION: Final = (
 )
 
 
+def _env_file(ctx: click.Context, _option: click.Parameter, paths: tuple[Path, ...]) -> None:
+    """What the environment itself does not set comes from the files, the last one first."""
+    from fastworker.config import read_env_file
+
+    from_files: set[str] = ctx.meta.setdefault("names of env files", set())
+    for path in paths:
+        for name, value in read_env_file(path).items():
+            if name in from_files or not os.environ.get(name, "").strip():
+                os.environ[name] = value
+                from_files.add(name)
+
+
+_ENV_FILE: Final = click.Option(
+    ["--env-file"],
+    type=click.Path(path_type=Path),
+    multiple=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_env_file,
+    metavar="FILE",
+    help="Settings as NAME=value lines; the environment goes before them. May be repeated: the last one wins.",
+)
+
+
 class _Command(click.Command):
     """A command whose help ends with the environment variables that it reads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_ENV_FILE)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(ctx, formatter)
@@ -65,6 +97,10 @@ class _Command(click.Command):
 
 class _Group(click.Group):
     command_class = _Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_ENV_FILE)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         formatter.write_paragraph()
@@ -85,6 +121,8 @@ def _config() -> Config:
 
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
+    for remark in remarks(os.environ):
+        logging.getLogger(__name__).info("%s", remark)
     return config
 
 
@@ -172,12 +210,38 @@ def _http_settings(config: Config, default: int) -> HttpSettings:
 
     port = default if config.http_port is None else config.http_port
     return HttpSettings(
-        host=config.http_host, port=None if port == "off" else port, chosen=config.http_port is not None
+        host=config.http_host,
+        port=None if port == "off" else port,
+        chosen=config.http_port is not None,
+        names=config.http_hosts,
     )
 
 
+class _Place(click.ParamType):  # type: ignore[type-arg]
+    name = "live|oldest|SEQ"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Start:
+        if value in ("live", "oldest"):
+            return value  # type: ignore[no-any-return]
+        if not re.fullmatch(r"\d{1,16}", str(value), re.ASCII) or int(value) >= 2**53:
+            self.fail(f"{value!r} is neither live nor oldest nor the seq of an event", param, ctx)
+        return int(value)
+
+
+_FROM: Final = click.option(
+    "--from",
+    "start",
+    type=_Place(),
+    metavar="live|oldest|SEQ",
+    help="Begin there, whatever the stored cursor says: at the relay's tip, with the oldest event that it has, or with "
+    "this one. What is passed over is recorded as a gap. For one start: a service that has it for good begins there "
+    "after every restart.",
+)
+
+
 @cli.command()
-def reader() -> ExitCode:
+@_FROM
+def reader(start: Start | None) -> ExitCode:
     """Read the relay's firehose onto the Redis stream.
 
     Resumes from the cursor in Redis; a second reader waits until the first one is gone. SIGTERM ends it after what was
@@ -186,11 +250,14 @@ def reader() -> ExitCode:
     from fastworker.commands.check import preflight
     from fastworker.monitor.reader_port import serve_reader
     from fastworker.process.signals import stop_on_signals
+    from fastworker.reader.start import begin_at
 
     config = _config()
 
     async def main() -> None:
         await preflight(config, database_url=None)
+        if start is not None:
+            await begin_at(_reader_settings(config), start, database_url=config.database_url)
         with stop_on_signals() as stop:
             await serve_reader(
                 _reader_settings(config),
@@ -221,8 +288,10 @@ def worker(reapply: str | None) -> ExitCode:
     config = _config()
     plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
+        from fastworker.commands.check import preflight
         from fastworker.commands.reapply import reapply as run_reapply
 
+        _run(preflight(config, database_url=config.database_url))
         return _run(run_reapply(plan.worker, reapply))
     from fastworker.commands.up import run_worker
 
@@ -312,7 +381,7 @@ def health(*, live: bool) -> ExitCode:
         raise ConfigError("FASTWORKER_HTTP_PORT is 0 or off: `fastworker health` needs a port that it can know")
     ports = [WORKER_PORT, READER_PORT] if config.http_port is None else [int(config.http_port)]
     well, words = _run(ask_health(config.http_host, ports, "/livez" if live else "/readyz"))
-    click.echo(words, err=not well)
+    click.echo(printable_lines(words), err=not well)
     return ExitCode.DONE if well else ExitCode.NO
 
 
@@ -502,10 +571,15 @@ def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
 @_IDS
 @_REASON
 @_ALL
-def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> ExitCode:
+@click.option("--yes", is_flag=True, help="Do not ask before --all.")
+def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool, yes: bool) -> ExitCode:
     """Delete dead letters for good."""
     from fastworker.commands.dlq import purge_letters
 
+    if everything and not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("--all deletes every dead letter for good: add --yes where nobody can be asked.")
+        click.confirm("Delete every dead letter for good?", abort=True)
     return _run(purge_letters(_config(), _wanted(ids, reason, everything=everything)))
 
 
@@ -582,12 +656,20 @@ def relay(
                 on_ready=lambda sim: click.echo(f"RELAY_URL={sim.url}"),
             )
 
-    _run(main())
+    try:
+        _run(main())
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Unreachable(f"Port {port} of {host} is in use: give --port another one, or 0") from error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) or isinstance(error, socket.gaierror):
+            raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
+        raise
     return ExitCode.DONE
 
 
 @cli.command()
-def up() -> ExitCode:
+@_FROM
+def up(start: Start | None) -> ExitCode:
     """Reader and worker together, with embedded servers.
 
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
@@ -598,7 +680,7 @@ def up() -> ExitCode:
     config = _config()
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
-    return run_up(config, lambda config: _plan(config, "up", with_reader=True))
+    return run_up(config, lambda config: _plan(config, "up", with_reader=True), start)
 
 
 @cli.command()
@@ -641,7 +723,7 @@ def _main() -> int:
     except BaseExceptionGroup as group:
         return _group(group)
     except Exception:  # noqa: BLE001 - the last line: what is not ours to explain gets a traceback
-        sys.stderr.write(redact(traceback.format_exc()))
+        sys.stderr.write(printable_lines(redact(traceback.format_exc())))
         return ExitCode.BUG
 
 
@@ -649,7 +731,7 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
     """Of several errors at once, one of ours says why; its siblings were cancelled for its sake."""
     ours, others = group.split((FastworkerError, StreamUnavailable, StoreUnavailable))
     if ours is None or others is not None:
-        sys.stderr.write(redact("".join(traceback.format_exception(group))))
+        sys.stderr.write(printable_lines(redact("".join(traceback.format_exception(group)))))
         return ExitCode.BUG
     first: BaseException = ours
     while isinstance(first, BaseExceptionGroup):
@@ -658,5 +740,5 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
 
 
 def _say(error: BaseException, code: ExitCode) -> int:
-    sys.stderr.write(f"fastworker: {redact(str(error))}\n")
+    sys.stderr.write(f"fastworker: {printable(redact(str(error)))}\n")
     return code

@@ -11,14 +11,17 @@ A variable of the predecessor keeps its name and meaning, names that are not our
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
+from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.redact import redact
 from fastworker.table import derive as derived
@@ -28,36 +31,32 @@ WORKER_PORT: Final = 9400
 READER_PORT: Final = 9401
 
 
+_MAY_BE_SECRET: Final = re.compile(r"(?i)@|://:|://[^/]*:[^/:]{6}|pass|pwd|secret|token")
+"""Also a user name and something longer than a port, without the @ and the host that should follow."""
+
+
 def _shown(name: str, text: str) -> str:
-    """A refused value for a message. It may be a malformed URL, so everything before an @ may be a password."""
-    if re.search(r"PASS|SECRET|TOKEN", name):
+    """A refused value for a message; hidden whole where any part may be a password, as in a malformed URL."""
+    if re.search(r"PASS|SECRET|TOKEN", name) or _MAY_BE_SECRET.search(text):
         return "'***'"
-    redacted = redact(text)
-    if "@" in text and ":***@" not in redacted:
-        redacted = f"***@{redacted.rpartition('@')[2]}"
-    return repr(redacted)
+    return repr(redact(text))
 
 
 # Readers of one value: text to something that msgspec checks further. ValueError says what is wrong.
 
 
-def _url(schemes: tuple[str, ...], *, host_in_query: bool = False) -> Callable[[str], str]:
-    allowed = " or ".join(f"{scheme}://" for scheme in schemes)
-
+def _url(*schemes: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         scheme, separator, rest = text.partition("://")
         if not separator or scheme.lower() not in schemes:
-            raise ValueError(f"it must start with {allowed}")
+            raise ValueError(f"it must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
         try:
             parts = urlsplit(text)
             _ = parts.port  # raises where it is not a number from 0 to 65535
         except ValueError:
-            raise ValueError(
-                "its host or port cannot be read (a password with reserved characters must be percent-encoded)"
-            ) from None
-        local = scheme.lower() == "unix" or (host_in_query and ("host" in parse_qs(parts.query)))
-        if not (parts.hostname or local) or (scheme.lower() == "unix" and not parts.path.strip("/")):
-            raise ValueError("it names no host" if scheme.lower() != "unix" else "it names no socket path")
+            raise ValueError(f"its host or port cannot be read ({urls.ENCODE})") from None
+        if not parts.hostname:
+            raise ValueError("it names no host")
         if re.search(r"\s", rest):
             raise ValueError("it contains white space")
         return text
@@ -65,10 +64,16 @@ def _url(schemes: tuple[str, ...], *, host_in_query: bool = False) -> Callable[[
     return read
 
 
-_redis_url: Final = _url(("redis", "rediss", "unix"))
-_database_url: Final = _url(("postgresql", "postgres"), host_in_query=True)
-_http_url: Final = _url(("https", "http"))
-_relay_url: Final = _url(("wss", "ws", "https", "http"))
+_http_url: Final = _url("https", "http")
+_relay_url: Final = _url("wss", "ws", "https", "http")
+
+
+def _redis_url(text: str) -> str:
+    return urls.redis(text).url
+
+
+def _database_url(text: str) -> str:
+    return urls.postgres(text).url
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -153,6 +158,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "each host has a cursor of its own.",
             read=_relay_urls,
             allowed="wss:// or ws:// URLs or bare hosts, comma-separated",
+            in_file="allowed",
         ),
     ] = ("wss://bsky.network",)
     redis_url: Annotated[
@@ -163,6 +169,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Redis 6.2 or newer, or Valkey. `up` starts an embedded server when it is not set.",
             read=_redis_url,
             allowed="redis://, rediss:// (TLS, verified) or unix:// URL",
+            in_file="allowed",
         ),
     ] = "redis://localhost:6379"
     stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = (
@@ -235,7 +242,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "PostgreSQL 14 or newer. `up` starts an embedded server when it is not set. The reader may do without: it "
             "asks for its cursor there when Redis has lost it. The other commands require it.",
             read=_database_url,
-            allowed="postgresql:// URL; a socket directory as `postgresql:///name?host=/directory`",
+            allowed="postgresql:// URL or libpq's `host=... dbname=...`; a socket directory as "
+            "`postgresql:///name?host=/directory`",
+            in_file="allowed",
         ),
     ] = None
     pool_size: Annotated[
@@ -325,6 +334,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Address that the port listens on; in a container 0.0.0.0. There is no password: keep it inside.",
         ),
     ] = "127.0.0.1"
+    http_hosts: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_HTTP_HOSTS",
+            "reader worker up",
+            "More names that the status page and /status.json answer to, such as that of a Kubernetes service or an "
+            "ingress (`*`: any). Without it: addresses, localhost and the host's own name, so that no web site can "
+            "read them through a visitor's browser. /metrics, /livez and /readyz answer to every name.",
+            read=_words,
+            allowed="host names without port, comma-separated, or *",
+            default="none",
+        ),
+    ] = ()
     home: Annotated[
         str | None,
         _env(
@@ -451,6 +473,8 @@ class Variable(msgspec.Struct, frozen=True):
     default: str
     meaning: str
     used_by: tuple[str, ...]
+    in_file: bool
+    """It may be read from the file that `<name>_FILE` names."""
 
     def is_used_by(self, command: str) -> bool:
         return command in self.used_by or "*" in self.used_by
@@ -490,6 +514,7 @@ def _declared() -> tuple[Variable, ...]:
                 default=extra.get("default") or _default_in_words(field.default),
                 meaning=described.description or "",
                 used_by=extra["used_by"],
+                in_file="in_file" in extra,
             )
         )
     return tuple(variables)
@@ -510,27 +535,95 @@ def _value(variable: Variable, text: str) -> Any:
     ) from None
 
 
+def is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes (of a service called fastworker...) or Docker (of a link) has set this, not an operator."""
+    number = r"PORT_\d+_(TCP|UDP|SCTP)"
+    return any(
+        re.fullmatch(rf"FASTWORKER(_[A-Z0-9]+)*_{shape}", name) and re.fullmatch(text, value)
+        for shape, text in (
+            ("SERVICE_HOST", r"[0-9a-fA-F.:]+"),
+            (r"SERVICE_PORT(_\w+)?", r"\d+"),
+            (rf"(PORT|{number})", r"(tcp|udp|sctp)://.+"),
+            (rf"{number}_PROTO", r"tcp|udp|sctp"),
+            (rf"{number}_PORT", r"\d+"),
+            (rf"{number}_ADDR", r"[0-9a-fA-F.:]+"),
+            ("NAME", r"/[^/]+/[^/]+"),
+            (r"ENV_\w+", r"(?s).*"),
+        )
+    )
+
+
+def _texts(environment: Mapping[str, str]) -> dict[str, str]:
+    """What is set: without service links, the contents of files for `*_FILE`, without what is empty."""
+    texts = {name: value for name, value in environment.items() if not is_service_link(name, value)}
+    for variable in VARIABLES:
+        if not variable.in_file or not (path := texts.pop(f"{variable.name}_FILE", "").strip()):
+            continue
+        if texts.get(variable.name, "").strip():
+            raise ConfigError(f"{variable.name} and {variable.name}_FILE are both set: remove one of them")
+        try:
+            texts[variable.name] = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigError(f"{variable.name}_FILE={path!r} cannot be read: {why}") from None
+        if not texts[variable.name].strip():
+            raise ConfigError(f"{variable.name}_FILE={path!r} is empty")
+    return {name: text.strip() for name, text in texts.items() if text.strip() or name.startswith(PREFIX)}
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Names and values of a file as `docker compose` and shells read it: quotes, comments, `export`, `${NAME}`."""
+    from dotenv import dotenv_values  # noqa: PLC0415 - seldom needed
+    from dotenv.parser import parse_stream  # noqa: PLC0415
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"--env-file {path} cannot be read: {why}") from None
+    if broken := next((one for one in parse_stream(io.StringIO(text)) if one.error), None):
+        raise ConfigError(f"--env-file {path}: line {broken.original.line} is not NAME=value")
+    values = {name: value for name, value in dotenv_values(stream=io.StringIO(text)).items() if value is not None}
+    if wrong := next((name for name, value in values.items() if not name or "=" in name or "\0" in name + value), None):
+        raise ConfigError(f"--env-file {path}: {wrong!r} cannot be an environment variable")
+    return values
+
+
 def parse_config(environment: Mapping[str, str]) -> Config:
     """The configuration in `environment`. An empty value counts as not set (compose files write `${X:-}`).
 
     Raises ConfigError for an unknown FASTWORKER_* name and for a value that is not allowed.
     """
     known = {variable.name for variable in VARIABLES}
-    for name in environment:
+    texts = _texts(environment)
+    for name in texts:
         if name.startswith(PREFIX) and name not in known:
             ours = sorted(one for one in known if one.startswith(PREFIX))
             close = difflib.get_close_matches(
                 name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in ours], n=1
             )
             hint = f"did you mean {PREFIX}{close[0]}?" if close else f"the known ones are {', '.join(ours)}"
-            raise ConfigError(f"{name}={_shown(name, environment[name])} is not a setting of fastworker: {hint}")
+            raise ConfigError(f"{name}={_shown(name, texts[name])} is not a setting of fastworker: {hint}")
     values = {}
     given = set()
     for variable in VARIABLES:
-        if text := environment.get(variable.name, "").strip():
+        if text := texts.get(variable.name, ""):
             values[variable.field] = _value(variable, text)
             given.add(variable.name)
     return Config(**values, given=frozenset(given))
+
+
+def remarks(environment: Mapping[str, str]) -> list[str]:
+    """What `parse_config` passed over, as sentences for the log."""
+    said = []
+    if links := sorted(name for name, value in environment.items() if is_service_link(name, value)):
+        few = ", ".join(links[:3]) + (f" and {len(links) - 3} more" if len(links) > 3 else "")
+        said.append(f"Not settings, but links to a service called fastworker: {few} (Kubernetes and Docker set them)")
+    texts = _texts(environment)
+    for name, read in (("DATABASE_URL", urls.postgres), ("REDIS_URL", urls.redis)):
+        if (text := texts.get(name)) and (unused := read(text).unused):
+            said.append(f"{name}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect here")
+    return said
 
 
 def markdown() -> str:
@@ -544,6 +637,11 @@ def markdown() -> str:
         "those of the worker that this one replaces, so its environment file starts this one unchanged. An unknown",
         "`FASTWORKER_*` name or a value out of range refuses to start (exit code 2) and says what is allowed.",
         "An empty value counts as not set.",
+        "",
+        f"{', '.join(f'`{one.name}_FILE`' for one in VARIABLES if one.in_file)} name files that hold the",
+        "value instead (Docker and Kubernetes secrets). Options of `DATABASE_URL` and `REDIS_URL` that have no effect",
+        "here are named in the log. `FASTWORKER_*` names that Kubernetes or Docker set for a service of that name are",
+        "passed over.",
         "",
         "| variable | default | allowed | meaning | used by |",
         "|---|---|---|---|---|",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 from enum import IntEnum, StrEnum
+from typing import Final
 
 
 class ExitCode(IntEnum):
@@ -100,6 +101,15 @@ class RowRejected(Exception):
     """PostgreSQL (or the driver's encoder) refused a value: isolate the entry by halving."""
 
 
+_NO_TLS: Final = (
+    "WRONG_VERSION_NUMBER",
+    "RECORD_LAYER_FAILURE",
+    "HTTP_REQUEST",
+    "UNEXPECTED_MESSAGE",
+    "UNKNOWN_PROTOCOL",
+)
+
+
 def words_of(error: BaseException, authority: str) -> str:
     """Why a server could not be reached. `authority`: the setting that names who may sign its certificate."""
     cause: BaseException | None = error
@@ -108,5 +118,12 @@ def words_of(error: BaseException, authority: str) -> str:
             return (
                 f"its certificate is refused ({cause.verify_message}); {authority} names the authority that signed it"
             )
+        if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
+            return "this port does not speak TLS: is the URL's scheme or its port wrong?"
         cause = cause.__cause__ or cause.__context__
     return str(error) or type(error).__name__
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 entry`, `2 entries`: for messages."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"

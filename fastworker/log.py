@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from fastworker.redact import redact
+from fastworker.redact import printable, printable_lines, redact
 
 REPEATS_MAX: Final = 5
 """Lines of one template that pass within one window; a guess: enough to see a pattern."""
@@ -23,13 +23,24 @@ TEMPLATES_MAX: Final = 1_000
 
 
 class Redacted(logging.Formatter):
-    """`[YYYY-MM-DD HH:MM:SS] [LEVEL] message`, secrets of URLs removed from the whole text, traceback included."""
+    """`[YYYY-MM-DD HH:MM:SS] [LEVEL] message`, secrets of URLs removed from the whole text, traceback included.
+
+    A message is one line, whatever others wrote into it. The lines of a traceback, or of `extra={"lines": [...]}`, are
+    indented: a line that begins with [ is the beginning of a record.
+    """
 
     def __init__(self) -> None:
         super().__init__("[%(asctime)s] [%(levelname)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        lines: list[str] = getattr(record, "lines", [])
+        return "\n  ".join(printable(redact(line)) for line in (super().formatMessage(record), *lines))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        return _indented(super().formatStack(stack_info))
 
 
 class Json(logging.Formatter):
@@ -40,13 +51,19 @@ class Json(logging.Formatter):
         line: dict[str, Any] = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{ms:03d}Z",
             "level": record.levelname,
-            "message": redact(record.getMessage()),
+            "message": printable(redact(record.getMessage())),
             "logger": record.name,
             "pid": record.process,
         }
         if record.exc_info:
-            line["error"] = redact(self.formatException(record.exc_info))
+            line["error"] = printable_lines(redact(self.formatException(record.exc_info)))
+        if lines := getattr(record, "lines", None):
+            line["lines"] = [printable(redact(one)) for one in lines]
         return orjson.dumps(line).decode()
+
+
+def _indented(text: str) -> str:
+    return printable_lines(redact(text), "  ")
 
 
 class RepeatLimit(logging.Filter):

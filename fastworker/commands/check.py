@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Final
 
 import msgspec
-from rich.console import Console
 from rich.text import Text
 
 from fastworker.commands.grants import TABLE_RIGHTS
 from fastworker.config import Config
-from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.migrate import encoding_problem
 from fastworker.stream.admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.stream.consumer import form_of
+from fastworker.terminal import Terminal, write_json
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -162,7 +161,10 @@ def somebody_works(stream: Stream, consumers: Iterable[Consumer], config: Config
     group = stream.group(config.group)
     waiting = stream.length if group is None else group.lag
     if waiting and not any(one.leased or one.idle_ms < ACTIVE_MS for one in consumers):
-        yield _warn("stream", f"{waiting:,} entries wait and no worker is at work: start `fastworker worker`.")
+        yield _warn(
+            "stream",
+            f"{counted(waiting, 'entry waits', 'entries wait')} and no worker is at work: start `fastworker worker`.",
+        )
 
 
 def the_reader(
@@ -205,7 +207,8 @@ def gaps(count: int) -> Iterator[Finding]:
     if count:
         yield _warn(
             "stream",
-            f"{count} stretches were never given by the relay (LRANGE fastworker:gaps 0 -1 tells which): backfill the "
+            f"{counted(count, 'stretch was', 'stretches were')} never given by the relay (LRANGE "
+            "fastworker:gaps 0 -1 tells which): backfill the "
             "accounts of that time, then DEL the list.",
         )
 
@@ -299,7 +302,8 @@ def abandoned_pending(consumers: Iterable[Consumer], oldest: Iterable[Pending]) 
         count = sum(one.pending for one in dead)
         yield _warn(
             "stream",
-            f"{count:,} entries are pending for consumers that are gone ({_some([one.name for one in dead])}): a "
+            f"{counted(count, 'entry is', 'entries are')} pending for consumers that are gone "
+            f"({_some([one.name for one in dead])}): a "
             "running worker adopts them.",
         )
     stale = [one for one in oldest if one.idle_ms > STALE_PENDING_S * 1000]
@@ -336,7 +340,7 @@ def trimmed_unread(stream: Stream, config: Config) -> Iterator[Finding]:
 
 def dead_letters(count: int) -> Iterator[Finding]:
     if count:
-        yield _warn("stream", f"{count:,} dead letters: see `fastworker dlq list`.")
+        yield _warn("stream", f"{counted(count, 'dead letter')}: see `fastworker dlq list`.")
 
 
 # --- PostgreSQL
@@ -578,14 +582,14 @@ async def check(config: Config, *, as_json: bool) -> ExitCode:
     else:
         findings += await _postgres_findings(config, config.database_url, seen)
     if as_json:
-        sys.stdout.write(msgspec.json.encode(findings).decode() + "\n")
+        write_json(msgspec.json.encode(findings))
     else:
         _print(findings)
     return ExitCode.NO if any(finding.verdict is Verdict.FAIL for finding in findings) else ExitCode.DONE
 
 
 def _print(findings: list[Finding]) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     styles = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
     for finding in findings:
         line = Text(f"{finding.verdict:<4} ", style=styles[finding.verdict])

@@ -8,7 +8,6 @@ version: only fastworker gives one. Reads only. What differs is looked at twice,
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-from rich.console import Console
 from rich.table import Table as Grid
 
 from fastworker.config import Config
@@ -30,6 +28,7 @@ from fastworker.stream.admin import Consumer, Count, Fields, RedisAdmin, id_ms, 
 from fastworker.table.batch import Batch, Change, is_gone, newer
 from fastworker.table.dates import entry_moment
 from fastworker.table.mapper import map_commit
+from fastworker.terminal import Terminal, write_json
 
 LOOK_S: Final = 0.1
 PENDING_SEEN: Final = 1_000
@@ -103,7 +102,7 @@ async def compare(config: Config, *, entries: int, seconds: float, as_json: bool
     """NO when something is not as the law says. Raises Unreachable."""
     url = config.require_database_url("compare")
     if problems := await check_schema(url):
-        raise Unreachable("\n".join(problems))
+        raise Unreachable(" ".join(problems))
     async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-compare") as admin:
         stream = await admin.stream()
         if stream is None or stream.group(config.group) is None:
@@ -116,7 +115,7 @@ async def compare(config: Config, *, entries: int, seconds: float, as_json: bool
             raise Unreachable(str(error)) from error
     result = Comparison(share=share, consumers=consumers, **found)
     if as_json:
-        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+        write_json(msgspec.json.encode(result))
     else:
         _print(result)
     return ExitCode.NO if result.wrong else ExitCode.DONE
@@ -331,9 +330,9 @@ def _judge(change: Change, held: Held, records: Records) -> str:
 
 
 def _print(found: Comparison) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     for line in _who(found.share):
-        console.print(line, markup=False)
+        console.print(line)
     grid = Grid(box=None, pad_edge=False, header_style="bold")
     for name in ("consumer", "who"):
         grid.add_column(name, no_wrap=True)
@@ -365,7 +364,7 @@ def _print(found: Comparison) -> None:
     else:
         console.print("The derived rows of these records are what the primary tables say.")
     for line in _some(found.examples):
-        console.print(f"  {line}"[:300], markup=False)
+        console.print(f"  {line}"[:300])
     if found.wrong:
         console.print(
             f"{found.wrong:,} differences. While other workers write this is to be expected; once they have stopped, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -16,19 +17,33 @@ from typing import Any, Literal
 
 import msgspec
 import orjson
-from rich.console import Console
 from rich.table import Table
 
 from fastworker.config import Config
-from fastworker.errors import ExitCode, InvalidEvent, Reason
+from fastworker.errors import ConfigError, ExitCode, InvalidEvent, Reason, counted
 from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown
 from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_bytes, load_record
+from fastworker.redact import printable
 from fastworker.stream.admin import Fields, RedisAdmin, id_ms, open_redis
 from fastworker.stream.consumer import original_fields
+from fastworker.terminal import Terminal, write_json
 
 PIECE = 100
+REASONS = (*Reason, "deliveries")
+
+
+def check_id(letter_id: str) -> None:
+    """Raises ConfigError for what cannot be the id of a letter."""
+    if not re.fullmatch(r"\d{1,20}(-\d{1,20})?", letter_id, re.ASCII):
+        raise ConfigError(f"{letter_id!r} is not the id of a dead letter: `fastworker dlq list` shows them")
+
+
+def check_reason(reason: str | None) -> None:
+    """Raises ConfigError for what no letter is set aside for."""
+    if reason is not None and reason not in REASONS:
+        raise ConfigError(f"--reason {reason}: the reasons are {', '.join(REASONS)}")
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -37,6 +52,12 @@ class Wanted(msgspec.Struct, frozen=True):
     ids: frozenset[str] = frozenset()
     reason: str | None = None
     all: bool = False
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        check_reason(self.reason)
+        for letter_id in self.ids:
+            check_id(letter_id)
 
     def has(self, letter_id: str, letter: Fields) -> bool:
         return self.all or letter_id in self.ids or (self.reason is not None and self.reason == reason_of(letter))
@@ -72,8 +93,6 @@ def _from_reader(letter: Fields) -> bool:
 
 
 def line_of(letter_id: str, letter: Fields) -> Letter:
-    at = _text(letter, b"setAsideAt")
-    moment = datetime.fromtimestamp((int(at) if at.isdigit() else id_ms(letter_id)) / 1000, UTC)
     return Letter(
         id=letter_id,
         reason=reason_of(letter),
@@ -83,10 +102,18 @@ def line_of(letter_id: str, letter: Fields) -> Letter:
         orig_id=_text(letter, b"origId"),
         deliveries=_text(letter, b"deliveries"),
         consumer=_text(letter, b"consumer"),
-        set_aside_at=moment.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        set_aside_at=_moment(letter.get(b"setAsideAt", b"")) or _moment(str(id_ms(letter_id)).encode()),
         bytes=len(letter.get(b"data", b"")),
         error=_text(letter, b"error"),
     )
+
+
+def _moment(ms: bytes) -> str:
+    """Empty for what is no time."""
+    try:
+        return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 async def _letters(admin: RedisAdmin) -> AsyncIterator[tuple[str, Fields]]:
@@ -106,7 +133,8 @@ def _open(config: Config) -> Any:
 
 
 async def list_letters(config: Config, *, reason: str | None, limit: int, as_json: bool) -> ExitCode:
-    """The oldest `limit` letters, and the count of each reason."""
+    """The oldest `limit` letters, and the count of each reason. Raises ConfigError."""
+    check_reason(reason)
     counts: Counter[str] = Counter()
     lines: list[Letter] = []
     async with _open(config) as admin:
@@ -116,9 +144,9 @@ async def list_letters(config: Config, *, reason: str | None, limit: int, as_jso
                 lines.append(line_of(letter_id, letter))
     if as_json:
         for line in lines:
-            sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+            write_json(msgspec.json.encode(line))
         return ExitCode.DONE
-    console = Console(highlight=False)
+    console = Terminal()
     if not counts:
         console.print("No dead letters.")
         return ExitCode.DONE
@@ -129,12 +157,13 @@ async def list_letters(config: Config, *, reason: str | None, limit: int, as_jso
         table.add_row(line.id, line.set_aside_at, line.reason, line.form, line.error)
     console.print(table)
     total = ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
-    console.print(f"{sum(counts.values()):,} dead letters: {total}")
+    console.print(f"{counted(sum(counts.values()), 'dead letter')}: {total}")
     return ExitCode.DONE
 
 
 async def show_letter(config: Config, letter_id: str) -> ExitCode:
-    """One letter with what can be understood of it, as JSON; NO when there is none of this id."""
+    """One letter with what can be understood of it, as JSON; NO when there is none of this id. Raises ConfigError."""
+    check_id(letter_id)
     async with _open(config) as admin:
         letter = await admin.letter(letter_id)
     if letter is None:
@@ -146,13 +175,13 @@ async def show_letter(config: Config, letter_id: str) -> ExitCode:
     except (InvalidEvent, ValueError) as error:
         shown["not_understood"] = str(error)
         shown["data"] = _raw(letter.get(b"data", b""))
-    text = orjson.dumps(shown, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode()
-    sys.stdout.write(text + "\n")
+    write_json(orjson.dumps(shown, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str))
     return ExitCode.DONE
 
 
 async def retry_letters(config: Config, wanted: Wanted) -> ExitCode:
-    """Back to the stream. NO when one of them cannot go back, or a named one is not there."""
+    """Back to the stream. NO when one of them cannot go back, or a named one is not there. Raises ConfigError."""
+    wanted.check()
     found: set[str] = set()
     retried = 0
     refused: list[str] = []
@@ -167,11 +196,13 @@ async def retry_letters(config: Config, wanted: Wanted) -> ExitCode:
                 refused.append(f"{letter_id}: {error}")
                 continue
             retried += await admin.retry_letter(letter_id, fields)
-    sys.stdout.write(f"{retried:,} dead letters went back to {config.stream_key}.\n")
+    sys.stdout.write(f"{counted(retried, 'dead letter')} went back to {config.stream_key}.\n")
     return _end(wanted, found, refused)
 
 
 async def purge_letters(config: Config, wanted: Wanted) -> ExitCode:
+    """Raises ConfigError."""
+    wanted.check()
     found: list[str] = []
     async with _open(config) as admin:
         async for letter_id, letter in _letters(admin):
@@ -180,14 +211,14 @@ async def purge_letters(config: Config, wanted: Wanted) -> ExitCode:
         purged = 0
         for at in range(0, len(found), PIECE):
             purged += await admin.purge_letters(found[at : at + PIECE])
-    sys.stdout.write(f"{purged:,} dead letters are gone.\n")
+    sys.stdout.write(f"{counted(purged, 'dead letter is', 'dead letters are')} gone.\n")
     return _end(wanted, set(found), [])
 
 
 def _end(wanted: Wanted, found: set[str], refused: list[str]) -> ExitCode:
     refused += [f"{letter_id}: there is no such dead letter" for letter_id in sorted(wanted.ids - found)]
     for line in refused:
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(printable(line) + "\n")
     return ExitCode.NO if refused else ExitCode.DONE
 
 

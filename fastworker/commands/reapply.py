@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, counted
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats
 from fastworker.store.store import Store
@@ -113,8 +113,9 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
         finally:
             await store.close()
     counts = source.counts
+    applied = counted(counts["committed"] + counts["nothing_to_store"], "entry", "entries")
     sys.stdout.write(
-        f"{counts['committed'] + counts['nothing_to_store']:,} entries applied again from {from_id} to "
+        f"{applied} applied again from {from_id} to "
         f"{stream.last_id}, {counts['drops']:,} drops, {counts['not_understood']:,} not understood, "
         f"{time.monotonic() - started:.1f} s\n"
     )

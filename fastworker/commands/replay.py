@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from fastworker.config import Config
-from fastworker.errors import ExitCode, InvalidEvent, Reason, StreamUnavailable
+from fastworker.errors import ExitCode, InvalidEvent, Reason, StreamUnavailable, counted
 from fastworker.event import ErrorFrame, Info, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
@@ -52,8 +52,8 @@ async def replay(config: Config, path: Path, *, little_endian: bool) -> ExitCode
         log.warning("%s ends in the middle of a frame: %d bytes at its end were left", path, file.truncated_bytes)
     reasons = f" ({', '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))})" if skipped else ""
     sys.stdout.write(
-        f"{appended:,} entries appended to {config.stream_key} as {config.stream_format}, "
-        f"{skipped.total():,} frames skipped{reasons}, {time.monotonic() - started:.1f} s\n"
+        f"{counted(appended, 'entry', 'entries')} appended to {config.stream_key} as {config.stream_format}, "
+        f"{counted(skipped.total(), 'frame')} skipped{reasons}, {time.monotonic() - started:.1f} s\n"
     )
     return ExitCode.DONE
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +26,7 @@ from fastworker.config import Config
 from fastworker.errors import ExitCode, StreamUnavailable
 from fastworker.metrics import OUTCOMES
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, age_s, open_redis
+from fastworker.terminal import Terminal, write_json
 
 RATE_WINDOW_S: Final = 0.5  # of a single look
 WATCH_S: Final = 1.0
@@ -442,7 +443,7 @@ async def show_status(config: Config, *, as_json: bool, watch: bool) -> ExitCode
             status, _ = await collect(admin, config, reading)
             _print(status, as_json=as_json)
             return ExitCode.DONE
-        console = Console()
+        console = Terminal()
         live = None
         readings, trend = deque([reading], maxlen=WATCH_RATES), deque[float](maxlen=TREND)
         with ExitStack() as stack:
@@ -467,10 +468,9 @@ async def show_status(config: Config, *, as_json: bool, watch: bool) -> ExitCode
 
 def _print(status: Status, *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(to_json(status).decode() + "\n")
-        sys.stdout.flush()
+        write_json(to_json(status))
     else:
-        Console(soft_wrap=False).print(render(status))
+        Terminal(soft_wrap=False).print(render(status))
 
 
 def to_json(value: Any) -> bytes:

@@ -28,6 +28,7 @@ from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Supervisor
 from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.resume import read_and_resume
+from fastworker.reader.start import Start, begin_at
 from fastworker.redact import redact
 from fastworker.store.migrate import migrate
 from fastworker.sync.resolver import ResolverSettings, run_resolver
@@ -93,16 +94,18 @@ def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int
     return run_child(slot, main)
 
 
-def run_worker(config: Config, plan: Plan) -> ExitCode:
-    """`fastworker worker`. Raises FastworkerError for what an operator has to mend first."""
+def run_worker(config: Config, plan: Plan, start: Start | None = None) -> ExitCode:
+    """`fastworker worker`, and its reader from `start` on. Raises FastworkerError for what an operator has to mend."""
     if plan.worker.tracing:
         tracing.require()
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
     asyncio.run(preflight(config, database_url=plan.worker.database_url))
+    if start is not None and plan.reader is not None:
+        asyncio.run(begin_at(plan.reader, start, database_url=plan.worker.database_url))
     return supervise(plan)
 
 
-def up(config: Config, make_plan: Callable[[Config], Plan]) -> ExitCode:
+def up(config: Config, make_plan: Callable[[Config], Plan], start: Start | None = None) -> ExitCode:
     """`fastworker up`. `make_plan` turns the configuration, its URLs filled in, into settings."""
     with ExitStack() as stack:
         config = stack.enter_context(_with_servers(config))
@@ -110,7 +113,7 @@ def up(config: Config, make_plan: Callable[[Config], Plan]) -> ExitCode:
         for name in asyncio.run(migrate(plan.worker.database_url)):
             log.info("Schema: applied %s", name)
         _say_how_to_connect(config, plan)
-        return run_worker(config, plan)
+        return run_worker(config, plan, start)
 
 
 @contextmanager

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
@@ -26,6 +24,7 @@ from fastworker.store.audit import CHECKS, Audit, Check, Drift, Key, open_audit
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repair import mend
 from fastworker.store.store import Store
+from fastworker.terminal import Terminal, write_json
 
 PIECE = 10_000  # keys looked at in one statement
 LOOK_AGAIN_S = (0.2, 0.5)  # a transaction in flight ends
@@ -69,7 +68,7 @@ async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: as
     """0: no drift, or all of it was mended; 1: drift is left. Raises Unreachable, ConfigError."""
     stop = stop or asyncio.Event()
     if problems := await check_schema(database_url):
-        raise Unreachable("\n".join(problems))
+        raise Unreachable(" ".join(problems))
     repair = None
     try:
         if wish.repair:
@@ -97,7 +96,7 @@ class _Run:
         self._found: list[Found] = []
         self._began = time.monotonic()
         self._at: str | None = None  # where a run that is stopped goes on
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = Terminal(stderr=True, soft_wrap=True)
 
     async def conduct(self) -> None:
         checks = await self._audit.checks()
@@ -202,13 +201,13 @@ class _Run:
                 "seconds": round(time.monotonic() - self._began, 3),
                 "continue_from": stopped,
             }
-            sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+            write_json(msgspec.json.encode(report))
         else:
             self._print(left, unowned, stopped)
         return ExitCode.NO if left or stopped else ExitCode.DONE
 
     def _print(self, left: int, unowned: int, stopped: str | None) -> None:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Terminal(soft_wrap=True)
         drifted = [found for found in self._found if found.drifted]
         if drifted:
             grid = Grid(box=None, pad_edge=False, header_style="bold")
@@ -221,7 +220,7 @@ class _Run:
             console.print(grid)
             for found in drifted:
                 for line in _examples(found):
-                    console.print(line, markup=False)
+                    console.print(line)
         rows = sum(found.rows for found in self._found)
         drift = sum(found.drifted for found in self._found) - unowned
         words = "no drift"
@@ -241,7 +240,7 @@ class _Run:
                 "(`worker --reapply` or a backfill of their owners tells)."
             )
         if stopped is not None:
-            console.print(f"Stopped. Go on with: fastworker verify --from '{stopped}'", markup=False)
+            console.print(f"Stopped. Go on with: fastworker verify --from '{stopped}'")
 
 
 def _examples(found: Found) -> Iterator[str]:

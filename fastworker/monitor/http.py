@@ -2,16 +2,22 @@
 
 Shows what a `Source` says; knows nothing of where the figures come from. Answers come from the latest reading, so
 that a scrape never waits for Redis or PostgreSQL.
+
+The page and /status.json show what the network wrote (dead letters), so they answer only to names that are ours: a web
+site whose name is pointed at this port (DNS rebinding) could read them otherwise. /metrics, /livez and /readyz hold
+figures and our own sentences, and scrapers and probes ask by any name: they answer to all.
 """
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
-from collections.abc import AsyncIterator, Iterator
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -67,7 +73,36 @@ class _Collector:
             yield family
 
 
-def _application(source: Source) -> web.Application:
+def is_ours(host_header: str, names: Iterable[str]) -> bool:
+    """Whether a request meant this server: by an address, as localhost, or by one of the names (`*`: any)."""
+    host = host_header.strip().lower()
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    host = host.rstrip(".")
+    allowed = {name.lower().rstrip(".") for name in names}
+    if "*" in allowed or host in allowed or host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _named(answer: Callable[[web.Request], Awaitable[web.Response]], names: Iterable[str]) -> Any:
+    async def guarded(request: web.Request) -> web.Response:
+        headers = request.headers.getall("Host", [])  # none: HTTP/1.0, which no browser speaks
+        if all(is_ours(header, names) for header in headers):
+            return await answer(request)
+        return web.Response(
+            text="This page answers to addresses, localhost and its host's own name only. Another name must be in "
+            "FASTWORKER_HTTP_HOSTS.\n",
+            status=421,
+        )
+
+    return guarded
+
+
+def _application(source: Source, names: Iterable[str]) -> web.Application:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(source))
     page = resources.files("fastworker.monitor").joinpath("status.html").read_bytes()
@@ -89,26 +124,35 @@ def _application(source: Source) -> web.Application:
         return web.Response(body=source.status_json(), content_type="application/json")
 
     async def index(_request: web.Request) -> web.Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        policy += "frame-ancestors 'none'"
         return web.Response(body=page, content_type="text/html", headers={"Content-Security-Policy": policy})
 
+    async def as_declared(_request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+
     app = web.Application(client_max_size=1024)
+    app.on_response_prepare.append(as_declared)
     app.add_routes(
         [
             web.get("/metrics", metrics),
             web.get("/livez", livez),
             web.get("/readyz", readyz),
-            web.get("/status.json", status),
-            web.get("/", index),
+            web.get("/status.json", _named(status, names)),
+            web.get("/", _named(index, names)),
         ]
     )
     return app
 
 
 @asynccontextmanager
-async def serve(source: Source, host: str, port: int) -> AsyncIterator[int]:
-    """Listen until the block ends; yields the port, which differs from `port` where that is 0."""
-    runner = web.AppRunner(_application(source), access_log=None, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=30)
+async def serve(source: Source, host: str, port: int, names: Iterable[str] = ()) -> AsyncIterator[int]:
+    """Listen until the block ends; yields the port, which differs from `port` where that is 0.
+
+    `names`: those that the page answers to, beside addresses, localhost and this machine's own.
+    """
+    app = _application(source, {*names, socket.gethostname(), host})
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=30)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port)

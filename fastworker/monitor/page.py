@@ -19,11 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class HttpSettings(msgspec.Struct, frozen=True):
-    """`port` None: no HTTP. `chosen`: the operator named the port, so that another one will not do."""
+    """`port` None: no HTTP. `chosen`: the operator named the port, so that another one will not do. `names`: more names
+    that the status page answers to."""
 
     host: str = "127.0.0.1"
     port: int | None = None
     chosen: bool = False
+    names: tuple[str, ...] = ()
 
 
 class Card(msgspec.Struct, frozen=True):
@@ -55,12 +57,12 @@ async def listen(stack: AsyncExitStack, source: Source, http: HttpSettings) -> i
     if http.port is None:
         return None
     try:
-        return await stack.enter_async_context(serve(source, http.host, http.port))
+        return await stack.enter_async_context(serve(source, http.host, http.port, http.names))
     except Unreachable as error:
         if http.chosen:
             raise
         log.warning("%s; taking a free one", error)
-        return await stack.enter_async_context(serve(source, http.host, 0))
+        return await stack.enter_async_context(serve(source, http.host, 0, http.names))
 
 
 async def ask_health(host: str, ports: Sequence[int], path: str) -> tuple[bool, str]:

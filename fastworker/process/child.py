@@ -108,7 +108,7 @@ def _dump_tasks(_number: int, _frame: object) -> None:
             if frame is not None:
                 lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
             awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
-    log.error("What its tasks wait for:\n%s", "\n".join(lines))
+    log.error("What its tasks wait for:", extra={"lines": lines})
 
 
 def _verdict(slot: Slot, error: BaseException) -> int:

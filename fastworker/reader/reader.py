@@ -810,7 +810,8 @@ class _Reader:
         if frame.error == "FutureCursor" and not self._skip:
             raise StoppedItself(
                 f"{host} says that the cursor {self._last_seq} lies in its future: is this another relay, or was it "
-                f"rebuilt? To start at its live tip, delete {self._settings.cursor_key} and {CURSOR_OF}{host}"
+                f"rebuilt? To start at its live tip, run `fastworker reader --from live` "
+                f"once, or delete {self._settings.cursor_key} and {CURSOR_OF}{host}"
             )
         self._skip = 0
         raise RelayLost(f"{frame.error}: {frame.message or 'the relay gave no message'}")

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from fastworker.errors import ConfigError
+from fastworker.errors import ConfigError, words_of
 from fastworker.redact import redact
 
 PATH: Final = "/xrpc/com.atproto.sync.subscribeRepos"
@@ -138,11 +138,18 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
         raise RelayRefused(_status_text(error), _at_least(error)) from None
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         await session.close()
-        raise RelayRefused(redact(str(error)) or type(error).__name__) from None
+        raise RelayRefused(redact(_words(error))) from None
     except BaseException:
         await session.close()
         raise
     return Subscription(session, connection, end)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        why = words_of(error.os_error, "SSL_CERT_FILE")
+        return f"cannot connect to {error.host}:{error.port}: {why}"
+    return str(error) or type(error).__name__
 
 
 def _keep_alive(connection: aiohttp.ClientWebSocketResponse) -> None:

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import msgspec
 
-from fastworker.errors import ConfigError, Unreachable, words_of
-from fastworker.store.schema_admin import AUTHORITY
+from fastworker.errors import Unreachable
+from fastworker.store.schema_admin import LOST, NOT_CONNECTED, not_connected, why_lost
+from fastworker.urls import place_of
 
 CONNECT_SECONDS_MAX = 10.0
 STATEMENT_SECONDS_MAX = 30.0
@@ -89,7 +89,6 @@ class Past(msgspec.Struct, frozen=True):
 @asynccontextmanager
 async def _connection(database_url: str, application_name: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """One connection for one look, with the driver's errors as ours."""
-    where = name_of(database_url)
     try:
         connection = await asyncpg.connect(
             database_url,
@@ -98,14 +97,12 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
             statement_cache_size=0,  # behind pgbouncer too
             server_settings={"application_name": application_name},
         )
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
-        raise Unreachable(f"{where} cannot be reached: {words_of(error, AUTHORITY)}") from error
-    except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
+    except NOT_CONNECTED as error:
+        raise not_connected(database_url, error) from error
     try:
         yield connection
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        raise Unreachable(f"{where}: {str(error) or type(error).__name__}") from error
+    except (*LOST, asyncpg.PostgresError) as error:
+        raise Unreachable(f"{name_of(database_url)}: {why_lost(error)}") from error
     finally:
         connection.terminate()
 
@@ -120,6 +117,12 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
             return None
         seq: int | None = await connection.fetchval(_FINISHED, stream_key, host)
         return seq
+
+
+async def note_gap(database_url: str, relay: str, after: int, until: int) -> None:
+    """Events of a relay after `after` and up to `until` were passed over. Raises ConfigError and Unreachable."""
+    async with _connection(database_url, "fastworker-reader") as connection:
+        await connection.execute(_NOTE_GAP, relay, after, until)
 
 
 async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Facts:
@@ -186,14 +189,17 @@ async def past(database_url: str, stream_key: str) -> Past:
 
 def name_of(database_url: str) -> str:
     """The server without user and password, for a sentence."""
-    parts = urlsplit(database_url)
-    host = parts.hostname or "its socket"
-    return f"PostgreSQL at {host}{f':{parts.port}' if parts.port else ''}"
+    return f"PostgreSQL at {place_of(database_url)}"
 
 
 _FINISHED = """
 SELECT max(seq) FROM fastworker.progress
 WHERE stream = $1 AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+"""
+
+_NOTE_GAP = """
+INSERT INTO fastworker.gaps AS g (relay, from_seq, to_seq) VALUES ($1, $2, $3)
+ON CONFLICT (relay, from_seq) DO UPDATE SET to_seq = greatest(g.to_seq, excluded.to_seq), seen_at = now()
 """
 
 # backend_type is not told of sessions of other roles, unless this one may see all statistics.

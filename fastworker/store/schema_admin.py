@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import asyncpg
 import msgspec
+from asyncpg.exceptions import InternalClientError
 
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, Unreachable, words_of
+from fastworker.urls import place_of
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -21,8 +22,33 @@ if TYPE_CHECKING:
 CONNECT_SECONDS_MAX = 10.0
 AUTHORITY = "sslrootcert=FILE in DATABASE_URL"
 STATEMENT_SECONDS_MAX = 600.0  # a guess: an index on a large table takes minutes
+OPTION_REFUSED = {"42704", "42602", "22023", "55P02", "08P01"}
+"""SQLSTATEs of a connection whose setting the server or a pooler does not know, or does not take from a client."""
 LOCK_WAIT = "60s"  # another process migrates; our migrations take about a second
 ADVISORY_LOCK = 0x66617374776F726B  # "fastwork": one lock per database, held by whoever migrates
+
+
+NOT_CONNECTED = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, InternalClientError)
+
+LOST = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, InternalClientError)
+
+
+def why_lost(error: Exception) -> str:
+    """The driver's words about its own state, when a connection ends under it, say nothing to an operator."""
+    return (
+        "the connection ended while it was used"
+        if isinstance(error, InternalClientError)
+        else words_of(error, AUTHORITY)
+    )
+
+
+def not_connected(database_url: str, error: Exception) -> ConfigError | Unreachable:
+    """What an error of a connection that was begun means to an operator."""
+    if isinstance(error, asyncpg.PostgresError) and error.sqlstate in OPTION_REFUSED:
+        return ConfigError(f"DATABASE_URL cannot be used: PostgreSQL refuses one of its options: {error}")
+    if isinstance(error, OSError | TimeoutError | asyncpg.PostgresError | InternalClientError):  # also a certificate
+        return Unreachable(f"PostgreSQL at {place_of(database_url)} cannot be reached: {words_of(error, AUTHORITY)}")
+    return ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}")
 
 
 class SchemaRefused(FastworkerError):
@@ -108,21 +134,19 @@ class SchemaAdmin:
 async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
     """Raises ConfigError (the URL), Unreachable (no connection, or lost), SchemaRefused (PostgreSQL says no)."""
     try:
-        where = urlsplit(database_url).hostname or "its socket"
         connection = await asyncpg.connect(
             database_url,
             timeout=CONNECT_SECONDS_MAX,
             command_timeout=STATEMENT_SECONDS_MAX,
             statement_cache_size=0,  # behind pgbouncer too
         )
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:  # a bad certificate is a ValueError, too
-        raise Unreachable(f"PostgreSQL at {where} cannot be reached: {words_of(error, AUTHORITY)}") from error
-    except (ValueError, asyncpg.InterfaceError) as error:
-        raise ConfigError(f"DATABASE_URL cannot be used: {str(error).replace(chr(10), ' ')}") from error
+    except NOT_CONNECTED as error:
+        raise not_connected(database_url, error) from error
+    where = place_of(database_url)
     try:
         yield SchemaAdmin(connection)
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError) as error:
-        raise Unreachable(f"PostgreSQL at {where} was lost: {str(error) or type(error).__name__}") from error
+    except LOST as error:
+        raise Unreachable(f"PostgreSQL at {where} was lost: {why_lost(error)}") from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise SchemaRefused(
             f"PostgreSQL refused it, and nothing was changed: {error}. Migrate as the owner of the tables; a worker's "

@@ -16,6 +16,7 @@ from asyncpg.exceptions import (
     PostgresError,
     ReadOnlySQLTransactionError,
     SerializationError,
+    TargetServerAttributeNotMatched,
     UnsupportedClientFeatureError,
 )
 from asyncpg.pool import PoolConnectionProxy
@@ -84,7 +85,9 @@ def translating() -> Iterator[None]:
         raise RowRejected(f"{type(error).__name__}: {error}") from error
     except InternalClientError as error:
         # the driver lost count of a connection that the server ended at the same moment; it is gone by now
-        raise StoreUnavailable(f"PostgreSQL connection: {error}") from error
+        if isinstance(error, TargetServerAttributeNotMatched):
+            raise StoreUnavailable("PostgreSQL: none of the hosts is what target_session_attrs asks for") from error
+        raise StoreUnavailable("PostgreSQL connection: it was lost while another operation used it") from error
     except UnsupportedClientFeatureError as error:
         raise StoreUnavailable(f"PostgreSQL has a type that the driver does not know: {error}") from error
     except (DuplicatePreparedStatementError, InvalidSQLStatementNameError) as error:

@@ -356,7 +356,8 @@ class Feed:
         owner: str | None = relay.decode() if relay and main else None
         text = main if owner in (None, host) else kept
         if text is not None and not (text.isdigit() and int(text) < 2**53):
-            raise ConfigError(f"{self._cursor_key} holds {text[:40]!r}, which is not a cursor: delete it or correct it")
+            held = text[:40].decode("utf-8", "replace")
+            raise ConfigError(f"{self._cursor_key} holds {held!r}, which is not a cursor: delete it or correct it")
         return Position(int(text) if text is not None else None, owner if owner != host else None)
 
     async def append(self, chunk: Chunk) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from fastworker.errors import StoreUnavailable
+from fastworker.errors import StoreUnavailable, counted
 from fastworker.process.backoff import Backoff, pause
 from fastworker.store.store import Store
 
@@ -96,5 +96,5 @@ async def resolve_once(directory: Directory, store: Store, waiting: list[tuple[s
             rows.append((did, answer, asked_at, marked_at))
     await store.resolved(rows)
     if later := [did for did, answer in found.items() if isinstance(answer, Unresolved)]:
-        log.info("%d handles could not be resolved now: %s", len(later), found[later[0]])
+        log.info("%s could not be resolved now: %s", counted(len(later), "handle"), found[later[0]])
         await store.unresolvable(later)

@@ -9,10 +9,12 @@ from typing import Any
 import asyncpg
 import pytest
 
-from fastworker.errors import StoreUnavailable
+from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.event import Sync
 from fastworker.law import compare
 from fastworker.law.model import Model
+from fastworker.store.admin import _connection
+from fastworker.store.schema_admin import open_schema
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from tests.property.feeding import batch_of, settle
@@ -185,3 +187,10 @@ async def test_a_connection_that_the_driver_lost_count_of_is_replaced(store: Sto
     async with store.connection() as connection:
         assert connection.get_server_pid() != backend
         assert await connection.fetchval("SELECT 1") == 1
+
+
+@pytest.mark.parametrize("connection", [open_schema, lambda url: _connection(url, "test")])
+async def test_a_connection_that_ends_under_a_command_is_called_that(connection: Any, postgres_url: str) -> None:
+    with pytest.raises(Unreachable, match="ended while it was used"):
+        async with connection(postgres_url):
+            raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")

@@ -212,7 +212,7 @@ async def test_pending_entries_that_nobody_works_at(house: House) -> None:
 async def test_nobody_works(house: House) -> None:
     await house.redis.xadd(STREAM, {"type": "commit", "data": "{}", "seq": "1"})
     await house.redis.xgroup_delconsumer(STREAM, GROUP, "python-worker-0")
-    await house.says("warn stream", "1 entries wait and no worker is at work")
+    await house.says("warn stream", "1 entry waits and no worker is at work")
 
 
 async def test_readers(house: House) -> None:
@@ -229,7 +229,7 @@ async def test_readers(house: House) -> None:
     await house.says("fail stream", "'thirteen', which is no cursor")
     await house.begin()
     await house.redis.lpush("fastworker:gaps", "{}")
-    await house.says("warn stream", "1 stretches were never given by the relay")
+    await house.says("warn stream", "1 stretch was never given by the relay")
 
 
 async def test_entries_of_the_old_reader(house: House) -> None:

@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -115,10 +116,22 @@ def test_every_command_of_a_variable_exists() -> None:
         (["dlq", "list"], {"REDIS_URL": "redis://x:hunter2@nowhere.invalid"}, 3, "Redis cannot be reached"),
         (["dlq", "purge"], {}, 2, "--all"),
         (["migrate"], {"DATABASE_URL": f"postgresql://u:hunter2@{NOBODY}/x"}, 3, "PostgreSQL"),
+        (["migrate"], {"DATABASE_URL": f"postgresql://u:hunter2@{NOBODY}/x"}, 3, NOBODY),
+        (["migrate"], {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1,127.0.0.1:2/x"}, 3, "127.0.0.1:1 or 127."),
+        (["migrate"], {"DATABASE_URL": "{pg}&no_such=hunter2"}, 2, '"no_such"'),
+        (["worker"], {"DATABASE_URL": "{pg}&statement_timeout=soon", "REDIS_URL": "{redis}"}, 2, '"statement_timeout"'),
+        (["worker", "--reapply", "0"], {"DATABASE_URL": "{pg}&no_such=1", "REDIS_URL": "{redis}"}, 2, '"no_such"'),
+        (["migrate", "--check"], {"DATABASE_URL": "{pg}&shared_buffers=1"}, 2, '"shared_buffers"'),
+        (["verify"], {"DATABASE_URL": "{pg}&sslcert=/nonexistent"}, 2, "sslcert names no file"),
+        (["status"], {"REDIS_URL": "redis://:hunter2@a,b"}, 2, "several servers"),
+        (["status"], {"REDIS_URL_FILE": "/nonexistent"}, 2, "No such file"),
         (["replay", "/nonexistent"], {}, 2, "does not exist"),
         (["health"], {"FASTWORKER_HTTP_PORT": "1"}, 1, "nobody answers"),
         (["health"], {"FASTWORKER_HTTP_PORT": "off"}, 2, "FASTWORKER_HTTP_PORT"),
         (["nonsense"], {}, 2, "No such command"),
+        (["relay", "--port", "{port}", "--events", "5"], {}, 3, "in use: give --port another one"),
+        (["relay", "--host", "203.0.113.1", "--events", "5"], {}, 2, "Cannot listen on 203.0.113.1"),
+        (["relay", "--host", "nowhere.invalid", "--events", "5"], {}, 2, "Cannot listen on nowhere.invalid"),
         (["up"], {"FASTWORKER_HOME": "/proc/nowhere"}, 2, "FASTWORKER_HOME"),
     ],
 )
@@ -134,7 +147,11 @@ def test_refusal(
 ) -> None:
     client.rpush("a-list", "x")
     urls = {"{redis}": redis_url, "{pg}": postgres_url, "{empty}": empty_postgres_url}
-    done = run(*args, **{name: urls.get(value, value) for name, value in env.items()})
+    for name, url in urls.items():
+        env = {key: value.replace(name, url) for key, value in env.items()}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(*(arg.replace("{port}", port) for arg in args), **env)
     said = done.stderr
     assert done.returncode == code, said
     assert words in said
@@ -333,7 +350,36 @@ def test_a_future_cursor_ends_the_reader_and_a_gap_is_shown(
     assert gap == {"relay": "r.test", "reason": "outdated_cursor", "after": 10, "resumed": 50, "at": 1767323045.678}
 
 
+def test_the_reader_begins_where_it_is_told(
+    services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
+) -> None:
+    relay = services("relay", "--events", "60", "--port", "0", "--seed", "5")
+    env = {"REDIS_URL": redis_url, "RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "DATABASE_URL": postgres_url}
+    env["FASTWORKER_HTTP_PORT"] = "off"
+    client.set("firehose:python_cursor", "1")
+    reader = services("reader", "--from", "31000000000", **env)
+    until(lambda: client.xlen(STREAM) > 20 or reader.process.poll() is not None)
+    assert reader.stop() == 0, reader.lines
+    assert int(client.xrange(STREAM)[0][1][b"seq"]) > 31_000_000_000
+    assert fetch(postgres_url, "SELECT from_seq, to_seq FROM fastworker.gaps") == [(1, 30_999_999_999)]
+    assert run("reader", "--from", "tip", **env).returncode == 2
+
+
 # --- one-shot commands
+
+
+def test_settings_of_files(tmp_path: Path, redis_url: str) -> None:
+    """Before or after the command; the environment goes first, then the last file; an empty value is not set."""
+    first, second = tmp_path / "first.env", tmp_path / "second.env"
+    first.write_text(f"REDIS_URL=redis://{NOBODY}\nREDIS_STREAM_KEY=one\n")
+    second.write_text(f"export REDIS_URL='{redis_url}'\n")
+    for args in (["--env-file", str(first), "dlq", "list"], ["dlq", "list", "--env-file", str(first)]):
+        assert run(*args).returncode == 3
+        assert run(*args, REDIS_URL=redis_url).returncode == 0
+        assert run(*args, "--env-file", str(second)).returncode == 0
+    assert run("dlq", "list", "--env-file", str(second), REDIS_URL="").returncode == 0
+    refused = run("dlq", "list", "--env-file", str(tmp_path / "none"))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def test_migrate_and_its_check(empty_postgres_url: str) -> None:
@@ -491,6 +537,43 @@ def test_dlq_list_and_show(letters: dict[str, str], redis_url: str) -> None:
     assert run("dlq", "show", "9-9", REDIS_URL=redis_url).returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["show", "nonsense"], "'nonsense' is not the id of a dead letter"),
+        (["retry", "1-2-3"], "'1-2-3' is not the id of a dead letter"),
+        (["purge", "-"], "'-' is not the id"),
+        (["purge", "--reason", "typo"], "the reasons are bad_entry, "),
+        (["retry", "--reason", "typo"], "deliveries"),
+        (["list", "--reason", "typo"], "the reasons are"),
+        (["purge", "--all"], "--yes"),
+    ],
+)
+def test_dlq_refuses_what_cannot_be(args: list[str], words: str, client: redis.Redis, redis_url: str) -> None:
+    client.xadd(DEAD, {"reason": "typo"})
+    done = run("dlq", *args, REDIS_URL=redis_url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert client.xlen(DEAD) == 1
+
+
+def test_dead_letters_cannot_speak_to_the_terminal(client: redis.Redis, redis_url: str) -> None:
+    """Nor break its table, nor what reads its JSON."""
+    evil = "x\n[2026-11-27 00:00:00] [CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:"
+    fields = dict.fromkeys(("type", "reason", "error", "consumer", "form", "deliveries", "origId", "seq"), evil)
+    letter_id = client.xadd(DEAD, {**fields, "data": evil, "setAsideAt": "9" * 30}).decode()
+    for args in (["list"], ["list", "--json"], ["show", letter_id]):
+        done = run("dlq", *args, REDIS_URL=redis_url, COLUMNS="1000")
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        assert not set(said) & set("\x1b\x07\x9b\r\u202e\u2028"), args
+        assert not re.search(r"(?m)^\[2026", said), said
+    listed = run("dlq", "list", REDIS_URL=redis_url, COLUMNS="1000").stdout
+    assert r"[CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:" in listed
+    assert json.loads(run("dlq", "list", "--json", REDIS_URL=redis_url).stdout)["error"] == evil
+    assert json.loads(run("dlq", "show", letter_id, REDIS_URL=redis_url).stdout)["error"] == evil
+
+
 def test_dlq_retry_gives_back_what_the_entry_was(letters: dict[str, str], client: redis.Redis, redis_url: str) -> None:
     done = run("dlq", "retry", letters["json"], "9-9", REDIS_URL=redis_url)
     assert done.returncode == 1
@@ -541,6 +624,6 @@ def test_dlq_purge(letters: dict[str, str], client: redis.Redis, redis_url: str)
     done = run("dlq", "purge", "--reason", "bad_frame", REDIS_URL=redis_url)
     assert (done.returncode, done.stdout) == (0, "2 dead letters are gone.\n")
     assert client.xlen(DEAD) == 3
-    assert run("dlq", "purge", "--all", REDIS_URL=redis_url).returncode == 0
+    assert run("dlq", "purge", "--all", "--yes", REDIS_URL=redis_url).returncode == 0
     assert client.xlen(DEAD) == 0
     assert run("dlq", "list", REDIS_URL=redis_url).stdout == "No dead letters.\n"

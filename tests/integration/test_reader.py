@@ -26,6 +26,7 @@ from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailab
 from fastworker.event.entry import decode_entry
 from fastworker.process.backoff import Backoff
 from fastworker.reader import reader as reader_module
+from fastworker.reader import start as start_module
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
@@ -936,8 +937,54 @@ async def test_a_stream_key_of_the_wrong_type(redis: Redis, redis_url: str, rela
 
 async def test_a_cursor_that_is_no_number(redis: Redis, redis_url: str, relay: Relay) -> None:
     await redis.set(CURSOR, "abc")
-    with pytest.raises(ConfigError, match="firehose:python_cursor holds b'abc'"):
+    with pytest.raises(ConfigError, match="firehose:python_cursor holds 'abc'"):
         await asyncio.wait_for(run_reader(settings(redis_url, relay), asyncio.Event()), 30)
+
+
+@pytest.mark.parametrize(
+    ("cursor", "where", "after", "gap"),
+    [
+        ("50", 80, 79, (50, 80)),
+        ("50", 40, 39, None),
+        ("50", "oldest", 0, None),
+        ("50", "live", 90, (50, 91)),
+        ("99999999999", 30, 29, None),  # from the future
+        ("abc", 30, 29, None),
+        (None, 30, 29, None),
+    ],
+)
+async def test_the_operator_says_where_to_begin(
+    cursor: str | None, where: start_module.Start, after: int, gap: Any, relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    """Whatever the cursor says; what is passed over is a gap."""
+    if cursor is not None:
+        await redis.set(CURSOR, cursor)
+    beginning = asyncio.create_task(start_module.begin_at(settings(redis_url, relay), where, database_url=None))
+    if where == "live":
+        async with asyncio.timeout(60):
+            while not relay.open:
+                await asyncio.sleep(0.01)
+        relay.add(91)
+    await beginning
+    assert await redis.get(CURSOR) == b"%d" % after
+    assert not await redis.exists("fastworker:reader")
+    gaps = [json.loads(text) for text in await redis.lrange("fastworker:gaps", 0, -1)]
+    assert [(one["after"], one["resumed"]) for one in gaps] == ([] if gap is None else [gap])
+    relay.add(*range(1, 100))
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 99))
+    assert await seqs(redis) == list(range(after + 1, 100))
+
+
+async def test_a_start_is_refused_while_another_reader_is_at_work(
+    redis: Redis, redis_url: str, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await redis.set(CURSOR, "7")
+    await redis.set("fastworker:reader", "another")
+    monkeypatch.setattr(start_module, "LEASE_MS", 0)
+    with pytest.raises(ConfigError, match="Another reader is at work"):
+        await start_module.begin_at(settings(redis_url, relay), 1, database_url=None)
+    assert await redis.get(CURSOR) == b"7"
 
 
 # What others see

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import ssl
 from collections.abc import AsyncIterator
@@ -26,6 +27,7 @@ from fastworker.edge.embedded import free_port
 from fastworker.errors import ConfigError, StoreUnavailable, Unreachable
 from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
+from fastworker.reader.relay import RelayAddress, RelayRefused, subscribe
 from fastworker.simulator.network import Network
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
@@ -168,10 +170,24 @@ async def test_a_certificate_that_is_not_right_is_refused(
     assert str(of_redis.value).endswith(f"Redis cannot be reached: {said}")
     said = f"its certificate is refused ({why}); sslrootcert=FILE in DATABASE_URL names the authority that signed it"
     if trusted:
-        assert str(of_postgres.value) == f"PostgreSQL at localhost cannot be reached: {said}"
+        assert re.fullmatch(r"PostgreSQL at localhost:\d+ cannot be reached: (.+)", str(of_postgres.value))[1] == said
     else:  # as libpq has it: without a file there is nothing to verify with
         assert "root certificate file" in str(of_postgres.value)
         assert "\n" not in str(of_postgres.value)
+
+
+async def test_a_port_that_speaks_no_tls_is_called_that() -> None:
+    async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(hello, "localhost", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(RelayRefused, match=f"localhost:{port}: this port does not speak TLS"):
+            await subscribe(RelayAddress.parse(f"wss://localhost:{port}"), None)
+        with pytest.raises(Unreachable, match="this port does not speak TLS"):
+            await preflight(parse_config({"REDIS_URL": f"rediss://localhost:{port}"}), database_url=None)
 
 
 async def test_servers_of_their_own(server_dir: Path, authority: Authority) -> None:

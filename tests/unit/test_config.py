@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastworker.config import VARIABLES, Config, markdown, parse_config
+from fastworker.config import VARIABLES, Config, markdown, parse_config, read_env_file, remarks
 from fastworker.errors import ConfigError, ExitCode
 from fastworker.redact import redact
 from fastworker.table.derive import CORE, FULL
@@ -107,7 +107,8 @@ def test_accepted(name: str, text: str, field: str, value: object) -> None:
         ("REDIS_URL", "redis://h:port", "redis://"),
         ("DATABASE_URL", "mysql://h/x", "postgresql://"),
         ("DATABASE_URL", "postgresql+asyncpg://h/x", "postgresql://"),
-        ("DATABASE_URL", "host=h dbname=x", "postgresql://"),
+        ("DATABASE_URL", "host=h dbname", "postgresql://"),
+        ("DATABASE_URL", "dbname=x", "postgresql://"),
         ("DATABASE_URL", "postgresql:///x", "postgresql://"),
         ("FASTWORKER_PLC_URL", "plc.directory", "https://"),
     ],
@@ -132,22 +133,34 @@ def test_an_unknown_name_of_ours_is_refused_with_the_nearest_one() -> None:
     assert "hunter2" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "mysql://user:hunter2@host/x",
-        "postgresql://user:hunt/er2@ho:st:5432/x",
-        "postgresql://user:hunter2@p@host:port/x",
-        "postgres:// user:hunter2@host/x",
-        "redis://:hunter2@",
-        "redis//:hunter2@host?password=hunter2",
-    ],
-)
-@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
-def test_a_refused_url_never_shows_its_password(name: str, url: str) -> None:
+BROKEN = [
+    "mysql://user:hunter2@host/x",
+    "{}://user:hunt/er2@ho:st:5432/x",
+    "{}://user:hunter2@p@host:port/x",
+    "{}:// user:hunter2@host/x",
+    "{}://:hunter2@",
+    "{}//:hunter2@host?password=hunter2",
+    "{}://user:hunter2",
+    "{}://user:12/hunter2@host/0",
+    "{}://user:a@b/hunter2@host/0",
+    "{}://:hunter2",
+    "{}://user:1?hunter2/x@host:1:2/0",
+    "hunter2 password=hunter2",
+    "host=h password='hunter2 hunter2",
+    "password='x' hunter2@",
+    "{}-sentinel://:hunter2@h:26379/mymaster",
+    "{}://:hunter2@h1:port,h2",
+]
+
+
+@pytest.mark.parametrize("url", BROKEN)
+@pytest.mark.parametrize(("name", "scheme"), [("DATABASE_URL", "postgresql"), ("REDIS_URL", "redis")])
+def test_a_refused_url_never_shows_its_password(name: str, scheme: str, url: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        parse_config({name: url})
-    assert "hunter2" not in str(refusal.value).replace("hunt/er2", "hunter2")
+        parse_config({name: url.format(scheme)})
+    said = str(refusal.value)
+    assert "hunter2" not in said.replace("hunt/er2", "hunter2")
+    assert "er2" not in said
 
 
 def test_redact() -> None:
@@ -156,6 +169,100 @@ def test_redact() -> None:
     )
     assert redact("redis://:p@h") == "redis://:***@h"
     assert redact("at://did:plc:abc/app.bsky.feed.post/1") == "at://did:plc:abc/app.bsky.feed.post/1"
+
+
+LINKS = {
+    "FASTWORKER_PORT": "tcp://10.0.0.7:9400",
+    "FASTWORKER_SERVICE_HOST": "10.0.0.7",
+    "FASTWORKER_SERVICE_PORT": "9400",
+    "FASTWORKER_SERVICE_PORT_HTTP": "9400",
+    "FASTWORKER_SERVICE_PORT_HTTP_2": "9400",
+    "FASTWORKER_PORT_9400_TCP": "tcp://10.0.0.7:9400",
+    "FASTWORKER_PORT_9400_TCP_PROTO": "tcp",
+    "FASTWORKER_PORT_9400_TCP_PORT": "9400",
+    "FASTWORKER_PORT_9400_TCP_ADDR": "10.0.0.7",
+    "FASTWORKER_READER_SERVICE_HOST": "fd00::8",
+    "FASTWORKER_READER_PORT": "udp://[fd00::8]:9401",
+    "FASTWORKER_READER_PORT_9401_UDP": "udp://[fd00::8]:9401",
+    "FASTWORKER_READER_2_PORT_9401_SCTP_PROTO": "sctp",
+    "FASTWORKER_NAME": "/python-worker/fastworker",
+    "FASTWORKER_ENV_LOG_LEVEL": "",
+    "FASTWORKER_READER_ENV_PATH": "/usr/bin:/bin",
+    "FASTWORKER_HTTP_PORT": "tcp://10.0.0.9:80",
+    "FASTWORKER_HTTP_SERVICE_HOST": "10.0.0.9",
+}
+
+
+def test_links_of_kubernetes_and_docker_are_no_settings() -> None:
+    assert parse_config(LINKS) == Config()
+    (said,) = remarks(LINKS)
+    assert "FASTWORKER_ENV_LOG_LEVEL" in said
+    assert f"{len(LINKS) - 3} more" in said
+    assert remarks({"FASTWORKER_HTTP_PORT": "9400"}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("FASTWORKER_HTP_PORT", "1", "FASTWORKER_HTTP_PORT"),
+        ("FASTWORKER_PORT", "9400", "FASTWORKER_HTTP_PORT"),
+        ("FASTWORKER_HTTP_HOSTT", "10.0.0.7", "FASTWORKER_HTTP_HOST"),
+        ("FASTWORKER_NAME", "x", "FASTWORKER_HOME"),
+    ],
+)
+def test_what_only_looks_like_a_link_is_refused(name: str, value: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}='{value}' is not a setting.*{nearest}"):
+        parse_config({**LINKS, name: value})
+    with pytest.raises(ConfigError, match="FASTWORKER_HTTP_PORT"):
+        parse_config({"FASTWORKER_HTTP_PORT": "http://10.0.0.7"})
+
+
+def test_secrets_in_files(tmp_path: Path) -> None:
+    path = tmp_path / "url"
+    path.write_text("postgresql://u:p@h/x\n")
+    config = parse_config({"DATABASE_URL_FILE": f" {path}", "DATABASE_URL": "", "REDIS_URL_FILE": ""})
+    assert config.database_url == "postgresql://u:p@h/x"
+    assert "DATABASE_URL" in config.given
+    path.write_text("redis://:p@h\r\n")
+    assert parse_config({"REDIS_URL_FILE": str(path)}).redis_url == "redis://:p@h"
+    for wrong, why in (
+        ({"DATABASE_URL_FILE": str(path), "DATABASE_URL": "postgresql://h/x"}, "both set"),
+        ({"DATABASE_URL_FILE": str(tmp_path / "none")}, "No such file"),
+        ({"DATABASE_URL_FILE": str(tmp_path)}, "directory"),
+        ({"DATABASE_URL_FILE": str(path)}, "must start with"),
+        ({"REDIS_URL_FILE": "/dev/null"}, "empty"),
+    ):
+        with pytest.raises(ConfigError, match=why) as refusal:
+            parse_config(wrong)
+        assert ":p@" not in str(refusal.value)
+
+
+def test_an_environment_file(tmp_path: Path) -> None:
+    path = tmp_path / "worker.env"
+    path.write_bytes(
+        b"\xef\xbb\xbf# of the old worker\r\nexport RELAY_URL=wss://bsky.network\nBATCH_SIZE=10 # each\n"
+        b"PASSWORD='p$w#d'\nDATABASE_URL=\"postgresql://u:${PASSWORD}@h/x\"\n\nEMPTY=\nBARE\nREDIS_URL = redis://:a#b@h\n"
+    )
+    values = read_env_file(path)
+    assert values == {
+        "RELAY_URL": "wss://bsky.network",
+        "BATCH_SIZE": "10",
+        "PASSWORD": "p$w#d",
+        "DATABASE_URL": "postgresql://u:p$w#d@h/x",
+        "EMPTY": "",
+        "REDIS_URL": "redis://:a#b@h",
+    }
+    for content, why in ((b"A=1\nB='open\n", "line 2"), (b"\xff=1", "not text"), (b"A=x\0y", "cannot be")):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=why):
+            read_env_file(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_env_file(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "env").glob("*.env")), ids=lambda path: path.name)
+def test_the_documented_files_start(path: Path) -> None:
+    parse_config(read_env_file(path))
 
 
 def test_every_field_is_declared_once_with_all_that_the_reference_shows() -> None:

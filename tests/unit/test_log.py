@@ -13,6 +13,7 @@ import pytest
 from fastworker import log as fastworker_log
 from fastworker.log import REPEATS_MAX, WINDOW_S, RepeatLimit, setup_logging
 from fastworker.process.board import Heartbeats
+from fastworker.redact import printable, printable_json
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +104,37 @@ def test_templates_remembered_are_bounded() -> None:
     for n in range(fastworker_log.TEMPLATES_MAX * 3):
         assert limit.filter(_record(f"{n} %d", 0.0))
     assert len(limit._windows) <= fastworker_log.TEMPLATES_MAX
+
+
+EVIL = "x\n[2026-11-27 00:00:00] [CRITICAL] lost\r\x1b[31m\x9b1m\x00\x7f\u2028\u202e\u2066\ufeff\ud800"
+ESCAPED = r"x\n[2026-11-27 00:00:00] [CRITICAL] lost\r\x1b[31m\x9b1m\x00\x7f\u2028\u202e\u2066\ufeff\ud800"
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_what_others_wrote_is_one_line(form: Literal["human", "json"], capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("INFO", form)
+    logging.getLogger("x").warning("Set aside: %s", EVIL)
+    try:
+        raise ValueError(EVIL)  # noqa: TRY301
+    except ValueError:
+        logging.getLogger("x").exception("at %s", EVIL, extra={"lines": ["stack", EVIL]})
+    said = capsys.readouterr().err
+    assert not set(said) & set("\r\x1b\x9b\x00\x7f\u2028\u202e\u2066\ufeff\ud800")
+    if form == "human":
+        first, second, *rest = said.splitlines()
+        assert first.endswith(f"[WARNING] Set aside: {ESCAPED}")
+        assert second.endswith(f"[ERROR] at {ESCAPED}")
+        assert rest[:2] == ["  stack", f"  {ESCAPED}"]
+        assert all(line.startswith("  ") for line in rest), "only a record begins at the margin"
+        assert "  Traceback (most recent call last):" in rest
+    else:
+        first, second = map(json.loads, said.splitlines())
+        assert first["message"] == f"Set aside: {ESCAPED}"
+        assert second["lines"] == ["stack", ESCAPED]
+        assert r"\x1b[31m" in second["error"]
+
+
+def test_printable_leaves_text_alone() -> None:
+    for text in ("", "Grüße 日本語 👩‍👩‍👧 \\n [x]", "العربية"):
+        assert printable(text) == text
+    assert json.loads(printable_json(json.dumps({"a": EVIL[:-1]}, ensure_ascii=False, indent=1))) == {"a": EVIL[:-1]}
