@@ -41,6 +41,7 @@ _EXIT_CODES: Final = (
     ("3", "a dependency could not be reached at start, or its schema is missing"),
     ("4", "stopped itself: dead-letter limit, cursor from the future"),
     ("70", "a bug of ours"),
+    ("130", "interrupted before it was done"),
 )
 _COMPLETION: Final = (
     "Shell completion: add the output of `_FASTWORKER_COMPLETE=bash_source fastworker` (or zsh_source, fish_source) "
@@ -562,7 +563,7 @@ def _main() -> int:
     try:
         return int(cli.main(prog_name="fastworker", standalone_mode=False) or 0)
     except click.exceptions.Abort:
-        return 130
+        return ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
         return ExitCode.USAGE
@@ -571,7 +572,7 @@ def _main() -> int:
     except (StreamUnavailable, StoreUnavailable) as error:
         return _say(error, ExitCode.UNREACHABLE)
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

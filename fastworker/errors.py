@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     UNREACHABLE = 3  # a dependency could not be reached at start
     STOPPED_ITSELF = 4  # dead-letter limit, FutureCursor
     BUG = 70  # our own
+    INTERRUPTED = 130  # by a signal, before it was done
 
 
 class Reason(StrEnum):
