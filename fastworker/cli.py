@@ -493,12 +493,13 @@ def relay(
     """Serve recorded or simulated frames over a WebSocket.
 
     At /xrpc/com.atproto.sync.subscribeRepos, with the cursor rules of the protocol. Prints the RELAY_URL to use.
+    What is simulated is dated now.
     """
     from itertools import chain, count
 
     from fastworker.run.signals import stop_on_signals
     from fastworker.testing.frames import FramesFile
-    from fastworker.testing.network import Network, SimFrame
+    from fastworker.testing.network import LiveClock, Network, SimFrame
     from fastworker.testing.relay import serve
 
     _config()
@@ -506,8 +507,9 @@ def relay(
     if file is not None:
         frames = FramesFile(file, little_endian=little_endian)
     else:
-        network = Network(seed, mix=mix)
+        network = Network(seed, mix=mix, clock=LiveClock(), records_max=None if events else 60_000)
         frames = network.frames(events) if events else chain.from_iterable(network.step() for _ in count())
+    is_endless = file is None and events is None
 
     async def main() -> None:
         with stop_on_signals() as stop:
@@ -518,6 +520,7 @@ def relay(
                 port=port,
                 rate=rate,
                 start="oldest",
+                window=20_000 if is_endless else 50_000,
                 on_ready=lambda sim: click.echo(f"RELAY_URL={sim.url}"),
             )
 

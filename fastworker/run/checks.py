@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastworker.config import Config
+from fastworker.edge.feed import OURS
 from fastworker.edge.postgres_admin import Facts, Past, facts, name_of, past, writers
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.edge.rights import TABLE_RIGHTS
@@ -166,8 +167,8 @@ def somebody_works(stream: Stream, consumers: Iterable[Consumer], config: Config
 def the_reader(
     *, leased: bool, told: Mapping[str, object], frame_age_s: float | None, stream: Stream | None
 ) -> Iterator[Finding]:
-    """`told`: what any reader said of itself within ten seconds; ours holds a lease as well."""
-    if not leased and told:
+    """`told`: what any reader said of itself within ten seconds; ours holds a lease while it is at work."""
+    if not leased and told and told.get("reader") != OURS:
         yield _warn(
             "stream",
             "Another reader than fastworker's is at work: it trims with MAXLEN, also what nobody has read, and moves "

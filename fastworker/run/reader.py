@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
+from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, OURS, Chunk, Feed, LeaseLost, Position
 from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
@@ -834,6 +834,7 @@ class _Reader:
                 "connected": self._stats.connected,
                 "url": redact(self._relay.url),
                 "currentCursor": None if seq is None else str(seq),
+                "reader": OURS,  # this key outlives us by ten seconds, and `check` must know whose it is
             }
         )
 

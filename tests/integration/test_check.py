@@ -222,6 +222,8 @@ async def test_readers(house: House) -> None:
     await house.says("warn stream", "not connected to its relay")
     await house.redis.delete("fastworker:reader")
     await house.says("warn stream", "Another reader than fastworker's is at work: it trims with MAXLEN")
+    await house.redis.set("firehose:status", json.dumps({"connected": True, "reader": "fastworker"}))
+    await house.says("warn stream", "No reader is at work")  # ours, which was stopped less than ten seconds ago
     await house.redis.delete("firehose:status")
     await house.says("warn stream", "No reader is at work")
     await house.begin()

@@ -37,7 +37,7 @@ def test_each_reports_the_whole_stream_and_its_own_part(
     workers = [services("worker", CONSUMER_ID=f"w{number}", BATCH_SIZE="10", **env) for number in range(2)]
     ports = [int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1]) for worker in workers]
     until(lambda: all(get(port, "/readyz")[0] == 200 for port in ports))
-    services("reader", RELAY_URL=relay.wait_for("RELAY_URL=(.+)")[1], **env)
+    reader = services("reader", RELAY_URL=relay.wait_for("RELAY_URL=(.+)")[1], **env)
     with redis.Redis.from_url(redis_url, decode_responses=True) as client:
 
         def settled() -> int:
@@ -49,6 +49,10 @@ def test_each_reports_the_whole_stream_and_its_own_part(
 
         until(is_all_done)
         total = settled()
+    reader_port = int(reader.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until(lambda: "fastworker_reader_cursor_age_seconds" in scrape(reader_port))
+    [age] = scrape(reader_port)["fastworker_reader_cursor_age_seconds"].values()
+    assert age < 300, "what the relay simulates is dated now: nobody is behind"
     of_stream = {metric.name for metric in metrics.WORKER_METRICS if metric in metrics.OF_STREAM}
 
     def is_told() -> bool:  # a reading is a second old
