@@ -353,10 +353,23 @@ def verify(
 @click.argument("service", type=click.Choice(["worker", "reader"]))
 @click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
 @click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")
-def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str | None) -> ExitCode:
+@click.option("--apply", "is_applied", is_flag=True, help="Run the SQL on DATABASE_URL, as the owner of the tables.")
+@click.option(
+    "--password-env",
+    metavar="NAME",
+    help="With --apply: the role gets the password in this environment variable, or in the file that NAME_FILE names.",
+)
+def grants(
+    service: Literal["worker", "reader"],
+    *,
+    for_redis: bool,
+    role: str | None,
+    is_applied: bool,
+    password_env: str | None,
+) -> ExitCode:
     """Print what a service may do at least, as SQL or as an ACL line.
 
-    A role that can do exactly what the service needs; changes nothing by itself:
+    A role that can do exactly what the service needs; changes nothing without --apply:
     `fastworker grants worker | psql atproto`, and
     `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
     """
@@ -365,11 +378,38 @@ def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str |
     name = role or f"fastworker_{service}"
     if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
         raise click.BadParameter("lower-case letters, digits and underscores", param_hint="--role")
+    password = None if password_env is None else _secret(password_env)
+    if (is_applied and for_redis) or (password_env is not None and not is_applied):
+        raise click.UsageError("--apply is for SQL, and --password-env goes with it")
     config = _config()
+    if is_applied:
+        return _run(_grant(config.require_database_url("grants --apply"), rights.sql(service, name), name, password))
     if for_redis:
         click.echo(rights.acl(service, name, (config.stream_key, config.cursor_key)))
     else:
         click.echo(rights.sql(service, name), nl=False)
+    return ExitCode.DONE
+
+
+def _secret(name: str) -> str:
+    """Of the environment, or of the file that the environment names."""
+    text = os.environ.get(name, "")
+    if not text and (path := os.environ.get(f"{name}_FILE", "")):
+        try:
+            text = Path(path).read_text("utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}_FILE={path!r} cannot be read: {error}") from error
+    if not text:
+        raise ConfigError(f"{name} is not set or empty: it has to hold the role's password")
+    return text
+
+
+async def _grant(database_url: str, statements: str, role: str, password: str | None) -> ExitCode:
+    from fastworker.edge.schema_admin import open_schema
+
+    async with open_schema(database_url) as admin:
+        await admin.grant(statements, role, password)
+    click.echo(f"{role} may do what its service needs.")
     return ExitCode.DONE
 
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import yaml
 from servers import PostgresUnderTest, RedisUnderTest, connected
 
 import fastworker
+from fastworker.config import VARIABLES
 from fastworker.edge.embedded import free_port
 from fastworker.testing.compare import diff, dump, report
 from fastworker.testing.model import Model
@@ -131,25 +133,72 @@ def image_environment() -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if not word.startswith("PATH="))
 
 
-def compose() -> dict[str, Any]:
-    """docker-compose.yml with the defaults of its variables."""
+def compose(name: str = "docker-compose.yml", **given: str) -> dict[str, Any]:
+    """The file as compose reads it with this .env."""
 
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: filled(one) for name, one in value.items()}
+    def filled(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):  # a name without a value takes what is given, or is not set
+            return {
+                name: filled(one, name) for name, one in value.items() if not (one is None and _is_unset(name, given))
+            }
         if isinstance(value, list):
             return [filled(one) for one in value]
-        return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) if isinstance(value, str) else value
+        if value is None:
+            return given.get(key)
+        if not isinstance(value, str):
+            return value
+        return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1]) or found[2], value)
 
-    found: dict[str, Any] = filled(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))
+    found: dict[str, Any] = filled(yaml.safe_load((ROOT / name).read_text()))
     return found
+
+
+def _is_unset(name: str, given: dict[str, str]) -> bool:
+    return name.isupper() and name not in given
+
+
+@pytest.mark.parametrize("service", ["python-worker", "python-firehose", "migrate"])
+def test_compose_passes_every_setting_from_the_environment(service: str) -> None:
+    word = {"python-worker": "worker", "python-firehose": "reader"}.get(service, service)
+    settings = [one.name for one in VARIABLES if one.is_used_by(word) and one.name != "FASTWORKER_CRASHPOINT"]
+    given = {name: f"the {name}" for name in settings}
+    if service == "migrate":  # the owner of the tables is somebody else than the worker's role
+        given["OWNER_DATABASE_URL"] = given["DATABASE_URL"]
+    passed = compose(**given)["services"][service]["environment"]
+    assert {name: passed.get(name) for name in settings} == {name: f"the {name}" for name in settings}
+    unset = compose()["services"][service]["environment"]
+    assert unset.keys() & {*settings} == {"DATABASE_URL", "REDIS_URL", "FASTWORKER_HTTP_HOST"} & {*settings}
+
+
+def test_a_password_may_have_any_character() -> None:
+    """It is no part of a URL, so it needs no encoding and no message quotes a piece of it."""
+    password = "p@ss/w#rd:%20"
+    services = compose(POSTGRES_PASSWORD=password, WORKER_PASSWORD=password)["services"]
+    assert services["db"]["environment"]["POSTGRES_PASSWORD"] == password
+    for name, role in (("migrate", "postgres"), ("grants", "postgres"), ("python-worker", "fastworker_worker")):
+        assert services[name]["environment"]["PGPASSWORD"] == password
+        assert services[name]["environment"]["DATABASE_URL"] == f"postgresql://{role}@db:5432/atproto"
+    assert services["grants"]["environment"]["WORKER_PASSWORD"] == password
+
+
+def test_secrets_from_files_reach_every_service_and_replace_what_was_set() -> None:
+    base, over = compose()["services"], compose("deploy/compose.secrets.yml")
+    files = {f"/run/secrets/{name}": name for name in over["secrets"]}
+    for name, changed in over["services"].items():
+        merged = {**base[name]["environment"], **changed["environment"]}
+        assert "password" not in "".join(text for key, text in merged.items() if not key.endswith("_FILE")), name
+        named = {files[text] for key, text in merged.items() if key.endswith("_FILE")}
+        assert named == set(changed["secrets"]), name
+        for key in merged:
+            assert not (key.endswith("_FILE") and merged.get(key.removesuffix("_FILE"))), f"{name}: {key} twice"
+    assert set(over["services"]) == {"db", "migrate", "grants", "python-worker", "python-firehose"}
 
 
 def test_the_names_that_the_guide_s_commands_use() -> None:
     file = compose()
     services = file["services"]
     for name in ("redis", "db", "python-firehose", "python-worker"):
-        assert services[name]["container_name"] == name
+        assert "container_name" not in services[name], "two projects on one machine, and more than one worker"
         assert services[name]["restart"] == "unless-stopped"
         assert services[name]["mem_limit"]
     assert services["db"]["environment"]["POSTGRES_DB"] == "atproto"
@@ -162,12 +211,42 @@ def test_the_names_that_the_guide_s_commands_use() -> None:
     for name in ("python-firehose", "python-worker"):
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
-        assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+        assert services[name]["depends_on"]["grants"] == {"condition": "service_completed_successfully"}
+    assert services["grants"]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
     for name, service in services.items():
         assert ("profiles" in service) == (name in {"prometheus", "grafana"})
+        assert service["read_only"] is True
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["logging"]["options"] == {"max-size": "20m", "max-file": "5"}
+        image, _, tag = service["image"].partition(":")
+        assert image == "fastworker" or re.fullmatch(r"v?\d+\.\d+(\.\d+)?(-\w+)?", tag), f"{name}: an exact version"
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             assert source in file["volumes"] or (ROOT / source).is_file(), f"{name} wants {source}"
+
+
+OLD_STACK = {"redis", "python-firehose", "python-worker", "python-backfill-worker", "db", "app"}
+"""The services of the compose file that fastworker takes over from."""
+
+
+def test_the_documents_name_services_that_the_compose_files_have() -> None:
+    ours, seen = set(compose()["services"]), 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for line in re.findall(r"docker[ -]compose ([^`#\n]+)", page.read_text()):
+            words = shlex.split(line)
+            files = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "-f"]
+            at = next(
+                (n for n, word in enumerate(words) if word in {"up", "stop", "start", "run", "logs", "exec", "stats"}),
+                None,
+            )
+            if at is None:
+                continue
+            named = [word for word in words[at + 1 :] if not word.startswith("-")]
+            named = named[:1] if words[at] in {"exec", "run"} else named  # what follows is the command's
+            known = OLD_STACK if files == ["/srv/appview/docker-compose.yml"] else ours
+            assert set(named) <= known, f"{page.name}: {line}"
+            seen += len(named)
+    assert seen > 10
 
 
 @contextmanager
@@ -222,11 +301,12 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                 words = [*prefix, *entry, *str(file[name]["command"]).split()]
                 return service(words, environments[name])
 
-            names = ("migrate", "python-worker", "python-firehose")
+            names = ("migrate", "grants", "python-worker", "python-firehose")
             environments = {name: environment(name) for name in names}
-            with start("migrate") as migration:
-                said, _ = await asyncio.to_thread(migration.communicate, timeout=60)
-                assert migration.returncode == 0, said
+            for name in names[:2]:
+                with start(name) as once:
+                    said, _ = await asyncio.to_thread(once.communicate, timeout=60)
+                    assert once.returncode == 0, said
             with start("python-worker") as worker, start("python-firehose") as reader:
                 both = {"python-worker": worker, "python-firehose": reader}
                 async with asyncio.timeout(60), connected(database.url) as connection:
