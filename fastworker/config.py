@@ -400,7 +400,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "FASTWORKER_TRACING",
             "worker up",
             "OpenTelemetry: a span per flush, sent as OTEL_EXPORTER_OTLP_ENDPOINT and its siblings say. Needs "
-            "`pip install fastworker[otel]`.",
+            "the extra `otel` (docs/monitoring.md).",
             read=_flag,
             allowed="on or off",
             default="off",

@@ -56,6 +56,11 @@ class Reason(StrEnum):
     FORBIDDEN = "forbidden"  # data_collection_forbidden
 
 
+def how_to_install(extra: str) -> str:
+    """From where this one came: the name `fastworker` on the package index is somebody else's."""
+    return f'in a checkout of fastworker, pip install ".[{extra}]"; with a wheel file, pip install "FILE.whl[{extra}]"'
+
+
 class FastworkerError(Exception):
     """Root of our own errors. The message is one sentence an operator can act on."""
 

@@ -90,17 +90,34 @@ def test_the_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path
 
     ours = contents(wheel)
     assert ours == contents(tmp_path / "again" / wheel.name)
-    assert {name.split("/")[0] for name in ours} == {"fastworker", f"fastworker-{fastworker.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in ours} == {
+        "fastworker",
+        f"fastworker_atproto-{fastworker.__version__}.dist-info",
+    }
     assert {"fastworker/py.typed", "fastworker/edge/status.html", "fastworker/migrations/0001_contract.sql"} <= set(
         ours
     )
-    metadata = ours[f"fastworker-{fastworker.__version__}.dist-info/METADATA"].decode()
+    metadata = ours[f"fastworker_atproto-{fastworker.__version__}.dist-info/METADATA"].decode()
     assert f"\nVersion: {fastworker.__version__}\n" in metadata
+
+
+def test_nothing_tells_anybody_to_install_another_s_package() -> None:
+    """`pip install fastworker`, with any extra or version, would fetch a stranger's code from the package index."""
+    files = [ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "Dockerfile"]
+    files += [
+        path for folder in ("docs", "scripts", "bench", "fastworker", "deploy") for path in (ROOT / folder).rglob("*")
+    ]
+    for path in files:
+        if path.is_file() and path.suffix != ".pyc":
+            found = re.findall(
+                r"""pip3? install [^\n`;|]*?["' ](fastworker[\w-]*)(?=[\["'\s=<>~!]|$)""", path.read_text()
+            )
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
 def test_the_version_comes_from_one_place(installed: Path) -> None:
     assert run(installed / "fastworker", "--version", cwd="/") == f"fastworker {fastworker.__version__}\n"
-    command = "import importlib.metadata; print(importlib.metadata.version('fastworker'))"
+    command = "import importlib.metadata; print(importlib.metadata.version('fastworker-atproto'))"
     assert run(installed / "python", "-c", command, cwd="/").strip() == fastworker.__version__
     assert re.findall(r"^version\b.*", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) == []
 
@@ -116,7 +133,7 @@ def test_the_declared_dependencies_are_enough(built: tuple[Path, Path], tmp_path
         assert "COMMAND" in run(folder / "bin" / "fastworker", "--help", cwd="/")
         run(folder / "bin" / "pip", "check")
         said = run(folder / "bin" / "fastworker", "up", code=2, cwd="/", env={"HOME": str(tmp_path)})
-        assert 'pip install "fastworker[embedded]"' in said
+        assert 'pip install ".[embedded]"' in said
 
 
 # -- the image and its services --------------------------------------------------------------------------------
