@@ -94,9 +94,13 @@ def test_the_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path
         "fastworker",
         f"fastworker_atproto-{fastworker.__version__}.dist-info",
     }
-    assert {"fastworker/py.typed", "fastworker/edge/status.html", "fastworker/migrations/0001_contract.sql"} <= set(
-        ours
-    )
+    assert {
+        "fastworker/py.typed",
+        "fastworker/edge/status.html",
+        "fastworker/edge/status.js",
+        "fastworker/edge/status.css",
+        "fastworker/migrations/0001_contract.sql",
+    } <= set(ours)
     metadata = ours[f"fastworker_atproto-{fastworker.__version__}.dist-info/METADATA"].decode()
     assert f"\nVersion: {fastworker.__version__}\n" in metadata
 
@@ -110,7 +114,7 @@ def test_nothing_tells_anybody_to_install_another_s_package() -> None:
     for path in files:
         if path.is_file() and path.suffix != ".pyc":
             found = re.findall(
-                r"""pip3? install [^\n`;|]*?["' ](fastworker[\w-]*)(?=[\["'\s=<>~!]|$)""", path.read_text()
+                r"""pip3? install[^\n`;|]*?["' ](fastworker[\w-]*)(?=[\["'\s=<>~!]|$)""", path.read_text()
             )
             assert not found, f"{path.relative_to(ROOT)}: {found}"
 
