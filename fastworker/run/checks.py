@@ -23,10 +23,14 @@ from fastworker.edge.feed import OURS
 from fastworker.edge.postgres_admin import Facts, Past, facts, name_of, past, writers
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.edge.rights import TABLE_RIGHTS
+from fastworker.edge.schema_admin import SchemaRefused
 from fastworker.edge.stream import form_of
+from fastworker.edge.tuning import Server as PostgresServer
+from fastworker.edge.tuning import open_tuning
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
+from fastworker.run.tune import server_advice
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -399,6 +403,17 @@ def postgres_connections(found: Facts, config: Config) -> Iterator[Finding]:
         )
 
 
+def postgres_settings(server: PostgresServer) -> Iterator[Finding]:
+    for sentence in server_advice(server):
+        yield _warn("tuning", sentence)
+    if not server.counters_tuned:
+        yield _warn(
+            "tuning",
+            "post_aggregations has no vacuum of its own: counters are updated all the time, and dead rows make up a "
+            "fifth of the table before autovacuum comes. `fastworker migrate --tune` changes that.",
+        )
+
+
 def second_writer(writing: list[str], consumers: Iterable[Consumer]) -> Iterator[Finding]:
     """Somebody writes what only ingestion writes, and is no consumer of the group."""
     if writing and not any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
@@ -516,12 +531,14 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
     try:
         found = await facts(url, TABLE_RIGHTS["worker"])
         writing = await writers(url, COUNTED)
+        async with open_tuning(url) as tuning:
+            server = await tuning.read_server()
         if found.may_read_schema:
             problems = await check_schema(url)
             before = None if problems or found.lacking else await past(url, config.stream_key)
         else:
             problems, before = ["What is in the schema fastworker cannot be seen: GRANT USAGE, then check again."], None
-    except (Unreachable, ConfigError) as error:
+    except (Unreachable, ConfigError, SchemaRefused) as error:
         return [_fail("postgresql", f"{redact(str(error))}.")]
     return [
         *postgres_version(found),
@@ -529,6 +546,7 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         *postgres_connections(found, config),
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
+        *postgres_settings(server),
         *second_writer(writing, seen.consumers),
         *(what_was_before(before, config, seen.cursor) if before is not None else ()),
         *([_fail("postgresql", problem) for problem in problems] or [_ok("postgresql", "The schema is complete.")]),
