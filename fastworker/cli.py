@@ -8,7 +8,9 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
 import re
 import sys
 import traceback
@@ -86,6 +88,21 @@ def _config() -> Config:
 
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
+    return config
+
+
+def _begin(command: str) -> Config:
+    """For a service: its log's first line says who it is and how it is set."""
+    config = _config()
+    given = [v.name for v in VARIABLES if v.name in config.given]
+    settings = ", ".join(f"{name}={redact(os.environ.get(name, '(from a file)'))}" for name in given)
+    logging.getLogger("fastworker").info(
+        "fastworker %s %s on Python %s; %s",
+        fastworker.__version__,
+        command,
+        platform.python_version(),
+        settings or "no settings: all have their defaults",
+    )
     return config
 
 
@@ -187,7 +204,7 @@ def reader() -> ExitCode:
     from fastworker.run.reader_port import serve_reader
     from fastworker.run.signals import stop_on_signals
 
-    config = _config()
+    config = _begin("reader")
 
     async def main() -> None:
         await preflight(config, database_url=None)
@@ -218,7 +235,7 @@ def worker(reapply: str | None) -> ExitCode:
     SIGTERM drains; SIGHUP replaces the processes one by one; SIGTTIN and SIGTTOU add and remove one; SIGUSR1 logs the
     status.
     """
-    config = _config()
+    config = _begin("worker")
     plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
         from fastworker.run.reapply import reapply as run_reapply
@@ -577,7 +594,7 @@ def up() -> ExitCode:
     """
     from fastworker.run.up import up as run_up
 
-    config = _config()
+    config = _begin("up")
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
     return run_up(config, lambda config: _plan(config, "up", with_reader=True))

@@ -7,6 +7,7 @@ Each hazard is one function from facts to findings, pure, so that each can be te
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from fastworker.config import Config
 from fastworker.edge.feed import OURS
-from fastworker.edge.postgres_admin import Facts, Past, facts, name_of, past, writers
+from fastworker.edge.postgres_admin import Facts, Past, facts, name_of, past, version_of, writers
 from fastworker.edge.redis_admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.edge.rights import TABLE_RIGHTS
 from fastworker.edge.schema_admin import SchemaRefused
@@ -31,6 +32,8 @@ from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
 from fastworker.run.migrate import check as check_schema
 from fastworker.run.tune import server_advice
+
+log = logging.getLogger(__name__)
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -581,27 +584,29 @@ def _print(findings: list[Finding]) -> None:
 
 async def preflight(config: Config, *, database_url: str | None) -> None:
     """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable."""
-    await asyncio.gather(_redis_preflight(config), _postgres_preflight(database_url))
+    log.info(", ".join(await asyncio.gather(_redis_preflight(config), _postgres_preflight(database_url))))
 
 
-async def _redis_preflight(config: Config) -> None:
+async def _redis_preflight(config: Config) -> str:
     async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-check") as admin:
         server = await admin.server()
         kind = await admin.kind()
     for finding in (*redis_version(server), *redis_role(server), *stream_kind(kind, config.stream_key)):
         if finding.verdict is Verdict.FAIL:
             raise Unreachable(f"{redact(config.redis_url)}: {finding.sentence}")
+    return f"{server.product.capitalize()} {server.version} at {redact(config.redis_url)}"
 
 
-async def _postgres_preflight(database_url: str | None) -> None:
+async def _postgres_preflight(database_url: str | None) -> str:
     if database_url is None:
-        return
+        return "no PostgreSQL"
     problems = await check_schema(database_url)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise Unreachable(
             f"{name_of(database_url)}: the schema is not ready: {problems[0]}{more} Run `fastworker migrate`."
         )
+    return name_of(database_url).replace("PostgreSQL", f"PostgreSQL {await version_of(database_url)}", 1)
 
 
 def _some(names: list[str], count: int = 3) -> str:

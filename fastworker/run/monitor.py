@@ -40,6 +40,7 @@ from fastworker.run.heartbeat import (
     quantile,
 )
 from fastworker.run.history import History
+from fastworker.run.outage import Outage, span
 from fastworker.run.page import Card, Chart, HttpSettings, Page, Wait, Worker, Written, listen, pss
 from fastworker.run.reader import ReaderStats
 from fastworker.run.reader_port import FRESH_S, left_in_redis, put_figures, trouble
@@ -148,6 +149,7 @@ class _WorkerMonitor:
         self._logged = (self._started, 0)
         self._counts: deque[Count] = deque(maxlen=GROWTH_WINDOW)
         self._port: int | None = None
+        self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
         self._others: dict[str, str] = {}  # what every worker on this stream last told
         self._history = History(HISTORY, worst=WORST)
         self._minutes: deque[tuple[float, Counter[str]]] = deque([(self._started, Counter())], maxlen=60)
@@ -162,11 +164,10 @@ class _WorkerMonitor:
                     await self._read(turn)
                     self._error = ""
                 except (StreamUnavailable, Unreachable) as error:
-                    if str(error) != self._error:
-                        log.warning("Monitor: %s", error)
                     self._error = str(error)
                 self._judge()
                 self._remember()
+                self._tell_of_outages()
                 if turn % LOG_EVERY == LOG_EVERY - 1:
                     self._log()
                 turn += 1
@@ -298,6 +299,22 @@ class _WorkerMonitor:
         return why
 
     # --- what others see
+
+    def _tell_of_outages(self) -> None:
+        self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
+        if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
+            return
+        waiting = [snapshot for snapshot in self._workers() if "PostgreSQL" in (_waits(snapshot) or "")]
+        away = [one for one in waiting if not one.error.startswith("StreamUnavailable")]
+        self._postgres_outage.look(away[0].error or "it does not answer" if away else None, self._what_waits())
+
+    def _what_waits(self) -> str:
+        """As of the latest reading."""
+        stream = self._reading.stream if self._reading else None
+        group = stream.group(self._settings.group) if stream else None
+        count = group.lag + group.pending if group else stream.length if stream else 0
+        full = self._full_seconds()
+        return f"{count:,} entries wait" + (f", full in {span(full)}" if math.isfinite(full) else "")
 
     def _log(self) -> None:
         """The line that operators grep for; nothing while nothing happens."""

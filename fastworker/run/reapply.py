@@ -20,7 +20,8 @@ from fastworker.edge.redis_admin import RedisAdmin, open_redis
 from fastworker.edge.store import Store
 from fastworker.edge.stream import Entry, SetAside, Tally
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
-from fastworker.run.heartbeat import Heartbeats
+from fastworker.run.heartbeat import Heartbeats, Slot, State
+from fastworker.run.outage import Outage
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.retry import pause
 from fastworker.run.worker import WorkerSettings
@@ -96,7 +97,7 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
         pipeline = Pipeline(source, source, store, slot, limits=settings.limits, dead_letters=DeadLetterLimit())
         try:
             async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(_tell(source, stopping))
+                telling = tasks.create_task(_tell(source, slot, stopping))
                 await pipeline.run(stopping)
                 while await store.maintain():
                     pass
@@ -121,10 +122,15 @@ def _before(ms: int, n: int) -> str:
     return f"{ms - 1}-18446744073709551615" if ms else "0-0"
 
 
-async def _tell(source: _Retained, stopping: asyncio.Event) -> None:
+async def _tell(source: _Retained, slot: Slot, stopping: asyncio.Event) -> None:
+    """As the monitor does beside a worker."""
     told, at = 0, time.monotonic()
+    outages = {State.WAITING_FOR_STORE: Outage("PostgreSQL"), State.WAITING_FOR_STREAM: Outage("Redis")}
     while not await pause(PROGRESS_S, stopping):
         count = source.counts["committed"] + source.counts["nothing_to_store"]
         rate = (count - told) / (time.monotonic() - at)
         log.info("Processed %s events (~%s events/sec)", f"{count:,}", f"{rate:,.0f}")
         told, at = count, time.monotonic()
+        look = slot.snapshot()
+        for state, outage in outages.items():
+            outage.look(look.error or "no error yet" if look.gauges.state == state else None)
