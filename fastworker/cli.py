@@ -91,6 +91,16 @@ def _config() -> Config:
     return config
 
 
+def _operator() -> Config:
+    """For a command beside the services: with FASTWORKER_HOME, the servers of the `up` that runs there."""
+    config = _config()
+    if config.home is None:
+        return config
+    from fastworker.run.up import with_servers_of_home
+
+    return with_servers_of_home(config)
+
+
 def _begin(command: str) -> Config:
     """For a service: its log's first line says who it is and how it is set."""
     config = _config()
@@ -300,7 +310,7 @@ def status(*, as_json: bool, watch: bool) -> ExitCode:
     """Rates, lag, oldest pending, processes, dead letters, memory."""
     from fastworker.run.status import show_status
 
-    return _run(show_status(_config(), as_json=as_json, watch=watch))
+    return _run(show_status(_operator(), as_json=as_json, watch=watch))
 
 
 @cli.command()
@@ -312,7 +322,7 @@ def check(*, as_json: bool) -> ExitCode:
     """
     from fastworker.run.checks import check as run_check
 
-    return _run(run_check(_config(), as_json=as_json))
+    return _run(run_check(_operator(), as_json=as_json))
 
 
 @cli.command()
@@ -353,7 +363,7 @@ def verify(
     from fastworker.run import verify as verification
     from fastworker.run.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
     if "list" in only:
         click.echo("\n".join(verification.names()))
         return ExitCode.DONE
@@ -442,7 +452,7 @@ def compare(*, entries: int, seconds: float, as_json: bool) -> ExitCode:
     """
     from fastworker.run.compare import compare as run_compare
 
-    return _run(run_compare(_config(), entries=entries, seconds=seconds, as_json=as_json))
+    return _run(run_compare(_operator(), entries=entries, seconds=seconds, as_json=as_json))
 
 
 @cli.group(cls=_Group)
@@ -471,7 +481,7 @@ def dlq_list(*, reason: str | None, limit: int, as_json: bool) -> ExitCode:
     """List dead letters, the oldest first, and count them by reason."""
     from fastworker.run.dlq import list_letters
 
-    return _run(list_letters(_config(), reason=reason, limit=limit, as_json=as_json))
+    return _run(list_letters(_operator(), reason=reason, limit=limit, as_json=as_json))
 
 
 @dlq.command("show")
@@ -480,7 +490,7 @@ def dlq_show(letter_id: str) -> ExitCode:
     """Show one dead letter as JSON, decoded as far as it can be."""
     from fastworker.run.dlq import show_letter
 
-    return _run(show_letter(_config(), letter_id))
+    return _run(show_letter(_operator(), letter_id))
 
 
 @dlq.command("retry")
@@ -491,7 +501,7 @@ def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
     """Give dead letters back to the stream. The version guard makes it safe at any time."""
     from fastworker.run.dlq import retry_letters
 
-    return _run(retry_letters(_config(), _wanted(ids, reason, everything=everything)))
+    return _run(retry_letters(_operator(), _wanted(ids, reason, everything=everything)))
 
 
 @dlq.command("purge")
@@ -502,7 +512,7 @@ def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
     """Delete dead letters for good."""
     from fastworker.run.dlq import purge_letters
 
-    return _run(purge_letters(_config(), _wanted(ids, reason, everything=everything)))
+    return _run(purge_letters(_operator(), _wanted(ids, reason, everything=everything)))
 
 
 _FRAMES: Final = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
@@ -522,7 +532,7 @@ def replay(file: Path, *, little_endian: bool) -> ExitCode:
     """
     from fastworker.run.replay import replay as run_replay
 
-    return _run(run_replay(_config(), file, little_endian=little_endian))
+    return _run(run_replay(_operator(), file, little_endian=little_endian))
 
 
 @cli.command()

@@ -318,8 +318,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_HOME",
-            "up",
-            "Directory of the embedded servers' data.",
+            "up status check compare verify dlq replay",
+            "Directory of the embedded servers' data. Where it is set and REDIS_URL or DATABASE_URL is not, the other "
+            "commands find the servers of `up` by it.",
             allowed="a directory path",
             default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",
         ),

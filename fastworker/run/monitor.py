@@ -368,6 +368,7 @@ class _WorkerMonitor:
             connections_open=sum(snapshot.gauges.connections for snapshot in self._workers()),
             stream_full_s=full if math.isfinite(full := self._full_seconds()) else None,
             processes=self._processes(),
+            written_per_s={one.table: round(one.per_s, 2) for one in self._written() if one.per_s >= 0.005},
             http=f"{self._settings.http.host}:{self._port}" if self._port is not None else "",
         )
 

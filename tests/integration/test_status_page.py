@@ -245,7 +245,11 @@ def test_the_live_view_in_a_terminal_of_80_columns(
 
     def is_the_rate(shown: str) -> bool:
         found = re.search(r"rate +(\d+)/s in, (\d+)/s out", shown)
-        return found is not None and all(0.7 * RATE < int(rate) < 1.3 * RATE for rate in found.groups())
+        return (
+            found is not None
+            and "out/s" in shown
+            and all(0.7 * RATE < int(rate) < 1.3 * RATE for rate in found.groups())
+        )
 
     ask("new-session", "-d", "-s", "view", "-x", "80", "-y", "30", watch)
     try:
@@ -255,6 +259,9 @@ def test_the_live_view_in_a_terminal_of_80_columns(
         ask("kill-server")
     assert "\u2026" not in shown, "nothing is cut"
     assert re.search(r"rate +\d+/s in, \d+/s out", shown), shown
+    assert re.match(r"fastworker status [\d.]+ +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +well", shown), shown
+    assert re.search(r"^out/s +[\u2581-\u2588]+ +\d+, max \d+", shown, re.MULTILINE), shown
+    assert re.search(r"Changes/s: likes \d", shown), shown
     assert re.search(r"worker-1 +running +\d+ +[\d,]+ +\d+ +[\d.]+ s +\d+ MB +0", shown), shown
     assert "ledger balances" in shown, "also while entries come and go"
     assert up.stop() == 0
