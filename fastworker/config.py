@@ -319,7 +319,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_HOME",
             "up status check compare verify dlq replay",
-            "Directory of the embedded servers' data. Where it is set, the other commands find the servers of `up` by it, "
+            "Directory of the embedded servers' data. Where it is set, other commands find the servers of `up` by it, "
             "unless a URL says otherwise.",
             allowed="a directory path",
             default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from packaging.requirements import Requirement
 from servers import PostgresUnderTest, RedisUnderTest, connected
 
 import fastworker
@@ -103,6 +105,38 @@ def test_the_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path
     } <= set(ours)
     metadata = ours[f"fastworker_atproto-{fastworker.__version__}.dist-info/METADATA"].decode()
     assert f"\nVersion: {fastworker.__version__}\n" in metadata
+
+
+def test_the_image_installs_what_is_locked_and_that_is_what_is_declared() -> None:
+    """Every line exact and with hashes; everything that pyproject.toml asks for, in a version that it allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "deploy" / "requirements.txt").read_text()
+    entries = re.split(r"\n(?=[a-z])", re.sub(r"^ *#.*\n", "", text, flags=re.MULTILINE))
+    locked = {}
+    for entry in entries:
+        found = re.match(r"([\w-]+)==([\w.]+)", entry)
+        assert found is not None, entry
+        assert "--hash=sha256:" in entry, entry
+        locked[found[1]] = found[2]
+    for wanted in map(Requirement, project["dependencies"]):
+        assert wanted.specifier.contains(locked[wanted.name]), f"{wanted}: scripts/release --lock"
+    assert "--require-hashes -r deploy/requirements.txt" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.extended
+def test_a_release_is_made_by_one_script(tmp_path: Path) -> None:
+    """Needs a package index."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "dist", "__pycache__"))
+    shutil.copy(ROOT / ".gitignore", copy)
+    run(copy / "scripts" / "release", env={**os.environ, "PYTHON": sys.executable})
+    made = sorted(path.name for path in (copy / "dist").iterdir())
+    version = fastworker.__version__
+    names = [f"fastworker_atproto-{version}-py3-none-any.whl", f"fastworker_atproto-{version}.tar.gz"]
+    assert made == sorted(["SHA256SUMS", "fastworker.cdx.json", *names])
+    parts = json.loads((copy / "dist" / "fastworker.cdx.json").read_text())["components"]
+    assert {"asyncpg", "redis", "libipld"} <= {part["name"] for part in parts}
+    run("sha256sum", "--check", "SHA256SUMS", cwd=copy / "dist")
 
 
 def test_nothing_tells_anybody_to_install_another_s_package() -> None:
