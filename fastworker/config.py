@@ -351,8 +351,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_HOME",
-            "up",
-            "Directory of the embedded servers' data.",
+            "up status check compare verify dlq replay",
+            "Directory of the embedded servers' data. Where it is set, other commands find the servers of `up` by it, "
+            "unless a URL says otherwise.",
             allowed="a directory path",
             default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",
         ),
@@ -433,7 +434,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "FASTWORKER_TRACING",
             "worker up",
             "OpenTelemetry: a span per flush, sent as OTEL_EXPORTER_OTLP_ENDPOINT and its siblings say. Needs "
-            "`pip install fastworker[otel]`.",
+            "the extra `otel` (docs/monitoring.md).",
             read=_flag,
             allowed="on or off",
             default="off",

@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     UNREACHABLE = 3  # a dependency could not be reached at start
     STOPPED_ITSELF = 4  # dead-letter limit, FutureCursor
     BUG = 70  # our own
+    INTERRUPTED = 130  # by a signal, before it was done
 
 
 class Reason(StrEnum):
@@ -54,6 +55,11 @@ class Reason(StrEnum):
     # frames and events with nothing to store
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden
+
+
+def how_to_install(extra: str) -> str:
+    """From where this one came: the name `fastworker` on the package index is somebody else's."""
+    return f'in a checkout of fastworker, pip install ".[{extra}]"; with a wheel file, pip install "FILE.whl[{extra}]"'
 
 
 class FastworkerError(Exception):

@@ -171,6 +171,12 @@ READER_METRICS: Final = tuple(m for m in METRICS if m in _READER_ONLY or m in CO
 WORKER_METRICS: Final = tuple(m for m in METRICS if m not in _READER_ONLY)
 UP_METRICS: Final = METRICS
 
+OF_STREAM: Final = _READER_ONLY | {
+    STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, STREAM_FULL_SECONDS, LAG_ENTRIES, LAG_SECONDS, GROUP_LAG,
+    PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED,
+}  # fmt: skip
+"""Every worker on one stream reports these of the whole stream: over several workers their `max`, never their sum."""
+
 
 def markdown() -> str:
     """docs/metrics.md; a test compares them."""
@@ -182,15 +188,19 @@ def markdown() -> str:
         "The port of `worker` serves those of the worker, that of `reader` those of the reader, that of `up` both.",
         "Labels with a closed set of values have a series for each, at zero, from the first second.",
         "",
-        "| metric | type | labels | served by | meaning |",
-        "|---|---|---|---|---|",
+        "With several workers on one stream, those of the *stream* are the whole stream's on every port: take `max`.",
+        "Those of the *service* are its own: take `sum`.",
+        "",
+        "| metric | type | labels | served by | of the | meaning |",
+        "|---|---|---|---|---|---|",
     ]
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         if metric.closed:
             labels += ": " + ", ".join(f"`{value}`" for value in metric.closed)
         served_by = "both" if metric in COMMON else "reader" if metric in _READER_ONLY else "worker"
-        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {served_by} | {metric.why} |")
+        of_the = "stream" if metric in OF_STREAM else "service"
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {served_by} | {of_the} | {metric.why} |")
     return "\n".join([*lines, ""])
 
 

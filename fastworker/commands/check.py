@@ -7,6 +7,7 @@ Each hazard is one function from facts to findings, pure, so that each can be te
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,15 +18,21 @@ import msgspec
 from rich.text import Text
 
 from fastworker.commands.grants import TABLE_RIGHTS
+from fastworker.commands.tune import server_advice
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
 from fastworker.redact import redact
-from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
+from fastworker.store.admin import Facts, Past, facts, name_of, past, version_of, writers
+from fastworker.store.migrate import SchemaRefused, encoding_problem
 from fastworker.store.migrate import check as check_schema
-from fastworker.store.migrate import encoding_problem
+from fastworker.store.tuning import Server as PostgresServer
+from fastworker.store.tuning import open_tuning
 from fastworker.stream.admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.stream.consumer import form_of
+from fastworker.stream.feed import OURS
 from fastworker.terminal import Terminal, write_json
+
+log = logging.getLogger(__name__)
 
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
@@ -170,8 +177,8 @@ def somebody_works(stream: Stream, consumers: Iterable[Consumer], config: Config
 def the_reader(
     *, leased: bool, told: Mapping[str, object], frame_age_s: float | None, stream: Stream | None
 ) -> Iterator[Finding]:
-    """`told`: what any reader said of itself within ten seconds; ours holds a lease as well."""
-    if not leased and told:
+    """`told`: what any reader said of itself within ten seconds; ours holds a lease while it is at work."""
+    if not leased and told and told.get("reader") != OURS:
         yield _warn(
             "stream",
             "Another reader than fastworker's is at work: it trims with MAXLEN, also what nobody has read, and moves "
@@ -418,6 +425,17 @@ def postgres_sequences(found: Facts) -> Iterator[Finding]:
             )
 
 
+def postgres_settings(server: PostgresServer) -> Iterator[Finding]:
+    for sentence in server_advice(server):
+        yield _warn("tuning", sentence)
+    if not server.counters_tuned:
+        yield _warn(
+            "tuning",
+            "post_aggregations has no vacuum of its own: counters are updated all the time, and dead rows make up a "
+            "fifth of the table before autovacuum comes. `fastworker migrate --tune` changes that.",
+        )
+
+
 def second_writer(writing: list[str], consumers: Iterable[Consumer]) -> Iterator[Finding]:
     """Somebody writes what only ingestion writes, and is no consumer of the group."""
     if writing and not any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
@@ -550,12 +568,14 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
     try:
         found = await facts(url, TABLE_RIGHTS["worker"])
         writing = await writers(url, COUNTED)
+        async with open_tuning(url) as tuning:
+            server = await tuning.read_server()
         if found.may_read_schema:
             problems = await check_schema(url)
             before = None if problems or found.lacking else await past(url, config.stream_key)
         else:
             problems, before = ["What is in the schema fastworker cannot be seen: GRANT USAGE, then check again."], None
-    except (Unreachable, ConfigError) as error:
+    except (Unreachable, ConfigError, SchemaRefused) as error:
         return [_fail("postgresql", f"{redact(str(error))}.")]
     return [
         *postgres_version(found),
@@ -563,6 +583,7 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         *postgres_connections(found, config),
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
+        *postgres_settings(server),
         *second_writer(writing, seen.consumers),
         *((*what_was_before(before, config, seen.cursor), *what_waits(before)) if before is not None else ()),
         *postgres_sequences(found),
@@ -601,21 +622,22 @@ def _print(findings: list[Finding]) -> None:
 
 async def preflight(config: Config, *, database_url: str | None) -> None:
     """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable."""
-    await asyncio.gather(_redis_preflight(config), _postgres_preflight(database_url))
+    log.info(", ".join(await asyncio.gather(_redis_preflight(config), _postgres_preflight(database_url))))
 
 
-async def _redis_preflight(config: Config) -> None:
+async def _redis_preflight(config: Config) -> str:
     async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-check") as admin:
         server = await admin.server()
         kind = await admin.kind()
     for finding in (*redis_version(server), *redis_role(server), *stream_kind(kind, config.stream_key)):
         if finding.verdict is Verdict.FAIL:
             raise Unreachable(f"{redact(config.redis_url)}: {finding.sentence}")
+    return f"{server.product.capitalize()} {server.version} at {redact(config.redis_url)}"
 
 
-async def _postgres_preflight(database_url: str | None) -> None:
+async def _postgres_preflight(database_url: str | None) -> str:
     if database_url is None:
-        return
+        return "no PostgreSQL"
     problems = await check_schema(database_url)
     if problems:
         more = f" And {len(problems) - 1} more: `fastworker check` tells them." if len(problems) > 1 else ""
@@ -624,6 +646,7 @@ async def _postgres_preflight(database_url: str | None) -> None:
     for finding in postgres_rights(found):
         if finding.verdict is Verdict.FAIL:
             raise Unreachable(f"{name_of(database_url)}: {finding.sentence}")
+    return name_of(database_url).replace("PostgreSQL", f"PostgreSQL {await version_of(database_url)}", 1)
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -85,14 +84,29 @@ class Served(msgspec.Struct, frozen=True):
 
 def run_demo(config: Config, *, events: int | None, rate: float | None, seed: int) -> ExitCode:
     """Exit code DONE only if every table is as it must be. Of the configuration, only the worker's shape is used."""
-    console = Console(stderr=False)
+    console = Console()
+    heartbeats = Heartbeats()
+    wanted = EVENTS if events is None else events
+    try:
+        code = _run(config, console, heartbeats, events=wanted, rate=rate, seed=seed)
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    if code is ExitCode.INTERRUPTED:
+        console.print(_interrupted(heartbeats, wanted), highlight=False, soft_wrap=True)
+        console.print("[bold red]NOT verified:[/] interrupted before the tables were compared.", soft_wrap=True)
+    return code
+
+
+def _run(
+    config: Config, console: Console, heartbeats: Heartbeats, *, events: int, rate: float | None, seed: int
+) -> ExitCode:
     started = time.monotonic()
     with _folder() as folder:
         console.print("Starting PostgreSQL and Valkey for this demo ...")
         with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis", aof=False) as redis:
             asyncio.run(migrate(postgres.url))
             plan = Plan(
-                events=EVENTS if events is None else events,
+                events=events,
                 rate=rate,
                 seed=seed,
                 folder=folder,
@@ -100,7 +114,6 @@ def run_demo(config: Config, *, events: int | None, rate: float | None, seed: in
                 database_url=postgres.url,
             )
             console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
-            heartbeats = Heartbeats()
             worker = WorkerSettings(
                 redis_url=redis.url,
                 database_url=postgres.url,
@@ -119,15 +132,28 @@ def run_demo(config: Config, *, events: int | None, rate: float | None, seed: in
                 ],
                 heartbeats,
                 patience=Patience(start_s=600.0, drain_s=3.0),
+                told_code=ExitCode.INTERRUPTED,
             )
             logging.getLogger("fastworker").setLevel(logging.WARNING)
             return supervisor.run()
 
 
+def _interrupted(heartbeats: Heartbeats, events: int) -> str:
+    """What was done, from the board: it is the parent's, so it is there whoever is gone."""
+    everybody = heartbeats.snapshot()
+    made = sum(one.counters.read for one in everybody if one.name == "relay")
+    workers = [one for one in everybody if one.name.startswith("worker")]
+    settled, set_aside = sum(one.acked for one in workers), sum(one.counters.set_aside for one in workers)
+    return (
+        f"events      {made:,} of {events:,} made, {settled:,} settled, {set_aside:,} set aside\n"
+        f"rows        {sum(one.counters.rows for one in workers):,} written"
+    )
+
+
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder that is gone afterwards; SIGTERM before the supervisor listens leaves nothing behind either."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.DONE))
+    """A folder that is gone afterwards; SIGTERM before the supervisor listens is as good as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="fastworker-demo-"))
     try:
         yield folder

@@ -18,7 +18,8 @@ from typing import Final
 
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, counted
 from fastworker.process.backoff import pause
-from fastworker.process.board import Heartbeats
+from fastworker.process.board import Heartbeats, Slot, State
+from fastworker.process.outage import Outage
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import Entry, SetAside, Tally
@@ -103,7 +104,7 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
         pipeline = Pipeline(source, source, store, slot, limits=settings.limits, dead_letters=DeadLetterLimit())
         try:
             async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(_tell(source, stopping))
+                telling = tasks.create_task(_tell(source, slot, stopping))
                 await pipeline.run(stopping)
                 while await store.maintain():
                     pass
@@ -129,10 +130,15 @@ def _before(ms: int, n: int) -> str:
     return f"{ms - 1}-18446744073709551615" if ms else "0-0"
 
 
-async def _tell(source: _Retained, stopping: asyncio.Event) -> None:
+async def _tell(source: _Retained, slot: Slot, stopping: asyncio.Event) -> None:
+    """As the monitor does beside a worker."""
     told, at = 0, time.monotonic()
+    outages = {State.WAITING_FOR_STORE: Outage("PostgreSQL"), State.WAITING_FOR_STREAM: Outage("Redis")}
     while not await pause(PROGRESS_S, stopping):
         count = source.counts["committed"] + source.counts["nothing_to_store"]
         rate = (count - told) / (time.monotonic() - at)
         log.info("Processed %s events (~%s events/sec)", f"{count:,}", f"{rate:,.0f}")
         told, at = count, time.monotonic()
+        look = slot.snapshot()
+        for state, outage in outages.items():
+            outage.look(look.error or "no error yet" if look.gauges.state == state else None)

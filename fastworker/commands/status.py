@@ -10,7 +10,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, Final, get_args, get_type_hints
 
@@ -31,7 +31,7 @@ from fastworker.terminal import Terminal, write_json
 RATE_WINDOW_S: Final = 0.5  # of a single look
 WATCH_S: Final = 1.0
 WATCH_RATES: Final = 5  # looks that a rate is over
-TREND: Final = 50  # looks shown as a line
+TREND: Final = 44  # looks shown as a line
 GAPS_SHOWN: Final = 3
 _BARS: Final = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
@@ -85,6 +85,9 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
         _is("Seconds until the stream meets its limit at the growth of the last minute; null while it does not grow."),
     ] = None
     processes: Annotated[list[ProcessStatus], _is("Its processes.")]
+    written_per_s: Annotated[
+        dict[str, float], _is("Changes per second by table, lately; tables without any are left out.")
+    ] = {}
     http: Annotated[str, _is("Address of its HTTP port; empty where it has none.")] = ""
 
 
@@ -301,15 +304,32 @@ async def _workers(admin: RedisAdmin) -> list[WorkerStatus]:
 # --- for people, in 80 columns
 
 
-def render(status: Status, trend: Sequence[float] = ()) -> RenderableType:
-    """`trend`: finished entries per second, look by look."""
-    parts: list[RenderableType] = [_overview(status, trend)]
+class Trend(msgspec.Struct):
+    """What the live view has seen, look by look: entries per second in and out, entries not finished."""
+
+    appended: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=TREND))
+    finished: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=TREND))
+    waiting: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=TREND))
+
+    def add(self, status: Status) -> None:
+        self.appended.append(status.appended_per_s or 0.0)
+        self.finished.append(status.finished_per_s or 0.0)
+        self.waiting.append(status.lag_entries + status.pending_entries)
+
+
+def render(status: Status, trend: Trend | None = None) -> RenderableType:
+    """With `trend`: the live view, with a heading and lines."""
+    parts: list[RenderableType] = [_overview(status)]
+    if trend is not None:
+        parts = [_heading(status), *parts, *_lines(trend)]
     if status.workers:
         parts.append(_processes(status))
     else:
         parts.append(Text("No fastworker worker reported within the last seconds.", style="yellow"))
     if len(status.groups) > 1:
         parts.append(_groups(status))
+    if written := _written(status):
+        parts.append(Text(f"Changes/s: {written}"))
     if drops := [f"{name} {count:,}" for name, count in sorted(status.drops.items()) if count]:
         parts.append(Text("Drops: " + ", ".join(drops)))
     for process in (process for worker in status.workers for process in worker.processes if process.error):
@@ -320,7 +340,33 @@ def render(status: Status, trend: Sequence[float] = ()) -> RenderableType:
     return Group(*parts)
 
 
-def _overview(status: Status, trend: Sequence[float]) -> RenderableType:
+def _heading(status: Status) -> RenderableType:
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.at))
+    is_well = bool(status.workers) and all(worker.ready for worker in status.workers) and status.reader.connected
+    state = Text("well", style="green") if is_well else Text("not well", style="bold red")
+    return Text.assemble(
+        ("fastworker status", "bold"), f" {status.version}  {clock}  ", state, f"  {status.stream_key}\n"
+    )
+
+
+def _lines(trend: Trend) -> Iterator[RenderableType]:
+    """The last looks as bars, each with its name, its newest value and its highest one."""
+    for name, values in (("in/s", trend.appended), ("out/s", trend.finished), ("waiting", trend.waiting)):
+        if values:
+            yield Text(f"{name:<8} {_line(values):<{TREND}} {values[-1]:>7,.0f}, max {max(values):,.0f}")
+
+
+def _written(status: Status) -> str:
+    """By table, all workers together, the busiest first."""
+    rates: dict[str, float] = {}
+    for worker in status.workers:
+        for table, per_s in worker.written_per_s.items():
+            rates[table] = rates.get(table, 0.0) + per_s
+    busiest = sorted(rates.items(), key=lambda one: one[1], reverse=True)
+    return ", ".join(f"{table} {per_s:,.1f}" for table, per_s in busiest if per_s >= 0.05)
+
+
+def _overview(status: Status) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -350,8 +396,6 @@ def _overview(status: Status, trend: Sequence[float]) -> RenderableType:
     table.add_row("lag", f"{about}{status.lag_entries:,} entries, {_seconds(status.lag_seconds)}")
     table.add_row("pending", f"{status.pending_entries:,} entries, oldest {_seconds(status.oldest_pending_seconds)}")
     table.add_row("rate", f"{_rate(status.appended_per_s)} in, {_rate(status.finished_per_s)} out")
-    if len(trend) > 1:
-        table.add_row("", _line(trend))
     ledger = status.ledger
     table.add_row(
         "finished",
@@ -445,10 +489,12 @@ async def show_status(config: Config, *, as_json: bool, watch: bool) -> ExitCode
             return ExitCode.DONE
         console = Terminal()
         live = None
-        readings, trend = deque([reading], maxlen=WATCH_RATES), deque[float](maxlen=TREND)
+        readings, trend = deque([reading], maxlen=WATCH_RATES), Trend()
         with ExitStack() as stack:
             if not as_json and console.is_terminal:
-                live = stack.enter_context(Live(render(status), console=console, auto_refresh=False, screen=True))
+                live = stack.enter_context(
+                    Live(render(status, trend), console=console, auto_refresh=False, screen=True)
+                )
             while True:
                 await asyncio.sleep(WATCH_S)
                 try:
@@ -459,7 +505,7 @@ async def show_status(config: Config, *, as_json: bool, watch: bool) -> ExitCode
                     live.update(Text(str(error), style="red"), refresh=True)
                     continue
                 readings.append(reading)
-                trend.append(status.finished_per_s or 0.0)
+                trend.add(status)
                 if live is None:
                     _print(status, as_json=as_json)
                 else:

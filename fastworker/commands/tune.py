@@ -17,6 +17,7 @@ from fastworker.store.schema_admin import SchemaRefused
 from fastworker.store.tuning import (
     Index,
     Remembered,
+    Server,
     Tunable,
     Tuning,
     create_sql,
@@ -304,25 +305,49 @@ def _wider(index: Index, indexes: list[Index]) -> Index | None:
 
 
 def _server(found: Tunable) -> Iterator[str]:
-    """Advice on server settings; ours to say, not to set."""
-    for name, limit, sentence in _SERVER:
-        if name in found.settings:
-            value, shown = found.settings[name]
-            if value == limit or (isinstance(value, int) and isinstance(limit, int) and value <= limit):
-                yield f"Advice, never applied: {name} is {shown}; {sentence}"
+    for sentence in server_advice(found.server):
+        yield f"Advice, never applied: {sentence}"
 
 
-_SERVER: Final[tuple[tuple[str, int | str, str], ...]] = (
-    # in the units of pg_settings: 8 kB, MB, s; the values of a new server
-    (
-        "shared_buffers",
-        16_384,
-        "a quarter of the memory keeps the indexes that every row enters there. Needs a restart.",
-    ),
-    ("max_wal_size", 1_024, "8GB makes checkpoints rarer. Costs that much disk, and time to recover after a crash."),
-    ("checkpoint_timeout", 300, "15min makes checkpoints rarer. Costs time to recover after a crash."),
-    ("wal_compression", "off", "on (or lz4) shrinks the pages that are logged whole. Costs CPU of the writers."),
-)
+def server_advice(server: Server) -> Iterator[str]:
+    """Which server setting costs what, and what to set on its machine. Ours to say, not to set."""
+    number = {name: value for name, (value, _) in server.settings.items() if isinstance(value, int)}
+    shown = {name: text for name, (_, text) in server.settings.items()}
+    buffers, of_memory = _quarter(server.memory_bytes, 8 << 30)
+    if number.get("shared_buffers", buffers >> 13) << 13 < min(buffers, 1 << 30) * 3 // 4:
+        yield (
+            f"shared_buffers is {shown['shared_buffers']}: the indexes that every row enters do not fit, and a worker "
+            f"slows down as the tables grow (to about half after 200,000 events). Set {_size(buffers)}, {of_memory}; "
+            "needs a restart."
+        )
+    wal, of_disk = _quarter(server.disk_free_bytes, 8 << 30, "free disk")
+    if number.get("max_wal_size", wal >> 20) << 20 < min(wal, 4 << 30):
+        yield (
+            f"max_wal_size is {shown['max_wal_size']}: after so much WAL a checkpoint comes, and after it "
+            f"every page is logged whole once more. Set {_size(wal)}, {of_disk}; costs that much disk, and time to "
+            "recover after a crash."
+        )
+    if number.get("checkpoint_timeout", 900) <= 300:
+        yield (
+            f"checkpoint_timeout is {shown['checkpoint_timeout']}, with the same effect. Set 15min; costs time to "
+            "recover after a crash."
+        )
+    if shown.get("wal_compression") == "off":
+        yield ("wal_compression is off: pages that are logged whole are most of the WAL. Set on (or lz4); costs CPU.")
+
+
+def _quarter(total: int | None, most: int, of: str = "memory") -> tuple[int, str]:
+    """A quarter of what the machine has, as a power of two up to `most`, and why."""
+    if total is None:
+        usual = 1 << 30 if of == "memory" else most
+        return usual, f"or more where its machine has four times that {of}"
+    quarter = max(total // 4, 128 << 20)
+    return min(1 << (quarter.bit_length() - 1), most), f"of this machine's {decimal(total)} of {of}"
+
+
+def _size(count: int) -> str:
+    """As postgresql.conf writes it."""
+    return f"{count >> 30}GB" if count >= 1 << 30 else f"{count >> 20}MB"
 
 
 def _not_allowed(found: Tunable, parameters: Iterable[str], indexes: Sequence[Drop | Remembered]) -> str | None:

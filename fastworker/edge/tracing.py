@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Final, Protocol
 
 from fastworker import __version__
-from fastworker.errors import ConfigError
+from fastworker.errors import ConfigError, how_to_install
 
 STOP_S: Final = 2.0
 """How long the end waits for spans that are not sent yet."""
@@ -46,7 +46,7 @@ def require() -> None:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise ConfigError('FASTWORKER_TRACING=on needs OpenTelemetry: pip install "fastworker[otel]"')
+        raise ConfigError(f"FASTWORKER_TRACING=on needs OpenTelemetry: {how_to_install('otel')}")
 
 
 @contextmanager

@@ -32,10 +32,18 @@ log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 10.0
 SHUTDOWN_S = 1.0
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+"""Nothing but this port's own files runs, styles or is asked; nothing frames the page."""
 
 
 class Source(Protocol):
-    """What is shown. All three are immediate: they return the latest reading."""
+    """What is shown. All are immediate: they return the latest reading."""
 
     def figures(self) -> Figures: ...
 
@@ -46,6 +54,8 @@ class Source(Protocol):
         """Reasons why it is not connected, fresh and progressing; empty when it is."""
 
     def status_json(self) -> bytes: ...
+
+    def history_json(self) -> bytes: ...
 
 
 class _Collector:
@@ -123,10 +133,19 @@ def _application(source: Source, names: Iterable[str]) -> web.Application:
     async def status(_request: web.Request) -> web.Response:
         return web.Response(body=source.status_json(), content_type="application/json")
 
+    async def history(_request: web.Request) -> web.Response:
+        return web.Response(body=source.history_json(), content_type="application/json")
+
     async def index(_request: web.Request) -> web.Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-        policy += "frame-ancestors 'none'"
-        return web.Response(body=page, content_type="text/html", headers={"Content-Security-Policy": policy})
+        return web.Response(body=page, content_type="text/html", headers=_PAGE_HEADERS)
+
+    def shipped(name: str, content_type: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+        body = resources.files("fastworker.monitor").joinpath(name).read_bytes()
+
+        async def answer(_request: web.Request) -> web.Response:
+            return web.Response(body=body, content_type=content_type, headers=_PAGE_HEADERS)
+
+        return answer
 
     async def as_declared(_request: web.Request, response: web.StreamResponse) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
@@ -142,6 +161,9 @@ def _application(source: Source, names: Iterable[str]) -> web.Application:
             web.get("/", _named(index, names)),
         ]
     )
+    app.router.add_get("/history.json", _named(history, names))
+    app.router.add_get("/status.css", shipped("status.css", "text/css"))
+    app.router.add_get("/status.js", shipped("status.js", "text/javascript"))
     return app
 
 

@@ -13,8 +13,8 @@ import math
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -25,7 +25,8 @@ from fastworker.commands.dlq import Letter, line_of
 from fastworker.commands.status import ProcessStatus, WorkerStatus
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
-from fastworker.monitor.page import Card, HttpSettings, Page, listen, pss
+from fastworker.monitor.history import History
+from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, Worker, Written, listen, pss
 from fastworker.monitor.reader_port import FRESH_S, left_in_redis, put_figures, trouble
 from fastworker.monitor.reader_port import cards as reader_cards
 from fastworker.process.backoff import pause
@@ -40,11 +41,13 @@ from fastworker.process.board import (
     now_ms,
     quantile,
 )
+from fastworker.process.outage import Outage, span
 from fastworker.reader.reader import ReaderStats
 from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
+from fastworker.table.schema import COLLECTIONS
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,10 @@ STUCK_S: Final = 30.0
 GROWTH_WINDOW: Final = 60  # readings
 RATE_WINDOW: Final = 5  # readings
 LETTERS_SHOWN: Final = 5
+LONG_S: Final = 60.0  # what waits longer is shown in red
+MINUTE_S: Final = 60.0
+HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream")
+WORST: Final = ("oldest", "median", "99 %")
 OUTCOME_TITLES: Final = {
     "committed": "committed",
     "nothing_to_store": "nothing to store",
@@ -93,7 +100,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     dead_letters: int
     newest_letters: list[Letter]
     reader: ReaderStats | None
-    """Of the supervisor's own reader."""
+    """Of the stream's reader, wherever it runs."""
     reader_age_s: float
 
 
@@ -142,6 +149,10 @@ class _WorkerMonitor:
         self._logged = (self._started, 0)
         self._counts: deque[Count] = deque(maxlen=GROWTH_WINDOW)
         self._port: int | None = None
+        self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
+        self._others: dict[str, str] = {}  # what every worker on this stream last told
+        self._history = History(HISTORY, worst=WORST)
+        self._minutes: deque[tuple[float, Counter[str]]] = deque([(self._started, Counter())], maxlen=60)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         async with AsyncExitStack() as stack:
@@ -153,10 +164,10 @@ class _WorkerMonitor:
                     await self._read(turn)
                     self._error = ""
                 except (StreamUnavailable, Unreachable) as error:
-                    if str(error) != self._error:
-                        log.warning("Monitor: %s", error)
                     self._error = str(error)
                 self._judge()
+                self._remember()
+                self._tell_of_outages()
                 if turn % LOG_EVERY == LOG_EVERY - 1:
                     self._log()
                 turn += 1
@@ -184,8 +195,10 @@ class _WorkerMonitor:
         stream = await admin.stream(measure=measure)
         if stream is not None and measure:
             self._bytes = stream.bytes
+        if measure:
+            self._others = await admin.statuses()
         count = await admin.count(settings.group)
-        left = await admin.reader_stats() if settings.with_reader else {}
+        left = await admin.reader_stats()
         letters = await admin.newest_letters(LETTERS_SHOWN)
         self._reading = Reading(
             at=time.monotonic(),
@@ -287,6 +300,22 @@ class _WorkerMonitor:
 
     # --- what others see
 
+    def _tell_of_outages(self) -> None:
+        self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
+        if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
+            return
+        waiting = [snapshot for snapshot in self._workers() if "PostgreSQL" in (_waits(snapshot) or "")]
+        away = [one for one in waiting if not one.error.startswith("StreamUnavailable")]
+        self._postgres_outage.look(away[0].error or "it does not answer" if away else None, self._what_waits())
+
+    def _what_waits(self) -> str:
+        """As of the latest reading."""
+        stream = self._reading.stream if self._reading else None
+        group = stream.group(self._settings.group) if stream else None
+        count = group.lag + group.pending if group else stream.length if stream else 0
+        full = self._full_seconds()
+        return f"{count:,} entries wait" + (f", full in {span(full)}" if math.isfinite(full) else "")
+
     def _log(self) -> None:
         """The line that operators grep for; nothing while nothing happens."""
         at, count = self._logged
@@ -339,6 +368,7 @@ class _WorkerMonitor:
             connections_open=sum(snapshot.gauges.connections for snapshot in self._workers()),
             stream_full_s=full if math.isfinite(full := self._full_seconds()) else None,
             processes=self._processes(),
+            written_per_s={one.table: round(one.per_s, 2) for one in self._written() if one.per_s >= 0.005},
             http=f"{self._settings.http.host}:{self._port}" if self._port is not None else "",
         )
 
@@ -349,10 +379,16 @@ class _WorkerMonitor:
             version=__version__,
             service="up" if self._settings.with_reader else "worker",
             at=time.time(),
+            uptime_s=time.monotonic() - self._started,
+            age_s=time.monotonic() - (reading.at if reading else self._started),
             ready=not why,
             why=why,
+            charts=_charts(self._settings.max_stream_len),
             cards=self._cards(reading) if reading else {},
+            waits=self._waiting(reading) if reading else [],
             processes=self._processes(),
+            workers=_workers_told(self._others),
+            written=self._written(),
             drops={name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")},
             dead_letters=reading.newest_letters if reading else [],
         )
@@ -369,9 +405,9 @@ class _WorkerMonitor:
         busy = sum(snapshot.gauges.connections_busy for snapshot in workers)
         cards = {
             "Now": [
-                Card("finished", self._rate(), "events/s", trend=True),
-                Card("appended", self._appended_per_s(), "events/s", trend=True),
-                Card("lag", group.lag if group else length, "entries", trend=True),
+                Card("finished", self._rate(), "events/s"),
+                Card("appended", self._appended_per_s(), "events/s"),
+                Card("lag", group.lag if group else length, "entries"),
                 Card("oldest unfinished", unfinished_s, "s", bad=unfinished_s > 60),
                 Card("latency, median", p50),
                 Card("latency, 99 %", p99),
@@ -384,11 +420,87 @@ class _WorkerMonitor:
                 Card("stream memory", self._bytes, "bytes"),
                 Card("PostgreSQL connections", busy, f"at work, at most {settings.connections_max}"),
             ],
-            "Since the stream began": [Card(title, ledger.get(name, 0)) for name, title in OUTCOME_TITLES.items()],
+            "Since the stream began": [
+                *(
+                    Card(title, count := ledger.get(name, 0), bad=name == "ghosts" and count > 0)
+                    for name, title in OUTCOME_TITLES.items()
+                ),
+                Card("not accounted for", reading.unaccounted, bad=(reading.unaccounted or 0) < 0),
+            ],
         }
         if reading.reader is not None:
-            cards["Reader"] = reader_cards(reading.reader, None)
+            told_s = reading.reader_age_s + time.monotonic() - reading.at
+            cards["Reader"] = [*reader_cards(reading.reader, None), Card("told", told_s, "s ago", bad=told_s > FRESH_S)]
         return cards
+
+    def _waiting(self, reading: Reading) -> list[Wait]:
+        """What is not done yet, wherever it is, and for how long."""
+        stream, now = reading.stream, reading.time_ms
+        waits = []
+        for group in stream.groups if stream else ():
+            whose = "" if group.name == self._settings.group else f" by {group.name}"
+            undelivered_s, pending_s = age_s(group.next_id, now), age_s(group.oldest_pending_id, now)
+            waits += [
+                Wait(f"entries to be taken{whose}", group.lag, undelivered_s, bad=undelivered_s > LONG_S),
+                Wait(f"entries in work{whose}", group.pending, pending_s, bad=pending_s > LONG_S),
+            ]
+        if reading.reader is not None:
+            waits.append(Wait("entries that the reader has to append", reading.reader.outbox_items, None))
+        letters = reading.newest_letters
+        oldest = Wait("dead letters, for a person", reading.dead_letters, None, bad=bool(letters))
+        return [*waits, oldest]
+
+    def _written(self) -> list[Written]:
+        """By table: lately, and over the last hour."""
+        now, hour_ago = self._tables(), self._minutes[0][1]
+        first_at, first = self._minutes[-min(2, len(self._minutes))]
+        passed = max(time.monotonic() - first_at, 1.0)
+        of_table: dict[str, list[str]] = {}
+        for collection, table in COLLECTIONS.items():
+            of_table.setdefault(table.name, []).append(collection)
+        return [
+            Written(
+                name,
+                tuple(of_table.get(name, ())),
+                (count - first.get(name, 0)) / passed,
+                count - hour_ago.get(name, 0),
+            )
+            for name, count in sorted(now.items(), key=lambda one: one[1], reverse=True)
+            if count
+        ]
+
+    def _tables(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for snapshot in self._heartbeats.snapshot():
+            counts.update(snapshot.tables)
+        return counts
+
+    def history_json(self) -> bytes:
+        return self._history.json()
+
+    def _remember(self) -> None:
+        """One second of history: the difference between the last two counts, and how things stand."""
+        if len(self._counts) > 1 and (last := self._counts[-1]).at > (before := self._counts[-2]).at:
+            passed = last.at - before.at
+            latency = [now - then for now, then in zip(last.latency, before.latency, strict=True)]
+            reading, known = self._reading, last.added is not None and before.added is not None
+            fresh = reading is not None and last.at - reading.at < FRESH_S
+            group = reading.stream.group(self._settings.group) if reading and reading.stream else None
+            self._history.add(
+                time.time(),
+                {
+                    "finished": max(0, last.total - before.total) / passed,
+                    "appended": max(0, (last.added or 0) - (before.added or 0)) / passed if known and fresh else None,
+                    "to be taken": group.lag if group and fresh else None,
+                    "in work": group.pending if group and fresh else None,
+                    "oldest": age_s(group.unfinished_id, reading.time_ms) if group and reading and fresh else None,
+                    "median": quantile(LATENCY_MS, latency, 0.5),
+                    "99 %": quantile(LATENCY_MS, latency, 0.99),
+                    "stream": self._lengths[-1][1] if self._lengths and fresh else None,
+                },
+            )
+        if time.monotonic() - self._minutes[-1][0] > MINUTE_S:
+            self._minutes.append((time.monotonic(), self._tables()))
 
     def _appended_per_s(self) -> float | None:
         """Over the last readings; None where the server does not count (Redis 6.2)."""
@@ -419,7 +531,7 @@ class _WorkerMonitor:
         figures.set(m.REDIS_AGE, time.monotonic() - (self._reading.at if self._reading else self._started))
         if self._reading is not None:
             self._redis_figures(figures, self._reading)
-            if self._reading.reader is not None:
+            if self._reading.reader is not None and self._settings.with_reader:
                 put_figures(figures, self._reading.reader)
         self._process_figures(figures)
         return figures
@@ -499,6 +611,32 @@ class _WorkerMonitor:
         if self._settings.stream_bytes_max is not None and self._bytes and last:
             limit = min(limit, last * self._settings.stream_bytes_max / self._bytes)
         return max(0.0, (limit - last) / growth) if growth > 0 else math.inf
+
+
+def _charts(max_stream_len: int) -> tuple[Chart, ...]:
+    return (
+        Chart(title="Events", unit="/s", lines=("appended", "finished")),
+        Chart(title="Latency", unit="ms", band=("median", "99 %")),
+        Chart(title="Not finished", unit="entries", lines=("to be taken", "in work")),
+        Chart(title="Oldest unfinished", unit="s", lines=("oldest",)),
+        Chart(title="Stream", unit="entries", lines=("stream",), limit=max_stream_len),
+    )
+
+
+def _workers_told(statuses: Mapping[str, str]) -> list[Worker]:
+    """What is not understood is of another release and is left out."""
+    found = []
+    for owner, text in sorted(statuses.items()):
+        try:
+            told = msgspec.json.decode(text, type=WorkerStatus)
+        except msgspec.MsgspecError:
+            continue
+        age = time.time() - told.at
+        if age < STATUS_STALE_S:
+            at_work = [one for one in told.processes if one.name.startswith("worker")]
+            rate = sum(one.entries_per_s for one in at_work)
+            found.append(Worker(owner, told.version, told.ready, rate, len(at_work), max(0.0, age)))
+    return found
 
 
 def _waits(snapshot: Snapshot) -> str | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -16,6 +17,48 @@ from fastworker.errors import Unreachable
 from fastworker.monitor.http import Source, ask, serve
 
 log = logging.getLogger(__name__)
+
+
+STALE_S: Final = 6.0
+EXPLAINED: Final = {
+    "finished": "Entries finished per second, over the last five seconds, by this worker's processes.",
+    "appended": "Entries that the reader put on the stream per second, over the last five seconds.",
+    "lag": "Entries on the stream that no consumer of the group was given yet.",
+    "oldest unfinished": "Age of the oldest entry that the group has not finished. Red above a minute.",
+    "latency, median": "Half of the last minute's entries took no longer, from their append to the ack.",
+    "latency, 99 %": "99 of 100 of the last minute's entries took no longer, from their append to the ack.",
+    "in work": "Entries that a consumer of the group has and did not acknowledge yet.",
+    "dead letters": "Entries that could not be stored and were set aside. `fastworker dlq list` says why.",
+    "stream": "Entries on the stream, and its limit. Red above four fifths; when it is full, the reader waits.",
+    "stream is full in": "At the growth of the last minute. Red below an hour.",
+    "stream memory": "Memory of the stream in Redis, sampled every five seconds.",
+    "PostgreSQL connections": "Connections at work now, and DB_POOL_SIZE: the most there may be.",
+    "not accounted for": "Entries delivered, in no outcome and not pending. Not 0: somebody else acknowledges.",
+    "committed": "Entries whose rows are in PostgreSQL.",
+    "nothing to store": "Entries without anything that belongs into a table.",
+    "set aside": "Entries that went to the dead letters.",
+    "trimmed while pending": "Entries that somebody removed from the stream before they were finished. They are lost.",
+    "relay": "Where the reader reads. Red while it is not connected.",
+    "cursor": "The newest seq that is on the stream: the reader goes on after it.",
+    "cursor's age": "How far the reader is behind: age of the newest event, by the relay's clock.",
+    "last frame": "Time since the relay sent anything. Red when that is long for this relay.",
+    "frames": "Messages received since the reader started.",
+    "received": "Bytes of these messages.",
+    "entries appended": "Entries put on the stream since the reader started.",
+    "waiting to be appended": "Entries received and not on the stream yet. Red while the stream is full.",
+    "reconnects": "Connections that ended without being asked to.",
+    "gaps": "Stretches that the relay did not give us. `LRANGE fastworker:gaps 0 -1` says which.",
+    "told": "How old the reader's figures are. Red: it has stopped telling, so the others are wrong.",
+    "Events": "Entries per second that came in and that were finished.",
+    "Not finished": "Entries not delivered yet, and in work.",
+    "Oldest unfinished": "Age of the oldest entry that the group has not finished, at its worst.",
+    "Latency": "From the append of an entry to its ack: from the median to 99 %, at its worst.",
+    "Stream": "Entries on the stream. The dashed line is the limit.",
+    "Frames": "Messages received and entries appended per second.",
+    "Outbox": "Entries received and not on the stream yet, at its worst.",
+    "Cursor's age": "How far the reader is behind, at its worst.",
+}
+"""What each figure and chart means, by its title."""
 
 
 class HttpSettings(msgspec.Struct, frozen=True):
@@ -29,27 +72,73 @@ class HttpSettings(msgspec.Struct, frozen=True):
 
 
 class Card(msgspec.Struct, frozen=True):
-    """One figure. `trend`: the page draws its last minutes. `bad`: it is what an operator should look at."""
+    """One figure. `bad`: it is what an operator should look at. EXPLAINED says what it means, by its title."""
 
     title: str
     value: float | str | None
     unit: str = ""
-    trend: bool = False
     bad: bool = False
 
 
+class Chart(msgspec.Struct, frozen=True, kw_only=True):
+    """Series of /history.json in one picture: lines, a band from the first to the second, a limit."""
+
+    title: str
+    unit: str
+    lines: tuple[str, ...] = ()
+    band: tuple[str, str] | None = None
+    limit: float | None = None
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """What is not done, and since when: its oldest part, in seconds; None where nobody knows."""
+
+    what: str
+    count: int
+    oldest_s: float | None
+    bad: bool = False
+
+
+class Written(msgspec.Struct, frozen=True):
+    """Changes of one table. `last_hour`: less where the worker is younger."""
+
+    table: str
+    collections: tuple[str, ...]
+    per_s: float
+    last_hour: int
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """A worker on the same stream, this one or another host's, by what it told within the last seconds."""
+
+    owner: str
+    version: str
+    ready: bool
+    entries_per_s: float
+    processes: int
+    told_s: float
+
+
 class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """/status.json."""
+    """/status.json. `age_s`: how old the figures are; older than `stale_s` they are not to be believed."""
 
     version: str
     service: str
     at: float
+    uptime_s: float
+    age_s: float
+    stale_s: float = STALE_S
     ready: bool
     why: list[str]
     cards: dict[str, list[Card]]  # by section
+    charts: tuple[Chart, ...]
+    waits: list[Wait] = []
     processes: list[ProcessStatus]
+    workers: list[Worker] = []
+    written: list[Written] = []
     drops: dict[str, int]
     dead_letters: list[Letter] = []
+    explained: dict[str, str] = msgspec.field(default_factory=lambda: EXPLAINED)
 
 
 async def listen(stack: AsyncExitStack, source: Source, http: HttpSettings) -> int | None:

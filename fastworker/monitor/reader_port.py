@@ -19,13 +19,19 @@ import msgspec
 from fastworker import __version__, metrics
 from fastworker.commands.status import ProcessStatus
 from fastworker.metrics import Figures
-from fastworker.monitor.page import Card, HttpSettings, Page, listen, own_pss
+from fastworker.monitor.history import History
+from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, listen, own_pss
 from fastworker.reader.reader import ReaderSettings, ReaderStats
 from fastworker.reader.resume import read_and_resume
 
 FRESH_S: Final = 6.0
 """Readiness: a loop turns, a server answers and a waiting frame is appended within this time."""
 RATE_TICKS: Final = 5
+CHARTS: Final = (
+    Chart(title="Frames", unit="/s", lines=("frames", "appended")),
+    Chart(title="Cursor's age", unit="s", lines=("age",)),
+    Chart(title="Outbox", unit="entries", lines=("outbox",)),
+)
 
 
 def left_in_redis(fields: Mapping[str, str]) -> ReaderStats | None:
@@ -61,7 +67,7 @@ def trouble(stats: ReaderStats) -> list[str]:
 def cards(stats: ReaderStats, rate: float | None, relays: str = "") -> list[Card]:
     """`rate`: entries appended per second, lately; None where somebody else shows it."""
     now = time.time()
-    rates = [] if rate is None else [Card("appended", rate, "entries/s", trend=True)]
+    rates = [] if rate is None else [Card("appended", rate, "entries/s")]
     frame_age = None if stats.last_frame_at is None else max(0.0, now - stats.last_frame_at)
     cursor_age = None if stats.last_event_at is None else max(0.0, now - stats.last_event_at)
     return [
@@ -122,13 +128,29 @@ class _ReaderView:
         self.stats = ReaderStats()
         self._ticked = self._moved = time.monotonic()
         self._counts: deque[tuple[float, int]] = deque([(self._ticked, 0)], maxlen=RATE_TICKS + 1)
+        self._started = self._ticked
+        self._frames = (self._ticked, 0)
+        self._history = History(("frames", "appended", "outbox", "age"), worst=("outbox", "age"))
 
     def tick(self, stats: ReaderStats) -> None:
         now = time.monotonic()
         if stats.entries != self._counts[-1][1] or not stats.outbox_items:
             self._moved = now
         self._ticked = now
+        last, entries = self._counts[-1]
         self._counts.append((now, stats.entries))
+        if now > last:
+            (frames_at, frames), self._frames = self._frames, (now, stats.frames)
+            age = None if stats.last_event_at is None else max(0.0, time.time() - stats.last_event_at)
+            self._history.add(
+                time.time(),
+                {
+                    "frames": (stats.frames - frames) / (now - frames_at),
+                    "appended": (stats.entries - entries) / (now - last),
+                    "outbox": stats.outbox_items,
+                    "age": age,
+                },
+            )
 
     @property
     def _rate(self) -> float:
@@ -165,13 +187,20 @@ class _ReaderView:
                 version=__version__,
                 service="reader",
                 at=time.time(),
+                uptime_s=time.monotonic() - self._started,
+                age_s=time.monotonic() - self._ticked,
                 ready=not why,
                 why=why,
+                charts=CHARTS,
+                waits=[Wait("entries to be appended", stats.outbox_items, None, bad=stats.full)],
                 cards={"Now": cards(stats, self._rate, ", ".join(self._settings.relay_urls))},
                 processes=[process],
                 drops=stats.drops,
             )
         )
+
+    def history_json(self) -> bytes:
+        return self._history.json()
 
     def figures(self) -> Figures:
         m, figures, stats = metrics, Figures(metrics.READER_METRICS), self.stats

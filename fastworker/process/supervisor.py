@@ -126,14 +126,19 @@ class Supervisor:
         memory_max_bytes: int | None = None,
         workers_max: int = 32,
         notify_socket: str | None = None,
+        told_code: ExitCode = ExitCode.DONE,
     ) -> None:
-        """`notify_socket`: systemd's NOTIFY_SOCKET. `memory_max_bytes`: a child with more of its own is replaced."""
+        """`told_code`: its exit code after TERM or INT. `notify_socket`: systemd's NOTIFY_SOCKET.
+
+        `memory_max_bytes`: a child with more of its own is replaced.
+        """
         self._kinds = [_Kind(spec) for spec in specs]
         self._heartbeats = heartbeats
         self._patience = patience
         self._memory_max_bytes = memory_max_bytes
         self._workers_max = workers_max
         self._notify_socket = notify_socket
+        self._told_code = told_code
         self._children: list[_Child] = []
         self._code: ExitCode | None = None  # set: stopping
         self._stop_deadline = 0.0
@@ -170,7 +175,7 @@ class Supervisor:
             case signal.SIGTERM | signal.SIGINT:
                 if self._code is None:
                     log.info("Stopping: draining up to %g s (again: now)", self._patience.drain_s)
-                    self._stop(ExitCode.DONE)
+                    self._stop(self._told_code)
                 else:
                     self._stop_deadline = 0.0
             case signal.SIGHUP:

@@ -38,10 +38,11 @@ from fastworker.event import Account, Commit, ErrorFrame, Event, Identity, Info,
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.process.backoff import Backoff, pause
+from fastworker.process.outage import Outage
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.redact import redact
 from fastworker.stream.client import connect
-from fastworker.stream.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
+from fastworker.stream.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, OURS, Chunk, Feed, LeaseLost, Position
 from fastworker.table.dates import parse_date
 
 T = TypeVar("T")
@@ -297,6 +298,7 @@ class _Reader:
         self._settings = settings
         self._stop = stop
         self._stats = stats
+        self._outage = Outage("Redis")
         self._fallback_seq = fallback_seq
         self._on_tick = on_tick
         self._relays = [RelayAddress.parse(url) for url in settings.relay_urls]
@@ -382,6 +384,7 @@ class _Reader:
             try:
                 if await self._feed.acquire() and (not settle or await self._cursor_stands_still()):
                     self._run_id = await self._feed.run_id()
+                    self._outage.look(None)
                     self._outbox = self._new_outbox()
                     self._stats.standby = False
                     return not self._stop.is_set()
@@ -392,7 +395,7 @@ class _Reader:
                 backoff.reset()
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
-                log.warning("%s; waiting", error)
+                self._outage.look(str(error), "the reader waits")
                 await backoff.wait(self._stop)
         return False
 
@@ -451,10 +454,10 @@ class _Reader:
                     await self._make_room()
                 except StreamUnavailable as error:
                     self._stats.last_error = str(error)
-                    delay = backoff.next()
-                    log.warning("%s; the reader waits %.1f s", error, delay)
-                    await asyncio.sleep(delay)
+                    self._outage.look(str(error), f"{self._outbox.items:,} entries wait here, and then at the relay")
+                    await asyncio.sleep(backoff.next())
             backoff.reset()
+            self._outage.look(None)
             self._stats.full = False
             self._stats.entries += chunk.entries
             if chunk.seq is not None:
@@ -835,6 +838,7 @@ class _Reader:
                 "connected": self._stats.connected,
                 "url": redact(self._relay.url),
                 "currentCursor": None if seq is None else str(seq),
+                "reader": OURS,  # this key outlives us by ten seconds, and `check` must know whose it is
             }
         )
 

@@ -13,10 +13,20 @@ from typing import Literal, Protocol
 from fastworker.simulator.adversary import Adversary
 from fastworker.simulator.hostile import hostile_frames
 from fastworker.simulator.production import PRODUCTION, SURGE, Production
-from fastworker.simulator.repo import START_SEQ, START_TIME, Block, Clock, Lost, Repo, SimFrame, repo_to_frames
+from fastworker.simulator.repo import (
+    START_SEQ,
+    START_TIME,
+    Block,
+    Clock,
+    LiveClock,
+    Lost,
+    Repo,
+    SimFrame,
+    repo_to_frames,
+)
 from fastworker.simulator.world import World
 
-__all__ = ["Block", "Clock", "Lost", "Network", "Repo", "SimFrame", "hostile_frames", "repo_to_frames"]
+__all__ = ["Block", "Clock", "LiveClock", "Lost", "Network", "Repo", "SimFrame", "hostile_frames", "repo_to_frames"]
 
 Mix = Literal["production", "surge", "adversarial"]
 
@@ -32,6 +42,9 @@ class Network:
     ones: 1.2 KB at 0, 4.2 KB at 2,000, 5.5 KB at 14,000 (which takes some seconds to make). `weights` replaces some of
     the mix's: shares of collections in production and surge (`production.PRODUCTION`), of moves in the adversarial mix
     (`adversary.ADVERSARIAL`). `signed`: commits are really signed, and repositories can be exported (hosts.py).
+    `clock` replaces the counter; with `LiveClock` the bytes are others each time. `records_max`: at about so many
+    records the busiest accounts fall silent and new ones take their places, so that it can go on for ever (production
+    and surge; the adversary's few accounts do not grow).
     """
 
     def __init__(
@@ -46,10 +59,12 @@ class Network:
         relay: str = "sim.test",
         start_seq: int = START_SEQ,
         start_time: datetime = START_TIME,
+        clock: Clock | None = None,
+        records_max: int | None = None,
     ) -> None:
         adversarial = mix == "adversarial"
         self.relay = relay
-        self.clock = Clock(start_seq, start_time)
+        self.clock = clock or Clock(start_seq, start_time)
         self.world = World(
             seed,
             self.clock,
@@ -61,7 +76,8 @@ class Network:
         if adversarial:
             self._traffic = Adversary(self.world, weights or {})
         else:
-            self._traffic = Production(self.world, {**(SURGE if mix == "surge" else PRODUCTION), **(weights or {})})
+            shares = {**(SURGE if mix == "surge" else PRODUCTION), **(weights or {})}
+            self._traffic = Production(self.world, shares, records_max)
 
     def step(self) -> list[SimFrame]:
         """The next frames, at least one; more than one where one thing that happens is several events."""

@@ -61,8 +61,10 @@ _POSTS_MAX = 20_000
 class Production:
     """`step()` makes the frame of one event. It is the `Targets` of its own records."""
 
-    def __init__(self, world: World, weights: Mapping[str, float]) -> None:
+    def __init__(self, world: World, weights: Mapping[str, float], records_max: int | None = None) -> None:
         self._world = world
+        self._records_max = records_max
+        self._live = 0  # records that were shown and not deleted
         self._random = world.rng.random
         self._records = Records(world.rng, world.clock, self)
         total = sum(weights.values())
@@ -130,7 +132,8 @@ class Production:
             return None
         account = _pick(self._writers, self._random)
         path = account.take_unseen() if self._random() < 0.33 else None
-        path = path or account.take_live(self._random())
+        if path is None and (path := account.take_live(self._random())) is not None:
+            self._live -= 1
         return None if path is None else self._commit(account, [("delete", path, None)])
 
     def _commit(self, account: Account, writes: list[Write]) -> SimFrame:
@@ -140,8 +143,19 @@ class Production:
         for op in frame.event["ops"]:
             if op["action"] == "create":
                 account.live.append(op["path"])
+                self._live += 1
                 self._remember(account, op)
+        if self._records_max is not None and self._live > self._records_max:
+            self._forget(self._live // 4)
         return frame
+
+    def _forget(self, records: int) -> None:
+        """So many records and their accounts, so that what is remembered does not grow without end."""
+        gone = self._world.silence(records)
+        self._live -= sum(len(account.live) for account in gone)
+        self._writers = [account for account in self._writers if account not in gone]
+        for things in (self._own_posts, self._own_lists, self._changeable):
+            things[:] = [(account, what) for account, what in things if account not in gone]
 
     def _remember(self, account: Account, op: dict[str, Any]) -> None:
         """What later records may speak about."""

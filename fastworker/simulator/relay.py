@@ -44,7 +44,8 @@ class SimRelay:
     `rate` None: frames are taken from the source as the fastest client asks for them. Otherwise `rate` frames a second
     in real time, whether anyone listens or not; `wait_for_client` starts the clock with the first client.
     `start` says what a client without a cursor gets: the live tip, or the oldest frame of the window.
-    `window` is the number of frames kept for replay; a client that falls behind it is told ConsumerTooSlow.
+    `window` is the number of frames kept for replay (and up to a quarter more); a client that falls behind it is told
+    ConsumerTooSlow.
     At the end of the source the sockets stay open and quiet.
     """
 
@@ -155,7 +156,7 @@ class SimRelay:
         highest = self._seqs[-1] if self._seqs else 0
         self._frames.append(data)
         self._seqs.append(highest if seq is None else max(highest, seq))
-        if len(self._frames) >= 2 * self._window:
+        if len(self._frames) >= self._window + max(self._window // 4, 1):  # at once, a few at a time would cost more
             surplus = len(self._frames) - self._window
             del self._frames[:surplus], self._seqs[:surplus]
             self._first += surplus

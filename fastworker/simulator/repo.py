@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -103,9 +104,20 @@ class Clock:
         return tid(self.now_us, self._clock_id)
 
     def iso(self, shift_us: int = 0) -> str:
-        """The present moment as the network writes it, `2026-07-04T14:38:07.517Z`."""
+        """The clock's moment as the network writes it, `2026-07-04T14:38:07.517Z`."""
         second, rest = divmod(self.now_us + shift_us, 1_000_000)
         return f"{_second_text(second)}{rest // 1000:03}Z"
+
+
+class LiveClock(Clock):
+    """Time as it is: what is made with it is dated now, at any rate, for as long as it runs."""
+
+    def __init__(self, start_seq: int = START_SEQ) -> None:
+        super().__init__(start_seq, datetime.now(UTC), gap_us=1)
+
+    def tick(self) -> Tick:
+        self.now_us = max(self.now_us, time.time_ns() // 1000)
+        return super().tick()
 
 
 @lru_cache(64)

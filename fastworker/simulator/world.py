@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from collections import Counter
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -94,6 +95,7 @@ class World:
         self._signed = signed
         self._accounts: dict[int, Account] = {}
         self._persons: dict[int, Person] = {}
+        self._lives: Counter[int] = Counter()
 
     def account(self, number: int) -> Account:
         found = self._accounts.get(number)
@@ -117,10 +119,23 @@ class World:
     def person(self, number: int) -> Person:
         found = self._persons.get(number)
         if found is None:
-            digest = sha256(f"{self._seed} {number}".encode()).digest()
+            life = f" {lives}" if (lives := self._lives[number]) else ""
+            digest = sha256(f"{self._seed} {number}{life}".encode()).digest()
             name = base64.b32encode(digest[:15]).decode().lower()
             found = self._persons[number] = Person(f"did:plc:{name}", f"{name[:8]}.sim.test")
         return found
+
+    def silence(self, records: int) -> set[Account]:
+        """The busiest accounts that have shown so many records together: others take their numbers from now on."""
+        gone: set[Account] = set()
+        for account in sorted(self._accounts.values(), key=lambda account: len(account.live), reverse=True):
+            if records <= 0:
+                break
+            records -= len(account.live)
+            gone.add(account)
+            del self._accounts[account.number], self._persons[account.number]
+            self._lives[account.number] += 1
+        return gone
 
     def skewed(self, exponent: float = 2.0) -> int:
         """The number of an account; low numbers are the busy ones (density falls as a power of the number)."""

@@ -112,6 +112,13 @@ class SchemaAdmin:
         encoding = await self.connection.fetchval("SHOW server_encoding")
         return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines, encoding=encoding)
 
+    async def grant(self, statements: str, role: str, password: str | None) -> None:
+        """Run what `fastworker grants` prints; a password that is given is the role's from now on."""
+        await self.connection.execute(statements)
+        if password is not None:
+            quoted = await self.connection.fetchval("SELECT quote_literal($1::text)", password)
+            await self.connection.execute(f"ALTER ROLE {role} PASSWORD {quoted}")
+
     async def apply(self, migration: Applied, sql: str) -> None:
         """Run the SQL unless the tables are adopted, and record it. Only inside `exclusive`."""
         await self.connection.execute(_RECORDS)

@@ -6,8 +6,10 @@ Decides nothing: commands/tune.py does.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
 import msgspec
@@ -47,6 +49,17 @@ class Remembered(msgspec.Struct, frozen=True):
     value: str
 
 
+class Server(msgspec.Struct, frozen=True):
+    """How the server is set. Memory and disk are known where it runs on this machine; None elsewhere."""
+
+    settings: dict[str, tuple[int | str, str]]
+    """The number in the unit of pg_settings (or the word), and how SHOW writes it."""
+    memory_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    counters_tuned: bool = True
+    """The counters' table has a vacuum of its own, as `migrate --tune` gives it."""
+
+
 class Tunable(msgspec.Struct, frozen=True):
     role: str
     may_remember: bool
@@ -54,8 +67,7 @@ class Tunable(msgspec.Struct, frozen=True):
     tables: dict[str, Table]
     indexes: list[Index]
     remembered: list[Remembered]
-    settings: dict[str, tuple[int | str, str]]
-    """Server settings: the number in the unit of pg_settings (or the word), and how SHOW writes it."""
+    server: Server
 
 
 class Tuning:
@@ -88,11 +100,22 @@ class Tuning:
                     for row in await fetch(_INDEXES, list(tables))
                 ],
                 remembered=[Remembered(*row) for row in await fetch(_REMEMBERED)] if role["remembers"] else [],
-                settings={
-                    name: (int(setting) if setting.isdigit() else setting, shown)
-                    for name, setting, shown in await fetch(_SETTINGS)
-                },
+                server=await self.read_server(),
             )
+
+    async def read_server(self) -> Server:
+        row = await self._connection.fetchrow(_SERVER)
+        assert row is not None
+        settings = {
+            name: (int(setting) if setting.isdigit() else setting, shown)
+            for name, setting, shown in await self._connection.fetch(_SETTINGS)
+        }
+        memory = disk = None
+        if row["is_here"]:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            with suppress(OSError):
+                disk = shutil.disk_usage(row["directory"] or "/").free
+        return Server(settings, memory, disk, row["counters_tuned"])
 
     async def set_parameters(self, wanted: Mapping[str, Mapping[str, str]]) -> None:
         """All of them or none. Reads and writes go on; a running VACUUM of a table is waited for."""
@@ -225,6 +248,14 @@ FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_class x ON x.oid =
 JOIN pg_am m ON m.oid = x.relam LEFT JOIN pg_stat_all_indexes s ON s.indexrelid = i.indexrelid
 WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND c.relname = ANY ($1::text[])
 ORDER BY c.relname, x.relname
+"""
+
+# `is_here`: a Unix socket, or both ends of the connection have one address.
+_SERVER = """
+SELECT inet_server_addr() IS NOT DISTINCT FROM inet_client_addr() AS is_here,
+       CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('data_directory') END AS directory,
+       COALESCE((SELECT COALESCE(reloptions::text, '') LIKE '%autovacuum_vacuum_scale_factor%' FROM pg_class
+                 WHERE oid = to_regclass('public.post_aggregations')), true) AS counters_tuned
 """
 
 _SETTINGS = """

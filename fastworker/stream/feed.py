@@ -34,6 +34,8 @@ GAPS: Final = "fastworker:gaps"
 """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give us."""
 READER_STATS: Final = "fastworker:reader:stats"
 STATUS: Final = "firehose:status"
+OURS: Final = "fastworker"
+"""What our reader says of itself there; the readers before it say nothing."""
 RECENT: Final = "firehose:recent_events"
 BROADCAST: Final = "firehose:events:broadcast"
 

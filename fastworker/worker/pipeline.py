@@ -644,7 +644,7 @@ class Pipeline:
     def _wait(self, before: State, state: State, error: Exception, since_s: float) -> State:
         if before is not state or time.monotonic() - self._told_at >= TELL_AGAIN_S:
             self._told_at = time.monotonic()
-            log.warning("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
+            log.debug("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
         self.progress_ms = now_ms()
         self._slot.failed(error)
         if state is State.WAITING_FOR_STORE:
@@ -655,6 +655,6 @@ class Pipeline:
 
     def _go_on(self, before: State) -> State:
         if before is not State.RUNNING:
-            log.info("%s goes on", self.stream.name)
+            log.debug("%s goes on", self.stream.name)  # the monitor tells of the outage, once for all pipelines
         self.progress_ms = now_ms()
         return State.RUNNING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 import time
@@ -20,6 +21,7 @@ from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
 from fastworker.store.migrate import migrate
+from fastworker.store.tuning import Server
 from tests.rig.histories import random_history, to_entry
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
@@ -32,6 +34,8 @@ class House:
         self.redis = redis
         self.env = {"REDIS_URL": redis_url}
         self._capsys = capsys
+        self.tuning: list[str] = []
+        """What it said of the server's settings, which are a new server's in most tests."""
 
     async def begin(self) -> None:
         await self.redis.flushall()
@@ -53,7 +57,9 @@ class House:
         findings = json.loads(self._capsys.readouterr().out)
         failed = any(one["verdict"] == "fail" for one in findings)
         assert code is (ExitCode.NO if failed else ExitCode.DONE)
-        return [f"{one['verdict']} {one['about']}: {one['sentence']}" for one in findings if one["verdict"] != "ok"]
+        self.tuning = [one["sentence"] for one in findings if one["about"] == "tuning"]
+        wrong = [one for one in findings if one["verdict"] != "ok" and one["about"] != "tuning"]
+        return [f"{one['verdict']} {one['about']}: {one['sentence']}" for one in wrong]
 
     async def says(self, verdict: str, words: str, **env: str) -> None:
         """That one hazard, and no other."""
@@ -222,6 +228,8 @@ async def test_readers(house: House) -> None:
     await house.says("warn stream", "not connected to its relay")
     await house.redis.delete("fastworker:reader")
     await house.says("warn stream", "Another reader than fastworker's is at work: it trims with MAXLEN")
+    await house.redis.set("firehose:status", json.dumps({"connected": True, "reader": "fastworker"}))
+    await house.says("warn stream", "No reader is at work")  # ours, which was stopped less than ten seconds ago
     await house.redis.delete("firehose:status")
     await house.says("warn stream", "No reader is at work")
     await house.begin()
@@ -375,3 +383,38 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
         await owner.execute("ALTER ROLE worker SET default_transaction_read_only = on")
         assert await said("Transactions are read-only by default")
         await owner.close(timeout=10)
+
+
+async def test_a_new_servers_settings_are_named_with_what_they_cost(house: House, postgres_url: str) -> None:
+    await house.check(DATABASE_URL=postgres_url)
+    names = ("shared_buffers", "max_wal_size", "checkpoint_timeout", "wal_compression", "post_aggregations")
+    assert [sentence.split()[0] for sentence in house.tuning] == [*names]
+    for sentence in house.tuning:
+        assert re.search(r"Set \w+|migrate --tune", sentence), sentence
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert "of this machine's" in house.tuning[0], "the server is on it"
+    wanted = re.search(r"Set (\d+)(GB|MB)", house.tuning[0])
+    assert wanted is not None
+    assert memory / 8 <= int(wanted[1]) << (30 if wanted[2] == "GB" else 20) <= max(memory / 4, 128 << 20) or (
+        wanted[0] == "Set 8GB"
+    )
+
+
+def test_settings_that_fit_are_left_in_peace() -> None:
+    fit = {
+        "shared_buffers": ((4 << 30) >> 13, "4GB"),
+        "max_wal_size": (8_192, "8GB"),
+        "checkpoint_timeout": (900, "15min"),
+        "wal_compression": ("lz4", "lz4"),
+    }
+    gigabytes = 1 << 30
+    for memory, disk in ((16 * gigabytes, 100 * gigabytes), (None, None), (512 << 20, gigabytes)):
+        assert list(checks.postgres_settings(Server(fit, memory, disk))) == []
+    small = fit | {"shared_buffers": ((128 << 20) >> 13, "128MB"), "max_wal_size": (1_024, "1GB")}
+    assert [one.sentence.split()[0] for one in checks.postgres_settings(Server(small, 512 << 20, gigabytes))] == []
+    said = [one.sentence for one in checks.postgres_settings(Server(small, 6 * gigabytes, 20 * gigabytes))]
+    assert "Set 1GB, of this machine's 6.4 GB of memory" in said[0]
+    assert "Set 4GB, of this machine's 21.5 GB of free disk" in said[1]
+    elsewhere = [one.sentence for one in checks.postgres_settings(Server(small))]
+    assert "Set 1GB, or more where its machine has four times that memory" in elsewhere[0]
+    assert "Set 8GB, or more where" in elsewhere[1]

@@ -305,6 +305,9 @@ def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_pa
     up.wait_for("is ready after")
     until(lambda: fetch(database, "SELECT count(*) > 50 FROM likes") == [(True,)])
     until(lambda: "connected to ws://127.0.0.1" in run("status", REDIS_URL=stream).stdout)  # told every few seconds
+    found = run("status", FASTWORKER_HOME=str(home))
+    assert "connected to ws://127.0.0.1" in found.stdout, "operators' commands find the servers by the folder"
+    assert run("verify", FASTWORKER_HOME=str(home)).returncode in {0, 1}
     second = run("up", **env)
     assert second.returncode == 2
     assert "Another `fastworker up` runs in" in second.stderr

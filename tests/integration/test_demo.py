@@ -72,17 +72,31 @@ def test_it_verifies_every_table_and_leaves_nothing(folder: Path) -> None:
     assert_nothing_is_left(folder, process.pid)
 
 
-@pytest.mark.parametrize("after", ["Starting PostgreSQL", "Servers are ready", "events settled"])
-def test_an_interrupt_leaves_nothing_behind(folder: Path, after: str) -> None:
+@pytest.mark.parametrize(
+    ("after", "number"),
+    [
+        ("Starting PostgreSQL", signal.SIGINT),
+        ("Servers are ready", signal.SIGTERM),
+        ("events settled: [1-9]", signal.SIGINT),
+    ],
+)
+def test_an_interrupt_leaves_nothing_behind(folder: Path, after: str, number: signal.Signals) -> None:
+    """And it is no success: it says what was done and that nothing was verified."""
     with demo(folder, "--events", "20000", "--rate", "500") as process:
         assert process.stdout is not None
         heard: list[str] = []
         for line in process.stdout:
             heard.append(line)
-            if after in line:
+            if re.search(after, line):
                 break
-        assert after in heard[-1], heard
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        assert re.search(after, heard[-1]), heard
+        os.killpg(process.pid, number)  # as a terminal does: to all of them
         rest, _ = process.communicate(timeout=60)
     assert "Traceback" not in "".join(heard) + rest
+    assert process.returncode == 130, rest
+    assert "NOT verified: interrupted" in rest, rest
+    assert re.search(r"^events +[\d,]+ of 20,000 made, [\d,]+ settled", rest, re.MULTILINE), rest
+    assert "Verified:" not in rest
+    if after.startswith("events"):
+        assert ", 0 settled" not in rest
     assert_nothing_is_left(folder, process.pid)

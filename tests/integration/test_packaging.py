@@ -10,11 +10,13 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +26,10 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from packaging.requirements import Requirement
 
 import fastworker
+from fastworker.config import VARIABLES
 from fastworker.edge.embedded import free_port
 from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
@@ -88,19 +92,70 @@ def test_the_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path
 
     ours = contents(wheel)
     assert ours == contents(tmp_path / "again" / wheel.name)
-    assert {name.split("/")[0] for name in ours} == {"fastworker", f"fastworker-{fastworker.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in ours} == {
+        "fastworker",
+        f"fastworker_atproto-{fastworker.__version__}.dist-info",
+    }
     assert {
         "fastworker/py.typed",
         "fastworker/monitor/status.html",
+        "fastworker/monitor/status.js",
+        "fastworker/monitor/status.css",
         "fastworker/store/migrations/0001_contract.sql",
     } <= set(ours)
-    metadata = ours[f"fastworker-{fastworker.__version__}.dist-info/METADATA"].decode()
+    metadata = ours[f"fastworker_atproto-{fastworker.__version__}.dist-info/METADATA"].decode()
     assert f"\nVersion: {fastworker.__version__}\n" in metadata
+
+
+def test_the_image_installs_what_is_locked_and_that_is_what_is_declared() -> None:
+    """Every line exact and with hashes; everything that pyproject.toml asks for, in a version that it allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "deploy" / "requirements.txt").read_text()
+    entries = re.split(r"\n(?=[a-z])", re.sub(r"^ *#.*\n", "", text, flags=re.MULTILINE))
+    locked = {}
+    for entry in entries:
+        found = re.match(r"([\w-]+)==([\w.]+)", entry)
+        assert found is not None, entry
+        assert "--hash=sha256:" in entry, entry
+        locked[found[1]] = found[2]
+    for wanted in map(Requirement, project["dependencies"]):
+        assert wanted.specifier.contains(locked[wanted.name]), f"{wanted}: scripts/release --lock"
+    assert "--require-hashes -r deploy/requirements.txt" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.extended
+def test_a_release_is_made_by_one_script(tmp_path: Path) -> None:
+    """Needs a package index."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "dist", "__pycache__"))
+    shutil.copy(ROOT / ".gitignore", copy)
+    run(copy / "scripts" / "release", env={**os.environ, "PYTHON": sys.executable})
+    made = sorted(path.name for path in (copy / "dist").iterdir())
+    version = fastworker.__version__
+    names = [f"fastworker_atproto-{version}-py3-none-any.whl", f"fastworker_atproto-{version}.tar.gz"]
+    assert made == sorted(["SHA256SUMS", "fastworker.cdx.json", *names])
+    parts = json.loads((copy / "dist" / "fastworker.cdx.json").read_text())["components"]
+    assert {"asyncpg", "redis", "libipld"} <= {part["name"] for part in parts}
+    run("sha256sum", "--check", "SHA256SUMS", cwd=copy / "dist")
+
+
+def test_nothing_tells_anybody_to_install_another_s_package() -> None:
+    """`pip install fastworker`, with any extra or version, would fetch a stranger's code from the package index."""
+    files = [ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "Dockerfile"]
+    files += [
+        path for folder in ("docs", "scripts", "bench", "fastworker", "deploy") for path in (ROOT / folder).rglob("*")
+    ]
+    for path in files:
+        if path.is_file() and path.suffix != ".pyc":
+            found = re.findall(
+                r"""pip3? install[^\n`;|]*?["' ](fastworker[\w-]*)(?=[\["'\s=<>~!]|$)""", path.read_text()
+            )
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
 def test_the_version_comes_from_one_place(installed: Path) -> None:
     assert run(installed / "fastworker", "--version", cwd="/") == f"fastworker {fastworker.__version__}\n"
-    command = "import importlib.metadata; print(importlib.metadata.version('fastworker'))"
+    command = "import importlib.metadata; print(importlib.metadata.version('fastworker-atproto'))"
     assert run(installed / "python", "-c", command, cwd="/").strip() == fastworker.__version__
     assert re.findall(r"^version\b.*", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) == []
 
@@ -116,7 +171,7 @@ def test_the_declared_dependencies_are_enough(built: tuple[Path, Path], tmp_path
         assert "COMMAND" in run(folder / "bin" / "fastworker", "--help", cwd="/")
         run(folder / "bin" / "pip", "check")
         said = run(folder / "bin" / "fastworker", "up", code=2, cwd="/", env={"HOME": str(tmp_path)})
-        assert 'pip install "fastworker[embedded]"' in said
+        assert 'pip install ".[embedded]"' in said
 
 
 # -- the image and its services --------------------------------------------------------------------------------
@@ -133,25 +188,72 @@ def image_environment() -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if not word.startswith("PATH="))
 
 
-def compose() -> dict[str, Any]:
-    """docker-compose.yml with the defaults of its variables."""
+def compose(name: str = "docker-compose.yml", **given: str) -> dict[str, Any]:
+    """The file as compose reads it with this .env."""
 
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: filled(one) for name, one in value.items()}
+    def filled(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):  # a name without a value takes what is given, or is not set
+            return {
+                name: filled(one, name) for name, one in value.items() if not (one is None and _is_unset(name, given))
+            }
         if isinstance(value, list):
             return [filled(one) for one in value]
-        return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) if isinstance(value, str) else value
+        if value is None:
+            return given.get(key)
+        if not isinstance(value, str):
+            return value
+        return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1]) or found[2], value)
 
-    found: dict[str, Any] = filled(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))
+    found: dict[str, Any] = filled(yaml.safe_load((ROOT / name).read_text()))
     return found
+
+
+def _is_unset(name: str, given: dict[str, str]) -> bool:
+    return name.isupper() and name not in given
+
+
+@pytest.mark.parametrize("service", ["python-worker", "python-firehose", "migrate"])
+def test_compose_passes_every_setting_from_the_environment(service: str) -> None:
+    word = {"python-worker": "worker", "python-firehose": "reader"}.get(service, service)
+    settings = [one.name for one in VARIABLES if one.is_used_by(word) and one.name != "FASTWORKER_CRASHPOINT"]
+    given = {name: f"the {name}" for name in settings}
+    if service == "migrate":  # the owner of the tables is somebody else than the worker's role
+        given["OWNER_DATABASE_URL"] = given["DATABASE_URL"]
+    passed = compose(**given)["services"][service]["environment"]
+    assert {name: passed.get(name) for name in settings} == {name: f"the {name}" for name in settings}
+    unset = compose()["services"][service]["environment"]
+    assert unset.keys() & {*settings} == {"DATABASE_URL", "REDIS_URL", "FASTWORKER_HTTP_HOST"} & {*settings}
+
+
+def test_a_password_may_have_any_character() -> None:
+    """It is no part of a URL, so it needs no encoding and no message quotes a piece of it."""
+    password = "p@ss/w#rd:%20"
+    services = compose(POSTGRES_PASSWORD=password, WORKER_PASSWORD=password)["services"]
+    assert services["db"]["environment"]["POSTGRES_PASSWORD"] == password
+    for name, role in (("migrate", "postgres"), ("grants", "postgres"), ("python-worker", "fastworker_worker")):
+        assert services[name]["environment"]["PGPASSWORD"] == password
+        assert services[name]["environment"]["DATABASE_URL"] == f"postgresql://{role}@db:5432/atproto"
+    assert services["grants"]["environment"]["WORKER_PASSWORD"] == password
+
+
+def test_secrets_from_files_reach_every_service_and_replace_what_was_set() -> None:
+    base, over = compose()["services"], compose("deploy/compose.secrets.yml")
+    files = {f"/run/secrets/{name}": name for name in over["secrets"]}
+    for name, changed in over["services"].items():
+        merged = {**base[name]["environment"], **changed["environment"]}
+        assert "password" not in "".join(text for key, text in merged.items() if not key.endswith("_FILE")), name
+        named = {files[text] for key, text in merged.items() if key.endswith("_FILE")}
+        assert named == set(changed["secrets"]), name
+        for key in merged:
+            assert not (key.endswith("_FILE") and merged.get(key.removesuffix("_FILE"))), f"{name}: {key} twice"
+    assert set(over["services"]) == {"db", "migrate", "grants", "python-worker", "python-firehose"}
 
 
 def test_the_names_that_the_guide_s_commands_use() -> None:
     file = compose()
     services = file["services"]
     for name in ("redis", "db", "python-firehose", "python-worker"):
-        assert services[name]["container_name"] == name
+        assert "container_name" not in services[name], "two projects on one machine, and more than one worker"
         assert services[name]["restart"] == "unless-stopped"
         assert services[name]["mem_limit"]
     assert services["db"]["environment"]["POSTGRES_DB"] == "atproto"
@@ -164,12 +266,42 @@ def test_the_names_that_the_guide_s_commands_use() -> None:
     for name in ("python-firehose", "python-worker"):
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
-        assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+        assert services[name]["depends_on"]["grants"] == {"condition": "service_completed_successfully"}
+    assert services["grants"]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
     for name, service in services.items():
         assert ("profiles" in service) == (name in {"prometheus", "grafana"})
+        assert service["read_only"] is True
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["logging"]["options"] == {"max-size": "20m", "max-file": "5"}
+        image, _, tag = service["image"].partition(":")
+        assert image == "fastworker" or re.fullmatch(r"v?\d+\.\d+(\.\d+)?(-\w+)?", tag), f"{name}: an exact version"
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             assert source in file["volumes"] or (ROOT / source).is_file(), f"{name} wants {source}"
+
+
+OLD_STACK = {"redis", "python-firehose", "python-worker", "python-backfill-worker", "db", "app"}
+"""The services of the compose file that fastworker takes over from."""
+
+
+def test_the_documents_name_services_that_the_compose_files_have() -> None:
+    ours, seen = set(compose()["services"]), 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for line in re.findall(r"docker[ -]compose ([^`#\n]+)", page.read_text()):
+            words = shlex.split(line)
+            files = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "-f"]
+            at = next(
+                (n for n, word in enumerate(words) if word in {"up", "stop", "start", "run", "logs", "exec", "stats"}),
+                None,
+            )
+            if at is None:
+                continue
+            named = [word for word in words[at + 1 :] if not word.startswith("-")]
+            named = named[:1] if words[at] in {"exec", "run"} else named  # what follows is the command's
+            known = OLD_STACK if files == ["/srv/appview/docker-compose.yml"] else ours
+            assert set(named) <= known, f"{page.name}: {line}"
+            seen += len(named)
+    assert seen > 10
 
 
 @contextmanager
@@ -224,11 +356,12 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                 words = [*prefix, *entry, *str(file[name]["command"]).split()]
                 return service(words, environments[name])
 
-            names = ("migrate", "python-worker", "python-firehose")
+            names = ("migrate", "grants", "python-worker", "python-firehose")
             environments = {name: environment(name) for name in names}
-            with start("migrate") as migration:
-                said, _ = await asyncio.to_thread(migration.communicate, timeout=60)
-                assert migration.returncode == 0, said
+            for name in names[:2]:
+                with start(name) as once:
+                    said, _ = await asyncio.to_thread(once.communicate, timeout=60)
+                    assert once.returncode == 0, said
             with start("python-worker") as worker, start("python-firehose") as reader:
                 both = {"python-worker": worker, "python-firehose": reader}
                 async with asyncio.timeout(60), connected(database.url) as connection:

@@ -1010,6 +1010,7 @@ async def test_the_dashboard(relay: Relay, redis: Redis, redis_url: str) -> None
             "connected": True,
             "url": f"ws://{relay.host}/xrpc/com.atproto.sync.subscribeRepos",
             "currentCursor": "61",
+            "reader": "fastworker",
         }
         recent = json.loads(await redis.get("firehose:recent_events"))
         assert 0 < await redis.ttl("firehose:recent_events") <= 10

@@ -107,6 +107,22 @@ def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house:
     until_green(house.reader_port)
     until(lambda: house.pid_of("worker-1") not in {None, pid})  # the supervisor replaces it
     until_green(house.worker_port)
+    assert_the_log_tells_it_once(house)
+
+
+def assert_the_log_tells_it_once(house: House) -> None:
+    """Who it is at the beginning; of each outage its beginning and its end, however many processes met it."""
+    for service, word in ((house.worker, "worker"), (house.reader, "reader")):
+        lines = service.lines
+        assert re.search(rf"\[INFO\] fastworker [\d.]+ {word} on Python 3\.\d+\.\d+; .*REDIS_URL=", lines[0]), lines[0]
+        assert re.search(r"\[INFO\] (Redis|Valkey) [\d.]+ at .*, (PostgreSQL [\d.]+ at|no PostgreSQL)", lines[1]), (
+            lines[1]
+        )
+    for server, service in (("PostgreSQL", house.worker), ("Redis", house.worker), ("Redis", house.reader)):
+        told = [line for line in service.lines if re.search(rf"{server} (is|away)", line)]
+        assert len(told) == 2, told
+        assert f"{server} is away: " in told[0]
+        assert re.search(rf"{server} is back after \d+ s", told[1])
 
 
 @pytest.mark.extended

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import inspect
 import os
 import re
@@ -324,6 +327,40 @@ async def test_check_compares_a_role_with_what_is_needed(pg: asyncpg.Connection,
         assert found.lacking == ("INSERT on label_events", "DELETE, UPDATE on likes")
     finally:
         await pg.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_the_command_applies_it_and_sets_the_password(
+    postgres_url: str, pg: asyncpg.Connection, tmp_path: Path
+) -> None:
+    role, password = f"applied_{os.getpid()}", "a'b@c/d#e $1 %s"
+    words = ("grants", "worker", "--role", role, "--apply", "--password-env", "ROLE_PASSWORD")
+    try:
+        (tmp_path / "secret").write_text(f"{password}\n")
+        for given in ({"ROLE_PASSWORD": "another"}, {"ROLE_PASSWORD_FILE": str(tmp_path / "secret")}):
+            with fastworker(*words, DATABASE_URL=postgres_url, **given) as process:
+                said, _ = process.communicate(timeout=60)
+            assert (process.returncode, said) == (0, f"{role} may do what its service needs.\n")
+        found = await postgres_admin.facts(
+            postgres_url.replace("postgres@", f"{role}@", 1), rights.TABLE_RIGHTS["worker"]
+        )
+        assert found.lacking == ()
+        stored = await pg.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role)
+        assert is_password_of(stored, password)
+    finally:
+        await pg.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    with fastworker("grants", "worker", "--apply", "--password-env", "NOWHERE", DATABASE_URL=postgres_url) as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "NOWHERE is not set" in said
+
+
+def is_password_of(stored: str, password: str) -> bool:
+    """Whether SCRAM-SHA-256$<iterations>:<salt>$<stored key>:<server key> was made from it."""
+    _, salted, keys = stored.split("$")
+    iterations, salt = salted.split(":")
+    key = hashlib.pbkdf2_hmac("sha256", password.encode(), base64.b64decode(salt), int(iterations))
+    client = hmac.digest(key, b"Client Key", "sha256")
+    return base64.b64encode(hashlib.sha256(client).digest()).decode() == keys.split(":")[0]
 
 
 def test_what_the_command_prints() -> None:

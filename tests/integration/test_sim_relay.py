@@ -106,6 +106,13 @@ async def test_cursor_zero_gives_the_whole_window_without_a_word():
             assert [m["seq"] for m in await take(socket, 10)] == [f.seq for f in frames[-10:]]
 
 
+async def test_what_is_kept_is_the_window_and_a_quarter_more():
+    async with SimRelay((), window=100) as relay:
+        for frame in network(1_000):
+            relay.emit(frame)
+            assert len(relay._frames) <= 125
+
+
 async def test_an_old_cursor_is_told_so_and_gets_the_whole_window():
     frames = network(30)
     async with SimRelay((), window=10) as relay:

@@ -21,6 +21,8 @@ import redis
 from tests.services import ROOT, Service, until
 
 RATE = 60
+SIZES = {"wall": (1920, 1080), "laptop": (1280, 800), "phone": (390, 844)}
+CHARTS = ["Events", "Latency", "Not finished", "Oldest unfinished", "Stream"]
 CARD = "[...document.querySelectorAll('dl div')].find(d => d.querySelector('dt').textContent === {!r})"
 
 
@@ -88,6 +90,7 @@ async def browser(tmp_path: Path) -> AsyncIterator[Browser]:
                 made = Browser(socket)
                 for domain in ("Runtime", "Log", "Page"):
                     await made.send(f"{domain}.enable")
+                await made.send("Emulation.setFocusEmulationEnabled", enabled=True)
                 yield made
     finally:
         process.terminate()
@@ -114,6 +117,7 @@ async def test_the_status_page(
                 await asyncio.sleep(0.2)
             while await browser.value(f"!{CARD.format('finished')}"):
                 await asyncio.sleep(0.2)
+        await browser.value(f"{CARD.format('finished')}.focus()")
         counts_appends = int(client.info("server")["redis_version"].partition(".")[0]) >= 7
         if not counts_appends:
             assert await browser.card("appended") == "unknown"
@@ -128,25 +132,97 @@ async def test_the_status_page(
         assert shown <= int(client.hget("fastworker:ledger", "committed") or 0)
         assert await browser.number("dead letters") == 1
     assert await browser.value(f"{CARD.format('dead letters')}.className") == "alarm"
+    assert await browser.value(f"document.activeElement === {CARD.format('finished')}"), "an update keeps the place"
     names = "[...document.querySelectorAll('#processes td:first-child')].map(td => td.textContent).sort().join()"
     assert await browser.value(names) == "monitor,reader,worker-0,worker-1"
     letters = await browser.value("document.getElementById('letters').textContent")
     assert "bad_json" in letters
     assert "1 bad_json" in await browser.value("document.getElementById('drops').textContent")
-    assert await browser.value("document.querySelectorAll('polyline').length") == 3
-    await browser.shoot(tmp_path / "wide.png")
-
-    await browser.send("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
-    await browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    assert await browser.value("document.documentElement.scrollWidth") <= 390
-    assert await browser.value("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"
-    await browser.shoot(tmp_path / "phone.png")
+    await assert_it_explains_itself(browser)
+    await assert_it_remembers(browser, port)
+    for dark, (name, (width, height)) in itertools.product((False, True), SIZES.items()):
+        await browser.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await browser.send("Emulation.setEmulatedMedia", features=[scheme])
+        assert await browser.value("document.documentElement.scrollWidth") <= width, "nothing is cut"
+        cut = (
+            "[...document.querySelectorAll('td, dd, figcaption')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        )
+        assert await browser.value(cut) == 0, name
+        color = "rgb(255, 255, 255)" if dark else "rgb(0, 0, 0)"
+        assert await browser.value("getComputedStyle(document.body).color") == color
+        await browser.shoot(tmp_path / f"{name}-{'dark' if dark else 'light'}.png")
+    heads = "[...document.querySelectorAll('#processes tbody tr:first-child td')].map(td => td.dataset.head).join()"
+    assert await browser.value(heads) == "process,state,events/s,finished,flush ms,oldest s,memory,restarts"
 
     assert up.stop() == 0
     async with asyncio.timeout(60):
         while await browser.value("document.getElementById('state').textContent") != "no answer":
             await asyncio.sleep(0.2)
+    assert "these figures are as old" in await browser.value("document.getElementById('stale').textContent")
+    assert await browser.value("document.body.className") == "stale"
     assert [complaint for complaint in browser.complaints if "ERR_CONNECTION" not in complaint] == []
+
+
+async def assert_it_explains_itself(browser: Browser) -> None:
+    """Each figure says what it means, to the eye, to the keyboard and to a screen reader."""
+    assert await browser.value("[...document.querySelectorAll('figure b')].map(b => b.textContent)") == CHARTS
+    mute = "[...document.querySelectorAll('dl div, figure')].filter(e => !document.getElementById(e.getAttribute('aria-describedby'))?.textContent || e.tabIndex !== 0).map(e => e.textContent)"
+    assert await browser.value(mute) == []
+    unnamed = "[...document.querySelectorAll('table')].filter(t => !t.getAttribute('aria-label') || t.querySelector('thead th:not([scope=col])')).length"
+    assert await browser.value(unnamed) == 0
+    shown = "getComputedStyle(document.activeElement.querySelector('.tip')).visibility"
+    await browser.value(f"{CARD.format('lag')}.focus()")
+    assert await browser.value(shown) == "visible"
+    assert await browser.value("document.getElementById('state').getAttribute('role')") == "status"
+
+
+async def assert_it_remembers(browser: Browser, port: int) -> None:
+    """The lines are there again after a reload: the worker keeps them."""
+    lines = "document.querySelectorAll('figure svg path[d^=M]').length"
+    async with asyncio.timeout(60):
+        while await browser.value(lines) < 6:
+            await asyncio.sleep(0.2)
+    await browser.send("Page.navigate", url=f"http://127.0.0.1:{port}/?again")
+    async with asyncio.timeout(60):
+        while await browser.value(lines) < 6:
+            await asyncio.sleep(0.2)
+    label = "document.querySelector('figure').getAttribute('aria-label')"
+    assert re.match(
+        r"Events, now appended [\d,.]+/s, finished [\d,.]+/s, at most [\d,.]+/s", await browser.value(label)
+    )
+    await browser.value("document.querySelector('figure').focus()")
+    for key in ("ArrowLeft", "Home", "End"):
+        await browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+    assert re.match(r"Events, \d\d:\d\d", await browser.value(label)), "the arrow keys go through time"
+    await browser.value("document.querySelector('input[name=span][value=\"1\"]').click()")
+    async with asyncio.timeout(60):
+        while await browser.value(lines) < 6:
+            await asyncio.sleep(0.2)
+
+
+async def test_nothing_foreign_runs_in_it(services: Callable[..., Service], redis_url: str) -> None:
+    reader = services("reader", RELAY_URL="ws://127.0.0.1:9", REDIS_URL=redis_url, FASTWORKER_HTTP_PORT="0")
+    url = reader.wait_for(r"HTTP on (http://[\d.:]+\d)", 60)[1]
+    async with aiohttp.ClientSession() as session:
+        for path, kind in (("/", "text/html"), ("/status.js", "text/javascript"), ("/status.css", "text/css")):
+            async with session.get(url + path) as answer:
+                assert answer.content_type == kind
+                policy = answer.headers["Content-Security-Policy"]
+                assert "default-src 'none'" in policy
+                assert "unsafe" not in policy
+                text = await answer.text()
+                assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)[\w.]+", text) == []
+                assert not re.search(r"innerHTML|<script>|style=|onclick", text)
+        async with session.get(url + "/history.json") as answer:
+            hour, day = await answer.json()
+        assert (len(hour["series"]["frames"]), len(day["series"]["age"])) == (360, 360)
+        async with session.get(url + "/status.json") as answer:
+            page = await answer.json()
+    cards = [card["title"] for cards in page["cards"].values() for card in cards]
+    assert {*cards, *(chart["title"] for chart in page["charts"])} <= page["explained"].keys()
 
 
 @pytest.mark.extended
@@ -170,7 +246,11 @@ def test_the_live_view_in_a_terminal_of_80_columns(
 
     def is_the_rate(shown: str) -> bool:
         found = re.search(r"rate +(\d+)/s in, (\d+)/s out", shown)
-        return found is not None and all(0.7 * RATE < int(rate) < 1.3 * RATE for rate in found.groups())
+        return (
+            found is not None
+            and "out/s" in shown
+            and all(0.7 * RATE < int(rate) < 1.3 * RATE for rate in found.groups())
+        )
 
     ask("new-session", "-d", "-s", "view", "-x", "80", "-y", "30", watch)
     try:
@@ -180,6 +260,9 @@ def test_the_live_view_in_a_terminal_of_80_columns(
         ask("kill-server")
     assert "\u2026" not in shown, "nothing is cut"
     assert re.search(r"rate +\d+/s in, \d+/s out", shown), shown
+    assert re.match(r"fastworker status [\d.]+ +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +well", shown), shown
+    assert re.search(r"^out/s +[\u2581-\u2588]+ +\d+, max \d+", shown, re.MULTILINE), shown
+    assert re.search(r"Changes/s: likes \d", shown), shown
     assert re.search(r"worker-1 +running +\d+ +[\d,]+ +\d+ +[\d.]+ s +\d+ MB +0", shown), shown
     assert "ledger balances" in shown, "also while entries come and go"
     assert up.stop() == 0

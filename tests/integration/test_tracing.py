@@ -36,7 +36,7 @@ def test_nothing_is_imported_when_it_is_off() -> None:
 def test_who_wants_it_without_the_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tracing.require()
     monkeypatch.setattr(tracing, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r'pip install "fastworker\[otel\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[otel\]"'):
         tracing.require()
 
 

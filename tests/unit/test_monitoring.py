@@ -61,6 +61,22 @@ def test_dashboard_and_alerts_name_metrics_and_labels_that_exist() -> None:
         assert used <= labels, query
 
 
+def test_figures_of_the_stream_are_never_added_up_over_its_workers() -> None:
+    """Several workers on one stream report the same figure each."""
+    for query in [*queries(), rules()["FastworkerAbandonedEntries"]]:
+        for name in names_in(query):
+            if BY_NAME.get(name) in metrics.OF_STREAM:
+                greatest = rf"\b(max|min)( by \([\w, ]+\))? ?\(((rate|increase)\()?{name}\b"
+                assert len(re.findall(greatest, query)) == query.count(name), query
+
+
+def test_the_dashboard_shows_the_chosen_instances_only() -> None:
+    dashboard = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+    assert [one["name"] for one in dashboard["templating"]["list"]] == ["datasource", "instance"]
+    for query in queries():
+        assert query.count("fastworker_") == query.count('{instance=~"$instance"}'), query
+
+
 def test_every_metric_is_watched_or_drawn() -> None:
     seen = {re.sub(r"_(bucket|sum|count)$", "", name) for query in [*queries(), ALERTS] for name in names_in(query)}
     # A release and a cursor are told, not watched; the other two say what others say better.
@@ -107,7 +123,7 @@ def test_prometheus_accepts_the_files(promtool: str, tmp_path: Path) -> None:
 
 # Values of one scrape a minute. Everything at rest and well, in Prometheus' notation `from+step x times`.
 WELL = {
-    'up{job="fastworker"}': "1x90",
+    "up": "1x90",
     "fastworker_ready": "1x90",
     'fastworker_reader_connected{relay="h"}': "1x90",
     "fastworker_reader_silent": "0x90",
@@ -169,10 +185,11 @@ def test_every_alert_fires_when_it_should_and_no_other_does(promtool: str, tmp_p
             series[full] = values
         for full, values in series.items():
             name, _, labels = full.rstrip("}").partition("{")
-            labels = f'{labels},instance="{instance}"' if labels else f'instance="{instance}"'
+            here = f'instance="{instance}",job="fastworker-{instance}"'  # a job is a stream
+            labels = f"{labels},{here}" if labels else here
             lines.append(f"  - {{series: {json.dumps(f'{name}{{{labels}}}')}, values: {values!r}}}")
-    lines += ["  promql_expr_test:", '  - expr: count by (alertname, instance) (ALERTS{alertstate="firing"})']
+    lines += ["  promql_expr_test:", '  - expr: count by (alertname, job) (ALERTS{alertstate="firing"})']
     lines += ["    eval_time: 80m", "    exp_samples:"]
-    lines += [f"""    - {{labels: '{{alertname="{alert}",instance="{alert}"}}', value: 1}}""" for alert in ILL]
+    lines += [f"""    - {{labels: '{{alertname="{alert}",job="fastworker-{alert}"}}', value: 1}}""" for alert in ILL]
     (tmp_path / "alerts_test.yml").write_text("\n".join(lines))
     run(promtool, "test", "rules", tmp_path / "alerts_test.yml")

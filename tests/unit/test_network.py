@@ -7,7 +7,9 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from datetime import datetime
 
 import libipld
 import pytest
@@ -16,7 +18,7 @@ from fastworker.simulator import mst
 from fastworker.simulator.adversary import ADVERSARIAL, COLLECTIONS
 from fastworker.simulator.cbor import DAG_CBOR, cid_bytes, cid_text, decode, encode
 from fastworker.simulator.hostile import good_likes
-from fastworker.simulator.network import Block, Clock, Lost, Network, Repo, SimFrame, hostile_frames
+from fastworker.simulator.network import Block, Clock, LiveClock, Lost, Network, Repo, SimFrame, hostile_frames
 from fastworker.simulator.repo import START_SEQ, error_frame, read_car, read_tree, tid
 
 MIXES = ("production", "surge", "adversarial")
@@ -443,3 +445,27 @@ def test_nothing_under_test_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_live_network_dates_what_happens_now_and_time_never_stands():
+    before = time.time()
+    network = Network(3, accounts=20, clock=LiveClock())
+    times = [frame.event["time"] for frame in network.frames(200)]
+    revs = [frame.event["rev"] for frame in network.frames(200) if frame.event["kind"] == "commit"]
+    dates = [datetime.fromisoformat(text).timestamp() for text in times]
+    assert before - 0.001 <= dates[0] <= dates[-1] <= time.time() + 0.001
+    assert revs == sorted(set(revs))
+
+
+def test_a_network_without_end_forgets_its_busiest_accounts():
+    network = Network(3, accounts=60, records_max=400)
+    everybody = set()
+    for _ in range(3_000):
+        for frame in network.step():
+            everybody.add(frame.event.get("repo") or frame.event["did"])
+        accounts = list(network.world._accounts.values())
+        assert sum(len(account.live) for account in accounts) <= 400
+    assert len(accounts) <= 60 < len(everybody), "others took their places"
+    assert len(network.world._persons) <= 60
+    kept = {id(account) for account in accounts}
+    assert {id(account) for account in network._traffic._writers} <= kept

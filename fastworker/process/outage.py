@@ -1,0 +1,45 @@
+"""An outage as its log shows it: one line at its beginning, one each minute, one at its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+AGAIN_S: Final = 60.0
+
+
+class Outage:
+    """Of one server, as one process sees it. Call `look` as often as you like: a second or an attempt."""
+
+    def __init__(self, server: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._server = server
+        self._clock = clock
+        self._since: float | None = None
+        self._told = 0.0
+
+    def look(self, why: str | None, so: str = "") -> None:
+        """`why` it is away, None when it is there. `so`: what that means by now, for the line of each minute."""
+        now = self._clock()
+        if why is None:
+            if self._since is not None:
+                log.info("%s is back after %s", self._server, span(now - self._since))
+            self._since = None
+        elif self._since is None:
+            self._since = self._told = now
+            log.warning("%s is away: %s", self._server, why)
+        elif now - self._told >= AGAIN_S:
+            self._told = now
+            log.warning("%s away for %s%s", self._server, span(now - self._since), f", {so}" if so else "")
+
+
+def span(seconds: float) -> str:
+    """For a sentence: 40 s, 3 min, 2.5 h, 4 d."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7_200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3_600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"

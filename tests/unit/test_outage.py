@@ -1,0 +1,41 @@
+"""An outage in the log: its beginning, each minute of it, its end, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fastworker.process.outage import Outage, span
+
+
+def test_an_outage_is_one_line_at_its_beginning_one_each_minute_and_one_at_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = 1_000.0
+    outage = Outage("PostgreSQL", clock=lambda: now)
+    for second in range(200):
+        now = 1_000.0 + second
+        away = 10 <= second < 195
+        outage.look("connection refused" if away else None, f"{second:,} entries wait, full in 2.0 h")
+    assert caplog.messages == [
+        "PostgreSQL is away: connection refused",
+        "PostgreSQL away for 60 s, 70 entries wait, full in 2.0 h",
+        "PostgreSQL away for 2 min, 130 entries wait, full in 2.0 h",
+        "PostgreSQL away for 3 min, 190 entries wait, full in 2.0 h",
+        "PostgreSQL is back after 3 min",
+    ]
+    outage.look("again")
+    assert caplog.messages[-1] == "PostgreSQL is away: again"
+
+
+def test_spans_are_for_people() -> None:
+    assert [span(n) for n in (0.4, 119, 120, 7_199, 9_000, 400_000)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "120 min",
+        "2.5 h",
+        "5 d",
+    ]
