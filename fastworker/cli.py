@@ -22,6 +22,7 @@ import msgspec
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
+from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import redact
 
 if TYPE_CHECKING:
@@ -81,8 +82,6 @@ def cli() -> None:
 
 def _config() -> Config:
     """The configuration of this process, with logging set up as it says."""
-    from fastworker.log import setup_logging
-
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
     return config
@@ -559,6 +558,7 @@ def main() -> NoReturn:
 
 
 def _main() -> int:
+    open_standard_descriptors()
     try:
         return int(cli.main(prog_name="fastworker", standalone_mode=False) or 0)
     except click.exceptions.Abort:
@@ -579,7 +579,7 @@ def _main() -> int:
     except BaseExceptionGroup as group:
         return _group(group)
     except Exception:  # noqa: BLE001 - the last line: what is not ours to explain gets a traceback
-        sys.stderr.write(redact(traceback.format_exc()))
+        tell(redact(traceback.format_exc()))
         return ExitCode.BUG
 
 
@@ -587,7 +587,7 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
     """Of several errors at once, one of ours says why; its siblings were cancelled for its sake."""
     ours, others = group.split((FastworkerError, StreamUnavailable, StoreUnavailable))
     if ours is None or others is not None:
-        sys.stderr.write(redact("".join(traceback.format_exception(group))))
+        tell(redact("".join(traceback.format_exception(group))))
         return ExitCode.BUG
     first: BaseException = ours
     while isinstance(first, BaseExceptionGroup):
@@ -596,5 +596,5 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
 
 
 def _say(error: BaseException, code: ExitCode) -> int:
-    sys.stderr.write(f"fastworker: {redact(str(error))}\n")
+    tell(f"fastworker: {redact(str(error))}\n")
     return code

@@ -31,6 +31,7 @@ from typing import Final
 import msgspec
 
 from fastworker.errors import ExitCode
+from fastworker.log import flush_waiting
 from fastworker.run.child import AGAIN, dump_stacks_on
 from fastworker.run.heartbeat import Heartbeats, Slot, State, now_ms
 
@@ -193,6 +194,7 @@ class Supervisor:
             # We stood still (a stopped terminal, a frozen container): so did the children, and need a moment.
             self._judge_from = now + self._patience.tick_s
         self._looked_at = now
+        flush_waiting()
         self._reap(now)
         for child in self._children:
             self._look_at(child, now)
@@ -354,8 +356,8 @@ class Supervisor:
         kind.slots.add(slot.number)
         slot.close()
         parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()  # or both would write it
         pid = os.fork()
         if pid:
             child = _Child(kind, slot, pid, now)

@@ -6,10 +6,10 @@ Both are one supervisor. What must be known before anything is forked (servers t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -172,10 +172,11 @@ def _say_how_to_connect(config: Config, plan: Plan) -> None:
     """For people, on standard output: the log has everything else."""
     http = plan.monitor.http
     where = f"http://{http.host}:{http.port}/" if http.port else "its port is in the log" if http.port == 0 else "off"
-    sys.stdout.write(
+    words = (
         f"relay       {', '.join(config.relay_urls)}\n"
         f"tables      psql '{redact(plan.worker.database_url)}'\n"
         f"stream      REDIS_URL='{redact(config.redis_url)}' fastworker status --watch\n"
         f"status page {where}\n"
     )
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        os.write(1, words.encode())

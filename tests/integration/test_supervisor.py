@@ -217,11 +217,11 @@ ROOT = Path(__file__).parents[2]
 class Run:
     """A running scenario: what it prints, line by line, and how it ends."""
 
-    def __init__(self, scenario: str, *args: str) -> None:
+    def __init__(self, scenario: str, *args: str, stderr: int = subprocess.STDOUT) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__, scenario, *args],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             bufsize=1,
             env=os.environ
@@ -277,8 +277,8 @@ class Run:
 def start() -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def begin(scenario: str, *args: str) -> Run:
-        runs.append(Run(scenario, *args))
+    def begin(scenario: str, *args: str, **options: int) -> Run:
+        runs.append(Run(scenario, *args, **options))
         return runs[-1]
 
     yield begin
@@ -317,6 +317,56 @@ def test_a_stop_drains_and_exits_0(start, number):
     assert run.end() == 0
     assert {int(pid) for pid in re.findall(r"^drained \d+ (\d+)", run.text, re.MULTILINE)} == set(pids)
     assert not any(alive(pid) for pid in pids)
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes nothing more; whoever inherits it sees a blocking one."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 65_536)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    return reading, writing
+
+
+def full_socket() -> tuple[int, int]:
+    """As systemd's journal, when it does not read."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            writing.send(b"x")
+    writing.setblocking(True)
+    return reading.detach(), writing.detach()
+
+
+@pytest.mark.parametrize("make", [full_pipe, full_socket])
+def test_standard_error_that_nobody_reads_stops_nobody(start, make):
+    reading, writing = make()
+    run = start("deaf_loop", stderr=writing)  # the watchdog writes stacks, too
+    [pid] = run.ups(1)
+    [second] = run.ups(1)
+    os.kill(second, signal.SIGKILL)
+    [third] = run.ups(1)
+    assert len({pid, second, third}) == 3
+    assert os.get_blocking(writing), "the flag is everybody's"
+    threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(reading, 65_536), b"")], daemon=True).start()
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    os.close(writing)
+
+
+def test_standard_error_that_takes_nothing_stops_nobody(start):
+    with Path("/dev/full").open("wb") as full:
+        run = start("healthy", stderr=full.fileno())
+        os.kill(run.ups(2)[0], signal.SIGKILL)
+        run.ups(1)
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
 
 
 def test_the_second_signal_means_now(start):
