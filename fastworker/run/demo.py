@@ -115,7 +115,7 @@ def run_demo(config: Config, *, events: int | None, rate: float | None, seed: in
                 [
                     ChildSpec("relay", partial(_relay_main, plan)),
                     ChildSpec("reader", partial(_reader_main, plan)),
-                    ChildSpec("worker", worker_child(worker), count=worker.processes),
+                    worker_child(worker),
                     ChildSpec("conductor", partial(_conductor_main, plan, heartbeats), ends_run=True),
                 ],
                 heartbeats,

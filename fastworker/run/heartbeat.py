@@ -56,6 +56,11 @@ class Gauges(msgspec.Struct):
     connections: int = 0  # to PostgreSQL, open
     connections_busy: int = 0
     error_ms: int = 0  # when `error` was written
+    tried_first_ms: int = 0  # ids of what it tries by itself just now: see run/suspects.py
+    tried_first_n: int = 0
+    tried_last_ms: int = 0
+    tried_last_n: int = 0
+    tried_with_control: int = 0  # 1: it has settled others before
 
 
 class Counters(msgspec.Struct):

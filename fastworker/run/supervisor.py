@@ -54,6 +54,8 @@ _SIGNALS: Final = {
     signal.SIGUSR1,
     signal.SIGCHLD,
 }
+_ORDERLY: Final = {ExitCode.DONE, ExitCode.UNREACHABLE, ExitCode.STOPPED_ITSELF, AGAIN}
+"""Exit codes of a child that knew why it ended."""
 _PR_SET_PDEATHSIG: Final = 1
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # loaded before the fork
 
@@ -64,12 +66,14 @@ class ChildSpec(msgspec.Struct, frozen=True):
     `count` None: exactly one, such as the monitor, which owns a port: it is stopped before it is started anew.
     A number: workers, which may be more or fewer for a while, and whose progress is judged.
     `ends_run`: when it ends, everything ends, with its exit code.
+    `died`: called in the parent, before the slot is closed, when one ended that nobody asked to and that had no reason.
     """
 
     name: str
     target: Callable[[Slot], int]
     count: int | None = None
     ends_run: bool = False
+    died: Callable[[Slot], None] | None = None
 
     @property
     def is_worker(self) -> bool:
@@ -224,8 +228,11 @@ class Supervisor:
                 child.ready_at = now
                 child.kind.was_ready = True
             self._children.remove(child)
+            code = os.waitstatus_to_exitcode(status)
+            if child.kind.spec.died is not None and not child.retiring and code not in _ORDERLY:
+                child.kind.spec.died(child.slot)
             child.slot.close()
-            self._ended(child, os.waitstatus_to_exitcode(status), now)
+            self._ended(child, code, now)
 
     def _ended(self, child: _Child, code: int, now: float) -> None:
         """A child is gone: what its exit code asks for."""

@@ -52,7 +52,7 @@ def supervise(plan: Plan) -> ExitCode:
     heartbeats = Heartbeats()
     worker = shrunk(plan.worker)
     specs = [
-        ChildSpec("worker", worker_child(worker), count=worker.processes),
+        worker_child(worker),
         ChildSpec("monitor", partial(_monitor_main, plan.monitor, plan.resolver, heartbeats)),
     ]
     if plan.reader is not None:

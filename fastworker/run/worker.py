@@ -22,6 +22,8 @@ from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Marks, Overlap
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
 from fastworker.run.reclaim import Intake
+from fastworker.run.supervisor import ChildSpec
+from fastworker.run.suspects import Quiet, Suspects
 from fastworker.table.batch import Limits
 from fastworker.table.derive import FULL
 
@@ -80,18 +82,27 @@ def _room(settings: WorkerSettings) -> int:
     return max(1, settings.pool_size - 1)
 
 
-def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
-    """The target of a worker's children, made before the fork: runs in the forked process, returns its exit code."""
-    return partial(_worker_main, settings, Marks())
+class Shared(msgspec.Struct, frozen=True):
+    """Memory that the processes of a worker share; made before the fork."""
+
+    marks: Marks = msgspec.field(default_factory=Marks)
+    suspects: Suspects = msgspec.field(default_factory=Suspects)
 
 
-def _worker_main(settings: WorkerSettings, marks: Marks, slot: Slot) -> int:
+def worker_child(settings: WorkerSettings) -> ChildSpec:
+    """A worker's children, made before the fork."""
+    shared = Shared()
+    target = partial(_worker_main, settings, shared)
+    return ChildSpec("worker", target, count=settings.processes, died=shared.suspects.note_death)
+
+
+def _worker_main(settings: WorkerSettings, shared: Shared, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
-    return run_child(slot, partial(work, settings, marks=marks))
+    return run_child(slot, partial(work, settings, shared=shared))
 
 
-async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, marks: Marks | None = None) -> None:
+async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     try:
@@ -106,7 +117,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
-                await _work(settings, marks or Marks(), slot, stopping, redis, store, open_span)
+                await _work(settings, shared or Shared(), slot, stopping, redis, store, open_span)
         finally:
             await store.close()
     finally:
@@ -115,7 +126,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
 
 async def _work(
     settings: WorkerSettings,
-    marks: Marks,
+    shared: Shared,
     slot: Slot,
     stopping: asyncio.Event,
     redis: Redis,
@@ -151,6 +162,7 @@ async def _work(
         in_a_row = settings.dead_letters_in_a_row
         dead_letters = DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
+        quiet = Quiet()
         pipelines += [
             Pipeline(
                 Intake(
@@ -165,8 +177,10 @@ async def _work(
                 slot,
                 limits=limits,
                 dead_letters=dead_letters,
-                overlap=Overlap(marks, slot.number * settings.pipelines + n),
+                overlap=Overlap(shared.marks, slot.number * settings.pipelines + n),
                 open_span=open_span,
+                suspects=shared.suspects,
+                quiet=quiet,
             )
             for n, stream in enumerate(streams)
         ]
