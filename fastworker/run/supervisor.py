@@ -99,6 +99,7 @@ class _Kind:
         self.was_ready = False  # any of them, ever: before that a failure is a failure to start
         self.failures = 0
         self.start_at = 0.0
+        self.refused = 0  # forks in a row
         self.slots: set[int] = set()  # numbers of those that its children had
 
 
@@ -258,11 +259,12 @@ class Supervisor:
             log.error("%s could not start (%s): stopping all", child.name, how)
             self._stop(ExitCode(code))
             return
-        if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
-            kind.failures = 0
-        delay = min(BACKOFF_S[1], BACKOFF_S[0] * 2**kind.failures)
-        kind.failures += 1
-        kind.start_at = now + delay
+        if now >= kind.start_at:  # else another one ended a moment ago: one event, however many it took
+            if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
+                kind.failures = 0
+            kind.start_at = now + _backoff(kind.failures)
+            kind.failures += 1
+        delay = kind.start_at - now
         log.error("%s (pid %d) %s: starting it again in %.1f s", child.name, child.pid, how, delay)
 
     def _look_at(self, child: _Child, now: float) -> None:
@@ -323,7 +325,7 @@ class Supervisor:
             elif old not in self._children:
                 self._replacement = None
             return
-        if not self._to_replace:
+        if not self._to_replace or now < self._to_replace[0].kind.start_at:
             return
         child = self._to_replace.popleft()
         if child not in self._children or child.retiring:
@@ -332,6 +334,8 @@ class Supervisor:
             successor = self._fork(child.kind, now)
             if successor is not None:
                 self._replacement = (child, successor)
+            else:
+                self._to_replace.appendleft(child)  # it works on; later
         else:
             self._retire(child, now)
 
@@ -347,7 +351,8 @@ class Supervisor:
             present = at_work if kind.spec.is_worker else living
             if now >= kind.start_at:
                 for _ in range(kind.wanted - len(present)):
-                    self._fork(kind, now)
+                    if self._fork(kind, now) is None:
+                        break
 
     # --- acts
 
@@ -365,8 +370,16 @@ class Supervisor:
         parent = os.getpid()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()  # or both would write it
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # a limit of processes or memory: those that live work on
+            kind.start_at = now + _backoff(kind.refused)
+            kind.refused += 1
+            wait_s, name = kind.start_at - now, kind.spec.name
+            log.error("No process for another %s: %s; trying again in %.1f s", name, error.strerror, wait_s)  # noqa: TRY400
+            return None
         if pid:
+            kind.refused = 0
             child = _Child(kind, slot, pid, now)
             self._children.append(child)
             return child
@@ -461,6 +474,10 @@ def _become_child(parent: int, mask: set[signal.Signals]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask - _SIGNALS)
     dump_stacks_on(signal.SIGUSR2)
+
+
+def _backoff(failures: int) -> float:
+    return min(BACKOFF_S[1], BACKOFF_S[0] * 2.0 ** min(failures, 20))
 
 
 def own_memory_bytes(pid: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import queue
 import re
@@ -166,6 +167,8 @@ SCENARIOS = {
         ("orphaned_busy", will_not_drain, 1),
     ]
 }
+SCENARIOS["no_fork"] = [ChildSpec(name="worker", target=child(healthy), count=2)]
+SCENARIOS["seven"] = [ChildSpec(name="worker", target=child(healthy), count=7)]
 SCENARIOS["dies"] = [ChildSpec(name="worker", target=dies, count=1)]
 SCENARIOS["family"] = [
     ChildSpec(name="worker", target=child(healthy), count=1),
@@ -190,11 +193,24 @@ PATIENCE = {
 }
 
 
+def unless_forbidden(fork: Callable[[], int]) -> Callable[[], int]:
+    """As a container's limit of processes says no, while the file is there."""
+
+    def refused() -> int:
+        if Path(os.environ["FORBIDDEN"]).exists():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    return refused
+
+
 def main() -> int:
     setup_logging("INFO", "human")
     supervisor_module.MEMORY_LOOK_S = 0.5
     if sys.argv[1].startswith("orphaned"):
         child_module.STUCK_S = child_module.LEFT_S = 1.0
+    if sys.argv[1] == "no_fork":
+        os.fork = unless_forbidden(os.fork)
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: gets orphans, as the first process of a container does
     return Supervisor(
         SCENARIOS[sys.argv[1]],
@@ -317,6 +333,37 @@ def test_a_stop_drains_and_exits_0(start, number):
     assert run.end() == 0
     assert {int(pid) for pid in re.findall(r"^drained \d+ (\d+)", run.text, re.MULTILINE)} == set(pids)
     assert not any(alive(pid) for pid in pids)
+
+
+def test_a_fork_that_is_refused_costs_no_healthy_child(start, tmp_path, monkeypatch):
+    forbidden = tmp_path / "forbidden"
+    monkeypatch.setenv("FORBIDDEN", str(forbidden))
+    run = start("no_fork")
+    first, second = run.ups(2)
+    forbidden.touch()
+    os.kill(first, signal.SIGKILL)
+    run.line("No process for another worker: Resource temporarily unavailable; trying again in 0.5 s")
+    run.line("No process for another worker: .* again in 1.0 s")
+    run.send(signal.SIGHUP)  # a replacement has to wait, too
+    run.line("No process for another worker")
+    assert alive(second)
+    forbidden.unlink()
+    run.ups(2)  # the dead one anew, and a new one for the other
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+
+
+def test_many_deaths_at_once_are_one_crash(start):
+    run = start("seven")
+    pids = run.ups(7)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    run.ups(7)
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    delays = [float(one) for one in re.findall(r"starting it again in ([0-9.]+) s", run.text)]
+    assert len(delays) == 5, "the log holds repeats back"
+    assert max(delays) == 0.5
 
 
 def full_pipe() -> tuple[int, int]:
