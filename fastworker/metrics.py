@@ -86,6 +86,7 @@ UNACCOUNTED = _gauge("unaccounted_entries", "Entries delivered but in no outcome
 # The worker's processes, from shared memory.
 PROCESSES = _gauge("processes", "Worker processes by state.", "state")
 RESTARTS = _counter("process_restarts", "Processes that were replaced after a crash, a stall or their memory ceiling.")
+REPLACED = _counter("process_replacements", "Processes that were replaced because an operator asked (SIGHUP).")
 FLUSH_SECONDS = _histogram("flush_seconds", "Time that one flush took in PostgreSQL, retries included.")
 FLUSH_ENTRIES = _histogram("flush_entries", "Entries of one flush.")
 LAST_FLUSH = _gauge("last_flush_seconds", "Length of the latest flush of each process.", "process")

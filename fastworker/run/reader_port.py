@@ -20,11 +20,10 @@ from fastworker import __version__, metrics
 from fastworker.metrics import Figures
 from fastworker.run.page import Card, HttpSettings, Page, listen, own_pss
 from fastworker.run.reader import ReaderSettings, ReaderStats
+from fastworker.run.readiness import FRESH_S
 from fastworker.run.resume import read_and_resume
 from fastworker.run.status import ProcessStatus
 
-FRESH_S: Final = 6.0
-"""Readiness: a loop turns, a server answers and a waiting frame is appended within this time."""
 RATE_TICKS: Final = 5
 
 

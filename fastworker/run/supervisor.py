@@ -102,22 +102,27 @@ class _Kind:
         self.refused = 0  # forks in a row
         self.slots: set[int] = set()  # numbers of those that its children had
 
+    def name(self, label: int) -> str:
+        return f"{self.spec.name}-{label}" if self.spec.is_worker else self.spec.name
+
 
 class _Child:
     """The parent's view of one process."""
 
-    def __init__(self, kind: _Kind, slot: Slot, pid: int, now: float) -> None:
+    def __init__(self, kind: _Kind, label: int, slot: Slot, pid: int, now: float) -> None:
         self.kind = kind
+        self.label = label  # of its kind; a replacement has that of the one it replaces
         self.slot = slot
         self.pid = pid
         self.started = now
         self.ready_at: float | None = None
         self.retiring = False  # told to stop: its end is no failure
         self.kill_at: float | None = None
+        self.is_too_large = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind.spec.name}-{self.slot.number}" if self.kind.spec.is_worker else self.kind.spec.name
+        return self.kind.name(self.label)
 
 
 class Supervisor:
@@ -259,11 +264,13 @@ class Supervisor:
             log.error("%s could not start (%s): stopping all", child.name, how)
             self._stop(ExitCode(code))
             return
+        child.slot.add(restarts=1)
         if now >= kind.start_at:  # else another one ended a moment ago: one event, however many it took
             if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
                 kind.failures = 0
             kind.start_at = now + _backoff(kind.failures)
             kind.failures += 1
+            self._heartbeats.crashes += 1
         delay = kind.start_at - now
         log.error("%s (pid %d) %s: starting it again in %.1f s", child.name, child.pid, how, delay)
 
@@ -310,6 +317,7 @@ class Supervisor:
             used = own_memory_bytes(child.pid)
             if used > self._memory_max_bytes:
                 log.warning("%s (pid %d) uses %d MB of its own: replacing it", child.name, child.pid, used >> 20)
+                child.is_too_large = True
                 self._to_replace.append(child)
 
     def _replace(self, now: float) -> None:
@@ -320,7 +328,7 @@ class Supervisor:
                 self._replacement = None
                 self._to_replace.clear()
             elif new.ready_at is not None:
-                self._retire(old, now)
+                self._retire_replaced(old, now)
                 self._replacement = None
             elif old not in self._children:
                 self._replacement = None
@@ -331,16 +339,21 @@ class Supervisor:
         if child not in self._children or child.retiring:
             return
         if child.kind.spec.is_worker:
-            successor = self._fork(child.kind, now)
+            successor = self._fork(child.kind, now, child.label)
             if successor is not None:
                 self._replacement = (child, successor)
             else:
                 self._to_replace.appendleft(child)  # it works on; later
         else:
-            self._retire(child, now)
+            self._retire_replaced(child, now)
+
+    def _retire_replaced(self, child: _Child, now: float) -> None:
+        child.slot.add(**{"restarts" if child.is_too_large else "replaced": 1})
+        self._retire(child, now)
 
     def _reconcile(self, now: float) -> None:
         """As many children of each kind as are wanted."""
+        missing = 0
         for kind in self._kinds:
             living = [child for child in self._children if child.kind is kind]
             at_work = [child for child in living if not child.retiring]
@@ -353,10 +366,12 @@ class Supervisor:
                 for _ in range(kind.wanted - len(present)):
                     if self._fork(kind, now) is None:
                         break
+            missing += max(0, kind.wanted - sum(one.kind is kind and not one.retiring for one in self._children))
+        self._heartbeats.missing = missing
 
     # --- acts
 
-    def _fork(self, kind: _Kind, now: float) -> _Child | None:
+    def _fork(self, kind: _Kind, now: float, label: int | None = None) -> _Child | None:
         taken = {child.slot.number for child in self._children}
         free = [slot for slot in self._heartbeats if slot.number not in taken]
         if not free:
@@ -366,6 +381,9 @@ class Supervisor:
         # A slot's counters go on over the lives of its children: so it should stay with one kind of them.
         slot = min(free, key=lambda slot: (slot.number not in kind.slots, slot.get("starts") > 0, slot.number))
         kind.slots.add(slot.number)
+        if label is None:
+            labels = {child.label for child in self._children if child.kind is kind and not child.retiring}
+            label = next(n for n in range(len(labels) + 1) if n not in labels)
         slot.close()
         parent = os.getpid()
         with contextlib.suppress(OSError, ValueError):
@@ -380,14 +398,14 @@ class Supervisor:
             return None
         if pid:
             kind.refused = 0
-            child = _Child(kind, slot, pid, now)
+            child = _Child(kind, label, slot, pid, now)
             self._children.append(child)
             return child
         code: int = ExitCode.BUG
         try:
             _become_child(parent, self._mask)
             self._children = []
-            slot.open(f"{kind.spec.name}-{slot.number}" if kind.spec.is_worker else kind.spec.name)
+            slot.open(kind.name(label))
             code = kind.spec.target(slot)
         except BaseException:
             log.critical("Unexpected error", exc_info=True)

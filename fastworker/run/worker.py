@@ -17,6 +17,7 @@ from fastworker.edge.store import Store
 from fastworker.edge.stream import LeaseLostError, WorkerStream
 from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.redact import redact
 from fastworker.run.child import StartAgain, run_child
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Marks, Overlap
@@ -211,12 +212,12 @@ async def _run(
     async with asyncio.TaskGroup() as group:
         side_tasks = [
             group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
-            group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
+            group.create_task(_every(MAINTAIN_S, partial(_maintain, slot, store, pipelines)), name="maintain"),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
         ]
         loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
-        slot.set(ready=1, state=State.RUNNING)
+        slot.set(ready=1, state=State.RUNNING, maintained_ms=now_ms())
         await stopping.wait()
         # No intake from here on; what is held is settled within the budget, or stays pending for the next worker.
         _, late = await asyncio.wait(loops, timeout=settings.drain_s)
@@ -243,18 +244,20 @@ async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
         raise StartAgain(str(error)) from error
 
 
-async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
+async def _maintain(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
     """What committed transactions still owe, in bounded pieces; and how far the group has come."""
     try:
         for pipeline in pipelines:
             await pipeline.note_progress()
         await _take_ground(store, pipelines)
         while await store.maintain():
-            pass
+            slot.set(maintained_ms=now_ms())
         while await store.prune():
-            pass
-    except (StoreUnavailable, StreamUnavailable):
-        pass  # the pipelines wait for the same server, and say so
+            slot.set(maintained_ms=now_ms())
+    except (StoreUnavailable, StreamUnavailable) as error:
+        slot.text("maintain_error", redact(str(error)))  # the monitor tells, where it goes on
+    else:
+        slot.set(maintained_ms=now_ms())
 
 
 async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from services import Service, get, until
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
@@ -107,6 +108,26 @@ def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house:
     until_green(house.reader_port)
     until(lambda: house.pid_of("worker-1") not in {None, pid})  # the supervisor replaces it
     until_green(house.worker_port)
+
+
+def test_too_much_set_aside_and_a_process_that_keeps_dying(house: House) -> None:
+    client = Redis.from_url(house.redis.url)
+    for _ in range(20):
+        client.xadd("firehose:events", {"type": "commit", "data": "{", "seq": "1"})
+    client.close()
+    until_red(house.worker_port, "20 of the last [0-9]+ entries were set aside: see `fastworker dlq list`")
+    seen = set()
+    for _ in range(3):
+        until(lambda: house.pid_of("worker-0") not in {None, *seen})
+        pid = house.pid_of("worker-0")
+        assert pid is not None
+        seen.add(pid)
+        os.kill(pid, signal.SIGKILL)
+    until_red(house.worker_port, "processes ended by themselves 3 times within 180 s")
+    until(lambda: house.pid_of("worker-0") not in {None, *seen})
+    [worker] = [one for one in json.loads(get(house.worker_port, "/status.json")[1])["processes"]
+                if one["name"] == "worker-0"]  # fmt: skip
+    assert (worker["restarts"], worker["replaced"]) == (3, 0)
 
 
 @pytest.mark.extended

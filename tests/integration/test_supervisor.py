@@ -366,6 +366,19 @@ def test_many_deaths_at_once_are_one_crash(start):
     assert max(delays) == 0.5
 
 
+def test_replaced_twice_keeps_labels_and_is_no_crash(start):
+    run = start("healthy")
+    pids = run.ups(2)
+    for _ in range(2):
+        run.send(signal.SIGHUP)
+        pids = run.ups(2)
+        until(lambda: not set(children_of(run.process.pid)) - set(pids))  # noqa: B023
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    names = set(re.findall(r"(worker-\d+) \(pid", run.text))
+    assert names == {"worker-0", "worker-1"}
+
+
 def full_pipe() -> tuple[int, int]:
     """A pipe that takes nothing more; whoever inherits it sees a blocking one."""
     reading, writing = os.pipe()
