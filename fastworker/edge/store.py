@@ -421,11 +421,26 @@ class Store:
                 r[0] for table, uris in by_table.values() for r in await connection.fetch(merge.absent(table), uris)
             }
 
-    async def prune(self, *, keep: timedelta = TOMBSTONES_KEPT, notice: timedelta = HORIZON_NOTICE) -> int:
-        """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
+    async def now(self) -> datetime:
+        """By the server's clock."""
+        async with self._connection() as connection:
+            now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+        return now
+
+    async def prune(
+        self,
+        *,
+        keep: timedelta = TOMBSTONES_KEPT,
+        notice: timedelta = HORIZON_NOTICE,
+        now: datetime | None = None,
+    ) -> int:
+        """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went.
+
+        `now`: by another clock than the server's; the earlier of the two counts.
+        """
         async with self._connection() as connection:
             gone = await connection.execute(merge.PRUNE, notice, PRUNE_PIECE)
-            await connection.execute(merge.ANNOUNCE, keep, PRUNE_PIECE)
+            await connection.execute(merge.ANNOUNCE, keep, PRUNE_PIECE, now)
         return int(gone.rpartition(" ")[2])
 
     async def finished(self, stream: str) -> Progress | None:

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -25,6 +26,7 @@ from fastworker.edge.rights import TABLE_RIGHTS
 from fastworker.edge.stream import form_of
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.redact import redact
+from fastworker.run.clocks import which_is_off
 from fastworker.run.migrate import check as check_schema
 
 REDIS_MIN: Final = (6, 2)
@@ -146,6 +148,14 @@ def clock(about: str, ahead_s: float) -> Iterator[Finding]:
     if abs(ahead_s) > SKEW_S:
         which = "ahead of" if ahead_s > 0 else "behind"
         yield _warn(about, f"Its clock is {abs(ahead_s):.1f} s {which} this machine's: run NTP on both.")
+
+
+def clocks(redis_ahead_s: float, postgresql_ahead_s: float) -> Iterator[Finding]:
+    """Three clocks tell which of them is off."""
+    now = datetime.now(UTC)
+    ahead = {"Redis": redis_ahead_s, "PostgreSQL": postgresql_ahead_s, "this machine": 0.0}
+    if off := which_is_off({name: now + timedelta(seconds=s) for name, s in ahead.items()}):
+        yield _fail("clocks", f"{off[0].upper()}{off[1:]}: set it right; a worker prunes nothing meanwhile.")
 
 
 # --- the stream and its groups
@@ -457,6 +467,7 @@ class _Seen(msgspec.Struct):
 
     consumers: list[Consumer] = []
     cursor: str | None = None
+    redis_ahead_s: float | None = None
 
 
 async def _redis_findings(config: Config, seen: _Seen) -> list[Finding]:
@@ -475,7 +486,8 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
         for hazard in (redis_version, redis_role, redis_eviction, redis_memory, redis_persistence)
         for finding in hazard(server)
     ]
-    found += clock("redis", server.time_ms / 1000 - time.time())
+    seen.redis_ahead_s = server.time_ms / 1000 - time.time()
+    found += clock("redis", seen.redis_ahead_s)
     found += stream_kind(kind, config.stream_key)
     seen.cursor = await admin.cursor(config.cursor_key)
     found += cursor_is_one(config.cursor_key, seen.cursor)
@@ -528,6 +540,7 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         *postgres_connections(found, config),
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
+        *(clocks(seen.redis_ahead_s, found.clock_ahead_s) if seen.redis_ahead_s is not None else ()),
         *second_writer(writing, seen.consumers),
         *(what_was_before(before, config, seen.cursor) if before is not None else ()),
         *([_fail("postgresql", problem) for problem in problems] or [_ok("postgresql", "The schema is complete.")]),

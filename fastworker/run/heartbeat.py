@@ -104,6 +104,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     error: str
     consumers: str  # names, separated by spaces
     maintain_error: str
+    clocks: str  # which is off
 
     @property
     def acked(self) -> int:
@@ -128,7 +129,8 @@ _TEXTS: Final = {  # offset and bytes
     "name": (0, 40),
     "error": (40, 200),
     "maintain_error": (240, 200),
-    "consumers": (440, 584),
+    "clocks": (440, 160),
+    "consumers": (600, 424),
 }
 _SLOT_BYTES: Final = _WORDS * 8 + 1024
 _REASON_INDEX: Final = {reason: _DROPS_AT + n for n, reason in enumerate(REASONS)}
@@ -164,6 +166,7 @@ class Slot:
             self._words[_INDEX[field]] = 0
         self.text("error", "")
         self.text("maintain_error", "")
+        self.text("clocks", "")
         self.text("consumers", "")
         self.text("name", name)
         now = now_ms()
@@ -221,6 +224,7 @@ class Slot:
             error=texts["error"],
             consumers=texts["consumers"],
             maintain_error=texts["maintain_error"],
+            clocks=texts["clocks"],
         )
 
 

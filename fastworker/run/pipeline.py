@@ -129,6 +129,7 @@ class Held:
         "rejected",
         "since_ms",
         "tallies",
+        "told",
     )
 
     def __init__(self, ground: Ground = UNBOUNDED) -> None:
@@ -142,6 +143,7 @@ class Held:
         self.rejected: list[SetAside] = []  # never settled: they leave through the dead letters
         self.since_ms = 0  # when its first entry was read
         self.mark: tuple[str, int | None] | None = None  # id and seq of the latest entry understood
+        self.told: str | None = None  # its time, as the relay said it
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -198,6 +200,7 @@ class Held:
         if event.relay is not None:
             batch.relays.add(event.relay)
         self.mark = (entry_id, event.seq)
+        self.told = event.time
         self.kinds[type(event)] += 1
         batch.settle(entry_id, payload_bytes=sum(map(len, fields.values())))
         self.tallies.setdefault(tally, []).append(entry_id)
@@ -243,6 +246,7 @@ class Pipeline:
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
+        self.told: str | None = None  # the time of an event read lately
         self.is_unsure = (
             False  # a write was begun and has not ended: its commit may still arrive, whatever becomes of us
         )
@@ -412,6 +416,7 @@ class Pipeline:
             self._slot.add(read=taken)
             if filling.mark is not None:
                 self._marks.append(filling.mark)
+                self.told = filling.told or self.told
 
     def _bring_back(self, *, at_last: bool) -> None:
         """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""

@@ -192,6 +192,7 @@ class Watch:
             missing=missing,
             missing_s=now - self._missing_since if self._missing_since is not None else 0.0,
             crashes=len(self._crashes),
+            clocks=next((one.clocks for one in snapshots if one.gauges.state != State.FREE and one.clocks), ""),
         )
         if not self._past:
             return facts

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import partial
 
 import msgspec
@@ -19,6 +20,7 @@ from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.redact import redact
 from fastworker.run.child import StartAgain, run_child
+from fastworker.run.clocks import which_is_off
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Marks, Overlap
 from fastworker.run.pipeline import DeadLetterLimit, Pipeline
@@ -26,6 +28,7 @@ from fastworker.run.reclaim import Intake
 from fastworker.run.supervisor import ChildSpec
 from fastworker.run.suspects import Quiet, Suspects
 from fastworker.table.batch import Limits
+from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
 
 log = logging.getLogger(__name__)
@@ -212,7 +215,9 @@ async def _run(
     async with asyncio.TaskGroup() as group:
         side_tasks = [
             group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
-            group.create_task(_every(MAINTAIN_S, partial(_maintain, slot, store, pipelines)), name="maintain"),
+            group.create_task(
+                _every(MAINTAIN_S, partial(_maintain, slot, store, streams[0], pipelines)), name="maintain"
+            ),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
         ]
@@ -244,7 +249,7 @@ async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
         raise StartAgain(str(error)) from error
 
 
-async def _maintain(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
+async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
     """What committed transactions still owe, in bounded pieces; and how far the group has come."""
     try:
         for pipeline in pipelines:
@@ -252,11 +257,25 @@ async def _maintain(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None
         await _take_ground(store, pipelines)
         while await store.maintain():
             slot.set(maintained_ms=now_ms())
-        while await store.prune():
-            slot.set(maintained_ms=now_ms())
+        await _prune(slot, store, stream, pipelines)
     except (StoreUnavailable, StreamUnavailable) as error:
         slot.text("maintain_error", redact(str(error)))  # the monitor tells, where it goes on
     else:
+        slot.set(maintained_ms=now_ms())
+
+
+async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
+    """Only while the clocks agree, and by the earliest: a delete forgotten too soon sets all new records aside."""
+    clocks = {"PostgreSQL": await store.now(), "Redis": await stream.time(), "this machine": datetime.now(UTC)}
+    off = which_is_off(clocks)
+    if off:
+        log.warning("Nothing is pruned: %s", off)
+    slot.text("clocks", off)
+    if off:
+        return
+    told = [at for one in pipelines if one.told and (at := parse_date(one.told)) is not None]
+    now = min([clocks["this machine"], *(at.replace(tzinfo=UTC) for at in told)])
+    while await store.prune(now=now):
         slot.set(maintained_ms=now_ms())
 
 
