@@ -116,15 +116,17 @@ async def serve(source: Source, host: str, port: int) -> AsyncIterator[int]:
             await site.start()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise Unreachable(
-                    f"Port {port} of {host} is in use: set FASTWORKER_HTTP_PORT to another one, to 0 or to off"
-                ) from error
+                raise port_is_taken(host, port) from error
             raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
         bound: int = runner.addresses[0][1]
         log.info("HTTP on http://%s:%d: /metrics /livez /readyz and a status page at /", host, bound)
         yield bound
     finally:
         await runner.cleanup()
+
+
+def port_is_taken(host: str, port: int) -> Unreachable:
+    return Unreachable(f"Port {port} of {host} is in use: set FASTWORKER_HTTP_PORT to another one, to 0 or to off")
 
 
 async def ask(host: str, port: int, path: str) -> tuple[bool, str] | None:

@@ -21,16 +21,17 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final, Protocol
 
 import msgspec
 
-from fastworker.errors import ExitCode
+from fastworker.errors import ExitCode, Unreachable
 from fastworker.log import flush_waiting
 from fastworker.run.child import AGAIN, dump_stacks_on
 from fastworker.run.heartbeat import Heartbeats, Slot, State, now_ms
@@ -78,6 +79,28 @@ class ChildSpec(msgspec.Struct, frozen=True):
     @property
     def is_worker(self) -> bool:
         return self.count is not None
+
+
+class Server(Protocol):
+    """A process that somebody else started for us, and that must not stay away (edge/embedded.py)."""
+
+    what: ClassVar[str]
+
+    @property
+    def pid(self) -> int | None: ...
+    def lost(self, code: int) -> None: ...
+    def revive(self) -> None: ...
+
+
+class _Ward:
+    """What the parent remembers of a server."""
+
+    def __init__(self, server: Server, now: float) -> None:
+        self.server = server
+        self.pid = server.pid
+        self.started = now
+        self.failures = 0
+        self.start_at = 0.0
 
 
 class Patience(msgspec.Struct, frozen=True):
@@ -137,8 +160,10 @@ class Supervisor:
         memory_max_bytes: int | None = None,
         workers_max: int = 32,
         notify_socket: str | None = None,
+        servers: Sequence[Server] = (),
     ) -> None:
-        """`notify_socket`: systemd's NOTIFY_SOCKET. `memory_max_bytes`: a child with more of its own is replaced."""
+        """`notify_socket`: systemd's NOTIFY_SOCKET. `memory_max_bytes`: a child with more of its own is replaced.
+        `servers` run already: those that end are started again."""
         self._kinds = [_Kind(spec) for spec in specs]
         self._heartbeats = heartbeats
         self._patience = patience
@@ -146,6 +171,7 @@ class Supervisor:
         self._workers_max = workers_max
         self._notify_socket = notify_socket
         self._children: list[_Child] = []
+        self._wards = [_Ward(server, time.monotonic()) for server in servers]
         self._code: ExitCode | None = None  # set: stopping
         self._stop_deadline = 0.0
         self._to_replace: deque[_Child] = deque()
@@ -214,6 +240,7 @@ class Supervisor:
                 for child in self._children:
                     self._signal(child, signal.SIGKILL)
             return
+        self._revive(now)
         self._look_at_memory(now)
         self._replace(now)
         self._reconcile(now)
@@ -229,6 +256,7 @@ class Supervisor:
                 return
             child = next((child for child in self._children if child.pid == pid), None)
             if child is None:
+                self._lost(pid, os.waitstatus_to_exitcode(status), now)
                 continue
             if child.slot.get("ready") and child.ready_at is None:
                 child.ready_at = now
@@ -239,6 +267,33 @@ class Supervisor:
                 child.kind.spec.died(child.slot)
             child.slot.close()
             self._ended(child, code, now)
+
+    def _lost(self, pid: int, code: int, now: float) -> None:
+        """A server, or an orphan that is nobody's."""
+        for ward in self._wards:
+            if ward.pid == pid:
+                ward.pid = None
+                ward.server.lost(code)
+                if now - ward.started > FAILURE_FORGOTTEN_S:
+                    ward.failures = 0
+                ward.start_at = now + _backoff(ward.failures)
+                ward.failures += 1
+                wait_s = ward.start_at - now
+                log.error("%s (pid %d) %s: starting it again in %.1f s", ward.server.what, pid, _how(code), wait_s)
+
+    def _revive(self, now: float) -> None:
+        for ward in self._wards:
+            if ward.pid is not None or now < ward.start_at:
+                continue
+            try:
+                ward.server.revive()
+            except (OSError, subprocess.SubprocessError, Unreachable) as error:
+                ward.start_at = now + _backoff(ward.failures)
+                ward.failures += 1
+                log.warning("%s does not start yet: %s", ward.server.what, error)
+            else:
+                ward.pid, ward.started = ward.server.pid, now
+                log.info("%s (pid %d) was started again", ward.server.what, ward.pid)
 
     def _ended(self, child: _Child, code: int, now: float) -> None:
         """A child is gone: what its exit code asks for."""

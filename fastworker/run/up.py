@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ from fastworker.run.child import run_child
 from fastworker.run.heartbeat import Heartbeats, Slot, State
 from fastworker.run.migrate import migrate
 from fastworker.run.monitor import MonitorSettings, run_monitor
+from fastworker.run.page import settle_port
 from fastworker.run.reader import ReaderSettings
 from fastworker.run.resolver import ResolverSettings, run_resolver
 from fastworker.run.resume import read_and_resume
-from fastworker.run.supervisor import ChildSpec, Supervisor
+from fastworker.run.supervisor import ChildSpec, Server, Supervisor
 from fastworker.run.worker import WorkerSettings, processes_max, shrunk, worker_child
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class Plan(msgspec.Struct, frozen=True):
     notify_socket: str | None = None
 
 
-def supervise(plan: Plan) -> ExitCode:
-    """Fork, and return when all is over."""
+def supervise(plan: Plan, servers: Sequence[Server] = ()) -> ExitCode:
+    """Fork, and return when all is over. `servers`: started again when they end."""
     heartbeats = Heartbeats()
     worker = shrunk(plan.worker)
     specs = [
@@ -70,6 +71,7 @@ def supervise(plan: Plan) -> ExitCode:
         memory_max_bytes=plan.memory_max_bytes,
         workers_max=max(worker.processes, processes_max(worker)),
         notify_socket=plan.notify_socket,
+        servers=servers,
     ).run()
 
 
@@ -93,29 +95,36 @@ def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int
     return run_child(slot, main)
 
 
-def run_worker(config: Config, plan: Plan) -> ExitCode:
+def run_worker(config: Config, plan: Plan, servers: Sequence[Server] = ()) -> ExitCode:
     """`fastworker worker`. Raises FastworkerError for what an operator has to mend first."""
     if plan.worker.tracing:
         tracing.require()
+    plan = _with_port(plan)
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
     asyncio.run(preflight(config, database_url=plan.worker.database_url))
-    return supervise(plan)
+    return supervise(plan, servers)
 
 
 def up(config: Config, make_plan: Callable[[Config], Plan]) -> ExitCode:
     """`fastworker up`. `make_plan` turns the configuration, its URLs filled in, into settings."""
     with ExitStack() as stack:
-        config = stack.enter_context(_with_servers(config))
-        plan = make_plan(config)
+        config, servers = stack.enter_context(_with_servers(config))
+        plan = _with_port(make_plan(config))
         for name in asyncio.run(migrate(plan.worker.database_url)):
             log.info("Schema: applied %s", name)
         _say_how_to_connect(config, plan)
-        return run_worker(config, plan)
+        return run_worker(config, plan, servers)
+
+
+def _with_port(plan: Plan) -> Plan:
+    monitor = msgspec.structs.replace(plan.monitor, http=settle_port(plan.monitor.http))
+    return msgspec.structs.replace(plan, monitor=monitor)
 
 
 @contextmanager
-def _with_servers(config: Config) -> Iterator[Config]:
-    """The configuration with a running embedded server's URL in place of each one that was not set."""
+def _with_servers(config: Config) -> Iterator[tuple[Config, list[Server]]]:
+    """The configuration with a running embedded server's URL in place of each one that was not set; the servers."""
+    servers: list[Server] = []
     wants_postgres, wants_redis = config.database_url is None, "REDIS_URL" not in config.given
     with ExitStack() as stack:
         if wants_postgres or wants_redis:
@@ -124,12 +133,14 @@ def _with_servers(config: Config) -> Iterator[Config]:
             if wants_redis:
                 log.info("Starting the embedded Valkey in %s", home / "redis")
                 server = stack.enter_context(EmbeddedRedis(home / "redis"))
+                servers.append(server)
                 config = msgspec.structs.replace(config, redis_url=server.url)
             if wants_postgres:
                 log.info("Starting the embedded PostgreSQL in %s", home / "postgres")
                 postgres = stack.enter_context(EmbeddedPostgres(home / "postgres"))
+                servers.append(postgres)
                 config = msgspec.structs.replace(config, database_url=postgres.url)
-        yield config
+        yield config, servers
 
 
 def _home(config: Config) -> Path:
@@ -171,7 +182,7 @@ def _only_one(home: Path) -> Iterator[None]:
 def _say_how_to_connect(config: Config, plan: Plan) -> None:
     """For people, on standard output: the log has everything else."""
     http = plan.monitor.http
-    where = f"http://{http.host}:{http.port}/" if http.port else "its port is in the log" if http.port == 0 else "off"
+    where = f"http://{http.host}:{http.port}/" if http.port else "off"
     words = (
         f"relay       {', '.join(config.relay_urls)}\n"
         f"tables      psql '{redact(plan.worker.database_url)}'\n"
