@@ -65,7 +65,9 @@ STREAM_TRIMMED = _counter("stream_trimmed", "Finished entries that this process 
 LAG_ENTRIES = _gauge("lag_entries", "Entries that no consumer of the group was given yet.")
 LAG_SECONDS = _gauge("lag_seconds", "Age of the oldest entry of the stream that the group has not finished.")
 GROUP_LAG = _gauge(
-    "group_lag_entries", "As lag_entries, for every group on the stream: one that stands holds it.", "group"
+    "group_lag_entries",
+    "As lag_entries, for the groups on the stream with the most (20): one that stands holds it.",
+    "group",
 )
 PENDING = _gauge("pending_entries", "Entries that a consumer of the group has and did not ack yet.")
 PENDING_AGE = _gauge(

@@ -58,6 +58,9 @@ STUCK_S: Final = 30.0
 GROWTH_WINDOW: Final = 60  # readings
 RATE_WINDOW: Final = 5  # readings
 LETTERS_SHOWN: Final = 5
+GROUPS_SHOWN: Final = 20
+"""Series of a label that others choose: our group and those with the most lag."""
+LABEL_MAX: Final = 100  # characters of it
 OUTCOME_TITLES: Final = {
     "committed": "committed",
     "nothing_to_store": "nothing to store",
@@ -441,7 +444,7 @@ class _WorkerMonitor:
         return figures
 
     def _redis_figures(self, figures: Figures, reading: Reading) -> None:
-        m, stream = metrics, reading.stream
+        m, stream, settings = metrics, reading.stream, self._settings
         figures.set(m.DEAD_LETTERS, reading.dead_letters)
         figures.set(m.STREAM_ENTRIES, stream.length if stream else 0)
         figures.set(m.STREAM_FULL_SECONDS, self._full_seconds())
@@ -455,9 +458,10 @@ class _WorkerMonitor:
             figures.set(m.EVENTS, reading.events.get(kind, 0), kind)
         if reading.unaccounted is not None:
             figures.set(m.UNACCOUNTED, reading.unaccounted)
-        for group in stream.groups if stream else ():
-            figures.set(m.GROUP_LAG, group.lag, group.name)
-            if group.name == self._settings.group:
+        groups = sorted(stream.groups if stream else (), key=lambda one: (one.name != settings.group, -one.lag))
+        for group in groups[:GROUPS_SHOWN]:
+            figures.set(m.GROUP_LAG, group.lag, group.name[:LABEL_MAX])
+            if group.name == settings.group:
                 figures.set(m.LAG_ENTRIES, group.lag)
                 figures.set(m.LAG_SECONDS, age_s(group.unfinished_id, reading.time_ms))
                 figures.set(m.PENDING, group.pending)

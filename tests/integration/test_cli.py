@@ -246,6 +246,25 @@ def test_a_worker_that_cannot_finish_entries_is_not_ready(
     assert worker.stop() == 0
 
 
+def test_series_that_others_name_are_bounded(
+    services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
+) -> None:
+    for n in range(60):
+        client.xgroup_create(STREAM, b"\xff" * 500 + str(n).encode(), id="0", mkstream=True)
+    client.hset("fastworker:ledger", mapping={f"drop:of our own {n}": n for n in range(500)})
+    client.hset("cluster:metrics", mapping={f"#kind {n}": n for n in range(500)})
+    worker = services("worker", FASTWORKER_HTTP_PORT="0", REDIS_URL=redis_url, DATABASE_URL=postgres_url)
+    port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until(lambda: b"group_lag_entries{" in get(port, "/metrics")[1].encode())
+    code, text = get(port, "/metrics")
+    assert code == 200
+    assert len(text) < 25_000
+    assert f'fastworker_group_lag_entries{{group="{GROUP}"}}' in text
+    assert text.count("fastworker_group_lag_entries{") <= 20
+    assert get(port, "/status.json")[0] == 200
+    assert worker.stop() == 0
+
+
 def test_a_port_that_the_operator_chose_must_be_free(
     services: Callable[..., Service], redis_url: str, postgres_url: str
 ) -> None:
