@@ -6,12 +6,14 @@ that a scrape never waits for Redis or PostgreSQL.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 10.0
 SHUTDOWN_S = 1.0
+CONNECTIONS_MAX = 32
+"""More would cost the monitor the descriptors that it needs for Redis: the oldest go."""
+CONNECTION_S = 60.0
+"""Longest life of one: whoever sends half a request holds it no longer. A scraper connects again."""
 
 
 class Source(Protocol):
@@ -105,6 +111,18 @@ def _application(source: Source) -> web.Application:
     return app
 
 
+async def _end_old_connections(server: web.Server) -> None:
+    since: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(1.0)
+        now = time.monotonic()
+        since = {one: since.get(one, now) for one in server.connections}  # the oldest first
+        surplus = len(since) - CONNECTIONS_MAX
+        for n, (one, begun) in enumerate(since.items()):
+            if (n < surplus or now - begun > CONNECTION_S) and one.transport is not None:
+                one.transport.abort()
+
+
 @asynccontextmanager
 async def serve(source: Source, host: str, port: int) -> AsyncIterator[int]:
     """Listen until the block ends; yields the port, which differs from `port` where that is 0."""
@@ -120,7 +138,12 @@ async def serve(source: Source, host: str, port: int) -> AsyncIterator[int]:
             raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
         bound: int = runner.addresses[0][1]
         log.info("HTTP on http://%s:%d: /metrics /livez /readyz and a status page at /", host, bound)
-        yield bound
+        assert runner.server is not None
+        tidying = asyncio.create_task(_end_old_connections(runner.server), name="end old connections")
+        try:
+            yield bound
+        finally:
+            tidying.cancel()
     finally:
         await runner.cleanup()
 

@@ -262,6 +262,27 @@ def test_series_that_others_name_are_bounded(
     assert f'fastworker_group_lag_entries{{group="{GROUP}"}}' in text
     assert text.count("fastworker_group_lag_entries{") <= 20
     assert get(port, "/status.json")[0] == 200
+
+    half_open = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    for one in half_open:
+        one.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        one.setblocking(False)
+
+    def ended() -> int:
+        count = 0
+        for one in half_open:
+            try:
+                count += not one.recv(1)
+            except BlockingIOError:
+                pass
+            except OSError:
+                count += 1
+        return count
+
+    until(lambda: ended() >= 68)  # the others are younger than a minute
+    assert get(port, "/readyz")[0] == 200
+    for one in half_open:
+        one.close()
     assert worker.stop() == 0
 
 
