@@ -601,7 +601,7 @@ def test_a_fat_worker_is_replaced(start):
     run = start("fat")
     [pid] = run.ups(1)
     run.line(r"MB of its own: replacing it")
-    run.line(r"worker-1 .* is ready")
+    run.line(r"worker-0 .* is ready")
     run.line(rf"^drained 0 {pid}")
 
 
