@@ -26,6 +26,7 @@ import msgspec
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ def cli() -> None:
 
 def _config() -> Config:
     """The configuration of this process, with logging set up as it says."""
-    from fastworker.log import setup_logging
-
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
     for remark in remarks(os.environ):
@@ -401,12 +400,13 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.monitor.page import ask_health
+    from fastworker.monitor.page import ask_health, real_port
 
     config = _config()
     if config.http_port in (0, "off"):
         raise ConfigError("FASTWORKER_HTTP_PORT is 0 or off: `fastworker health` needs a port that it can know")
-    ports = [WORKER_PORT, READER_PORT] if config.http_port is None else [int(config.http_port)]
+    chosen = config.http_port
+    ports = [real_port(WORKER_PORT), real_port(READER_PORT)] if chosen is None else [int(chosen)]
     well, words = _run(ask_health(config.http_host, ports, "/livez" if live else "/readyz"))
     click.echo(printable_lines(words), err=not well)
     return ExitCode.DONE if well else ExitCode.NO
@@ -773,6 +773,7 @@ def main() -> NoReturn:
 
 
 def _main() -> int:
+    open_standard_descriptors()
     try:
         return int(cli.main(prog_name="fastworker", standalone_mode=False) or 0)
     except click.exceptions.Abort:
@@ -793,7 +794,7 @@ def _main() -> int:
     except BaseExceptionGroup as group:
         return _group(group)
     except Exception:  # noqa: BLE001 - the last line: what is not ours to explain gets a traceback
-        sys.stderr.write(printable_lines(redact(traceback.format_exc())))
+        tell(printable_lines(redact(traceback.format_exc())))
         return ExitCode.BUG
 
 
@@ -801,7 +802,7 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
     """Of several errors at once, one of ours says why; its siblings were cancelled for its sake."""
     ours, others = group.split((FastworkerError, StreamUnavailable, StoreUnavailable))
     if ours is None or others is not None:
-        sys.stderr.write(printable_lines(redact("".join(traceback.format_exception(group)))))
+        tell(printable_lines(redact("".join(traceback.format_exception(group)))))
         return ExitCode.BUG
     first: BaseException = ours
     while isinstance(first, BaseExceptionGroup):
@@ -810,5 +811,5 @@ def _group(group: BaseExceptionGroup[BaseException]) -> int:
 
 
 def _say(error: BaseException, code: ExitCode) -> int:
-    sys.stderr.write(f"fastworker: {printable(redact(str(error)))}\n")
+    tell(f"fastworker: {printable(redact(str(error)))}\n")
     return code

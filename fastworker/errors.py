@@ -36,6 +36,7 @@ class Reason(StrEnum):
     AMBIGUOUS_SEQ = "ambiguous_seq"  # no rev, and a second relay is known: seq alone orders nothing
     OLDER_THAN_TOMBSTONES = "older_than_tombstones"  # before the horizon: its delete may be forgotten
     ROW_REJECTED = "row_rejected"  # PostgreSQL refused the data
+    KILLS_WORKER = "kills_worker"  # three processes died that held nothing else
     ABANDONED = "abandoned"  # at the head of a full stream, its consumer long gone
     OVERSIZED = "oversized"  # beyond the protocol's size limits
     # ops (dropped; the siblings are stored)

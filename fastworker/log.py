@@ -2,11 +2,20 @@
 
 The human form is the predecessor's, so that existing greps keep working. Called again in every child
 process: a forked handler shares nothing but the file descriptor, and lines are written in one call each.
+
+Nobody waits for whoever reads them: what a full pipe or terminal does not take is kept, up to a limit, then dropped;
+how many lines are lost is told when it takes lines again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
+import select
+import socket
+import stat
 import sys
 import time
 from typing import Any, Final, Literal
@@ -20,6 +29,11 @@ REPEATS_MAX: Final = 5
 WINDOW_S: Final = 10.0
 TEMPLATES_MAX: Final = 1_000
 """Templates remembered; formats are ours, so this is reached only if a library makes them up."""
+
+WAITING_MAX: Final = 64 * 1024
+"""Bytes kept for a reader that does not read."""
+CLOSE_S: Final = 0.2
+"""How long the last lines of a process may wait for room."""
 
 
 class Redacted(logging.Formatter):
@@ -88,9 +102,143 @@ class RepeatLimit(logging.Filter):
         return lines < REPEATS_MAX
 
 
+class NeverWaits(logging.Handler):
+    """Lines to a descriptor that others may share, without setting a flag that they would see."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self._socket: socket.socket | None = None
+        self._polls = False
+        self._waiting = bytearray()
+        self._lost = 0
+        self._pid = os.getpid()
+        kind = os.fstat(descriptor).st_mode
+        try:
+            if stat.S_ISSOCK(kind):  # of systemd's journal
+                self._socket = socket.socket(fileno=os.dup(descriptor))
+            elif stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+                # Opened once more it has flags of its own.
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                self.descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
+        except OSError:
+            self._polls = True  # another process may still take the room that we saw: rare, and the best there is
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - whatever a formatter meets, the path goes on
+            line = f"[ERROR] A log line of {record.name} could not be made: {record.msg!r}"
+        self.flush()
+        if self._lost and not self._waiting:
+            words = "%d log lines are lost: nobody read standard error, or it took nothing"
+            told = logging.LogRecord(__name__, logging.WARNING, __file__, 0, words, (self._lost,), None)
+            self._lost = 0
+            self.write(self.format(told) + "\n")
+        self.write(line + "\n")
+
+    def write(self, text: str) -> None:
+        """At once, or as soon as there is room; dropped where too much waits already."""
+        self._forget_the_parents()
+        data = text.encode(errors="backslashreplace")
+        if self._waiting and len(self._waiting) + len(data) > WAITING_MAX:
+            self._lost += 1
+            return
+        self._waiting += data
+        self.flush()
+
+    def flush(self) -> None:
+        """As much of what waits as there is room for."""
+        self._forget_the_parents()
+        try:
+            while self._waiting:
+                if not (count := self._send()):
+                    return
+                del self._waiting[:count]
+        except BlockingIOError:
+            pass
+        except OSError:  # the reader is gone, the disk is full
+            self._lost += self._waiting.count(b"\n")
+            self._waiting.clear()
+
+    def close(self) -> None:
+        ends = time.monotonic() + CLOSE_S
+        self.flush()
+        while self._waiting and time.monotonic() < ends:
+            time.sleep(0.01)
+            self.flush()
+        super().close()
+
+    def _send(self) -> int:
+        if self._socket is not None:
+            return self._socket.send(self._waiting, socket.MSG_DONTWAIT)
+        if not self._polls:
+            return os.write(self.descriptor, self._waiting)
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLOUT)
+        # A pipe that is ready takes this much in one piece.
+        return os.write(self.descriptor, self._waiting[: select.PIPE_BUF]) if poll.poll(0) else 0
+
+    def _forget_the_parents(self) -> None:
+        """After a fork: what waits is the parent's to write."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._waiting.clear()
+            self._lost = 0
+
+
+def _ours() -> NeverWaits | None:
+    return next((one for one in logging.getLogger().handlers if isinstance(one, NeverWaits)), None)
+
+
+def flush_waiting() -> None:
+    """For a process that may not log for long: write what waited for room."""
+    for handler in logging.getLogger().handlers:
+        with contextlib.suppress(ValueError):
+            handler.acquire()
+            try:
+                handler.flush()
+            finally:
+                handler.release()
+
+
+def tell(text: str) -> None:
+    """Text for standard error that is no log line, such as the last sentence of a command."""
+    handler = _ours()
+    if handler is not None:
+        handler.write(text)
+    else:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def descriptor() -> int:
+    """Where code that cannot use a handler writes: does not block, where that can be had."""
+    handler = _ours()
+    return handler.descriptor if handler is not None else 2
+
+
+def open_standard_descriptors() -> None:
+    """Whoever starts us with one of them closed gets the null device there: or the next file opened would be it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+            setattr(sys, f"__{name}__", getattr(sys, name))
+
+
 def setup_logging(level: str, form: Literal["human", "json"]) -> None:
     """Send everything at `level` and above to standard error. Replaces what an earlier call set up."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler
+    try:
+        handler = NeverWaits(sys.stderr.fileno())
+    except (io.UnsupportedOperation, OSError):  # a test's
+        handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if form == "json" else Redacted())
     handler.addFilter(RepeatLimit())
     root = logging.getLogger()

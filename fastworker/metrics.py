@@ -65,7 +65,9 @@ STREAM_TRIMMED = _counter("stream_trimmed", "Finished entries that this process 
 LAG_ENTRIES = _gauge("lag_entries", "Entries that no consumer of the group was given yet.")
 LAG_SECONDS = _gauge("lag_seconds", "Age of the oldest entry of the stream that the group has not finished.")
 GROUP_LAG = _gauge(
-    "group_lag_entries", "As lag_entries, for every group on the stream: one that stands holds it.", "group"
+    "group_lag_entries",
+    "As lag_entries, for the groups on the stream with the most (20): one that stands holds it.",
+    "group",
 )
 PENDING = _gauge("pending_entries", "Entries that a consumer of the group has and did not ack yet.")
 PENDING_AGE = _gauge(
@@ -86,6 +88,7 @@ UNACCOUNTED = _gauge("unaccounted_entries", "Entries delivered but in no outcome
 # The worker's processes, from shared memory.
 PROCESSES = _gauge("processes", "Worker processes by state.", "state")
 RESTARTS = _counter("process_restarts", "Processes that were replaced after a crash, a stall or their memory ceiling.")
+REPLACED = _counter("process_replacements", "Processes that were replaced because an operator asked (SIGHUP).")
 FLUSH_SECONDS = _histogram("flush_seconds", "Time that one flush took in PostgreSQL, retries included.")
 FLUSH_ENTRIES = _histogram("flush_entries", "Entries of one flush.")
 LAST_FLUSH = _gauge("last_flush_seconds", "Length of the latest flush of each process.", "process")

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -21,6 +22,7 @@ from fastworker.commands.grants import TABLE_RIGHTS
 from fastworker.commands.tune import server_advice
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
+from fastworker.process.clocks import which_is_off
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, version_of, writers
 from fastworker.store.migrate import SchemaRefused, encoding_problem
@@ -154,6 +156,14 @@ def clock(about: str, ahead_s: float) -> Iterator[Finding]:
     if abs(ahead_s) > SKEW_S:
         which = "ahead of" if ahead_s > 0 else "behind"
         yield _warn(about, f"Its clock is {abs(ahead_s):.1f} s {which} this machine's: run NTP on both.")
+
+
+def clocks(redis_ahead_s: float, postgresql_ahead_s: float) -> Iterator[Finding]:
+    """Three clocks tell which of them is off."""
+    now = datetime.now(UTC)
+    ahead = {"Redis": redis_ahead_s, "PostgreSQL": postgresql_ahead_s, "this machine": 0.0}
+    if off := which_is_off({name: now + timedelta(seconds=s) for name, s in ahead.items()}):
+        yield _fail("clocks", f"{off[0].upper()}{off[1:]}: set it right; a worker prunes nothing meanwhile.")
 
 
 # --- the stream and its groups
@@ -510,6 +520,7 @@ class _Seen(msgspec.Struct):
 
     consumers: list[Consumer] = []
     cursor: str | None = None
+    redis_ahead_s: float | None = None
 
 
 async def _redis_findings(config: Config, seen: _Seen) -> list[Finding]:
@@ -528,7 +539,8 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
         for hazard in (redis_version, redis_role, redis_eviction, redis_memory, redis_persistence)
         for finding in hazard(server)
     ]
-    found += clock("redis", server.time_ms / 1000 - time.time())
+    seen.redis_ahead_s = server.time_ms / 1000 - time.time()
+    found += clock("redis", seen.redis_ahead_s)
     found += stream_kind(kind, config.stream_key)
     seen.cursor = await admin.cursor(config.cursor_key)
     found += cursor_is_one(config.cursor_key, seen.cursor)
@@ -584,6 +596,7 @@ async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Find
         *postgres_rights(found),
         *clock("postgresql", found.clock_ahead_s),
         *postgres_settings(server),
+        *(clocks(seen.redis_ahead_s, found.clock_ahead_s) if seen.redis_ahead_s is not None else ()),
         *second_writer(writing, seen.consumers),
         *((*what_was_before(before, config, seen.cursor), *what_waits(before)) if before is not None else ()),
         *postgres_sequences(found),

@@ -127,7 +127,7 @@ def _run(
                 [
                     ChildSpec("relay", partial(_relay_main, plan)),
                     ChildSpec("reader", partial(_reader_main, plan)),
-                    ChildSpec("worker", worker_child(worker), count=worker.processes),
+                    worker_child(worker),
                     ChildSpec("conductor", partial(_conductor_main, plan, heartbeats), ends_run=True),
                 ],
                 heartbeats,

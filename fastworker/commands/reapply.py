@@ -53,6 +53,8 @@ class _Retained:
         self._after = entries[-1][0]
         return entries
 
+    left_behind = False
+
     def look_again(self) -> None:
         """A reply that was lost took nothing with it: the next look begins where the last one ended."""
 

@@ -65,7 +65,8 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     oldest_unflushed_s: Annotated[float, _is("Age since its read of the oldest entry it holds; 0 for none.")] = 0.0
     progress_age_s: Annotated[float, _is("Seconds since its slowest pipeline got on.")] = 0.0
     memory_bytes: Annotated[int | None, _is("Proportional set size; null where it is not known.")] = None
-    restarts: Annotated[int, _is("How often it was replaced.")] = 0
+    restarts: Annotated[int, _is("How often it was started again: after a crash, a stall or its memory ceiling.")] = 0
+    replaced: Annotated[int, _is("How often it was replaced because an operator asked.")] = 0
     error: Annotated[str, _is("Its latest error, also when that is long over.")] = ""
     error_age_s: Annotated[float | None, _is("Seconds since that error; null where it is not known.")] = None
 

@@ -6,11 +6,11 @@ Both are one supervisor. What must be known before anything is forked (servers t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
 from fastworker.monitor.monitor import MonitorSettings, run_monitor
+from fastworker.monitor.page import settle_port
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Supervisor
+from fastworker.process.supervisor import ChildSpec, Server, Supervisor
 from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
@@ -48,12 +49,12 @@ class Plan(msgspec.Struct, frozen=True):
     notify_socket: str | None = None
 
 
-def supervise(plan: Plan) -> ExitCode:
-    """Fork, and return when all is over."""
+def supervise(plan: Plan, servers: Sequence[Server] = ()) -> ExitCode:
+    """Fork, and return when all is over. `servers`: started again when they end."""
     heartbeats = Heartbeats()
     worker = shrunk(plan.worker)
     specs = [
-        ChildSpec("worker", worker_child(worker), count=worker.processes),
+        worker_child(worker),
         ChildSpec("monitor", partial(_monitor_main, plan.monitor, plan.resolver, heartbeats)),
     ]
     if plan.reader is not None:
@@ -71,6 +72,7 @@ def supervise(plan: Plan) -> ExitCode:
         memory_max_bytes=plan.memory_max_bytes,
         workers_max=max(worker.processes, processes_max(worker)),
         notify_socket=plan.notify_socket,
+        servers=servers,
     ).run()
 
 
@@ -94,31 +96,38 @@ def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int
     return run_child(slot, main)
 
 
-def run_worker(config: Config, plan: Plan, start: Start | None = None) -> ExitCode:
+def run_worker(config: Config, plan: Plan, start: Start | None = None, servers: Sequence[Server] = ()) -> ExitCode:
     """`fastworker worker`, and its reader from `start` on. Raises FastworkerError for what an operator has to mend."""
     if plan.worker.tracing:
         tracing.require()
+    plan = _with_port(plan)
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
     asyncio.run(preflight(config, database_url=plan.worker.database_url))
     if start is not None and plan.reader is not None:
         asyncio.run(begin_at(plan.reader, start, database_url=plan.worker.database_url))
-    return supervise(plan)
+    return supervise(plan, servers)
 
 
 def up(config: Config, make_plan: Callable[[Config], Plan], start: Start | None = None) -> ExitCode:
     """`fastworker up`. `make_plan` turns the configuration, its URLs filled in, into settings."""
     with ExitStack() as stack:
-        config = stack.enter_context(_with_servers(config))
-        plan = make_plan(config)
+        config, servers = stack.enter_context(_with_servers(config))
+        plan = _with_port(make_plan(config))
         for name in asyncio.run(migrate(plan.worker.database_url)):
             log.info("Schema: applied %s", name)
         _say_how_to_connect(config, plan)
-        return run_worker(config, plan, start)
+        return run_worker(config, plan, start, servers)
+
+
+def _with_port(plan: Plan) -> Plan:
+    monitor = msgspec.structs.replace(plan.monitor, http=settle_port(plan.monitor.http))
+    return msgspec.structs.replace(plan, monitor=monitor)
 
 
 @contextmanager
-def _with_servers(config: Config) -> Iterator[Config]:
-    """The configuration with a running embedded server's URL in place of each one that was not set."""
+def _with_servers(config: Config) -> Iterator[tuple[Config, list[Server]]]:
+    """The configuration with a running embedded server's URL in place of each one that was not set; the servers."""
+    servers: list[Server] = []
     wants_postgres, wants_redis = config.database_url is None, "REDIS_URL" not in config.given
     with ExitStack() as stack:
         if wants_postgres or wants_redis:
@@ -127,12 +136,14 @@ def _with_servers(config: Config) -> Iterator[Config]:
             if wants_redis:
                 log.info("Starting the embedded Valkey in %s", home / "redis")
                 server = stack.enter_context(EmbeddedRedis(home / "redis"))
+                servers.append(server)
                 config = msgspec.structs.replace(config, redis_url=server.url)
             if wants_postgres:
                 log.info("Starting the embedded PostgreSQL in %s", home / "postgres")
                 postgres = stack.enter_context(EmbeddedPostgres(home / "postgres"))
+                servers.append(postgres)
                 config = msgspec.structs.replace(config, database_url=postgres.url)
-        yield config
+        yield config, servers
 
 
 def with_servers_of_home(config: Config) -> Config:
@@ -184,11 +195,12 @@ def _only_one(home: Path) -> Iterator[None]:
 def _say_how_to_connect(config: Config, plan: Plan) -> None:
     """For people, on standard output: the log has everything else."""
     http = plan.monitor.http
-    where = f"http://{http.host}:{http.port}/" if http.port else "its port is in the log" if http.port == 0 else "off"
-    sys.stdout.write(
+    where = f"http://{http.host}:{http.port}/" if http.port else "off"
+    words = (
         f"relay       {', '.join(config.relay_urls)}\n"
         f"tables      psql '{redact(plan.worker.database_url)}'\n"
         f"stream      REDIS_URL='{redact(config.redis_url)}' fastworker status --watch\n"
         f"status page {where}\n"
     )
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        os.write(1, words.encode())

@@ -187,6 +187,20 @@ class _Server(ABC):
             self._process.wait()
             self._process = None
 
+    def lost(self, code: int) -> None:
+        """Somebody who waits for all processes saw it end."""
+        if self._process is not None:
+            self._process.returncode = code
+            self._process = None
+
+    def revive(self) -> None:
+        """Start again on what is there, at the same place, and do not wait: whoever needs it tries until it answers.
+
+        Raises OSError or Unreachable where that cannot be now, such as while processes of the lost one still end.
+        """
+        with _lock(self.data_dir / "lock", f"{self.what} in {self.data_dir}", seconds=0.0) as lock_fd:
+            self._spawn(self.socket_dir, lock_fd)
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -486,6 +500,7 @@ def _in_child(death_signal: signal.Signals, account: pwd.struct_passwd | None) -
 
     def run() -> None:
         os.umask(0o077)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a supervisor blocks what it waits for
         if account is not None:
             give_up_root(account)
         libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)  # after setuid, which clears it
@@ -496,11 +511,11 @@ def _in_child(death_signal: signal.Signals, account: pwd.struct_passwd | None) -
 
 
 @contextmanager
-def _lock(path: Path, what: str) -> Iterator[int]:
+def _lock(path: Path, what: str, seconds: float = LOCK_SECONDS_MAX) -> Iterator[int]:
     """Hold the directory's lock; the descriptor is handed to the server, which keeps it when ours is closed."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        give_up = time.monotonic() + LOCK_SECONDS_MAX
+        give_up = time.monotonic() + seconds
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

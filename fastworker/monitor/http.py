@@ -10,10 +10,12 @@ figures and our own sentences, and scrapers and probes ask by any name: they ans
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -40,6 +42,10 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 """Nothing but this port's own files runs, styles or is asked; nothing frames the page."""
+CONNECTIONS_MAX = 32
+"""More would cost the monitor the descriptors that it needs for Redis: the oldest go."""
+CONNECTION_S = 60.0
+"""Longest life of one: whoever sends half a request holds it no longer. A scraper connects again."""
 
 
 class Source(Protocol):
@@ -167,6 +173,18 @@ def _application(source: Source, names: Iterable[str]) -> web.Application:
     return app
 
 
+async def _end_old_connections(server: web.Server) -> None:
+    since: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(1.0)
+        now = time.monotonic()
+        since = {one: since.get(one, now) for one in server.connections}  # the oldest first
+        surplus = len(since) - CONNECTIONS_MAX
+        for n, (one, begun) in enumerate(since.items()):
+            if (n < surplus or now - begun > CONNECTION_S) and one.transport is not None:
+                one.transport.abort()
+
+
 @asynccontextmanager
 async def serve(source: Source, host: str, port: int, names: Iterable[str] = ()) -> AsyncIterator[int]:
     """Listen until the block ends; yields the port, which differs from `port` where that is 0.
@@ -182,15 +200,22 @@ async def serve(source: Source, host: str, port: int, names: Iterable[str] = ())
             await site.start()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise Unreachable(
-                    f"Port {port} of {host} is in use: set FASTWORKER_HTTP_PORT to another one, to 0 or to off"
-                ) from error
+                raise port_is_taken(host, port) from error
             raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
         bound: int = runner.addresses[0][1]
         log.info("HTTP on http://%s:%d: /metrics /livez /readyz and a status page at /", host, bound)
-        yield bound
+        assert runner.server is not None
+        tidying = asyncio.create_task(_end_old_connections(runner.server), name="end old connections")
+        try:
+            yield bound
+        finally:
+            tidying.cancel()
     finally:
         await runner.cleanup()
+
+
+def port_is_taken(host: str, port: int) -> Unreachable:
+    return Unreachable(f"Port {port} of {host} is in use: set FASTWORKER_HTTP_PORT to another one, to 0 or to off")
 
 
 async def ask(host: str, port: int, path: str) -> tuple[bool, str] | None:

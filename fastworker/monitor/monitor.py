@@ -27,8 +27,9 @@ from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, Worker, Written, listen, pss
-from fastworker.monitor.reader_port import FRESH_S, left_in_redis, put_figures, trouble
 from fastworker.monitor.reader_port import cards as reader_cards
+from fastworker.monitor.reader_port import left_in_redis, put_figures, trouble
+from fastworker.monitor.readiness import FRESH_S, Facts, Watch, of_process, process_of, readiness
 from fastworker.process.backoff import pause
 from fastworker.process.board import (
     FLUSH_ENTRIES,
@@ -55,8 +56,6 @@ READ_S: Final = 1.0
 PUBLISH_EVERY: Final = 2  # readings
 LOG_EVERY: Final = 5
 MEASURE_EVERY: Final = 5
-PROGRESS_S: Final = 8.0
-"""Readiness: some entry is finished within this time, while any wait."""
 STUCK_S: Final = 30.0
 """Liveness: a child's loop turns at least this often; the supervisor replaces it earlier."""
 GROWTH_WINDOW: Final = 60  # readings
@@ -66,6 +65,9 @@ LONG_S: Final = 60.0  # what waits longer is shown in red
 MINUTE_S: Final = 60.0
 HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream")
 WORST: Final = ("oldest", "median", "99 %")
+GROUPS_SHOWN: Final = 20
+"""Series of a label that others choose: our group and those with the most lag."""
+LABEL_MAX: Final = 100  # characters of it
 OUTCOME_TITLES: Final = {
     "committed": "committed",
     "nothing_to_store": "nothing to store",
@@ -108,7 +110,7 @@ class Count(msgspec.Struct, frozen=True):
     """Totals at one moment, to tell rates from."""
 
     at: float
-    finished: dict[str, int]  # entries, by process
+    finished: dict[str, int]  # entries, by process; one that was replaced goes on counting under its name
     latency: tuple[int, ...]
     added: int | None  # entries ever appended to the stream
 
@@ -144,8 +146,8 @@ class _WorkerMonitor:
         self._bytes: int | None = None
         self._memory: dict[int, int] = {}  # pid -> PSS
         self._acked = 0
-        self._acked_at = self._started
-        self._work_since: float | None = None
+        self._watch = Watch()
+        self._reader_moved = (0, self._started)
         self._logged = (self._started, 0)
         self._counts: deque[Count] = deque(maxlen=GROWTH_WINDOW)
         self._port: int | None = None
@@ -243,19 +245,30 @@ class _WorkerMonitor:
         return [snapshot for snapshot in self._children() if snapshot.name.startswith("worker")]
 
     def _judge(self) -> None:
-        """Keep what rates and readiness are told by: counts, since when there is work, when some was last finished."""
+        """Keep what rates and readiness are told by."""
         snapshots = self._heartbeats.snapshot()
         now = time.monotonic()
         stream = self._reading.stream if self._reading else None
         added = stream.entries_added if stream else None
-        finished = {snapshot.name: snapshot.acked for snapshot in snapshots}
+        finished: dict[str, int] = {}
+        for snapshot in snapshots:
+            finished[snapshot.name] = finished.get(snapshot.name, 0) + snapshot.acked
         self._counts.append(Count(now, finished, _latency(snapshots), added))
-        acked = self._counts[-1].total
-        if acked != self._acked:
-            self._acked, self._acked_at = acked, now
+        self._acked = self._counts[-1].total
         group = stream.group(self._settings.group) if stream else None
         is_work = any(snapshot.gauges.held for snapshot in snapshots) or (group is not None and group.lag > 0)
-        self._work_since = (self._work_since or now) if is_work else None
+        self._watch.look(
+            now,
+            snapshots,
+            missing=self._heartbeats.missing,
+            crashes=self._heartbeats.crashes,
+            is_work=is_work,
+            pending_id=group.oldest_pending_id if group else None,
+            behind_s=age_s(group.unfinished_id if group else None, self._reading.time_ms) if self._reading else 0.0,
+        )
+        stats = self._reading.reader if self._reading else None
+        if stats is not None and (stats.entries != self._reader_moved[0] or not stats.outbox_items):
+            self._reader_moved = stats.entries, now
 
     def _rate(self, name: str | None = None) -> float:
         """Entries finished per second over the last readings, by one process or by all."""
@@ -274,28 +287,29 @@ class _WorkerMonitor:
         return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:
-        """Connected, fresh, progressing: whatever of it does not hold, in a sentence each."""
-        now = time.monotonic()
-        why = self._stuck(FRESH_S)
-        workers = self._workers()
-        if not any(snapshot.gauges.ready for snapshot in workers):
-            why.append("no worker process is ready")
-        why += [reason for snapshot in workers if (reason := _waits(snapshot)) is not None]
-        read_at = self._reading.at if self._reading else self._started
-        if now - read_at > FRESH_S or self._reading is None:
-            why.append(f"Redis was not read for {now - read_at:.0f} s: {self._error or 'no answer yet'}")
-        elif self._settings.with_reader:
-            stats, age = self._reading.reader, self._reading.reader_age_s
-            if stats is None or age > FRESH_S:
-                why.append(
-                    "the reader has not reported yet"
-                    if stats is None
-                    else f"the reader has not reported for {age:.0f} s"
-                )
-            else:
-                why += [f"reader: {reason}" for reason in trouble(stats)]
-        if self._work_since is not None and now - max(self._work_since, self._acked_at) > PROGRESS_S:
-            why.append(f"entries wait, but none was finished for {now - self._acked_at:.0f} s")
+        """Whatever does not hold, in a sentence each."""
+        return readiness(self._facts())
+
+    def _facts(self) -> Facts:
+        now, reading = time.monotonic(), self._reading
+        facts = self._watch.facts(now, self._heartbeats.snapshot(), now_ms(), self._heartbeats.missing)
+        return msgspec.structs.replace(
+            facts,
+            redis_s=now - reading.at if reading else now - self._started + FRESH_S,
+            redis_error=self._error,
+            reader=self._reader_trouble(reading, now) if reading and self._settings.with_reader else [],
+        )
+
+    def _reader_trouble(self, reading: Reading, now: float) -> list[str]:
+        stats, age = reading.reader, reading.reader_age_s
+        if stats is None:
+            return ["the reader has not reported yet"]
+        if age > FRESH_S:
+            return [f"the reader has not reported for {age:.0f} s"]
+        why = [f"reader: {reason}" for reason in trouble(stats)]
+        still_s = now - self._reader_moved[1]
+        if not stats.standby and still_s > FRESH_S:
+            why.append(f"reader: frames wait, but none was appended for {still_s:.0f} s: {stats.last_error}")
         return why
 
     # --- what others see
@@ -304,7 +318,10 @@ class _WorkerMonitor:
         self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
         if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
             return
-        waiting = [snapshot for snapshot in self._workers() if "PostgreSQL" in (_waits(snapshot) or "")]
+        now = now_ms()
+        waiting = [
+            one for one in self._workers() if any("PostgreSQL" in why for why in of_process(process_of(one, now)))
+        ]
         away = [one for one in waiting if not one.error.startswith("StreamUnavailable")]
         self._postgres_outage.look(away[0].error or "it does not answer" if away else None, self._what_waits())
 
@@ -328,6 +345,10 @@ class _WorkerMonitor:
     def _processes(self) -> list[ProcessStatus]:
         now = now_ms()
         known = self._counts[-1].finished if self._counts else {}
+        restarts, replaced = Counter[str](), Counter[str]()
+        for snapshot in self._heartbeats.snapshot():
+            restarts[snapshot.name] += snapshot.counters.restarts
+            replaced[snapshot.name] += snapshot.counters.replaced
         shown = [
             ProcessStatus(
                 name=snapshot.name,
@@ -343,7 +364,8 @@ class _WorkerMonitor:
                 oldest_unflushed_s=_since(gauges.oldest_ms, now),
                 progress_age_s=_since(gauges.progress_ms, now),
                 memory_bytes=self._memory.get(gauges.pid),
-                restarts=max(0, snapshot.counters.starts - 1),
+                restarts=restarts[snapshot.name],
+                replaced=replaced[snapshot.name],
                 error=snapshot.error,
                 error_age_s=_since(gauges.error_ms, now) if gauges.error_ms else None,
             )
@@ -537,7 +559,7 @@ class _WorkerMonitor:
         return figures
 
     def _redis_figures(self, figures: Figures, reading: Reading) -> None:
-        m, stream = metrics, reading.stream
+        m, stream, settings = metrics, reading.stream, self._settings
         figures.set(m.DEAD_LETTERS, reading.dead_letters)
         figures.set(m.STREAM_ENTRIES, stream.length if stream else 0)
         figures.set(m.STREAM_FULL_SECONDS, self._full_seconds())
@@ -551,9 +573,10 @@ class _WorkerMonitor:
             figures.set(m.EVENTS, reading.events.get(kind, 0), kind)
         if reading.unaccounted is not None:
             figures.set(m.UNACCOUNTED, reading.unaccounted)
-        for group in stream.groups if stream else ():
-            figures.set(m.GROUP_LAG, group.lag, group.name)
-            if group.name == self._settings.group:
+        groups = sorted(stream.groups if stream else (), key=lambda one: (one.name != settings.group, -one.lag))
+        for group in groups[:GROUPS_SHOWN]:
+            figures.set(m.GROUP_LAG, group.lag, group.name[:LABEL_MAX])
+            if group.name == settings.group:
                 figures.set(m.LAG_ENTRIES, group.lag)
                 figures.set(m.LAG_SECONDS, age_s(group.unfinished_id, reading.time_ms))
                 figures.set(m.PENDING, group.pending)
@@ -582,7 +605,8 @@ class _WorkerMonitor:
                 figures.set(m.MEMORY, size, names[pid])
         everybody = self._heartbeats.snapshot()
         counters = [snapshot.counters for snapshot in everybody]
-        figures.set(m.RESTARTS, sum(max(0, counter.starts - 1) for counter in counters))
+        figures.set(m.RESTARTS, sum(counter.restarts for counter in counters))
+        figures.set(m.REPLACED, sum(counter.replaced for counter in counters))
         figures.set(m.ROWS, sum(counter.rows for counter in counters))
         figures.set(m.SUPERSEDED, sum(counter.superseded for counter in counters))
         figures.set(m.CLAIMED, sum(counter.claimed for counter in counters))
@@ -637,20 +661,6 @@ def _workers_told(statuses: Mapping[str, str]) -> list[Worker]:
             rate = sum(one.entries_per_s for one in at_work)
             found.append(Worker(owner, told.version, told.ready, rate, len(at_work), max(0.0, age)))
     return found
-
-
-def _waits(snapshot: Snapshot) -> str | None:
-    """What a worker process waits for, if it does."""
-    gauges = snapshot.gauges
-    servers = {State.WAITING_FOR_STORE: "PostgreSQL", State.WAITING_FOR_STREAM: "Redis"}
-    if (server := servers.get(State(gauges.state))) is not None:
-        return f"{snapshot.name} waits for {server}: {snapshot.error or 'no error yet'}"
-    silent_s = _since(gauges.store_ms, now_ms())
-    # A process at work, whose latest news are not bad ones, is judged by its progress: a flush may take its time.
-    is_told = not gauges.held or gauges.error_ms > gauges.store_ms
-    if gauges.state == State.RUNNING and is_told and silent_s > FRESH_S:
-        return f"{snapshot.name}: PostgreSQL has not answered for {silent_s:.0f} s: {snapshot.error or 'no error yet'}"
-    return None
 
 
 def _buckets(snapshots: Sequence[Snapshot], histogram: str) -> tuple[int, ...]:

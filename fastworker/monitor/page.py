@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import socket
+import tempfile
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +16,8 @@ import msgspec
 
 from fastworker.commands.dlq import Letter
 from fastworker.commands.status import ProcessStatus
-from fastworker.errors import Unreachable
-from fastworker.monitor.http import Source, ask, serve
+from fastworker.errors import ConfigError, Unreachable
+from fastworker.monitor.http import Source, ask, port_is_taken, serve
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +144,55 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     explained: dict[str, str] = msgspec.field(default_factory=lambda: EXPLAINED)
 
 
+def settle_port(http: HttpSettings) -> HttpSettings:
+    """Before anything is forked: with the port that will be served, so that all say the same one.
+
+    Raises Unreachable where the operator chose one that is taken, ConfigError where there is no such address.
+    """
+    if http.port is None:
+        return http
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    for port in (http.port, 0):
+        try:
+            with socket.create_server((http.host, port), family=family) as probe:
+                found: int = probe.getsockname()[1]
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ConfigError(f"Cannot listen on {http.host} port {port}: {error.strerror or error}") from error
+            if http.chosen:
+                raise port_is_taken(http.host, port) from error
+            continue
+        break
+    if found != http.port != 0:
+        _fell_back(http, found)
+    return msgspec.structs.replace(http, port=found, chosen=http.chosen and http.port != 0)
+
+
+def _fell_back(http: HttpSettings, port: int) -> None:
+    """The default is taken: tell the log, and `fastworker health` of this machine and user."""
+    log.warning("Port %d of %s is in use: this service is at port %d", http.port, http.host, port)
+    with suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(_note(http.port or 0), flags, 0o600)
+        with open(fd, "w", encoding="ascii") as note:  # noqa: PTH123 - a descriptor
+            note.write(f"{port} {os.getpid()}")
+
+
+def _note(default: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"fastworker-{os.getuid()}-http-{default}"
+
+
+def real_port(default: int) -> int:
+    """Where the service is that found its default taken, while it lives; else the default."""
+    with suppress(OSError, ValueError):
+        fd = os.open(_note(default), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(fd, encoding="ascii") as note:  # noqa: PTH123 - a descriptor
+            port, pid = map(int, note.read(40).split())
+            if os.fstat(fd).st_uid == os.getuid() and Path(f"/proc/{pid}").exists():
+                return port
+    return default
+
+
 async def listen(stack: AsyncExitStack, source: Source, http: HttpSettings) -> int | None:
     """The port that is served, None for none. Where nobody chose the port, another one will do."""
     if http.port is None:
@@ -150,8 +202,10 @@ async def listen(stack: AsyncExitStack, source: Source, http: HttpSettings) -> i
     except Unreachable as error:
         if http.chosen:
             raise
-        log.warning("%s; taking a free one", error)
-        return await stack.enter_async_context(serve(source, http.host, 0, http.names))
+        log.debug("%s", error)
+        found = await stack.enter_async_context(serve(source, http.host, 0, http.names))
+        _fell_back(http, found)
+        return found
 
 
 async def ask_health(host: str, ports: Sequence[int], path: str) -> tuple[bool, str]:

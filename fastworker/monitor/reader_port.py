@@ -21,11 +21,10 @@ from fastworker.commands.status import ProcessStatus
 from fastworker.metrics import Figures
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, listen, own_pss
+from fastworker.monitor.readiness import FRESH_S
 from fastworker.reader.reader import ReaderSettings, ReaderStats
 from fastworker.reader.resume import read_and_resume
 
-FRESH_S: Final = 6.0
-"""Readiness: a loop turns, a server answers and a waiting frame is appended within this time."""
 RATE_TICKS: Final = 5
 CHARTS: Final = (
     Chart(title="Frames", unit="/s", lines=("frames", "appended")),
@@ -107,7 +106,8 @@ def put_figures(figures: Figures, stats: ReaderStats) -> None:
     if stats.last_frame_at is not None:
         figures.set(m.READER_FRAME_AGE, max(0.0, now - stats.last_frame_at))
     for reason, count in stats.drops.items():
-        figures.set(m.READER_DROPS, count, reason)
+        if reason in m.READER_DROPS.closed:  # else of another release, or of whoever writes to Redis
+            figures.set(m.READER_DROPS, count, reason)
 
 
 async def serve_reader(

@@ -56,6 +56,12 @@ class Gauges(msgspec.Struct):
     connections: int = 0  # to PostgreSQL, open
     connections_busy: int = 0
     error_ms: int = 0  # when `error` was written
+    maintained_ms: int = 0  # when what is owed was last looked after; 0: it does not do that
+    tried_first_ms: int = 0  # ids of what it tries by itself just now: see worker/suspects.py
+    tried_first_n: int = 0
+    tried_last_ms: int = 0
+    tried_last_n: int = 0
+    tried_with_control: int = 0  # 1: it has settled others before
 
 
 class Counters(msgspec.Struct):
@@ -79,6 +85,8 @@ class Counters(msgspec.Struct):
     flush_entries_total: int = 0
     latency_ms_total: int = 0
     conflicts: int = 0  # transactions begun again because another writer came first
+    restarts: int = 0  # after a crash, a stall or its memory ceiling; counted by the parent, as is the next
+    replaced: int = 0  # as an operator asked
     store_retries: int = 0
     stream_retries: int = 0
 
@@ -95,6 +103,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     histograms: dict[str, tuple[int, ...]]  # by name: how many per bucket, the last one without a bound
     error: str
     consumers: str  # names, separated by spaces
+    maintain_error: str
+    clocks: str  # which is off
 
     @property
     def acked(self) -> int:
@@ -115,8 +125,14 @@ _BUCKETS: Final = dict(
     )
 )
 _WORDS: Final = _BUCKETS_AT + sum(len(bounds) + 1 for bounds in HISTOGRAMS.values())
-_TEXTS: Final = {"name": (0, 40), "error": (40, 400), "consumers": (440, 272)}  # offset and bytes
-_SLOT_BYTES: Final = _WORDS * 8 + 712
+_TEXTS: Final = {  # offset and bytes
+    "name": (0, 40),
+    "error": (40, 400),
+    "maintain_error": (440, 200),
+    "clocks": (640, 160),
+    "consumers": (800, 424),
+}
+_SLOT_BYTES: Final = _WORDS * 8 + 1224
 _REASON_INDEX: Final = {reason: _DROPS_AT + n for n, reason in enumerate(REASONS)}
 _TABLE_INDEX: Final = {table.name: _TABLES_AT + n for n, table in enumerate(TABLES)}
 
@@ -149,6 +165,8 @@ class Slot:
         for field in _GAUGES:
             self._words[_INDEX[field]] = 0
         self.text("error", "")
+        self.text("maintain_error", "")
+        self.text("clocks", "")
         self.text("consumers", "")
         self.text("name", name)
         now = now_ms()
@@ -205,6 +223,8 @@ class Slot:
             histograms={name: tuple(words[at : at + len(HISTOGRAMS[name]) + 1]) for name, at in _BUCKETS.items()},
             error=texts["error"],
             consumers=texts["consumers"],
+            maintain_error=texts["maintain_error"],
+            clocks=texts["clocks"],
         )
 
 
@@ -212,7 +232,8 @@ class Heartbeats:
     """The board: made by the parent before it forks, inherited by everybody."""
 
     def __init__(self, slots_max: int = 64) -> None:
-        self._memory = memoryview(mmap.mmap(-1, slots_max * _SLOT_BYTES))
+        self._memory = memoryview(mmap.mmap(-1, slots_max * _SLOT_BYTES + 16))
+        self._parents = self._memory[slots_max * _SLOT_BYTES :].cast("q")
         self._slots = [Slot(n, self._memory[n * _SLOT_BYTES : (n + 1) * _SLOT_BYTES]) for n in range(slots_max)]
 
     def __len__(self) -> int:
@@ -223,6 +244,24 @@ class Heartbeats:
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots)
+
+    @property
+    def missing(self) -> int:
+        """Processes that are wanted and not there; the parent's to say."""
+        return self._parents[0]
+
+    @missing.setter
+    def missing(self, count: int) -> None:
+        self._parents[0] = count
+
+    @property
+    def crashes(self) -> int:
+        """Events in which processes ended by themselves, however many at once; the parent's to count."""
+        return self._parents[1]
+
+    @crashes.setter
+    def crashes(self, count: int) -> None:
+        self._parents[1] = count
 
     def snapshot(self) -> list[Snapshot]:
         """Every slot that was ever used, the free ones too: their counters are part of the sums."""

@@ -12,13 +12,13 @@ import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvloop
 
 from fastworker.errors import ExitCode, FastworkerError
+from fastworker.log import descriptor, flush_waiting
 from fastworker.process.board import Slot, State, now_ms
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ async def _live(slot: Slot, main: Main) -> None:
 
 def _beat(slot: Slot) -> None:
     slot.set(tick_ms=now_ms())
-    faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__ or sys.stderr)
+    faulthandler.dump_traceback_later(STUCK_S, exit=True, file=descriptor())
 
 
 async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
@@ -75,6 +75,7 @@ async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
     told_ms = 0
     while True:
         _beat(slot)
+        flush_waiting()
         if os.getppid() != parent and not stopping.is_set():
             log.error("The supervisor is gone: stopping")
             stopping.set()
@@ -90,7 +91,7 @@ async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
 def dump_stacks_on(number: signal.Signals) -> None:
     """On this signal: all threads, which needs no loop that turns; then, if it does turn, what each task waits for."""
     signal.signal(number, _dump_tasks)
-    faulthandler.register(number, file=sys.__stderr__ or sys.stderr, all_threads=True, chain=True)
+    faulthandler.register(number, file=descriptor(), all_threads=True, chain=True)
 
 
 def _dump_tasks(_number: int, _frame: object) -> None:

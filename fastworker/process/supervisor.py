@@ -21,16 +21,18 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final, Protocol
 
 import msgspec
 
-from fastworker.errors import ExitCode
+from fastworker.errors import ExitCode, Unreachable
+from fastworker.log import flush_waiting
 from fastworker.process.board import Heartbeats, Slot, State, now_ms
 from fastworker.process.child import AGAIN, dump_stacks_on
 
@@ -53,6 +55,8 @@ _SIGNALS: Final = {
     signal.SIGUSR1,
     signal.SIGCHLD,
 }
+_ORDERLY: Final = {ExitCode.DONE, ExitCode.UNREACHABLE, ExitCode.STOPPED_ITSELF, AGAIN}
+"""Exit codes of a child that knew why it ended."""
 _PR_SET_PDEATHSIG: Final = 1
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # loaded before the fork
 
@@ -63,16 +67,40 @@ class ChildSpec(msgspec.Struct, frozen=True):
     `count` None: exactly one, such as the monitor, which owns a port: it is stopped before it is started anew.
     A number: workers, which may be more or fewer for a while, and whose progress is judged.
     `ends_run`: when it ends, everything ends, with its exit code.
+    `died`: called in the parent, before the slot is closed, when one ended that nobody asked to and that had no reason.
     """
 
     name: str
     target: Callable[[Slot], int]
     count: int | None = None
     ends_run: bool = False
+    died: Callable[[Slot], None] | None = None
 
     @property
     def is_worker(self) -> bool:
         return self.count is not None
+
+
+class Server(Protocol):
+    """A process that somebody else started for us, and that must not stay away (edge/embedded.py)."""
+
+    what: ClassVar[str]
+
+    @property
+    def pid(self) -> int | None: ...
+    def lost(self, code: int) -> None: ...
+    def revive(self) -> None: ...
+
+
+class _Ward:
+    """What the parent remembers of a server."""
+
+    def __init__(self, server: Server, now: float) -> None:
+        self.server = server
+        self.pid = server.pid
+        self.started = now
+        self.failures = 0
+        self.start_at = 0.0
 
 
 class Patience(msgspec.Struct, frozen=True):
@@ -94,24 +122,30 @@ class _Kind:
         self.was_ready = False  # any of them, ever: before that a failure is a failure to start
         self.failures = 0
         self.start_at = 0.0
+        self.refused = 0  # forks in a row
         self.slots: set[int] = set()  # numbers of those that its children had
+
+    def name(self, label: int) -> str:
+        return f"{self.spec.name}-{label}" if self.spec.is_worker else self.spec.name
 
 
 class _Child:
     """The parent's view of one process."""
 
-    def __init__(self, kind: _Kind, slot: Slot, pid: int, now: float) -> None:
+    def __init__(self, kind: _Kind, label: int, slot: Slot, pid: int, now: float) -> None:
         self.kind = kind
+        self.label = label  # of its kind; a replacement has that of the one it replaces
         self.slot = slot
         self.pid = pid
         self.started = now
         self.ready_at: float | None = None
         self.retiring = False  # told to stop: its end is no failure
         self.kill_at: float | None = None
+        self.is_too_large = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind.spec.name}-{self.slot.number}" if self.kind.spec.is_worker else self.kind.spec.name
+        return self.kind.name(self.label)
 
 
 class Supervisor:
@@ -127,10 +161,12 @@ class Supervisor:
         workers_max: int = 32,
         notify_socket: str | None = None,
         told_code: ExitCode = ExitCode.DONE,
+        servers: Sequence[Server] = (),
     ) -> None:
         """`told_code`: its exit code after TERM or INT. `notify_socket`: systemd's NOTIFY_SOCKET.
 
-        `memory_max_bytes`: a child with more of its own is replaced.
+        `memory_max_bytes`: a child with more of its own is replaced. `servers` run already: those that end are
+        started again.
         """
         self._kinds = [_Kind(spec) for spec in specs]
         self._heartbeats = heartbeats
@@ -140,6 +176,7 @@ class Supervisor:
         self._notify_socket = notify_socket
         self._told_code = told_code
         self._children: list[_Child] = []
+        self._wards = [_Ward(server, time.monotonic()) for server in servers]
         self._code: ExitCode | None = None  # set: stopping
         self._stop_deadline = 0.0
         self._to_replace: deque[_Child] = deque()
@@ -198,6 +235,7 @@ class Supervisor:
             # We stood still (a stopped terminal, a frozen container): so did the children, and need a moment.
             self._judge_from = now + self._patience.tick_s
         self._looked_at = now
+        flush_waiting()
         self._reap(now)
         for child in self._children:
             self._look_at(child, now)
@@ -207,6 +245,7 @@ class Supervisor:
                 for child in self._children:
                     self._signal(child, signal.SIGKILL)
             return
+        self._revive(now)
         self._look_at_memory(now)
         self._replace(now)
         self._reconcile(now)
@@ -222,13 +261,44 @@ class Supervisor:
                 return
             child = next((child for child in self._children if child.pid == pid), None)
             if child is None:
+                self._lost(pid, os.waitstatus_to_exitcode(status), now)
                 continue
             if child.slot.get("ready") and child.ready_at is None:
                 child.ready_at = now
                 child.kind.was_ready = True
             self._children.remove(child)
+            code = os.waitstatus_to_exitcode(status)
+            if child.kind.spec.died is not None and not child.retiring and code not in _ORDERLY:
+                child.kind.spec.died(child.slot)
             child.slot.close()
-            self._ended(child, os.waitstatus_to_exitcode(status), now)
+            self._ended(child, code, now)
+
+    def _lost(self, pid: int, code: int, now: float) -> None:
+        """A server, or an orphan that is nobody's."""
+        for ward in self._wards:
+            if ward.pid == pid:
+                ward.pid = None
+                ward.server.lost(code)
+                if now - ward.started > FAILURE_FORGOTTEN_S:
+                    ward.failures = 0
+                ward.start_at = now + _backoff(ward.failures)
+                ward.failures += 1
+                wait_s = ward.start_at - now
+                log.error("%s (pid %d) %s: starting it again in %.1f s", ward.server.what, pid, _how(code), wait_s)
+
+    def _revive(self, now: float) -> None:
+        for ward in self._wards:
+            if ward.pid is not None or now < ward.start_at:
+                continue
+            try:
+                ward.server.revive()
+            except (OSError, subprocess.SubprocessError, Unreachable) as error:
+                ward.start_at = now + _backoff(ward.failures)
+                ward.failures += 1
+                log.warning("%s does not start yet: %s", ward.server.what, error)
+            else:
+                ward.pid, ward.started = ward.server.pid, now
+                log.info("%s (pid %d) was started again", ward.server.what, ward.pid)
 
     def _ended(self, child: _Child, code: int, now: float) -> None:
         """A child is gone: what its exit code asks for."""
@@ -254,11 +324,14 @@ class Supervisor:
             log.error("%s could not start (%s): stopping all", child.name, how)
             self._stop(ExitCode(code))
             return
-        if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
-            kind.failures = 0
-        delay = min(BACKOFF_S[1], BACKOFF_S[0] * 2**kind.failures)
-        kind.failures += 1
-        kind.start_at = now + delay
+        child.slot.add(restarts=1)
+        if now >= kind.start_at:  # else another one ended a moment ago: one event, however many it took
+            if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
+                kind.failures = 0
+            kind.start_at = now + _backoff(kind.failures)
+            kind.failures += 1
+            self._heartbeats.crashes += 1
+        delay = kind.start_at - now
         log.error("%s (pid %d) %s: starting it again in %.1f s", child.name, child.pid, how, delay)
 
     def _look_at(self, child: _Child, now: float) -> None:
@@ -304,6 +377,7 @@ class Supervisor:
             used = own_memory_bytes(child.pid)
             if used > self._memory_max_bytes:
                 log.warning("%s (pid %d) uses %d MB of its own: replacing it", child.name, child.pid, used >> 20)
+                child.is_too_large = True
                 self._to_replace.append(child)
 
     def _replace(self, now: float) -> None:
@@ -314,25 +388,32 @@ class Supervisor:
                 self._replacement = None
                 self._to_replace.clear()
             elif new.ready_at is not None:
-                self._retire(old, now)
+                self._retire_replaced(old, now)
                 self._replacement = None
             elif old not in self._children:
                 self._replacement = None
             return
-        if not self._to_replace:
+        if not self._to_replace or now < self._to_replace[0].kind.start_at:
             return
         child = self._to_replace.popleft()
         if child not in self._children or child.retiring:
             return
         if child.kind.spec.is_worker:
-            successor = self._fork(child.kind, now)
+            successor = self._fork(child.kind, now, child.label)
             if successor is not None:
                 self._replacement = (child, successor)
+            else:
+                self._to_replace.appendleft(child)  # it works on; later
         else:
-            self._retire(child, now)
+            self._retire_replaced(child, now)
+
+    def _retire_replaced(self, child: _Child, now: float) -> None:
+        child.slot.add(**{"restarts" if child.is_too_large else "replaced": 1})
+        self._retire(child, now)
 
     def _reconcile(self, now: float) -> None:
         """As many children of each kind as are wanted."""
+        missing = 0
         for kind in self._kinds:
             living = [child for child in self._children if child.kind is kind]
             at_work = [child for child in living if not child.retiring]
@@ -343,11 +424,14 @@ class Supervisor:
             present = at_work if kind.spec.is_worker else living
             if now >= kind.start_at:
                 for _ in range(kind.wanted - len(present)):
-                    self._fork(kind, now)
+                    if self._fork(kind, now) is None:
+                        break
+            missing += max(0, kind.wanted - sum(one.kind is kind and not one.retiring for one in self._children))
+        self._heartbeats.missing = missing
 
     # --- acts
 
-    def _fork(self, kind: _Kind, now: float) -> _Child | None:
+    def _fork(self, kind: _Kind, now: float, label: int | None = None) -> _Child | None:
         taken = {child.slot.number for child in self._children}
         free = [slot for slot in self._heartbeats if slot.number not in taken]
         if not free:
@@ -357,20 +441,31 @@ class Supervisor:
         # A slot's counters go on over the lives of its children: so it should stay with one kind of them.
         slot = min(free, key=lambda slot: (slot.number not in kind.slots, slot.get("starts") > 0, slot.number))
         kind.slots.add(slot.number)
+        if label is None:
+            labels = {child.label for child in self._children if child.kind is kind and not child.retiring}
+            label = next(n for n in range(len(labels) + 1) if n not in labels)
         slot.close()
         parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()  # or both would write it
+        try:
+            pid = os.fork()
+        except OSError as error:  # a limit of processes or memory: those that live work on
+            kind.start_at = now + _backoff(kind.refused)
+            kind.refused += 1
+            wait_s, name = kind.start_at - now, kind.spec.name
+            log.error("No process for another %s: %s; trying again in %.1f s", name, error.strerror, wait_s)  # noqa: TRY400
+            return None
         if pid:
-            child = _Child(kind, slot, pid, now)
+            kind.refused = 0
+            child = _Child(kind, label, slot, pid, now)
             self._children.append(child)
             return child
         code: int = ExitCode.BUG
         try:
             _become_child(parent, self._mask)
             self._children = []
-            slot.open(f"{kind.spec.name}-{slot.number}" if kind.spec.is_worker else kind.spec.name)
+            slot.open(kind.name(label))
             code = kind.spec.target(slot)
         except BaseException:
             log.critical("Unexpected error", exc_info=True)
@@ -457,6 +552,10 @@ def _become_child(parent: int, mask: set[signal.Signals]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask - _SIGNALS)
     dump_stacks_on(signal.SIGUSR2)
+
+
+def _backoff(failures: int) -> float:
+    return min(BACKOFF_S[1], BACKOFF_S[0] * 2.0 ** min(failures, 20))
 
 
 def own_memory_bytes(pid: int) -> int:

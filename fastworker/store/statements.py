@@ -201,11 +201,12 @@ PRUNE = (
     "ON v.deleted AND v.written_at <= h.pruned_until WHERE h.announced_at < now() - $1::interval "
     "ORDER BY v.written_at LIMIT $2 FOR UPDATE OF v SKIP LOCKED) AS old WHERE v.uri = old.uri"
 )
-# The next piece, never past what any stream's group has finished: an unread entry may still be beaten by them.
+# The next piece, never past what any stream's group has finished: an unread entry may still be beaten by them. $3: now
+# by other clocks than this server's; the earlier one counts.
 ANNOUNCE = (
     "UPDATE fastworker.horizon AS h SET pruned_until = n.until, announced_at = now() FROM ("
     "SELECT max(t.written_at) AS until FROM (SELECT written_at FROM fastworker.versions WHERE deleted "
-    "AND written_at < least(now() - $1::interval, (SELECT min(f.at) FROM (SELECT to_timestamp("
+    "AND written_at < least(now() - $1::interval, $3::timestamptz - $1, (SELECT min(f.at) FROM (SELECT to_timestamp("
     "max(split_part(entry_id, '-', 1)::numeric) / 1000.0) AS at FROM fastworker.progress GROUP BY stream) AS f)) "
     "ORDER BY written_at LIMIT $2) AS t) AS n WHERE n.until > h.pruned_until "
     "AND EXISTS (SELECT 1 FROM fastworker.progress) AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v "

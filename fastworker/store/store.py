@@ -138,10 +138,19 @@ class Store:
         async with self.connection() as db:
             await upkeep.keep(self.writer, db, refused)
 
-    async def prune(self, *, keep: timedelta = TOMBSTONES_KEPT, notice: timedelta = HORIZON_NOTICE) -> int:
-        """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
+    async def prune(
+        self,
+        *,
+        keep: timedelta = TOMBSTONES_KEPT,
+        notice: timedelta = HORIZON_NOTICE,
+        now: datetime | None = None,
+    ) -> int:
+        """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went.
+
+        `now`: by another clock than the server's; the earlier of the two counts.
+        """
         async with self.connection() as db:
-            return await upkeep.prune(db, keep, notice)
+            return await upkeep.prune(db, keep, notice, now)
 
     async def ground(self) -> Ground:
         async with self.connection() as db:
@@ -151,6 +160,12 @@ class Store:
         """uris of the changes of which the database knows nothing, not even that they were deleted."""
         async with self.connection() as db:
             return await upkeep.absent(db, changes)
+
+    async def now(self) -> datetime:
+        """By the server's clock."""
+        async with self.connection() as db:
+            now: datetime = await db.fetchval("SELECT clock_timestamp()")
+        return now
 
     async def finished(self, stream: str) -> Progress | None:
         """The furthest that any consumer saw the stream's group finished: where reader and worker resume."""

@@ -137,10 +137,10 @@ def _kill(table: Table, uri: str, did: str, rev: str | None, seq: int | None) ->
     return Change(table, uri, did, uri.rpartition("/")[2], rev, seq, 0, None, None)
 
 
-async def prune(db: Connection, keep: timedelta, notice: timedelta) -> int:
+async def prune(db: Connection, keep: timedelta, notice: timedelta, now: datetime | None) -> int:
     """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
     gone = await db.execute(sql.PRUNE, notice, PRUNE_PIECE)
-    await db.execute(sql.ANNOUNCE, keep, ANNOUNCE_PIECE)
+    await db.execute(sql.ANNOUNCE, keep, ANNOUNCE_PIECE, now)
     return int(gone.rpartition(" ")[2])
 
 

@@ -13,6 +13,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -380,6 +381,12 @@ class WorkerStream:
         async with self._translating_group():
             found, ghosts, claimed = await self._claim(keys=keys, args=[self.group, other, self.name, idle_ms, count])
             return Claimed(self._parse([[b"", claimed]]), found, ghosts)
+
+    async def time(self) -> datetime:
+        """By the server's clock."""
+        async with translating(self._redis):
+            seconds, micros = await self._redis.time()
+        return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
 
     async def lowest_pending(self) -> str | None:
         """The lowest id that anybody in the group holds: everything before it that was delivered is settled."""

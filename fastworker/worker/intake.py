@@ -53,6 +53,7 @@ class Intake:
         self._own_after: str | None = "0"
         self._suspects: list[tuple[str, int]] = []  # consumer and the idle time that makes its entries free
         self._scan_at = 0.0
+        self.left_behind = False  # the last piece is what a consumer, us or another, did not get done
 
     @property
     def backlog(self) -> bool:
@@ -65,6 +66,7 @@ class Intake:
 
     async def next(self, block_ms: int) -> list[Entry]:
         """Entries to process; none after `block_ms` without a new one, or when a piece held only ghosts."""
+        self.left_behind = True
         if self._own_after is not None:
             entries, self._own_after = await self._stream.read_own(self._own_after, PIECE)
             if entries or self._own_after is not None:
@@ -82,6 +84,7 @@ class Intake:
                 log.info("Adopted %d pending entries of %s (%d trimmed)", len(claimed.entries), name, claimed.ghosts)
             if claimed.entries:
                 return claimed.entries
+        self.left_behind = False
         return await self._stream.read(block_ms)
 
     async def _scan(self) -> None:

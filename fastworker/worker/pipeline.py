@@ -31,6 +31,7 @@ from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress, Refu
 from fastworker.table.dates import date_or, entry_moment, latest_date
 from fastworker.table.mapper import map_commit
 from fastworker.worker.overlap import Overlap, keys_of
+from fastworker.worker.suspects import CONTROL_ENTRIES, DEATHS_MAX, Quiet, Record, Suspects, say_trying
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,13 @@ class Stream(Protocol):
 
 
 class Source(Protocol):
-    """What a pipeline needs of `worker.intake.Intake`. `backlog`: more is there already."""
+    """What a pipeline needs of `worker.intake.Intake`. `backlog`: more is there already. `left_behind`: what
+    `next` gave last is what some consumer did not get done."""
 
     @property
     def backlog(self) -> bool: ...
+    @property
+    def left_behind(self) -> bool: ...
     async def next(self, block_ms: int) -> list[Entry]: ...
     def look_again(self) -> None: ...
 
@@ -162,6 +166,7 @@ class Held:
         "rejected",
         "since_ms",
         "tallies",
+        "told",
     )
 
     def __init__(self, ground: Ground = UNBOUNDED) -> None:
@@ -176,6 +181,7 @@ class Held:
         self.rejected: list[SetAside] = []  # never settled: they leave through the dead letters
         self.since_ms = 0  # when its first entry was read
         self.mark: tuple[str, int | None] | None = None  # id and seq of the latest entry understood
+        self.told: str | None = None  # its time, as the relay said it
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -240,6 +246,7 @@ class Held:
         elif isinstance(event, Sync):
             batch.put_sync(event)
         self.mark = (entry_id, event.seq)
+        self.told = event.time
         self.kinds[type(event)] += 1
         batch.settle(entry_id, payload_bytes=sum(map(len, fields.values())))
         self.tallies.setdefault(tally, []).append(entry_id)
@@ -313,9 +320,12 @@ class Pipeline:
         refusals: Refusals | None = None,
         overlap: Overlap | None = None,
         open_span: OpenSpan = no_span,
+        suspects: Suspects | None = None,
+        quiet: Quiet | None = None,
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
+        self.told: str | None = None  # the time of an event read lately
         self.is_unsure = (
             False  # a write was begun and has not ended: its commit may still arrive, whatever becomes of us
         )
@@ -327,6 +337,14 @@ class Pipeline:
         self._refusals = refusals or Refusals()
         self._open_span = open_span
         self._overlap = overlap
+        self._suspects = suspects or Suspects()
+        self._quiet = quiet or Quiet()
+        self._quiet.members.append(self)
+        self._trial: list[Entry] = []  # left behind after a death: tried while this process holds nothing else
+        # Of these what has killed, where this process has not settled enough yet to learn from its own death.
+        self._later: dict[str, tuple[Entry, Record]] = {}
+        self._is_reading = False
+        self._finished_at_start = self._finished()
         self._ground = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
@@ -348,7 +366,12 @@ class Pipeline:
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0
-        return len(self._filling.entries) + writing + len(self._postponed)
+        return len(self._filling.entries) + writing + len(self._postponed) + len(self._trial) + len(self._later)
+
+    @property
+    def is_still(self) -> bool:
+        """It holds nothing that it has looked at, and reads nothing."""
+        return not (self._filling or self._writing or self._postponed or self._is_reading)
 
     @property
     def oldest_ms(self) -> int:
@@ -381,20 +404,32 @@ class Pipeline:
         writing: asyncio.Task[None] | None = None
         try:
             while True:
+                if self._later and not self._trial:
+                    self._trial = [entry for entry, record in self._later.values() if self._may_try(record)]
+                if self._trial and writing is None and self.is_still:
+                    await self._try(stopping)
                 if writing is None and self._postponed:
-                    self._bring_back(at_last=stopping.is_set())
+                    self._bring_back(at_last=stopping.is_set() or bool(self._trial))
                 if writing is None and self._filling:
                     self._writing, self._filling = self._filling, Held(self._ground)
                     self._flush_at = time.monotonic()
                     writing = asyncio.create_task(self._flush(self._writing), name=f"flush {self.stream.name}")
                 may_read = not (
-                    stopping.is_set() or self._filling.is_full(self._limits) or self.state is not State.RUNNING
+                    stopping.is_set()
+                    or self._filling.is_full(self._limits)
+                    or self.state is not State.RUNNING
+                    or self._quiet.wanted
+                    or self._trial
                 )
                 if reading is None and may_read:
+                    self._is_reading = True
                     reading = asyncio.create_task(self._read(stopping), name=f"read {self.stream.name}")
                 tasks = {task for task in (reading, writing) if task is not None}
                 if not tasks:
-                    return
+                    if stopping.is_set():
+                        return
+                    await self._quiet.tick(self)
+                    continue
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if writing is not None and writing.done():
                     writing.result()
@@ -404,7 +439,13 @@ class Pipeline:
                 if reading is not None and reading.done():
                     entries = reading.result()
                     reading = None
-                    await self._take(entries)
+                    if entries and self._source.left_behind and self._suspects.alert:
+                        held = self._filling.entries | (self._writing.entries if self._writing else {})
+                        self._trial = [one for one in entries if one[0] not in held and one[0] not in self._postponed]
+                        self._is_reading = False
+                    else:
+                        await self._take(entries)
+                        self._is_reading = False
         finally:
             for task in (reading, writing):
                 if task is not None:
@@ -450,6 +491,7 @@ class Pipeline:
             self._slot.add(read=taken)
             if filling.mark is not None:
                 self._marks.append(filling.mark)
+                self.told = filling.told or self.told
 
     def _bring_back(self, *, at_last: bool) -> None:
         """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
@@ -459,6 +501,65 @@ class Pipeline:
             self._filling.since_ms = self._filling.since_ms or since_ms
             if not self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
                 self._postponed[entry_id] = (fields, since_ms)
+
+    # --- what somebody left behind, after a death
+
+    def _finished(self) -> int:
+        slot = self._slot
+        return slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
+
+    def _may_try(self, record: Record) -> bool:
+        return self._has_control() or now_ms() - self._slot.get("started_ms") >= record.patience_ms
+
+    def _has_control(self) -> bool:
+        """Whether this process has settled so much that its death would tell something."""
+        return self._finished() - self._finished_at_start >= CONTROL_ENTRIES
+
+    async def _try(self, stopping: asyncio.Event) -> None:
+        """First those that nobody is known to have died with, all at once; the others one by one."""
+        async with self._quiet.alone(self):
+            records = self._suspects.records(entry_id for entry_id, _ in self._trial)
+            fresh = [entry for entry in self._trial if entry[0] not in records]
+            known = sorted((one for one in self._trial if one[0] in records), key=lambda one: records[one[0]])
+            if fresh:
+                await self._try_piece(fresh)
+            for entry in known:
+                if stopping.is_set():
+                    break
+                record = records[entry[0]]
+                self._later.pop(entry[0], None)
+                if self._may_try(record):
+                    await self._try_piece([entry], is_poison=record.alone >= DEATHS_MAX)
+                else:
+                    self._later[entry[0]] = entry, record
+            self._trial = []
+
+    async def _try_piece(self, piece: list[Entry], *, is_poison: bool = False) -> None:
+        held = self._writing = Held(self._ground)
+        held.since_ms = now_ms()
+        say_trying(self._slot, [entry_id for entry_id, _ in piece], with_control=self._has_control())
+        try:
+            for entry_id, fields in piece:
+                if is_poison:
+                    why = f"{DEATHS_MAX} worker processes died that held nothing else"
+                    held.entries[entry_id] = fields
+                    held.rejected.append(SetAside(entry_id, fields, Reason.KILLS_WORKER, why))
+                else:
+                    held.apply(entry_id, fields, self._overlap)
+            for letter in held.rejected:
+                self._dead_letters.bad(letter.error)
+            self._dead_letters.good(len(piece) - len(held.rejected))
+            self._slot.add(read=len(piece))
+            await self._flush(held)
+        except asyncio.CancelledError:
+            say_trying(self._slot, [], with_control=False)  # an end in good order
+            raise
+        say_trying(self._slot, [], with_control=False)
+        self._writing = None
+        if self._overlap is not None:
+            self._overlap.give_back(held.keys)
+        if len(piece) == 1:
+            self._suspects.forget(piece[0][0])
 
     # --- the flush
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
@@ -16,14 +17,19 @@ from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
+from fastworker.process.clocks import which_is_off
+from fastworker.process.supervisor import ChildSpec
+from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import LeaseLostError, WorkerStream
 from fastworker.table.batch import Limits
+from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
 from fastworker.worker.intake import Intake
 from fastworker.worker.overlap import Marks, Overlap
 from fastworker.worker.pipeline import DeadLetterLimit, Pipeline, Refusals
+from fastworker.worker.suspects import Quiet, Suspects
 
 log = logging.getLogger(__name__)
 
@@ -81,30 +87,33 @@ def _room(settings: WorkerSettings) -> int:
     return max(1, settings.pool_size - 1)
 
 
-def worker_child(settings: WorkerSettings) -> Callable[[Slot], int]:
-    """The target of a worker's children, made before the fork: runs in the forked process, returns its exit code."""
-    return partial(_worker_main, settings, Marks(), dead_letter_limit(settings))
-
-
 def dead_letter_limit(settings: WorkerSettings) -> DeadLetterLimit:
     in_a_row = settings.dead_letters_in_a_row
     return DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
 
 
-def _worker_main(settings: WorkerSettings, marks: Marks, dead_letters: DeadLetterLimit, slot: Slot) -> int:
+class Shared(msgspec.Struct, frozen=True):
+    """Memory that the processes of a worker share; made before the fork."""
+
+    dead_letters: DeadLetterLimit
+    marks: Marks = msgspec.field(default_factory=Marks)
+    suspects: Suspects = msgspec.field(default_factory=Suspects)
+
+
+def worker_child(settings: WorkerSettings) -> ChildSpec:
+    """A worker's children, made before the fork."""
+    shared = Shared(dead_letter_limit(settings))
+    target = partial(_worker_main, settings, shared)
+    return ChildSpec("worker", target, count=settings.processes, died=shared.suspects.note_death)
+
+
+def _worker_main(settings: WorkerSettings, shared: Shared, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
-    return run_child(slot, partial(work, settings, marks=marks, dead_letters=dead_letters))
+    return run_child(slot, partial(work, settings, shared=shared))
 
 
-async def work(
-    settings: WorkerSettings,
-    slot: Slot,
-    stopping: asyncio.Event,
-    *,
-    marks: Marks | None = None,
-    dead_letters: DeadLetterLimit | None = None,
-) -> None:
+async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     try:
@@ -120,8 +129,9 @@ async def work(
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
-                limit = dead_letters or dead_letter_limit(settings)
-                await _work(settings, marks or Marks(), limit, slot, stopping, redis, store, open_span)
+                await _work(
+                    settings, shared or Shared(dead_letter_limit(settings)), slot, stopping, redis, store, open_span
+                )
         finally:
             await store.close()
     finally:
@@ -130,8 +140,7 @@ async def work(
 
 async def _work(
     settings: WorkerSettings,
-    marks: Marks,
-    dead_letters: DeadLetterLimit,
+    shared: Shared,
     slot: Slot,
     stopping: asyncio.Event,
     redis: Redis,
@@ -166,6 +175,7 @@ async def _work(
         slot.text("consumers", " ".join(stream.name for stream in streams))
         refusals = Refusals()
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
+        quiet = Quiet()
         pipelines += [
             Pipeline(
                 Intake(
@@ -179,10 +189,12 @@ async def _work(
                 store,
                 slot,
                 limits=limits,
-                dead_letters=dead_letters,
+                dead_letters=shared.dead_letters,
                 refusals=refusals,
-                overlap=Overlap(marks, slot.number * settings.pipelines + n),
+                overlap=Overlap(shared.marks, slot.number * settings.pipelines + n),
                 open_span=open_span,
+                suspects=shared.suspects,
+                quiet=quiet,
             )
             for n, stream in enumerate(streams)
         ]
@@ -213,12 +225,14 @@ async def _run(
     async with asyncio.TaskGroup() as group:
         side_tasks = [
             group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
-            group.create_task(_every(MAINTAIN_S, partial(_maintain, store, pipelines)), name="maintain"),
+            group.create_task(
+                _every(MAINTAIN_S, partial(_maintain, slot, store, streams[0], pipelines)), name="maintain"
+            ),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
         ]
         loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
-        slot.set(ready=1, state=State.RUNNING)
+        slot.set(ready=1, state=State.RUNNING, maintained_ms=now_ms())
         await stopping.wait()
         # No intake from here on; what is held is settled within the budget, or stays pending for the next worker.
         _, late = await asyncio.wait(loops, timeout=settings.drain_s)
@@ -245,7 +259,7 @@ async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
         raise StartAgain(str(error)) from error
 
 
-async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
+async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
     """What committed transactions still owe, in bounded pieces; and how far the group has come."""
 
     async def note() -> None:
@@ -254,18 +268,33 @@ async def _maintain(store: Store, pipelines: list[Pipeline]) -> None:
 
     async def pay() -> None:
         while await store.maintain():
-            pass
+            slot.set(maintained_ms=now_ms())
 
-    async def prune() -> None:
-        while await store.prune():
-            pass
-
-    for act in (note, partial(_take_ground, store, pipelines), pay, prune):
+    failure = ""
+    for act in (note, partial(_take_ground, store, pipelines), pay, partial(_prune, slot, store, stream, pipelines)):
         try:
             await act()
         except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
-            if all(pipeline.state is State.RUNNING for pipeline in pipelines):  # else they say it themselves
-                log.warning("Maintenance is put off: %s", error)
+            failure = failure or redact(str(error))
+    if failure:
+        slot.text("maintain_error", failure)  # the monitor tells, where it goes on
+    else:
+        slot.set(maintained_ms=now_ms())
+
+
+async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
+    """Only while the clocks agree, and by the earliest: a delete forgotten too soon sets all new records aside."""
+    clocks = {"PostgreSQL": await store.now(), "Redis": await stream.time(), "this machine": datetime.now(UTC)}
+    off = which_is_off(clocks)
+    if off:
+        log.warning("Nothing is pruned: %s", off)
+    slot.text("clocks", off)
+    if off:
+        return
+    told = [at for one in pipelines if one.told and (at := parse_date(one.told)) is not None]
+    now = min([clocks["this machine"], *(at.replace(tzinfo=UTC) for at in told)])
+    while await store.prune(now=now):
+        slot.set(maintained_ms=now_ms())
 
 
 async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:

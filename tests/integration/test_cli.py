@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,46 @@ def test_a_worker_that_cannot_finish_entries_is_not_ready(
     assert worker.stop() == 0
 
 
+def test_series_that_others_name_are_bounded(
+    services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
+) -> None:
+    for n in range(60):
+        client.xgroup_create(STREAM, b"\xff" * 500 + str(n).encode(), id="0", mkstream=True)
+    client.hset("fastworker:ledger", mapping={f"drop:of our own {n}": n for n in range(500)})
+    client.hset("cluster:metrics", mapping={f"#kind {n}": n for n in range(500)})
+    worker = services("worker", FASTWORKER_HTTP_PORT="0", REDIS_URL=redis_url, DATABASE_URL=postgres_url)
+    port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
+    until(lambda: b"group_lag_entries{" in get(port, "/metrics")[1].encode())
+    code, text = get(port, "/metrics")
+    assert code == 200
+    assert len(text) < 25_000
+    assert f'fastworker_group_lag_entries{{group="{GROUP}"}}' in text
+    assert text.count("fastworker_group_lag_entries{") <= 20
+    assert get(port, "/status.json")[0] == 200
+
+    half_open = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    for one in half_open:
+        one.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        one.setblocking(False)
+
+    def ended() -> int:
+        count = 0
+        for one in half_open:
+            try:
+                count += not one.recv(1)
+            except BlockingIOError:
+                pass
+            except OSError:
+                count += 1
+        return count
+
+    until(lambda: ended() >= 68)  # the others are younger than a minute
+    assert get(port, "/readyz")[0] == 200
+    for one in half_open:
+        one.close()
+    assert worker.stop() == 0
+
+
 def test_a_port_that_the_operator_chose_must_be_free(
     services: Callable[..., Service], redis_url: str, postgres_url: str
 ) -> None:
@@ -269,8 +310,26 @@ def test_a_port_that_the_operator_chose_must_be_free(
     port = first.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1]
     second = services("worker", FASTWORKER_HTTP_PORT=port, **env)
     second.wait_for(f"Port {port} of 127.0.0.1 is in use")
-    assert second.process.wait(30) == 3
+    assert second.process.wait(60) == 3
+    second.stop()
+    assert len(second.lines) == 1, "one sentence, before anything is started"
     assert first.stop() == 0
+
+
+def test_a_default_port_that_is_taken_gives_way_and_everybody_says_where(
+    services: Callable[..., Service], redis_url: str, postgres_url: str, tmp_path: Path
+) -> None:
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "TMPDIR": str(tmp_path)}
+    with suppress(OSError), closing(socket.create_server(("127.0.0.1", 9400))):  # if it is not another test's
+        worker = services("worker", **env)
+        port = worker.wait_for(r"Port 9400 of 127.0.0.1 is in use: this service is at port (\d+)")[1]
+        assert worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1] == port
+        until(lambda: get(int(port), "/readyz")[0] == 200)
+        shown = json.loads(run("status", "--json", **env).stdout)["workers"]
+        assert [one["http"] for one in shown] == [f"127.0.0.1:{port}"]
+        health = run("health", FASTWORKER_HTTP_HOST="127.0.0.1", TMPDIR=str(tmp_path))
+        assert (health.returncode, health.stdout) == (0, "ok\n")
+        assert worker.stop() == 0
 
 
 def test_relay_reader_and_its_port(services: Callable[..., Service], client: redis.Redis, redis_url: str) -> None:
@@ -292,6 +351,18 @@ def test_relay_reader_and_its_port(services: Callable[..., Service], client: red
     assert {"time", "level", "message", "logger", "pid"} <= set.intersection(
         *(set(json.loads(one)) for one in reader.lines)
     )
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def answers(question: Callable[[], bool]) -> bool:
+    """Whether it is true; not while its server starts."""
+    try:
+        return question()
+    except (redis.RedisError, OSError, asyncpg.PostgresError):
+        return False
 
 
 def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_path: Path) -> None:
@@ -323,6 +394,15 @@ def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_pa
         until(all_stored)
     assert json.loads(run("status", "--json", REDIS_URL=stream).stdout)["lag_entries"] == 0
     likes = fetch(database, "SELECT count(*) FROM likes")
+    for what, name in (("Valkey", "valkey-server"), ("PostgreSQL", "postgres")):
+        [pid] = [pid for pid in children_of(up.process.pid) if name in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(pid, signal.SIGKILL)
+        up.wait_for(rf"the embedded {what} \(pid \d+\) was started again")
+    with redis.Redis.from_url(stream, socket_timeout=10) as own:
+        until(lambda: answers(lambda: own.xlen(STREAM) >= 0))
+        added = own.xadd(STREAM, {"type": "commit", "data": "{", "seq": "1"})
+        until(lambda: added in [letter[b"origId"] for _, letter in own.xrevrange("firehose:dead-letters")])
+    until(lambda: answers(lambda: fetch(database, "SELECT count(*) FROM likes") == likes))
     assert up.stop(signal.SIGINT) == 0
 
     again = services("up", **env)

@@ -15,6 +15,7 @@ from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import WorkerStream
 from fastworker.table.batch import Batch, Limits, Progress
+from fastworker.worker import worker
 from fastworker.worker.intake import Intake
 from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
 
@@ -118,6 +119,57 @@ async def test_a_tombstone_stays_while_it_is_young_unannounced_or_unfinished(ben
         assert await bench.store.prune(keep=NONE, notice=timedelta(hours=1)) == 0
     assert await tombstones(pg) == 1
     assert await bench.store.prune(keep=NONE, notice=NONE) == 1
+
+
+@pytest.mark.parametrize("off", ["PostgreSQL", "Redis", "this machine", ""])
+async def test_no_clock_moves_the_horizon_by_its_own_word(bench: Bench, pg: asyncpg.Connection, monkeypatch, off: str):
+    """A clock that is ten days ahead would make every new record older than tombstones that are gone."""
+    await bench.ingest(commit("delete", "gone", 3, OLD))
+    await pg.execute("UPDATE fastworker.versions SET written_at = now() - interval '8 days' WHERE deleted")
+    await bench.finish()
+    stream = WorkerStream(bench.redis, consumer_id="w")
+    wrong = datetime.now(UTC) + timedelta(days=10)
+
+    async def ahead() -> datetime:
+        return wrong
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz=None):  # noqa: ARG003
+            return wrong
+
+    match off:
+        case "PostgreSQL":
+            monkeypatch.setattr(bench.store, "now", ahead)
+        case "Redis":
+            monkeypatch.setattr(stream, "time", ahead)
+        case "this machine":
+            monkeypatch.setattr(worker, "datetime", Ahead)
+    for _ in range(2):
+        await worker._prune(bench.slot, bench.store, stream, [])
+    moved = await pg.fetchval("SELECT pruned_until > '-infinity' FROM fastworker.horizon")
+    told = bench.slot.snapshot().clocks
+    if off:
+        assert not moved
+        assert told == f"clocks disagree: {off}{chr(39)}s is 240 hours ahead"
+        monkeypatch.undo()
+        await worker._prune(bench.slot, bench.store, stream, [])  # it was set right
+        moved = await pg.fetchval("SELECT pruned_until > '-infinity' FROM fastworker.horizon")
+        told = bench.slot.snapshot().clocks
+    assert moved
+    assert told == ""
+
+
+async def test_all_clocks_of_a_machine_that_is_ahead_are_bounded_by_the_events(bench: Bench, pg: asyncpg.Connection):
+    await bench.ingest(commit("delete", "gone", 3, OLD))
+    await pg.execute("UPDATE fastworker.versions SET written_at = now() - interval '8 days' WHERE deleted")
+    await bench.finish()
+    events = datetime.now(UTC) - timedelta(days=2)
+    for _ in range(2):
+        assert await bench.store.prune(notice=NONE, now=events) == 0
+    assert await tombstones(pg) == 1
+    assert await bench.store.prune(notice=NONE, now=datetime.now(UTC)) == 0  # announced
+    assert await bench.store.prune(notice=NONE, now=events) == 1
 
 
 async def test_a_second_relay_makes_seq_ambiguous(bench: Bench, pg: asyncpg.Connection):

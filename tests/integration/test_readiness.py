@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.services import Service, get, until
@@ -123,6 +124,26 @@ def assert_the_log_tells_it_once(house: House) -> None:
         assert len(told) == 2, told
         assert f"{server} is away: " in told[0]
         assert re.search(rf"{server} is back after \d+ s", told[1])
+
+
+def test_too_much_set_aside_and_a_process_that_keeps_dying(house: House) -> None:
+    client = Redis.from_url(house.redis.url)
+    for _ in range(20):
+        client.xadd("firehose:events", {"type": "commit", "data": "{", "seq": "1"})
+    client.close()
+    until_red(house.worker_port, "20 of the last [0-9]+ entries were set aside: see `fastworker dlq list`")
+    seen = set()
+    for _ in range(3):
+        until(lambda: house.pid_of("worker-0") not in {None, *seen})
+        pid = house.pid_of("worker-0")
+        assert pid is not None
+        seen.add(pid)
+        os.kill(pid, signal.SIGKILL)
+    until_red(house.worker_port, "processes ended by themselves 3 times within 180 s")
+    until(lambda: house.pid_of("worker-0") not in {None, *seen})
+    [worker] = [one for one in json.loads(get(house.worker_port, "/status.json")[1])["processes"]
+                if one["name"] == "worker-0"]  # fmt: skip
+    assert (worker["restarts"], worker["replaced"]) == (3, 0)
 
 
 @pytest.mark.extended

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import queue
 import re
@@ -166,6 +167,8 @@ SCENARIOS = {
         ("orphaned_busy", will_not_drain, 1),
     ]
 }
+SCENARIOS["no_fork"] = [ChildSpec(name="worker", target=child(healthy), count=2)]
+SCENARIOS["seven"] = [ChildSpec(name="worker", target=child(healthy), count=7)]
 SCENARIOS["dies"] = [ChildSpec(name="worker", target=dies, count=1)]
 SCENARIOS["family"] = [
     ChildSpec(name="worker", target=child(healthy), count=1),
@@ -190,11 +193,24 @@ PATIENCE = {
 }
 
 
+def unless_forbidden(fork: Callable[[], int]) -> Callable[[], int]:
+    """As a container's limit of processes says no, while the file is there."""
+
+    def refused() -> int:
+        if Path(os.environ["FORBIDDEN"]).exists():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    return refused
+
+
 def main() -> int:
     setup_logging("INFO", "human")
     supervisor_module.MEMORY_LOOK_S = 0.5
     if sys.argv[1].startswith("orphaned"):
         child_module.STUCK_S = child_module.LEFT_S = 1.0
+    if sys.argv[1] == "no_fork":
+        os.fork = unless_forbidden(os.fork)
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: gets orphans, as the first process of a container does
     return Supervisor(
         SCENARIOS[sys.argv[1]],
@@ -217,11 +233,11 @@ ROOT = Path(__file__).parents[2]
 class Run:
     """A running scenario: what it prints, line by line, and how it ends."""
 
-    def __init__(self, scenario: str, *args: str) -> None:
+    def __init__(self, scenario: str, *args: str, stderr: int = subprocess.STDOUT) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__, scenario, *args],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             bufsize=1,
             env=os.environ
@@ -277,8 +293,8 @@ class Run:
 def start() -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def begin(scenario: str, *args: str) -> Run:
-        runs.append(Run(scenario, *args))
+    def begin(scenario: str, *args: str, **options: int) -> Run:
+        runs.append(Run(scenario, *args, **options))
         return runs[-1]
 
     yield begin
@@ -317,6 +333,100 @@ def test_a_stop_drains_and_exits_0(start, number):
     assert run.end() == 0
     assert {int(pid) for pid in re.findall(r"^drained \d+ (\d+)", run.text, re.MULTILINE)} == set(pids)
     assert not any(alive(pid) for pid in pids)
+
+
+def test_a_fork_that_is_refused_costs_no_healthy_child(start, tmp_path, monkeypatch):
+    forbidden = tmp_path / "forbidden"
+    monkeypatch.setenv("FORBIDDEN", str(forbidden))
+    run = start("no_fork")
+    first, second = run.ups(2)
+    forbidden.touch()
+    os.kill(first, signal.SIGKILL)
+    run.line("No process for another worker: Resource temporarily unavailable; trying again in 0.5 s")
+    run.line("No process for another worker: .* again in 1.0 s")
+    run.send(signal.SIGHUP)  # a replacement has to wait, too
+    run.line("No process for another worker")
+    assert alive(second)
+    forbidden.unlink()
+    run.ups(2)  # the dead one anew, and a new one for the other
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+
+
+def test_many_deaths_at_once_are_one_crash(start):
+    run = start("seven")
+    pids = run.ups(7)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    run.ups(7)
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    delays = [float(one) for one in re.findall(r"starting it again in ([0-9.]+) s", run.text)]
+    assert len(delays) == 5, "the log holds repeats back"
+    assert max(delays) == 0.5
+
+
+def test_replaced_twice_keeps_labels_and_is_no_crash(start):
+    run = start("healthy")
+    pids = run.ups(2)
+    for _ in range(2):
+        run.send(signal.SIGHUP)
+        pids = run.ups(2)
+        until(lambda: not set(children_of(run.process.pid)) - set(pids))  # noqa: B023
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    names = set(re.findall(r"(worker-\d+) \(pid", run.text))
+    assert names == {"worker-0", "worker-1"}
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes nothing more; whoever inherits it sees a blocking one."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 65_536)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    return reading, writing
+
+
+def full_socket() -> tuple[int, int]:
+    """As systemd's journal, when it does not read."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            writing.send(b"x")
+    writing.setblocking(True)
+    return reading.detach(), writing.detach()
+
+
+@pytest.mark.parametrize("make", [full_pipe, full_socket])
+def test_standard_error_that_nobody_reads_stops_nobody(start, make):
+    reading, writing = make()
+    run = start("deaf_loop", stderr=writing)  # the watchdog writes stacks, too
+    [pid] = run.ups(1)
+    [second] = run.ups(1)
+    os.kill(second, signal.SIGKILL)
+    [third] = run.ups(1)
+    assert len({pid, second, third}) == 3
+    assert os.get_blocking(writing), "the flag is everybody's"
+    threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(reading, 65_536), b"")], daemon=True).start()
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    os.close(writing)
+
+
+def test_standard_error_that_takes_nothing_stops_nobody(start):
+    with Path("/dev/full").open("wb") as full:
+        run = start("healthy", stderr=full.fileno())
+        os.kill(run.ups(2)[0], signal.SIGKILL)
+        run.ups(1)
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
 
 
 def test_the_second_signal_means_now(start):
@@ -491,7 +601,7 @@ def test_a_fat_worker_is_replaced(start):
     run = start("fat")
     [pid] = run.ups(1)
     run.line(r"MB of its own: replacing it")
-    run.line(r"worker-1 .* is ready")
+    run.line(r"worker-0 .* is ready")
     run.line(rf"^drained 0 {pid}")
 
 

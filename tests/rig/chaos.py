@@ -157,7 +157,7 @@ class Chaos:
             done[fault.kind] += 1
             problems += await stage.keep_running()
             if fault.amount > ON_TOP:
-                await self._recovered(recovery_s)
+                problems += await self._recovered(recovery_s)
         self._done = True
         problems += await stage.settle(lambda: max((f.seq or 0 for f in self._served), default=0), limit_s)
         problems += await stage.stop()
@@ -173,13 +173,19 @@ class Chaos:
         problems += await stage.different(frame.event for frame in self._served if frame.event is not None)
         return Outcome(len(self._served), entries, ledger, done, stage.worker.crashes, problems)
 
-    async def _recovered(self, limit_s: float) -> None:
-        """Until something ends again, so that the next fault meets a pipeline at work; not for ever."""
+    async def _recovered(self, limit_s: float) -> list[str]:
+        """Until something ends again, so that the next fault meets a pipeline at work; not for ever.
+
+        What is wrong: the worker said all the while that it is well.
+        """
         before = ended_in(await self.stage.ledger())
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(limit_s):
                 while ended_in(await self.stage.ledger()) <= before:
                     await asyncio.sleep(0.1)
+        except TimeoutError:
+            return await self.stage.wrongly_green(limit_s)
+        return []
 
     # --- faults
 

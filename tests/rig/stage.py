@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
+from urllib.request import urlopen
 
 import asyncpg
 from redis.asyncio import Redis
@@ -40,6 +41,7 @@ from tests.rig.proxy import Proxy
 KEY, GROUP = "firehose:events", "firehose-processors"
 LEDGER, LETTERS, CURSOR = "fastworker:ledger", "firehose:dead-letters", "firehose:python_cursor"
 _UNEXPECTED = re.compile(r"^Traceback|\bCRITICAL\b|our bug", re.MULTILINE)
+_PORT = re.compile(r"HTTP on http://127\.0\.0\.1:(\d+)")
 _READY = re.compile(r"(\S+) \(pid (\d+)\) is ready")
 
 
@@ -221,7 +223,7 @@ class Stage:
         )
         self._stack.push_async_callback(self.redis.aclose)
         self.reader = Command("reader", self.folder, env)
-        self.worker = Command("worker", self.folder, env)
+        self.worker = Command("worker", self.folder, env | {"FASTWORKER_HTTP_PORT": "0"})
         self._stack.push_async_callback(self._stop_all)
 
     async def _stop_all(self) -> None:
@@ -250,6 +252,14 @@ class Stage:
             if not str(error).startswith("NOGROUP"):
                 raise
             return -1
+
+    async def wrongly_green(self, since_s: float) -> list[str]:
+        """Nothing ended for so long: whether /readyz of the worker says that all is well all the same."""
+        ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
+        if not ports or (await self.pending() == 0 and ended_in(await self.ledger()) >= await self.added()):
+            return []
+        well, words = await asyncio.to_thread(_ask, int(ports[-1]))
+        return [f"Nothing ended for {since_s:g} s, and /readyz says {words!r}: {self.worker.log}"] if well else []
 
     async def keep_running(self) -> list[str]:
         """Start what has ended; what is wrong with how it did."""
@@ -285,6 +295,7 @@ class Stage:
                         limit.reschedule(loop.time() + limit_s)
                     await asyncio.sleep(0.1)
         except TimeoutError:
+            problems += await self.wrongly_green(limit_s)
             return [*problems, f"Not settled, and nothing ended for {limit_s:g} s: {state}"]
 
     async def stop(self) -> list[str]:
@@ -339,6 +350,14 @@ class Stage:
         finally:
             await connection.close(timeout=10)
         return [compare.report(differences)] if differences else []
+
+
+def _ask(port: int) -> tuple[bool, str]:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as answer:
+            return answer.status == 200, answer.read().decode()
+    except OSError as error:
+        return False, str(error)
 
 
 def ended_in(ledger: dict[str, int]) -> int:

@@ -106,6 +106,9 @@ STALE = int(SERVER.time_ms - 3_600_000)
         (checks.redis_persistence(_server(aof_fsync="no")), Verdict.WARN, "everysec"),
         (checks.redis_persistence(_server(save_failed=True)), Verdict.FAIL, "last save failed"),
         (checks.clock("redis", -12.3), Verdict.WARN, "12.3 s behind"),
+        (checks.clocks(3.0, 864_000.0), Verdict.FAIL, "Clocks disagree: PostgreSQL's is 240 hours ahead"),
+        (checks.clocks(-1_200.0, 0.0), Verdict.FAIL, "Clocks disagree: Redis's is 20 minutes behind"),
+        (checks.clocks(7_200.0, 7_201.0), Verdict.FAIL, "Clocks disagree: this machine's is 120 minutes behind"),
         (checks.stream_kind("list", "firehose:events"), Verdict.FAIL, "REDIS_STREAM_KEY"),
         (
             checks.stream_room(
@@ -239,6 +242,7 @@ def test_nothing_is_said_where_all_is_well() -> None:
         *checks.redis_memory(SERVER),
         *checks.redis_persistence(SERVER),
         *checks.clock("redis", 0.3),
+        *checks.clocks(-300.0, 299.0),
         *checks.stream_kind("stream", "x"),
         *checks.stream_kind("none", "x"),
         *checks.stream_room(STREAM, CONFIG),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 
 from fastworker import log as fastworker_log
-from fastworker.log import REPEATS_MAX, WINDOW_S, RepeatLimit, setup_logging
+from fastworker.log import REPEATS_MAX, WINDOW_S, Json, NeverWaits, RepeatLimit, setup_logging
 from fastworker.process.board import Heartbeats
 from fastworker.redact import printable, printable_json
 
@@ -138,3 +142,57 @@ def test_printable_leaves_text_alone() -> None:
     for text in ("", "Grüße 日本語 👩‍👩‍👧 \\n [x]", "العربية"):
         assert printable(text) == text
     assert json.loads(printable_json(json.dumps({"a": EVIL[:-1]}, ensure_ascii=False, indent=1))) == {"a": EVIL[:-1]}
+
+
+def test_lines_that_nobody_reads_are_counted_and_told() -> None:
+    reading, writing = os.pipe()
+    handler = NeverWaits(writing)
+    handler.setFormatter(Json())
+    for n in range(3_000):
+        handler.emit(logging.makeLogRecord({"msg": f"{n} {'x' * 100}", "levelname": "INFO", "name": "n"}))
+    assert os.get_blocking(writing)
+    said = b""
+
+    def read() -> None:
+        nonlocal said
+        os.set_blocking(reading, False)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(reading, 65_536):
+                said += data
+
+    read()
+    handler.flush()
+    read()
+    handler.emit(logging.makeLogRecord({"msg": "the last", "levelname": "INFO", "name": "n"}))
+    handler.close()
+    read()
+    lines = [json.loads(line)["message"] for line in said.splitlines()]
+    [at] = [n for n, line in enumerate(lines) if "log lines are lost" in line]
+    assert lines[:at] == [f"{n} {'x' * 100}" for n in range(at)], "in order, whole"
+    assert int(lines[at].split()[0]) == 3_000 - at
+    assert lines[at + 1 :] == ["the last"]
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_reader_that_is_gone_costs_nothing_but_lines() -> None:
+    reading, writing = os.pipe()
+    handler = NeverWaits(writing)
+    os.close(reading)
+    handler.write("one\n")
+    handler.close()
+    os.close(writing)
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_closed_descriptors_become_the_null_device(closed: str) -> None:
+    """Or the next file or socket would be it, and get what we print."""
+    code = (
+        "import os, sys; from fastworker.log import open_standard_descriptors; open_standard_descriptors(); "
+        "print('x'); print('y', file=sys.stderr); sys.stdout.flush(); "
+        f"assert all(os.readlink(f'/proc/self/fd/{{n}}') == '/dev/null' for n in [{closed.replace(' ', ', ')}]); "
+        "sys.exit(7)"
+    )
+    close = " ".join(f"{n}{'<' if n == '0' else '>'}&-" for n in closed.split())
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {close}', sys.executable, code], check=False)
+    assert done.returncode == 7

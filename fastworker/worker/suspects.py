@@ -1,0 +1,147 @@
+"""What a process was at when it died, so that one entry cannot kill process after process for ever.
+
+After a death that nobody asked for, what somebody left behind is tried while its process holds nothing else: a piece
+at once, and entries of a piece that killed, alone. The entry that kills three processes which held only it, each of
+which had settled many others before, is set aside. Where memory is short or the machine is at fault, processes die at
+any entry, and do not get so far.
+
+The memory is made by the parent before it forks. The parent writes down deaths; a child says in its slot what it
+tries, and takes back what it has settled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Final, NamedTuple, Protocol
+
+from fastworker.process.board import Slot, now_ms
+from fastworker.stream.consumer import id_order
+
+DEATHS_MAX: Final = 3
+ALERT_MS: Final = 600_000
+"""After a death: so long is what was left behind tried by itself."""
+CONTROL_ENTRIES: Final = 50
+"""A process tries what has killed only after it has settled so many others: else its death would tell nothing."""
+PATIENCE_MS: Final = (2_000, 600_000)
+"""On a stream so quiet that there are not so many: it is tried by a process of this age, four times as old each time,
+and a death does not count."""
+TICK_S: Final = 0.02
+_CELLS: Final = 256
+_WORDS: Final = 6  # of a cell: first and last id, two words each; all deaths, those that count
+_MAX: Final = (1 << 63) - 1
+
+
+class Record(NamedTuple):
+    """Deaths with one entry in hand; `alone`: of processes that held only it, and had settled others before."""
+
+    deaths: int = 0
+    alone: int = 0
+
+    @property
+    def patience_ms(self) -> int:
+        first, last = PATIENCE_MS
+        return min(last, first << 2 * min(max(0, self.deaths - 1), 10))
+
+
+class Suspects:
+    """The shared memory: a moment until which to be careful, and a ring of cells."""
+
+    def __init__(self) -> None:
+        self._words = memoryview(mmap.mmap(-1, (2 + _CELLS * _WORDS) * 8)).cast("q")
+
+    @property
+    def alert(self) -> bool:
+        return self._words[0] > now_ms()
+
+    def note_death(self, slot: Slot) -> None:
+        """The parent's: a child died, and its slot still says what it tried."""
+        self._words[0] = now_ms() + ALERT_MS
+        ids = [slot.get(name) for name in ("tried_first_ms", "tried_first_n", "tried_last_ms", "tried_last_n")]
+        if not any(ids):
+            return
+        cells = range(2, len(self._words), _WORDS)
+        at = next((at for at in cells if self._words[at : at + 4].tolist() == ids), None)
+        if at is None:
+            at = 2 + self._words[1] % _CELLS * _WORDS
+            self._words[1] += 1
+            for n, word in enumerate([*ids, 0, 0]):
+                self._words[at + n] = word
+        self._words[at + 4] += 1
+        if ids[:2] == ids[2:] and slot.get("tried_with_control"):
+            self._words[at + 5] += 1
+
+    def records(self, entry_ids: Iterable[str]) -> dict[str, Record]:
+        """Of those that were tried when a process died."""
+        words = self._words.tolist()
+        cells = [words[at : at + _WORDS] for at in range(2, len(words), _WORDS) if words[at] or words[at + 1]]
+        found: dict[str, Record] = {}
+        for entry_id in entry_ids:
+            ms, n = _id_words(entry_id)
+            for first_ms, first_n, last_ms, last_n, deaths, alone in cells:
+                if (first_ms, first_n) <= (ms, n) <= (last_ms, last_n):
+                    known = found.get(entry_id, Record())
+                    found[entry_id] = Record(known.deaths + deaths, max(known.alone, alone))
+        return found
+
+    def forget(self, entry_id: str) -> None:
+        """It was settled."""
+        ids = [*_id_words(entry_id)] * 2
+        for at in range(2, len(self._words), _WORDS):
+            if self._words[at : at + 4].tolist() == ids:
+                for n in range(_WORDS):
+                    self._words[at + n] = 0
+
+
+def say_trying(slot: Slot, entry_ids: list[str], *, with_control: bool) -> None:
+    """What a process is at: the parent reads it when the process is dead. Nothing: an empty list."""
+    first, last = (_id_words(entry_ids[n]) if entry_ids else (0, 0) for n in (0, -1))
+    slot.set(tried_first_ms=first[0], tried_first_n=first[1], tried_last_ms=last[0], tried_last_n=last[1])
+    slot.set(tried_with_control=int(with_control))
+
+
+def _id_words(entry_id: str) -> tuple[int, int]:
+    ms, n = id_order(entry_id)
+    return min(ms, _MAX), min(n, _MAX)
+
+
+class Member(Protocol):
+    """A pipeline, to the others of its process."""
+
+    progress_ms: int
+
+    @property
+    def is_still(self) -> bool:
+        """It holds nothing, and reads nothing."""
+
+
+class Quiet:
+    """Lets one pipeline of a process be the only one that holds anything."""
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self._holder: Member | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """No new entries: somebody waits until all are still, or is at it."""
+        return self._holder is not None
+
+    @asynccontextmanager
+    async def alone(self, me: Member) -> AsyncIterator[None]:
+        while self._holder is not None:
+            await self.tick(me)
+        self._holder = me
+        try:
+            while not all(other.is_still for other in self.members if other is not me):
+                await self.tick(me)
+            yield
+        finally:
+            self._holder = None
+
+    async def tick(self, member: Member) -> None:
+        """Waiting for one of us is no standstill: whoever stands still is told by its own progress."""
+        member.progress_ms = now_ms()
+        await asyncio.sleep(TICK_S)

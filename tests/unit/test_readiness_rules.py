@@ -1,0 +1,113 @@
+"""Each rule of readiness, one fact away from being well."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+import pytest
+
+from fastworker.monitor.readiness import Facts, Process, Watch, readiness
+from fastworker.process.board import Heartbeats, State, now_ms
+
+WELL = Facts(processes=[Process(name="worker-0"), Process(name="worker-1"), Process(name="monitor", is_worker=False)])
+
+
+def with_worker(**facts: object) -> Facts:
+    changed = msgspec.structs.replace(WELL.processes[0], **facts)
+    return msgspec.structs.replace(WELL, processes=[changed, *WELL.processes[1:]])
+
+
+def test_well() -> None:
+    assert readiness(WELL) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (with_worker(turned_s=7.0), "worker-0: its loop has not turned for 7 s"),
+        (with_worker(state=State.WAITING_FOR_STORE, error="gone"), "worker-0 waits for PostgreSQL: gone"),
+        (with_worker(state=State.WAITING_FOR_STREAM), "worker-0 waits for Redis: no error yet"),
+        (with_worker(store_s=7.0), "worker-0: PostgreSQL has not answered for 7 s"),
+        (with_worker(held_s=61.0), "worker-0 has held an entry for 61 s"),
+        (with_worker(maintained_s=61.0, maintain_error="denied"), "nothing that is owed was looked after .*: denied"),
+        (with_worker(ready=False, started_s=21.0, error="slow"), "worker-0 is not ready after 21 s: slow"),
+        (Facts(), "no worker process is ready"),
+        (msgspec.structs.replace(WELL, missing=1, missing_s=21.0), "1 processes are missing for 21 s"),
+        (msgspec.structs.replace(WELL, crashes=3), "processes ended by themselves 3 times"),
+        (msgspec.structs.replace(WELL, redis_s=7.0, redis_error="refused"), "Redis was not read for 7 s: refused"),
+        (msgspec.structs.replace(WELL, reader=["the reader has not reported yet"]), "the reader has not reported"),
+        (msgspec.structs.replace(WELL, standstill_s=9.0), "entries wait, but none was finished for 9 s"),
+        (msgspec.structs.replace(WELL, pending_id="1-1", pending_s=121.0), "the entry 1-1 is not settled for 121 s"),
+        (msgspec.structs.replace(WELL, behind_s=301.0, behind_before_s=250.0), "is 301 s old, and gets no younger"),
+        (msgspec.structs.replace(WELL, finished=500, set_aside=10), "10 of the last 500 entries were set aside"),
+        (msgspec.structs.replace(WELL, clocks="PostgreSQL's clock is off"), "PostgreSQL's clock is off"),
+    ],
+)
+def test_each_rule_speaks_alone(facts: Facts, words: str) -> None:
+    [reason] = readiness(facts)
+    assert re.search(words, reason)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        with_worker(turned_s=5.0, store_s=5.0, held_s=50.0, maintained_s=50.0),
+        with_worker(ready=False, started_s=5.0),
+        with_worker(store_s=60.0, judged_by_answer=False),
+        msgspec.structs.replace(WELL, missing=1, missing_s=5.0, crashes=2, standstill_s=5.0),
+        msgspec.structs.replace(WELL, pending_id="1-1", pending_s=60.0),
+        msgspec.structs.replace(WELL, behind_s=9_000.0, behind_before_s=9_050.0),  # a backlog is worked off
+        msgspec.structs.replace(WELL, behind_s=9_000.0),  # nobody knows yet
+        msgspec.structs.replace(WELL, finished=2_000, set_aside=15),
+        msgspec.structs.replace(WELL, finished=9, set_aside=9),
+    ],
+)
+def test_what_is_no_reason(facts: Facts) -> None:
+    assert readiness(facts) == []
+
+
+def test_what_time_tells() -> None:
+    board = Heartbeats(4)
+    slots = [board[0], board[1]]
+    for n, slot in enumerate(slots):
+        slot.open(f"worker-{n}")
+        slot.set(ready=1, state=State.RUNNING)
+    watch = Watch()
+
+    def look(now: float, **facts: object) -> list[str]:
+        watch.look(now, board.snapshot(), missing=board.missing, crashes=board.crashes, **facts)
+        return readiness(watch.facts(now, board.snapshot(), now_ms(), board.missing))
+
+    assert look(0.0) == []
+    board.crashes = 1
+    assert look(1.0) == []
+    board.crashes = 2
+    assert look(20.0) == []
+    board.crashes = 3
+    assert "3 times" in look(40.0)[0]
+    assert look(182.0) == [], "the first one is forgotten"
+
+    board.missing = 1
+    assert look(300.0) == []
+    assert "missing" in look(321.0)[0]
+    board.missing = 0
+    assert look(322.0) == []
+
+    slots[0].add(committed=5_000)
+    assert look(400.0, is_work=True, pending_id="7-0") == []
+    assert "none was finished for 9 s" in look(409.0, is_work=True, pending_id="7-0")[0]
+    slots[0].add(committed=1)
+    assert look(410.0, is_work=True, pending_id="7-0") == []
+    slots[1].add(committed=1)
+    assert "7-0 is not settled for 121 s" in look(521.0, is_work=True, pending_id="7-0")[0]
+    slots[1].add(committed=1)
+    assert look(522.0, is_work=True, pending_id="8-0") == []
+
+    assert look(600.0, behind_s=400.0) == []
+    assert "gets no younger" in look(640.0, behind_s=440.0)[0]
+    assert look(680.0, behind_s=300.0) == []
+
+    slots[1].add(set_aside=50)
+    assert "50 of the last 50" in look(700.0)[0]
+    assert look(770.0) == []
