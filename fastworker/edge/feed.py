@@ -18,7 +18,15 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from fastworker.edge.redis_client import error_code, translating
-from fastworker.edge.stream import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY, SET_ASIDE_ONE
+from fastworker.edge.stream import (
+    DEAD_LETTERS_KEY,
+    HELD_KEY,
+    ID_ORDER,
+    LEASE_PREFIX,
+    LEDGER_KEY,
+    METRICS_KEY,
+    SET_ASIDE_ONE,
+)
 from fastworker.errors import ConfigError, Unreachable
 
 LEASE: Final = "fastworker:reader"
@@ -103,26 +111,13 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) 
 return 0
 """
 
-# KEYS stream; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a group
-# without which nothing is removed, then the groups that do not count.
-# What a group has finished ends before its smallest pending id, or with its last delivered one. Ids are compared as
-# text, because Lua's numbers lose digits of large ones.
-_TRIM: Final = """
+# KEYS stream, held; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a
+# group without which nothing is removed, then the groups that do not count.
+# What a group has finished ends before its smallest pending id, or with its last delivered one.
+_TRIM: Final = (
+    ID_ORDER
+    + """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {0, '', ''} end
-local function parts(id)
-  local ms, seq = string.match(id, '^(%d+)-(%d+)$')
-  return ms, seq
-end
-local function less(a, b)
-  if #a ~= #b then return #a < #b end
-  return a < b
-end
-local function before(a, b)
-  local ams, aseq = parts(a)
-  local bms, bseq = parts(b)
-  if ams ~= bms then return less(ams, bms) end
-  return less(aseq, bseq)
-end
 local ignored, missing = {}, ARGV[3] ~= ''
 for i = 4, #ARGV do ignored[ARGV[i]] = true end
 local bound, holder = nil, ''
@@ -137,6 +132,11 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
       local ms, seq = parts(group['last-delivered-id'])
       if #seq < 16 then seq = string.format('%.0f', tonumber(seq) + 1) end
       upto = ms .. '-' .. seq
+    end
+    if group['name'] == ARGV[3] then
+      for _, id in ipairs(redis.pcall('HVALS', KEYS[2])) do
+        if before(id, upto) then upto = id end
+      end
     end
     if not bound or before(upto, bound) then bound, holder = upto, group['name'] end
   end
@@ -158,6 +158,7 @@ if keep > 0 then
 end
 return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
 """
+)
 
 # KEYS stream, ledger, metrics, dead letters. ARGV group, ms without a sign of who is dead, ms that another has outlived
 # it, limit of the dead letters, ms now, prefix of workers' leases.
@@ -485,7 +486,7 @@ async def trim_finished(
     trim = redis.register_script(_TRIM)
     async with translating(redis):
         answer = await trim(
-            keys=[stream_key], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups]
+            keys=[stream_key, HELD_KEY], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups]
         )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
     return TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode())
