@@ -40,6 +40,12 @@ REPAIRS: Final = "fastworker:repairs"
 """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the stream)."""
 GAPS: Final = "fastworker:gaps"
 """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give us."""
+TAIL: Final = "fastworker:tail"
+"""String: the id of the newest entry that a reader of ours appended."""
+MARKS: Final = "fastworker:marks"
+"""List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached yet."""
+FINISHED: Final = "fastworker:finished"
+"""String: the newest mark up to which the workers have finished the stream."""
 READER_STATS: Final = "fastworker:reader:stats"
 STATUS: Final = "firehose:status"
 RECENT: Final = "firehose:recent_events"
@@ -50,18 +56,22 @@ ABANDONED_MS: Final = 600_000
 """An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
+MARKS_MAX: Final = 10_000
 
 CHUNK_ITEMS: Final = 500
 CHUNK_BYTES: Final = 2_000_000
 
-# KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS
+# KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail
 # ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 #      dead-letter limit, gaps kept, ms now, the chunk's body
 # The body is one argument, because the client packs every argument in Python: per item a count, then so many strings,
 # each after its length; numbers are four bytes, little-endian.
 # The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
 # script that has written finish, so OOM leaves either all or nothing.
-_APPEND: Final = """
+# An empty stream that does not remember our newest entry is another stream: ours was deleted, renamed or evicted.
+_APPEND: Final = (
+    ID_ORDER
+    + """
 local owner = redis.call('GET', KEYS[3])
 if owner and owner ~= ARGV[1] then return {'lease', owner} end
 local cursor = redis.call('GET', KEYS[2]) or ''
@@ -69,16 +79,22 @@ if cursor ~= ARGV[3] then
   if cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5] then return {'ok', 'already'} end
   return {'cursor', cursor}
 end
-local entries = tonumber(ARGV[6])
-if entries > 0 and redis.call('XLEN', KEYS[1]) + entries > tonumber(ARGV[7]) then return {'full', ''} end
-local body, at = ARGV[11], 1
+local entries, length = tonumber(ARGV[6]), redis.call('XLEN', KEYS[1])
+if entries > 0 and length + entries > tonumber(ARGV[7]) then return {'full', ''} end
+local tail = length == 0 and redis.call('GET', KEYS[10])
+if tail then
+  local info, last = redis.pcall('XINFO', 'STREAM', KEYS[1]), '0-0'
+  for i = 1, #info, 2 do if info[i] == 'last-generated-id' then last = info[i + 1] end end
+  if before(last, tail) then return {'broken', ''} end
+end
+local body, at, last = ARGV[11], 1, ''
 while at <= #body do
   local item, count = {}, nil
   count, at = struct.unpack('<I4', body, at)
   for i = 1, count do item[i], at = struct.unpack('<I4c0', body, at) end
   local what = item[1]
   if what == 'entry' then
-    redis.call('XADD', KEYS[1], '*', unpack(item, 2))
+    last = redis.call('XADD', KEYS[1], '*', unpack(item, 2))
   elseif what == 'dead letter' then
     redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(item, 2))
   elseif what == 'repair' then
@@ -94,8 +110,73 @@ if ARGV[4] ~= '' then
   redis.call('SET', KEYS[5], ARGV[5])
   redis.call('HSETNX', KEYS[9], ARGV[5], ARGV[10])
 end
+if last ~= '' then redis.call('SET', KEYS[10], last) end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
-return {'ok', ''}
+return {'ok', last}
+"""
+)
+
+# KEYS stream, marks, finished, held. ARGV the workers' group, a new mark or '', marks kept, the first unread id at the
+# last look or ''. Answers whether an unread entry is gone, the newest finished mark, and the first unread id.
+# Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
+# the first entry of the stream, was removed by somebody else. What is pending they hold.
+_WATCH: Final = (
+    ID_ORDER
+    + """
+if ARGV[2] ~= '' then
+  if redis.call('LLEN', KEYS[2]) >= tonumber(ARGV[3]) then redis.call('RPOP', KEYS[2]) end
+  redis.call('RPUSH', KEYS[2], ARGV[2])
+end
+local exists = redis.call('EXISTS', KEYS[1]) == 1
+local group = exists and group_of(KEYS[1], ARGV[1])
+local read, held = group and group['last-delivered-id'] or '0-0', nil
+if group and group['pending'] > 0 then held = redis.call('XPENDING', KEYS[1], ARGV[1])[2] end
+for _, id in ipairs(redis.call('HVALS', KEYS[4])) do
+  if not held or before(id, held) then held = id end
+end
+local mark = redis.call('LINDEX', KEYS[2], 0)
+local function id_of(text) return string.match(text, '^%S+') end
+while mark do
+  local id = id_of(mark)
+  if before(read, id) or (held and not before(id, held)) then break end
+  redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
+  mark = redis.call('LINDEX', KEYS[2], 0)
+end
+local first = exists and redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+local function gone(id)
+  return before(read, id) and (not first or before(id, first[1]))
+end
+local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
+-- Of the marks, too, that lie behind one which somebody holds.
+if not broken and mark and held then
+  for _, one in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
+    local id = id_of(one)
+    if before(read, id) then
+      broken = gone(id)
+      break
+    end
+  end
+end
+local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
+return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or ''}
+"""
+)
+
+# KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps. ARGV token, cursor expected, cursor after, a
+# gap's text or '', gaps kept. What a reader knows of a stream that is not there any more is forgotten.
+_GO_BACK: Final = """
+local owner = redis.call('GET', KEYS[2])
+if (owner and owner ~= ARGV[1]) or (redis.call('GET', KEYS[1]) or '') ~= ARGV[2] then return 0 end
+if ARGV[3] ~= '' then
+  redis.call('SET', KEYS[1], ARGV[3])
+  redis.call('SET', KEYS[3], ARGV[3])
+end
+redis.call('DEL', KEYS[4], KEYS[5], KEYS[6])
+if ARGV[4] ~= '' then
+  redis.call('LPUSH', KEYS[7], ARGV[4])
+  redis.call('LTRIM', KEYS[7], 0, ARGV[5] - 1)
+end
+return 1
 """
 
 # KEYS lease; ARGV token, ms. An expired lease that nobody took is ours again: the cursor decides about the rest.
@@ -210,6 +291,10 @@ class LeaseLost(Exception):
     """Another reader is at work (or Redis came back with other data): step back, wait, look again."""
 
 
+class StreamBroken(Exception):
+    """Entries that no worker had read are gone: the stream was deleted, renamed, evicted or trimmed by somebody."""
+
+
 class TrimResult(msgspec.Struct, frozen=True):
     """`held_by`: the group that keeps the oldest entries, those from id `bound` on.
 
@@ -300,7 +385,12 @@ class Feed:
         self._host = ""
         self._cursor = ""  # the cursor key's text as this reader saw or wrote it last
         self._bytes = 0  # of the stream: as last measured, plus what was appended since
+        self._newest = ""  # mark of the entry appended last, if it was not left in Redis yet
+        self._unread = ""  # the first unread id when we looked last
+        self._finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._append = redis.register_script(_APPEND)
+        self._watch = redis.register_script(_WATCH)
+        self._go_back = redis.register_script(_GO_BACK)
         self._renew = redis.register_script(_RENEW)
         self._release = redis.register_script(_RELEASE)
         self._set_aside_abandoned = redis.register_script(_SET_ASIDE_ABANDONED)
@@ -351,7 +441,9 @@ class Feed:
             pipe.get(self._cursor_key)
             pipe.get(RELAY)
             pipe.get(CURSOR_OF + host)
-            main, relay, kept = cast("tuple[bytes | None, bytes | None, bytes | None]", await pipe.execute())
+            pipe.get(FINISHED)
+            main, relay, kept, finished = cast("tuple[bytes | None, ...]", await pipe.execute())
+        self._note_finished(finished or b"")
         self._host = host
         self._cursor = (main or b"").decode("utf-8", "replace")
         owner: str | None = relay.decode() if relay and main else None
@@ -378,6 +470,7 @@ class Feed:
             REPAIRS,
             GAPS,
             RELAYS,
+            TAIL,
         ]
         arguments: list[bytes | str | int] = [
             self._token,
@@ -396,6 +489,8 @@ class Feed:
             answer, detail = cast("list[bytes]", await self._append(keys=keys, args=arguments))
         if answer == b"full":
             return False
+        if answer == b"broken":
+            raise StreamBroken
         if answer == b"lease":
             raise LeaseLost("another reader has taken the lease")
         if answer == b"cursor":
@@ -403,8 +498,41 @@ class Feed:
             raise LeaseLost(f"{self._cursor_key} holds {found} where this reader had left {self._cursor or 'nothing'}")
         if after:
             self._cursor = after
+            if detail not in (b"", b"already"):
+                self._newest = f"{detail.decode()} {after} {self._host}"
         self._bytes += chunk.bytes
         return True
+
+    def finished_seq(self) -> int | None:
+        """How far the workers had finished this relay's events, as far as we know."""
+        return self._finished[1] if self._finished is not None and self._finished[0] == self._host else None
+
+    def _note_finished(self, mark: bytes) -> None:
+        if mark:
+            _, seq, host = mark.decode().split(" ")
+            self._finished = (host, int(seq))
+
+    async def watch(self) -> None:
+        """Look whether what is unread is still there; StreamBroken when it is not."""
+        async with translating(self._redis):
+            broken, finished, unread = await self._watch(
+                keys=[self._stream, MARKS, FINISHED, HELD_KEY],
+                args=[self._group, self._newest, MARKS_MAX, self._unread],
+            )
+        self._newest, self._unread = "", unread.decode()
+        self._note_finished(finished)
+        if broken:
+            raise StreamBroken
+
+    async def go_back(self, seq: int | None, gap: bytes) -> bool:
+        """After StreamBroken: move the cursor back to `seq`, or leave it and record a gap. False: it is not ours."""
+        keys = [self._cursor_key, LEASE, CURSOR_OF + self._host, TAIL, MARKS, FINISHED, GAPS]
+        after = "" if seq is None else str(seq)
+        async with translating(self._redis):
+            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT])
+        if done:
+            self._newest = self._unread = ""
+        return bool(done)
 
     async def trim(self, *, make_room: bool = False) -> TrimResult:
         """Remove what every group has finished, then measure the stream if its bytes are limited.

@@ -59,9 +59,10 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
     ),
     "reader": (
         *_CONNECTION,
-        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "xinfo|groups", "xinfo|consumers", "memory|usage"),
+        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "memory|usage"),
+        *("xinfo|stream", "xinfo|groups", "xinfo|consumers"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "publish"),
-        *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim"),
+        *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
     ),
 }
 

@@ -451,8 +451,11 @@ class WorkerStream:
             return entries
 
     async def read_own(self, after: str, count: int = 100) -> tuple[list[Entry], str | None]:
-        """Our own pending entries beyond `after`, and where to go on (None: that was all). Ghosts are acked."""
-        async with self._translating_group():
+        """Our own pending entries beyond `after`, and where to go on (None: that was all). Ghosts are acked.
+
+        Never beside an ack: what is acked meanwhile would be held for ever.
+        """
+        async with self._ending, self._translating_group():
             reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
                 "XREADGROUP", "GROUP", self.group, self.name, "COUNT", count, "STREAMS", self.stream_key, after
             )

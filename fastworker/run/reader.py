@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position
+from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position, StreamBroken
 from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
@@ -345,6 +345,9 @@ class _Reader:
                 try:
                     await self._serve()
                     break
+                except StreamBroken:
+                    settle = False
+                    await self._until_stop(self._go_back())
                 except LeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
@@ -434,7 +437,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, LeaseLost | FastworkerError):
+                if isinstance(error, LeaseLost | StreamBroken | FastworkerError):
                     raise error from None
             raise
 
@@ -493,6 +496,7 @@ class _Reader:
             self._stats.outbox_items = self._outbox.items
             try:
                 await self._feed.renew()
+                await self._feed.watch()
                 result = await self._feed.trim()
                 self._stats.trimmed += result.trimmed
                 self._stats.held_by = result.held_by
@@ -574,24 +578,83 @@ class _Reader:
         finally:
             await subscription.close()
 
+    async def _go_back(self) -> None:
+        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox."""
+        host, cursor = self._stats.relay, self._stats.last_seq
+        seq = await self._stored_seq(host)
+        gap: dict[str, Any] = {}
+        what = f"Unread entries are gone from {self._settings.stream_key}: it was deleted, renamed, evicted or trimmed"
+        if cursor is None:
+            log.error("%s, and there is no cursor either", what)
+        elif seq is None:
+            self._stats.gaps += 1
+            gap = {
+                "relay": host,
+                "reason": "stream_lost",
+                "after": None,
+                "resumed": cursor,
+                "at": int(time.time() * 1000),
+            }
+            log.error("%s. It is not known from where on: a gap up to %s, recorded in fastworker:gaps", what, cursor)
+        elif seq < cursor:
+            log.error("%s. The reader goes back from %d to %d, up to where they were stored", what, cursor, seq)
+        else:
+            seq = cursor
+            log.error("%s. They were stored, as far as the cursor %s", what, cursor)
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            try:
+                await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
+            except StreamUnavailable as error:
+                self._stats.last_error = str(error)
+                log.warning("%s; waiting", error)
+                await asyncio.sleep(backoff.next())
+            else:
+                return
+
+    async def _stored_seq(self, host: str) -> int | None:
+        """Up to which seq this relay's events are stored: as PostgreSQL says, if it can be asked, and as we saw."""
+        told = None
+        backoff = Backoff(0.1, 5.0)
+        while self._fallback_seq is not None:
+            try:
+                told = await self._fallback_seq(host)
+                break
+            except StoreUnavailable as error:
+                self._stats.last_error = f"The cursor is lost, and PostgreSQL cannot be asked: {error}"
+                log.warning("%s; waiting (without DATABASE_URL the reader begins at the tip)", self._stats.last_error)
+                await asyncio.sleep(backoff.next())
+        return min((seq for seq in (told, self._feed.finished_seq()) if seq is not None), default=None)
+
+    async def _seq_without_cursor(self, host: str) -> int | None:
+        """Redis has no cursor: nobody ever read from this relay, or Redis came back empty."""
+        seq = await self._stored_seq(host)
+        if seq is not None:
+            whose = "PostgreSQL's" if self._fallback_seq is not None else "what the workers had finished"
+            log.info("Redis has no cursor: going on from %s, %d", whose, seq)
+        elif self._stats.last_seq is not None and self._stats.relay == host:
+            seq = self._stats.last_seq
+            log.error(
+                "Redis came back empty. What was unread is lost: a gap up to %d, recorded in fastworker:gaps", seq
+            )
+            self._note_gap("stream_lost")
+            assert self._gap is not None
+            self._gap["after"] = None
+        return seq
+
     async def _go_to(self, relay: RelayAddress) -> Position:
         """Make `relay` the sequence space that is read, and say where to begin there."""
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
                 position = await self._feed.go_to(relay.host)
-                if position.seq is None and position.switched_from is None and self._fallback_seq is not None:
-                    position = Position(await self._fallback_seq(relay.host), None)
-                    if position.seq is not None:
-                        log.info("Redis has no cursor: going on from PostgreSQL's, %d", position.seq)
                 break
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)
-            except StoreUnavailable as error:
-                self._stats.last_error = f"Redis has no cursor, and PostgreSQL cannot be asked: {error}"
-                log.warning("%s; waiting (without DATABASE_URL the reader begins at the tip)", self._stats.last_error)
             await asyncio.sleep(backoff.next())
+        if position.seq is None and position.switched_from is None:
+            position = Position(await self._seq_without_cursor(relay.host), None)
         if position.switched_from is not None:
             self._skip = 0
         self._last_seq = self._stats.last_seq = position.seq

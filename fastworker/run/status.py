@@ -363,6 +363,8 @@ def _overview(status: Status, trend: Sequence[float]) -> RenderableType:
         balance = Text("ledger balances", style="green")
     else:
         others = "entries were acked by others, or left the pending list without an ack (XGROUP)"
+        if status.unaccounted_entries < 0:
+            others = "entries were finished that this stream did not give: it was replaced, or its group was moved"
         balance = Text(f"{status.unaccounted_entries:+,} {others}", style="yellow")
     table.add_row("", balance)
     table.add_row("dead letters", Text(f"{status.dead_letters:,}", style="red" if status.dead_letters else ""))

@@ -851,6 +851,147 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
         await redis.aclose()
 
 
+async def _delete(redis: Redis) -> None:
+    await redis.delete(STREAM)
+
+
+async def _rename(redis: Redis) -> None:
+    await redis.rename(STREAM, "elsewhere")
+
+
+async def _replace(redis: Redis) -> None:
+    """As a worker does that finds its group gone."""
+    pipe = redis.pipeline(transaction=True)
+    pipe.delete(STREAM)
+    pipe.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await pipe.execute()
+
+
+async def _replace_and_use(redis: Redis) -> None:
+    await _replace(redis)
+    await redis.xadd(STREAM, {"type": "identity", "data": "{}", "seq": "0"})
+
+
+async def _trim(redis: Redis) -> None:
+    await redis.xtrim(STREAM, maxlen=20, approximate=False)
+
+
+async def _trim_a_little(redis: Redis) -> None:
+    await redis.xtrim(STREAM, maxlen=69, approximate=False)
+
+
+LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little]
+
+
+async def _read(redis: Redis, count: int) -> set[int]:
+    """As a worker whose entries are all stored; the seqs."""
+    found = await redis.xreadgroup("firehose-processors", "w-0", {STREAM: ">"}, count=count)
+    entries = found[0][1] if found else []
+    if entries:
+        await redis.xack(STREAM, "firehose-processors", *[entry_id for entry_id, _ in entries])
+    return {int(fields[b"seq"]) for _, fields in entries}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "TICK_S", 0.1)
+    monkeypatch.setattr(reader_module, "SETTLE_S", 0.5)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("lose", "known"),
+    [(lose, "by redis") for lose in LOSSES]
+    + [(_delete, "by postgresql"), (_delete, "by nobody"), (_trim, "by postgresql"), (_trim, "by nobody")],
+)
+async def test_what_somebody_removes_unread_comes_again_or_is_told(
+    relay: Relay, redis: Redis, redis_url: str, lose: Callable[[Redis], Awaitable[None]], known: str
+) -> None:
+    async def fallback(_host: str) -> int | None:
+        return 25 if known == "by postgresql" else None
+
+    await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    stored: set[int] = set()
+    async with reading(settings(redis_url, relay), fallback_seq=fallback) as stats:
+        if known != "by nobody":
+            relay.add(*range(1, 31))
+            await until(cursor_is(redis, 30))
+            await until(lambda: redis.llen(feed_module.MARKS))
+            stored |= await _read(redis, 30)
+            await until(lambda: redis.get(feed_module.FINISHED))
+        relay.add(*range(31, 101))
+        await until(cursor_is(redis, 100))
+        await until(lambda: redis.llen(feed_module.MARKS))
+        await lose(redis)
+        with suppress(Exception):
+            await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+        relay.add(101)
+        await until(lambda: len(relay.asked) == 2)
+        await until(cursor_is(redis, 101))
+        await until(lambda: stats.last_seq == 101)
+    while some := await _read(redis, 100):
+        stored |= some
+    if known == "by nobody":
+        [gap] = await redis.lrange(feed_module.GAPS, 0, -1)
+        assert json.loads(gap)["reason"] == "stream_lost"
+        assert json.loads(gap)["resumed"] >= 100
+    else:
+        assert stored - {0} == set(range(1, 102))
+        assert await redis.llen(feed_module.GAPS) == 0
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_stream_that_is_lost_while_no_reader_runs(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 31))
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 30))
+        await until(lambda: redis.llen(feed_module.MARKS))
+        await _read(redis, 30)
+        await until(lambda: redis.get(feed_module.FINISHED))
+        relay.add(*range(31, 61))
+        await until(cursor_is(redis, 60))
+    await redis.delete(STREAM)
+    relay.add(61)
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 61))
+    assert await seqs(redis) == list(range(31, 62))
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_empty_redis_without_postgresql_is_told(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 31))
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 30))
+        await redis.flushall()
+        relay.add(*range(31, 61))
+        await until(cursor_is(redis, 60))
+        assert stats.gaps == 1
+    assert await seqs(redis) == list(range(31, 61))
+    [gap] = await redis.lrange(feed_module.GAPS, 0, -1)
+    assert (json.loads(gap)["after"], json.loads(gap)["resumed"]) == (None, 31)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_finished_may_be_trimmed_by_anybody(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    async with reading(settings(redis_url, relay, keep_s=600.0)) as stats:
+        for first in range(1, 200, 50):
+            relay.add(*range(first, first + 50))
+            await until(cursor_is(redis, first + 49))
+            await _read(redis, 30)
+            await redis.xtrim(STREAM, maxlen=await redis.xlen(STREAM) - 25, approximate=False)
+            await until(lambda: redis.llen(feed_module.MARKS))
+        await asyncio.sleep(0.3)
+        assert stats.gaps == 0
+    assert (await seqs(redis))[-1] == 200
+    assert len(relay.asked) == 1
+
+
 async def test_redis_without_memory_takes_all_of_a_chunk_or_nothing(relay: Relay, server_dir: Path) -> None:
     with RedisUnderTest(server_dir, aof=False) as server:
         redis = Redis.from_url(server.url, protocol=2)
