@@ -20,12 +20,14 @@ from redis.exceptions import ResponseError
 from fastworker.edge.redis_client import error_code, translating
 from fastworker.edge.stream import (
     DEAD_LETTERS_KEY,
+    GROUP,
     HELD_KEY,
     ID_ORDER,
-    LEASE_PREFIX,
     LEDGER_KEY,
     METRICS_KEY,
     SET_ASIDE_ONE,
+    key_of,
+    lease_prefix,
 )
 from fastworker.errors import ConfigError, Unreachable
 
@@ -46,6 +48,8 @@ MARKS: Final = "fastworker:marks"
 """List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached yet."""
 FINISHED: Final = "fastworker:finished"
 """String: the newest mark up to which the workers have finished the stream."""
+CURSOR_STREAM: Final = "fastworker:stream-of:"
+"""+ cursor key: the stream that it belongs to."""
 READER_STATS: Final = "fastworker:reader:stats"
 STATUS: Final = "firehose:status"
 RECENT: Final = "firehose:recent_events"
@@ -375,6 +379,8 @@ class Feed:
         self._redis = redis
         self._stream = stream_key
         self._cursor_key = cursor_key
+        self._lease = key_of(LEASE, stream_key)
+        self._keys_for_append = [key_of(key, stream_key) for key in (DEAD_LETTERS_KEY, REPAIRS, GAPS, RELAYS, TAIL)]
         self._max_len = max_stream_len
         self._max_bytes = stream_bytes_max
         self._dead_letter_maxlen = dead_letter_maxlen
@@ -407,6 +413,25 @@ class Feed:
         if kind not in (b"none", b"stream"):
             raise Unreachable(f"{self._stream} is a {kind.decode()}, not a stream")
 
+    def _key(self, key: str) -> str:
+        return key_of(key, self._stream)
+
+    def cursor_of(self, host: str) -> str:
+        """The key of that relay's cursor."""
+        return f"{self._key(CURSOR_OF.rstrip(':'))}:{host}"
+
+    async def own_cursor(self) -> None:
+        """Refuse a cursor that a reader of another stream is moving."""
+        key = CURSOR_STREAM + self._cursor_key
+        async with translating(self._redis):
+            other = cast("bytes", await self._redis.get(key) or b"").decode("utf-8", "replace")
+            if other not in ("", self._stream) and await self._redis.exists(key_of(LEASE, other)):
+                raise ConfigError(
+                    f"{self._cursor_key} is the cursor of the reader of {other}, which is at work: give the reader of "
+                    f"{self._stream} a REDIS_CURSOR_KEY of its own"
+                )
+            await self._redis.set(key, self._stream)
+
     async def run_id(self) -> str:
         """Names this run of the server: another one means that it restarted or that another took over."""
         async with translating(self._redis):
@@ -415,7 +440,7 @@ class Feed:
     async def acquire(self) -> bool:
         """Take the lease, or keep it; False while another reader has it."""
         async with translating(self._redis):
-            return not await self._renew(keys=[LEASE], args=[self._token, LEASE_MS])
+            return not await self._renew(keys=[self._lease], args=[self._token, LEASE_MS])
 
     async def renew(self) -> None:
         if not await self.acquire():
@@ -423,7 +448,7 @@ class Feed:
 
     async def release(self) -> None:
         async with translating(self._redis):
-            await self._release(keys=[LEASE], args=[self._token])
+            await self._release(keys=[self._lease], args=[self._token])
 
     async def peek_cursor(self) -> str:
         """The main cursor's text, '' when there is none."""
@@ -439,9 +464,9 @@ class Feed:
         async with translating(self._redis):
             pipe = self._redis.pipeline(transaction=True)
             pipe.get(self._cursor_key)
-            pipe.get(RELAY)
-            pipe.get(CURSOR_OF + host)
-            pipe.get(FINISHED)
+            pipe.get(self._key(RELAY))
+            pipe.get(self.cursor_of(host))
+            pipe.get(self._key(FINISHED))
             main, relay, kept, finished = cast("tuple[bytes | None, ...]", await pipe.execute())
         self._note_finished(finished or b"")
         self._host = host
@@ -463,14 +488,10 @@ class Feed:
         keys = [
             self._stream,
             self._cursor_key,
-            LEASE,
-            CURSOR_OF + self._host,
-            RELAY,
-            DEAD_LETTERS_KEY,
-            REPAIRS,
-            GAPS,
-            RELAYS,
-            TAIL,
+            self._lease,
+            self.cursor_of(self._host),
+            self._key(RELAY),
+            *self._keys_for_append,
         ]
         arguments: list[bytes | str | int] = [
             self._token,
@@ -516,7 +537,12 @@ class Feed:
         """Look whether what is unread is still there; StreamBroken when it is not."""
         async with translating(self._redis):
             broken, finished, unread = await self._watch(
-                keys=[self._stream, MARKS, FINISHED, HELD_KEY],
+                keys=[
+                    self._stream,
+                    self._key(MARKS),
+                    self._key(FINISHED),
+                    key_of(HELD_KEY, self._stream, self._group or GROUP),
+                ],
                 args=[self._group, self._newest, MARKS_MAX, self._unread],
             )
         self._newest, self._unread = "", unread.decode()
@@ -526,7 +552,12 @@ class Feed:
 
     async def go_back(self, seq: int | None, gap: bytes) -> bool:
         """After StreamBroken: move the cursor back to `seq`, or leave it and record a gap. False: it is not ours."""
-        keys = [self._cursor_key, LEASE, CURSOR_OF + self._host, TAIL, MARKS, FINISHED, GAPS]
+        keys = [
+            self._cursor_key,
+            self._lease,
+            self.cursor_of(self._host),
+            *map(self._key, (TAIL, MARKS, FINISHED, GAPS)),
+        ]
         after = "" if seq is None else str(seq)
         async with translating(self._redis):
             done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT])
@@ -560,14 +591,14 @@ class Feed:
         async with translating(self._redis):
             try:
                 moved, ghosts = await self._set_aside_abandoned(
-                    keys=[self._stream, LEDGER_KEY, METRICS_KEY, DEAD_LETTERS_KEY],
+                    keys=[self._stream, self._key(LEDGER_KEY), METRICS_KEY, self._key(DEAD_LETTERS_KEY)],
                     args=[
                         self._group,
                         abandoned_ms,
                         abandoned_ms // 60,
                         self._dead_letter_maxlen,
                         int(time.time() * 1000),
-                        LEASE_PREFIX,
+                        lease_prefix(self._stream),
                     ],
                 )
             except ResponseError as error:
@@ -591,7 +622,7 @@ class Feed:
         for event in broadcast:
             pipe.publish(BROADCAST, event)
         if stats:
-            pipe.hset(READER_STATS, items=[part for pair in stats.items() for part in pair])
+            pipe.hset(self._key(READER_STATS), items=[part for pair in stats.items() for part in pair])
         async with translating(self._redis):
             await pipe.execute()
 
@@ -614,7 +645,8 @@ async def trim_finished(
     trim = redis.register_script(_TRIM)
     async with translating(redis):
         answer = await trim(
-            keys=[stream_key, HELD_KEY], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups]
+            keys=[stream_key, key_of(HELD_KEY, stream_key, group or GROUP)],
+            args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups],
         )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
     return TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode())

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 Entry = tuple[str, dict[bytes, bytes]]
 """Stream id and fields."""
 
+STREAM_KEY: Final = "firehose:events"
+GROUP: Final = "firehose-processors"
+
 LEDGER_KEY: Final = "fastworker:ledger"
 """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>` (ops)."""
 CONSUMERS_KEY: Final = "fastworker:consumers"
@@ -298,6 +301,17 @@ return acked
 """
 
 
+def key_of(key: str, stream_key: str, group: str = GROUP) -> str:
+    """The usual stream and group have the keys as they are written here, every other one has its own."""
+    others = [name for name, usual in ((stream_key, STREAM_KEY), (group, GROUP)) if name != usual]
+    return ":".join([key, *others])
+
+
+def lease_prefix(stream_key: str) -> str:
+    """+ name of a consumer."""
+    return key_of(LEASE_PREFIX.rstrip(":"), stream_key) + ":"
+
+
 class Tally(NamedTuple):
     """What the ack of one entry adds to the ledger and to `cluster:metrics`."""
 
@@ -347,8 +361,8 @@ class WorkerStream:
         self,
         redis: Redis,
         *,
-        stream_key: str = "firehose:events",
-        group: str = "firehose-processors",
+        stream_key: str = STREAM_KEY,
+        group: str = GROUP,
         consumer_id: str = "worker",
         batch_size: int = 10,
         dead_letter_maxlen: int = 10_000,
@@ -360,6 +374,11 @@ class WorkerStream:
         self.name = ""  # the consumer's, once leased
         self.stream_key = stream_key
         self.group = group
+        self._ledger = key_of(LEDGER_KEY, stream_key)
+        self._consumers = key_of(CONSUMERS_KEY, stream_key, group)
+        self._held_key = key_of(HELD_KEY, stream_key, group)
+        self._lease_prefix = lease_prefix(stream_key)
+        self._dead_letters = key_of(DEAD_LETTERS_KEY, stream_key)
         self.backlog = False  # the last read came back full
         self._redis = redis
         self._consumer_id = consumer_id
@@ -395,13 +414,13 @@ class WorkerStream:
             await self._ensure_group()
             found = await self._redis.xinfo_consumers(self.stream_key, self.group)
             at_work = {one["name"] for one in found if int(one["idle"]) < self._foreign_idle_ms}
-            theirs = at_work - cast("set[bytes]", await self._redis.smembers(CONSUMERS_KEY))
+            theirs = at_work - cast("set[bytes]", await self._redis.smembers(self._consumers))
             for n in range(CONSUMERS_MAX):
                 name = f"{self._consumer_id}-{n}"
                 if name.encode() in theirs:
                     continue
                 args: list[Any] = [self._token, self._lease_ms, name, self.group]
-                keys = [LEASE_PREFIX + name, CONSUMERS_KEY, self.stream_key, HELD_KEY]
+                keys = [self._lease_prefix + name, self._consumers, self.stream_key, self._held_key]
                 if leased := await self._lease(keys=keys, args=args):
                     self.name = name
                     if leased > 1:
@@ -414,7 +433,7 @@ class WorkerStream:
 
         Never beside an ack: what was acked meanwhile must not come back.
         """
-        keys = [LEASE_PREFIX + self.name, CONSUMERS_KEY, self.stream_key, LEDGER_KEY, HELD_KEY]
+        keys = [self._lease_prefix + self.name, self._consumers, self.stream_key, self._ledger, self._held_key]
         async with self._ending, translating(self._redis):
             args: list[Any] = [self._token, self._lease_ms, self.name, self.group, self._lowest(), " ".join(self._held)]
             ghosts, restored = await self._renew(keys=keys, args=args)
@@ -428,12 +447,12 @@ class WorkerStream:
         if lowest and lowest != self._told:
             async with self._ending, translating(self._redis):
                 if lowest in self._held:
-                    await self._redis.hset(HELD_KEY, self.name, lowest)
+                    await self._redis.hset(self._held_key, self.name, lowest)
                     self._told = lowest
 
     async def release(self) -> None:
         """Give the name back; what it still holds stays pending for the next owner. Twice is harmless."""
-        keys = [LEASE_PREFIX + self.name, CONSUMERS_KEY, self.stream_key, HELD_KEY]
+        keys = [self._lease_prefix + self.name, self._consumers, self.stream_key, self._held_key]
         async with translating(self._redis):
             await self._release(keys=keys, args=[self._token, self.name, self.group])
 
@@ -464,7 +483,7 @@ class WorkerStream:
                 return [], None
             ghosts = [entry_id for entry_id, fields in found if fields is None]
             if ghosts:
-                await self._ack_ghosts(keys=[self.stream_key, LEDGER_KEY], args=[self.group, *ghosts])
+                await self._ack_ghosts(keys=[self.stream_key, self._ledger], args=[self.group, *ghosts])
             return self._parse(reply), found[-1][0].decode()
 
     async def consumers(self) -> list[Consumer]:
@@ -480,13 +499,19 @@ class WorkerStream:
     async def known_names(self) -> set[str]:
         """Names that a fastworker leased once: their leases tell whether they live."""
         async with translating(self._redis):
-            members: Any = await self._redis.smembers(CONSUMERS_KEY)
+            members: Any = await self._redis.smembers(self._consumers)
             return {name.decode(errors="surrogateescape") for name in members}
 
     async def claim(self, consumer: str, *, idle_ms: int, count: int = 100) -> Claimed:
         """Adopt a bounded piece of what `consumer` holds, unless it has a lease or is still at work on it."""
         other = consumer.encode(errors="surrogateescape")
-        keys: list[Any] = [self.stream_key, CONSUMERS_KEY, LEASE_PREFIX.encode() + other, LEDGER_KEY, HELD_KEY]
+        keys: list[Any] = [
+            self.stream_key,
+            self._consumers,
+            self._lease_prefix.encode() + other,
+            self._ledger,
+            self._held_key,
+        ]
         async with self._translating_group():
             found, ghosts, claimed = await self._claim(keys=keys, args=[self.group, other, self.name, idle_ms, count])
             if ghosts < 0:
@@ -498,7 +523,7 @@ class WorkerStream:
         """The lowest id that anybody in the group holds: everything before it that was delivered is settled."""
         async with self._translating_group(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
-            pipe.hvals(HELD_KEY)
+            pipe.hvals(self._held_key)
             summary, held = await pipe.execute()
         found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
         return min(found, key=id_order, default=None)
@@ -515,7 +540,7 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, LEDGER_KEY, METRICS_KEY, HELD_KEY]
+        keys = [self.stream_key, self._ledger, METRICS_KEY, self._held_key]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._let_go(ids)
@@ -529,7 +554,7 @@ class WorkerStream:
         `data` is what the entry's own payload field held, byte by byte; of unknown forms all fields, as MessagePack.
         `original_fields` is the way back.
         """
-        keys = [self.stream_key, LEDGER_KEY, METRICS_KEY, DEAD_LETTERS_KEY, HELD_KEY]
+        keys = [self.stream_key, self._ledger, METRICS_KEY, self._dead_letters, self._held_key]
         total = 0
         for piece in _pieces(letters):
             args: list[Any] = []
@@ -623,7 +648,7 @@ class WorkerStream:
 
     async def _recreate_group(self) -> None:
         """One of all workers creates the group again; the others wait for it."""
-        if await self._redis.set(RECREATE_LOCK_KEY, "1", nx=True, ex=5):
+        if await self._redis.set(key_of(RECREATE_LOCK_KEY, self.stream_key, self.group), "1", nx=True, ex=5):
             await self._ensure_group()
         else:
             await asyncio.sleep(0.1)

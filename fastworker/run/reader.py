@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import orjson
 
-from fastworker.edge.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, Chunk, Feed, LeaseLost, Position, StreamBroken
+from fastworker.edge.feed import ABANDONED_MS, LEASE_MS, Chunk, Feed, LeaseLost, Position, StreamBroken
 from fastworker.edge.redis_client import connect
 from fastworker.edge.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.errors import (
@@ -384,6 +384,7 @@ class _Reader:
         while not self._stop.is_set():
             try:
                 if await self._feed.acquire() and (not settle or await self._cursor_stands_still()):
+                    await self._feed.own_cursor()
                     self._run_id = await self._feed.run_id()
                     self._outbox = self._new_outbox()
                     self._stats.standby = False
@@ -871,9 +872,10 @@ class _Reader:
                 log.info("%s says %s: %s", host, frame.name, frame.message or "")
             return
         if frame.error == "FutureCursor" and not self._skip:
+            keys = f"{self._settings.cursor_key} and {self._feed.cursor_of(host)}"
             raise StoppedItself(
                 f"{host} says that the cursor {self._last_seq} lies in its future: is this another relay, or was it "
-                f"rebuilt? To start at its live tip, delete {self._settings.cursor_key} and {CURSOR_OF}{host}"
+                f"rebuilt? To start at its live tip, delete {keys}"
             )
         self._skip = 0
         raise RelayLost(f"{frame.error}: {frame.message or 'the relay gave no message'}")

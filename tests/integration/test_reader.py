@@ -806,6 +806,23 @@ async def test_two_readers_do_no_harm(relay: Relay, redis: Redis, redis_url: str
     assert await seqs(redis) == list(range(1, 22))
 
 
+async def test_two_streams_on_one_redis(relay: Relay, redis: Redis, redis_url: str) -> None:
+    """Production and staging: each has its lease, marks and cursors; a cursor that two streams share is refused."""
+    relay.add(*range(1, 11))
+    staging = settings(redis_url, relay, stream_key="staging:events", cursor_key="staging:cursor")
+    for key in (CURSOR, "staging:cursor"):
+        await redis.set(key, "0")
+    async with reading(settings(redis_url, relay)), reading(staging):
+        await until(cursor_is(redis, 10))
+        await until(lambda: redis.xlen("staging:events"))
+        assert await redis.xlen("staging:events") == 10
+        assert await redis.exists("fastworker:reader", "fastworker:reader:staging:events") == 2
+        assert await redis.get(f"fastworker:cursor:staging:events:{relay.host}") == b"10"
+        other = settings(redis_url, relay, stream_key="test:events")
+        with pytest.raises(ConfigError, match=f"{CURSOR} is the cursor of the reader of {STREAM}"):
+            await asyncio.wait_for(run_reader(other, asyncio.Event()), 10)
+
+
 async def test_steps_back_from_a_foreign_reader_and_goes_on_from_its_cursor(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

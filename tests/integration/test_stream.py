@@ -380,6 +380,25 @@ async def test_lowest_pending(redis):
     assert id_order("9-1") < id_order("10-0") < id_order("10-12")
 
 
+@pytest.mark.parametrize(("key", "group"), [("staging:events", GROUP), (KEY, "others")])
+async def test_every_stream_and_group_has_its_own_keys(redis, key, group):
+    usual, other = await consumer(redis), WorkerStream(redis, consumer_id="v", stream_key=key, group=group)
+    await other.acquire()
+    await add(redis, 2)
+    await redis.xadd("staging:events", {"type": "commit", "data": "{", "seq": "1"})
+    await usual.read(block_ms=1)
+    entries = await other.read(block_ms=1)
+    await usual.tell_held()
+    await other.tell_held()
+    assert await usual.known_names() == {"w-0"}
+    assert await other.known_names() == {"v-0"}
+    assert list(await redis.hgetall("fastworker:held")) == [b"w-0"]
+    await other.ack({COMMITTED: [entry_id for entry_id, _ in entries]})
+    if key != KEY:
+        assert await ledger(redis) == {}
+        assert await redis.hgetall("fastworker:ledger:staging:events") == {b"committed": b"1"}
+
+
 async def test_a_key_of_the_wrong_type_is_for_the_operator(redis):
     await redis.set(KEY, "text")
     with pytest.raises(Unreachable, match="wrong type"):
