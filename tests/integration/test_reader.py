@@ -24,6 +24,7 @@ from redis.asyncio import Redis
 from servers import RedisUnderTest
 
 from fastworker.edge import feed as feed_module
+from fastworker.edge import relay as relay_module
 from fastworker.edge.stream import SetAside, WorkerStream, original_fields
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
@@ -579,13 +580,114 @@ async def test_a_frame_too_large_to_receive_is_passed_over(
     relay.add(1, 2)
     relay.frames.append((5, b"x" * 200_000))
     relay.add(6, 7)
+    relay.frames.append((20, b"x" * 200_000))
+    relay.add(*range(21, 60))
     async with reading(settings(redis_url, relay)) as stats:
-        await until(cursor_is(redis, 7))
-    assert await seqs(redis) == [1, 2, 6, 7]
-    assert relay.asked == [0, 3, 4, 6]
-    assert stats.drops["oversized"] == 3
-    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
-    assert (gap["reason"], gap["after"], gap["resumed"]) == ("oversized", 2, 6)
+        await until(cursor_is(redis, 59))
+    assert await seqs(redis) == [1, 2, 6, 7, *range(21, 60)]
+    assert relay.asked == [0, 3, 4, 6, 5, 6, 8, 9, 11, 15, 23, 19, 21, 20, 21]
+    assert stats.drops["oversized"] == 2
+    gaps = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert [(gap["reason"], gap["after"], gap["resumed"]) for gap in gaps] == [
+        ("oversized", 7, 21),
+        ("oversized", 2, 6),
+    ]
+
+
+async def test_a_relay_that_never_answers_close_is_closed() -> None:
+    """It goes on sending: each message is less than the limit away, the whole is not."""
+
+    async def serve(_self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(autoclose=False)
+        await socket.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await socket.send_bytes(b"hello")
+                await asyncio.sleep(0.02)
+        return socket
+
+    relay = Relay()
+    relay.answers = [serve]
+    await relay.start()
+    try:
+        subscription = await relay_module.subscribe(relay_module.RelayAddress.parse(relay.url), None)
+        await subscription.receive()
+        await asyncio.wait_for(subscription.close(), 5)
+    finally:
+        await relay.stop()
+
+
+async def test_a_handshake_byte_by_byte_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "HANDSHAKE_S", 0.5)
+
+    gone = asyncio.Event()
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nX-A: ")
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"a")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+        gone.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        address = relay_module.RelayAddress.parse(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(relay_module.RelayRefused, match="no open connection within"):
+            await asyncio.wait_for(relay_module.subscribe(address, None), 5)
+        await asyncio.wait_for(gone.wait(), 5)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_no_event_is_no_sign_of_life(relay: Relay, redis: Redis, redis_url: str) -> None:
+    """#info for ever: with another relay at hand the reader goes on to it."""
+
+    async def chatter(_self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        with suppress(ConnectionError):
+            while not socket.closed:
+                await socket.send_bytes(frame("#info", {"name": "Hello"}))
+                with suppress(TimeoutError):
+                    await socket.receive(timeout=0.02)
+        return socket
+
+    other = Relay()
+    await other.start()
+    other.add(1)
+    await redis.set(feed_module.CURSOR_OF + other.host, "0")
+    await redis.set(CURSOR, "0")
+    await redis.set(feed_module.RELAY, relay.host)
+    relay.answers = [chatter] * 10
+    try:
+        async with reading(settings(redis_url, relay, other, silence_floor_s=0.5)) as stats:
+            await until(lambda: stats.last_seq == 1)
+            assert stats.relay == other.host
+        assert len(relay.asked) == 1
+    finally:
+        await other.stop()
+
+
+async def test_retry_after_is_not_waited_out_where_there_is_another_relay(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    async def busy(_self: Relay, _request: web.Request) -> web.StreamResponse:
+        return web.Response(status=503, headers={"Retry-After": "600"})
+
+    other = Relay()
+    await other.start()
+    other.add(1)
+    await redis.set(feed_module.CURSOR_OF + other.host, "0")
+    await redis.set(CURSOR, "0")
+    await redis.set(feed_module.RELAY, relay.host)
+    relay.answers = [busy] * 10
+    try:
+        async with reading(settings(redis_url, relay, other)) as stats:
+            await until(lambda: stats.last_seq == 1, 20)
+        assert len(relay.asked) == 1
+    finally:
+        await other.stop()
 
 
 async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
