@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from fastworker.edge.redis_client import error_code, translating
 from fastworker.errors import Reason, StreamUnavailable
@@ -48,7 +48,12 @@ FOREIGN_IDLE_MS: Final = 60_000
 """Predecessors hold no leases: their consumers are dead after so long without a sign (design, Redis rules)."""
 BURST_ENTRIES: Final = 1_000
 """What one round trip asks for when there is a backlog, in reads of BATCH_SIZE each."""
-BURST_BYTES: Final = 4 * 1024 * 1024
+READ_BYTES: Final = 4 * 1024 * 1024
+"""Of one piece, whatever it is: a burst, what is read back, what is adopted. The last step may exceed it."""
+WINDOW: Final = 64
+"""Entries that one XREADGROUP asks for before it is known how large they are."""
+STEP: Final = 10
+"""Entries that are taken before their bytes are looked at: one may have several megabytes."""
 CONSUMERS_MAX: Final = 10_000
 
 # Redis refuses the first write of a script at maxmemory, but lets one finish that has begun to write. Acks and dead
@@ -251,11 +256,45 @@ end
 return 1
 """
 
-# KEYS stream, consumers, lease of the other, ledger, held. ARGV group, from, to, idle, count.
+# For scripts that hand out entries: their bytes.
+_SIZE_OF = """
+local function size_of(entries)
+  local bytes = 0
+  for _, entry in ipairs(entries) do
+    if entry and entry[2] then
+      for _, text in ipairs(entry[2]) do bytes = bytes + #text end
+    end
+  end
+  return bytes
+end
+"""
+
+# KEYS stream. ARGV group, consumer, after (or >), entries, bytes, step. Answers {entries..., as many as asked for or as
+# many bytes}, and whether that was not all.
+_READ = (
+    _SIZE_OF
+    + """
+local after, limit, bytes, all = ARGV[3], tonumber(ARGV[4]), 0, {}
+while #all < limit and bytes < tonumber(ARGV[5]) do
+  local step = math.min(tonumber(ARGV[6]), limit - #all)
+  if bytes > 0 then step = math.max(1, math.min(step, math.floor((tonumber(ARGV[5]) - bytes) * #all / bytes))) end
+  local reply = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', step, 'STREAMS', KEYS[1], after)
+  local found = reply and reply[1] and reply[1][2] or {}
+  for _, entry in ipairs(found) do all[#all + 1] = entry end
+  bytes = bytes + size_of(found)
+  if #found < step then return {all, 0} end
+  if after ~= '>' then after = found[#found][1] end
+end
+return {all, 1}
+"""
+)
+
+# KEYS stream, consumers, lease of the other, ledger, held. ARGV group, from, to, idle, count, bytes, step.
 # Ids whose entry was trimmed come back from XCLAIM as nothing (from 7.0 they also leave the pending list, before
 # that they have to be acked): ghosts, counted once because one script finds, acks and counts them.
 _CLAIM = (
     _GO_BACK
+    + _SIZE_OF
     + """
 if redis.call('EXISTS', KEYS[3]) == 1 then return {0, 0, {}} end
 if go_back(KEYS[1], KEYS[5], ARGV[1], ARGV[2]) == 1 then return {0, -1, {}} end
@@ -270,15 +309,23 @@ if #found == 0 then
   end
   return {0, 0, {}}
 end
-local ids = {}
-for i, entry in ipairs(found) do ids[i] = entry[1] end
-local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(ids))
-local entries, present = {}, {}
-for i = 1, #ids do
-  local entry = claimed[i]
-  if entry and entry[1] then
-    entries[#entries + 1] = entry
-    present[entry[1]] = true
+local ids, entries, present, bytes, more = {}, {}, {}, 0, false
+for first = 1, #found, ARGV[7] do
+  if bytes >= tonumber(ARGV[6]) then
+    more = true
+    break
+  end
+  local step = {}
+  for i = first, math.min(first + ARGV[7] - 1, #found) do step[#step + 1] = found[i][1] end
+  local claimed = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(step))
+  for i = 1, #step do
+    ids[#ids + 1] = step[i]
+    local entry = claimed[i]
+    if entry and entry[1] then
+      entries[#entries + 1] = entry
+      present[entry[1]] = true
+      bytes = bytes + size_of({entry})
+    end
   end
 end
 local ghosts = 0
@@ -289,7 +336,7 @@ for _, id in ipairs(ids) do
   end
 end
 if ghosts > 0 then redis.call('HINCRBY', KEYS[4], 'ghosts', ghosts) end
-return {#ids, ghosts, entries}
+return {more and tonumber(ARGV[5]) or #ids, ghosts, entries}
 """
 )
 
@@ -387,8 +434,8 @@ class WorkerStream:
         self._last_finished = last_finished
         self._lease_ms = lease_ms
         self._foreign_idle_ms = foreign_idle_ms
+        self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
-        self._entry_bytes = 1_000  # of the latest reads; a guess before the first
         self._held: dict[str, None] = {}  # ids that were read and that no ack was sent for
         self._told = ""  # the lowest of them, as we told it last
         self._in_order = True  # they are in the order of the stream
@@ -401,6 +448,7 @@ class WorkerStream:
         self._renew = redis.register_script(_RENEW)
         self._release = redis.register_script(_RELEASE)
         self._claim = redis.register_script(_CLAIM)
+        self._read = redis.register_script(_READ)
         self._ack_ghosts = redis.register_script(_ACK_GHOSTS)
 
     # --- the consumer's life
@@ -461,12 +509,22 @@ class WorkerStream:
     async def read(self, block_ms: int) -> list[Entry]:
         """New entries: up to a burst when there is a backlog, else wait up to `block_ms` for the first."""
         async with self._translating_group():
-            if self.backlog:
-                entries = await self._read_burst()
-                if entries:
-                    return entries
-            entries = self._parse(await self._xreadgroup(self._redis, block_ms))
-            self.backlog = len(entries) >= self._count
+            entries: list[Entry] = []
+            size = 0
+            block = () if self.backlog else ("BLOCK", block_ms)
+            while size < READ_BYTES and len(entries) < BURST_ENTRIES:
+                window = self._window
+                try:
+                    found, found_bytes = await self._read_window(window, block)
+                except (RedisError, OSError, RuntimeError):
+                    if entries:
+                        break  # what came before must not be lost with it; the next read meets the same again
+                    raise
+                entries += found
+                size += found_bytes
+                self.backlog, block = len(found) >= window, ()
+                if not self.backlog:
+                    break
             return entries
 
     async def read_own(self, after: str, count: int = 100) -> tuple[list[Entry], str | None]:
@@ -475,16 +533,13 @@ class WorkerStream:
         Never beside an ack: what is acked meanwhile would be held for ever.
         """
         async with self._ending, self._translating_group():
-            reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
-                "XREADGROUP", "GROUP", self.group, self.name, "COUNT", count, "STREAMS", self.stream_key, after
-            )
-            found = reply[0][1] if reply else []
+            found, _ = await self._read_piece(after, count)
             if not found:
                 return [], None
-            ghosts = [entry_id for entry_id, fields in found if fields is None]
+            ghosts = [entry_id for entry_id, fields in found if not fields]
             if ghosts:
                 await self._ack_ghosts(keys=[self.stream_key, self._ledger], args=[self.group, *ghosts])
-            return self._parse(reply), found[-1][0].decode()
+            return self._parse([[b"", found]]), found[-1][0].decode()
 
     async def consumers(self) -> list[Consumer]:
         """Everybody else in the group."""
@@ -513,7 +568,9 @@ class WorkerStream:
             self._held_key,
         ]
         async with self._translating_group():
-            found, ghosts, claimed = await self._claim(keys=keys, args=[self.group, other, self.name, idle_ms, count])
+            found, ghosts, claimed = await self._claim(
+                keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP]
+            )
             if ghosts < 0:
                 _tell_back(consumer)
                 return Claimed([], 0, 0)
@@ -589,35 +646,23 @@ class WorkerStream:
             return next(iter(self._held), "")
         return min(self._held, key=id_order, default="")
 
-    def _xreadgroup(self, redis: Any, block_ms: int | None) -> Any:
-        block = () if block_ms is None else ("BLOCK", block_ms)
-        return redis.execute_command(
-            "XREADGROUP", "GROUP", self.group, self.name, "COUNT", self._count, *block, "STREAMS", self.stream_key, ">"
+    async def _read_window(self, window: int, block: tuple[Any, ...]) -> tuple[list[Entry], int]:
+        """A few new entries and their bytes. Large ones make the next window small; it grows again one by one."""
+        reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
+            "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
         )
+        entries = self._parse(reply)
+        sizes = [sum(map(len, fields.values())) for _, fields in entries]
+        if sizes:
+            self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
+        return entries, sum(sizes)
 
-    async def _read_burst(self) -> list[Entry]:
-        """Several reads of BATCH_SIZE in one round trip, so that the guide's 10 runs as well as 1,000."""
-        wanted = min(BURST_ENTRIES, max(1, BURST_BYTES // self._entry_bytes))
-        reads = max(1, wanted // self._count)
-        if reads == 1:
-            replies = [await self._xreadgroup(self._redis, None)]
-        else:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for _ in range(reads):
-                    self._xreadgroup(pipe, None)
-                # A failure of one read must not hide what the others were handed.
-                replies = await pipe.execute(raise_on_error=False)
-        entries: list[Entry] = []
-        failure = None
-        for reply in replies:
-            if isinstance(reply, Exception):
-                failure = reply
-            elif reply:
-                entries += self._parse(reply)
-        if failure is not None and not entries:
-            raise failure
-        self.backlog = len(entries) >= reads * self._count
-        return entries
+    async def _read_piece(self, after: str, count: int) -> tuple[list[Any], bool]:
+        """Up to `count` entries or READ_BYTES in one round trip, as they come; and whether there may be more."""
+        step = min(self._count, STEP)
+        args: list[Any] = [self.group, self.name, after, count, READ_BYTES, step]
+        found, more = await self._read(keys=[self.stream_key], args=args)
+        return found, bool(more)
 
     def _parse(self, reply: Any) -> list[Entry]:
         """[[stream, [[id, [field, value, ...]], ...]]] to entries; ghosts have no fields and are left out."""
@@ -625,13 +670,11 @@ class WorkerStream:
             return []
         entries: list[Entry] = []
         for entry_id, flat in reply[0][1]:
-            if flat is not None:
+            if flat:
                 pairs = iter(flat)
                 entries.append((entry_id.decode(), dict(zip(pairs, pairs, strict=True))))
         if entries:
             self._hold(entries)
-            sample = entries[:: max(1, len(entries) // 8)]
-            self._entry_bytes = 1 + sum(len(value) for _, fields in sample for value in fields.values()) // len(sample)
         return entries
 
     @asynccontextmanager
