@@ -99,6 +99,7 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
         (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", Unreachable),
         (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", exceptions.ResponseError),
         (exceptions.ResponseError("wrong number of arguments"), "", exceptions.ResponseError),
+        (exceptions.ResponseError("unknown command 'TIME', with args beginning with:"), "", Unreachable),  # a Sentinel
     ],
 )
 def test_errors_say_what_to_do(error: Exception, code: str, kind: type[Exception]) -> None:
