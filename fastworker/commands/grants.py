@@ -55,15 +55,16 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
     "worker": (
         *_CONNECTION,
         *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
-        *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer"),
+        *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer", "xgroup|setid"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
-        *("hgetall", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember"),
+        *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember"),
     ),
     "reader": (
         *_CONNECTION,
-        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "xinfo|groups", "xinfo|consumers", "memory|usage"),
+        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "memory|usage"),
+        *("xinfo|stream", "xinfo|groups", "xinfo|consumers"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "publish"),
-        *("hset", "hsetnx", "hincrby", "lpush", "ltrim"),
+        *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
     ),
 }
 

@@ -28,7 +28,7 @@ from fastworker.worker.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-PIECE: Final = 500
+PIECE: Final = 50  # of up to several megabytes each
 PROGRESS_S: Final = 5.0
 
 

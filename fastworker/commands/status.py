@@ -408,7 +408,10 @@ def _overview(status: Status) -> RenderableType:
     elif status.unaccounted_entries == 0:
         balance = Text("ledger balances", style="green")
     else:
-        balance = Text(f"{status.unaccounted_entries:+,} entries were acked by others", style="yellow")
+        others = "entries were acked by others, or left the pending list without an ack (XGROUP)"
+        if status.unaccounted_entries < 0:
+            others = "entries were finished that this stream did not give: it was replaced, or its group was moved"
+        balance = Text(f"{status.unaccounted_entries:+,} {others}", style="yellow")
     table.add_row("", balance)
     table.add_row("dead letters", Text(f"{status.dead_letters:,}", style="red" if status.dead_letters else ""))
     limit = f" of {_bytes(status.redis_maxmemory_bytes)}" if status.redis_maxmemory_bytes else ""

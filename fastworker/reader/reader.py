@@ -42,7 +42,7 @@ from fastworker.process.outage import Outage
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.redact import redact
 from fastworker.stream.client import connect
-from fastworker.stream.feed import ABANDONED_MS, CURSOR_OF, LEASE_MS, OURS, Chunk, Feed, LeaseLost, Position
+from fastworker.stream.feed import ABANDONED_MS, LEASE_MS, OURS, Chunk, Feed, LeaseLost, Position, StreamBroken
 from fastworker.table.dates import parse_date
 
 T = TypeVar("T")
@@ -61,6 +61,8 @@ SETTLE_S: Final = 12.0
 START_S: Final = 5.0
 """How long the first connection to Redis may take before the reader gives up with exit code 3."""
 FAILURES_BEFORE_NEXT_RELAY: Final = 3
+PATIENCE_S: Final = 5.0
+"""A relay that asks us to stay away for longer is left for the next one, if there is one."""
 MALFORMED_IN_A_ROW: Final = 50
 SET_ASIDE_PER_MINUTE: Final = 100
 """Malformed frames kept in the dead letters; beyond, they are counted only, so that a broken relay cannot push
@@ -74,6 +76,10 @@ BEHIND_FRAMES: Final = 10
 """So many frames at or below the cursor in so long, and none beyond: the relay is called again."""
 RECENT: Final = 50
 BROADCAST_PER_TICK: Final = 20
+
+
+class _TooFar(Exception):
+    """Frames that are good may have been passed over together with one that is too large."""
 
 
 class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -319,7 +325,11 @@ class _Reader:
         self._relay = self._relays[0]
         self._last_seq: int | None = None  # newest in the outbox or beyond it
         self._gap: dict[str, Any] | None = None  # to be recorded with the next seq
-        self._skip = 0  # seqs passed over because of a frame too large to receive
+        # The next connection begins so many seqs further, because of a frame too large to receive: with `low` it still
+        # came, with `high` it did not. Between them lie frames that are good.
+        self._skip = self._skip_low = self._skip_high = 0
+        self._away: dict[str, float] = {}  # host -> when it may be called again, as it asked for
+        self._events = 0  # frames with a seq: what else comes is no sign of life
         self._malformed = 0  # in a row
         self._malformed_limit = MALFORMED_IN_A_ROW
         self._doubted: tuple[int, bytes] | None = None  # seq and bytes of a frame that jumped too far
@@ -347,6 +357,9 @@ class _Reader:
                 try:
                     await self._serve()
                     break
+                except StreamBroken:
+                    settle = False
+                    await self._until_stop(self._go_back())
                 except LeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
@@ -383,6 +396,7 @@ class _Reader:
         while not self._stop.is_set():
             try:
                 if await self._feed.acquire() and (not settle or await self._cursor_stands_still()):
+                    await self._feed.own_cursor()
                     self._run_id = await self._feed.run_id()
                     self._outage.look(None)
                     self._outbox = self._new_outbox()
@@ -437,7 +451,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, LeaseLost | FastworkerError):
+                if isinstance(error, LeaseLost | StreamBroken | FastworkerError):
                     raise error from None
             raise
 
@@ -496,6 +510,7 @@ class _Reader:
             self._stats.outbox_items = self._outbox.items
             try:
                 await self._feed.renew()
+                await self._feed.watch()
                 result = await self._feed.trim()
                 self._stats.trimmed += result.trimmed
                 self._stats.held_by = result.held_by
@@ -524,32 +539,61 @@ class _Reader:
         backoff = Backoff(0.5, 64.0)
         failures = 0
         while not self._stop.is_set():
-            relay, seq, at_least = self._relay, self._last_seq, 0.0
+            relay, seq, at_least, leave = self._relay, self._last_seq, 0.0, False
             try:
                 await self._follow(relay)
                 continue  # stopped, or redirected to another sequence space
             except RelayRefused as refused:
                 error, at_least = f"{relay.host}: {refused}", refused.at_least
+                leave = at_least > PATIENCE_S
             except RelayLost as lost:
                 error = f"{relay.host}: {lost}"
-                if lost.oversized and self._last_seq is not None:
-                    self._skip = max(1, self._skip * 2)
-                    self._note_gap("oversized")
-                    self._drop(Reason.OVERSIZED)
+                leave = lost.silent
+                if lost.oversized and self._last_seq is not None and self._skip < SEQ_JUMP:
+                    log.warning("%s; it is passed over", error)
+                    self._pass_over()
+                    self._stats.connected = False
+                    await pause(0.1, self._stop)
+                    continue
+            except _TooFar:
+                self._stats.connected = False
+                await pause(0.1, self._stop)
+                continue
             self._stats.connected = False
             self._stats.last_error = error
             if self._last_seq != seq:  # it brought something new
                 backoff.reset()
                 failures = 0
             failures += 1
-            if failures >= FAILURES_BEFORE_NEXT_RELAY and len(self._relays) > 1:
+            self._away[relay.host] = time.monotonic() + at_least
+            if (failures >= FAILURES_BEFORE_NEXT_RELAY or leave) and len(self._relays) > 1:
                 following = (self._relays.index(relay) + 1 if relay in self._relays else 0) % len(self._relays)
-                self._relay, failures, at_least = self._relays[following], 0, 0.0
+                self._relay, failures = self._relays[following], 0
+                at_least = self._away.get(self._relay.host, 0.0) - time.monotonic()
                 log.warning("%s; going on to %s", error, self._relay.host)
             else:
                 log.warning("%s; connecting again (attempt %d)", error, backoff.attempts + 1)
             self._stats.reconnects += 1
             await backoff.wait(self._stop, at_least)
+
+    def _pass_over(self) -> None:
+        """A frame too large to receive came: begin further on, and find out how far without losing what is good."""
+        if self._gap is None:
+            self._note_gap("oversized")
+            self._drop(Reason.OVERSIZED)
+        self._skip_low = self._skip
+        if self._skip_high:
+            self._skip = max((self._skip_low + self._skip_high) // 2, self._skip_low + 1)
+        else:
+            self._skip = max(1, self._skip * 2)
+
+    def _is_too_far(self) -> bool:
+        """Whether frames that are good may lie before where we began; if so, begin nearer."""
+        if self._skip - self._skip_low <= 1:
+            return False
+        self._skip_high = self._skip
+        self._skip = (self._skip_low + self._skip_high) // 2
+        return True
 
     async def _follow(self, relay: RelayAddress) -> None:
         """One connection, from the cursor, until it ends (RelayLost), is refused (RelayRefused), or we stop."""
@@ -577,26 +621,85 @@ class _Reader:
         finally:
             await subscription.close()
 
+    async def _go_back(self) -> None:
+        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox."""
+        host, cursor = self._stats.relay, self._stats.last_seq
+        seq = await self._stored_seq(host)
+        gap: dict[str, Any] = {}
+        what = f"Unread entries are gone from {self._settings.stream_key}: it was deleted, renamed, evicted or trimmed"
+        if cursor is None:
+            log.error("%s, and there is no cursor either", what)
+        elif seq is None:
+            self._stats.gaps += 1
+            gap = {
+                "relay": host,
+                "reason": "stream_lost",
+                "after": None,
+                "resumed": cursor,
+                "at": int(time.time() * 1000),
+            }
+            log.error("%s. It is not known from where on: a gap up to %s, recorded in fastworker:gaps", what, cursor)
+        elif seq < cursor:
+            log.error("%s. The reader goes back from %d to %d, up to where they were stored", what, cursor, seq)
+        else:
+            seq = cursor
+            log.error("%s. They were stored, as far as the cursor %s", what, cursor)
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            try:
+                await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
+            except StreamUnavailable as error:
+                self._stats.last_error = str(error)
+                log.warning("%s; waiting", error)
+                await asyncio.sleep(backoff.next())
+            else:
+                return
+
+    async def _stored_seq(self, host: str) -> int | None:
+        """Up to which seq this relay's events are stored: as PostgreSQL says, if it can be asked, and as we saw."""
+        told = None
+        backoff = Backoff(0.1, 5.0)
+        while self._fallback_seq is not None:
+            try:
+                told = await self._fallback_seq(host)
+                break
+            except StoreUnavailable as error:
+                self._stats.last_error = f"The cursor is lost, and PostgreSQL cannot be asked: {error}"
+                log.warning("%s; waiting (without DATABASE_URL the reader begins at the tip)", self._stats.last_error)
+                await asyncio.sleep(backoff.next())
+        return min((seq for seq in (told, self._feed.finished_seq()) if seq is not None), default=None)
+
+    async def _seq_without_cursor(self, host: str) -> int | None:
+        """Redis has no cursor: nobody ever read from this relay, or Redis came back empty."""
+        seq = await self._stored_seq(host)
+        if seq is not None:
+            whose = "PostgreSQL's" if self._fallback_seq is not None else "what the workers had finished"
+            log.info("Redis has no cursor: going on from %s, %d", whose, seq)
+        elif self._stats.last_seq is not None and self._stats.relay == host:
+            seq = self._stats.last_seq
+            log.error(
+                "Redis came back empty. What was unread is lost: a gap up to %d, recorded in fastworker:gaps", seq
+            )
+            self._note_gap("stream_lost")
+            assert self._gap is not None
+            self._gap["after"] = None
+        return seq
+
     async def _go_to(self, relay: RelayAddress) -> Position:
         """Make `relay` the sequence space that is read, and say where to begin there."""
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
                 position = await self._feed.go_to(relay.host)
-                if position.seq is None and position.switched_from is None and self._fallback_seq is not None:
-                    position = Position(await self._fallback_seq(relay.host), None)
-                    if position.seq is not None:
-                        log.info("Redis has no cursor: going on from PostgreSQL's, %d", position.seq)
                 break
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)
-            except StoreUnavailable as error:
-                self._stats.last_error = f"Redis has no cursor, and PostgreSQL cannot be asked: {error}"
-                log.warning("%s; waiting (without DATABASE_URL the reader begins at the tip)", self._stats.last_error)
             await asyncio.sleep(backoff.next())
+        if position.seq is None and position.switched_from is None:
+            position = Position(await self._seq_without_cursor(relay.host), None)
         if position.switched_from is not None:
-            self._skip = 0
+            self._skip = self._skip_low = self._skip_high = 0
         self._last_seq = self._stats.last_seq = position.seq
         self._stats.relay = relay.host
         return position
@@ -611,11 +714,11 @@ class _Reader:
         stopping = asyncio.create_task(self._stop.wait())
         try:
             while not self._stop.is_set():
-                frames, seq = self._stats.frames, self._last_seq
+                events, seq = self._events, self._last_seq
                 await asyncio.wait({receiving, stopping}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     receiving.result()
-                self._judge_silence(self._stats.frames - frames)
+                self._judge_silence(self._events - events)
                 self._judge_distance(came=self._last_seq != seq)
         finally:
             for task in (receiving, stopping):
@@ -635,9 +738,13 @@ class _Reader:
         stats.silent = watch.is_silent(now)
         if self._recent and (at := parse_date(self._recent[-1][1].time or "")) is not None:
             stats.last_event_at = at.replace(tzinfo=UTC).timestamp()
-        if watch.silent_for(now) > watch.limit_s():
+        limit = watch.limit_s()
+        if len(self._relays) > 1 and watch.mean_gap_s is None:
+            limit = self._settings.silence_floor_s
+        if watch.silent_for(now) > limit:
+            silent_s = watch.silent_for(now)
             watch.gave_up(now)
-            raise RelayLost(f"no data for {watch.silent_for(now):.0f} s, though it is connected")
+            raise RelayLost(f"no events for {silent_s:.0f} s, though it is connected", silent=True)
 
     def _judge_distance(self, *, came: bool) -> None:
         """A relay that sends only what lies behind the cursor: it started over, or the cursor is wrong. It is called
@@ -684,6 +791,10 @@ class _Reader:
                     self._told(frame, host)
                     continue
                 seq, last = frame.seq, self._last_seq
+                if seq is not None:
+                    self._events += 1
+                    if self._gap is not None and self._is_too_far():
+                        raise _TooFar
                 if seq is not None and last is not None:
                     if seq <= last:
                         stats.duplicates += 1
@@ -706,7 +817,8 @@ class _Reader:
                 self._last_seq = chunk.seq = seq
                 if self._gap is not None:
                     chunk.gap(orjson.dumps({**self._gap, "resumed": seq}))
-                    self._gap, self._skip = None, 0
+                    self._gap = None
+                    self._skip = self._skip_low = self._skip_high = 0
                 self._malformed_limit = MALFORMED_IN_A_ROW
                 self._behind_s = BEHIND_S
             await put()
@@ -811,12 +923,13 @@ class _Reader:
                 log.info("%s says %s: %s", host, frame.name, frame.message or "")
             return
         if frame.error == "FutureCursor" and not self._skip:
+            keys = f"{self._settings.cursor_key} and {self._feed.cursor_of(host)}"
             raise StoppedItself(
                 f"{host} says that the cursor {self._last_seq} lies in its future: is this another relay, or was it "
                 f"rebuilt? To start at its live tip, run `fastworker reader --from live` "
-                f"once, or delete {self._settings.cursor_key} and {CURSOR_OF}{host}"
+                f"once, or delete {keys}"
             )
-        self._skip = 0
+        self._skip = self._skip_low = self._skip_high = 0
         raise RelayLost(f"{frame.error}: {frame.message or 'the relay gave no message'}")
 
     def _note_gap(self, reason: str, **more: str) -> None:

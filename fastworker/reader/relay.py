@@ -7,6 +7,7 @@ Knows addresses, handshakes and closes; what the bytes mean is `event/`'s busine
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from datetime import UTC, datetime
@@ -26,7 +27,10 @@ FRAME_MAX: Final = 16 * 1024 * 1024
 count and skip a frame; beyond this the connection ends, because the bytes would have to be held."""
 CONNECT_TIMEOUT_S: Final = 10.0
 """Longest wait for name, TCP and TLS, and again for the answer to the handshake."""
+HANDSHAKE_S: Final = 30.0
+"""Longest wait for an open connection in all: redirects, and an answer that comes byte by byte."""
 CLOSE_TIMEOUT_S: Final = 1.0
+"""Longest wait for a connection to close in all: a relay may go on sending instead of answering."""
 RETRY_AFTER_MAX_S: Final = 900.0
 _SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
@@ -42,9 +46,10 @@ class RelayRefused(Exception):
 class RelayLost(Exception):
     """The connection ended. `oversized`: because of a frame beyond `FRAME_MAX`, which will come again."""
 
-    def __init__(self, detail: str, *, oversized: bool = False) -> None:
+    def __init__(self, detail: str, *, oversized: bool = False, silent: bool = False) -> None:
         super().__init__(detail)
         self.oversized = oversized
+        self.silent = silent
 
 
 class RelayAddress(msgspec.Struct, frozen=True):
@@ -99,7 +104,8 @@ class Subscription:
 
     async def close(self) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-            await self._socket.close()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._socket.close()
         await self._session.close()
 
 
@@ -121,13 +127,14 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
         trace_configs=[trace],
     )
     try:
-        connection = await session.ws_connect(
-            url,
-            max_msg_size=FRAME_MAX,
-            compress=0,
-            timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
-            headers={"User-Agent": "fastworker"},
-        )
+        async with asyncio.timeout(HANDSHAKE_S):
+            connection = await session.ws_connect(
+                url,
+                max_msg_size=FRAME_MAX,
+                compress=0,
+                timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
+                headers={"User-Agent": "fastworker"},
+            )
         _keep_alive(connection)
         end = RelayAddress.parse(str(answered.without_query_params("cursor")))
         if url.scheme == "wss" and not end.url.startswith("wss:"):
@@ -138,7 +145,10 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
         raise RelayRefused(_status_text(error), _at_least(error)) from None
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         await session.close()
-        raise RelayRefused(redact(_words(error))) from None
+        slow = isinstance(error, TimeoutError) and not str(error)
+        raise RelayRefused(
+            f"no open connection within {HANDSHAKE_S:.0f} s" if slow else redact(_words(error))
+        ) from None
     except BaseException:
         await session.close()
         raise

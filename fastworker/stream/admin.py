@@ -20,7 +20,7 @@ from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translating
-from fastworker.stream.consumer import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY
+from fastworker.stream.consumer import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEDGER_KEY, METRICS_KEY, key_of, lease_prefix
 from fastworker.stream.feed import GAPS, LEASE, READER_STATS, STATUS
 
 STATUS_KEY: Final = "fastworker:status:worker"
@@ -162,6 +162,9 @@ class RedisAdmin:
         self._retry = redis.register_script(_RETRY)
         self._append = redis.register_script(_APPEND_IF_ROOM)
 
+    def _of(self, key: str) -> str:
+        return key_of(key, self._key)
+
     # --- facts
 
     async def ping(self) -> None:
@@ -266,9 +269,9 @@ class RedisAdmin:
                 if error_code(error) == "NOGROUP" or "no such key" in str(error).lower():
                     return []
                 raise
-            ours = {_text(name) for name in await self._redis.smembers(CONSUMERS_KEY)}
+            ours = {_text(name) for name in await self._redis.smembers(key_of(CONSUMERS_KEY, self._key, group))}
             names = [_text(one["name"]) for one in found]
-            leases = await self._redis.mget([LEASE_PREFIX + name for name in names]) if names else []
+            leases = await self._redis.mget([lease_prefix(self._key) + name for name in names]) if names else []
         consumers = [
             Consumer(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
             for name, one, lease in zip(names, found, leases, strict=True)
@@ -316,14 +319,14 @@ class RedisAdmin:
 
     async def ledger(self) -> dict[str, int]:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
-        return {field: int(value) for field, value in (await self._hash(LEDGER_KEY)).items()}
+        return {field: int(value) for field, value in (await self._hash(self._of(LEDGER_KEY))).items()}
 
     async def count(self, group: str) -> Count:
         """Who finished how much: the group's counters and the ledger, which must be of one moment to be compared."""
         async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self._key)
             pipe.xinfo_groups(self._key)
-            pipe.hgetall(LEDGER_KEY)
+            pipe.hgetall(self._of(LEDGER_KEY))
             stream, groups, ledger = await pipe.execute(raise_on_error=False)
             if isinstance(stream, ResponseError) and "no such key" in str(stream).lower():
                 stream, groups = {}, []
@@ -344,11 +347,11 @@ class RedisAdmin:
         return {field: int(value) for field, value in counts.items() if value.lstrip("-").isdigit()}
 
     async def reader_stats(self) -> dict[str, str]:
-        return await self._hash(READER_STATS)
+        return await self._hash(self._of(READER_STATS))
 
     async def reader_is_leased(self) -> bool:
         async with translating(self._redis):
-            return bool(await self._redis.exists(LEASE))
+            return bool(await self._redis.exists(self._of(LEASE)))
 
     async def reader_status(self) -> dict[str, Any]:
         """`firehose:status`, empty when no reader wrote it within ten seconds."""
@@ -359,12 +362,12 @@ class RedisAdmin:
     async def gaps(self) -> int:
         """Stretches that a relay did not give us."""
         async with translating(self._redis):
-            return int(await self._redis.llen(GAPS))
+            return int(await self._redis.llen(self._of(GAPS)))
 
     async def newest_gaps(self, count: int) -> list[bytes]:
         """Each as JSON: relay, reason, after, resumed, at."""
         async with translating(self._redis):
-            gaps: Any = await self._redis.lrange(GAPS, 0, count - 1)
+            gaps: Any = await self._redis.lrange(self._of(GAPS), 0, count - 1)
             return cast("list[bytes]", gaps)
 
     async def cursor(self, key: str) -> str | None:
@@ -385,35 +388,37 @@ class RedisAdmin:
 
     async def put_status(self, owner: str, text: bytes) -> None:
         async with translating(self._redis):
-            await self._redis.hset(STATUS_KEY, owner, text)
+            await self._redis.hset(self._of(STATUS_KEY), owner, text)
 
     async def remove_status(self, *owners: str) -> None:
         async with translating(self._redis):
-            await self._redis.hdel(STATUS_KEY, *owners)
+            await self._redis.hdel(self._of(STATUS_KEY), *owners)
 
     async def statuses(self) -> dict[str, str]:
-        return await self._hash(STATUS_KEY)
+        return await self._hash(self._of(STATUS_KEY))
 
     # --- dead letters
 
     async def dead_letters(self) -> int:
         async with translating(self._redis):
-            return int(await self._redis.xlen(DEAD_LETTERS_KEY))
+            return int(await self._redis.xlen(self._of(DEAD_LETTERS_KEY)))
 
     async def letters(self, *, after: str | None = None, count: int = 100) -> list[tuple[str, Fields]]:
         """Dead letters in the order they were written, those beyond `after`."""
         start = "-" if after is None else f"({after}"
         async with translating(self._redis):
-            return await self._range(DEAD_LETTERS_KEY, start, count)
+            return await self._range(self._of(DEAD_LETTERS_KEY), start, count)
 
     async def newest_letters(self, count: int) -> list[tuple[str, Fields]]:
         async with translating(self._redis):
-            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(DEAD_LETTERS_KEY, count=count))
+            found = cast(
+                "list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._of(DEAD_LETTERS_KEY), count=count)
+            )
         return [(_text(letter_id), fields) for letter_id, fields in found]
 
     async def letter(self, letter_id: str) -> Fields | None:
         async with translating(self._redis):
-            found = await self._range(DEAD_LETTERS_KEY, letter_id, 1, letter_id)
+            found = await self._range(self._of(DEAD_LETTERS_KEY), letter_id, 1, letter_id)
         return found[0][1] if found else None
 
     async def retry_letter(self, letter_id: str, fields: Fields) -> bool:
@@ -422,13 +427,13 @@ class RedisAdmin:
         for name, value in fields.items():
             args += [name, value]
         async with translating(self._redis):
-            return bool(await self._retry(keys=[DEAD_LETTERS_KEY, self._key], args=args))
+            return bool(await self._retry(keys=[self._of(DEAD_LETTERS_KEY), self._key], args=args))
 
     async def purge_letters(self, letter_ids: Sequence[str]) -> int:
         if not letter_ids:
             return 0
         async with translating(self._redis):
-            return int(await self._redis.xdel(DEAD_LETTERS_KEY, *letter_ids))
+            return int(await self._redis.xdel(self._of(DEAD_LETTERS_KEY), *letter_ids))
 
     # --- replay
 

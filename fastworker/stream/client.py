@@ -127,6 +127,11 @@ def translate(error: Exception) -> Exception:
         return StreamUnavailable(f"Redis {_PASSING[code]}")
     if code in _LASTING:
         return Unreachable(f"Redis cannot be used: {_LASTING[code]} ({redact(str(error))})")
+    if isinstance(error, exceptions.ResponseError) and str(error).lower().startswith("unknown command"):
+        return Unreachable(
+            f"this server lacks a command that is needed ({redact(str(error))[:60]}): REDIS_URL must name a Redis or "
+            "Valkey, 6.2 or newer, not Sentinel's port (26379 as a rule) or a proxy"
+        )
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StreamUnavailable("Redis did not answer in time")
     if isinstance(error, RuntimeError):

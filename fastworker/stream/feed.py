@@ -19,7 +19,17 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
-from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEASE_PREFIX, LEDGER_KEY, METRICS_KEY, SET_ASIDE_ONE
+from fastworker.stream.consumer import (
+    DEAD_LETTERS_KEY,
+    GROUP,
+    HELD_KEY,
+    ID_ORDER,
+    LEDGER_KEY,
+    METRICS_KEY,
+    SET_ASIDE_ONE,
+    key_of,
+    lease_prefix,
+)
 
 LEASE: Final = "fastworker:reader"
 RELAYS: Final = "fastworker:relays"
@@ -32,6 +42,14 @@ REPAIRS: Final = "fastworker:repairs"
 """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the stream)."""
 GAPS: Final = "fastworker:gaps"
 """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give us."""
+TAIL: Final = "fastworker:tail"
+"""String: the id of the newest entry that a reader of ours appended."""
+MARKS: Final = "fastworker:marks"
+"""List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached yet."""
+FINISHED: Final = "fastworker:finished"
+"""String: the newest mark up to which the workers have finished the stream."""
+CURSOR_STREAM: Final = "fastworker:stream-of:"
+"""+ cursor key: the stream that it belongs to."""
 READER_STATS: Final = "fastworker:reader:stats"
 STATUS: Final = "firehose:status"
 OURS: Final = "fastworker"
@@ -44,18 +62,22 @@ ABANDONED_MS: Final = 600_000
 """An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
+MARKS_MAX: Final = 10_000
 
 CHUNK_ITEMS: Final = 500
 CHUNK_BYTES: Final = 2_000_000
 
-# KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS
+# KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail
 # ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 #      dead-letter limit, gaps kept, ms now, the chunk's body
 # The body is one argument, because the client packs every argument in Python: per item a count, then so many strings,
 # each after its length; numbers are four bytes, little-endian.
 # The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
 # script that has written finish, so OOM leaves either all or nothing.
-_APPEND: Final = """
+# An empty stream that does not remember our newest entry is another stream: ours was deleted, renamed or evicted.
+_APPEND: Final = (
+    ID_ORDER
+    + """
 local owner = redis.call('GET', KEYS[3])
 if owner and owner ~= ARGV[1] then return {'lease', owner} end
 local cursor = redis.call('GET', KEYS[2]) or ''
@@ -63,16 +85,22 @@ if cursor ~= ARGV[3] then
   if cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5] then return {'ok', 'already'} end
   return {'cursor', cursor}
 end
-local entries = tonumber(ARGV[6])
-if entries > 0 and redis.call('XLEN', KEYS[1]) + entries > tonumber(ARGV[7]) then return {'full', ''} end
-local body, at = ARGV[11], 1
+local entries, length = tonumber(ARGV[6]), redis.call('XLEN', KEYS[1])
+if entries > 0 and length + entries > tonumber(ARGV[7]) then return {'full', ''} end
+local tail = length == 0 and redis.call('GET', KEYS[10])
+if tail then
+  local info, last = redis.pcall('XINFO', 'STREAM', KEYS[1]), '0-0'
+  for i = 1, #info, 2 do if info[i] == 'last-generated-id' then last = info[i + 1] end end
+  if before(last, tail) then return {'broken', ''} end
+end
+local body, at, last = ARGV[11], 1, ''
 while at <= #body do
   local item, count = {}, nil
   count, at = struct.unpack('<I4', body, at)
   for i = 1, count do item[i], at = struct.unpack('<I4c0', body, at) end
   local what = item[1]
   if what == 'entry' then
-    redis.call('XADD', KEYS[1], '*', unpack(item, 2))
+    last = redis.call('XADD', KEYS[1], '*', unpack(item, 2))
   elseif what == 'dead letter' then
     redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(item, 2))
   elseif what == 'repair' then
@@ -88,8 +116,73 @@ if ARGV[4] ~= '' then
   redis.call('SET', KEYS[5], ARGV[5])
   redis.call('HSETNX', KEYS[9], ARGV[5], ARGV[10])
 end
+if last ~= '' then redis.call('SET', KEYS[10], last) end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
-return {'ok', ''}
+return {'ok', last}
+"""
+)
+
+# KEYS stream, marks, finished, held. ARGV the workers' group, a new mark or '', marks kept, the first unread id at the
+# last look or ''. Answers whether an unread entry is gone, the newest finished mark, and the first unread id.
+# Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
+# the first entry of the stream, was removed by somebody else. What is pending they hold.
+_WATCH: Final = (
+    ID_ORDER
+    + """
+if ARGV[2] ~= '' then
+  if redis.call('LLEN', KEYS[2]) >= tonumber(ARGV[3]) then redis.call('RPOP', KEYS[2]) end
+  redis.call('RPUSH', KEYS[2], ARGV[2])
+end
+local exists = redis.call('EXISTS', KEYS[1]) == 1
+local group = exists and group_of(KEYS[1], ARGV[1])
+local read, held = group and group['last-delivered-id'] or '0-0', nil
+if group and group['pending'] > 0 then held = redis.call('XPENDING', KEYS[1], ARGV[1])[2] end
+for _, id in ipairs(redis.call('HVALS', KEYS[4])) do
+  if not held or before(id, held) then held = id end
+end
+local mark = redis.call('LINDEX', KEYS[2], 0)
+local function id_of(text) return string.match(text, '^%S+') end
+while mark do
+  local id = id_of(mark)
+  if before(read, id) or (held and not before(id, held)) then break end
+  redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
+  mark = redis.call('LINDEX', KEYS[2], 0)
+end
+local first = exists and redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+local function gone(id)
+  return before(read, id) and (not first or before(id, first[1]))
+end
+local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
+-- Of the marks, too, that lie behind one which somebody holds.
+if not broken and mark and held then
+  for _, one in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
+    local id = id_of(one)
+    if before(read, id) then
+      broken = gone(id)
+      break
+    end
+  end
+end
+local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
+return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or ''}
+"""
+)
+
+# KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps. ARGV token, cursor expected, cursor after, a
+# gap's text or '', gaps kept. What a reader knows of a stream that is not there any more is forgotten.
+_GO_BACK: Final = """
+local owner = redis.call('GET', KEYS[2])
+if (owner and owner ~= ARGV[1]) or (redis.call('GET', KEYS[1]) or '') ~= ARGV[2] then return 0 end
+if ARGV[3] ~= '' then
+  redis.call('SET', KEYS[1], ARGV[3])
+  redis.call('SET', KEYS[3], ARGV[3])
+end
+redis.call('DEL', KEYS[4], KEYS[5], KEYS[6])
+if ARGV[4] ~= '' then
+  redis.call('LPUSH', KEYS[7], ARGV[4])
+  redis.call('LTRIM', KEYS[7], 0, ARGV[5] - 1)
+end
+return 1
 """
 
 # KEYS lease; ARGV token, ms. An expired lease that nobody took is ours again: the cursor decides about the rest.
@@ -105,26 +198,13 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) 
 return 0
 """
 
-# KEYS stream; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a group
-# without which nothing is removed, then the groups that do not count.
-# What a group has finished ends before its smallest pending id, or with its last delivered one. Ids are compared as
-# text, because Lua's numbers lose digits of large ones.
-_TRIM: Final = """
+# KEYS stream, held; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a
+# group without which nothing is removed, then the groups that do not count.
+# What a group has finished ends before its smallest pending id, or with its last delivered one.
+_TRIM: Final = (
+    ID_ORDER
+    + """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {0, '', ''} end
-local function parts(id)
-  local ms, seq = string.match(id, '^(%d+)-(%d+)$')
-  return ms, seq
-end
-local function less(a, b)
-  if #a ~= #b then return #a < #b end
-  return a < b
-end
-local function before(a, b)
-  local ams, aseq = parts(a)
-  local bms, bseq = parts(b)
-  if ams ~= bms then return less(ams, bms) end
-  return less(aseq, bseq)
-end
 local ignored, missing = {}, ARGV[3] ~= ''
 for i = 4, #ARGV do ignored[ARGV[i]] = true end
 local bound, holder = nil, ''
@@ -139,6 +219,11 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
       local ms, seq = parts(group['last-delivered-id'])
       if #seq < 16 then seq = string.format('%.0f', tonumber(seq) + 1) end
       upto = ms .. '-' .. seq
+    end
+    if group['name'] == ARGV[3] then
+      for _, id in ipairs(redis.pcall('HVALS', KEYS[2])) do
+        if before(id, upto) then upto = id end
+      end
     end
     if not bound or before(upto, bound) then bound, holder = upto, group['name'] end
   end
@@ -160,6 +245,7 @@ if keep > 0 then
 end
 return {redis.call('XTRIM', KEYS[1], 'MINID', bound), holder, bound}
 """
+)
 
 # KEYS stream, ledger, metrics, dead letters. ARGV group, ms without a sign of who is dead, ms that another has outlived
 # it, limit of the dead letters, ms now, prefix of workers' leases.
@@ -209,6 +295,10 @@ return {moved, ghosts}
 
 class LeaseLost(Exception):
     """Another reader is at work (or Redis came back with other data): step back, wait, look again."""
+
+
+class StreamBroken(Exception):
+    """Entries that no worker had read are gone: the stream was deleted, renamed, evicted or trimmed by somebody."""
 
 
 class TrimResult(msgspec.Struct, frozen=True):
@@ -291,6 +381,8 @@ class Feed:
         self._redis = redis
         self._stream = stream_key
         self._cursor_key = cursor_key
+        self._lease = key_of(LEASE, stream_key)
+        self._keys_for_append = [key_of(key, stream_key) for key in (DEAD_LETTERS_KEY, REPAIRS, GAPS, RELAYS, TAIL)]
         self._max_len = max_stream_len
         self._max_bytes = stream_bytes_max
         self._dead_letter_maxlen = dead_letter_maxlen
@@ -301,7 +393,12 @@ class Feed:
         self._host = ""
         self._cursor = ""  # the cursor key's text as this reader saw or wrote it last
         self._bytes = 0  # of the stream: as last measured, plus what was appended since
+        self._newest = ""  # mark of the entry appended last, if it was not left in Redis yet
+        self._unread = ""  # the first unread id when we looked last
+        self._finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._append = redis.register_script(_APPEND)
+        self._watch = redis.register_script(_WATCH)
+        self._go_back = redis.register_script(_GO_BACK)
         self._renew = redis.register_script(_RENEW)
         self._release = redis.register_script(_RELEASE)
         self._set_aside_abandoned = redis.register_script(_SET_ASIDE_ABANDONED)
@@ -318,6 +415,25 @@ class Feed:
         if kind not in (b"none", b"stream"):
             raise Unreachable(f"{self._stream} is a {kind.decode()}, not a stream")
 
+    def _key(self, key: str) -> str:
+        return key_of(key, self._stream)
+
+    def cursor_of(self, host: str) -> str:
+        """The key of that relay's cursor."""
+        return f"{self._key(CURSOR_OF.rstrip(':'))}:{host}"
+
+    async def own_cursor(self) -> None:
+        """Refuse a cursor that a reader of another stream is moving."""
+        key = CURSOR_STREAM + self._cursor_key
+        async with translating(self._redis):
+            other = cast("bytes", await self._redis.get(key) or b"").decode("utf-8", "replace")
+            if other not in ("", self._stream) and await self._redis.exists(key_of(LEASE, other)):
+                raise ConfigError(
+                    f"{self._cursor_key} is the cursor of the reader of {other}, which is at work: give the reader of "
+                    f"{self._stream} a REDIS_CURSOR_KEY of its own"
+                )
+            await self._redis.set(key, self._stream)
+
     async def run_id(self) -> str:
         """Names this run of the server: another one means that it restarted or that another took over."""
         async with translating(self._redis):
@@ -326,7 +442,7 @@ class Feed:
     async def acquire(self) -> bool:
         """Take the lease, or keep it; False while another reader has it."""
         async with translating(self._redis):
-            return not await self._renew(keys=[LEASE], args=[self._token, LEASE_MS])
+            return not await self._renew(keys=[self._lease], args=[self._token, LEASE_MS])
 
     async def renew(self) -> None:
         if not await self.acquire():
@@ -334,7 +450,7 @@ class Feed:
 
     async def release(self) -> None:
         async with translating(self._redis):
-            await self._release(keys=[LEASE], args=[self._token])
+            await self._release(keys=[self._lease], args=[self._token])
 
     async def peek_cursor(self) -> str:
         """The main cursor's text, '' when there is none."""
@@ -350,9 +466,11 @@ class Feed:
         async with translating(self._redis):
             pipe = self._redis.pipeline(transaction=True)
             pipe.get(self._cursor_key)
-            pipe.get(RELAY)
-            pipe.get(CURSOR_OF + host)
-            main, relay, kept = cast("tuple[bytes | None, bytes | None, bytes | None]", await pipe.execute())
+            pipe.get(self._key(RELAY))
+            pipe.get(self.cursor_of(host))
+            pipe.get(self._key(FINISHED))
+            main, relay, kept, finished = cast("tuple[bytes | None, ...]", await pipe.execute())
+        self._note_finished(finished or b"")
         self._host = host
         self._cursor = (main or b"").decode("utf-8", "replace")
         owner: str | None = relay.decode() if relay and main else None
@@ -373,13 +491,10 @@ class Feed:
         keys = [
             self._stream,
             self._cursor_key,
-            LEASE,
-            CURSOR_OF + self._host,
-            RELAY,
-            DEAD_LETTERS_KEY,
-            REPAIRS,
-            GAPS,
-            RELAYS,
+            self._lease,
+            self.cursor_of(self._host),
+            self._key(RELAY),
+            *self._keys_for_append,
         ]
         arguments: list[bytes | str | int] = [
             self._token,
@@ -398,6 +513,8 @@ class Feed:
             answer, detail = cast("list[bytes]", await self._append(keys=keys, args=arguments))
         if answer == b"full":
             return False
+        if answer == b"broken":
+            raise StreamBroken
         if answer == b"lease":
             raise LeaseLost("another reader has taken the lease")
         if answer == b"cursor":
@@ -405,8 +522,51 @@ class Feed:
             raise LeaseLost(f"{self._cursor_key} holds {found} where this reader had left {self._cursor or 'nothing'}")
         if after:
             self._cursor = after
+            if detail not in (b"", b"already"):
+                self._newest = f"{detail.decode()} {after} {self._host}"
         self._bytes += chunk.bytes
         return True
+
+    def finished_seq(self) -> int | None:
+        """How far the workers had finished this relay's events, as far as we know."""
+        return self._finished[1] if self._finished is not None and self._finished[0] == self._host else None
+
+    def _note_finished(self, mark: bytes) -> None:
+        if mark:
+            _, seq, host = mark.decode().split(" ")
+            self._finished = (host, int(seq))
+
+    async def watch(self) -> None:
+        """Look whether what is unread is still there; StreamBroken when it is not."""
+        async with translating(self._redis):
+            broken, finished, unread = await self._watch(
+                keys=[
+                    self._stream,
+                    self._key(MARKS),
+                    self._key(FINISHED),
+                    key_of(HELD_KEY, self._stream, self._group or GROUP),
+                ],
+                args=[self._group, self._newest, MARKS_MAX, self._unread],
+            )
+        self._newest, self._unread = "", unread.decode()
+        self._note_finished(finished)
+        if broken:
+            raise StreamBroken
+
+    async def go_back(self, seq: int | None, gap: bytes) -> bool:
+        """After StreamBroken: move the cursor back to `seq`, or leave it and record a gap. False: it is not ours."""
+        keys = [
+            self._cursor_key,
+            self._lease,
+            self.cursor_of(self._host),
+            *map(self._key, (TAIL, MARKS, FINISHED, GAPS)),
+        ]
+        after = "" if seq is None else str(seq)
+        async with translating(self._redis):
+            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT])
+        if done:
+            self._newest = self._unread = ""
+        return bool(done)
 
     async def trim(self, *, make_room: bool = False) -> TrimResult:
         """Remove what every group has finished, then measure the stream if its bytes are limited.
@@ -434,14 +594,14 @@ class Feed:
         async with translating(self._redis):
             try:
                 moved, ghosts = await self._set_aside_abandoned(
-                    keys=[self._stream, LEDGER_KEY, METRICS_KEY, DEAD_LETTERS_KEY],
+                    keys=[self._stream, self._key(LEDGER_KEY), METRICS_KEY, self._key(DEAD_LETTERS_KEY)],
                     args=[
                         self._group,
                         abandoned_ms,
                         abandoned_ms // 60,
                         self._dead_letter_maxlen,
                         int(time.time() * 1000),
-                        LEASE_PREFIX,
+                        lease_prefix(self._stream),
                     ],
                 )
             except ResponseError as error:
@@ -465,7 +625,7 @@ class Feed:
         for event in broadcast:
             pipe.publish(BROADCAST, event)
         if stats:
-            pipe.hset(READER_STATS, items=[part for pair in stats.items() for part in pair])
+            pipe.hset(self._key(READER_STATS), items=[part for pair in stats.items() for part in pair])
         async with translating(self._redis):
             await pipe.execute()
 
@@ -488,7 +648,8 @@ async def trim_finished(
     trim = redis.register_script(_TRIM)
     async with translating(redis):
         answer = await trim(
-            keys=[stream_key], args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups]
+            keys=[stream_key, key_of(HELD_KEY, stream_key, group or GROUP)],
+            args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups],
         )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
     return TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode())

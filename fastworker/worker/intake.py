@@ -25,6 +25,8 @@ class ClaimableStream(Protocol):
     """The part of `stream.consumer.WorkerStream` that entries come from."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def backlog(self) -> bool: ...
     async def read(self, block_ms: int) -> list[Entry]: ...
     async def read_own(self, after: str, count: int = ...) -> tuple[list[Entry], str | None]: ...
@@ -91,8 +93,12 @@ class Intake:
         """Who may be dead. Whether one is, the claim decides: only it can look at the lease and take in one step."""
         self._scan_at = time.monotonic() + self._scan_s * random.uniform(0.8, 1.2)
         ours = await self._stream.known_names()
+        consumers = await self._stream.consumers()
         self._suspects = [
             (one.name, self._own_idle_ms if one.name in ours else self._foreign_idle_ms)
-            for one in await self._stream.consumers()
+            for one in consumers
             if one.name in ours or (one.pending and one.idle_ms >= self._foreign_idle_ms)
         ]
+        # Deleted by somebody: what it held and did not finish is found by what it said that it holds.
+        deleted = ours - {one.name for one in consumers} - {self._stream.name}
+        self._suspects += [(name, self._own_idle_ms) for name in sorted(deleted)]

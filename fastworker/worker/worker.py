@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
 FIGURES_S = 0.5
+TELL_S = 0.5  # what is held for longer than this was told: nobody trims it, whatever becomes of the pending list
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
@@ -224,7 +225,8 @@ async def _run(
     renew_s = settings.lease_ms / 1000 / RENEWALS
     async with asyncio.TaskGroup() as group:
         side_tasks = [
-            group.create_task(_every(renew_s, partial(_renew, streams, renew_s)), name="renew leases"),
+            group.create_task(_every(renew_s, partial(_renew, streams)), name="renew leases"),
+            group.create_task(_every(TELL_S, partial(_tell_held, streams)), name="tell what is held"),
             group.create_task(
                 _every(MAINTAIN_S, partial(_maintain, slot, store, streams[0], pipelines)), name="maintain"
             ),
@@ -249,14 +251,27 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
 
-async def _renew(streams: list[WorkerStream], renew_s: float) -> None:
+async def _renew(streams: list[WorkerStream]) -> None:
     try:
         for stream in streams:
-            await stream.renew(idle_ms=int(renew_s * 1000))
+            restored = await stream.renew()
+            if restored:
+                log.warning(
+                    "%d entries that %s holds were no longer pending: somebody deleted the consumer (XGROUP "
+                    "DELCONSUMER) or acknowledged them; they are pending again", restored, stream.name,
+                )  # fmt: skip
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except LeaseLostError as error:
         raise StartAgain(str(error)) from error
+
+
+async def _tell_held(streams: list[WorkerStream]) -> None:
+    try:
+        for stream in streams:
+            await stream.tell_held()
+    except StreamUnavailable:
+        pass  # the pipelines wait for Redis, and say so
 
 
 async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:

@@ -84,6 +84,7 @@ def _sha(script: str) -> bytes:
 
 COMMANDS = {
     "a read": b"\r\nXREADGROUP\r\n",
+    "a burst": _sha(stream._READ),
     "an ack": _sha(stream._ACK),
     "setting aside": _sha(stream._SET_ASIDE),
     "renewing a lease": _sha(stream._RENEW),

@@ -26,6 +26,7 @@ from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailab
 from fastworker.event.entry import decode_entry
 from fastworker.process.backoff import Backoff
 from fastworker.reader import reader as reader_module
+from fastworker.reader import relay as relay_module
 from fastworker.reader import start as start_module
 from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
 from fastworker.stream import feed as feed_module
@@ -580,13 +581,114 @@ async def test_a_frame_too_large_to_receive_is_passed_over(
     relay.add(1, 2)
     relay.frames.append((5, b"x" * 200_000))
     relay.add(6, 7)
+    relay.frames.append((20, b"x" * 200_000))
+    relay.add(*range(21, 60))
     async with reading(settings(redis_url, relay)) as stats:
-        await until(cursor_is(redis, 7))
-    assert await seqs(redis) == [1, 2, 6, 7]
-    assert relay.asked == [0, 3, 4, 6]
-    assert stats.drops["oversized"] == 3
-    (gap,) = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
-    assert (gap["reason"], gap["after"], gap["resumed"]) == ("oversized", 2, 6)
+        await until(cursor_is(redis, 59))
+    assert await seqs(redis) == [1, 2, 6, 7, *range(21, 60)]
+    assert relay.asked == [0, 3, 4, 6, 5, 6, 8, 9, 11, 15, 23, 19, 21, 20, 21]
+    assert stats.drops["oversized"] == 2
+    gaps = [json.loads(text) for text in await redis.lrange(feed_module.GAPS, 0, -1)]
+    assert [(gap["reason"], gap["after"], gap["resumed"]) for gap in gaps] == [
+        ("oversized", 7, 21),
+        ("oversized", 2, 6),
+    ]
+
+
+async def test_a_relay_that_never_answers_close_is_closed() -> None:
+    """It goes on sending: each message is less than the limit away, the whole is not."""
+
+    async def serve(_self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(autoclose=False)
+        await socket.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await socket.send_bytes(b"hello")
+                await asyncio.sleep(0.02)
+        return socket
+
+    relay = Relay()
+    relay.answers = [serve]
+    await relay.start()
+    try:
+        subscription = await relay_module.subscribe(relay_module.RelayAddress.parse(relay.url), None)
+        await subscription.receive()
+        await asyncio.wait_for(subscription.close(), 5)
+    finally:
+        await relay.stop()
+
+
+async def test_a_handshake_byte_by_byte_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "HANDSHAKE_S", 0.5)
+
+    gone = asyncio.Event()
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nX-A: ")
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"a")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+        gone.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        address = relay_module.RelayAddress.parse(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(relay_module.RelayRefused, match="no open connection within"):
+            await asyncio.wait_for(relay_module.subscribe(address, None), 5)
+        await asyncio.wait_for(gone.wait(), 5)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_no_event_is_no_sign_of_life(relay: Relay, redis: Redis, redis_url: str) -> None:
+    """#info for ever: with another relay at hand the reader goes on to it."""
+
+    async def chatter(_self: Relay, request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        with suppress(ConnectionError):
+            while not socket.closed:
+                await socket.send_bytes(frame("#info", {"name": "Hello"}))
+                with suppress(TimeoutError):
+                    await socket.receive(timeout=0.02)
+        return socket
+
+    other = Relay()
+    await other.start()
+    other.add(1)
+    await redis.set(feed_module.CURSOR_OF + other.host, "0")
+    await redis.set(CURSOR, "0")
+    await redis.set(feed_module.RELAY, relay.host)
+    relay.answers = [chatter] * 10
+    try:
+        async with reading(settings(redis_url, relay, other, silence_floor_s=0.5)) as stats:
+            await until(lambda: stats.last_seq == 1)
+            assert stats.relay == other.host
+        assert len(relay.asked) == 1
+    finally:
+        await other.stop()
+
+
+async def test_retry_after_is_not_waited_out_where_there_is_another_relay(
+    relay: Relay, redis: Redis, redis_url: str
+) -> None:
+    async def busy(_self: Relay, _request: web.Request) -> web.StreamResponse:
+        return web.Response(status=503, headers={"Retry-After": "600"})
+
+    other = Relay()
+    await other.start()
+    other.add(1)
+    await redis.set(feed_module.CURSOR_OF + other.host, "0")
+    await redis.set(CURSOR, "0")
+    await redis.set(feed_module.RELAY, relay.host)
+    relay.answers = [busy] * 10
+    try:
+        async with reading(settings(redis_url, relay, other)) as stats:
+            await until(lambda: stats.last_seq == 1, 20)
+        assert len(relay.asked) == 1
+    finally:
+        await other.stop()
 
 
 async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
@@ -807,6 +909,23 @@ async def test_two_readers_do_no_harm(relay: Relay, redis: Redis, redis_url: str
     assert await seqs(redis) == list(range(1, 22))
 
 
+async def test_two_streams_on_one_redis(relay: Relay, redis: Redis, redis_url: str) -> None:
+    """Production and staging: each has its lease, marks and cursors; a cursor that two streams share is refused."""
+    relay.add(*range(1, 11))
+    staging = settings(redis_url, relay, stream_key="staging:events", cursor_key="staging:cursor")
+    for key in (CURSOR, "staging:cursor"):
+        await redis.set(key, "0")
+    async with reading(settings(redis_url, relay)), reading(staging):
+        await until(cursor_is(redis, 10))
+        await until(lambda: redis.xlen("staging:events"))
+        assert await redis.xlen("staging:events") == 10
+        assert await redis.exists("fastworker:reader", "fastworker:reader:staging:events") == 2
+        assert await redis.get(f"fastworker:cursor:staging:events:{relay.host}") == b"10"
+        other = settings(redis_url, relay, stream_key="test:events")
+        with pytest.raises(ConfigError, match=f"{CURSOR} is the cursor of the reader of {STREAM}"):
+            await asyncio.wait_for(run_reader(other, asyncio.Event()), 10)
+
+
 async def test_steps_back_from_a_foreign_reader_and_goes_on_from_its_cursor(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -850,6 +969,147 @@ async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None
             await until(lambda: not stats.standby)
         assert stats.last_seq == 101
         await redis.aclose()
+
+
+async def _delete(redis: Redis) -> None:
+    await redis.delete(STREAM)
+
+
+async def _rename(redis: Redis) -> None:
+    await redis.rename(STREAM, "elsewhere")
+
+
+async def _replace(redis: Redis) -> None:
+    """As a worker does that finds its group gone."""
+    pipe = redis.pipeline(transaction=True)
+    pipe.delete(STREAM)
+    pipe.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await pipe.execute()
+
+
+async def _replace_and_use(redis: Redis) -> None:
+    await _replace(redis)
+    await redis.xadd(STREAM, {"type": "identity", "data": "{}", "seq": "0"})
+
+
+async def _trim(redis: Redis) -> None:
+    await redis.xtrim(STREAM, maxlen=20, approximate=False)
+
+
+async def _trim_a_little(redis: Redis) -> None:
+    await redis.xtrim(STREAM, maxlen=69, approximate=False)
+
+
+LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little]
+
+
+async def _read(redis: Redis, count: int) -> set[int]:
+    """As a worker whose entries are all stored; the seqs."""
+    found = await redis.xreadgroup("firehose-processors", "w-0", {STREAM: ">"}, count=count)
+    entries = found[0][1] if found else []
+    if entries:
+        await redis.xack(STREAM, "firehose-processors", *[entry_id for entry_id, _ in entries])
+    return {int(fields[b"seq"]) for _, fields in entries}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "TICK_S", 0.1)
+    monkeypatch.setattr(reader_module, "SETTLE_S", 0.5)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("lose", "known"),
+    [(lose, "by redis") for lose in LOSSES]
+    + [(_delete, "by postgresql"), (_delete, "by nobody"), (_trim, "by postgresql"), (_trim, "by nobody")],
+)
+async def test_what_somebody_removes_unread_comes_again_or_is_told(
+    relay: Relay, redis: Redis, redis_url: str, lose: Callable[[Redis], Awaitable[None]], known: str
+) -> None:
+    async def fallback(_host: str) -> int | None:
+        return 25 if known == "by postgresql" else None
+
+    await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    stored: set[int] = set()
+    async with reading(settings(redis_url, relay), fallback_seq=fallback) as stats:
+        if known != "by nobody":
+            relay.add(*range(1, 31))
+            await until(cursor_is(redis, 30))
+            await until(lambda: redis.llen(feed_module.MARKS))
+            stored |= await _read(redis, 30)
+            await until(lambda: redis.get(feed_module.FINISHED))
+        relay.add(*range(31, 101))
+        await until(cursor_is(redis, 100))
+        await until(lambda: redis.llen(feed_module.MARKS))
+        await lose(redis)
+        with suppress(Exception):
+            await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+        relay.add(101)
+        await until(lambda: len(relay.asked) == 2)
+        await until(cursor_is(redis, 101))
+        await until(lambda: stats.last_seq == 101)
+    while some := await _read(redis, 100):
+        stored |= some
+    if known == "by nobody":
+        [gap] = await redis.lrange(feed_module.GAPS, 0, -1)
+        assert json.loads(gap)["reason"] == "stream_lost"
+        assert json.loads(gap)["resumed"] >= 100
+    else:
+        assert stored - {0} == set(range(1, 102))
+        assert await redis.llen(feed_module.GAPS) == 0
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_stream_that_is_lost_while_no_reader_runs(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 31))
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 30))
+        await until(lambda: redis.llen(feed_module.MARKS))
+        await _read(redis, 30)
+        await until(lambda: redis.get(feed_module.FINISHED))
+        relay.add(*range(31, 61))
+        await until(cursor_is(redis, 60))
+    await redis.delete(STREAM)
+    relay.add(61)
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 61))
+    assert await seqs(redis) == list(range(31, 62))
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_empty_redis_without_postgresql_is_told(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 31))
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 30))
+        await redis.flushall()
+        relay.add(*range(31, 61))
+        await until(cursor_is(redis, 60))
+        assert stats.gaps == 1
+    assert await seqs(redis) == list(range(31, 61))
+    [gap] = await redis.lrange(feed_module.GAPS, 0, -1)
+    assert (json.loads(gap)["after"], json.loads(gap)["resumed"]) == (None, 31)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_finished_may_be_trimmed_by_anybody(relay: Relay, redis: Redis, redis_url: str) -> None:
+    await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    async with reading(settings(redis_url, relay, keep_s=600.0)) as stats:
+        for first in range(1, 200, 50):
+            relay.add(*range(first, first + 50))
+            await until(cursor_is(redis, first + 49))
+            await _read(redis, 30)
+            await redis.xtrim(STREAM, maxlen=await redis.xlen(STREAM) - 25, approximate=False)
+            await until(lambda: redis.llen(feed_module.MARKS))
+        await asyncio.sleep(0.3)
+        assert stats.gaps == 0
+    assert (await seqs(redis))[-1] == 200
+    assert len(relay.asked) == 1
 
 
 async def test_redis_without_memory_takes_all_of_a_chunk_or_nothing(relay: Relay, server_dir: Path) -> None:
