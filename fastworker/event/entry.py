@@ -185,7 +185,7 @@ def _json_drops(members: Any) -> list[Drop]:
     """What our reader dropped. From anyone else the member means nothing."""
     try:
         return msgspec.convert(members, list[Drop])
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # a lone surrogate
         return []
 
 

@@ -2,8 +2,9 @@
 
 libipld gives links and byte strings alike as `bytes`. Which of the two a value is follows from the
 block: a link stands there behind tag 42, a byte string behind its own length. When that does not
-decide, or the JSON is not what jsonb takes (NUL, lone surrogates) or what orjson writes (integers
-beyond 64 bits), the slow path decodes the block again exactly and cleans every value.
+decide, or there are many of them (each is searched for in the whole block), or the JSON is not what
+jsonb takes (NUL, lone surrogates) or what orjson writes (integers beyond 64 bits), the slow path
+decodes the block again exactly and cleans every value.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import orjson
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Op, Record
 from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, decode
+
+SEARCHES_MAX = 16  # of one block for links; a post has up to four blobs
 
 _dirty = re.compile("[\0\ud800-\udfff]")
 _hex_cid = re.compile(r"01(?:55|71)1220[0-9a-f]{64}", re.ASCII).fullmatch
@@ -122,9 +125,12 @@ def nesting_exceeds(value: Any, levels: int) -> bool:
 
 def _lexicon_json(block: bytes) -> Any:
     """The hook for orjson, called for each `bytes` in the value. Raising sends us to the slow path."""
+    left = SEARCHES_MAX
 
     def hook(value: bytes) -> dict[str, str] | None:
-        if type(value) is not bytes:
+        nonlocal left
+        left -= 1
+        if type(value) is not bytes or left < 0:
             raise TypeError
         is_link = b"\xd8\x2a" + _byte_string(b"\0" + value) in block
         if is_link == (_byte_string(value) in block):
@@ -161,21 +167,13 @@ def _slow_json(value: Any, block: bytes | None, *, clean: bool) -> bytes:
     links: set[bytes] = set()
     if block is not None:
         record = decode(block)
-        found = _find(record, value)
-        value = value if found is None else found
         contents: set[bytes] = set()
         _collect(record, links, contents)
-        links -= contents
+        if not links.isdisjoint(contents):  # the same bytes as a link and as a byte string: only their place tells
+            value = next((part for part in (record, *record.values()) if part == value), value)
+            links -= contents
     plain = _plain(value, links, clean_text if clean else str)
     return json.dumps(plain, ensure_ascii=not clean, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _find(tree: Any, value: Any) -> Any | None:
-    """The first part of the record that equals the value: the same, with its links told apart."""
-    if tree == value:
-        return tree
-    inner = tree.values() if type(tree) is dict else tree if type(tree) is list else ()
-    return next((found for part in inner if (found := _find(part, value)) is not None), None)
 
 
 def _collect(tree: Any, links: set[bytes], contents: set[bytes]) -> None:

@@ -79,6 +79,22 @@ class Store(Protocol):
     async def absent(self, changes: list[Change]) -> set[str]: ...
 
 
+class _Turn:
+    """Work at a stretch, by the clock: a hostile entry takes as long as a thousand others. Ask after each entry."""
+
+    __slots__ = ("_ends",)
+
+    def __init__(self) -> None:
+        self._ends = time.perf_counter() + TURN_S
+
+    def is_over(self) -> bool:
+        return time.perf_counter() >= self._ends
+
+    async def next(self) -> None:
+        await asyncio.sleep(0)
+        self._ends = time.perf_counter() + TURN_S
+
+
 class DeadLetterLimit:
     """Stops the worker when too much is set aside: a bad release must not empty the stream into the dead letters."""
 
@@ -302,7 +318,7 @@ class Pipeline:
         try:
             while True:
                 if writing is None and self._postponed:
-                    self._bring_back(at_last=stopping.is_set())
+                    await self._bring_back(at_last=stopping.is_set())
                 if writing is None and self._filling:
                     self._writing, self._filling = self._filling, Held(self._ground)
                     self._flush_at = time.monotonic()
@@ -355,7 +371,7 @@ class Pipeline:
         filling, writing = self._filling, self._writing.entries if self._writing else {}
         if entries and not filling:
             filling.since_ms = now_ms()
-        turn_ends = time.perf_counter() + TURN_S
+        turn = _Turn()
         taken = 0
         for entry_id, fields in entries:
             if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
@@ -368,22 +384,23 @@ class Pipeline:
             else:
                 self._dead_letters.good()
             taken += 1
-            if not taken & 15 and time.perf_counter() >= turn_ends:
-                await asyncio.sleep(0)
-                turn_ends = time.perf_counter() + TURN_S
+            if turn.is_over():
+                await turn.next()
         if taken:
             self._slot.add(read=taken)
             if filling.mark is not None:
                 self._marks.append(filling.mark)
 
-    def _bring_back(self, *, at_last: bool) -> None:
+    async def _bring_back(self, *, at_last: bool) -> None:
         """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
-        postponed, self._postponed = self._postponed, {}
         before = now_ms() - POSTPONED_MS_MAX
-        for entry_id, (fields, since_ms) in postponed.items():
+        turn = _Turn()
+        for entry_id, (fields, since_ms) in list(self._postponed.items()):
             self._filling.since_ms = self._filling.since_ms or since_ms
-            if not self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
-                self._postponed[entry_id] = (fields, since_ms)
+            if self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
+                del self._postponed[entry_id]
+            if turn.is_over():
+                await turn.next()
 
     # --- the flush
 
@@ -414,6 +431,7 @@ class Pipeline:
         upserts = [change for changes in held.before_horizon.values() for change in changes]
         absent = await self._persist(State.WAITING_FOR_STORE, lambda: self._store.absent(upserts))
         held.ground = held.ground._replace(pruned_until=_NEVER)
+        turn = _Turn()
         for entry_id, changes in held.before_horizon.items():
             fields = held.entries[entry_id]
             unknown = sorted(change.uri for change in changes if change.uri in absent)
@@ -421,6 +439,8 @@ class Pipeline:
                 held.rejected.append(SetAside(entry_id, fields, Reason.OLDER_THAN_TOMBSTONES, " ".join(unknown[:3])))
             else:
                 held.apply(entry_id, fields)
+            if turn.is_over():
+                await turn.next()
 
     async def _write(self, batch: Batch) -> list[Reason]:
         """One flush, as often as it takes; the reasons of ops that the store itself dropped."""
@@ -497,8 +517,11 @@ class Pipeline:
         for half in (entries[:middle], entries[middle:]):
             part = Held()
             part.since_ms = held.since_ms
+            turn = _Turn()
             for entry_id, fields in half:
                 part.apply(entry_id, fields)
+                if turn.is_over():
+                    await turn.next()
             await self._flush(part)
             await asyncio.sleep(0)
 

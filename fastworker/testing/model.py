@@ -72,12 +72,10 @@ NSID = re.compile(
 )
 RKEY = re.compile(r"[A-Za-z0-9._:~-]{1,512}")
 HANDLE = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
-NEAR_DATE = re.compile(
-    r"\s*(\d{4})-(\d{1,2})-(\d{1,2})"
-    r"(?:(?:[Tt_]|\s+)(\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:[.,](\d*))?)?)?"
-    r"\s*(?:[Zz]|([+-])(\d{1,2}):?(\d\d)?)?\s*",
-    re.ASCII,
-)
+NEAR_DAY = re.compile(r"(\d{4}|[+-]\d{6})-(\d{1,2})-(\d{1,2})", re.ASCII)
+NEAR_TIME = re.compile(r"(?:[Tt_]|\s+)(\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:[.,](\d*))?)?", re.ASCII)
+NEAR_OFFSET = re.compile(r"[Zz]|([+-])(\d{1,2}):?(\d\d)?", re.ASCII)
+SPACES = " \t\n\r\f\v"
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the tables hold UTC without a zone
 CLOCK_SKEW = timedelta(minutes=2)
@@ -114,7 +112,8 @@ def parse_time(value: Any) -> datetime | None:
     """A naive UTC datetime; None for what is not a date.
 
     Choice: a date is what `datetime.fromisoformat` reads (UTC where no offset is given), or the near misses that
-    clients write: spaces around it, one digit where two belong, lower-case `t` and `z`, 24:00, a leap second, year 0.
+    clients write: spaces around it, one digit where two belong, lower-case `t` and `z`, 24:00, a leap second, year 0,
+    a year of six digits with its sign.
     """
     if not isinstance(value, str):
         return None
@@ -126,23 +125,35 @@ def parse_time(value: Any) -> datetime | None:
 
 
 def _near_date(text: str) -> datetime | None:
-    found = NEAR_DATE.fullmatch(text)
-    if found is None:
+    text = text.strip(SPACES)
+    on = NEAR_DAY.match(text)
+    if on is None:
         return None
-    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
-    micro, offset_hour, offset_minute = int(((found[7] or "") + "000000")[:6]), int(found[9] or 0), int(found[10] or 0)
+    text = text[on.end() :]
+    at = NEAR_TIME.match(text)
+    text = text[at.end() if at else 0 :].lstrip(SPACES)
+    zone = NEAR_OFFSET.fullmatch(text)
+    if text and zone is None:
+        return None
+    year, month, day = (int(part) for part in on.groups())
+    hour, minute, second = (int(part or 0) for part in at.groups()[:3]) if at else (0, 0, 0)
+    micro = int(((at[4] if at else None) or "").ljust(6, "0")[:6])
+    sign, offset_hour, offset_minute = (zone[1], int(zone[2] or 0), int(zone[3] or 0)) if zone else (None, 0, 0)
     is_time = (hour < 24 or (hour, minute, second) == (24, 0, 0)) and minute < 60 and second <= 60
     if not is_time or offset_hour > 23 or offset_minute > 59:
         return None
     try:
-        midnight = datetime(year or 2000, month, day)  # noqa: DTZ001 - the calendar of year 0 is that of 2000
+        # the calendar repeats every 400 years
+        midnight = datetime(year if 0 < year < 10_000 else 2000 + year % 400, month, day)  # noqa: DTZ001
     except ValueError:
         return None
-    if year == 0:
+    if year <= 0:
         return datetime.min  # noqa: DTZ901 - what Python cannot say is the nearest that it can
+    if year >= 10_000:
+        return datetime.max  # noqa: DTZ901
     offset = timedelta(hours=offset_hour, minutes=offset_minute)
     passed = timedelta(hours=hour, minutes=minute, seconds=second, microseconds=micro)
-    return _shift(midnight, passed + offset if found[8] == "-" else passed - offset)
+    return _shift(midnight, passed + offset if sign == "-" else passed - offset)
 
 
 def _shift(at: datetime, by: timedelta) -> datetime:
