@@ -16,6 +16,7 @@ import msgspec
 import orjson
 
 from fastworker.edge.store import translating
+from fastworker.event.syntax import DID
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, Table
 
@@ -113,11 +114,12 @@ def _string(value: str, member: str) -> str:
 _FEATURES = "f.facet->'features'"
 # Of a posts row p: the post that it quotes, the DIDs that it mentions, the notifications that it causes.
 _QUOTE = (
-    "(SELECT s.quoted_uri, CASE WHEN length(s.quoted_cid) <= 255 THEN s.quoted_cid END AS quoted_cid FROM ("
+    "(SELECT s.quoted_uri, CASE WHEN s.quoted_cid ~ '^[a-zA-Z0-9+=]+$' AND length(s.quoted_cid) <= 255 "
+    "THEN s.quoted_cid END AS quoted_cid FROM ("
     f"SELECT {_string('r.ref', 'uri')} AS quoted_uri, {_string('r.ref', 'cid')} AS quoted_cid FROM ("
     "SELECT CASE p.embed->>'$type' WHEN 'app.bsky.embed.record' THEN p.embed->'record' "
     "WHEN 'app.bsky.embed.recordWithMedia' THEN p.embed->'record'->'record' END AS ref) AS r) AS s "
-    "WHERE s.quoted_uri ~ '^at://did:[^/]*/app\\.bsky\\.feed\\.post/[^/]+$' AND length(s.quoted_uri) <= 512 "
+    f"WHERE s.quoted_uri ~ '^at://{DID}/app\\.bsky\\.feed\\.post/[!-.0-~]+$' AND length(s.quoted_uri) <= 512 "
     f"AND length({_did('s.quoted_uri')}) <= 255)"
 )
 _MENTIONS = (
@@ -125,7 +127,7 @@ _MENTIONS = (
     f"SELECT {_string('t.feature', 'did')} AS did, f.i, t.j "
     f"FROM {_elements('p.facets')} AS f (facet, i), {_elements(_FEATURES)} AS t (feature, j) "
     "WHERE t.feature->>'$type' = 'app.bsky.richtext.facet#mention') AS m "
-    "WHERE m.did LIKE 'did:%' AND length(m.did) <= 255 GROUP BY m.did ORDER BY min(ARRAY[m.i, m.j]) LIMIT 100)"
+    f"WHERE m.did ~ '^{DID}$' AND length(m.did) <= 255 GROUP BY m.did ORDER BY min(ARRAY[m.i, m.j]) LIMIT 100)"
 )
 _POST_NOTES = (
     "(SELECT n.* FROM ("
@@ -268,7 +270,9 @@ _THREAD_GATES = _gates(
     f"coalesce((SELECT jsonb_agg(r.rule->'list' ORDER BY r.i) FROM {_elements(_ALLOW)} AS r (rule, i) "
     f"WHERE r.rule->>'$type' = '{_THREAD_RULE}listRule' AND jsonb_typeof(r.rule->'list') = 'string'), '[]') "
     "AS allow_list_uris, g.created_at",
-    f"jsonb_typeof({_ALLOW}) = 'array'",
+    f"jsonb_typeof({_ALLOW}) = 'array' AND NOT EXISTS (SELECT 1 FROM {_elements(_ALLOW)} AS r (rule, i) "
+    "WHERE jsonb_typeof(r.rule->'$type') = 'string' AND r.rule->>'$type' NOT IN "
+    f"('{_THREAD_RULE}mentionRule', '{_THREAD_RULE}followingRule', '{_THREAD_RULE}listRule'))",
 )
 _EMBEDDING, _DETACHED = "g.rules->'embeddingRules'", "g.rules->'detachedEmbeddingUris'"
 _POST_GATES = _gates(

@@ -10,6 +10,12 @@ import re
 from functools import lru_cache
 
 NSID_MAX = 317
+DID = r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]"
+"""As it stands in references, of any length: the columns have their own bounds."""
+
+_reference = re.compile(rf"at://(?:{DID}|[a-zA-Z0-9.-]+)(?:/[!-~]*)?").fullmatch
+_cid = re.compile(r"[a-zA-Z0-9+=]+").fullmatch
+_one_word = re.compile(r"(?:at://|https?://|did:)[!-~]+|b[a-z2-7]{50,}|Qm[1-9A-HJ-NP-Za-km-z]{44}").fullmatch
 
 _did = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]{0,2040}[a-zA-Z0-9._-]", re.ASCII).fullmatch
 _nsid = re.compile(
@@ -49,6 +55,20 @@ def is_tid(text: str) -> bool:
 
 def is_handle(text: str) -> bool:
     return len(text) <= 253 and _handle(text) is not None
+
+
+def is_reference(text: str) -> bool:
+    """An at:// URI. Its authority may be a handle."""
+    return _reference(text) is not None
+
+
+def is_cid(text: str) -> bool:
+    return _cid(text) is not None
+
+
+def reads_as_identifier(text: str) -> bool:
+    """Whether a text that stands anywhere is a URI, DID or CID, so that cleaning it made another one."""
+    return _one_word(text) is not None
 
 
 def split_path(path: str) -> tuple[str, str] | None:

@@ -64,6 +64,9 @@ ODD: tuple[Any, ...] = (
     2**63,
     "",
     "n\x00ul",
+    f"at://{DIDS[1]}/app.bsky.feed.post/{RKEYS[0]}\x00",
+    f"at://{DIDS[1]} /app.bsky.feed.post/{RKEYS[0]}",
+    "\x00" + DIDS[1],
     "\ud800half",
     "\u00e9" * 600,
     [],
@@ -71,6 +74,7 @@ ODD: tuple[Any, ...] = (
     {},
     {"a\x00": "\x00"},
 )
+ONE_EACH = {"app.bsky.actor.profile", "app.bsky.actor.status", "app.bsky.labeler.service"}  # their rkey is `self`
 WEIGHTS = {
     "app.bsky.feed.post": 8,
     "app.bsky.feed.like": 8,
@@ -224,7 +228,7 @@ class Author:
         collection = self.random.choice(self.collections)
         action = self.random.choice(("create", "create", "create", "update", "delete"))
         rkey = self.random.choice(self.rkeys)
-        if collection in {"app.bsky.actor.profile", "app.bsky.labeler.service"} and self.random.randrange(8):
+        if collection in ONE_EACH and self.random.randrange(8):
             rkey = "self"
         op = {"action": action, "path": f"{collection}/{rkey}", "cid": None}
         if action == "delete":
@@ -290,7 +294,7 @@ class Author:
         if self.random.randrange(2):
             record["embed"] = self._embed()
         if not self.random.randrange(3):
-            mentioned = [self.random.choice(self.dids) for _ in range(self.random.randrange(3))]
+            mentioned = [self.random.choice((*self.dids, "did:", f"{DIDS[1]}\x00")) for _ in range(self.random.randrange(3))]
             features = [{"$type": "app.bsky.richtext.facet#mention", "did": did} for did in mentioned]
             record["facets"] = [{"index": {"byteStart": 0, "byteEnd": 1}, "features": features}]
         if not self.random.randrange(3):

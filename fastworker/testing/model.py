@@ -33,6 +33,14 @@ DID_MAX = 255
 CID_MAX = 255
 NAME_MAX = 255
 MENTIONS_MAX = 100
+TEXT_BYTES_MAX = 100_000
+SELF_ONLY = {
+    "app.bsky.actor.profile",
+    "app.bsky.actor.status",
+    "app.bsky.labeler.service",
+    "app.bsky.notification.declaration",
+    "chat.bsky.actor.declaration",
+}
 
 FULL = frozenset(
     {
@@ -66,7 +74,11 @@ PAIRS: dict[str, tuple[str, ...]] = {
 
 DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
 AT_URI_OF_DID = re.compile(rf"at://({DID.pattern})(/[!-~]*)?")
-POST_URI = re.compile(rf"at://{DID.pattern}/app\.bsky\.feed\.post/[^/]+")
+POST_URI = re.compile(rf"at://{DID.pattern}/app\.bsky\.feed\.post/[!-.0-~]+")
+AT_URI = re.compile(rf"at://({DID.pattern}|[a-zA-Z0-9.-]+)(/[!-~]*)?")
+WORD = re.compile(r"[!-~]+")
+CID = re.compile(r"[a-zA-Z0-9+=]+")
+IDENTIFIER = re.compile(r"(at://|https?://|did:)[!-~]+|b[a-z2-7]{50,}|Qm[1-9A-HJ-NP-Za-km-z]{44}")
 NSID = re.compile(
     r"[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+\.[a-zA-Z][a-zA-Z0-9]{0,62}"
 )
@@ -86,16 +98,43 @@ class Dropped(Exception):
 
 
 def clean(value: Any) -> Any:
-    """The value as PostgreSQL can hold it: no NUL, no lone surrogate (keys too), no NaN or infinity."""
+    """The value as PostgreSQL can hold it: no NUL, no lone surrogate (keys too), no NaN or infinity.
+
+    An identifier that would be another one without them is no item and no member.
+    """
     if isinstance(value, str):
         return UNSTORABLE.sub("", value)
     if isinstance(value, list):
-        return [clean(item) for item in value]
+        return [clean(item) for item in value if not is_broken_identifier(item)]
     if isinstance(value, dict):
-        return {clean(key): clean(item) for key, item in value.items()}
+        return {clean(key): clean(item) for key, item in value.items() if not is_broken_identifier(item)}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def is_broken_identifier(value: Any) -> bool:
+    return (
+        isinstance(value, str)
+        and UNSTORABLE.search(value) is not None
+        and IDENTIFIER.fullmatch(UNSTORABLE.sub("", value)) is not None
+    )
+
+
+def loses_identifiers(value: Any) -> bool:
+    """Whether `clean` leaves something out."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(map(loses_identifiers, value)) if isinstance(value, list) else is_broken_identifier(value)
+
+
+def is_at_uri(value: Any) -> bool:
+    """A reference to a record; its authority may be a handle."""
+    return isinstance(value, str) and AT_URI.fullmatch(value) is not None
+
+
+def is_cid(value: Any) -> bool:
+    return isinstance(value, str) and CID.fullmatch(value) is not None
 
 
 def is_did(value: Any) -> bool:
@@ -199,8 +238,11 @@ class Source:
 
 
 def text_or_none(value: Any, length: int | None = None) -> str | None:
-    """Text for people: cleaned, cut where the column ends."""
-    return clean(value)[:length] if isinstance(value, str) else None
+    """Text for people: cleaned, cut where the column ends, and where what is searched of it would not fit."""
+    if not isinstance(value, str):
+        return None
+    text: str = clean(value)[:length]
+    return text.encode()[:TEXT_BYTES_MAX].decode(errors="ignore")
 
 
 def required_text(value: Any, length: int | None = None) -> str:
@@ -240,8 +282,8 @@ def required_uri(value: Any) -> str:
 
 
 def cid_or_none(value: Any) -> str | None:
-    """The CID beside a URI. Choice: one that does not fit is left out, for the URI says enough."""
-    return clean(value) if isinstance(value, str) and len(value) <= CID_MAX else None
+    """The CID beside a URI. Choice: one that is none is left out, for the URI says enough."""
+    return value if is_cid(value) and len(value) <= CID_MAX else None
 
 
 def strong_ref(value: Any) -> tuple[str | None, str | None]:
@@ -259,8 +301,8 @@ def array_or_none(value: Any) -> Any:
 
 
 def strings(value: Any) -> list[str]:
-    """The texts among the items of an array; nothing for what is no array."""
-    return [clean(item) for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    """The at:// URIs among the items of an array; nothing for what is no array."""
+    return [item for item in value if is_at_uri(item)] if isinstance(value, list) else []
 
 
 def member(value: Any, *names: str) -> Any:
@@ -279,18 +321,65 @@ def blob_cid(blob: Any) -> str | None:
         found = member(blob, "cid")
     else:
         found = ref if isinstance(ref, str) else member(ref, "$link")
-    return text_or_none(found) or None
+    return found if is_cid(found) else None
 
 
 def normal_embed(embed: Any) -> Any:
-    """The embed as the API expects it: media that name no blob are taken out, which can leave a plain quote."""
-    if member(embed, "$type") != "app.bsky.embed.recordWithMedia":
+    """The embed as the API expects it: media that name no blob and quotes that name no record are taken out."""
+    kind = member(embed, "$type")
+    if kind == "app.bsky.embed.record":
+        if bad_uri(embed.get("record")):
+            return None
+        return {**embed, "record": normal_ref(embed["record"])} if "record" in embed else embed
+    if kind != "app.bsky.embed.recordWithMedia":
         return normal_media(embed)
     media = normal_media(embed.get("media"))
-    if media is not None:
-        return {**embed, "media": media}
     quoted = member(embed, "record", "record")
-    return {"$type": "app.bsky.embed.record", "record": quoted} if isinstance(quoted, dict) else None
+    if media is None:
+        has_quote = isinstance(quoted, dict) and not bad_uri(quoted)
+        return {"$type": "app.bsky.embed.record", "record": normal_ref(quoted)} if has_quote else None
+    if bad_uri(quoted):
+        return media
+    if isinstance(quoted, dict):
+        return {**embed, "media": media, "record": {**embed["record"], "record": normal_ref(quoted)}}
+    return {**embed, "media": media}
+
+
+def bad_uri(ref: Any) -> bool:
+    uri = member(ref, "uri")
+    return isinstance(uri, str) and not is_at_uri(uri)
+
+
+def normal_ref(ref: Any) -> Any:
+    """Without a CID that is none."""
+    if isinstance(ref, dict) and isinstance(ref.get("cid"), str) and not is_cid(ref["cid"]):
+        return {name: value for name, value in ref.items() if name != "cid"}
+    return ref
+
+
+def normal_facets(facets: Any) -> Any:
+    """Without mentions of nobody and links that cleaning would change, and without facets that had nothing else."""
+    if not isinstance(facets, list):
+        return None
+    found = []
+    for facet in facets:
+        features = member(facet, "features")
+        if isinstance(features, list) and any(map(is_lost_feature, features)):
+            facet = {**facet, "features": [one for one in features if not is_lost_feature(one)]}  # noqa: PLW2901
+            if not facet["features"]:
+                continue
+        found.append(facet)
+    return found
+
+
+def is_lost_feature(feature: Any) -> bool:
+    match member(feature, "$type"):
+        case "app.bsky.richtext.facet#mention":
+            return not is_did(feature.get("did"))
+        case "app.bsky.richtext.facet#link":
+            uri = feature.get("uri")
+            return isinstance(uri, str) and UNSTORABLE.search(uri) is not None
+    return False
 
 
 def normal_media(media: Any) -> Any:
@@ -302,6 +391,9 @@ def normal_media(media: Any) -> Any:
         images = [i for i in images if blob_cid(member(i, "image"))] if isinstance(images, list) else []
         return {**media, "images": images} if images else None
     external = media.get("external")
+    address = member(external, "uri")
+    if kind == "app.bsky.embed.external" and isinstance(address, str) and UNSTORABLE.search(address):
+        return None
     if kind == "app.bsky.embed.external" and isinstance(external, dict) and not blob_cid(external.get("thumb")):
         return {**media, "external": {name: v for name, v in external.items() if name != "thumb"}}
     if kind == "app.bsky.embed.video" and not blob_cid(media.get("thumbnail")):
@@ -324,7 +416,7 @@ def post(source: Source, record: Row) -> Row:
         "root_uri": root_uri,
         "root_cid": root_cid,
         "embed": clean(normal_embed(record.get("embed"))),
-        "facets": array_or_none(record.get("facets")),
+        "facets": array_or_none(normal_facets(record.get("facets"))),
         "tags": array_or_none(record.get("tags")) or [],
         "created_at": created_at,
         "indexed_at": created_at,
@@ -338,7 +430,7 @@ def like_or_repost(source: Source, record: Row) -> Row:
         "user_did": source.repo,
         "post_uri": required_uri(member(record, "subject", "uri")),
         "subject_cid": cid_or_none(member(record, "subject", "cid")),
-        "via": object_or_none(record.get("via")),
+        "via": None if bad_uri(record.get("via")) else object_or_none(record.get("via")),
         "created_at": source.date(record.get("createdAt")),
         **source.commit_columns(),
     }
@@ -448,8 +540,9 @@ def labeler_service(source: Source, record: Row) -> Row:
 
 def label(source: Source, record: Row) -> Row:
     src = record.get("src")
-    subject = text_or_none(record.get("uri")) or text_or_none(record.get("did"))
-    if not subject:
+    subject = next((record[name] for name in ("uri", "did") if isinstance(record.get(name), str) and record[name]), "")
+    kind = AT_URI if subject.startswith("at:") else DID if subject.startswith("did:") else WORD
+    if not kind.fullmatch(subject):
         raise Dropped("bad_record")
     return {
         "uri": source.uri,
@@ -493,9 +586,7 @@ def gate(source: Source, record: Row) -> Row:
     return {"post_uri": post_uri, "record": clean(record), "created_at": source.date(record.get("createdAt"))}
 
 
-def profile(source: Source, record: Row) -> Row:
-    if source.rkey != "self":
-        raise Dropped("bad_path")
+def profile(_source: Source, record: Row) -> Row:
     pinned_uri, pinned_cid = strong_ref(record.get("pinnedPost"))
     return {
         "display_name": text_or_none(record.get("displayName"), NAME_MAX),
@@ -646,6 +737,8 @@ class Model:
         record = op.get("record")
         if not isinstance(record, dict):
             raise Dropped("bad_record")
+        if collection in SELF_ONLY and rkey != "self":
+            raise Dropped("bad_path")
         if record.get("$type", collection) != collection:
             raise Dropped("type_mismatch")
         return Held(source, index, table, to_row(source, record))
@@ -936,14 +1029,19 @@ def thread_contexts(tables: Tables) -> list[Row]:
 
 
 def thread_gates(gates: list[Held]) -> list[Row]:
-    """No `allow` means everyone may reply: no row. A list that allows nobody has a row that says so."""
+    """No `allow` means everyone may reply: no row. A list that allows nobody has a row that says so.
+
+    A rule that has no column would be a row that shuts out whom it lets in: no row.
+    """
     found = []
     for held in gates:
         allow = _row(held)["record"].get("allow")
         if not isinstance(allow, list):
             continue
         rules = [rule for rule in allow if isinstance(rule, dict)]
-        kinds = [rule.get("$type") for rule in rules]
+        kinds = [rule["$type"] for rule in rules if isinstance(rule.get("$type"), str)]
+        if any(kind.rpartition("#")[2] not in {"mentionRule", "followingRule", "listRule"} for kind in kinds):
+            continue
         found.append(
             {
                 "post_uri": _row(held)["post_uri"],
@@ -954,7 +1052,7 @@ def thread_gates(gates: list[Held]) -> list[Row]:
                 "allow_list_uris": [
                     rule["list"]
                     for rule in rules
-                    if rule.get("$type") == "app.bsky.feed.threadgate#listRule" and isinstance(rule.get("list"), str)
+                    if rule.get("$type") == "app.bsky.feed.threadgate#listRule" and is_at_uri(rule.get("list"))
                 ],
                 "created_at": _row(held)["created_at"],
             }
