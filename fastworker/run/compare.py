@@ -24,7 +24,7 @@ from fastworker.edge.audit import Audit, Check, Drift, Held, open_audit
 from fastworker.edge.redis_admin import Consumer, Count, Fields, RedisAdmin, id_ms, open_redis
 from fastworker.errors import ExitCode, InvalidEvent, StoreUnavailable, Unreachable
 from fastworker.event import Account, Commit, Identity
-from fastworker.event.entry import decode_entry
+from fastworker.event.entry import decode_entry, received_ms
 from fastworker.metrics import OUTCOMES
 from fastworker.run.migrate import check as check_schema
 from fastworker.table.batch import Batch, Change, newer
@@ -284,11 +284,11 @@ def _batch(entries: Iterable[tuple[str, Mapping[bytes, bytes]]]) -> Batch:
         except InvalidEvent:
             continue  # set aside, or lost by whoever read it: there is nothing to compare with
         if isinstance(event, Commit):
-            batch.put(map_commit(event, id_ms(entry_id)))
+            batch.put(map_commit(event, received_ms(entry_id, fields)))
         elif isinstance(event, Identity):
-            batch.put_identity(event, entry_moment(id_ms(entry_id)))
+            batch.put_identity(event, entry_moment(received_ms(entry_id, fields)))
         elif isinstance(event, Account):
-            batch.put_account(event, entry_moment(id_ms(entry_id)))
+            batch.put_account(event, entry_moment(received_ms(entry_id, fields)))
     return batch
 
 

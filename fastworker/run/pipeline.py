@@ -22,12 +22,12 @@ from fastworker.edge.stream import Entry, SetAside, Tally, id_order
 from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
-from fastworker.event.entry import decode_entry
+from fastworker.event.entry import decode_entry, received_ms
 from fastworker.run.heartbeat import Slot, State, now_ms
 from fastworker.run.overlap import Overlap, keys_of
 from fastworker.run.retry import Backoff, pause
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress
-from fastworker.table.dates import date_or, entry_moment, latest_date
+from fastworker.table.dates import moment_of, parse_date
 from fastworker.table.mapper import map_commit
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Held:
         self.entries[entry_id] = fields
         try:
             event = decode_entry(fields)
-            entry_ms = int(entry_id.partition("-")[0])
+            entry_ms = received_ms(entry_id, fields)
             if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
                 self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
                 return True
@@ -231,9 +231,8 @@ def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, date
 
 
 def _moment(event: Event, entry_ms: int) -> datetime:
-    """When the relay saw the event: its own time, else its entry's."""
-    entry_time = entry_moment(entry_ms)
-    return date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
+    """When it happened: by its own time where that can be, else when it was received."""
+    return moment_of(None if event.time is None else parse_date(event.time), entry_ms).replace(tzinfo=UTC)
 
 
 class Pipeline:
@@ -534,7 +533,7 @@ class Pipeline:
         self._dead_letters.bad(error)
         event = decode_entry(fields)
         if isinstance(event, Commit) and len(event.ops) > 1:
-            mapped = map_commit(event, int(entry_id.partition("-")[0]))
+            mapped = map_commit(event, received_ms(entry_id, fields))
             await self._write_parts(mapped, 0, len(mapped.changes))
         await self._leave_aside([SetAside(entry_id, fields, Reason.ROW_REJECTED, str(error))])
 

@@ -17,6 +17,7 @@ from typing import Any
 
 EPOCH = datetime(1970, 1, 1)
 SKEW = timedelta(minutes=2)  # how far a record may be dated after its commit (state law, Dates)
+BEHIND = timedelta(days=4)  # how far a commit may be dated before it was received: relays replay three days
 _ENTRY_MS_MAX = 253_402_300_799_999  # 9999-12-31T23:59:59.999: stream ids may be made up by hand
 
 # What repeats is possessive: it never gives back, or a date of many spaces would cost their square.
@@ -85,6 +86,15 @@ def date_or(value: Any, otherwise: datetime, latest: datetime) -> datetime:
 def entry_moment(entry_ms: int) -> datetime:
     """The moment of a stream id (milliseconds since 1970)."""
     return EPOCH + timedelta(milliseconds=min(max(entry_ms, 0), _ENTRY_MS_MAX))
+
+
+def moment_of(told: datetime | None, entry_ms: int) -> datetime:
+    """When an event happened: the time it tells, which is a claim of its host, where that is near the time at which it
+    was received; else that."""
+    received = entry_moment(entry_ms)
+    if told is not None and told <= latest_date(received) and _shifted(told, BEHIND) >= received:
+        return told
+    return received
 
 
 def latest_date(happened: datetime) -> datetime:

@@ -28,7 +28,7 @@ from fastworker.event.record import clean_text, json_text, link_text, load_recor
 from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
-from fastworker.table.dates import date_or, entry_moment, latest_date, parse_date
+from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (contract 2.1).
 URI_MAX = 512
@@ -71,7 +71,7 @@ class _Origin(msgspec.Struct, frozen=True, gc=False):
 
 
 def map_commit(commit: Commit, entry_ms: int) -> Mapped:
-    """What one commit becomes. `entry_ms`: the milliseconds of its stream id, the time of a commit that has none.
+    """What one commit becomes. `entry_ms`: when it was received (`event.entry.received_ms`).
 
     Never raises for what the network sent: an op that cannot be stored is a Drop, its siblings live.
     """
@@ -81,7 +81,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         drops.extend([Drop(Reason.TOO_LONG, op.collection, "repo") for op in commit.ops])
         return Mapped([], [], drops)
     commit_time = parse_date(commit.time) if commit.time is not None else None
-    happened = commit_time or entry_moment(entry_ms)
+    happened = moment_of(commit_time, entry_ms)
     latest = latest_date(happened)
     rev, seq = commit.rev, commit.seq
     stamp = (commit_time, None if seq is None else str(seq), rev)

@@ -46,6 +46,12 @@ ACCOUNTS = (
     (False, None),
     (False, "a-status-of-tomorrow"),
 )
+CLAIMS = {
+    3: "2099-01-01T00:00:00.000Z",
+    6: "0001-01-01T00:00:00Z",
+    9: "2025-12-20T00:00:00Z",
+    11: "-000001-12-31T00:00:00Z",
+}
 DATES = (
     "2026-01-01T00:00:00.000Z",
     "2025-12-31T23:59:59.123456Z",
@@ -185,6 +191,8 @@ def number(steps: list[Event], *, bare: bool) -> list[Event]:
             is_bare = numbered.pop("bare") and bare
             numbered["rev"] = None if is_bare else tid(seq)
             numbered["time"] = None if is_bare else numbered["time"]
+        if numbered["time"] is not None:  # a claim of the host, whose clock may be wrong
+            numbered["time"] = CLAIMS.get(seq % 13, numbered["time"])
         events.append(numbered)
     return events
 
@@ -294,7 +302,9 @@ class Author:
         if self.random.randrange(2):
             record["embed"] = self._embed()
         if not self.random.randrange(3):
-            mentioned = [self.random.choice((*self.dids, "did:", f"{DIDS[1]}\x00")) for _ in range(self.random.randrange(3))]
+            mentioned = [
+                self.random.choice((*self.dids, "did:", f"{DIDS[1]}\x00")) for _ in range(self.random.randrange(3))
+            ]
             features = [{"$type": "app.bsky.richtext.facet#mention", "did": did} for did in mentioned]
             record["facets"] = [{"index": {"byteStart": 0, "byteEnd": 1}, "features": features}]
         if not self.random.randrange(3):

@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 Row = dict[str, Any]
@@ -215,7 +215,7 @@ def real_handle(handle: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a record comes from. `clock` is the commit's time, else that of the stream entry."""
+    """Where a record comes from. `clock` is the moment of its commit."""
 
     uri: str
     repo: str
@@ -685,7 +685,7 @@ class Model:
     # What happens
 
     def apply(self, event: Event, entry_ms: int | None = None) -> None:
-        """Take one event. `entry_ms` (of the stream id) dates what carries no time of its own."""
+        """Take one event. `entry_ms` (of the stream id) is when it was received."""
         match event["kind"]:
             case "commit":
                 self._commit(event, entry_ms)
@@ -729,7 +729,7 @@ class Model:
             seq=event["seq"],
             rev=event.get("rev"),
             commit_time=commit_time,
-            clock=commit_time or _from_ms(entry_ms),
+            clock=moment(event, entry_ms),
         )
         table, to_row = COLLECTIONS.get(collection, ("generic_records", generic_record))
         if op["action"] == "delete":
@@ -749,15 +749,14 @@ class Model:
         handle = real_handle(event["handle"])
         if handle is None:  # resolve again: what is known stays
             return
-        dated = Dated(event.get("seq"), parse_time(event.get("time")) or _from_ms(entry_ms), handle)
+        dated = Dated(event.get("seq"), moment(event, entry_ms), handle)
         if dated.newer(self._handles.get(did)):
             self._handles[did] = dated
 
     def _account(self, event: Event, entry_ms: int | None) -> None:
         did, seq = event["did"], event.get("seq")
         self._meet(did)
-        time = parse_time(event.get("time")) or _from_ms(entry_ms)
-        dated = Dated(seq, time, (event["active"], event.get("status")))
+        dated = Dated(seq, moment(event, entry_ms), (event["active"], event.get("status")))
         if dated.newer(self._accounts.get(did)):
             self._accounts[did] = dated
         # Choice: only the seq orders a deletion against commits; one without a seq is a status and no tombstone.
@@ -845,10 +844,19 @@ class Model:
             tables["thread_contexts"] = thread_contexts(tables)
 
 
-def _from_ms(entry_ms: int | None) -> datetime:
+def moment(event: Event, entry_ms: int | None) -> datetime:
+    """When an event happened. What it says of itself is a claim: it counts within four days before and two minutes
+    after the time of its stream entry, which counts otherwise. Without an entry the claim is all there is."""
+    claimed = parse_time(event.get("time"))
     if entry_ms is None:
-        raise ValueError("an event without a time needs the time of its entry")
-    return datetime.fromtimestamp(entry_ms / 1000, UTC).replace(tzinfo=None)
+        if claimed is None:
+            raise ValueError("an event without a time needs the time of its entry")
+        return claimed
+    received = EPOCH + timedelta(milliseconds=entry_ms)
+    if claimed is None:
+        return received
+    early, late = received - timedelta(days=4), received + CLOCK_SKEW
+    return claimed if early <= claimed <= late else received
 
 
 def _is_table(name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastworker.table.dates import EPOCH, date_or, entry_moment, latest_date, parse_date
+from fastworker.table.dates import EPOCH, date_or, entry_moment, latest_date, moment_of, parse_date
 
 NOON = datetime(2024, 6, 1, 12)
 LATEST = NOON + timedelta(minutes=2)
@@ -130,6 +130,29 @@ def test_a_commit_before_1970_does_not_date_its_records_there() -> None:
 )
 def test_entry_moment(entry_ms: int, expected: datetime) -> None:
     assert entry_moment(entry_ms) == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "is_believed"),
+    [
+        (NOON, True),
+        (NOON + timedelta(minutes=2), True),
+        (NOON + timedelta(minutes=2, microseconds=1), False),
+        (NOON - timedelta(days=4), True),
+        (NOON - timedelta(days=4, microseconds=1), False),
+        (datetime.min, False),
+        (datetime.max, False),
+        (None, False),
+    ],
+)
+def test_the_time_that_an_event_tells_is_a_claim(told: datetime | None, *, is_believed: bool) -> None:
+    assert moment_of(told, 1_717_243_200_000) == (told if is_believed else NOON)
+
+
+@pytest.mark.parametrize("entry_ms", [0, 2**64])
+def test_moments_at_the_ends_of_time(entry_ms: int) -> None:
+    for told in (datetime.min, datetime.max, None):
+        assert moment_of(told, entry_ms) in (told, entry_moment(entry_ms))
 
 
 def test_latest_date() -> None:
