@@ -126,6 +126,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         processes=config.processes,
         pipelines=config.pipelines,
         derive=config.derive,
+        trusted_verifiers=config.trusted_verifiers,
         dead_letter_maxlen=config.dead_letter_maxlen,
         tracing=config.tracing,
         dead_letters_in_a_row=config.dead_letters_in_a_row,
@@ -343,7 +344,8 @@ def verify(
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
-            return await verification.verify(config.require_database_url("verify"), config.derive, wish, stop)
+            url, trusted = config.require_database_url("verify"), config.trusted_verifiers
+            return await verification.verify(url, config.derive, wish, stop, trusted_verifiers=trusted)
 
     return _run(run())
 

@@ -18,7 +18,7 @@ import orjson
 from fastworker.edge.store import translating
 from fastworker.event.syntax import DID
 from fastworker.table.batch import Change
-from fastworker.table.schema import TABLES, Table
+from fastworker.table.schema import TABLES, VERIFICATIONS, Table
 
 Key = tuple[str, ...]
 Where = Callable[..., str]
@@ -158,13 +158,22 @@ def _forbidden(table: str) -> Check:
     return Check(f"forbidden.{table.rpartition('.')[2]}", table, None, ((table, "uri"),), sql, "remove")
 
 
+def _rank(table: Table, uri: str) -> str:
+    """The place of a record's account among the trusted verifiers, which `open_audit` tells the session."""
+    if table is not VERIFICATIONS:
+        return "0"
+    trusted = "string_to_array(current_setting('fastworker.trusted_verifiers'), ',')"
+    return f"coalesce(array_position({trusted}, {_did(uri)}), 2147483647)"
+
+
 def _twins(where: Where, _: frozenset[str]) -> str:
     """Twins that wait although the table holds no row of their pair, or one that comes after them."""
 
     def of(table: Table) -> str:
         on = " AND ".join(f"w.{c} = split_part(t.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
         return (
-            "SELECT t.uri, t.pair, w.uri AS holder, t.rkey FROM fastworker.twins AS t "
+            f"SELECT t.uri, t.pair, w.uri AS holder, t.rkey, {_rank(table, 'w.uri')} AS holds, "
+            f"{_rank(table, 't.uri')} AS waits FROM fastworker.twins AS t "
             f"LEFT JOIN {_qualified(table.name)} AS w ON {on} WHERE t.table_name = '{table.name}' AND {where('t.uri')}"
         )
 
@@ -172,7 +181,8 @@ def _twins(where: Where, _: frozenset[str]) -> str:
     return (
         "SELECT uri, uri, CASE WHEN holder IS NULL THEN 'missing' ELSE 'wrong' END, jsonb_build_object('pair', pair), "
         f"CASE WHEN holder IS NOT NULL THEN jsonb_build_object('holder', holder) END FROM ({rows}) AS t "
-        'WHERE holder IS NULL OR (split_part(holder, \'/\', 5) COLLATE "C", holder COLLATE "C") >= (rkey, uri)'
+        "WHERE holder IS NULL OR "
+        '(holds, split_part(holder, \'/\', 5) COLLATE "C", holder COLLATE "C") >= (waits, rkey, uri)'
     )
 
 
@@ -583,6 +593,9 @@ class Held(msgspec.Struct, frozen=True):
     is_forbidden: bool
 
 
+_TRUSTED = "SELECT set_config('fastworker.trusted_verifiers', $1, false)"
+
+
 class Audit:
     """One connection that only reads."""
 
@@ -687,7 +700,9 @@ class Audit:
 
 
 @contextlib.asynccontextmanager
-async def open_audit(database_url: str, derive: frozenset[str]) -> AsyncIterator[Audit]:
+async def open_audit(
+    database_url: str, derive: frozenset[str], trusted_verifiers: Sequence[str] = ()
+) -> AsyncIterator[Audit]:
     """Raises StoreUnavailable."""
     with translating():
         connection = await asyncpg.connect(
@@ -699,6 +714,7 @@ async def open_audit(database_url: str, derive: frozenset[str]) -> AsyncIterator
     try:
         with translating():
             await connection.execute(_SESSION)
+            await connection.execute(_TRUSTED, ",".join(trusted_verifiers))
         yield Audit(connection, derive)
     finally:
         connection.terminate()

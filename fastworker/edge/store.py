@@ -62,6 +62,7 @@ from fastworker.table.schema import (
     TABLES,
     Table,
     collection_table,
+    twin_order,
 )
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
@@ -197,9 +198,10 @@ def _is_our_bug(error: PostgresError) -> bool:
 class Store:
     """A process's writers: `pool_size` connections, the users it knows, and what is derived."""
 
-    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str]) -> None:
+    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str], trusted_verifiers: Sequence[str] = ()) -> None:
         self._pool = pool
         self._derive = derive
+        self._trusted = {did: place for place, did in enumerate(trusted_verifiers)}
         self._known: dict[str, None] = {}
         self.copy_rows_min = COPY_ROWS_MIN
         self.whole_rows_max = SMALL_FLUSH
@@ -217,6 +219,7 @@ class Store:
         pool_size: int = 1,
         application_name: str = "fastworker",
         derive: frozenset[str] = derived.FULL,
+        trusted_verifiers: Sequence[str] = (),
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
     ) -> Self:
@@ -253,7 +256,7 @@ class Store:
             except BaseException:
                 pool.terminate()
                 raise
-        return cls(pool, derive)
+        return cls(pool, derive, trusted_verifiers)
 
     async def close(self) -> None:
         try:
@@ -810,7 +813,7 @@ class Store:
     async def _settle_pairs(self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects) -> int:
         """Work out who holds each unique pair, under the lock of the row that holds it now.
 
-        A pair's members are the row in the table and its twins in the shadow table; the lowest rkey belongs
+        A pair's members are the row in the table and its twins in the shadow table; the first by `twin_order` belongs
         in the table. Whoever changes the members of a pair holds its winner's row; where a pair has no winner,
         the unique index decides, and the loser comes back here.
         """
@@ -921,7 +924,7 @@ class Store:
         for pair in sorted(touched):
             old = winners.get(pair)
             members = after[pair]
-            best = min(members.values(), default=None, key=lambda m: (m.rkey, m.uri))
+            best = min(members.values(), default=None, key=lambda m: twin_order(table, m.uri, m.rkey, self._trusted))
             foreign = old is not None and table.hot and _version(table, old) == (None, None)
             if old is not None and (best is None or best.uri != old[0]):
                 table_deletes.append(old[0])

@@ -110,7 +110,7 @@ async def compare(config: Config, *, entries: int, seconds: float, as_json: bool
             raise Unreachable(f"{config.stream_key} has no group {config.group}: no worker ever began")
         share, consumers = await _watch(admin, config, seconds)
         try:
-            async with open_audit(url, config.derive) as audit:
+            async with open_audit(url, config.derive, config.trusted_verifiers) as audit:
                 found = await _Look(admin, audit, config).look(entries)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -666,15 +666,18 @@ class Model:
     """Events in, tables out.
 
     `derive` is "full", "core" or names of FULL: what is not derived is missing from the tables.
-    `forbidden` are DIDs with data_collection_forbidden.
+    `forbidden` are DIDs with data_collection_forbidden, `trusted` those of trusted verifiers, the first one first.
     """
 
-    def __init__(self, *, derive: str | Iterable[str] = "full", forbidden: Iterable[str] = ()) -> None:
+    def __init__(
+        self, *, derive: str | Iterable[str] = "full", forbidden: Iterable[str] = (), trusted: Sequence[str] = ()
+    ) -> None:
         named = {"full": FULL, "core": CORE}.get(derive) if isinstance(derive, str) else frozenset(derive)
         if named is None or not named <= FULL:
             raise ValueError(f"derive must be full, core or names of {sorted(FULL)}: {derive!r}")
         self.derive = named
         self.forbidden = frozenset(forbidden)
+        self.trusted = tuple(trusted)
         self.drops: dict[tuple[int, int], str] = {}  # (seq, op index) -> reason
         self._records: dict[str, Held] = {}  # uri -> its winner
         self._dids: set[str] = set()  # everyone who acted, or was followed, blocked or listed
@@ -776,7 +779,8 @@ class Model:
         for held in self._live():
             rows[held.table].append(held)
         for table, columns in PAIRS.items():
-            rows[table] = _without_twins(rows[table], columns)
+            first = self.trusted if table == "verifications" else ()
+            rows[table] = _without_twins(rows[table], columns, first)
         tables: Tables = {table: [_row(held) for held in rows[table]] for table in rows if _is_table(table)}
         tables["users"] = self._users(rows["profiles"])
         tables["fastworker.accounts"] = [
@@ -868,10 +872,15 @@ def _row(held: Held) -> Row:
     return held.row
 
 
-def _without_twins(held: list[Held], columns: tuple[str, ...]) -> list[Held]:
-    """Of the live records with the same pair, the one with the lowest rkey (then URI)."""
+def _without_twins(held: list[Held], columns: tuple[str, ...], trusted: Sequence[str]) -> list[Held]:
+    """Of the live records with the same pair, that of the first of the trusted, then the lowest rkey (then URI)."""
     first: dict[tuple[Any, ...], Held] = {}
-    for twin in sorted(held, key=lambda h: (h.source.rkey, h.source.uri)):
+
+    def order(one: Held) -> tuple[int, str, str]:
+        by = one.source.repo
+        return trusted.index(by) if by in trusted else len(trusted), one.source.rkey, one.source.uri
+
+    for twin in sorted(held, key=order):
         first.setdefault(tuple(_row(twin)[column] for column in columns), twin)
     return list(first.values())
 

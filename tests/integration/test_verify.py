@@ -11,41 +11,33 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
 
 import asyncpg
 import pytest
+from property.feeding import put
 
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.edge.store import Store
 from fastworker.errors import ConfigError, ExitCode, Unreachable
-from fastworker.event import Account, Commit, Identity
-from fastworker.event.entry import decode_entry
 from fastworker.run.verify import Wish, names, verify
 from fastworker.table import derive
 from fastworker.table.batch import Batch
-from fastworker.table.mapper import map_commit
 from fastworker.testing import compare
-from fastworker.testing.histories import Event, entry_ms, random_history, to_entry
+from fastworker.testing.histories import DIDS, Event, cid_of, entry_ms, number, random_history
 from fastworker.testing.model import Model
 
 SEED = 11
 EVENTS = 2_500
 
 
-def put(batch: Batch, event: Event) -> None:
-    decoded = decode_entry(to_entry(event))
-    at = datetime.fromtimestamp(entry_ms(event) / 1000, UTC)
-    if isinstance(decoded, Commit):
-        batch.put(map_commit(decoded, entry_ms(event)))
-    elif isinstance(decoded, Identity):
-        batch.put_identity(decoded, datetime.fromisoformat(decoded.time) if decoded.time else at)
-    elif isinstance(decoded, Account):
-        batch.put_account(decoded, datetime.fromisoformat(decoded.time) if decoded.time else at)
-
-
-async def write(url: str, events: list[Event], features: frozenset[str] = derive.FULL, size: int = 400) -> None:
-    store = await Store.connect(url, derive=features)
+async def write(
+    url: str,
+    events: list[Event],
+    features: frozenset[str] = derive.FULL,
+    size: int = 400,
+    trusted: tuple[str, ...] = (),
+) -> None:
+    store = await Store.connect(url, derive=features, trusted_verifiers=trusted)
     try:
         for start in range(0, len(events), size):
             batch = Batch()
@@ -109,10 +101,14 @@ def run(statement: str, url: str) -> None:
 
 
 async def told(
-    url: str, capsys: pytest.CaptureFixture[str], wish: Wish, features: frozenset[str] = derive.FULL
+    url: str,
+    capsys: pytest.CaptureFixture[str],
+    wish: Wish,
+    features: frozenset[str] = derive.FULL,
+    trusted: tuple[str, ...] = (),
 ) -> tuple[ExitCode, dict[str, dict[str, int]]]:
     """The exit code and the drift by check."""
-    code = await verify(url, features, wish)
+    code = await verify(url, features, wish, trusted_verifiers=trusted)
     report = json.loads(capsys.readouterr().out)
     return code, {found["check"]: found["drift"] for found in report["checks"] if found["drift"]}
 
@@ -412,6 +408,39 @@ async def test_a_twin_takes_the_place_of_a_row_that_the_api_process_deleted(
                 else "follower_did || E'\\n' || following_did"
             )
             assert await db.fetchval(f"SELECT count(*) FROM {row['table_name']} WHERE {columns} = $1", row["pair"]) == 1
+
+
+async def test_verifications_of_trusted_verifiers_first_also_when_others_are_trusted(
+    postgres_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the writer as in the law; rows from before the setting are settled by a repair."""
+    steps: list[Event] = []
+    for verifier in DIDS:
+        for rkey, subject in (("3", DIDS[0]), ("2", DIDS[0]), ("4", DIDS[1]), ("5", f"did:web:{verifier[-3:]}")):
+            record = {
+                "$type": "app.bsky.graph.verification",
+                "subject": subject,
+                "handle": f"{rkey}{verifier[-9:]}.test",
+            }
+            path = f"app.bsky.graph.verification/{rkey}"
+            op = {"action": "create", "path": path, "cid": cid_of(record), "record": record}
+            steps.append({"kind": "commit", "repo": verifier, "bare": False, "ops": [op]})
+    gone = {"action": "delete", "path": "app.bsky.graph.verification/2", "cid": None}
+    steps.append({"kind": "commit", "repo": DIDS[2], "bare": False, "ops": [gone]})
+    events = number(steps, bare=False)
+    trusted = (DIDS[2], DIDS[1])
+    await write(postgres_url, events[::-1], trusted=trusted, size=3)
+    winners = set()
+    for now_trusted in (trusted, (DIDS[3],), ()):
+        model = Model(trusted=now_trusted)
+        for event in events:
+            model.apply(event, entry_ms(event))
+        code, drift = await told(postgres_url, capsys, MEND, trusted=now_trusted)
+        assert (code, list(drift)) == (ExitCode.DONE, [] if now_trusted is trusted else ["twins"])
+        assert await told(postgres_url, capsys, FIND, trusted=now_trusted) == (ExitCode.DONE, {})
+        assert await differences(postgres_url, model.tables()) == "no difference"
+        winners.add(tuple(sorted(row["uri"] for row in model.tables()["verifications"])))
+    assert len(winners) == 3
 
 
 @pytest.mark.usefixtures("quiet")
