@@ -60,8 +60,8 @@ def decode_entry(fields: Mapping[bytes, bytes]) -> Event:
 
 def received_ms(entry_id: str, fields: Mapping[bytes, bytes]) -> int:
     """When the event was received, in milliseconds since 1970: as the entry says, else as its id does."""
-    at = fields.get(b"at", b"")
-    return int(at) if at.isdigit() and len(at) <= 15 else int(entry_id.partition("-")[0])
+    at = fields.get(b"at")
+    return int(at) if at is not None and at.isdigit() and len(at) <= 15 else int(entry_id.partition("-")[0])
 
 
 def encode_native(event: Event) -> Fields:

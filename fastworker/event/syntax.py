@@ -63,7 +63,7 @@ def is_reference(text: str) -> bool:
 
 
 def is_cid(text: str) -> bool:
-    return _cid(text) is not None
+    return (text.isascii() and text.isalnum()) or _cid(text) is not None
 
 
 def reads_as_identifier(text: str) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 EPOCH = datetime(1970, 1, 1)
@@ -91,10 +92,14 @@ def entry_moment(entry_ms: int) -> datetime:
 def moment_of(told: datetime | None, entry_ms: int) -> datetime:
     """When an event happened: the time it tells, which is a claim of its host, where that is near the time at which it
     was received; else that."""
+    received, earliest, latest = _believed(entry_ms)
+    return told if told is not None and earliest <= told <= latest else received
+
+
+@lru_cache(16)  # a busy stream has many entries of one millisecond
+def _believed(entry_ms: int) -> tuple[datetime, datetime, datetime]:
     received = entry_moment(entry_ms)
-    if told is not None and told <= latest_date(received) and _shifted(told, BEHIND) >= received:
-        return told
-    return received
+    return received, _shifted(received, -BEHIND), latest_date(received)
 
 
 def latest_date(happened: datetime) -> datetime:

@@ -220,10 +220,12 @@ def _blob_cid(value: Any, origin: _Origin) -> str | None:
 
 def _via(value: Any, origin: _Origin) -> str | None:
     """The record through which somebody came to like or repost."""
-    if type(value) is dict and _is_no_reference(value.get("uri")):
+    if type(value) is not dict:
+        return None
+    if _is_no_reference(value.get("uri")):
         origin.lost.append("via.uri")
         return None
-    return _json_object(value, origin)
+    return json_text(value, origin.op, origin.lost)
 
 
 def _is_no_reference(uri: Any) -> bool:

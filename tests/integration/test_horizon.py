@@ -108,7 +108,7 @@ async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(be
     assert await pg.fetchval("SELECT commit_seq FROM public.posts") == "4"
 
 
-@pytest.mark.parametrize("claim", [OLD, "0001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"])
+@pytest.mark.parametrize("claim", [OLD, "0001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"], ids=["late", "zero", "future"])
 async def test_a_hosts_clock_sets_nothing_aside(bench: Bench, pg: asyncpg.Connection, claim: str):
     """The entry's id is of this minute, whatever the commit says."""
     await pg.execute("UPDATE fastworker.horizon SET pruned_until = now() - interval '1 day'")
