@@ -191,6 +191,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         pipelines=config.pipelines,
         derive=config.derive,
         synchronous_commit=config.synchronous_commit,
+        trusted_verifiers=config.trusted_verifiers,
         dead_letter_maxlen=config.dead_letter_maxlen,
         tracing=config.tracing,
         dead_letters_in_a_row=config.dead_letters_in_a_row,
@@ -440,7 +441,8 @@ def verify(
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
-            return await verification.verify(config.require_database_url("verify"), config.derive, wish, stop)
+            url, trusted = config.require_database_url("verify"), config.trusted_verifiers
+            return await verification.verify(url, config.derive, wish, stop, trusted_verifiers=trusted)
 
     return _run(run())
 

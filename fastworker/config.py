@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from fastworker import urls
 from fastworker.errors import ConfigError
+from fastworker.event.syntax import is_did
 from fastworker.redact import redact
 from fastworker.table import derive as derived
 
@@ -95,6 +96,13 @@ def _derive(text: str) -> frozenset[str]:
     if unknown := [word for word in words if word not in derived.FULL and word not in named]:
         raise ValueError(f"{unknown[0]!r} is none of them")
     return frozenset[str]().union(*(named.get(word, frozenset({word})) for word in words))
+
+
+def _dids(text: str) -> tuple[str, ...]:
+    dids = tuple(dict.fromkeys(_words(text)))
+    if wrong := [did for did in dids if not is_did(did)]:
+        raise ValueError(f"{wrong[0]!r} is no DID")
+    return dids
 
 
 def _port(text: str) -> int | str:
@@ -388,6 +396,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Consumer groups that trimming does not wait for (forgotten ones that hold the stream back).",
             read=_words,
             allowed="group names, comma-separated",
+            default="none",
+        ),
+    ] = ()
+    trusted_verifiers: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_TRUSTED_VERIFIERS",
+            "worker up compare verify",
+            "Accounts whose verifications count before all others, the first one most. An account has one row in "
+            "`verifications`: theirs, else that with the lowest record key. When you change it, restart the workers "
+            "and run `fastworker verify --repair`.",
+            read=_dids,
+            allowed="DIDs, comma-separated",
             default="none",
         ),
     ] = ()

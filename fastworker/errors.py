@@ -53,6 +53,7 @@ class Reason(StrEnum):
     NOT_OWNER = "not_owner"  # a list item in another account's list
     TOO_LONG = "too_long"  # an identifier exceeds its column
     TOO_DEEP = "too_deep"
+    BAD_REFERENCE = "bad_reference"  # a URI, DID or CID in the record is none: left out, the record is stored
     # frames and events with nothing to store
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden

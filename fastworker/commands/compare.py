@@ -20,7 +20,7 @@ from rich.table import Table as Grid
 from fastworker.config import Config
 from fastworker.errors import ExitCode, InvalidEvent, StoreUnavailable, Unreachable
 from fastworker.event import Account, Commit, Identity
-from fastworker.event.entry import decode_entry
+from fastworker.event.entry import decode_entry, received_ms
 from fastworker.metrics import OUTCOMES
 from fastworker.store.audit import Audit, Check, Drift, Held, open_audit
 from fastworker.store.migrate import check as check_schema
@@ -109,7 +109,7 @@ async def compare(config: Config, *, entries: int, seconds: float, as_json: bool
             raise Unreachable(f"{config.stream_key} has no group {config.group}: no worker ever began")
         share, consumers = await _watch(admin, config, seconds)
         try:
-            async with open_audit(url, config.derive) as audit:
+            async with open_audit(url, config.derive, config.trusted_verifiers) as audit:
                 found = await _Look(admin, audit, config).look(entries)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
@@ -283,11 +283,11 @@ def _batch(entries: Iterable[tuple[str, Mapping[bytes, bytes]]]) -> Batch:
         except InvalidEvent:
             continue  # set aside, or lost by whoever read it: there is nothing to compare with
         if isinstance(event, Commit):
-            batch.put(map_commit(event, id_ms(entry_id)))
+            batch.put(map_commit(event, received_ms(entry_id, fields)))
         elif isinstance(event, Identity):
-            batch.put_identity(event, entry_moment(id_ms(entry_id)))
+            batch.put_identity(event, entry_moment(received_ms(entry_id, fields)))
         elif isinstance(event, Account):
-            batch.put_account(event, entry_moment(id_ms(entry_id)))
+            batch.put_account(event, entry_moment(received_ms(entry_id, fields)))
     return batch
 
 

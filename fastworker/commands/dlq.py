@@ -243,7 +243,7 @@ def _event(letter: Fields) -> Event:
 def _entry(letter: Fields, form: Literal["json", "native", "frame"]) -> Fields:
     """The fields to append. What the reader set aside never was an entry: it becomes one of the configured form."""
     if not _from_reader(letter):
-        return _dated(original_fields(letter), letter)
+        return original_fields(letter) | _received(letter)
     event = _frame_of(letter)
     if form == "frame":
         return dict(encode_frame_entry(base64.b64decode(letter[b"data"]), None))
@@ -253,20 +253,10 @@ def _entry(letter: Fields, form: Literal["json", "native", "frame"]) -> Fields:
     return dict(fields)
 
 
-def _dated(fields: Fields, letter: Fields) -> Fields:
-    """An event without a time of its own gets that of its first entry: the new id would make it young, and dates and
-    the horizon would believe it."""
-    data = fields.get(b"data", b"")
-    if b"type" not in fields or not data.startswith(b"{"):
-        return fields
-    try:
-        body = orjson.loads(data)
-        at = datetime.fromtimestamp(id_ms(_text(letter, b"origId")) / 1000, UTC)
-    except (ValueError, OverflowError):
-        return fields
-    if not body or "time" in body:
-        return fields
-    return fields | {b"data": b'{"time":"%s",' % at.isoformat(timespec="milliseconds").encode() + data[1:]}
+def _received(letter: Fields) -> Fields:
+    """When the first entry was received: the new id would make it young, and dates and the horizon would believe it."""
+    at = letter.get(b"at") or letter.get(b"origId", b"").partition(b"-")[0]
+    return {b"at": at} if at.isdigit() else {}
 
 
 def _readable(event: Event) -> dict[str, Any]:

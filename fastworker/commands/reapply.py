@@ -98,6 +98,7 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
                 application_name="fastworker-reapply",
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
+                trusted_verifiers=settings.trusted_verifiers,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

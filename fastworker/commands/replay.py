@@ -1,7 +1,7 @@
 """`fastworker replay`: a file of recorded frames onto the stream, in the configured form.
 
 Moves no cursor and takes no lease, so it may run beside the reader: the version guard decides what is new. A full
-stream is waited for, like the reader does.
+stream is waited for, like the reader does. The entries say when they happened (`at`): a recording may be of any age.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 from fastworker.config import Config
 from fastworker.errors import ExitCode, InvalidEvent, Reason, StreamUnavailable, counted
-from fastworker.event import ErrorFrame, Info, Unknown
+from fastworker.event import ErrorFrame, Event, Info, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.event.recording import FramesFile
 from fastworker.process.backoff import Backoff
 from fastworker.stream.admin import RedisAdmin, open_redis
+from fastworker.table.dates import EPOCH, parse_date
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +71,22 @@ def _entries(file: FramesFile, form: str, skipped: Counter[str]) -> Iterator[Ent
             skipped[str(Reason.UNKNOWN_KIND)] += 1
             continue
         if form == "frame":
-            yield encode_frame_entry(data, None)
-        elif form == "native":
-            yield encode_native(event)
+            entry: Entry | None = encode_frame_entry(data, None)
         else:
-            entry = encode_json(event)
-            if entry is None:
-                skipped["sync_on_json"] += 1
-            else:
-                yield entry
+            entry = encode_native(event) if form == "native" else encode_json(event)
+        if entry is None:
+            skipped["sync_on_json"] += 1
+        else:
+            yield entry + _received(event)
+
+
+def _received(event: Event) -> Entry:
+    """By its own time, for want of a better one; not in the future."""
+    told = parse_date(event.time or "")
+    if told is None:
+        return []
+    told_ms = (told - EPOCH) // timedelta(milliseconds=1)
+    return [(b"at", b"%d" % min(max(0, told_ms), time.time_ns() // 1_000_000))]
 
 
 def _chunks(entries: Iterator[Entry], entries_max: int) -> Iterator[list[Entry]]:

@@ -64,7 +64,14 @@ def names() -> list[str]:
     return [check.name for check in CHECKS]
 
 
-async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: asyncio.Event | None = None) -> ExitCode:
+async def verify(
+    database_url: str,
+    derive: frozenset[str],
+    wish: Wish,
+    stop: asyncio.Event | None = None,
+    *,
+    trusted_verifiers: Sequence[str] = (),
+) -> ExitCode:
     """0: no drift, or all of it was mended; 1: drift is left. Raises Unreachable, ConfigError."""
     stop = stop or asyncio.Event()
     if problems := await check_schema(database_url):
@@ -72,11 +79,17 @@ async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: as
     repair = None
     try:
         if wish.repair:
-            repair = await Store.connect(database_url, pool_size=1, application_name="fastworker-repair", derive=derive)
+            repair = await Store.connect(
+                database_url,
+                pool_size=1,
+                application_name="fastworker-repair",
+                derive=derive,
+                trusted_verifiers=trusted_verifiers,
+            )
             with contextlib.suppress(StoreUnavailable):  # of a piece that cannot be paid; the rest is
                 while not stop.is_set() and await repair.maintain():  # what is owed is no drift
                     pass
-        async with open_audit(database_url, derive) as audit:
+        async with open_audit(database_url, derive, trusted_verifiers) as audit:
             run = _Run(audit, repair, wish, stop)
             await run.conduct()
     except (StoreUnavailable, RowRejected) as error:

@@ -37,7 +37,10 @@ class Op(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Drop(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """An op that is not stored, and why. `detail` is for a person (a path, a member), at most 200 characters."""
+    """An op that is not stored, or not whole (`bad_reference`), and why.
+
+    `detail` is for a person (a path, a member), at most 200 characters.
+    """
 
     reason: Reason
     collection: str = ""

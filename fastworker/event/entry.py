@@ -4,6 +4,9 @@
     frame    `f`: the raw frame; `relay`: the host it came from
     json     `type`, `data`, `seq`: lexicon JSON, or the dialect of the predecessor's reader
 
+Any of them may have one field more, `at`: the milliseconds at which the event was received, where the entry's id is
+younger (a retried dead letter) or means nothing (a recording). Who does not know it ignores it.
+
 Who counts what: a frame that cannot be read at all is the reader's to count; ops that were dropped
 travel with their commit in every form (`drops`, an extra member of the JSON) and are counted by the
 worker, once, with the ack.
@@ -53,6 +56,12 @@ def decode_entry(fields: Mapping[bytes, bytes]) -> Event:
     if kind is None or data is None:
         raise InvalidEvent(Reason.BAD_ENTRY, f"fields: {', '.join(repr(name)[:40] for name in list(fields)[:8])}")
     return _decode_json(kind, data, _decimal(fields.get(b"seq", b"")))
+
+
+def received_ms(entry_id: str, fields: Mapping[bytes, bytes]) -> int:
+    """When the event was received, in milliseconds since 1970: as the entry says, else as its id does."""
+    at = fields.get(b"at")
+    return int(at) if at is not None and at.isdigit() and len(at) <= 15 else int(entry_id.partition("-")[0])
 
 
 def encode_native(event: Event) -> Fields:
@@ -185,7 +194,7 @@ def _json_drops(members: Any) -> list[Drop]:
     """What our reader dropped. From anyone else the member means nothing."""
     try:
         return msgspec.convert(members, list[Drop])
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # a lone surrogate
         return []
 
 

@@ -121,6 +121,7 @@ def _commit(payload: dict[str, Any], relay: str | None) -> Commit:
     drops: list[Drop] = []
     blocks: dict[bytes, bytes] | None = None
     is_sound = True
+    bad: set[bytes] = set()
     room = BLOCKS_BYTES_MAX
     for entry in entries:
         if type(entry) is not dict:
@@ -148,10 +149,11 @@ def _commit(payload: dict[str, Any], relay: str | None) -> Commit:
         block = blocks.get(cid)
         if block is None:
             drops.append(Drop(Reason.MISSING_BLOCK if is_sound else Reason.BAD_CAR, collection, path))
-        elif not is_block_of(cid, block):
-            drops.append(Drop(Reason.BAD_HASH, collection, path))
         elif len(block) > room:  # 200 ops may name one large block: that is 200 records to decode and to store
             drops.append(Drop(Reason.OVERSIZED, collection, path))
+        elif cid in bad or not is_block_of(cid, block):
+            bad.add(cid)  # those that are good use up the room: so no bytes are hashed often
+            drops.append(Drop(Reason.BAD_HASH, collection, path))
         else:
             room -= len(block)
             ops.append(Op(action, collection, rkey, cid_text(cid), block))

@@ -2,8 +2,9 @@
 
 libipld gives links and byte strings alike as `bytes`. Which of the two a value is follows from the
 block: a link stands there behind tag 42, a byte string behind its own length. When that does not
-decide, or the JSON is not what jsonb takes (NUL, lone surrogates) or what orjson writes (integers
-beyond 64 bits), the slow path decodes the block again exactly and cleans every value.
+decide, or there are many of them (each is searched for in the whole block), or the JSON is not what
+jsonb takes (NUL, lone surrogates) or what orjson writes (integers beyond 64 bits), the slow path
+decodes the block again exactly and cleans every value.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import math
 import re
 from binascii import b2a_base64
-from collections.abc import Callable
 from typing import Any
 
 import libipld
@@ -21,6 +21,9 @@ import orjson
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Op, Record
 from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, decode
+from fastworker.event.syntax import reads_as_identifier
+
+SEARCHES_MAX = 16  # of one block for links; a post has up to four blobs
 
 _dirty = re.compile("[\0\ud800-\udfff]")
 _hex_cid = re.compile(r"01(?:55|71)1220[0-9a-f]{64}", re.ASCII).fullmatch
@@ -47,13 +50,18 @@ def load_record(op: Op) -> Record:
     return record
 
 
-def json_text(value: Any, op: Op) -> str:
-    """Lexicon JSON of `op`'s record or of a part of it, as jsonb accepts it. Raises InvalidEvent (TOO_DEEP)."""
+def json_text(value: Any, op: Op, lost: list[str] | None = None) -> str:
+    """Lexicon JSON of `op`'s record or of a part of it, as jsonb accepts it. Raises InvalidEvent (TOO_DEEP).
+
+    A URI, DID or CID that jsonb does not take is left out with its member: cleaned, it would name something else. It
+    is told in `lost`.
+    """
+    lost = [] if lost is None else lost
     try:
         text = _fast_json(value, op.block)
     except TypeError:
-        return _slow_json(value, op.block, clean=True).decode()
-    return (_slow_json(value, op.block, clean=True) if b"\\u0000" in text else text).decode()
+        return _slow_json(value, op.block, lost).decode()
+    return (_slow_json(value, op.block, lost) if b"\\u0000" in text else text).decode()
 
 
 def json_bytes(value: Any, block: bytes | None) -> bytes:
@@ -64,7 +72,7 @@ def json_bytes(value: Any, block: bytes | None) -> bytes:
     try:
         return _fast_json(value, block)
     except TypeError:
-        return _slow_json(value, block, clean=False)
+        return _slow_json(value, block, None)
 
 
 def _fast_json(value: Any, block: bytes | None) -> bytes:
@@ -72,7 +80,7 @@ def _fast_json(value: Any, block: bytes | None) -> bytes:
 
 
 def link_text(value: Any, op: Op) -> str | None:  # noqa: ARG001 the caller need not know that a blob's ref is never ambiguous
-    """The CID (base32 text) that a blob's `ref` or another link names, None when it names none.
+    """The CID (base32 text) that a blob's `ref` or another link names, None when it names none. Text is as it came.
 
     Takes raw CID bytes (DAG-CBOR), `{"$link": text}` (lexicon JSON), text, and the lower-case hex of
     the predecessor's reader.
@@ -83,7 +91,7 @@ def link_text(value: Any, op: Op) -> str | None:  # noqa: ARG001 the caller need
         return cid_text(value)
     if type(value) is not str or not value:
         return None
-    return hex_cid_text(value) or clean_text(value)
+    return hex_cid_text(value) or value
 
 
 def hex_cid_text(text: str) -> str | None:
@@ -122,9 +130,12 @@ def nesting_exceeds(value: Any, levels: int) -> bool:
 
 def _lexicon_json(block: bytes) -> Any:
     """The hook for orjson, called for each `bytes` in the value. Raising sends us to the slow path."""
+    left = SEARCHES_MAX
 
     def hook(value: bytes) -> dict[str, str] | None:
-        if type(value) is not bytes:
+        nonlocal left
+        left -= 1
+        if type(value) is not bytes or left < 0:
             raise TypeError
         is_link = b"\xd8\x2a" + _byte_string(b"\0" + value) in block
         if is_link == (_byte_string(value) in block):
@@ -155,27 +166,20 @@ def _bytes(content: bytes) -> dict[str, str]:
     return {"$bytes": b2a_base64(content, newline=False).rstrip(b"=").decode()}
 
 
-def _slow_json(value: Any, block: bytes | None, *, clean: bool) -> bytes:
+def _slow_json(value: Any, block: bytes | None, lost: list[str] | None) -> bytes:
+    """Cleaned where `lost` is given: what was left out is told there."""
     if nesting_exceeds(value, DEPTH_MAX):
         raise InvalidEvent(Reason.TOO_DEEP, f"more than {DEPTH_MAX} levels")
     links: set[bytes] = set()
     if block is not None:
         record = decode(block)
-        found = _find(record, value)
-        value = value if found is None else found
         contents: set[bytes] = set()
         _collect(record, links, contents)
-        links -= contents
-    plain = _plain(value, links, clean_text if clean else str)
-    return json.dumps(plain, ensure_ascii=not clean, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _find(tree: Any, value: Any) -> Any | None:
-    """The first part of the record that equals the value: the same, with its links told apart."""
-    if tree == value:
-        return tree
-    inner = tree.values() if type(tree) is dict else tree if type(tree) is list else ()
-    return next((found for part in inner if (found := _find(part, value)) is not None), None)
+        if not links.isdisjoint(contents):  # the same bytes as a link and as a byte string: only their place tells
+            value = next((part for part in (record, *record.values()) if part == value), value)
+            links -= contents
+    plain = _plain(value, links, lost)
+    return json.dumps(plain, ensure_ascii=lost is None, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _collect(tree: Any, links: set[bytes], contents: set[bytes]) -> None:
@@ -189,17 +193,29 @@ def _collect(tree: Any, links: set[bytes], contents: set[bytes]) -> None:
             _collect(inner, links, contents)
 
 
-def _plain(value: Any, links: set[bytes], text: Callable[[str], str]) -> Any:
-    """What JSON can hold. `links`: links wherever they stand, for values that were not found in the record."""
+_LEFT_OUT = object()
+
+
+def _plain(value: Any, links: set[bytes], lost: list[str] | None) -> Any:
+    """What JSON can hold, and jsonb where `lost` is given. `links`: links wherever they stand."""
     if type(value) is str:
-        return text(value)
+        if lost is None or (text := clean_text(value)) == value:
+            return value
+        if not reads_as_identifier(text):
+            return text
+        lost.append(text)
+        return _LEFT_OUT
     if isinstance(value, bytes):
         return _link(value) if type(value) is Link or value in links else _bytes(value)
     if type(value) is dict:
         # When cleaning makes two keys the same, the one that was clean wins: it sorts first, so it comes last here.
-        return {text(key): _plain(value[key], links, text) for key in sorted(value, reverse=True)}
+        return {
+            key if lost is None else clean_text(key): plain
+            for key in sorted(value, reverse=True)
+            if (plain := _plain(value[key], links, lost)) is not _LEFT_OUT
+        }
     if type(value) is list:
-        return [_plain(inner, links, text) for inner in value]
+        return [plain for inner in value if (plain := _plain(inner, links, lost)) is not _LEFT_OUT]
     if type(value) is int and not -(2**63) <= value < 2**64:
         # What orjson reads such a number as: so that a record is the same whichever form of the stream it came by.
         value = float(value) if value.bit_length() <= 1023 else math.inf

@@ -9,6 +9,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+NSID_MAX = 317
+DID = r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]"
+"""As it stands in references, of any length: the columns have their own bounds."""
+
+_reference = re.compile(rf"at://(?:{DID}|[a-zA-Z0-9.-]+)(?:/[!-~]*)?").fullmatch
+_cid = re.compile(r"[a-zA-Z0-9+=]+").fullmatch
+_one_word = re.compile(r"(?:at://|https?://|did:)[!-~]+|b[a-z2-7]{50,}|Qm[1-9A-HJ-NP-Za-km-z]{44}").fullmatch
+
 _did = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]{0,2040}[a-zA-Z0-9._-]", re.ASCII).fullmatch
 _nsid = re.compile(
     r"[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
@@ -28,9 +36,13 @@ def is_did(text: str) -> bool:
     return _did(text) is not None and len(text) <= 2048
 
 
-@lru_cache(maxsize=1024)  # a handful of collections is nearly all the traffic
 def is_nsid(text: str) -> bool:
-    return len(text) <= 317 and _nsid(text) is not None
+    return len(text) <= NSID_MAX and _is_nsid(text)
+
+
+@lru_cache(maxsize=1024)  # a handful of collections is nearly all the traffic
+def _is_nsid(text: str) -> bool:  # never a long text: it stays in the cache
+    return _nsid(text) is not None
 
 
 def is_rkey(text: str) -> bool:
@@ -45,9 +57,23 @@ def is_handle(text: str) -> bool:
     return len(text) <= 253 and _handle(text) is not None
 
 
+def is_reference(text: str) -> bool:
+    """An at:// URI. Its authority may be a handle."""
+    return _reference(text) is not None
+
+
+def is_cid(text: str) -> bool:
+    return (text.isascii() and text.isalnum()) or _cid(text) is not None
+
+
+def reads_as_identifier(text: str) -> bool:
+    """Whether a text that stands anywhere is a URI, DID or CID, so that cleaning it made another one."""
+    return _one_word(text) is not None
+
+
 def split_path(path: str) -> tuple[str, str] | None:
     """`collection/rkey` of a repository path, None when it is not one."""
     collection, _, rkey = path.partition("/")
-    if _rkey(rkey) is None or not is_nsid(collection) or rkey in (".", ".."):
+    if _rkey(rkey) is None or len(collection) > NSID_MAX or not _is_nsid(collection) or rkey in (".", ".."):
         return None
     return collection, rkey

@@ -21,9 +21,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 Row = dict[str, Any]
@@ -35,6 +35,14 @@ DID_MAX = 255
 CID_MAX = 255
 NAME_MAX = 255
 MENTIONS_MAX = 100
+TEXT_BYTES_MAX = 100_000
+SELF_ONLY = {
+    "app.bsky.actor.profile",
+    "app.bsky.actor.status",
+    "app.bsky.labeler.service",
+    "app.bsky.notification.declaration",
+    "chat.bsky.actor.declaration",
+}
 
 FULL = frozenset(
     {
@@ -68,18 +76,20 @@ PAIRS: dict[str, tuple[str, ...]] = {
 
 DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
 AT_URI_OF_DID = re.compile(rf"at://({DID.pattern})(/[!-~]*)?")
-POST_URI = re.compile(rf"at://{DID.pattern}/app\.bsky\.feed\.post/[^/]+")
+POST_URI = re.compile(rf"at://{DID.pattern}/app\.bsky\.feed\.post/[!-.0-~]+")
+AT_URI = re.compile(rf"at://({DID.pattern}|[a-zA-Z0-9.-]+)(/[!-~]*)?")
+WORD = re.compile(r"[!-~]+")
+CID = re.compile(r"[a-zA-Z0-9+=]+")
+IDENTIFIER = re.compile(r"(at://|https?://|did:)[!-~]+|b[a-z2-7]{50,}|Qm[1-9A-HJ-NP-Za-km-z]{44}")
 NSID = re.compile(
     r"[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+\.[a-zA-Z][a-zA-Z0-9]{0,62}"
 )
 RKEY = re.compile(r"[A-Za-z0-9._:~-]{1,512}")
 HANDLE = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
-NEAR_DATE = re.compile(
-    r"\s*(\d{4})-(\d{1,2})-(\d{1,2})"
-    r"(?:(?:[Tt_]|\s+)(\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:[.,](\d*))?)?)?"
-    r"\s*(?:[Zz]|([+-])(\d{1,2}):?(\d\d)?)?\s*",
-    re.ASCII,
-)
+NEAR_DAY = re.compile(r"(\d{4}|[+-]\d{6})-(\d{1,2})-(\d{1,2})", re.ASCII)
+NEAR_TIME = re.compile(r"(?:[Tt_]|\s+)(\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:[.,](\d*))?)?", re.ASCII)
+NEAR_OFFSET = re.compile(r"[Zz]|([+-])(\d{1,2}):?(\d\d)?", re.ASCII)
+SPACES = " \t\n\r\f\v"
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the tables hold UTC without a zone
 CLOCK_SKEW = timedelta(minutes=2)
@@ -90,16 +100,43 @@ class Dropped(Exception):
 
 
 def clean(value: Any) -> Any:
-    """The value as PostgreSQL can hold it: no NUL, no lone surrogate (keys too), no NaN or infinity."""
+    """The value as PostgreSQL can hold it: no NUL, no lone surrogate (keys too), no NaN or infinity.
+
+    An identifier that would be another one without them is no item and no member.
+    """
     if isinstance(value, str):
         return UNSTORABLE.sub("", value)
     if isinstance(value, list):
-        return [clean(item) for item in value]
+        return [clean(item) for item in value if not is_broken_identifier(item)]
     if isinstance(value, dict):
-        return {clean(key): clean(item) for key, item in value.items()}
+        return {clean(key): clean(item) for key, item in value.items() if not is_broken_identifier(item)}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def is_broken_identifier(value: Any) -> bool:
+    return (
+        isinstance(value, str)
+        and UNSTORABLE.search(value) is not None
+        and IDENTIFIER.fullmatch(UNSTORABLE.sub("", value)) is not None
+    )
+
+
+def loses_identifiers(value: Any) -> bool:
+    """Whether `clean` leaves something out."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(map(loses_identifiers, value)) if isinstance(value, list) else is_broken_identifier(value)
+
+
+def is_at_uri(value: Any) -> bool:
+    """A reference to a record; its authority may be a handle."""
+    return isinstance(value, str) and AT_URI.fullmatch(value) is not None
+
+
+def is_cid(value: Any) -> bool:
+    return isinstance(value, str) and CID.fullmatch(value) is not None
 
 
 def is_did(value: Any) -> bool:
@@ -116,7 +153,8 @@ def parse_time(value: Any) -> datetime | None:
     """A naive UTC datetime; None for what is not a date.
 
     Choice: a date is what `datetime.fromisoformat` reads (UTC where no offset is given), or the near misses that
-    clients write: spaces around it, one digit where two belong, lower-case `t` and `z`, 24:00, a leap second, year 0.
+    clients write: spaces around it, one digit where two belong, lower-case `t` and `z`, 24:00, a leap second, year 0,
+    a year of six digits with its sign.
     """
     if not isinstance(value, str):
         return None
@@ -128,23 +166,35 @@ def parse_time(value: Any) -> datetime | None:
 
 
 def _near_date(text: str) -> datetime | None:
-    found = NEAR_DATE.fullmatch(text)
-    if found is None:
+    text = text.strip(SPACES)
+    on = NEAR_DAY.match(text)
+    if on is None:
         return None
-    year, month, day, hour, minute, second = (int(part or 0) for part in found.groups()[:6])
-    micro, offset_hour, offset_minute = int(((found[7] or "") + "000000")[:6]), int(found[9] or 0), int(found[10] or 0)
+    text = text[on.end() :]
+    at = NEAR_TIME.match(text)
+    text = text[at.end() if at else 0 :].lstrip(SPACES)
+    zone = NEAR_OFFSET.fullmatch(text)
+    if text and zone is None:
+        return None
+    year, month, day = (int(part) for part in on.groups())
+    hour, minute, second = (int(part or 0) for part in at.groups()[:3]) if at else (0, 0, 0)
+    micro = int(((at[4] if at else None) or "").ljust(6, "0")[:6])
+    sign, offset_hour, offset_minute = (zone[1], int(zone[2] or 0), int(zone[3] or 0)) if zone else (None, 0, 0)
     is_time = (hour < 24 or (hour, minute, second) == (24, 0, 0)) and minute < 60 and second <= 60
     if not is_time or offset_hour > 23 or offset_minute > 59:
         return None
     try:
-        midnight = datetime(year or 2000, month, day)  # noqa: DTZ001 - the calendar of year 0 is that of 2000
+        # the calendar repeats every 400 years
+        midnight = datetime(year if 0 < year < 10_000 else 2000 + year % 400, month, day)  # noqa: DTZ001
     except ValueError:
         return None
-    if year == 0:
+    if year <= 0:
         return datetime.min  # noqa: DTZ901 - what Python cannot say is the nearest that it can
+    if year >= 10_000:
+        return datetime.max  # noqa: DTZ901
     offset = timedelta(hours=offset_hour, minutes=offset_minute)
     passed = timedelta(hours=hour, minutes=minute, seconds=second, microseconds=micro)
-    return _shift(midnight, passed + offset if found[8] == "-" else passed - offset)
+    return _shift(midnight, passed + offset if sign == "-" else passed - offset)
 
 
 def _shift(at: datetime, by: timedelta) -> datetime:
@@ -175,7 +225,7 @@ def real_handle(handle: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a record comes from. `clock` is the commit's time, else that of the stream entry."""
+    """Where a record comes from. `clock` is the moment of its commit."""
 
     uri: str
     repo: str
@@ -198,8 +248,11 @@ class Source:
 
 
 def text_or_none(value: Any, length: int | None = None) -> str | None:
-    """Text for people: cleaned, cut where the column ends."""
-    return clean(value)[:length] if isinstance(value, str) else None
+    """Text for people: cleaned, cut where the column ends, and where what is searched of it would not fit."""
+    if not isinstance(value, str):
+        return None
+    text: str = clean(value)[:length]
+    return text.encode()[:TEXT_BYTES_MAX].decode(errors="ignore")
 
 
 def required_text(value: Any, length: int | None = None) -> str:
@@ -239,8 +292,8 @@ def required_uri(value: Any) -> str:
 
 
 def cid_or_none(value: Any) -> str | None:
-    """The CID beside a URI. Choice: one that does not fit is left out, for the URI says enough."""
-    return clean(value) if isinstance(value, str) and len(value) <= CID_MAX else None
+    """The CID beside a URI. Choice: one that is none is left out, for the URI says enough."""
+    return value if is_cid(value) and len(value) <= CID_MAX else None
 
 
 def strong_ref(value: Any) -> tuple[str | None, str | None]:
@@ -258,8 +311,8 @@ def array_or_none(value: Any) -> Any:
 
 
 def strings(value: Any) -> list[str]:
-    """The texts among the items of an array; nothing for what is no array."""
-    return [clean(item) for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    """The at:// URIs among the items of an array; nothing for what is no array."""
+    return [item for item in value if is_at_uri(item)] if isinstance(value, list) else []
 
 
 def member(value: Any, *names: str) -> Any:
@@ -278,18 +331,65 @@ def blob_cid(blob: Any) -> str | None:
         found = member(blob, "cid")
     else:
         found = ref if isinstance(ref, str) else member(ref, "$link")
-    return text_or_none(found) or None
+    return found if is_cid(found) else None
 
 
 def normal_embed(embed: Any) -> Any:
-    """The embed as the API expects it: media that name no blob are taken out, which can leave a plain quote."""
-    if member(embed, "$type") != "app.bsky.embed.recordWithMedia":
+    """The embed as the API expects it: media that name no blob and quotes that name no record are taken out."""
+    kind = member(embed, "$type")
+    if kind == "app.bsky.embed.record":
+        if bad_uri(embed.get("record")):
+            return None
+        return {**embed, "record": normal_ref(embed["record"])} if "record" in embed else embed
+    if kind != "app.bsky.embed.recordWithMedia":
         return normal_media(embed)
     media = normal_media(embed.get("media"))
-    if media is not None:
-        return {**embed, "media": media}
     quoted = member(embed, "record", "record")
-    return {"$type": "app.bsky.embed.record", "record": quoted} if isinstance(quoted, dict) else None
+    if media is None:
+        has_quote = isinstance(quoted, dict) and not bad_uri(quoted)
+        return {"$type": "app.bsky.embed.record", "record": normal_ref(quoted)} if has_quote else None
+    if bad_uri(quoted):
+        return media
+    if isinstance(quoted, dict):
+        return {**embed, "media": media, "record": {**embed["record"], "record": normal_ref(quoted)}}
+    return {**embed, "media": media}
+
+
+def bad_uri(ref: Any) -> bool:
+    uri = member(ref, "uri")
+    return isinstance(uri, str) and not is_at_uri(uri)
+
+
+def normal_ref(ref: Any) -> Any:
+    """Without a CID that is none."""
+    if isinstance(ref, dict) and isinstance(ref.get("cid"), str) and not is_cid(ref["cid"]):
+        return {name: value for name, value in ref.items() if name != "cid"}
+    return ref
+
+
+def normal_facets(facets: Any) -> Any:
+    """Without mentions of nobody and links that cleaning would change, and without facets that had nothing else."""
+    if not isinstance(facets, list):
+        return None
+    found = []
+    for facet in facets:
+        features = member(facet, "features")
+        if isinstance(features, list) and any(map(is_lost_feature, features)):
+            facet = {**facet, "features": [one for one in features if not is_lost_feature(one)]}  # noqa: PLW2901
+            if not facet["features"]:
+                continue
+        found.append(facet)
+    return found
+
+
+def is_lost_feature(feature: Any) -> bool:
+    match member(feature, "$type"):
+        case "app.bsky.richtext.facet#mention":
+            return not is_did(feature.get("did"))
+        case "app.bsky.richtext.facet#link":
+            uri = feature.get("uri")
+            return isinstance(uri, str) and UNSTORABLE.search(uri) is not None
+    return False
 
 
 def normal_media(media: Any) -> Any:
@@ -301,6 +401,9 @@ def normal_media(media: Any) -> Any:
         images = [i for i in images if blob_cid(member(i, "image"))] if isinstance(images, list) else []
         return {**media, "images": images} if images else None
     external = media.get("external")
+    address = member(external, "uri")
+    if kind == "app.bsky.embed.external" and isinstance(address, str) and UNSTORABLE.search(address):
+        return None
     if kind == "app.bsky.embed.external" and isinstance(external, dict) and not blob_cid(external.get("thumb")):
         return {**media, "external": {name: v for name, v in external.items() if name != "thumb"}}
     if kind == "app.bsky.embed.video" and not blob_cid(media.get("thumbnail")):
@@ -323,7 +426,7 @@ def post(source: Source, record: Row) -> Row:
         "root_uri": root_uri,
         "root_cid": root_cid,
         "embed": clean(normal_embed(record.get("embed"))),
-        "facets": array_or_none(record.get("facets")),
+        "facets": array_or_none(normal_facets(record.get("facets"))),
         "tags": array_or_none(record.get("tags")) or [],
         "created_at": created_at,
         "indexed_at": created_at,
@@ -337,7 +440,7 @@ def like_or_repost(source: Source, record: Row) -> Row:
         "user_did": source.repo,
         "post_uri": required_uri(member(record, "subject", "uri")),
         "subject_cid": cid_or_none(member(record, "subject", "cid")),
-        "via": object_or_none(record.get("via")),
+        "via": None if bad_uri(record.get("via")) else object_or_none(record.get("via")),
         "created_at": source.date(record.get("createdAt")),
         **source.commit_columns(),
     }
@@ -447,8 +550,9 @@ def labeler_service(source: Source, record: Row) -> Row:
 
 def label(source: Source, record: Row) -> Row:
     src = record.get("src")
-    subject = text_or_none(record.get("uri")) or text_or_none(record.get("did"))
-    if not subject:
+    subject = next((record[name] for name in ("uri", "did") if isinstance(record.get(name), str) and record[name]), "")
+    kind = AT_URI if subject.startswith("at:") else DID if subject.startswith("did:") else WORD
+    if not kind.fullmatch(subject):
         raise Dropped("bad_record")
     return {
         "uri": source.uri,
@@ -492,9 +596,7 @@ def gate(source: Source, record: Row) -> Row:
     return {"post_uri": post_uri, "record": clean(record), "created_at": source.date(record.get("createdAt"))}
 
 
-def profile(source: Source, record: Row) -> Row:
-    if source.rkey != "self":
-        raise Dropped("bad_path")
+def profile(_source: Source, record: Row) -> Row:
     pinned_uri, pinned_cid = strong_ref(record.get("pinnedPost"))
     return {
         "display_name": text_or_none(record.get("displayName"), NAME_MAX),
@@ -591,15 +693,18 @@ class Model:
     """Events in, tables out.
 
     `derive` is "full", "core" or names of FULL: what is not derived is missing from the tables.
-    `forbidden` are DIDs with data_collection_forbidden.
+    `forbidden` are DIDs with data_collection_forbidden, `trusted` those of trusted verifiers, the first one first.
     """
 
-    def __init__(self, *, derive: str | Iterable[str] = "full", forbidden: Iterable[str] = ()) -> None:
+    def __init__(
+        self, *, derive: str | Iterable[str] = "full", forbidden: Iterable[str] = (), trusted: Sequence[str] = ()
+    ) -> None:
         named = {"full": FULL, "core": CORE}.get(derive) if isinstance(derive, str) else frozenset(derive)
         if named is None or not named <= FULL:
             raise ValueError(f"derive must be full, core or names of {sorted(FULL)}: {derive!r}")
         self.derive = named
         self.forbidden = frozenset(forbidden)
+        self.trusted = tuple(trusted)
         self.drops: dict[tuple[int, int], str] = {}  # (seq, op index) -> reason
         self._records: dict[str, Held] = {}  # uri -> its winner
         self._dids: set[str] = set()  # everyone who acted, or was followed, blocked or listed
@@ -611,7 +716,7 @@ class Model:
     # What happens
 
     def apply(self, event: Event, entry_ms: int | None = None) -> None:
-        """Take one event. `entry_ms` (of the stream id) dates what carries no time of its own."""
+        """Take one event. `entry_ms` (of the stream id) is when it was received."""
         if event.get("relay"):
             self._relays.add(event["relay"])
         match event["kind"]:
@@ -657,7 +762,7 @@ class Model:
             seq=event["seq"],
             rev=event.get("rev"),
             commit_time=commit_time,
-            clock=commit_time or _from_ms(entry_ms),
+            clock=moment(event, entry_ms),
         )
         table, to_row = COLLECTIONS.get(collection, ("generic_records", generic_record))
         if op["action"] == "delete":
@@ -665,6 +770,8 @@ class Model:
         record = op.get("record")
         if not isinstance(record, dict):
             raise Dropped("bad_record")
+        if collection in SELF_ONLY and rkey != "self":
+            raise Dropped("bad_path")
         if record.get("$type", collection) != collection:
             raise Dropped("type_mismatch")
         return Held(source, index, table, to_row(source, record))
@@ -675,14 +782,14 @@ class Model:
         handle = real_handle(event["handle"])
         if handle is None:  # resolve again: what is known stays
             return
-        dated = Dated(event.get("seq"), parse_time(event.get("time")) or _from_ms(entry_ms), handle)
+        dated = Dated(event.get("seq"), moment(event, entry_ms), handle)
         if dated.newer(self._handles.get(did)):
             self._handles[did] = dated
 
     def _account(self, event: Event, entry_ms: int | None) -> None:
         did, seq = event["did"], event.get("seq")
         self._meet(did)
-        time = parse_time(event.get("time")) or _from_ms(entry_ms)
+        time = moment(event, entry_ms)
         told = Told(event.get("relay") or "", seq, time, event["active"], event.get("status"))
         newest = self._accounts.setdefault(did, {})
         held = newest.get(told.relay)
@@ -706,7 +813,8 @@ class Model:
         for held in self._live():
             rows[held.table].append(held)
         for table, columns in PAIRS.items():
-            rows[table] = _without_twins(rows[table], columns)
+            first = self.trusted if table == "verifications" else ()
+            rows[table] = _without_twins(rows[table], columns, first)
         tables: Tables = {table: [_row(held) for held in rows[table]] for table in rows if _is_table(table)}
         tables["users"] = self._users(rows["profiles"])
         latest = {
@@ -784,10 +892,19 @@ class Model:
             tables["thread_contexts"] = thread_contexts(tables)
 
 
-def _from_ms(entry_ms: int | None) -> datetime:
+def moment(event: Event, entry_ms: int | None) -> datetime:
+    """When an event happened. What it says of itself is a claim: it counts within four days before and two minutes
+    after the time of its stream entry, which counts otherwise. Without an entry the claim is all there is."""
+    claimed = parse_time(event.get("time"))
     if entry_ms is None:
-        raise ValueError("an event without a time needs the time of its entry")
-    return datetime.fromtimestamp(entry_ms / 1000, UTC).replace(tzinfo=None)
+        if claimed is None:
+            raise ValueError("an event without a time needs the time of its entry")
+        return claimed
+    received = EPOCH + timedelta(milliseconds=entry_ms)
+    if claimed is None:
+        return received
+    early, late = received - timedelta(days=4), received + CLOCK_SKEW
+    return claimed if early <= claimed <= late else received
 
 
 def _is_table(name: str) -> bool:
@@ -799,10 +916,15 @@ def _row(held: Held) -> Row:
     return held.row
 
 
-def _without_twins(held: list[Held], columns: tuple[str, ...]) -> list[Held]:
-    """Of the live records with the same pair, the one with the lowest rkey (then URI)."""
+def _without_twins(held: list[Held], columns: tuple[str, ...], trusted: Sequence[str]) -> list[Held]:
+    """Of the live records with the same pair, that of the first of the trusted, then the lowest rkey (then URI)."""
     first: dict[tuple[Any, ...], Held] = {}
-    for twin in sorted(held, key=lambda h: (h.source.rkey, h.source.uri)):
+
+    def order(one: Held) -> tuple[int, str, str]:
+        by = one.source.repo
+        return trusted.index(by) if by in trusted else len(trusted), one.source.rkey, one.source.uri
+
+    for twin in sorted(held, key=order):
         first.setdefault(tuple(_row(twin)[column] for column in columns), twin)
     return list(first.values())
 
@@ -968,14 +1090,19 @@ def thread_contexts(tables: Tables) -> list[Row]:
 
 
 def thread_gates(gates: list[Held]) -> list[Row]:
-    """No `allow` means everyone may reply: no row. A list that allows nobody has a row that says so."""
+    """No `allow` means everyone may reply: no row. A list that allows nobody has a row that says so.
+
+    A rule that has no column would be a row that shuts out whom it lets in: no row.
+    """
     found = []
     for held in gates:
         allow = _row(held)["record"].get("allow")
         if not isinstance(allow, list):
             continue
         rules = [rule for rule in allow if isinstance(rule, dict)]
-        kinds = [rule.get("$type") for rule in rules]
+        kinds = [rule["$type"] for rule in rules if isinstance(rule.get("$type"), str)]
+        if any(kind.rpartition("#")[2] not in {"mentionRule", "followingRule", "listRule"} for kind in kinds):
+            continue
         found.append(
             {
                 "post_uri": _row(held)["post_uri"],
@@ -986,7 +1113,7 @@ def thread_gates(gates: list[Held]) -> list[Row]:
                 "allow_list_uris": [
                     rule["list"]
                     for rule in rules
-                    if rule.get("$type") == "app.bsky.feed.threadgate#listRule" and isinstance(rule.get("list"), str)
+                    if rule.get("$type") == "app.bsky.feed.threadgate#listRule" and is_at_uri(rule.get("list"))
                 ],
                 "created_at": _row(held)["created_at"],
             }

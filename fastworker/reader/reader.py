@@ -55,6 +55,7 @@ OUTBOX_BYTES: Final = 16_000_000
 DRAIN_S: Final = 3.0
 """How long a stop waits for the outbox. What stays in it is read again from the cursor."""
 TICK_S: Final = 1.0
+TURN_S: Final = 0.008  # of decoding at a stretch, before the loop gets its turn
 LOG_S: Final = 5.0
 SETTLE_S: Final = 12.0
 """A cursor that a foreign reader moved must stand still for this long; the predecessor saves it every 5 s."""
@@ -780,9 +781,16 @@ class _Reader:
         """The hot path: every frame of one connection, in order."""
         stats, outbox, host = self._stats, self._outbox, subscription.host
         form = self._settings.stream_format
-        receive, put = subscription.receive, outbox.put
+        receive, put, clock = subscription.receive, outbox.put, time.perf_counter
+        worked_s, began = 0.0, clock()
         while True:
+            # While there are frames and room, nothing below gives the loop its turn: lease and heartbeat need it.
+            worked_s += clock() - began
+            if worked_s >= TURN_S:
+                await asyncio.sleep(0)
+                worked_s = 0.0
             data = await receive()
+            began = clock()
             stats.frames += 1
             stats.bytes += len(data)
             try:

@@ -10,14 +10,16 @@ import base64
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from fastworker.simulator import mst
 from fastworker.simulator.cbor import LINK, DecodeError, cid_bytes, cid_of, cid_text, decode, encode_record, head, text
 
-START_TIME = datetime(2026, 7, 4, 14, 38, 7, 517000, tzinfo=UTC)
+START_TIME = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=517_000) - timedelta(days=1)
+"""Yesterday, the same in all processes of a run: what commits say of their time is believed for four days, and a relay
+that sends faster than it happened must not arrive in the future."""
 START_SEQ = 31_527_015_322
 
 

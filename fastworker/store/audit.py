@@ -15,10 +15,11 @@ import asyncpg
 import msgspec
 import orjson
 
+from fastworker.event.syntax import DID
 from fastworker.store.session import PATH, translating
 from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
-from fastworker.table.schema import TABLES, Table
+from fastworker.table.schema import TABLES, VERIFICATIONS, Table
 
 Key = tuple[str, ...]
 Where = Callable[..., str]
@@ -124,11 +125,12 @@ def _string(value: str, member: str) -> str:
 _FEATURES = "f.facet->'features'"
 # Of a posts row p: the post that it quotes, the DIDs that it mentions, the notifications that it causes.
 _QUOTE = (
-    "(SELECT s.quoted_uri, CASE WHEN length(s.quoted_cid) <= 255 THEN s.quoted_cid END AS quoted_cid FROM ("
+    "(SELECT s.quoted_uri, CASE WHEN s.quoted_cid ~ '^[a-zA-Z0-9+=]+$' AND length(s.quoted_cid) <= 255 "
+    "THEN s.quoted_cid END AS quoted_cid FROM ("
     f"SELECT {_string('r.ref', 'uri')} AS quoted_uri, {_string('r.ref', 'cid')} AS quoted_cid FROM ("
     "SELECT CASE p.embed->>'$type' WHEN 'app.bsky.embed.record' THEN p.embed->'record' "
     "WHEN 'app.bsky.embed.recordWithMedia' THEN p.embed->'record'->'record' END AS ref) AS r) AS s "
-    "WHERE s.quoted_uri ~ '^at://did:[^/]*/app\\.bsky\\.feed\\.post/[^/]+$' AND length(s.quoted_uri) <= 512 "
+    f"WHERE s.quoted_uri ~ '^at://{DID}/app\\.bsky\\.feed\\.post/[!-.0-~]+$' AND length(s.quoted_uri) <= 512 "
     f"AND length({_did('s.quoted_uri')}) <= 255)"
 )
 _MENTIONS = (
@@ -136,7 +138,7 @@ _MENTIONS = (
     f"SELECT {_string('t.feature', 'did')} AS did, f.i, t.j "
     f"FROM {_elements('p.facets')} AS f (facet, i), {_elements(_FEATURES)} AS t (feature, j) "
     "WHERE t.feature->>'$type' = 'app.bsky.richtext.facet#mention') AS m "
-    "WHERE m.did LIKE 'did:%' AND length(m.did) <= 255 GROUP BY m.did ORDER BY min(ARRAY[m.i, m.j]) LIMIT 100)"
+    f"WHERE m.did ~ '^{DID}$' AND length(m.did) <= 255 GROUP BY m.did ORDER BY min(ARRAY[m.i, m.j]) LIMIT 100)"
 )
 _POST_NOTES = (
     "(SELECT n.* FROM ("
@@ -167,13 +169,22 @@ def _forbidden(table: str) -> Check:
     return Check(f"forbidden.{table.rpartition('.')[2]}", table, None, ((table, "uri"),), sql, "remove")
 
 
+def _rank(table: Table, uri: str) -> str:
+    """The place of a record's account among the trusted verifiers, which `open_audit` tells the session."""
+    if table is not VERIFICATIONS:
+        return "0"
+    trusted = "string_to_array(current_setting('fastworker.trusted_verifiers'), ',')"
+    return f"coalesce(array_position({trusted}, {_did(uri)}), 2147483647)"
+
+
 def _twins(where: Where, _: frozenset[str]) -> str:
     """Twins that wait although the table holds no row of their pair, or one that comes after them."""
 
     def of(table: Table) -> str:
         on = " AND ".join(f"w.{c} = split_part(t.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
         return (
-            "SELECT t.uri, t.pair, w.uri AS holder, t.rkey FROM fastworker.twins AS t "
+            f"SELECT t.uri, t.pair, w.uri AS holder, t.rkey, {_rank(table, 'w.uri')} AS holds, "
+            f"{_rank(table, 't.uri')} AS waits FROM fastworker.twins AS t "
             f"LEFT JOIN {_qualified(table.name)} AS w ON {on} WHERE t.table_name = '{table.name}' AND {where('t.uri')}"
         )
 
@@ -181,7 +192,8 @@ def _twins(where: Where, _: frozenset[str]) -> str:
     return (
         "SELECT uri, uri, CASE WHEN holder IS NULL THEN 'missing' ELSE 'wrong' END, jsonb_build_object('pair', pair), "
         f"CASE WHEN holder IS NOT NULL THEN jsonb_build_object('holder', holder) END FROM ({rows}) AS t "
-        'WHERE holder IS NULL OR (split_part(holder, \'/\', 5) COLLATE "C", holder COLLATE "C") >= (rkey, uri)'
+        "WHERE holder IS NULL OR "
+        '(holds, split_part(holder, \'/\', 5) COLLATE "C", holder COLLATE "C") >= (waits, rkey, uri)'
     )
 
 
@@ -279,7 +291,9 @@ _THREAD_GATES = _gates(
     f"coalesce((SELECT jsonb_agg(r.rule->'list' ORDER BY r.i) FROM {_elements(_ALLOW)} AS r (rule, i) "
     f"WHERE r.rule->>'$type' = '{_THREAD_RULE}listRule' AND jsonb_typeof(r.rule->'list') = 'string'), '[]') "
     "AS allow_list_uris, g.created_at",
-    f"jsonb_typeof({_ALLOW}) = 'array'",
+    f"jsonb_typeof({_ALLOW}) = 'array' AND NOT EXISTS (SELECT 1 FROM {_elements(_ALLOW)} AS r (rule, i) "
+    "WHERE jsonb_typeof(r.rule->'$type') = 'string' AND r.rule->>'$type' NOT IN "
+    f"('{_THREAD_RULE}mentionRule', '{_THREAD_RULE}followingRule', '{_THREAD_RULE}listRule'))",
 )
 _EMBEDDING, _DETACHED = "g.rules->'embeddingRules'", "g.rules->'detachedEmbeddingUris'"
 _POST_GATES = _gates(
@@ -591,6 +605,9 @@ class Held(msgspec.Struct, frozen=True):
     is_forbidden: bool
 
 
+_TRUSTED = "SELECT set_config('fastworker.trusted_verifiers', $1, false)"
+
+
 class Audit:
     """One connection that only reads."""
 
@@ -695,7 +712,9 @@ class Audit:
 
 
 @contextlib.asynccontextmanager
-async def open_audit(database_url: str, derive: frozenset[str]) -> AsyncIterator[Audit]:
+async def open_audit(
+    database_url: str, derive: frozenset[str], trusted_verifiers: Sequence[str] = ()
+) -> AsyncIterator[Audit]:
     """Raises StoreUnavailable."""
     with translating():
         connection = await asyncpg.connect(
@@ -707,6 +726,7 @@ async def open_audit(database_url: str, derive: frozenset[str]) -> AsyncIterator
     try:
         with translating():
             await connection.execute(_SESSION)
+            await connection.execute(_TRUSTED, ",".join(trusted_verifiers))
         yield Audit(connection, derive)
     finally:
         connection.terminate()

@@ -174,10 +174,10 @@ async def put_rows(writer: Writer, db: Connection, changes: list[Change], waitin
     rows, existing = await insert_new(writer, db, hot, waiting, effects)
     if is_large and (existing or cold):
         await write_items(writer, db, effects)
-    rows += await settle_existing(db, existing, waiting, effects)
+    rows += await settle_existing(writer, db, existing, waiting, effects)
     if is_large and existing and cold:
         await write_items(writer, db, effects)
-    return rows + await settle_cold(db, cold, waiting, effects)
+    return rows + await settle_cold(writer, db, cold, waiting, effects)
 
 
 async def finish(writer: Writer, db: Connection, plan: Plan, rows: int, *, forbidden: int = 0) -> Written:

@@ -88,7 +88,7 @@ async def _mend_twins(writer: Writer, db: Connection, drifts: Sequence[Drift]) -
             changes = await _twins(db, uris)
             for table in TABLES:
                 if mine := [change for change in changes if change.table is table]:
-                    await settle(db, table, {change.uri: change for change in mine}, effects)
+                    await settle(writer, db, table, {change.uri: change for change in mine}, effects)
             return await write_effects(writer, db, effects)
 
     if owed := await writer.retry(transaction):

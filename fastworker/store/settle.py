@@ -15,7 +15,7 @@ from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.rows import Pending, by_table, divide
 from fastworker.store.session import Connection, Contended
-from fastworker.store.writer import columns
+from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
 from fastworker.table.batch import Change, Row, newer, replaces, seq_of, stored_version
 from fastworker.table.derive import Effects
@@ -27,7 +27,7 @@ ROUNDS_MAX = 100  # of one conflict: each round means that another writer commit
 
 
 async def settle_existing(
-    db: Connection, existing: list[tuple[Table, Pending]], waiting: set[str], effects: Effects
+    writer: Writer, db: Connection, existing: list[tuple[Table, Pending]], waiting: set[str], effects: Effects
 ) -> int:
     """Hot tables: what `insert_new` left. Returns rows changed.
 
@@ -37,11 +37,13 @@ async def settle_existing(
     rows = 0
     for table, pending in existing:
         await _drop_superseded(db, table, pending, waiting)
-        rows += await settle(db, table, pending, effects)
+        rows += await settle(writer, db, table, pending, effects)
     return rows
 
 
-async def settle_cold(db: Connection, changes: list[Change], waiting: set[str], effects: Effects) -> int:
+async def settle_cold(
+    writer: Writer, db: Connection, changes: list[Change], waiting: set[str], effects: Effects
+) -> int:
     """Cold tables, new rows and existing ones. Returns rows changed.
 
     Their versions are in fastworker.versions: that row is the gate, whose lock orders all writers of a record until
@@ -63,11 +65,11 @@ async def settle_cold(db: Connection, changes: list[Change], waiting: set[str], 
             derive.add(effects, table, [c for c in new if c.uri in placed])
             pending.update((c.uri, c) for c in new if c.uri not in placed)
             rows += len(placed)
-        rows += await settle(db, table, pending, effects)
+        rows += await settle(writer, db, table, pending, effects)
     return rows
 
 
-async def settle(db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def settle(writer: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
     """Work off `pending`, in as many rounds as other writers make necessary. Returns rows changed.
 
     Raises StoreUnavailable after `ROUNDS_MAX` of them.
@@ -77,7 +79,7 @@ async def settle(db: Connection, table: Table, pending: Pending, effects: Effect
     for _ in range(ROUNDS_MAX):
         if not pending:
             return rows
-        rows += await once(db, table, pending, effects)
+        rows += await once(writer, db, table, pending, effects)
     # A unique index that is not ours refuses one without a word: this names it.
     left = [change.row for change in pending.values() if change.row is not None]
     if left and not await db.fetch(sql.insert(table, or_nothing=False), left[:1]):
@@ -101,7 +103,7 @@ async def _drop_superseded(db: Connection, table: Table, pending: Pending, waiti
 # Records without pairs ------------------------------------------------------------------------------
 
 
-async def _settle_records(db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def _settle_records(_: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
     """Updates and deletes of rows that exist, under their locks. What vanished meanwhile is inserted or stays."""
     stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table), sorted(pending))}
     updates: list[Row] = []
@@ -143,7 +145,7 @@ async def _settle_records(db: Connection, table: Table, pending: Pending, effect
 # Unique pairs ---------------------------------------------------------------------------------------
 
 
-async def _settle_pairs(db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def _settle_pairs(writer: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
     """One round: find the members of each pair under the lock of its winner's row, then say who is in the table.
 
     Whoever changes the members of a pair holds its winner's row; where a pair has no winner, the unique index decides,
@@ -173,7 +175,7 @@ async def _settle_pairs(db: Connection, table: Table, pending: Pending, effects:
         return 0
     displaced = [row[0] for pair, row in winners.items() if pair in wanted]
     found = Found(winners, twins, homes, await cids_of(db, table, displaced, effects))
-    return await _write(db, table, pending, effects, found, rearrange(table, pending, pairs, found))
+    return await _write(db, table, pending, effects, found, rearrange(table, pending, pairs, found, writer.trusted))
 
 
 async def _lock_winners(db: Connection, table: Table, pairs: set[str], located: list[Any]) -> dict[str, Row] | None:

@@ -28,9 +28,9 @@ PING_S = 3.0
 class Store:
     """The connections of one process, and the writer that uses them. Every method raises StoreUnavailable."""
 
-    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str]) -> None:
+    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str], trusted_verifiers: Sequence[str] = ()) -> None:
         self._pool = pool
-        self.writer = Writer(derive)
+        self.writer = Writer(derive, trusted_verifiers)
 
     @classmethod
     async def connect(
@@ -43,6 +43,7 @@ class Store:
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
         synchronous_commit: Literal["on", "keep"] = "on",
+        trusted_verifiers: Sequence[str] = (),
     ) -> Self:
         """Raises StoreUnavailable where the server cannot be reached or refuses.
 
@@ -56,7 +57,7 @@ class Store:
             command_timeout_s=command_timeout_s,
             settings=SESSION + (DURABLE if synchronous_commit == "on" else ""),
         )
-        return cls(pool, derive)
+        return cls(pool, derive, trusted_verifiers)
 
     async def close(self) -> None:
         try:

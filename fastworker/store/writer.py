@@ -49,8 +49,9 @@ class Copying:
 class Writer:
     """State that outlives a flush, but not the process. Nothing here is needed for a right result, only for speed."""
 
-    def __init__(self, derive: frozenset[str]) -> None:
+    def __init__(self, derive: frozenset[str], trusted_verifiers: Sequence[str] = ()) -> None:
         self.derive = derive
+        self.trusted = {did: place for place, did in enumerate(trusted_verifiers)}
         self.copying = Copying()
         self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call
         self.crowd = CROWD

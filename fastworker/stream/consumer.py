@@ -148,12 +148,17 @@ return total
 
 # For scripts whose KEYS are stream, ledger, metrics, dead letters: writes one letter, acks its entry, counts both.
 SET_ASIDE_ONE: Final = """
-local function set_aside_one(group, maxlen, id, deliveries, consumer, now, reason, kind, data, seq, why, form, relay)
+local function set_aside_one(
+  group, maxlen, id, deliveries, consumer, now, reason, kind, data, seq, why, form, relay, at)
   local letter = {'type', kind, 'data', data, 'seq', seq, 'origId', id, 'deliveries', tostring(deliveries),
     'reason', reason, 'error', why, 'form', form, 'consumer', consumer, 'setAsideAt', now}
   if relay ~= '' then
     letter[#letter + 1] = 'relay'
     letter[#letter + 1] = relay
+  end
+  if at ~= '' then
+    letter[#letter + 1] = 'at'
+    letter[#letter + 1] = at
   end
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', maxlen, '*', unpack(letter))
   redis.call('XACK', KEYS[1], group, id)
@@ -165,8 +170,8 @@ end
 """
 
 # KEYS stream, ledger, metrics, dead letters, held. ARGV group, consumer, maxlen, time, the lowest id that the consumer
-# holds then, then eight per entry:
-# id, reason, type, data, seq, error, form, relay. Only what is still pending is set aside: a repeat does nothing.
+# holds then, then nine per entry:
+# id, reason, type, data, seq, error, form, relay, at. Only what is still pending is set aside: a repeat does nothing.
 _SET_ASIDE = (
     _BEGIN_WRITING
     + SET_ASIDE_ONE
@@ -174,11 +179,11 @@ _SET_ASIDE = (
     + """
 hold(KEYS[5], ARGV[2], ARGV[5])
 local total = 0
-for at = 6, #ARGV, 8 do
+for at = 6, #ARGV, 9 do
   local id = ARGV[at]
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)
   if pending[1] then
-    set_aside_one(ARGV[1], ARGV[3], id, pending[1][4], ARGV[2], ARGV[4], unpack(ARGV, at + 1, at + 7))
+    set_aside_one(ARGV[1], ARGV[3], id, pending[1][4], ARGV[2], ARGV[4], unpack(ARGV, at + 1, at + 8))
     total = total + 1
   end
 end
@@ -627,7 +632,8 @@ class WorkerStream:
             for letter in piece:
                 form, kind, data, seq, relay = _letter_parts(letter.fields)
                 error = letter.error[:500].encode(errors="replace")
-                args += [letter.entry_id, str(letter.reason), kind, data, seq, error, form, relay]
+                at = letter.fields.get(b"at", b"")
+                args += [letter.entry_id, str(letter.reason), kind, data, seq, error, form, relay, at]
             async with self._ending, self._translating_group():
                 self._let_go([letter.entry_id for letter in piece])
                 head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, self._lowest()]

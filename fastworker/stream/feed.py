@@ -280,7 +280,7 @@ for _, pending in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 100)
     set_aside_one(ARGV[1], ARGV[4], id, pending[4], consumer, ARGV[5], 'abandoned',
       json and (fields['type'] or '') or form, fields['n'] or fields['f'] or fields['data'],
       json and fields['seq'] or '', 'nothing was heard of its consumer for ' .. math.floor(silent / 1000) .. ' s',
-      form, form == 'frame' and fields['relay'] or '')
+      form, form == 'frame' and fields['relay'] or '', fields['at'] or '')
     moved = moved + 1
   else
     redis.call('XACK', KEYS[1], ARGV[1], id)

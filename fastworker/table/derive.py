@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
 import orjson
 
+from fastworker.event.syntax import DID, is_cid
 from fastworker.table import schema
 from fastworker.table.batch import Change, Row
 from fastworker.table.rows import BOOKMARK, FEED_ITEM, FOLLOW, GATE, LABEL, LIKE, NOTIFICATION, POST, PROFILE, REPOST
 
 URI_MAX = 512  # varchar(512) of notifications.uri and quotes.uri
+DID_MAX = 255
+CID_MAX = 255
+_is_did = re.compile(DID).fullmatch
+_post_of = re.compile(rf"at://({DID})/app\.bsky\.feed\.post/[!-.0-~]+").fullmatch
+_GATE_RULES = frozenset(f"app.bsky.feed.threadgate#{name}Rule" for name in ("mention", "following", "list"))
+"""Rules that public.thread_gates has a column for."""
 MENTIONS_MAX = 100  # notifications of one post; a post of 3,000 bytes has room for more facets than people
 
 FULL = frozenset(
@@ -157,12 +165,9 @@ def quoted_post(embed: str | None) -> tuple[str, str | None] | None:
     if not isinstance(ref, dict):
         return None
     uri, cid = ref.get("uri"), ref.get("cid")
-    if not isinstance(uri, str) or len(uri) > URI_MAX or not uri.startswith("at://did:"):
+    if not isinstance(uri, str) or len(uri) > URI_MAX or (found := _post_of(uri)) is None or len(found[1]) > DID_MAX:
         return None
-    parts = uri.split("/")
-    if len(parts) != 5 or parts[3] != "app.bsky.feed.post" or not parts[4] or len(parts[2]) > 255:
-        return None
-    return uri, cid if isinstance(cid, str) and len(cid) <= 255 else None
+    return uri, cid if isinstance(cid, str) and len(cid) <= CID_MAX and is_cid(cid) else None
 
 
 def mentioned(facets: str | None) -> list[str]:
@@ -176,7 +181,7 @@ def mentioned(facets: str | None) -> list[str]:
         for feature in features if isinstance(features, list) else ():
             if isinstance(feature, dict) and feature.get("$type") == "app.bsky.richtext.facet#mention":
                 did = feature.get("did")
-                if isinstance(did, str) and did.startswith("did:") and len(did) <= 255 and len(found) < MENTIONS_MAX:
+                if isinstance(did, str) and len(did) <= DID_MAX and len(found) < MENTIONS_MAX and _is_did(did):
                     found[did] = None
     return list(found)
 
@@ -415,13 +420,16 @@ def is_liked_service(uri: str) -> bool:
 def thread_gate_row(gate: Row) -> Row | None:
     """public.thread_gates row (post_uri, owner, mentions, following, list members, list uris, created_at), if any.
 
-    No `allow` means everyone may reply: there is no row.
+    No `allow` means everyone may reply: there is no row. Nor is there one for a rule without a column: three columns
+    that are false would shut out those whom it lets in.
     """
     rules = orjson.loads(gate[GATE.rules])
     allow = rules.get("allow")
     if not isinstance(allow, list):
         return None
-    kinds = [rule.get("$type") for rule in allow if isinstance(rule, dict)]
+    kinds = {kind for rule in allow if isinstance(rule, dict) and isinstance(kind := rule.get("$type"), str)}
+    if not kinds <= _GATE_RULES:
+        return None
     lists = [
         rule["list"]
         for rule in allow

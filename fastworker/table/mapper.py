@@ -6,9 +6,11 @@ refuses none of them for its data. What a bad member costs:
 - one that says what the record is about (a like's subject, a list's name) drops the record if it is missing or of the
   wrong type (`bad_record`); any other becomes null, empty or its default. A post needs no text: many are images;
 - an identifier that exceeds its column drops the record (`too_long`): a cut identifier names something else. Names are
-  cut, at a character; a CID of another record is left out, its URI says enough.
+  cut, at a character; a CID of another record is left out, its URI says enough;
+- text beyond TEXT_BYTES_MAX is cut: what a trigger makes of it for searching must fit a tsvector.
 
-DIDs and URIs are matched, never mended; every other text is cleaned of what PostgreSQL cannot hold.
+DIDs, URIs and CIDs are matched, never mended: what is none is left out, also inside an embed, a facet or an array, and
+counted once for the op (`bad_reference`). Every other text is cleaned of what PostgreSQL cannot hold.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import msgspec
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Commit, Drop, Op, Record
 from fastworker.event.record import clean_text, json_text, link_text, load_record
+from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
-from fastworker.table.dates import date_or, entry_moment, latest_date, parse_date
+from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
 URI_MAX = 512
@@ -35,13 +38,24 @@ CID_MAX = 255
 NSID_MAX = 255
 LABEL_VALUE_MAX = 128
 PURPOSE_MAX = 64
+TEXT_BYTES_MAX = 100_000
+"""Of a post or a description (lexicons allow 3,000). A tsvector holds 1 MB and is at worst a few times its text."""
 _DETAIL_MAX = 200
+SELF_ONLY = frozenset(  # lexicons whose key is `literal:self`: there is one such record in a repository
+    {
+        "app.bsky.actor.profile",
+        "app.bsky.actor.status",
+        "app.bsky.labeler.service",
+        "app.bsky.notification.declaration",
+        "chat.bsky.actor.declaration",
+    }
+)
 
-_DID = r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]"
-_is_did = re.compile(_DID).fullmatch
+_is_did = re.compile(DID).fullmatch
 # A reference to a record. Its authority is a DID, also where the lexicon allows a handle: a handle moves, so that
 # nobody could tell whose record was meant, whom to notify, or who owns the list.
-_is_uri = re.compile(rf"at://({_DID})(?:/[!-~]*)?").fullmatch
+_is_uri = re.compile(rf"at://({DID})(?:/[!-~]*)?").fullmatch
+_is_word = re.compile(r"[!-~]+").fullmatch
 
 
 class _Origin(msgspec.Struct, frozen=True, gc=False):
@@ -53,10 +67,11 @@ class _Origin(msgspec.Struct, frozen=True, gc=False):
     cid: str
     created_at: datetime
     latest: datetime  # the end of what its dates may say
+    lost: list[str]  # references that were left out
 
 
 def map_commit(commit: Commit, entry_ms: int) -> Mapped:
-    """What one commit becomes. `entry_ms`: the milliseconds of its stream id, the time of a commit that has none.
+    """What one commit becomes. `entry_ms`: when it was received (`event.entry.received_ms`).
 
     Never raises for what the network sent: an op that cannot be stored is a Drop, its siblings live.
     """
@@ -66,7 +81,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         drops.extend([Drop(Reason.TOO_LONG, op.collection, "repo") for op in commit.ops])
         return Mapped([], [], drops)
     commit_time = parse_date(commit.time) if commit.time is not None else None
-    happened = commit_time or entry_moment(entry_ms)
+    happened = moment_of(commit_time, entry_ms)
     latest = latest_date(happened)
     rev, seq = commit.rev, commit.seq
     stamp = (commit_time, None if seq is None else str(seq), rev)
@@ -86,15 +101,21 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
             drops.append(Drop(Reason.TOO_LONG, collection, "cid"))
             continue
         try:
+            if rkey != "self" and collection in SELF_ONLY:
+                drops.append(Drop(Reason.BAD_PATH, collection, "its rkey is self"))
+                continue
             record = load_record(op)
             if record.get("$type", collection) != collection:
                 drops.append(Drop(Reason.TYPE_MISMATCH, collection, "$type"))
                 continue
             created_at = date_or(record.get(date_member), happened, latest)
-            row = to_row(record, _Origin(uri, repo, op, cid, created_at, latest))
+            lost: list[str] = []
+            row = to_row(record, _Origin(uri, repo, op, cid, created_at, latest, lost))
         except InvalidEvent as invalid:
             drops.append(Drop(invalid.reason, collection, invalid.detail[:_DETAIL_MAX]))
             continue
+        if lost:
+            drops.append(Drop(Reason.BAD_REFERENCE, collection, ascii(", ".join(lost[:3]))[:_DETAIL_MAX]))
         if table.hot:
             row += stamp
         if subject is not None:
@@ -111,7 +132,12 @@ def _bad(member: str) -> InvalidEvent:
 
 
 def _text(value: Any) -> str | None:
-    return clean_text(value) if type(value) is str else None
+    if type(value) is not str:
+        return None
+    text = clean_text(value)
+    if len(text) > TEXT_BYTES_MAX // 4 and len(encoded := text.encode()) > TEXT_BYTES_MAX:
+        return encoded[:TEXT_BYTES_MAX].decode(errors="ignore")
+    return text
 
 
 def _name(value: Any) -> str | None:
@@ -137,8 +163,10 @@ def _required_did(value: Any, member: str) -> str:
     return _fitting(value, DID_MAX, member)
 
 
-def _uri_or_none(value: Any, member: str) -> str | None:
+def _uri_or_none(value: Any, member: str, lost: list[str]) -> str | None:
     if type(value) is not str or (found := _is_uri(value)) is None:
+        if _is_no_reference(value):
+            lost.append(member)
         return None
     uri: str = value
     if len(uri) > DID_MAX:  # a shorter one fits, and so does its DID
@@ -148,77 +176,175 @@ def _uri_or_none(value: Any, member: str) -> str | None:
 
 
 def _required_uri(value: Any, member: str) -> str:
-    uri = _uri_or_none(value, member)
+    uri = _uri_or_none(value, member, [])
     if uri is None:
         raise _bad(member)
     return uri
 
 
-def _cid_or_none(value: Any) -> str | None:
-    return clean_text(value) if type(value) is str and len(value) <= CID_MAX else None
+def _cid_or_none(value: Any, lost: list[str]) -> str | None:
+    if type(value) is not str:
+        return None
+    if is_cid(value):
+        return value if len(value) <= CID_MAX else None
+    lost.append("cid")
+    return None
 
 
-def _strong_ref(value: Any, member: str) -> tuple[str | None, str | None]:
+def _strong_ref(value: Any, member: str, lost: list[str]) -> tuple[str | None, str | None]:
     """URI and CID of a reference to a record; the CID may be missing, without the URI there is nothing."""
-    uri = _uri_or_none(value.get("uri"), member) if type(value) is dict else None
-    return (None, None) if uri is None else (uri, _cid_or_none(value.get("cid")))
+    uri = _uri_or_none(value.get("uri"), member, lost) if type(value) is dict else None
+    return (None, None) if uri is None else (uri, _cid_or_none(value.get("cid"), lost))
 
 
-def _json_object(value: Any, op: Op) -> str | None:
-    return json_text(value, op) if type(value) is dict else None
+def _json_object(value: Any, origin: _Origin) -> str | None:
+    return json_text(value, origin.op, origin.lost) if type(value) is dict else None
 
 
-def _json_array(value: Any, op: Op) -> str | None:
-    return json_text(value, op) if type(value) is list else None
+def _json_array(value: Any, origin: _Origin) -> str | None:
+    return json_text(value, origin.op, origin.lost) if type(value) is list else None
 
 
-def _blob_cid(value: Any, op: Op) -> str | None:
+def _blob_cid(value: Any, origin: _Origin) -> str | None:
     """The CID of a blob in any of its forms: typed blob, old `{"cid", "mimeType"}`, bare text."""
     if type(value) is dict:
         ref = value.get("ref")
-        value = value.get("cid") if ref is None else link_text(ref, op)
-    return (clean_text(value) or None) if type(value) is str else None
+        value = value.get("cid") if ref is None else link_text(ref, origin.op)
+    if type(value) is not str or not value:
+        return None
+    if is_cid(value):
+        return value
+    origin.lost.append("blob")
+    return None
+
+
+def _via(value: Any, origin: _Origin) -> str | None:
+    """The record through which somebody came to like or repost."""
+    if type(value) is not dict:
+        return None
+    if _is_no_reference(value.get("uri")):
+        origin.lost.append("via.uri")
+        return None
+    return json_text(value, origin.op, origin.lost)
+
+
+def _is_no_reference(uri: Any) -> bool:
+    return type(uri) is str and not is_reference(uri)
+
+
+def _references(value: Any, member: str, lost: list[str]) -> list[Any]:
+    """An array without texts that are no at:// URIs."""
+    items = value if type(value) is list else []
+    kept = [item for item in items if not _is_no_reference(item)]
+    if len(kept) < len(items):
+        lost.append(member)
+    return kept
 
 
 # Embeds: what an API server would trip over is taken out.
 
 
-def _embed(value: Any, op: Op) -> Record | None:
-    """The embed without media that name no blob; the very same object where there is nothing to mend."""
-    if type(value) is not dict or value.get("$type") != "app.bsky.embed.recordWithMedia":
-        return _media(value, op)
+def _embed(value: Any, origin: _Origin) -> Record | None:
+    """The embed without media that name no blob and references that name no record; the very same object where there
+    is nothing to mend."""
+    if type(value) is not dict:
+        return None
     embed: Record = value
-    media = _media(embed.get("media"), op)
-    if media is not None:
-        return embed if media is embed["media"] else {**embed, "media": media}
-    # Without its media it is a plain quote, and without that nothing.
+    kind = embed.get("$type")
+    if kind == "app.bsky.embed.record":
+        quoted = _quoted(embed.get("record"), origin.lost)
+        return embed if quoted is embed.get("record") else quoted and {**embed, "record": quoted}
+    if kind != "app.bsky.embed.recordWithMedia":
+        return _media(embed, origin)
+    media = _media(embed.get("media"), origin)
     record = embed.get("record")
-    quoted = record.get("record") if type(record) is dict else None
-    return {"$type": "app.bsky.embed.record", "record": quoted} if type(quoted) is dict else None
+    told = record.get("record") if type(record) is dict else None
+    quoted = _quoted(told, origin.lost)
+    if media is not None and quoted is told:
+        return embed if media is embed["media"] else {**embed, "media": media}
+    # Without its media it is a plain quote, and the other way round; without both it is nothing.
+    if type(quoted) is not dict:
+        return media
+    if media is None:
+        return {"$type": "app.bsky.embed.record", "record": quoted}
+    return {**embed, "media": media, "record": {**embed["record"], "record": quoted}}
 
 
-def _media(value: Any, op: Op) -> Record | None:
+def _quoted(value: Any, lost: list[str]) -> Any:
+    """An embedded reference: None if its URI is none, without its CID if that is none."""
+    if type(value) is not dict:
+        return value
+    if _is_no_reference(value.get("uri")):
+        lost.append("embed.record.uri")
+        return None
+    cid = value.get("cid")
+    if type(cid) is str and not is_cid(cid):
+        lost.append("embed.record.cid")
+        return _without(value, "cid")
+    return value
+
+
+def _facets(value: Any, lost: list[str]) -> Any:
+    """The facets without features that refer to nobody; the very same list where there is nothing to mend."""
+    if type(value) is not list or not any(_is_lost(feature) for facet in value for feature in _features(facet)):
+        return value
+    lost.append("facets")
+    kept = []
+    for facet in value:
+        features = _features(facet)
+        good = [feature for feature in features if not _is_lost(feature)]
+        if len(good) == len(features):
+            kept.append(facet)
+        elif good:
+            kept.append({**facet, "features": good})
+    return kept
+
+
+def _features(facet: Any) -> list[Any]:
+    features = facet.get("features") if type(facet) is dict else None
+    return features if type(features) is list else []
+
+
+def _is_lost(feature: Any) -> bool:
+    if type(feature) is not dict:
+        return False
+    kind = feature.get("$type")
+    if kind == "app.bsky.richtext.facet#mention":
+        did = feature.get("did")
+        return type(did) is not str or _is_did(did) is None
+    return kind == "app.bsky.richtext.facet#link" and _is_mended(feature.get("uri"))
+
+
+def _is_mended(uri: Any) -> bool:
+    """Whether cleaning would make another URI of it. Addresses on the web may be odd, as people write them."""
+    return type(uri) is str and clean_text(uri) != uri
+
+
+def _media(value: Any, origin: _Origin) -> Record | None:
     if type(value) is not dict:
         return None
     media: Record = value
     kind = media.get("$type")
     if kind == "app.bsky.embed.images":
         images = media.get("images")
-        kept = [image for image in images if _has_blob(image, "image", op)] if type(images) is list else []
+        kept = [image for image in images if _has_blob(image, "image", origin)] if type(images) is list else []
         if not kept:
             return None
         return media if len(kept) == len(media["images"]) else {**media, "images": kept}
     if kind == "app.bsky.embed.external":
         external = media.get("external")
-        if type(external) is dict and "thumb" in external and not _has_blob(external, "thumb", op):
+        if type(external) is dict and _is_mended(external.get("uri")):
+            origin.lost.append("embed.external.uri")
+            return None
+        if type(external) is dict and "thumb" in external and not _has_blob(external, "thumb", origin):
             return {**media, "external": _without(external, "thumb")}
-    elif kind == "app.bsky.embed.video" and "thumbnail" in media and not _has_blob(media, "thumbnail", op):
+    elif kind == "app.bsky.embed.video" and "thumbnail" in media and not _has_blob(media, "thumbnail", origin):
         return _without(media, "thumbnail")
     return media
 
 
-def _has_blob(value: Any, member: str, op: Op) -> bool:
-    return type(value) is dict and _blob_cid(value.get(member), op) is not None
+def _has_blob(value: Any, member: str, origin: _Origin) -> bool:
+    return type(value) is dict and _blob_cid(value.get(member), origin) is not None
 
 
 def _without(record: Record, member: str) -> Record:
@@ -229,26 +355,26 @@ def _without(record: Record, member: str) -> Record:
 
 
 def _post(record: Record, origin: _Origin) -> Row:
-    op, created_at = origin.op, origin.created_at
+    created_at, lost = origin.created_at, origin.lost
     get = record.get
     parent_uri = parent_cid = root_uri = root_cid = None
     reply = get("reply")
     if type(reply) is dict:
-        parent_uri, parent_cid = _strong_ref(reply.get("parent"), "reply.parent.uri")
-        root_uri, root_cid = _strong_ref(reply.get("root"), "reply.root.uri")
+        parent_uri, parent_cid = _strong_ref(reply.get("parent"), "reply.parent.uri", lost)
+        root_uri, root_cid = _strong_ref(reply.get("root"), "reply.root.uri", lost)
     return (
         origin.uri,
         origin.cid,
         origin.repo,
         _text(get("text")) or "",
-        _json_array(get("langs"), op),
+        _json_array(get("langs"), origin),
         parent_uri,
         parent_cid,
         root_uri,
         root_cid,
-        _json_object(_embed(get("embed"), op), op),
-        _json_array(get("facets"), op),
-        _json_array(get("tags"), op) or "[]",
+        _json_object(_embed(get("embed"), origin), origin),
+        _json_array(_facets(get("facets"), lost), origin),
+        _json_array(get("tags"), origin) or "[]",
         created_at,
         created_at,  # indexed_at: timelines order by it, as the API expects
     )
@@ -263,8 +389,8 @@ def _like(record: Record, origin: _Origin) -> Row:
         origin.uri,
         origin.repo,
         _required_uri(subject.get("uri"), "subject.uri"),
-        _cid_or_none(subject.get("cid")),
-        _json_object(record.get("via"), origin.op),
+        _cid_or_none(subject.get("cid"), origin.lost),
+        _via(record.get("via"), origin),
         origin.created_at,
     )
 
@@ -289,7 +415,7 @@ def _list(record: Record, origin: _Origin) -> Row:
         _required(record.get("name"), "name")[:NAME_MAX],
         _fitting(_required(record.get("purpose"), "purpose"), PURPOSE_MAX, "purpose"),
         _text(record.get("description")),
-        _blob_cid(record.get("avatar"), origin.op),
+        _blob_cid(record.get("avatar"), origin),
         origin.created_at,
     )
 
@@ -314,7 +440,7 @@ def _feed_generator(record: Record, origin: _Origin) -> Row:
         _required_did(record.get("did"), "did"),
         _required(record.get("displayName"), "displayName")[:NAME_MAX],
         _text(record.get("description")),
-        _blob_cid(record.get("avatar"), origin.op),
+        _blob_cid(record.get("avatar"), origin),
         origin.created_at,
     )
 
@@ -322,31 +448,41 @@ def _feed_generator(record: Record, origin: _Origin) -> Row:
 def _starter_pack(record: Record, origin: _Origin) -> Row:
     feeds = record.get("feeds")
     uris = [feed.get("uri") for feed in feeds if type(feed) is dict] if type(feeds) is list else []
+    uris = [uri for uri in uris if type(uri) is str]
     return (
         origin.uri,
         origin.cid,
         origin.repo,
         _required(record.get("name"), "name")[:NAME_MAX],
         _text(record.get("description")),
-        _uri_or_none(record.get("list"), "list"),
-        json_text([uri for uri in uris if type(uri) is str], origin.op),
+        _uri_or_none(record.get("list"), "list", origin.lost),
+        json_text(_references(uris, "feeds", origin.lost), origin.op),
         origin.created_at,
     )
 
 
 def _labeler(record: Record, origin: _Origin) -> Row:
-    policies = _json_object(record.get("policies"), origin.op) or '{"labelValues":[],"labelValueDefinitions":[]}'
+    policies = _json_object(record.get("policies"), origin) or '{"labelValues":[],"labelValueDefinitions":[]}'
     return (origin.uri, origin.cid, origin.repo, policies, origin.created_at)
 
 
 def _label(record: Record, origin: _Origin) -> Row:
     source = record.get("src")
-    subject = _text(record.get("uri")) or _text(record.get("did"))  # a record or an account
-    if not subject:
+    is_source = type(source) is str and _is_did(source) is not None
+    if type(source) is str and not is_source:
+        origin.lost.append("src")
+    subject = next((text for name in ("uri", "did") if type(text := record.get(name)) is str and text), "")
+    if not (
+        is_reference(subject)
+        if subject.startswith("at:")
+        else _is_did(subject)
+        if subject.startswith("did:")
+        else _is_word(subject)
+    ):
         raise _bad("uri")
     return (
         origin.uri,
-        _required_did(source, "src") if type(source) is str and _is_did(source) else origin.repo,
+        _required_did(source, "src") if is_source else origin.repo,
         _fitting(subject, URI_MAX, "uri"),
         _fitting(_required(record.get("val"), "val"), LABEL_VALUE_MAX, "val"),
         record.get("neg") is True,
@@ -366,23 +502,32 @@ def _verification(record: Record, origin: _Origin) -> Row:
 
 
 def _generic(record: Record, origin: _Origin) -> Row:
-    return (origin.uri, origin.cid, origin.repo, origin.op.collection, json_text(record, origin.op), origin.created_at)
+    text = json_text(record, origin.op, origin.lost)
+    return (origin.uri, origin.cid, origin.repo, origin.op.collection, text, origin.created_at)
 
 
 def _thread_gate(record: Record, origin: _Origin) -> Row:
-    allow, hidden = record.get("allow"), record.get("hiddenReplies")
+    allow, lost = record.get("allow"), origin.lost
     rules = {
-        "allow": allow if type(allow) is list else None,  # everyone may reply; [] is nobody
-        "hiddenReplies": hidden if type(hidden) is list else [],
+        "allow": [_rule(rule, lost) for rule in allow] if type(allow) is list else None,  # everyone; [] is nobody
+        "hiddenReplies": _references(record.get("hiddenReplies"), "hiddenReplies", lost),
     }
     return _gate("thread", rules, record, origin)
 
 
+def _rule(rule: Any, lost: list[str]) -> Any:
+    """A list rule without its list lets nobody in: it stays a rule."""
+    if type(rule) is not dict or not _is_no_reference(rule.get("list")):
+        return rule
+    lost.append("allow.list")
+    return _without(rule, "list")
+
+
 def _post_gate(record: Record, origin: _Origin) -> Row:
-    embedding, detached = record.get("embeddingRules"), record.get("detachedEmbeddingUris")
+    embedding = record.get("embeddingRules")
     rules = {
         "embeddingRules": embedding if type(embedding) is list else [],
-        "detachedEmbeddingUris": detached if type(detached) is list else [],
+        "detachedEmbeddingUris": _references(record.get("detachedEmbeddingUris"), "detachedEmbeddingUris", origin.lost),
     }
     return _gate("post", rules, record, origin)
 
@@ -392,23 +537,20 @@ def _gate(kind: str, rules: Record, record: Record, origin: _Origin) -> Row:
     post_uri = f"at://{origin.repo}/app.bsky.feed.post/{origin.op.rkey}"
     if record.get("post", post_uri) != post_uri:
         raise InvalidEvent(Reason.GATE_MISMATCH, "post")
-    return (origin.uri, kind, post_uri, origin.repo, json_text(rules, origin.op), origin.created_at)
+    return (origin.uri, kind, post_uri, origin.repo, json_text(rules, origin.op, origin.lost), origin.created_at)
 
 
 def _profile(record: Record, origin: _Origin) -> Row:
-    op = origin.op
-    if op.rkey != "self":
-        raise InvalidEvent(Reason.BAD_PATH, "a profile's rkey is self")
-    pinned_uri, pinned_cid = _strong_ref(record.get("pinnedPost"), "pinnedPost.uri")
+    pinned_uri, pinned_cid = _strong_ref(record.get("pinnedPost"), "pinnedPost.uri", origin.lost)
     return (
         origin.uri,
         origin.repo,
         _name(record.get("displayName")),
         _text(record.get("description")),
-        _blob_cid(record.get("avatar"), op),
-        _blob_cid(record.get("banner"), op),
-        json_text(record, op),
-        None if pinned_uri is None else json_text({"uri": pinned_uri, "cid": pinned_cid}, op),
+        _blob_cid(record.get("avatar"), origin),
+        _blob_cid(record.get("banner"), origin),
+        json_text(record, origin.op, origin.lost),
+        None if pinned_uri is None else json_text({"uri": pinned_uri, "cid": pinned_cid}, origin.op),
     )
 
 

@@ -1,18 +1,20 @@
 """Unique pairs: which member of a pair is in the table, and which ones wait in `fastworker.twins` (its twins). Pure.
 
 The members of a pair are live records that name the same two things, for example two likes of one post by one account.
-The schema keeps the pair unique, so one of them, the winner, is in the table: the one with the lowest rkey, then URI.
+The schema keeps the pair unique, so one of them, the winner, is in the table: the first by `schema.twin_order` (as a
+rule the lowest rkey, then URI).
 `rearrange` is given what was found under the locks, and says what to write; store/settle.py finds and writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from fastworker.table.batch import Change, Row, newer, replaces, stored_version
 from fastworker.table.rows import own_cid
-from fastworker.table.schema import Table
+from fastworker.table.schema import Table, twin_order
 
 
 class Member(NamedTuple):
@@ -61,8 +63,14 @@ def pair_of(table: Table, row: Row) -> str:
     return "\n".join(row[table.index(column)] for column in table.pair)
 
 
-def rearrange(table: Table, pending: dict[str, Change], pairs: Iterable[str], found: Found) -> Arrangement:
-    """Apply the changes to the members of each pair; what to write then."""
+def rearrange(
+    table: Table,
+    pending: dict[str, Change],
+    pairs: Iterable[str],
+    found: Found,
+    trusted: Mapping[str, int] = MappingProxyType({}),
+) -> Arrangement:
+    """Apply the changes to the members of each pair; what to write then. `trusted`: places of trusted verifiers."""
     before = {pair: _members(table, pair, found) for pair in pairs}
     result = Arrangement({pair: dict(members) for pair, members in before.items()})
     touched: set[str] = set()
@@ -70,7 +78,7 @@ def rearrange(table: Table, pending: dict[str, Change], pairs: Iterable[str], fo
         result.applied.append(uri)
         touched |= _apply(table, change, found.homes.get(uri, []), before, result.members)
     for pair in sorted(touched):
-        _place(table, pair, found, result)
+        _place(table, pair, found, result, trusted)
     result.inserts.sort(key=lambda item: item[1].uri)
     return result
 
@@ -111,12 +119,12 @@ def _apply(
     return touched
 
 
-def _place(table: Table, pair: str, found: Found, result: Arrangement) -> None:
+def _place(table: Table, pair: str, found: Found, result: Arrangement, trusted: Mapping[str, int]) -> None:
     """Who is in the table now, and who waits."""
     members = result.members[pair]
     old = found.winners.get(pair)
     twins = found.twins.get(pair, {})
-    best = min(members.values(), default=None, key=lambda m: (m.rkey, m.uri))
+    best = min(members.values(), default=None, key=lambda m: twin_order(table, m.uri, m.rkey, trusted))
     if old is not None and (best is None or best.uri != old[0]):
         result.deletes.append(old)
     if best is not None:

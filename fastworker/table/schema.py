@@ -7,6 +7,8 @@ Source of names and types: migrations/0001_contract.sql, the tables as the AppVi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 
@@ -165,6 +167,13 @@ COLLECTIONS: dict[str, Table] = {
     "app.bsky.actor.profile": PROFILES,
 }
 """Every other collection goes to `generic_records`."""
+
+
+def twin_order(table: Table, uri: str, rkey: str, trusted: Mapping[str, int]) -> tuple[int, str, str]:
+    """Of the live records of one unique pair, the least is in the table: those of trusted verifiers first (`trusted`:
+    their DIDs and places), then the lowest rkey, then URI."""
+    rank = trusted.get(uri.split("/", 3)[2], len(trusted)) if table is VERIFICATIONS else 0
+    return rank, rkey, uri
 
 
 def collection_table(uri: str) -> Table:

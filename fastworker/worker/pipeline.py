@@ -21,14 +21,14 @@ from fastworker.crashpoint import Step, crashpoint
 from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import InvalidEvent, Reason, RowRejected, StoppedItself, StoreUnavailable, StreamUnavailable
 from fastworker.event import Account, Commit, Event, Identity, Sync
-from fastworker.event.entry import decode_entry
+from fastworker.event.entry import decode_entry, received_ms
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.store.flush import Written
 from fastworker.store.upkeep import Ground
 from fastworker.stream.consumer import Entry, SetAside, Tally, id_order, original_fields
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress, Refused
-from fastworker.table.dates import date_or, entry_moment, latest_date
+from fastworker.table.dates import moment_of, parse_date
 from fastworker.table.mapper import map_commit
 from fastworker.worker.overlap import Overlap, keys_of
 from fastworker.worker.suspects import CONTROL_ENTRIES, DEATHS_MAX, Quiet, Record, Suspects, say_trying
@@ -88,6 +88,22 @@ class Store(Protocol):
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
     async def keep(self, refused: Sequence[Refused]) -> None: ...
+
+
+class _Turn:
+    """Work at a stretch, by the clock: a hostile entry takes as long as a thousand others. Ask after each entry."""
+
+    __slots__ = ("_ends",)
+
+    def __init__(self) -> None:
+        self._ends = time.perf_counter() + TURN_S
+
+    def is_over(self) -> bool:
+        return time.perf_counter() >= self._ends
+
+    async def next(self) -> None:
+        await asyncio.sleep(0)
+        self._ends = time.perf_counter() + TURN_S
 
 
 class DeadLetterLimit:
@@ -208,7 +224,7 @@ class Held:
         self.entries[entry_id] = fields
         try:
             event = decode_entry(fields)
-            entry_ms = int(entry_id.partition("-")[0])
+            entry_ms = received_ms(entry_id, fields)
             if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
                 self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
                 return True
@@ -280,9 +296,8 @@ def _understand(event: Event, entry_ms: int) -> tuple[Tally, Mapped | None, date
 
 
 def _moment(event: Event, entry_ms: int) -> datetime:
-    """When the relay saw the event: its own time, else its entry's."""
-    entry_time = entry_moment(entry_ms)
-    return date_or(event.time, entry_time, latest_date(entry_time)).replace(tzinfo=UTC)
+    """When it happened: by its own time where that can be, else when it was received."""
+    return moment_of(None if event.time is None else parse_date(event.time), entry_ms).replace(tzinfo=UTC)
 
 
 def _names(event: Event, changes: Sequence[Change], reason: str, detail: str) -> list[Refused]:
@@ -409,7 +424,7 @@ class Pipeline:
                 if self._trial and writing is None and self.is_still:
                     await self._try(stopping)
                 if writing is None and self._postponed:
-                    self._bring_back(at_last=stopping.is_set() or bool(self._trial))
+                    await self._bring_back(at_last=stopping.is_set() or bool(self._trial))
                 if writing is None and self._filling:
                     self._writing, self._filling = self._filling, Held(self._ground)
                     self._flush_at = time.monotonic()
@@ -476,7 +491,7 @@ class Pipeline:
         filling, writing = self._filling, self._writing.entries if self._writing else {}
         if entries and not filling:
             filling.since_ms = now_ms()
-        turn_ends = time.perf_counter() + TURN_S
+        turn = _Turn()
         taken = 0
         for entry_id, fields in entries:
             if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
@@ -484,23 +499,24 @@ class Pipeline:
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
                 self._postponed[entry_id] = (fields, now_ms())
             taken += 1
-            if not taken & 15 and time.perf_counter() >= turn_ends:
-                await asyncio.sleep(0)
-                turn_ends = time.perf_counter() + TURN_S
+            if turn.is_over():
+                await turn.next()
         if taken:
             self._slot.add(read=taken)
             if filling.mark is not None:
                 self._marks.append(filling.mark)
                 self.told = filling.told or self.told
 
-    def _bring_back(self, *, at_last: bool) -> None:
+    async def _bring_back(self, *, at_last: bool) -> None:
         """Postponed entries into the next batch: those whose records are free by now, or that waited long enough."""
-        postponed, self._postponed = self._postponed, {}
         before = now_ms() - POSTPONED_MS_MAX
-        for entry_id, (fields, since_ms) in postponed.items():
+        turn = _Turn()
+        for entry_id, (fields, since_ms) in list(self._postponed.items()):
             self._filling.since_ms = self._filling.since_ms or since_ms
-            if not self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
-                self._postponed[entry_id] = (fields, since_ms)
+            if self._filling.apply(entry_id, fields, self._overlap, postpone=since_ms > before and not at_last):
+                del self._postponed[entry_id]
+            if turn.is_over():
+                await turn.next()
 
     # --- what somebody left behind, after a death
 
@@ -592,6 +608,7 @@ class Pipeline:
         upserts = [change for changes in held.before_horizon.values() for change in changes]
         absent = await self._persist(State.WAITING_FOR_STORE, lambda: self._store.absent(upserts))
         held.ground = held.ground._replace(pruned_until=_NEVER)
+        turn = _Turn()
         for entry_id, changes in held.before_horizon.items():
             fields = held.entries[entry_id]
             unknown = sorted(change.uri for change in changes if change.uri in absent)
@@ -599,6 +616,8 @@ class Pipeline:
                 held.rejected.append(SetAside(entry_id, fields, Reason.OLDER_THAN_TOMBSTONES, " ".join(unknown[:3])))
             else:
                 held.apply(entry_id, fields)
+            if turn.is_over():
+                await turn.next()
 
     async def _write(self, batch: Batch) -> list[Reason]:
         """One flush, as often as it takes; the reasons of ops that the store itself dropped."""
@@ -682,8 +701,11 @@ class Pipeline:
         for half in (entries[:middle], entries[middle:]):
             part = Held()
             part.since_ms = held.since_ms
+            turn = _Turn()
             for entry_id, fields in half:
                 part.apply(entry_id, fields)
+                if turn.is_over():
+                    await turn.next()
             await self._flush(part)
             await asyncio.sleep(0)
 
@@ -697,13 +719,11 @@ class Pipeline:
         event = decode_entry(fields)
         letter = SetAside(entry_id, fields, Reason.ROW_REJECTED, str(error))
         did = event.repo if isinstance(event, Commit) else event.did
-        mapped = map_commit(event, int(entry_id.partition("-")[0])) if isinstance(event, Commit) else None
+        mapped = map_commit(event, received_ms(entry_id, fields)) if isinstance(event, Commit) else None
         refused = mapped.changes if mapped is not None else []
         if mapped is not None and len(refused) > 1:
             refused = await self._write_parts(mapped, 0, len(refused))
         count = self._refusals.add(did)
-        if count == 1:
-            self._dead_letters.bad(error)
         if count <= LETTERS_OF_ACCOUNT_MAX:
             await self._leave_aside([letter])
             return

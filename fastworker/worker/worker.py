@@ -54,6 +54,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     pipelines: int = 1  # per process
     derive: frozenset[str] = FULL
     synchronous_commit: Literal["on", "keep"] = "on"
+    trusted_verifiers: tuple[str, ...] = ()
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
     dead_letters_in_a_row: int = 500
@@ -125,6 +126,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
                 application_name="fastworker",
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
+                trusted_verifiers=settings.trusted_verifiers,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

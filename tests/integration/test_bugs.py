@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import string
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -72,6 +74,29 @@ async def test_viewer_states_keep_what_is_not_ours(store: Store, pg: asyncpg.Con
         found = await pg.fetchrow("SELECT * FROM post_viewer_states")
         assert (found["like_uri"], found["repost_uri"], found["bookmarked"]) == state
         assert (found["thread_muted"], found["pinned"]) == (True, True)
+
+
+def _words(number_of: int, letters: str, length: int) -> str:
+    """Distinct words."""
+    return " ".join(map("".join, itertools.islice(itertools.product(letters, repeat=length), number_of)))
+
+
+LONG_TEXTS = {
+    "words": _words(150_000, string.ascii_lowercase, 5),
+    "growing": _words(200_000, "\u0130\u023a\u0410\u0411\u0412\u0413", 7),
+    "addresses": " ".join(f"a.{number}.co/b" for number in range(100_000)),
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+async def test_a_text_too_long_to_be_searched_costs_no_record(store: Store, pg: asyncpg.Connection, name: str) -> None:
+    """The trigger of public.users makes a tsvector of names and description, which holds 1 MB."""
+    profile = {"displayName": "\u023a " * 300, "description": LONG_TEXTS[name]}
+    await store.write(batch_of(commits(("app.bsky.actor.profile", "self", profile))))
+    found = await pg.fetchrow("SELECT display_name, description, pg_column_size(search_vector) AS size FROM users")
+    assert found["display_name"] == profile["displayName"][:255]
+    assert LONG_TEXTS[name].startswith(found["description"])
+    assert found["description"]
 
 
 async def test_nothing_is_kept_of_who_forbids_it(store: Store, pg: asyncpg.Connection) -> None:

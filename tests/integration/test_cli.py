@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fastworker import __version__
 from fastworker.cli import cli
 from fastworker.config import VARIABLES
-from fastworker.event.entry import decode_entry
+from fastworker.event.entry import decode_entry, received_ms
 from fastworker.event.recording import write_frames
 from fastworker.metrics import READER_METRICS, WORKER_METRICS
 from fastworker.simulator.network import Network
@@ -488,7 +489,9 @@ def test_replay_skips_bad_frames(form: str, tmp_path: Path, client: redis.Redis,
     assert "ends in the middle of a frame" in done.stderr
     assert client.xlen(STREAM) >= 55
     for _, fields in client.xrange(STREAM):
-        decode_entry(fields)
+        event = decode_entry(fields)  # which is judged by its own time
+        told_ms = datetime.fromisoformat(event.time or "").timestamp() * 1000
+        assert received_ms("1-0", fields) == pytest.approx(told_ms, abs=1)
     swapped = run("replay", str(file), "--little-endian", REDIS_URL=redis_url)
     assert swapped.returncode == 2
     assert "byte order" in swapped.stderr
@@ -662,15 +665,15 @@ def test_dlq_retry_gives_back_what_the_entry_was(letters: dict[str, str], client
     assert done.returncode == 1
     assert "9-9: there is no such dead letter" in done.stderr
     ((_, fields),) = client.xrange(STREAM)
-    dated = b'{"time":"1970-01-01T00:00:00.001+00:00",' + post(2)["data"].encode()[1:]  # of its first id, 1-0
-    assert list(fields.items()) == [(b"type", b"commit"), (b"data", dated), (b"seq", b"7")]
+    data = post(2)["data"].encode()
+    assert list(fields.items()) == [(b"type", b"commit"), (b"data", data), (b"seq", b"7"), (b"at", b"1")]  # of 1-0
     done = run("dlq", "retry", "--all", REDIS_URL=redis_url, FASTWORKER_STREAM_FORMAT="native")
     assert done.returncode == 1
     assert "3 dead letters went back" in done.stdout
     assert letters["broken"] in done.stderr
     assert [letter_id.decode() for letter_id, _ in client.xrange(DEAD)] == [letters["broken"]]
     forms = [set(fields) for _, fields in client.xrange(STREAM)][1:]
-    assert forms == [{b"type", b"data", b"seq"}, {b"n"}, {b"n"}]
+    assert forms == [{b"type", b"data", b"seq", b"at"}, {b"n", b"at"}, {b"n"}]
 
 
 def test_a_retry_goes_through_the_version_guard_and_the_horizon(

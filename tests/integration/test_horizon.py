@@ -40,7 +40,7 @@ class Bench:
         self.slot = Heartbeats(1)[0]
         self.slot.open("test")
 
-    async def ingest(self, *events: Commit) -> None:
+    async def ingest(self, *events: Commit, recorded: bool = True) -> None:
         """Through a real stream and a pipeline that knows the ground as it is now, until all is acked."""
         stream = WorkerStream(self.redis, consumer_id="w", batch_size=10)
         await stream.acquire()
@@ -50,7 +50,8 @@ class Bench:
         pipeline.stand_on(await self.store.ground())
         before = self.slot.snapshot().acked
         for event in events:
-            await self.redis.xadd(KEY, dict(encode_native(event)))
+            at = int(datetime.fromisoformat(event.time).timestamp() * 1000)
+            await self.redis.xadd(KEY, dict(encode_native(event)) | ({b"at": at} if recorded else {}))
         stopping = asyncio.Event()
         task = asyncio.create_task(pipeline.run(stopping))
         async with asyncio.timeout(60):
@@ -106,6 +107,17 @@ async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(be
     assert await posts(pg) == {"kept"}  # and late was not refused: it was deleted
     assert await bench.letters() == [b"older_than_tombstones"]
     assert await pg.fetchval("SELECT commit_seq FROM public.posts") == "4"
+
+
+@pytest.mark.parametrize("claim", [OLD, "0001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"], ids=["late", "zero", "future"])
+async def test_a_hosts_clock_sets_nothing_aside(bench: Bench, pg: asyncpg.Connection, claim: str):
+    """The entry's id is of this minute, whatever the commit says."""
+    await pg.execute("UPDATE fastworker.horizon SET pruned_until = now() - interval '1 day'")
+    await bench.ingest(commit("create", "a", 1, claim), recorded=False)
+    assert await posts(pg) == {"a"}
+    assert await bench.letters() == []
+    created_at = await pg.fetchval("SELECT created_at FROM posts")
+    assert created_at.isoformat(timespec="milliseconds") + "Z" == OLD
 
 
 async def test_a_tombstone_stays_while_it_is_young_unannounced_or_unfinished(bench: Bench, pg: asyncpg.Connection):

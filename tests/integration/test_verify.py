@@ -19,33 +19,28 @@ import pytest
 from fastworker.commands.verify import Wish, names, verify
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ConfigError, ExitCode, Unreachable
-from fastworker.event import Account, Commit, Identity, Op
-from fastworker.event.entry import decode_entry
+from fastworker.event import Account, Commit, Op
 from fastworker.law import compare
 from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from tests.rig.histories import Event, entry_ms, random_history, to_entry
+from tests.property.feeding import put
+from tests.rig.histories import DIDS, Event, cid_of, entry_ms, number, random_history
 
 SEED = 11
 EVENTS = 2_500
 
 
-def put(batch: Batch, event: Event) -> None:
-    decoded = decode_entry(to_entry(event))
-    at = datetime.fromtimestamp(entry_ms(event) / 1000, UTC)
-    if isinstance(decoded, Commit):
-        batch.put(map_commit(decoded, entry_ms(event)))
-    elif isinstance(decoded, Identity):
-        batch.put_identity(decoded, datetime.fromisoformat(decoded.time) if decoded.time else at)
-    elif isinstance(decoded, Account):
-        batch.put_account(decoded, datetime.fromisoformat(decoded.time) if decoded.time else at)
-
-
-async def write(url: str, events: list[Event], features: frozenset[str] = derive.FULL, size: int = 400) -> None:
-    store = await Store.connect(url, derive=features)
+async def write(
+    url: str,
+    events: list[Event],
+    features: frozenset[str] = derive.FULL,
+    size: int = 400,
+    trusted: tuple[str, ...] = (),
+) -> None:
+    store = await Store.connect(url, derive=features, trusted_verifiers=trusted)
     try:
         for start in range(0, len(events), size):
             batch = Batch()
@@ -109,10 +104,14 @@ def run(statement: str, url: str) -> None:
 
 
 async def told(
-    url: str, capsys: pytest.CaptureFixture[str], wish: Wish, features: frozenset[str] = derive.FULL
+    url: str,
+    capsys: pytest.CaptureFixture[str],
+    wish: Wish,
+    features: frozenset[str] = derive.FULL,
+    trusted: tuple[str, ...] = (),
 ) -> tuple[ExitCode, dict[str, dict[str, int]]]:
     """The exit code and the drift by check."""
-    code = await verify(url, features, wish)
+    code = await verify(url, features, wish, trusted_verifiers=trusted)
     report = json.loads(capsys.readouterr().out)
     return code, {found["check"]: found["drift"] for found in report["checks"] if found["drift"]}
 
@@ -414,6 +413,39 @@ async def test_a_twin_takes_the_place_of_a_row_that_the_api_process_deleted(
             assert await db.fetchval(f"SELECT count(*) FROM {row['table_name']} WHERE {columns} = $1", row["pair"]) == 1
 
 
+async def test_verifications_of_trusted_verifiers_first_also_when_others_are_trusted(
+    postgres_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the writer as in the law; rows from before the setting are settled by a repair."""
+    steps: list[Event] = []
+    for verifier in DIDS:
+        for rkey, subject in (("3", DIDS[0]), ("2", DIDS[0]), ("4", DIDS[1]), ("5", f"did:web:{verifier[-3:]}")):
+            record = {
+                "$type": "app.bsky.graph.verification",
+                "subject": subject,
+                "handle": f"{rkey}{verifier[-9:]}.test",
+            }
+            path = f"app.bsky.graph.verification/{rkey}"
+            op = {"action": "create", "path": path, "cid": cid_of(record), "record": record}
+            steps.append({"kind": "commit", "repo": verifier, "bare": False, "ops": [op]})
+    gone = {"action": "delete", "path": "app.bsky.graph.verification/2", "cid": None}
+    steps.append({"kind": "commit", "repo": DIDS[2], "bare": False, "ops": [gone]})
+    events = number(steps, bare=False)
+    trusted = (DIDS[2], DIDS[1])
+    await write(postgres_url, events[::-1], trusted=trusted, size=3)
+    winners = set()
+    for now_trusted in (trusted, (DIDS[3],), ()):
+        model = Model(trusted=now_trusted)
+        for event in events:
+            model.apply(event, entry_ms(event))
+        code, drift = await told(postgres_url, capsys, MEND, trusted=now_trusted)
+        assert (code, list(drift)) == (ExitCode.DONE, [] if now_trusted is trusted else ["twins"])
+        assert await told(postgres_url, capsys, FIND, trusted=now_trusted) == (ExitCode.DONE, {})
+        assert await differences(postgres_url, model.tables()) == "no difference"
+        winners.add(tuple(sorted(row["uri"] for row in model.tables()["verifications"])))
+    assert len(winners) == 3
+
+
 @pytest.mark.usefixtures("quiet")
 async def test_records_of_a_user_who_forbade_it_later_are_removed(
     url: str, db: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
@@ -610,16 +642,16 @@ async def test_what_only_postgresql_can_hold_is_no_obstacle(
     """Dates, versions and numbers of other writers: their rows are updated, deleted, purged and verified."""
     did, other, cid = f"did:plc:{'a' * 24}", f"did:plc:{'b' * 24}", "bafyold"
     embed = json.dumps({"$type": "app.bsky.embed.record", "n": 0}).replace("0}", "1e400}")
-    for number in range(4):
-        uri = f"at://{did}/app.bsky.feed.post/3p{number}"
+    for nth in range(4):
+        uri = f"at://{did}/app.bsky.feed.post/3p{nth}"
         await pg.execute(
             "INSERT INTO posts (uri, cid, author_did, text, embed, created_at, indexed_at, commit_seq) "
             "VALUES ($1, $2, $3, 'old', $4, $5::text::timestamp, $5::text::timestamp, $6)",
-            *(uri, cid, did, embed, date, "9" * 30 if number else None),
+            *(uri, cid, did, embed, date, "9" * 30 if nth else None),
         )
         await pg.execute(
             "INSERT INTO likes (uri, user_did, post_uri, created_at) VALUES ($1, $2, $3, $4::text::timestamp)",
-            *(f"at://{other}/app.bsky.feed.like/3l{number}", other, uri, date),
+            *(f"at://{other}/app.bsky.feed.like/3l{nth}", other, uri, date),
         )
     code, _ = await told(postgres_url, capsys, Wish(repair=True, as_json=True))
     code, drift = await told(postgres_url, capsys, Wish(as_json=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC
 
 import asyncpg
 
@@ -13,6 +13,7 @@ from fastworker.law import compare
 from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
+from fastworker.table.dates import moment_of, parse_date
 from fastworker.table.mapper import map_commit
 from tests.rig.histories import Event, entry_ms, to_entry
 
@@ -24,8 +25,7 @@ def put(batch: Batch, event: Event) -> None:
     if isinstance(decoded, Commit):
         batch.put(map_commit(decoded, arrived))
     elif isinstance(decoded, Identity | Account):
-        time = decoded.time
-        at = datetime.fromisoformat(time) if time else datetime.fromtimestamp(arrived / 1000, UTC)
+        at = moment_of(parse_date(decoded.time or ""), arrived).replace(tzinfo=UTC)
         (batch.put_identity if isinstance(decoded, Identity) else batch.put_account)(decoded, at)  # type: ignore[arg-type]
 
 

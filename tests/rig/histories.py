@@ -46,6 +46,12 @@ ACCOUNTS = (
     (False, None),
     (False, "a-status-of-tomorrow"),
 )
+CLAIMS = {
+    3: "2099-01-01T00:00:00.000Z",
+    6: "0001-01-01T00:00:00Z",
+    9: "2025-12-20T00:00:00Z",
+    11: "-000001-12-31T00:00:00Z",
+}
 DATES = (
     "2026-01-01T00:00:00.000Z",
     "2025-12-31T23:59:59.123456Z",
@@ -64,6 +70,9 @@ ODD: tuple[Any, ...] = (
     2**63,
     "",
     "n\x00ul",
+    f"at://{DIDS[1]}/app.bsky.feed.post/{RKEYS[0]}\x00",
+    f"at://{DIDS[1]} /app.bsky.feed.post/{RKEYS[0]}",
+    "\x00" + DIDS[1],
     "\ud800half",
     "\u00e9" * 600,
     [],
@@ -71,6 +80,7 @@ ODD: tuple[Any, ...] = (
     {},
     {"a\x00": "\x00"},
 )
+ONE_EACH = {"app.bsky.actor.profile", "app.bsky.actor.status", "app.bsky.labeler.service"}  # their rkey is `self`
 WEIGHTS = {
     "app.bsky.feed.post": 8,
     "app.bsky.feed.like": 8,
@@ -183,6 +193,8 @@ def number(steps: list[Event], *, bare: bool) -> list[Event]:
             is_bare = numbered.pop("bare") and bare
             numbered["rev"] = None if is_bare else tid(seq)
             numbered["time"] = None if is_bare else numbered["time"]
+        if numbered["time"] is not None:  # a claim of the host, whose clock may be wrong
+            numbered["time"] = CLAIMS.get(seq % 13, numbered["time"])
         events.append(numbered)
     return events
 
@@ -242,7 +254,7 @@ class Author:
         collection = self.random.choice(self.collections)
         action = self.random.choice(("create", "create", "create", "update", "delete"))
         rkey = self.random.choice(self.rkeys)
-        if collection in {"app.bsky.actor.profile", "app.bsky.labeler.service"} and self.random.randrange(8):
+        if collection in ONE_EACH and self.random.randrange(8):
             rkey = "self"
         op = {"action": action, "path": f"{collection}/{rkey}", "cid": None}
         if action == "delete":
@@ -308,7 +320,9 @@ class Author:
         if self.random.randrange(2):
             record["embed"] = self._embed()
         if not self.random.randrange(3):
-            mentioned = [self.random.choice(self.dids) for _ in range(self.random.randrange(3))]
+            mentioned = [
+                self.random.choice((*self.dids, "did:", f"{DIDS[1]}\x00")) for _ in range(self.random.randrange(3))
+            ]
             features = [{"$type": "app.bsky.richtext.facet#mention", "did": did} for did in mentioned]
             record["facets"] = [{"index": {"byteStart": 0, "byteEnd": 1}, "features": features}]
         if not self.random.randrange(3):

@@ -96,7 +96,7 @@ def test_a_part_that_the_mapper_has_changed() -> None:
         (lexicon_link(BLOB), libipld.encode_cid(BLOB)),
         (libipld.encode_cid(BLOB), libipld.encode_cid(BLOB)),
         (BLOB.hex(), libipld.encode_cid(BLOB)),
-        ("odd\0 text", "odd text"),
+        ("odd\0 text", "odd\0 text"),
         ("", None),
         (None, None),
         (5, None),

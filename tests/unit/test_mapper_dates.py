@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastworker.table.dates import EPOCH, date_or, entry_moment, latest_date, parse_date
+from fastworker.table.dates import EPOCH, date_or, entry_moment, latest_date, moment_of, parse_date
 
 NOON = datetime(2024, 6, 1, 12)
 LATEST = NOON + timedelta(minutes=2)
@@ -50,7 +50,14 @@ LATEST = NOON + timedelta(minutes=2)
         pytest.param("9999-12-31T23:59:59-23:00", datetime.max, id="after-year-9999"),
         pytest.param("9999-12-31T24:00:00Z", datetime.max, id="after-year-9999-midnight"),
         pytest.param("10000-01-01T00:00:00Z", None, id="year-10000"),
-        pytest.param("+012026-01-01T00:00:00Z", None, id="expanded-year"),
+        pytest.param("+012026-01-01T00:00:00Z", datetime.max, id="expanded-year"),
+        pytest.param("+002026-01-01T01:00:00+01:00", datetime(2026, 1, 1), id="expanded-year-of-ours"),
+        pytest.param("-000001-12-31T23:00:00.000Z", datetime.min, id="before-year-0"),
+        pytest.param("+000000-02-29T00:00:00Z", datetime.min, id="expanded-year-0-leap-day"),
+        pytest.param("+012345-02-29T00:00:00Z", None, id="expanded-year-no-leap-day"),
+        pytest.param("-12026-01-01T00:00:00Z", None, id="five-digits"),
+        pytest.param("2024-01-01" + " " * 200_000 + "x", None, id="spaces-without-end"),
+        pytest.param(" " * 200_000 + "2024-01-01" + " " * 200_000, datetime(2024, 1, 1), id="spaces-around"),
         ("2023-02-29T00:00:00.000Z", None),
         ("2026-13-01T00:00:00.000Z", None),
         ("2026-01-01T00:00:00+24:00", None),
@@ -123,6 +130,29 @@ def test_a_commit_before_1970_does_not_date_its_records_there() -> None:
 )
 def test_entry_moment(entry_ms: int, expected: datetime) -> None:
     assert entry_moment(entry_ms) == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "is_believed"),
+    [
+        (NOON, True),
+        (NOON + timedelta(minutes=2), True),
+        (NOON + timedelta(minutes=2, microseconds=1), False),
+        (NOON - timedelta(days=4), True),
+        (NOON - timedelta(days=4, microseconds=1), False),
+        (datetime.min, False),
+        (datetime.max, False),
+        (None, False),
+    ],
+)
+def test_the_time_that_an_event_tells_is_a_claim(told: datetime | None, *, is_believed: bool) -> None:
+    assert moment_of(told, 1_717_243_200_000) == (told if is_believed else NOON)
+
+
+@pytest.mark.parametrize("entry_ms", [0, 2**64])
+def test_moments_at_the_ends_of_time(entry_ms: int) -> None:
+    for told in (datetime.min, datetime.max, None):
+        assert moment_of(told, entry_ms) in (told, entry_moment(entry_ms))
 
 
 def test_latest_date() -> None:
