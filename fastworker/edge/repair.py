@@ -129,9 +129,8 @@ class Repair(Store):
 
         async def transaction() -> None:
             async with connection.transaction():
-                rows = [tuple(row) for row in await connection.fetch(_HANDLES_LOCK, keys)]
-                if rows:
-                    await connection.execute(merge.HANDLES, *zip(*rows, strict=True))
+                await connection.fetch(_HANDLES_LOCK, keys)
+                await connection.execute(merge.SHOW_HANDLES, keys, [], self._verified_only)
 
         await self._retry(transaction)
 
@@ -299,8 +298,7 @@ _TWIN_VERSIONS = "SELECT uri, rev, seq FROM fastworker.twins WHERE uri = ANY($1:
 _TWINS = "SELECT uri, table_name, rkey, rev, seq, cid, row_values FROM fastworker.twins WHERE uri = ANY($1::text[])"
 _VERSIONS_LOCK = 'SELECT uri FROM fastworker.versions WHERE uri = ANY($1::text[]) ORDER BY uri COLLATE "C" FOR UPDATE'
 _HANDLES_LOCK = (
-    "SELECT did, handle FROM fastworker.identities WHERE did = ANY($1::varchar[]) AND handle IS NOT NULL "
-    'ORDER BY did COLLATE "C" FOR UPDATE'
+    'SELECT did FROM fastworker.identities WHERE did = ANY($1::varchar[]) ORDER BY did COLLATE "C" FOR UPDATE'
 )
 _LABEL_EVENTS_AGAIN = (
     "DELETE FROM public.label_events AS e WHERE e.label_uri = ANY($1::varchar[]) AND e.action = 'created' "

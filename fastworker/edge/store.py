@@ -201,8 +201,9 @@ def _is_our_bug(error: PostgresError) -> bool:
 class Store:
     """A process's writers: `pool_size` connections, the users it knows, and what is derived."""
 
-    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str]) -> None:
+    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str], *, verified_only: bool = False) -> None:
         self._pool = pool
+        self._verified_only = verified_only
         self._derive = derive
         self._known: dict[str, None] = {}
         self.copy_rows_min = COPY_ROWS_MIN
@@ -221,10 +222,14 @@ class Store:
         pool_size: int = 1,
         application_name: str = "fastworker",
         derive: frozenset[str] = derived.FULL,
+        verified_only: bool = False,
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
     ) -> Self:
-        """Raises StoreUnavailable where the server cannot be reached or refuses."""
+        """Raises StoreUnavailable where the server cannot be reached or refuses.
+
+        `verified_only`: no handle is shown that a host only claims.
+        """
 
         async def session(connection: asyncpg.Connection[Any]) -> None:
             await connection.execute(_SESSION)
@@ -257,7 +262,7 @@ class Store:
             except BaseException:
                 pool.terminate()
                 raise
-        return cls(pool, derive)
+        return cls(pool, derive, verified_only=verified_only)
 
     async def close(self) -> None:
         try:
@@ -457,8 +462,9 @@ class Store:
         async def transaction() -> int:
             async with connection.transaction():
                 taken = await connection.fetch(merge.RESOLVED, *_columns(sorted(rows, key=lambda row: row[0])))
-                if named := sorted((r[0], r[1]) for r in taken if r[1] is not None):
-                    await connection.execute(merge.HANDLES, *_columns(named))
+                if named := [r for r in taken if r[1] is not None]:
+                    dids, before = sorted(r[0] for r in named), [r[2] for r in named if r[2] is not None]
+                    await connection.execute(merge.SHOW_HANDLES, dids, before, self._verified_only)
                 return len(taken)
 
         async with self._connection() as connection:
@@ -573,19 +579,15 @@ class Store:
             await connection.execute(merge.ACCOUNTS_DELETED, *_columns(deleted.values()))
 
     async def _identities(self, connection: Connection, identities: dict[str, list[TimedIdentity]]) -> None:
-        rows = []
+        claims = []
         unresolved = []
         for did, events in sorted(identities.items()):
             named = [e for e in events if e.event.handle is not None]
-            if named:
-                newest = _newest(named)
-                rows.append((did, newest.event.handle, newest.event.relay, newest.event.seq, newest.at))
+            claims += [(did, e.event.handle, e.event.relay or "", e.event.seq, e.at) for e in named]
             if len(named) < len(events):
                 unresolved.append((did, max(e.at for e in events if e.event.handle is None)))
-        if rows:
-            won = await connection.fetch(merge.IDENTITIES, *_columns(rows))
-            if won:
-                await connection.execute(merge.HANDLES, *_columns(sorted(tuple(r) for r in won)))
+        if claims:
+            await connection.execute(merge.IDENTITIES, *_columns(claims), self._verified_only)
         if unresolved:
             await connection.execute(merge.IDENTITIES_UNRESOLVED, *_columns(unresolved))
 
@@ -1223,21 +1225,6 @@ def _sorted_rows(rows: dict[str, Row]) -> list[Row]:
 
 def _sorted_columns(rows: dict[str, Row]) -> list[tuple[Any, ...]]:
     return _columns(_sorted_rows(rows))
-
-
-def _newest(events: list[Any]) -> Any:
-    """The newest of one DID's account or identity events: by seq within one relay, else by time."""
-
-    def beats(a: Any, b: Any) -> bool:
-        if a.event.relay == b.event.relay and a.event.seq is not None and b.event.seq is not None:
-            return bool(a.event.seq > b.event.seq)
-        return bool(a.at > b.at)
-
-    best = events[0]
-    for event in events[1:]:
-        if beats(event, best):
-            best = event
-    return best
 
 
 def _kill(change: Change, rev: str | None, seq: int | None) -> Change:

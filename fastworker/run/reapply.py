@@ -87,7 +87,11 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
             return ExitCode.DONE
         try:
             store = await Store.connect(
-                settings.database_url, pool_size=1, application_name="fastworker-reapply", derive=settings.derive
+                settings.database_url,
+                pool_size=1,
+                application_name="fastworker-reapply",
+                derive=settings.derive,
+                verified_only=settings.verified_only,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

@@ -41,6 +41,7 @@ class Wish(msgspec.Struct, frozen=True):
     pause_s: float = 0.0
     start: str | None = None
     as_json: bool = False
+    verified_only: bool = False  # as the worker's
 
 
 class Found(msgspec.Struct):
@@ -72,7 +73,11 @@ async def verify(database_url: str, derive: frozenset[str], wish: Wish, stop: as
     try:
         if wish.repair:
             repair = await Repair.connect(
-                database_url, pool_size=1, application_name="fastworker-repair", derive=derive
+                database_url,
+                pool_size=1,
+                application_name="fastworker-repair",
+                derive=derive,
+                verified_only=wish.verified_only,
             )
             while not stop.is_set() and await repair.maintain():  # what is owed is no drift
                 pass

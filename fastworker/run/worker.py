@@ -46,6 +46,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     processes: int = 2
     pipelines: int = 1  # per process
     derive: frozenset[str] = FULL
+    verified_only: bool = False  # handles that hosts claim are not shown before they are verified
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
     dead_letters_in_a_row: int = 500
@@ -101,6 +102,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
                 pool_size=settings.pipelines,
                 application_name="fastworker",
                 derive=settings.derive,
+                verified_only=settings.verified_only,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

@@ -13,7 +13,7 @@ from property.feeding import batch_of, clear, differences, lawful, settle
 from fastworker.edge.store import Store
 from fastworker.testing.histories import DIDS, Event, cid_of, fail_over, number
 
-A = DIDS[0]
+A, B, C = DIDS[:3]
 POST, LIST, PROFILE = "app.bsky.feed.post", "app.bsky.graph.list", "app.bsky.actor.profile"
 
 
@@ -84,6 +84,33 @@ async def test_both_relays_tell_of_it(store: Store, pg: asyncpg.Connection) -> N
     await in_orders(store, pg, fail_over(number(steps, bare=False), 7, again=4), 7)
     assert {row[0] for row in await pg.fetch("SELECT text FROM posts")} == {"two"}
     assert await pg.fetchval("SELECT active FROM fastworker.accounts")
+
+
+def identity(did: str, handle: str) -> Event:
+    return {"kind": "identity", "did": did, "handle": handle}
+
+
+async def test_identities_told_by_two_relays(store: Store, pg: asyncpg.Connection) -> None:
+    """The newest one is the latest, although its number is the lowest; who gives a handle up leaves it to the next."""
+    steps = [identity(A, "one.test"), identity(B, "one.test"), identity(A, "two.test"), identity(C, "two.test")]
+    steps += [identity(C, "one.test"), identity(A, "three.test")]
+    await in_orders(store, pg, fail_over(number(steps, bare=False), 2, again=1), 2)
+    shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+    assert shown == {A: "three.test", B: "one.test", C: "handle.invalid"}
+
+
+async def test_a_handle_is_shown_once_in_any_order(store: Store, pg: asyncpg.Connection) -> None:
+    """Of unverified claims the first one shows it, also when its host repeats it later."""
+    steps = [identity(A, "alice.test"), identity(B, "bob.test"), identity(B, "alice.test"), identity(A, "alice.test")]
+    events = number(steps, bare=False)
+    for order in itertools.permutations(events):
+        await clear(pg)
+        store._known.clear()
+        for event in order:
+            await store.write(batch_of([event]))
+        shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+        assert shown == {A: "alice.test", B: "handle.invalid"}, [event["seq"] for event in order]
+    assert await differences(lawful(events), pg) == "no difference"
 
 
 async def test_a_deletion_of_the_only_relay_goes_by_its_seq(store: Store, pg: asyncpg.Connection) -> None:

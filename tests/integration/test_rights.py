@@ -45,7 +45,13 @@ STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
 def fastworker(*words: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "fastworker", *words],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "FASTWORKER_HTTP_PORT": "off", **env},
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "FASTWORKER_HTTP_PORT": "off",
+            "FASTWORKER_RESOLVE_HANDLES": "off",
+            **env,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -245,15 +251,18 @@ POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generato
 
 
 def worker_calls() -> Iterator[tuple[str, list[Any]]]:
-    """The functions of 0004_one_call.sql, every statement of them; with what is in them as a comment."""
-    text = next(one.sql for one in packaged() if one.name == "0004_one_call")
-    bodies = dict(re.findall(r"fastworker\.(\w+)\((?:.*?)AS \$\$(.*?)END \$\$;", text, re.DOTALL))
+    """Our functions, every statement of them; with what is in them as a comment."""
+    text = "".join(one.sql for one in packaged() if one.name in {"0004_one_call", "0006_relays_and_handles"})
+    bodies = dict(re.findall(r"(?:FUNCTION|PROCEDURE) fastworker\.(\w+)\(.*?AS \$\$(.*?)\$\$;", text, re.DOTALL))
     words = {name: f" /* {body} */" for name, body in bodies.items()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
     yield merge.PUT + words["put"], [empty.get(name, []) for name in merge.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
     yield merge.PUT_WHOLE + words["put_whole"], [empty.get(name) for name in merge.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
+    event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
+    yield merge.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
+    yield merge.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
     yield merge.RECOMPUTE + words["recompute"], [[POST], [POST], [POST], services, [POST], *owed, True]
 
