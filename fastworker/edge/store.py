@@ -211,6 +211,7 @@ class Store:
         self._wary = 0  # transactions to go without COPY
         self._wary_next = WARY_MIN
         self._relays: set[str] = set()
+        self._many_relays = False
         self.conflicts = 0  # transactions begun again because another writer came first
         self._recount = merge.recount(derive) if "counts" in derive else None
 
@@ -305,6 +306,8 @@ class Store:
         async with self._connection() as connection:
             if hosts := batch.relays - self._relays:  # before the look: what a deletion beats depends on them
                 await self._retry(lambda: connection.execute(merge.RELAYS, sorted(hosts)))
+                ground = await connection.fetchrow(merge.GROUND)
+                self._many_relays = ground is not None and ground[1]
                 self._relays |= hosts
             if self._may_put_whole(batch) and (whole := await self._put_whole(connection, batch)) is not None:
                 return whole
@@ -773,8 +776,12 @@ class Store:
         if upserts:
             for uri, rev, seq in await connection.fetch(merge.versions_of(table), upserts):
                 change = pending[uri]
-                if not newer(change.rev, change.seq, rev, _seq(seq)):
+                if not newer(change.rev, change.seq, *self._against(change, rev, _seq(seq))):
                     del pending[uri]
+
+    def _against(self, change: Change, rev: str | None, seq: int | None) -> tuple[str | None, int | None]:
+        """A stored version as a change meets it: with two relays what has no rev is older than what has one."""
+        return (None, None) if self._many_relays and rev is None and change.rev is not None else (rev, seq)
 
     async def _settle_records(
         self, connection: Connection, table: Table, pending: dict[str, Change], fx: Effects
@@ -797,7 +804,7 @@ class Store:
             del pending[uri]
             rev, seq = _version(table, old)
             foreign = table.hot and rev is None and seq is None
-            if table.hot and not _replaces(change, rev, seq):
+            if table.hot and not _replaces(change, *self._against(change, rev, seq)):
                 continue
             derived.removed(fx, table, old, counted=not foreign)
             if change.row is None:
@@ -915,7 +922,7 @@ class Store:
             if here:
                 current = before[here[-1]][uri]
                 touched.add(here[-1])
-                if table.hot and not _replaces(change, current.rev, current.seq):
+                if table.hot and not _replaces(change, *self._against(change, current.rev, current.seq)):
                     continue
                 after[here[-1]].pop(uri, None)
             if change.row is not None:

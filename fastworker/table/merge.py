@@ -107,6 +107,15 @@ def winners(table: Table) -> str:
     return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {qualified(table)} AS t ON {on}"
 
 
+_MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
+
+
+def _seq(stored: str, new: str, *, seq: str = "") -> str:
+    """The stored seq, but nothing where only the other side has a rev and there are two relays: then it is older."""
+    seq = seq or f"{stored}.seq"
+    return f"CASE WHEN {stored}.rev IS NULL AND {new}.rev IS NOT NULL AND {_MANY_RELAYS} THEN NULL ELSE {seq} END"
+
+
 TWINS = (
     "SELECT uri, pair, rkey, rev, seq, cid, row_values FROM fastworker.twins "
     "WHERE table_name = $1 AND pair = ANY($2::text[])"
@@ -116,7 +125,7 @@ TWINS_PUT = (
     "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
     "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
     "cid = excluded.cid, row_values = excluded.row_values "
-    "WHERE NOT fastworker.newer(twins.rev, twins.seq, excluded.rev, excluded.seq)"
+    f"WHERE NOT fastworker.newer(twins.rev, {_seq('twins', 'excluded')}, excluded.rev, excluded.seq)"
 )
 TWINS_DELETE = "DELETE FROM fastworker.twins WHERE uri = ANY($1::text[])"
 CIDS = {
@@ -128,12 +137,12 @@ CIDS = {
 
 # Versions ---------------------------------------------------------------------------------------
 # What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
-_MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
 _GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
 GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
 _BEATS = (
-    "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
+    "SELECT 'tombstone' AS kind, uri, rev, "
+    f"CASE WHEN rev IS NOT NULL OR NOT {_MANY_RELAYS} THEN seq END AS seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
     "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
@@ -184,7 +193,7 @@ TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
     "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
     "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, deleted = true, written_at = now() "
-    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq)"
+    f"WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, {_seq('v', 'excluded')})"
 )
 # The gate of the cold tables: returns the uris whose operation is the newest. The row lock it takes orders
 # the writers of a record until they commit.
@@ -193,8 +202,8 @@ GATE = (
     "SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::boolean[]) "
     "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, cid = excluded.cid, "
     "deleted = excluded.deleted, written_at = now() "
-    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq) "
-    "OR (NOT fastworker.newer(v.rev, v.seq, excluded.rev, excluded.seq) "
+    f"WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, {_seq('v', 'excluded')}) "
+    f"OR (NOT fastworker.newer(v.rev, {_seq('v', 'excluded')}, excluded.rev, excluded.seq) "
     "AND (excluded.deleted, coalesce(excluded.cid, '')) > (v.deleted, coalesce(v.cid, ''))) "
     "RETURNING uri"
 )

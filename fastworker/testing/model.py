@@ -608,7 +608,7 @@ class Model:
         self.derive = named
         self.forbidden = frozenset(forbidden)
         self.drops: dict[tuple[int, int], str] = {}  # (seq, op index) -> reason
-        self._records: dict[str, Held] = {}  # uri -> its winner
+        self._records: dict[tuple[str, bool], Held] = {}  # (uri, whether it has a rev) -> its winner
         self._dids: set[str] = set()  # everyone who acted, or was followed, blocked or listed
         self.verified_only = verified_only
         self._claims: dict[str, list[Claim]] = {}  # did -> every real handle that was claimed for it
@@ -646,9 +646,9 @@ class Model:
                 continue
             if held.row is not None and held.table in NEW_USERS:
                 self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
-            winner = self._records.get(held.source.uri)
-            if winner is None or beats(held, winner):
-                self._records[held.source.uri] = held
+            key = (held.source.uri, held.source.rev is not None)
+            if key not in self._records or beats(held, self._records[key]):
+                self._records[key] = held
 
     def _read(self, event: Event, index: int, op: Row, entry_ms: int | None) -> Held:
         collection, slash, rkey = op["path"].partition("/")
@@ -738,10 +738,17 @@ class Model:
         """Records whose winner is not a delete and that no deletion of their account came after."""
         return [
             held
-            for held in self._records.values()
+            for held in self._winners()
             if held.row is not None
             and not (held.source.repo in self._deleted and self._before(held.source, *self._deleted[held.source.repo]))
         ]
+
+    def _winners(self) -> Iterable[Held]:
+        """Of each record the highest version. With two relays one with a rev beats one without: seqs say nothing."""
+        for (uri, has_rev), held in self._records.items():
+            other = self._records.get((uri, not has_rev))
+            if other is None or (has_rev if len(self._relays) > 1 else beats(held, other)):
+                yield held
 
     def _before(self, source: Source, seq: int, time: datetime) -> bool:
         """Whether a record was written before its account's deletion: by seq in one relay, else by its rev's time."""

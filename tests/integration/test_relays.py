@@ -135,3 +135,26 @@ async def test_what_a_deletion_had_beaten_is_told(store: Store) -> None:
         event["rev"] = "2" + event["rev"][1:]
         uri = f"at://{A}/{event['ops'][0]['path']}"
         assert (await store.write(batch_of([event]))).beaten == {uri}
+
+
+async def test_what_came_without_a_rev_is_older_than_the_other_relays(store: Store, pg: asyncpg.Connection) -> None:
+    """Fed by a reader that knows no rev, then by ours, then by another relay: its deletes and updates count."""
+    subject = {"uri": f"at://{B}/{POST}/p", "cid": cid_of(B)}
+    likes = [put(f"app.bsky.feed.like/{name}", subject=subject) for name in ("one", "two")]
+    bare = [{**event, "bare": True} for event in (*records("one"), *likes)]
+    gone = [f"{POST}/one", f"{LIST}/one", "app.bsky.feed.like/one", "app.bsky.feed.like/two"]
+    deletes = [{**bare[0], "ops": [{"action": "delete", "path": path, "cid": None}], "bare": False} for path in gone]
+    old, again = bare[0], put(f"{POST}/old", text="again")
+    old = {**old, "ops": [{"action": "delete", "path": f"{POST}/old", "cid": None}]}  # a tombstone without a rev
+    events = number([*bare, old, *deletes, put(f"{POST}/same", text="two"), again], bare=True)
+    moved = fail_over(events, len(bare) + 1)
+    for event, before in zip(moved[: len(bare) + 1], events, strict=False):
+        event["rev"] = before["rev"]
+        del event["relay"]
+    moved.insert(len(bare) + 1, {**moved[-1], "seq": 40_000, "relay": "a.test", "ops": []})  # our reader's first
+    for event in moved:
+        await store.write(batch_of([event]))
+        await settle(store)
+    assert [row[0] for row in await pg.fetch("SELECT text FROM posts ORDER BY uri")] == ["again", "two"]
+    assert await pg.fetchval("SELECT count(*) FROM lists") == await pg.fetchval("SELECT count(*) FROM likes") == 0
+    assert await differences(lawful(moved), pg) == "no difference"
