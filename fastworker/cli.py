@@ -192,6 +192,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
         derive=config.derive,
         synchronous_commit=config.synchronous_commit,
         trusted_verifiers=config.trusted_verifiers,
+        verified_only=config.resolve_handles,
         dead_letter_maxlen=config.dead_letter_maxlen,
         tracing=config.tracing,
         dead_letters_in_a_row=config.dead_letters_in_a_row,
@@ -437,7 +438,7 @@ def verify(
     if "list" in only:
         click.echo("\n".join(verification.names()))
         return ExitCode.DONE
-    wish = verification.Wish(repair, only, rows, pause_s, start, as_json)
+    wish = verification.Wish(repair, only, rows, pause_s, start, as_json, config.resolve_handles)
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:

@@ -427,8 +427,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "FASTWORKER_RESOLVE_HANDLES",
             "worker up",
-            "Whether handles that identity events do not name are resolved over DNS and HTTPS, beside the stream "
-            "(one more connection).",
+            "Whether handles are verified over DNS and HTTPS, beside the stream (one more connection), before they are "
+            "shown; off shows what the account's host claims.",
             read=_flag,
             allowed="on or off",
             default="on",

@@ -18,6 +18,8 @@ class Step(StrEnum):
 
     LOOKED = "looked"
     """A flush knows what beats its batch; nothing is written, all entries pending. Deliver again."""
+    HANDLES_DECIDED = "handles_decided"
+    """Who shows which handle is written, not committed. PostgreSQL rolls back. Deliver again."""
     AFTER_TOMBSTONE_COMMIT = "after_tombstone_commit"
     """Tombstones are there, rows are not; all entries pending. Deliver again: the same flush, the same result."""
     ROWS_WRITTEN = "rows_written"

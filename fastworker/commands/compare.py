@@ -240,16 +240,19 @@ class _Look:
         An identity event that names no handle only marks the row (`Store.write`): its seq is not kept.
         """
         counts: dict[str, int] = {}
-        identities = {
-            did: max((one.event.seq or 0 for one in some if one.event.handle is not None), default=0)
-            for did, some in batch.identities.items()
-        }
-        accounts = {did: max(one.event.seq or 0 for one in some) for did, some in batch.accounts.items()}
-        for table, wanted in (("identities", identities), ("accounts", accounts)):
-            there = await self._audit.newest(table, list(wanted)) if wanted else {}
-            counts[table] = len(wanted)
-            if missing := sum(1 for did, seq in wanted.items() if did not in there or (there[did] or seq) < seq):
-                counts[f"{table}_missing"] = missing
+        named = {did: [e for e in some if e.event.handle is not None] for did, some in batch.identities.items()}
+        for table, events in (("identities", named), ("accounts", batch.accounts)):
+            wanted: dict[tuple[str, str], int] = {}
+            for did, some in events.items():
+                wanted.setdefault((did, ""), 0)
+                for one in some:
+                    key = (did, one.event.relay or "")
+                    wanted[key] = max(wanted.get(key, 0), one.event.seq or 0)
+            there = await self._audit.newest(table, list(events)) if events else {}
+            counts[table] = len(events)
+            missing = {key[0] for key, seq in wanted.items() if key not in there or (there[key] or seq) < seq}
+            if missing:
+                counts[f"{table}_missing"] = len(missing)
         return counts
 
     async def _derived(self, uris: list[str]) -> tuple[dict[str, int], list[str]]:

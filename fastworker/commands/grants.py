@@ -34,6 +34,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.accounts": _KEEP,
         "fastworker.account_events": _KEEP,
         "fastworker.identities": _KEEP,
+        "fastworker.claims": _KEEP,
         "fastworker.recheck": _ALL,
         "fastworker.progress": _KEEP,
         "fastworker.relays": _APPEND,

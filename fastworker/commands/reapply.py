@@ -99,6 +99,7 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
+                verified_only=settings.verified_only,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

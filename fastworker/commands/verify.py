@@ -42,6 +42,7 @@ class Wish(msgspec.Struct, frozen=True):
     pause_s: float = 0.0
     start: str | None = None
     as_json: bool = False
+    verified_only: bool = False  # as the worker's
 
 
 class Found(msgspec.Struct):
@@ -85,6 +86,7 @@ async def verify(
                 application_name="fastworker-repair",
                 derive=derive,
                 trusted_verifiers=trusted_verifiers,
+                verified_only=wish.verified_only,
             )
             with contextlib.suppress(StoreUnavailable):  # of a piece that cannot be paid; the rest is
                 while not stop.is_set() and await repair.maintain():  # what is owed is no drift

@@ -674,19 +674,20 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Dated:
-    """An identity event with what orders it: its seq, else its time."""
+class Claim:
+    """A handle that an identity event of one relay named, and when."""
 
+    relay: str
     seq: int | None
     time: datetime
-    value: Any
+    handle: str
 
-    def newer(self, other: Dated | None) -> bool:
-        if other is None:
-            return True
-        if self.seq is not None and other.seq is not None:
-            return self.seq > other.seq
-        return self.time > other.time
+    def newness(self) -> tuple[Any, ...]:
+        later = (self.time - datetime.min).total_seconds()  # noqa: DTZ901
+        return (-1 if self.seq is None else self.seq, later if self.seq is None else -later)
+
+    def earliness(self) -> tuple[Any, ...]:
+        return (math.inf if self.seq is None else self.seq, self.time)
 
 
 class Model:
@@ -694,10 +695,16 @@ class Model:
 
     `derive` is "full", "core" or names of FULL: what is not derived is missing from the tables.
     `forbidden` are DIDs with data_collection_forbidden, `trusted` those of trusted verifiers, the first one first.
+    `verified_only`: the resolver is on.
     """
 
     def __init__(
-        self, *, derive: str | Iterable[str] = "full", forbidden: Iterable[str] = (), trusted: Sequence[str] = ()
+        self,
+        *,
+        derive: str | Iterable[str] = "full",
+        forbidden: Iterable[str] = (),
+        trusted: Sequence[str] = (),
+        verified_only: bool = False,
     ) -> None:
         named = {"full": FULL, "core": CORE}.get(derive) if isinstance(derive, str) else frozenset(derive)
         if named is None or not named <= FULL:
@@ -706,9 +713,11 @@ class Model:
         self.forbidden = frozenset(forbidden)
         self.trusted = tuple(trusted)
         self.drops: dict[tuple[int, int], str] = {}  # (seq, op index) -> reason
-        self._records: dict[str, Held] = {}  # uri -> its winner
+        self._records: dict[tuple[str, bool], Held] = {}  # (uri, whether it has a rev) -> its winner
         self._dids: set[str] = set()  # everyone who acted, or was followed, blocked or listed
-        self._handles: dict[str, Dated] = {}  # did -> newest real handle
+        self.verified_only = verified_only
+        self._claims: dict[str, list[Claim]] = {}  # did -> every real handle that was claimed for it
+        self._verified: dict[str, tuple[datetime, str]] = {}  # did -> its latest verified handle
         self._accounts: dict[str, dict[str, Told]] = {}  # did -> relay -> the newest that it told
         self._deleted: dict[str, tuple[int, datetime]] = {}  # did -> highest seq and latest time of a deletion
         self._relays: set[str] = set()
@@ -742,9 +751,9 @@ class Model:
                 continue
             if held.row is not None and held.table in NEW_USERS:
                 self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
-            winner = self._records.get(held.source.uri)
-            if winner is None or beats(held, winner):
-                self._records[held.source.uri] = held
+            key = (held.source.uri, held.source.rev is not None)
+            if key not in self._records or beats(held, self._records[key]):
+                self._records[key] = held
 
     def _read(self, event: Event, index: int, op: Row, entry_ms: int | None) -> Held:
         collection, slash, rkey = op["path"].partition("/")
@@ -782,9 +791,12 @@ class Model:
         handle = real_handle(event["handle"])
         if handle is None:  # resolve again: what is known stays
             return
-        dated = Dated(event.get("seq"), moment(event, entry_ms), handle)
-        if dated.newer(self._handles.get(did)):
-            self._handles[did] = dated
+        time = moment(event, entry_ms)
+        self._claims.setdefault(did, []).append(Claim(event.get("relay") or "", event.get("seq"), time, handle))
+
+    def verify(self, did: str, handle: str, at: datetime) -> None:
+        """At that moment the DID's document and the handle named each other."""
+        self._verified[did] = max(self._verified.get(did, (at, handle)), (at, handle))
 
     def _account(self, event: Event, entry_ms: int | None) -> None:
         did, seq = event["did"], event.get("seq")
@@ -834,10 +846,17 @@ class Model:
         """Records whose winner is not a delete and that no deletion of their account came after."""
         return [
             held
-            for held in self._records.values()
+            for held in self._winners()
             if held.row is not None
             and not (held.source.repo in self._deleted and self._before(held.source, *self._deleted[held.source.repo]))
         ]
+
+    def _winners(self) -> Iterable[Held]:
+        """Of each record the highest version. With two relays one with a rev beats one without: seqs say nothing."""
+        for (uri, has_rev), held in self._records.items():
+            other = self._records.get((uri, not has_rev))
+            if other is None or (has_rev if len(self._relays) > 1 else beats(held, other)):
+                yield held
 
     def _before(self, source: Source, seq: int, time: datetime) -> bool:
         """Whether a record was written before its account's deletion: by seq in one relay, else by its rev's time."""
@@ -847,17 +866,57 @@ class Model:
 
     def _users(self, profiles: list[Held]) -> list[Row]:
         known = {held.source.repo: _row(held) for held in profiles}
+        shown = self._shown_handles()
         nothing = dict.fromkeys(
             ("display_name", "avatar_url", "banner_url", "description", "profile_record", "pinned_post")
         )
         return [
             {
                 "did": did,
-                "handle": self._handles[did].value if did in self._handles else "handle.invalid",
+                "handle": shown.get(did, "handle.invalid"),
                 **known.get(did, nothing),
             }
             for did in self._dids
         ]
+
+    def _wanted_handle(self, did: str) -> str | None:
+        """What the DID shows if nobody else does: the newer of what is claimed and what is verified."""
+        newest: dict[str, Claim] = {}
+        for claim in self._claims.get(did, ()):
+            newest[claim.relay] = max(newest.get(claim.relay, claim), claim, key=Claim.newness)
+        verified = self._verified.get(did)
+        if self.verified_only or not newest:
+            return verified[1] if verified else None
+        claimed = max(newest.values(), key=lambda claim: (claim.time, claim.relay))
+        return verified[1] if verified and verified[0] >= claimed.time else claimed.handle
+
+    def _shown_handles(self) -> dict[str, str]:
+        """DID to handle; each handle once. Choice: a claim is as old as the first time that its DID made it."""
+        wanting: dict[str, list[str]] = {}
+        for did in {*self._claims, *self._verified} - self.forbidden:
+            if (handle := self._wanted_handle(did)) is not None:
+                wanting.setdefault(handle, []).append(did)
+        shown = {}
+        for handle, dids in wanting.items():
+            verified = [did for did in dids if did in self._verified and self._verified[did][1] == handle]
+            if verified:
+                latest = max(self._verified[did][0] for did in verified)
+                holder = min(did for did in verified if self._verified[did][0] == latest)
+            else:
+                holder = self._first_claimant(handle, dids)
+            shown[holder] = handle
+        return shown
+
+    def _first_claimant(self, handle: str, dids: list[str]) -> str:
+        """Each relay's lowest seq, and of these the earliest moment, then the relay, then the DID."""
+        first: dict[str, tuple[Any, ...]] = {}  # relay -> (seq, time, did)
+        for did in dids:
+            for claim in self._claims[did]:
+                if claim.handle == handle:
+                    mine = (*claim.earliness(), did)
+                    first[claim.relay] = min(first.get(claim.relay, mine), mine)
+        _, _, did = min((time, relay, did) for relay, (_, time, did) in first.items())
+        return str(did)
 
     def _derive(self, tables: Tables, rows: dict[str, list[Held]]) -> None:
         derive = self.derive

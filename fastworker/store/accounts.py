@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
+from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer, columns
@@ -34,38 +34,20 @@ async def put_accounts(db: Connection, accounts: dict[str, list[TimedAccount]]) 
         await db.execute(sql.ACCOUNTS_DELETED, *columns(deleted.values()))
 
 
-async def put_identities(db: Connection, identities: dict[str, list[TimedIdentity]]) -> None:
-    """The newest handle that events name; where the newest event names none, the resolver is asked to look it up."""
-    rows = []
-    unresolved = []
+async def put_identities(writer: Writer, db: Connection, identities: dict[str, list[TimedIdentity]]) -> None:
+    """Handles that events claim, and who shows them now; where the newest event names none, the resolver is asked."""
+    claims = []
+    unnamed = []
     for did, events in sorted(identities.items()):
         named = [e for e in events if e.event.handle is not None]
-        if named:
-            newest = _newest(named)
-            rows.append((did, newest.event.handle, newest.event.relay, newest.event.seq, newest.at))
+        claims += [(did, e.event.handle, e.event.relay or "", e.event.seq, e.at) for e in named]
         if len(named) < len(events):
-            unresolved.append((did, max(e.at for e in events if e.event.handle is None)))
-    if rows:
-        won = await db.fetch(sql.IDENTITIES, *columns(rows))
-        if won:
-            await db.execute(sql.HANDLES, *columns(sorted(tuple(r) for r in won)))
-    if unresolved:
-        await db.execute(sql.IDENTITIES_UNRESOLVED, *columns(unresolved))
-
-
-def _newest(events: list[Any]) -> Any:
-    """The newest of one DID's account or identity events: by seq within one relay, else by time."""
-
-    def beats(a: Any, b: Any) -> bool:
-        if a.event.relay == b.event.relay and a.event.seq is not None and b.event.seq is not None:
-            return bool(a.event.seq > b.event.seq)
-        return bool(a.at > b.at)
-
-    best = events[0]
-    for event in events[1:]:
-        if beats(event, best):
-            best = event
-    return best
+            unnamed.append((did, max(e.at for e in events if e.event.handle is None)))
+    if claims:
+        await db.execute(sql.IDENTITIES, *columns(claims), writer.verified_only)
+    if unnamed:
+        await db.execute(sql.IDENTITIES_UNRESOLVED, *columns(unnamed))
+    await writer.reach(Step.HANDLES_DECIDED)
 
 
 async def unresolved(db: Connection, limit: int) -> list[tuple[str, datetime]]:
@@ -81,8 +63,9 @@ async def resolved(writer: Writer, db: Connection, rows: list[tuple[str, str | N
     async def transaction() -> int:
         async with db.transaction():
             taken = await db.fetch(sql.RESOLVED, *columns(sorted(rows, key=lambda row: row[0])))
-            if named := sorted((r[0], r[1]) for r in taken if r[1] is not None):
-                await db.execute(sql.HANDLES, *columns(named))
+            if named := [r for r in taken if r[1] is not None]:
+                dids, before = sorted(r[0] for r in named), [r[2] for r in named if r[2] is not None]
+                await db.execute(sql.SHOW_HANDLES, dids, before, writer.verified_only)
             return len(taken)
 
     return await writer.retry(transaction)

@@ -233,11 +233,21 @@ def _profiles(where: Where, _: frozenset[str]) -> str:
 
 
 def _handles(where: Where, _: frozenset[str]) -> str:
-    """A users row whose handle is not that of the newest identity event: somebody else wrote it."""
+    """A users row whose handle is neither what its host claims nor verified, or that another one shows as well.
+
+    A claim that was never to be verified is shown (the resolver is off), unless another one has it.
+    """
     return _compare(
         "handle",
-        "SELECT did AS k1, did AS target, handle FROM fastworker.identities "
-        f"WHERE {where('did')} AND handle IS NOT NULL",
+        "SELECT i.did AS k1, i.did AS target, CASE WHEN CASE WHEN u.handle = 'handle.invalid' THEN "
+        "w.handle IS NULL OR EXISTS (SELECT 1 FROM public.users AS o WHERE o.handle = w.handle) "
+        "ELSE coalesce(u.handle IN (i.handle, i.verified_handle), false) AND NOT EXISTS ("
+        "SELECT 1 FROM public.users AS o WHERE o.handle = u.handle AND o.did <> u.did) END THEN u.handle "
+        "ELSE coalesce(w.handle, 'handle.invalid') END AS handle FROM fastworker.identities AS i "
+        "JOIN public.users AS u ON u.did = i.did, LATERAL (SELECT CASE WHEN i.resolve_pending "
+        "OR i.resolve_after > '-infinity' OR i.handle IS NULL OR i.verified_at >= i.event_at "
+        "THEN i.verified_handle ELSE i.handle END) AS w (handle) "
+        f"WHERE {where('i.did')} AND coalesce(i.handle, i.verified_handle) IS NOT NULL",
         "SELECT did AS target, handle::text AS handle FROM public.users",
         join="LEFT",
     )
@@ -682,18 +692,23 @@ class Audit:
             rows += await self._connection.fetch(_held(table, deletes=True), deletes) if deletes else []
         return [Held(*row) for row in rows]
 
-    async def newest(self, table: str, dids: Sequence[str]) -> dict[str, int | None]:
-        """The seq of the newest event of these DIDs in `fastworker.accounts` or `fastworker.identities`.
+    async def newest(self, table: str, dids: Sequence[str]) -> dict[tuple[str, str], int | None]:
+        """By DID and relay, the seq of the newest event in `fastworker.accounts` or `fastworker.identities`.
 
-        None for one without a seq, and for a user whose identity may not be stored.
+        None for one without a seq, and for a user whose identity may not be stored; where there is any, also by "".
         """
+        more, seq = {"accounts": ("account_events", "seq"), "identities": ("claims", "max(last_seq)")}[table]
         with translating():
             rows = await self._connection.fetch(
-                f"SELECT did, seq FROM fastworker.{table} WHERE did = ANY($1) UNION ALL SELECT user_did, NULL "
-                "FROM public.user_settings WHERE user_did = ANY($1) AND data_collection_forbidden",
+                f"SELECT did, '', NULL::bigint FROM fastworker.{table} WHERE did = ANY($1) UNION ALL "
+                "SELECT user_did, '', NULL FROM public.user_settings WHERE user_did = ANY($1) "
+                "AND data_collection_forbidden UNION ALL "
+                f"SELECT did, relay, seq FROM fastworker.{table} WHERE did = ANY($1) AND relay IS NOT NULL UNION ALL "
+                f"SELECT did, relay, {seq} FROM fastworker.{more} WHERE did = ANY($1) "
+                f"{'GROUP BY did, relay' if more == 'claims' else ''}",
                 list(dids),
             )
-        return {row[0]: row[1] for row in rows}
+        return {(row[0], row[1]): row[2] for row in sorted(rows, key=lambda row: row[2] or 0)}
 
     async def _fetch(self, check: Check, statement: str, arguments: list[Any]) -> list[Drift]:
         with translating():

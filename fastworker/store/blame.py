@@ -24,6 +24,7 @@ from fastworker.table import control
 from fastworker.table.derive import Effects
 
 STRING_TOO_LONG, LOCK_TIMEOUT = "22001", "55P03"
+_RENAME = "UPDATE public.users SET handle = $2 WHERE did = $1"
 Connect = Callable[[], AbstractAsyncContextManager[Connection]]
 
 
@@ -64,7 +65,7 @@ async def _write_control(writer: Writer, db: Connection, tables: set[str], *, wi
         for changes, dids in control.steps(tables, datetime.now(UTC), wide=wide):
             effects = Effects(writer.derive)
             await db.execute(sql.USERS, dids)
-            await db.execute(sql.HANDLES, [control.FULL], ["control.invalid"])
+            await db.execute(_RENAME, control.FULL, "control.invalid")
             await put_rows(writer, db, changes, set(), effects)
             await write_effects(writer, db, effects)
         await db.execute("SET CONSTRAINTS ALL IMMEDIATE")

@@ -66,6 +66,8 @@ async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
     if hosts := batch.relays - writer.relays:
         await writer.retry(lambda: db.execute(sql.RELAYS, sorted(hosts)))
         writer.relays |= hosts
+        ground = await db.fetchrow(sql.GROUND)
+        writer.many_relays = ground is not None and ground[1]
 
 
 async def _plan(db: Connection, batch: Batch) -> Plan:
@@ -101,7 +103,7 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
             if batch.accounts:
                 await put_accounts(db, batch.accounts)
             if identities:
-                await put_identities(db, identities)
+                await put_identities(writer, db, identities)
             if batch.syncs:
                 newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: (s.rev or "", s.seq or 0))}
                 await db.execute(sql.REPAIRS, *columns((s.did, s.rev, s.seq) for _, s in sorted(newest.items())))

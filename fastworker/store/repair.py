@@ -143,9 +143,8 @@ async def _mend_handles(writer: Writer, db: Connection, drifts: Sequence[Drift])
 
     async def transaction() -> None:
         async with db.transaction():
-            rows = [tuple(row) for row in await db.fetch(_HANDLES_LOCK, keys)]
-            if rows:
-                await db.execute(sql.HANDLES, *zip(*rows, strict=True))
+            await db.fetch(_HANDLES_LOCK, keys)
+            await db.execute(sql.SHOW_HANDLES, keys, [], writer.verified_only)
 
     await writer.retry(transaction)
 
@@ -311,8 +310,7 @@ _TWIN_VERSIONS = "SELECT uri, rev, seq FROM fastworker.twins WHERE uri = ANY($1:
 _TWINS = "SELECT uri, table_name, rkey, rev, seq, cid, row_values FROM fastworker.twins WHERE uri = ANY($1::text[])"
 _VERSIONS_LOCK = 'SELECT uri FROM fastworker.versions WHERE uri = ANY($1::text[]) ORDER BY uri COLLATE "C" FOR UPDATE'
 _HANDLES_LOCK = (
-    "SELECT did, handle FROM fastworker.identities WHERE did = ANY($1::varchar[]) AND handle IS NOT NULL "
-    'ORDER BY did COLLATE "C" FOR UPDATE'
+    'SELECT did FROM fastworker.identities WHERE did = ANY($1::varchar[]) ORDER BY did COLLATE "C" FOR UPDATE'
 )
 _LABEL_EVENTS_AGAIN = (
     "DELETE FROM public.label_events AS e WHERE e.label_uri = ANY($1::varchar[]) AND e.action = 'created' "

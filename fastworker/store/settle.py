@@ -17,7 +17,7 @@ from fastworker.store.rows import Pending, by_table, divide
 from fastworker.store.session import Connection, Contended
 from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
-from fastworker.table.batch import Change, Row, newer, replaces, seq_of, stored_version
+from fastworker.table.batch import Change, Row, replaces, seq_of, stored_version
 from fastworker.table.derive import Effects
 from fastworker.table.pairs import Arrangement, Found, Member, pair_of, rearrange
 from fastworker.table.rows import FEED_ITEM, NOTIFICATION
@@ -36,7 +36,7 @@ async def settle_existing(
     """
     rows = 0
     for table, pending in existing:
-        await _drop_superseded(db, table, pending, waiting)
+        await _drop_superseded(writer, db, table, pending, waiting)
         rows += await settle(writer, db, table, pending, effects)
     return rows
 
@@ -87,7 +87,7 @@ async def settle(writer: Writer, db: Connection, table: Table, pending: Pending,
     raise StoreUnavailable(f"{table.name}: {len(pending)} rows were still contended after {ROUNDS_MAX} rounds")
 
 
-async def _drop_superseded(db: Connection, table: Table, pending: Pending, waiting: set[str]) -> None:
+async def _drop_superseded(writer: Writer, db: Connection, table: Table, pending: Pending, waiting: set[str]) -> None:
     """Forget upserts whose stored row is not older: most are delivered again, and need no lock.
 
     Not those that are among the twins as well: whichever of the two is older has to go.
@@ -96,14 +96,14 @@ async def _drop_superseded(db: Connection, table: Table, pending: Pending, waiti
     if upserts:
         for uri, rev, seq in await db.fetch(sql.versions_of(table), upserts):
             change = pending[uri]
-            if not newer(change.rev, change.seq, rev, seq_of(seq)):
+            if not replaces(change, rev, seq_of(seq), many_relays=writer.many_relays):
                 del pending[uri]
 
 
 # Records without pairs ------------------------------------------------------------------------------
 
 
-async def _settle_records(_: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def _settle_records(writer: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
     """Updates and deletes of rows that exist, under their locks. What vanished meanwhile is inserted or stays."""
     stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table), sorted(pending))}
     updates: list[Row] = []
@@ -121,7 +121,7 @@ async def _settle_records(_: Writer, db: Connection, table: Table, pending: Pend
             continue
         del pending[uri]
         version = stored_version(table, old)
-        if table.hot and not replaces(change, *version):
+        if table.hot and not replaces(change, *version, many_relays=writer.many_relays):
             continue
         derive.removed(effects, table, old, counted=not table.hot or version != (None, None))
         if change.row is None:
@@ -175,7 +175,14 @@ async def _settle_pairs(writer: Writer, db: Connection, table: Table, pending: P
         return 0
     displaced = [row[0] for pair, row in winners.items() if pair in wanted]
     found = Found(winners, twins, homes, await cids_of(db, table, displaced, effects))
-    return await _write(db, table, pending, effects, found, rearrange(table, pending, pairs, found, writer.trusted))
+    return await _write(
+        db,
+        table,
+        pending,
+        effects,
+        found,
+        rearrange(table, pending, pairs, found, writer.trusted, many_relays=writer.many_relays),
+    )
 
 
 async def _lock_winners(db: Connection, table: Table, pairs: set[str], located: list[Any]) -> dict[str, Row] | None:

@@ -113,6 +113,15 @@ def winners(table: Table) -> str:
     return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {qualified(table)} AS t ON {on}"
 
 
+_MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
+
+
+def _seq(stored: str, new: str, *, seq: str = "") -> str:
+    """The stored seq, but nothing where only the other side has a rev and there are two relays: then it is older."""
+    seq = seq or f"{stored}.seq"
+    return f"CASE WHEN {stored}.rev IS NULL AND {new}.rev IS NOT NULL AND {_MANY_RELAYS} THEN NULL ELSE {seq} END"
+
+
 TWINS = (
     "SELECT uri, pair, rkey, rev, seq, cid, row_values FROM fastworker.twins "
     "WHERE table_name = $1 AND pair = ANY($2::text[])"
@@ -122,7 +131,7 @@ TWINS_PUT = (
     "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
     "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
     "cid = excluded.cid, row_values = excluded.row_values "
-    "WHERE NOT fastworker.newer(twins.rev, twins.seq, excluded.rev, excluded.seq)"
+    f"WHERE NOT fastworker.newer(twins.rev, {_seq('twins', 'excluded')}, excluded.rev, excluded.seq)"
 )
 TWINS_DELETE = "DELETE FROM fastworker.twins WHERE uri = ANY($1::text[])"
 CIDS = {
@@ -134,12 +143,12 @@ CIDS = {
 
 # Versions ---------------------------------------------------------------------------------------
 # What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
-_MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
 _GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
 GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
 BEATS = (
-    "SELECT 'tombstone' AS kind, uri, rev, seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
+    "SELECT 'tombstone' AS kind, uri, rev, "
+    f"CASE WHEN rev IS NOT NULL OR NOT {_MANY_RELAYS} THEN seq END AS seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
     "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
@@ -178,7 +187,7 @@ TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
     "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
     "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, deleted = true, written_at = now() "
-    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq)"
+    f"WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, {_seq('v', 'excluded')})"
 )
 # The gate of the cold tables: returns the uris whose operation is the newest. The row lock it takes orders
 # the writers of a record until they commit.
@@ -187,8 +196,8 @@ GATE = (
     "SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::boolean[]) "
     "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, cid = excluded.cid, "
     "deleted = excluded.deleted, written_at = now() "
-    "WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, v.seq) "
-    "OR (NOT fastworker.newer(v.rev, v.seq, excluded.rev, excluded.seq) "
+    f"WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, {_seq('v', 'excluded')}) "
+    f"OR (NOT fastworker.newer(v.rev, {_seq('v', 'excluded')}, excluded.rev, excluded.seq) "
     "AND (excluded.deleted, coalesce(excluded.cid, '')) > (v.deleted, coalesce(v.cid, ''))) "
     "RETURNING uri"
 )
@@ -239,10 +248,7 @@ USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
 )
-_EVENT_NEWER = (
-    "CASE WHEN {t}.relay IS NOT DISTINCT FROM excluded.relay AND {t}.seq IS NOT NULL AND excluded.seq IS NOT NULL "
-    "THEN excluded.seq > {t}.seq ELSE excluded.event_at > {t}.event_at END"
-)
+_AFTER = "now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12))"
 # $1 dids, $2 relays, $3 seqs, $4 moments, then what the events say
 _OF_EVENTS = "unnest($1::varchar[], $2::text[], $3::bigint[], $4::timestamptz[], $5::boolean[], $6::text[])"
 _AS_EVENTS = "(did, relay, seq, event_at, active, status)"
@@ -280,42 +286,36 @@ ACCOUNTS_DELETED = (
     "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
     "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
 )
-IDENTITIES = (
-    "INSERT INTO fastworker.identities AS t (did, handle, relay, seq, event_at, resolve_pending) "
-    "SELECT u.*, false FROM unnest($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[]) AS u "
-    "ON CONFLICT (did) DO UPDATE SET handle = excluded.handle, relay = excluded.relay, seq = excluded.seq, "
-    "event_at = excluded.event_at, resolve_pending = false "
-    "WHERE t.handle IS NULL OR " + _EVENT_NEWER.format(t="t") + " RETURNING did, handle"
-)
+# 0006_relays_and_handles.sql; the last argument: whether only verified handles are shown
+IDENTITIES = "SELECT fastworker.claim_handles($1, $2, $3, $4, $5, $6)"
+SHOW_HANDLES = "SELECT fastworker.show_handles($1, $2, $3)"
 IDENTITIES_UNRESOLVED = (
     "INSERT INTO fastworker.identities AS t (did, event_at, marked_at, resolve_pending) "
     "SELECT u.did, u.at, u.at, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u (did, at) "
     "ON CONFLICT (did) DO UPDATE SET resolve_pending = true, marked_at = excluded.marked_at, "
-    "resolve_after = '-infinity', attempts = 0 WHERE t.event_at < excluded.event_at"
+    "resolve_after = '-infinity', attempts = 0 WHERE greatest(t.event_at, t.marked_at, t.verified_at) < excluded.marked_at"
 )
-# Handle resolution, beside the stream. An event with a handle clears the mark, another without one moves it: what was
-# being resolved meanwhile is then not taken.
+# Handle resolution, beside the stream. Another event meanwhile moves the mark: what was being resolved is then not taken.
 UNRESOLVED = (
     "SELECT i.did, i.marked_at FROM fastworker.identities AS i WHERE i.resolve_pending AND i.resolve_after <= now() "
     "AND NOT EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = i.did AND s.data_collection_forbidden) "
     "ORDER BY i.resolve_after LIMIT $1"
 )
+# A claim that the other side does not confirm yet is asked for again a few times.
 RESOLVED = (
-    "UPDATE fastworker.identities AS t SET resolve_pending = false, attempts = 0, "
-    "handle = coalesce(u.handle, t.handle), relay = CASE WHEN u.handle IS NULL THEN t.relay END, "
-    "seq = CASE WHEN u.handle IS NULL THEN t.seq END, "
-    "event_at = CASE WHEN u.handle IS NULL THEN t.event_at ELSE greatest(t.event_at, u.at) END "
-    "FROM unnest($1::varchar[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS u (did, handle, at, marked_at) "
-    "WHERE t.did = u.did AND t.resolve_pending AND t.marked_at = u.marked_at RETURNING t.did, u.handle"
+    "UPDATE fastworker.identities AS t SET resolve_pending = u.again, attempts = CASE WHEN u.again THEN t.attempts + 1 "
+    f"ELSE 0 END, resolve_after = {_AFTER.replace('attempts', 't.attempts')}, verified_handle = coalesce(u.handle, t.verified_handle), "
+    "verified_at = CASE WHEN u.handle IS NULL THEN t.verified_at ELSE u.at END FROM ("
+    "SELECT v.*, v.handle IS NULL AND i.marked_at = i.event_at AND i.handle IS DISTINCT FROM i.verified_handle "
+    "AND i.attempts < 6 AS again, i.verified_handle AS before "
+    "FROM unnest($1::varchar[], $2::text[], $3::timestamptz[], $4::timestamptz[]) AS v (did, handle, at, marked_at) "
+    "JOIN fastworker.identities AS i ON i.did = v.did) AS u "
+    "WHERE t.did = u.did AND t.resolve_pending AND t.marked_at = u.marked_at RETURNING t.did, u.handle, u.before"
 )
 UNRESOLVABLE = (
     "UPDATE fastworker.identities SET attempts = attempts + 1, "
-    "resolve_after = now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12)) "
+    f"resolve_after = {_AFTER} "
     "WHERE did = ANY($1::varchar[]) AND resolve_pending"
-)
-HANDLES = (
-    "UPDATE public.users AS t SET handle = u.handle FROM unnest($1::varchar[], $2::varchar[]) AS u (did, handle) "
-    "WHERE t.did = u.did AND t.handle IS DISTINCT FROM u.handle"
 )
 PROFILES = (
     "UPDATE public.users AS t SET display_name = u.display_name, description = u.description, avatar_url = u.avatar_url, "

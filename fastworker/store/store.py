@@ -28,9 +28,16 @@ PING_S = 3.0
 class Store:
     """The connections of one process, and the writer that uses them. Every method raises StoreUnavailable."""
 
-    def __init__(self, pool: asyncpg.Pool[Any], derive: frozenset[str], trusted_verifiers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        pool: asyncpg.Pool[Any],
+        derive: frozenset[str],
+        trusted_verifiers: Sequence[str] = (),
+        *,
+        verified_only: bool = False,
+    ) -> None:
         self._pool = pool
-        self.writer = Writer(derive, trusted_verifiers)
+        self.writer = Writer(derive, trusted_verifiers, verified_only=verified_only)
 
     @classmethod
     async def connect(
@@ -44,10 +51,12 @@ class Store:
         command_timeout_s: float = 90.0,
         synchronous_commit: Literal["on", "keep"] = "on",
         trusted_verifiers: Sequence[str] = (),
+        verified_only: bool = False,
     ) -> Self:
         """Raises StoreUnavailable where the server cannot be reached or refuses.
 
-        `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it.
+        `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it. `verified_only`: no
+        handle is shown that a host only claims.
         """
         pool = await open_pool(
             database_url,
@@ -57,7 +66,7 @@ class Store:
             command_timeout_s=command_timeout_s,
             settings=SESSION + (DURABLE if synchronous_commit == "on" else ""),
         )
-        return cls(pool, derive, trusted_verifiers)
+        return cls(pool, derive, trusted_verifiers, verified_only=verified_only)
 
     async def close(self) -> None:
         try:

@@ -49,9 +49,14 @@ class Copying:
 class Writer:
     """State that outlives a flush, but not the process. Nothing here is needed for a right result, only for speed."""
 
-    def __init__(self, derive: frozenset[str], trusted_verifiers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, derive: frozenset[str], trusted_verifiers: Sequence[str] = (), *, verified_only: bool = False
+    ) -> None:
+        """`verified_only`: no handle is shown that a host only claims."""
         self.derive = derive
         self.trusted = {did: place for place, did in enumerate(trusted_verifiers)}
+        self.verified_only = verified_only
+        self.many_relays = False  # seq alone orders nothing, and what has no rev is older than what has one
         self.copying = Copying()
         self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call
         self.crowd = CROWD

@@ -142,23 +142,26 @@ class Directory:
             return None
         names = [name for name in document.alsoKnownAs if isinstance(name, str) and name.startswith("at://")]
         handle = names[0][5:].lower() if names else ""
-        return handle if is_host(handle) and await self._did_of(handle) == did else None
+        return handle if is_host(handle) and await self._did_of(handle, did) == did else None
 
-    async def _did_of(self, handle: str) -> str | None:
-        """The DID that a handle names, by DNS, else by its well-known file. Raises Unresolved."""
+    async def _did_of(self, handle: str, did: str) -> str | None:
+        """The DID that a handle names, by DNS, else by its well-known file. Raises Unresolved.
+
+        Remembered only for `did`: that it names another one may have changed, and then it is taken over.
+        """
         now = time.monotonic()
-        if (known := self._verified.get(handle)) is not None and known[0] > now:
-            return known[1]
-        did = await self._by_dns(handle)
-        if did is None:
+        if (known := self._verified.get(handle)) is not None and known[0] > now and known[1] == did:
+            return did
+        named = await self._by_dns(handle)
+        if named is None:
             text = await self._get(f"{self._at(handle)}/atproto-did", DID_BYTES_MAX, own=self._allow_private)
-            did = (text or b"").decode("ascii", "replace").strip()
-        if not did.startswith("did:"):
+            named = (text or b"").decode("ascii", "replace").strip()
+        if not named.startswith("did:"):
             return None
-        self._verified[handle] = (now + VERIFIED_S, did)
+        self._verified[handle] = (now + VERIFIED_S, named)
         if len(self._verified) > VERIFIED_MAX:
             self._verified.popitem(last=False)
-        return did
+        return named
 
     async def _by_dns(self, handle: str) -> str | None:
         """None when DNS says nothing, or two things, or cannot be asked: the well-known file decides."""

@@ -46,7 +46,9 @@ async def run_resolver(settings: ResolverSettings, stop: asyncio.Event) -> None:
     while not stop.is_set():
         try:
             async with AsyncExitStack() as stack:
-                store = await Store.connect(settings.database_url, application_name="fastworker-resolver")
+                store = await Store.connect(
+                    settings.database_url, application_name="fastworker-resolver", verified_only=True
+                )
                 stack.push_async_callback(store.close)
                 await _resolve(settings, store, stack, stop, backoff)
         except StoreUnavailable as error:

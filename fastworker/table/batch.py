@@ -130,8 +130,13 @@ def stored_version(table: Table, row: Row) -> tuple[str | None, int | None]:
     return (row[-1], seq_of(row[-2])) if table.hot else (None, None)
 
 
-def replaces(change: Change, rev: str | None, seq: int | None) -> bool:
-    """Whether a change beats the stored version; at equal versions a delete beats an upsert."""
+def replaces(change: Change, rev: str | None, seq: int | None, *, many_relays: bool = False) -> bool:
+    """Whether a change beats the stored version; at equal versions a delete beats an upsert.
+
+    `many_relays`: what was stored without a rev is older than what has one.
+    """
+    if many_relays and rev is None and change.rev is not None:
+        seq = None
     if change.row is None:
         return not newer(rev, seq, change.rev, change.seq)
     return newer(change.rev, change.seq, rev, seq)

@@ -69,6 +69,8 @@ def rearrange(
     pairs: Iterable[str],
     found: Found,
     trusted: Mapping[str, int] = MappingProxyType({}),
+    *,
+    many_relays: bool = False,
 ) -> Arrangement:
     """Apply the changes to the members of each pair; what to write then. `trusted`: places of trusted verifiers."""
     before = {pair: _members(table, pair, found) for pair in pairs}
@@ -76,7 +78,7 @@ def rearrange(
     touched: set[str] = set()
     for uri, change in sorted(pending.items()):
         result.applied.append(uri)
-        touched |= _apply(table, change, found.homes.get(uri, []), before, result.members)
+        touched |= _apply(table, change, found.homes.get(uri, []), before, result.members, many_relays=many_relays)
     for pair in sorted(touched):
         _place(table, pair, found, result, trusted)
     result.inserts.sort(key=lambda item: item[1].uri)
@@ -98,6 +100,8 @@ def _apply(
     homes: list[str],
     before: dict[str, dict[str, Member]],
     after: dict[str, dict[str, Member]],
+    *,
+    many_relays: bool,
 ) -> set[str]:
     """One change to the members. Returns the pairs that it touches."""
     uri = change.uri
@@ -109,7 +113,7 @@ def _apply(
         after[pair].pop(uri, None)
     if homes:
         current = before[homes[-1]][uri]
-        if table.hot and not replaces(change, current.rev, current.seq):
+        if table.hot and not replaces(change, current.rev, current.seq, many_relays=many_relays):
             return touched
         after[homes[-1]].pop(uri, None)
     if change.row is not None:

@@ -55,6 +55,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     derive: frozenset[str] = FULL
     synchronous_commit: Literal["on", "keep"] = "on"
     trusted_verifiers: tuple[str, ...] = ()
+    verified_only: bool = False  # handles that hosts claim are not shown before they are verified
     limits: Limits = Limits()
     dead_letter_maxlen: int = 10_000
     dead_letters_in_a_row: int = 500
@@ -127,6 +128,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
+                verified_only=settings.verified_only,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

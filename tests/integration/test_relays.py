@@ -13,7 +13,7 @@ from fastworker.store.store import Store
 from tests.property.feeding import batch_of, clear, differences, lawful, settle
 from tests.rig.histories import DIDS, Event, cid_of, fail_over, number
 
-A = DIDS[0]
+A, B, C = DIDS[:3]
 POST, LIST, PROFILE = "app.bsky.feed.post", "app.bsky.graph.list", "app.bsky.actor.profile"
 
 
@@ -86,6 +86,33 @@ async def test_both_relays_tell_of_it(store: Store, pg: asyncpg.Connection) -> N
     assert await pg.fetchval("SELECT active FROM fastworker.accounts")
 
 
+def identity(did: str, handle: str) -> Event:
+    return {"kind": "identity", "did": did, "handle": handle}
+
+
+async def test_identities_told_by_two_relays(store: Store, pg: asyncpg.Connection) -> None:
+    """The newest one is the latest, although its number is the lowest; who gives a handle up leaves it to the next."""
+    steps = [identity(A, "one.test"), identity(B, "one.test"), identity(A, "two.test"), identity(C, "two.test")]
+    steps += [identity(C, "one.test"), identity(A, "three.test")]
+    await in_orders(store, pg, fail_over(number(steps, bare=False), 2, again=1), 2)
+    shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+    assert shown == {A: "three.test", B: "one.test", C: "handle.invalid"}
+
+
+async def test_a_handle_is_shown_once_in_any_order(store: Store, pg: asyncpg.Connection) -> None:
+    """Of unverified claims the first one shows it, also when its host repeats it later."""
+    steps = [identity(A, "alice.test"), identity(B, "bob.test"), identity(B, "alice.test"), identity(A, "alice.test")]
+    events = number(steps, bare=False)
+    for order in itertools.permutations(events):
+        await clear(pg)
+        store.writer.known.clear()
+        for event in order:
+            await store.write(batch_of([event]))
+        shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+        assert shown == {A: "alice.test", B: "handle.invalid"}, [event["seq"] for event in order]
+    assert await differences(lawful(events), pg) == "no difference"
+
+
 async def test_a_deletion_of_the_only_relay_goes_by_its_seq(store: Store, pg: asyncpg.Connection) -> None:
     """A repository's own clock does not matter there, nor does it afterwards to what was purged before."""
     events = [event | {"relay": "a.test"} for event in number([*records("one"), account("deleted")], bare=False)]
@@ -108,3 +135,26 @@ async def test_what_a_deletion_had_beaten_is_told(store: Store) -> None:
         event["rev"] = "2" + event["rev"][1:]
         uri = f"at://{A}/{event['ops'][0]['path']}"
         assert (await store.write(batch_of([event]))).beaten == {uri}
+
+
+async def test_what_came_without_a_rev_is_older_than_the_other_relays(store: Store, pg: asyncpg.Connection) -> None:
+    """Fed by a reader that knows no rev, then by ours, then by another relay: its deletes and updates count."""
+    subject = {"uri": f"at://{B}/{POST}/p", "cid": cid_of(B)}
+    likes = [put(f"app.bsky.feed.like/{name}", subject=subject) for name in ("one", "two")]
+    bare = [{**event, "bare": True} for event in (*records("one"), *likes)]
+    gone = [f"{POST}/one", f"{LIST}/one", "app.bsky.feed.like/one", "app.bsky.feed.like/two"]
+    deletes = [{**bare[0], "ops": [{"action": "delete", "path": path, "cid": None}], "bare": False} for path in gone]
+    old, again = bare[0], put(f"{POST}/old", text="again")
+    old = {**old, "ops": [{"action": "delete", "path": f"{POST}/old", "cid": None}]}  # a tombstone without a rev
+    events = number([*bare, old, *deletes, put(f"{POST}/same", text="two"), again], bare=True)
+    moved = fail_over(events, len(bare) + 1)
+    for event, before in zip(moved[: len(bare) + 1], events, strict=False):
+        event["rev"] = before["rev"]
+        del event["relay"]
+    moved.insert(len(bare) + 1, {**moved[-1], "seq": 40_000, "relay": "a.test", "ops": []})  # our reader's first
+    for event in moved:
+        await store.write(batch_of([event]))
+        await settle(store)
+    assert [row[0] for row in await pg.fetch("SELECT text FROM posts ORDER BY uri")] == ["again", "two"]
+    assert await pg.fetchval("SELECT count(*) FROM lists") == await pg.fetchval("SELECT count(*) FROM likes") == 0
+    assert await differences(lawful(moved), pg) == "no difference"

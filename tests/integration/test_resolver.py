@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -23,11 +24,13 @@ from redis.asyncio import Redis
 
 from fastworker.edge.embedded import free_port
 from fastworker.event import Identity
+from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.sync import identity, resolver
 from fastworker.sync.identity import Breaker, Directory, Unresolved, gather
 from fastworker.sync.resolver import ResolverSettings, run_resolver
 from fastworker.table.batch import Batch
+from tests.property.feeding import clear
 
 ALICE, BOB = "did:plc:" + "a" * 24, "did:plc:" + "b" * 24
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -221,6 +224,105 @@ async def test_a_handle_that_nobody_vouches_for(
         await until(pg, PENDING)
     assert await pg.fetchval(HANDLE, ALICE) == "real.test"
     assert await pg.fetchval(HANDLE, BOB) == "handle.invalid"
+
+
+@pytest.fixture
+async def strict(postgres_url: str, store: Store) -> AsyncIterator[Store]:
+    """A worker's with the resolver on: what a host only claims is not shown."""
+    strict = await Store.connect(postgres_url, verified_only=True)
+    yield strict
+    await strict.close()
+
+
+async def test_a_claim_is_shown_once_both_sides_name_each_other(
+    world: Any, strict: Store, postgres_url: str, pg: Any
+) -> None:
+    says, servers = world
+    for did, handle in ((ALICE, "alice.test"), (BOB, "news.test")):
+        says.is_called(did, handle)
+        says.records[handle] = [f"did={ALICE}"]
+    await mark(strict, (ALICE, "alice.test", 1), (BOB, "news.test", 1))
+    assert {row[0] for row in await pg.fetch("SELECT handle FROM users")} == {"handle.invalid"}
+    async with resolving(postgres_url, servers):
+        await until(pg, "SELECT handle FROM users ORDER BY did LIMIT 1", "alice.test")
+        await until(pg, "SELECT attempts FROM fastworker.identities ORDER BY did DESC LIMIT 1", 1)
+        assert await pg.fetchval(HANDLE, BOB) == "handle.invalid", (
+            "its DNS names somebody else; it is asked again later"
+        )
+        says.is_called(ALICE, "new.test")
+        await mark(strict, (ALICE, "new.test", 2))
+        await until(pg, "SELECT attempts FROM fastworker.identities ORDER BY did LIMIT 1", 1)
+        assert await pg.fetchval(HANDLE, ALICE) == "alice.test", "the verified one stays until then"
+        says.records["new.test"] = [f"did={ALICE}"]
+        await pg.execute("UPDATE fastworker.identities SET resolve_after = now()")
+        await until(pg, "SELECT handle FROM users ORDER BY did LIMIT 1", "new.test")
+
+
+async def test_a_verified_claim_takes_a_handle(world: Any, strict: Store, postgres_url: str, pg: Any) -> None:
+    says, servers = world
+    says.is_called(ALICE, "shop.test")
+    says.records["shop.test"] = [f"did={ALICE}"]
+    async with resolving(postgres_url, servers):
+        await mark(strict, (ALICE, "shop.test", 1))
+        await until(pg, PENDING)
+        assert await pg.fetchval(HANDLE, ALICE) == "shop.test"
+        says.is_called(BOB, "shop.test")
+        says.records["shop.test"] = [f"did={BOB}"]
+        await mark(strict, (BOB, "shop.test", 2))
+        await until(pg, PENDING)
+    assert await pg.fetchval(HANDLE, BOB) == "shop.test"
+    assert await pg.fetchval(HANDLE, ALICE) == "handle.invalid"
+    await mark(strict, (ALICE, "shop.test", 3))
+    assert await pg.fetchval(HANDLE, ALICE) == "handle.invalid", "a claim takes nothing"
+    assert await pg.fetchval(HANDLE, BOB) == "shop.test"
+
+
+async def test_a_handle_that_an_older_worker_wrote_stays_until_it_is_verified(
+    world: Any, strict: Store, postgres_url: str, pg: Any
+) -> None:
+    says, servers = world
+    carol = "did:plc:" + "c" * 24
+    for did, handle in ((ALICE, "alice.test"), (carol, "carol.test")):
+        await pg.execute("INSERT INTO users (did, handle) VALUES ($1, $2)", did, handle)
+    await mark(strict, (BOB, "alice.test", 1), (carol, "new.test", 1))
+    assert await pg.fetchval(HANDLE, ALICE) == "alice.test"
+    assert await pg.fetchval(HANDLE, BOB) == "handle.invalid"
+    assert await pg.fetchval(HANDLE, carol) == "carol.test"
+    says.is_called(BOB, "alice.test")
+    says.records["alice.test"] = [f"did={BOB}"]
+    async with resolving(postgres_url, servers):
+        await until(pg, f"SELECT handle FROM users WHERE did = '{BOB}'", "alice.test")
+    assert await pg.fetchval(HANDLE, ALICE) == "handle.invalid"
+
+
+async def test_contested_handles_with_and_without_verification(postgres_url: str, pg: Any) -> None:
+    """Whatever comes in whatever order, the resolver on or off: the law's own answer."""
+    dids = [ALICE, BOB, "did:plc:" + "c" * 24]
+    for seed in range(12):
+        r = random.Random(seed)
+        verified_only = bool(seed % 2)
+        await clear(pg)
+        store = await Store.connect(postgres_url, verified_only=verified_only)
+        model = Model(verified_only=verified_only)
+        steps = [(r.choice(dids), r.choice(["one.test", "two.test", "three.test"]), n) for n in range(8)]
+        for did, handle, n in steps:
+            at = NOW + timedelta(minutes=n)
+            model.apply({"kind": "identity", "did": did, "handle": handle, "seq": n + 1, "time": at.isoformat()})
+        order = [*steps, *r.sample(steps, 3)]
+        r.shuffle(order)
+        checks = [(r.randrange(len(order)), r.choice(dids), r.choice(["one.test", "two.test"])) for _ in range(3)]
+        for at, step in enumerate(order):
+            await mark(store, (step[0], step[1], step[2] + 1))
+            for n, (when, did, handle) in enumerate(checks):
+                if when == at and (did in {s[0] for s in order[: at + 1]}):
+                    seen = NOW + timedelta(minutes=2 * n, seconds=30)
+                    await pg.execute("UPDATE fastworker.identities SET resolve_pending = true, marked_at = now()")
+                    mark_of = await pg.fetchval("SELECT marked_at FROM fastworker.identities WHERE did = $1", did)
+                    await store.resolved([(did, handle, seen, mark_of)])
+                    model.verify(did, handle, seen.replace(tzinfo=None))
+        await store.close()
+        shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+        assert shown == {row["did"]: row["handle"] for row in model.tables()["users"]}, seed
 
 
 async def test_what_fails_is_asked_again_ever_more_rarely(world: Any, store: Store, postgres_url: str, pg: Any) -> None:

@@ -31,6 +31,7 @@ from fastworker.simulator.relay import SimRelay
 from fastworker.store import admin as postgres_admin
 from fastworker.store import routines, schema_admin
 from fastworker.store import statements as sql
+from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
 from fastworker.stream import feed
 from fastworker.table import derive
@@ -52,7 +53,13 @@ STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
 def fastworker(*words: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "fastworker", *words],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "FASTWORKER_HTTP_PORT": "off", **env},
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "FASTWORKER_HTTP_PORT": "off",
+            "FASTWORKER_RESOLVE_HANDLES": "off",
+            **env,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -252,13 +259,19 @@ POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generato
 
 
 def worker_calls() -> Iterator[tuple[str, list[Any]]]:
-    """The routines, every statement of them; with what is in them as a comment."""
-    words = {one.name: f" /* {one.sql.partition('AS $$')[2]} */" for one in routines.packaged()}
+    """Our routines, every statement of them; with what is in them as a comment."""
+    text = "".join(one.sql for one in packaged() if one.name == "0006_relays_and_handles")
+    bodies = dict(re.findall(r"(?:FUNCTION|PROCEDURE) fastworker\.(\w+)\(.*?AS \$\$(.*?)\$\$;", text, re.DOTALL))
+    bodies |= {one.name: one.sql.partition("AS $$")[2] for one in routines.packaged()}
+    words = {name: f" /* {body} */" for name, body in bodies.items()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
     yield sql.PUT + words["put_2"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
     yield sql.PUT_WHOLE + words["put_whole_2"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
+    event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
+    yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
+    yield sql.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
     yield sql.RECOMPUTE + words["recompute_2"], [[POST], [POST], [POST], services, [POST], *owed, True]
 

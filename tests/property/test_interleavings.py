@@ -107,6 +107,7 @@ class Scene:
     def __init__(self, case: int) -> None:
         self.a, self.b, self.c = (f"did:plc:{name}{case:023}".replace("0", "z").replace("1", "y") for name in "abc")
         self.first_seq = 1_000 + 100 * case
+        self.handle = f"h{case}.test"
         self.count = 0
         self.events: list[Event] = []
 
@@ -405,6 +406,52 @@ async def test_a_recount_beside_a_delta(stage: Stage, pg: asyncpg.Connection) ->
     stage.held[0].hold(None)
     await settle(stage.stores[0])
     assert await differences(lawful(events), pg) == "no difference"
+
+
+def two_claim_one_handle(s: Scene) -> Any:
+    return [], [s.identity(s.a, s.handle)], [s.identity(s.b, s.handle)]
+
+
+def one_gives_up_what_the_other_claims(s: Scene) -> Any:
+    return [s.identity(s.a, s.handle)], [s.identity(s.a, "x" + s.handle)], [s.identity(s.b, s.handle)]
+
+
+def they_change_handles(s: Scene) -> Any:
+    base = [s.identity(s.a, s.handle), s.identity(s.b, "x" + s.handle)]
+    return base, [s.identity(s.a, "x" + s.handle)], [s.identity(s.b, s.handle)]
+
+
+def the_next_in_line_leaves_too(s: Scene) -> Any:
+    base = [s.identity(s.a, s.handle), s.identity(s.b, s.handle), s.identity(s.c, s.handle)]
+    return base, [s.identity(s.a, "x" + s.handle)], [s.identity(s.b, "y" + s.handle)]
+
+
+@pytest.mark.parametrize(
+    "race",
+    [two_claim_one_handle, one_gives_up_what_the_other_claims, they_change_handles, the_next_in_line_leaves_too],
+    ids=lambda race: race.__name__,
+)
+async def test_who_shows_a_handle(race: Race, stage: Stage, pg: asyncpg.Connection) -> None:
+    await pg.execute("SET deadlock_timeout = '20ms'")
+    events: list[Event] = []
+    places = (Step.LOOKED, Step.HANDLES_DECIDED, Step.AFTER_TOMBSTONE_COMMIT)
+    for case in range(24):
+        s = Scene(case)
+        base, *parts = race(s)
+        if case % 2:
+            parts.reverse()
+        for held in stage.held:
+            held.hold(None)
+        if base:
+            await stage.stores[0].write(batch_of(base))
+        one, other = places[case // 2 % 3], (*places, None)[case // 6]
+        await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))
+        events += s.events
+    assert await differences(lawful(events), pg) == "no difference"
+    twice = (
+        "SELECT count(*) FROM (SELECT FROM users WHERE handle <> 'handle.invalid' GROUP BY handle HAVING count(*) > 1)"
+    )
+    assert await pg.fetchval(twice + " AS t") == 0
 
 
 async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connection) -> None:
