@@ -441,6 +441,11 @@ class Store:
             async with self._connection() as connection:
                 await self._retry(lambda: connection.execute(merge.MARK_READ, list(uris)))
 
+    async def forget_repair(self, did: str, until_seq: int) -> None:
+        """What a #sync up to then asked for is done."""
+        async with self._connection() as connection:
+            await connection.execute(merge.REPAIRED, did, until_seq)
+
     # Handles that are resolved beside the stream ---------------------------------------------------
 
     async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:

@@ -1,4 +1,4 @@
-"""`fastworker repair DID...`: accounts made equal to their repositories, beside the running services.
+"""`fastworker repair DID...|--recorded`: accounts made equal to their repositories, beside the running services.
 
 For each: S0 is the reader's cursor before the request, so everything up to S0 happened before the snapshot. The
 repository is fetched and checked (run/fetch.py). Then the worker must have finished what was on the stream when S0
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,7 @@ class Wish(NamedTuple):
     dids: tuple[str, ...]
     dry_run: bool = False
     accept_older: bool = False
+    recorded: bool = False  # also those whose #sync said that their state was replaced
 
 
 class _Mark(NamedTuple):
@@ -70,8 +72,17 @@ async def repair(config: Config, wish: Wish, stop: asyncio.Event, *, hosts: Host
             if hosts is None:
                 hosts = await stack.enter_async_context(Hosts(config.plc_url))
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastworker-repair-")))
-            run = _Run(config, wish, admin, hosts, Settle(stored, store), folder, report)
-            await run.all(stop)
+            records = await admin.recorded_repairs() if wish.recorded else {}
+            dids = [*wish.dids, *(await stored.recorded_repairs() if wish.recorded else ()), *records]
+
+            async def repaired(did: str, seq: int) -> None:
+                if store is not None and wish.recorded:
+                    await store.forget_repair(did, seq)
+                    if did in records:
+                        await admin.forget_repair(did, records[did])
+
+            run = _Run(config, wish, admin, hosts, Settle(stored, store), folder, report, repaired)
+            await run.all(list(dict.fromkeys(dids)), stop)
     except (StoreUnavailable, StreamUnavailable) as error:
         raise Unreachable(str(error)) from error
     return report.end()
@@ -87,6 +98,7 @@ class _Run:
         settle: Settle,
         folder: Path,
         report: Report,
+        repaired: Callable[[str, int], Awaitable[None]],
     ) -> None:
         self._config = config
         self._wish = wish
@@ -95,11 +107,11 @@ class _Run:
         self._settle = settle
         self._folder = folder
         self._report = report
+        self._repaired = repaired
         self._one = asyncio.Lock()  # one account is compared at a time, while others are fetched
         self._done = 0
 
-    async def all(self, stop: asyncio.Event) -> None:
-        dids = list(dict.fromkeys(self._wish.dids))
+    async def all(self, dids: list[str], stop: asyncio.Event) -> None:
         waiting = iter(dids)
 
         async def work() -> None:
@@ -135,6 +147,8 @@ class _Run:
         self._report.add(settled)
         if settled.refused:
             self._report.failed(did, settled.refused)
+        else:
+            await self._repaired(did, mark.seq)
 
     async def _mark(self) -> _Mark:
         """The cursor first: what it covers was appended with it."""

@@ -292,6 +292,7 @@ REPAIRS = (
     "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, seen_at = now() "
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
+REPAIRED = "DELETE FROM fastworker.repairs WHERE did = $1 AND coalesce(seq, 0) <= $2"
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
 
