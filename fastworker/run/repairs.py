@@ -26,8 +26,7 @@ from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUna
 from fastworker.event.syntax import is_did
 from fastworker.run.fetch import NotFetched, fetched
 from fastworker.run.migrate import check as check_schema
-from fastworker.run.retry import pause
-from fastworker.run.settle import Report, Settle
+from fastworker.run.settle import Report, Settle, unless_stopped
 from fastworker.table.snapshot import Snapshot
 
 AT_ONCE: Final = 8
@@ -116,28 +115,26 @@ class _Run:
 
         async def work() -> None:
             for did in waiting:
-                if stop.is_set():
-                    return
-                await self._account(did, stop)
+                await self._account(did)
                 self._done += 1
                 self._report.tell(self._done, len(dids))
 
-        try:
+        async def every() -> None:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(min(AT_ONCE, len(dids))):
                     tasks.create_task(work())
+
+        try:
+            if not await unless_stopped(every(), stop):
+                self._report.stopped = f"{self._done} of {len(dids)} accounts"
         except* (StoreUnavailable, StreamUnavailable, Unreachable, ConfigError) as group:
             raise group.exceptions[0] from None
-        if stop.is_set():
-            self._report.stopped = f"{self._done} of {len(dids)} accounts"
 
-    async def _account(self, did: str, stop: asyncio.Event) -> None:
+    async def _account(self, did: str) -> None:
         mark = await self._mark()
         try:
             async with fetched(self._hosts, did, self._folder) as repository:
-                await self._finished(mark, stop)
-                if stop.is_set():
-                    return
+                await self._finished(mark)
                 snapshot = Snapshot(did, repository.commit.rev, mark.seq, mark.at)
                 async with self._one:
                     settled = await self._settle.settle(repository, snapshot, accept_older=self._wish.accept_older)
@@ -159,10 +156,10 @@ class _Run:
         last_id = "0-0" if stream is None else stream.last_id
         return _Mark(int(text), last_id, datetime.now(UTC).replace(tzinfo=None))
 
-    async def _finished(self, mark: _Mark, stop: asyncio.Event) -> None:
+    async def _finished(self, mark: _Mark) -> None:
         """Wait until the group has finished everything that was on the stream before the request."""
         last, since = "", time.monotonic()
-        while not stop.is_set():
+        while True:
             stream = await self._admin.stream()
             group = None if stream is None else stream.group(self._config.group)
             if group is None:
@@ -176,7 +173,7 @@ class _Run:
                 last, since = unfinished, time.monotonic()
             elif time.monotonic() - since > STALL_S:
                 raise Unreachable(f"the worker has not finished entry {unfinished} for {STALL_S:.0f} s: is it running?")
-            await pause(LOOK_S, stop)
+            await asyncio.sleep(LOOK_S)
 
 
 def _order(entry_id: str) -> list[int]:

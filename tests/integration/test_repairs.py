@@ -170,6 +170,27 @@ async def test_recorded_syncs_are_repaired_and_forgotten(
     assert worker.process.poll() is None
 
 
+async def test_a_stop_ends_a_fetch_that_would_take_long(
+    scene: Scene, worker: Service, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    scene.happen(50)
+    for pds in scene.sim.pdses:
+        pds.fail("trickle")
+    stop = asyncio.Event()
+    work = asyncio.create_task(
+        repair(scene.config, Wish((scene.network.world.accounts()[0].did,)), stop, hosts=scene.hosts)
+    )
+    async with asyncio.timeout(20):
+        while not any(pds.asked for pds in scene.sim.pdses):
+            await asyncio.sleep(0.05)
+        stop.set()
+        assert await work == ExitCode.NO
+    assert "Stopped after 0 of 1 accounts" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert worker.process.poll() is None
+
+
 async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ConfigError, match="not a DID"):
         await scene.repair("alice.test")
