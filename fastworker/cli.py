@@ -358,7 +358,7 @@ def repair(dids: tuple[str, ...], *, recorded: bool, dry_run: bool, accept_older
 
     Fetches each repository from the host that the DID document names, checks signature and tree, waits until the worker
     has finished what was read before, and writes only the differences. Safe while the services run, and to repeat.
-    Needs `pip install "fastworker[verify]"`. Exit 1 when an account could not be fetched.
+    Needs the extra `verify`. Exit 1 when an account could not be fetched.
     """
     if not dids and not recorded:
         raise click.UsageError("Say which ones: their DIDs, or --recorded.")
