@@ -449,16 +449,19 @@ def verify(
 
 
 @cli.command()
-@click.argument("dids", nargs=-1, required=True, metavar="DID...")
+@click.argument("dids", nargs=-1, metavar="[DID]...")
+@click.option("--recorded", is_flag=True, help="Also those whose #sync said that their state was replaced.")
 @click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
 @click.option("--accept-older", is_flag=True, help="Also a repository that is older than what is stored of it.")
-def repair(dids: tuple[str, ...], *, dry_run: bool, accept_older: bool) -> ExitCode:
+def repair(dids: tuple[str, ...], *, recorded: bool, dry_run: bool, accept_older: bool) -> ExitCode:
     """Make accounts equal to their repositories.
 
     Fetches each repository from the host that the DID document names, checks signature and tree, waits until the worker
     has finished what was read before, and writes only the differences. Safe while the services run, and to repeat.
-    Needs `pip install "fastworker[verify]"`. Exit 1 when an account could not be fetched.
+    Needs the extra `verify`. Exit 1 when an account could not be fetched.
     """
+    if not dids and not recorded:
+        raise click.UsageError("Say which ones: their DIDs, or --recorded.")
     from fastworker.commands.repairs import Wish
     from fastworker.commands.repairs import repair as run_repair
     from fastworker.process.signals import stop_on_signals
@@ -467,7 +470,7 @@ def repair(dids: tuple[str, ...], *, dry_run: bool, accept_older: bool) -> ExitC
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
-            return await run_repair(config, Wish(dids, dry_run, accept_older), stop)
+            return await run_repair(config, Wish(dids, dry_run, accept_older, recorded), stop)
 
     return _run(run())
 

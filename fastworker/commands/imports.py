@@ -19,7 +19,7 @@ from fastworker.event.repository import Repository
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
-from fastworker.sync.settle import Report, Settle
+from fastworker.sync.settle import Report, Settle, unless_stopped
 from fastworker.table.snapshot import Snapshot, tid_moment
 
 
@@ -39,10 +39,9 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
         async with open_stored(url) as stored:
             settle = Settle(stored, store)
             for number, path in enumerate(files, 1):
-                if stop.is_set():
+                if not await unless_stopped(_import(settle, path, report), stop):
                     report.stopped = f"{number - 1} of {len(files)} files"
                     break
-                await _import(settle, path, report)
                 report.tell(number, len(files))
             while store is not None and await store.maintain():
                 pass

@@ -1,4 +1,4 @@
-"""`fastworker repair DID...`: accounts made equal to their repositories, beside the running services.
+"""`fastworker repair DID...|--recorded`: accounts made equal to their repositories, beside the running services.
 
 For each: S0 is the reader's cursor before the request, so everything up to S0 happened before the snapshot. The
 repository is fetched and checked (sync/fetch.py). Then the worker must have finished what was on the stream when S0
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,14 +20,13 @@ from typing import Final, NamedTuple
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.event.syntax import is_did
-from fastworker.process.backoff import pause
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.sync.fetch import NotFetched, fetched
 from fastworker.sync.hosts import Hosts
-from fastworker.sync.settle import Report, Settle
+from fastworker.sync.settle import Report, Settle, unless_stopped
 from fastworker.table.snapshot import Snapshot
 
 AT_ONCE: Final = 8
@@ -38,6 +38,7 @@ class Wish(NamedTuple):
     dids: tuple[str, ...]
     dry_run: bool = False
     accept_older: bool = False
+    recorded: bool = False  # also those whose #sync said that their state was replaced
 
 
 class _Mark(NamedTuple):
@@ -70,8 +71,17 @@ async def repair(config: Config, wish: Wish, stop: asyncio.Event, *, hosts: Host
             if hosts is None:
                 hosts = await stack.enter_async_context(Hosts(config.plc_url))
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastworker-repair-")))
-            run = _Run(config, wish, admin, hosts, Settle(stored, store), folder, report)
-            await run.all(stop)
+            records = await admin.recorded_repairs() if wish.recorded else {}
+            dids = [*wish.dids, *(await stored.recorded_repairs() if wish.recorded else ()), *records]
+
+            async def repaired(did: str, seq: int) -> None:
+                if store is not None and wish.recorded:
+                    await store.forget_repair(did, seq)
+                    if did in records:
+                        await admin.forget_repair(did, records[did])
+
+            run = _Run(config, wish, admin, hosts, Settle(stored, store), folder, report, repaired)
+            await run.all(list(dict.fromkeys(dids)), stop)
     except (StoreUnavailable, StreamUnavailable) as error:
         raise Unreachable(str(error)) from error
     return report.end()
@@ -87,6 +97,7 @@ class _Run:
         settle: Settle,
         folder: Path,
         report: Report,
+        repaired: Callable[[str, int], Awaitable[None]],
     ) -> None:
         self._config = config
         self._wish = wish
@@ -95,37 +106,35 @@ class _Run:
         self._settle = settle
         self._folder = folder
         self._report = report
+        self._repaired = repaired
         self._one = asyncio.Lock()  # one account is compared at a time, while others are fetched
         self._done = 0
 
-    async def all(self, stop: asyncio.Event) -> None:
-        dids = list(dict.fromkeys(self._wish.dids))
+    async def all(self, dids: list[str], stop: asyncio.Event) -> None:
         waiting = iter(dids)
 
         async def work() -> None:
             for did in waiting:
-                if stop.is_set():
-                    return
-                await self._account(did, stop)
+                await self._account(did)
                 self._done += 1
                 self._report.tell(self._done, len(dids))
 
-        try:
+        async def every() -> None:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(min(AT_ONCE, len(dids))):
                     tasks.create_task(work())
+
+        try:
+            if not await unless_stopped(every(), stop):
+                self._report.stopped = f"{self._done} of {len(dids)} accounts"
         except* (StoreUnavailable, StreamUnavailable, Unreachable, ConfigError) as group:
             raise group.exceptions[0] from None
-        if stop.is_set():
-            self._report.stopped = f"{self._done} of {len(dids)} accounts"
 
-    async def _account(self, did: str, stop: asyncio.Event) -> None:
+    async def _account(self, did: str) -> None:
         mark = await self._mark()
         try:
             async with fetched(self._hosts, did, self._folder) as repository:
-                await self._finished(mark, stop)
-                if stop.is_set():
-                    return
+                await self._finished(mark)
                 snapshot = Snapshot(did, repository.commit.rev, mark.seq, mark.at)
                 async with self._one:
                     settled = await self._settle.settle(repository, snapshot, accept_older=self._wish.accept_older)
@@ -135,6 +144,8 @@ class _Run:
         self._report.add(settled)
         if settled.refused:
             self._report.failed(did, settled.refused)
+        else:
+            await self._repaired(did, mark.seq)
 
     async def _mark(self) -> _Mark:
         """The cursor first: what it covers was appended with it."""
@@ -145,10 +156,10 @@ class _Run:
         last_id = "0-0" if stream is None else stream.last_id
         return _Mark(int(text), last_id, datetime.now(UTC).replace(tzinfo=None))
 
-    async def _finished(self, mark: _Mark, stop: asyncio.Event) -> None:
+    async def _finished(self, mark: _Mark) -> None:
         """Wait until the group has finished everything that was on the stream before the request."""
         last, since = "", time.monotonic()
-        while not stop.is_set():
+        while True:
             stream = await self._admin.stream()
             group = None if stream is None else stream.group(self._config.group)
             if group is None:
@@ -162,7 +173,7 @@ class _Run:
                 last, since = unfinished, time.monotonic()
             elif time.monotonic() - since > STALL_S:
                 raise Unreachable(f"the worker has not finished entry {unfinished} for {STALL_S:.0f} s: is it running?")
-            await pause(LOOK_S, stop)
+            await asyncio.sleep(LOOK_S)
 
 
 def _order(entry_id: str) -> list[int]:

@@ -84,16 +84,13 @@ def read_commit(block: bytes) -> SignedCommit:
     if commit.pop("sig", None) != signature or _decode(signed, Flaw.BAD_COMMIT) != commit:
         raise Unproved(Flaw.BAD_COMMIT, "the signature is not where it belongs")
     did, rev, data = commit.get("did"), commit.get("rev"), commit.get("data")
-    if commit.get("version") != 3 or type(commit["version"]) is not int or commit.keys() - _MEMBERS:
+    if commit.get("version") != 3 or type(commit["version"]) is not int:
         raise Unproved(Flaw.BAD_COMMIT, "not a commit of version 3")
     if type(did) is not str or not is_did(did) or type(rev) is not str or not is_tid(rev) or not is_cid(data):
         raise Unproved(Flaw.BAD_COMMIT, "did, rev or data is none")
     if LINK + data not in block:
         raise Unproved(Flaw.BAD_COMMIT, "data is no link")
     return SignedCommit(did, rev, data, signature, signed)
-
-
-_MEMBERS: Final = frozenset(("did", "rev", "data", "prev", "version"))
 
 
 def is_cid(value: Any) -> TypeGuard[bytes]:

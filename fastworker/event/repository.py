@@ -54,7 +54,8 @@ class Repository:
 
     def __init__(self, path: Path, *, bytes_max: int = FILE_BYTES_MAX, in_memory_max: int = IN_MEMORY_MAX) -> None:
         self.bad_paths = 0
-        self._held: bytes | None = None
+        self._held: bytes | None = None  # the file, while it is small
+        self._blocks: dict[bytes, bytes] = {}  # of a small one, by CID
         self._file = path.open("rb", buffering=0)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
@@ -63,6 +64,8 @@ class Repository:
             if self.size <= in_memory_max:
                 self._held = self._file.read()
             root, self._index = self._read_index()
+            if self._held is not None:
+                self._held = b""  # its blocks are known
             block = self._block(root, "the commit block")
             self.commit: SignedCommit = read_commit(block)
         except BaseException:
@@ -132,8 +135,11 @@ class Repository:
         return Held(*path, cid, self._block(cid, key.decode("ascii")) if is_cid(cid) else None)
 
     def _block(self, cid: bytes, what: str) -> bytes:
-        """Hashed again here: the index knows 64 bits of the CID, and the file may have changed."""
-        if is_cid(cid):
+        """Of a file it is hashed again: the index knows 64 bits of the CID, and the file may have changed."""
+        block = self._blocks.get(cid)
+        if block is not None:
+            return block
+        if self._held is None and is_cid(cid):
             digest = int.from_bytes(cid[4:12], "big")
             index = self._index
             number = bisect_left(index, digest << _REST_BITS)
@@ -171,8 +177,11 @@ class Repository:
                     digest = piece[start + 4 : content]
                     if sha256(piece[content : start + size]).digest() != digest:
                         raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
-                    number = int.from_bytes(digest[:8], "big")
-                    index.append((number << _AT_BITS | base + content) << _SIZE_BITS | size - RECORD_CID_BYTES)
+                    if self._held is not None:
+                        self._blocks[piece[start:content]] = piece[content : start + size]
+                    else:
+                        number = int.from_bytes(digest[:8], "big")
+                        index.append((number << _AT_BITS | base + content) << _SIZE_BITS | size - RECORD_CID_BYTES)
                     if len(index) > BLOCKS_MAX:
                         raise Unproved(Flaw.TOO_LARGE, f"more than {BLOCKS_MAX} blocks")
                 position = base + start + size

@@ -328,6 +328,7 @@ REPAIRS = (
     "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, seen_at = now() "
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
+REPAIRED = "DELETE FROM fastworker.repairs WHERE did = $1 AND coalesce(seq, 0) <= $2"
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 REFUSED = (
     "INSERT INTO fastworker.refused AS r (uri, did, cid, rev, seq, reason, detail) SELECT * FROM "

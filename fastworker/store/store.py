@@ -188,6 +188,11 @@ class Store:
             async with self.connection() as db:
                 await self.writer.retry(lambda: db.execute(sql.MARK_READ, list(uris)))
 
+    async def forget_repair(self, did: str, until_seq: int) -> None:
+        """What a #sync up to then asked for is done."""
+        async with self.connection() as db:
+            await db.execute(sql.REPAIRED, did, until_seq)
+
     async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:
         """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
         async with self.connection() as db:

@@ -97,6 +97,12 @@ class Stored:
         assert row is not None
         return AccountGround(*row)
 
+    async def recorded_repairs(self) -> list[str]:
+        """DIDs whose #sync came by the stream, the oldest first."""
+        with translating():
+            rows = await self._connection.fetch("SELECT did FROM fastworker.repairs ORDER BY seen_at, did")
+        return [row[0] for row in rows]
+
     @contextlib.asynccontextmanager
     async def standing(self, did: str) -> AsyncIterator[StandingRows]:
         with translating():

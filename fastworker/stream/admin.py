@@ -21,7 +21,7 @@ from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translating
 from fastworker.stream.consumer import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEDGER_KEY, METRICS_KEY, key_of, lease_prefix
-from fastworker.stream.feed import GAPS, LEASE, READER_STATS, STATUS
+from fastworker.stream.feed import GAPS, LEASE, READER_STATS, REPAIRS, STATUS
 
 STATUS_KEY: Final = "fastworker:status:worker"
 """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
@@ -55,6 +55,12 @@ while at <= #ARGV do
   at = stop + 1
 end
 return entries
+"""
+
+
+_FORGET: Final = """
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 0
 """
 
 
@@ -161,6 +167,7 @@ class RedisAdmin:
         self._key = stream_key
         self._retry = redis.register_script(_RETRY)
         self._append = redis.register_script(_APPEND_IF_ROOM)
+        self._forget = redis.register_script(_FORGET)
 
     def _of(self, key: str) -> str:
         return key_of(key, self._key)
@@ -369,6 +376,17 @@ class RedisAdmin:
         async with translating(self._redis):
             gaps: Any = await self._redis.lrange(self._of(GAPS), 0, count - 1)
             return cast("list[bytes]", gaps)
+
+    async def recorded_repairs(self) -> dict[str, bytes]:
+        """DIDs whose #sync the reader recorded here, with what it wrote (JSON form only)."""
+        async with translating(self._redis):
+            found = cast("dict[bytes, bytes]", await self._redis.hgetall(self._of(REPAIRS)))
+        return {_text(did): record for did, record in found.items()}
+
+    async def forget_repair(self, did: str, record: bytes) -> None:
+        """Unless another #sync was recorded meanwhile."""
+        async with translating(self._redis):
+            await self._forget(keys=[self._of(REPAIRS)], args=[did, record])
 
     async def cursor(self, key: str) -> str | None:
         async with translating(self._redis):

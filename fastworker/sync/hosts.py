@@ -185,7 +185,6 @@ class _Turns:
         if remaining < 1:
             self.park(left_s, is_limited=True)
         self._rate = min(self._rate_max, max(remaining / left_s, 0.05))
-        self._tokens = min(self._tokens, max(1.0, self._rate))
 
     def limited(self, headers: Any) -> None:
         """A 429."""

@@ -18,7 +18,7 @@ try:
     from cryptography.hazmat.primitives.hashes import SHA256
 except ImportError as error:
     raise ConfigError(
-        "Checking signatures needs two more packages: install them with `pip install 'fastworker[verify]'`"
+        "Checking signatures needs two more packages: `pip install 'coincurve>=21,<22' 'cryptography>=45,<51'`"
     ) from error
 
 _K256: Final = b"\xe7\x01"

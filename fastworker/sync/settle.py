@@ -9,13 +9,14 @@ Without a floor (invariants.md): the caller has waited until the worker has fini
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import orjson
@@ -225,6 +226,22 @@ def _old_notifications(changes: list[Change], snapshot: Snapshot) -> list[str]:
 def _example(result: Settled, words: str) -> None:
     if len(result.examples) < EXAMPLES:
         result.examples.append(words)
+
+
+async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """Do it to its end, or cancel it at a stop. Whether it came to its end."""
+    task = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        task.cancel()
+        await asyncio.wait({task, stopping})
+    if task.cancelled():
+        return False
+    task.result()
+    return True
 
 
 class Report:

@@ -143,6 +143,54 @@ async def test_one_bad_host_costs_its_accounts_only(
     assert worker.process.poll() is None
 
 
+async def test_recorded_syncs_are_repaired_and_forgotten(
+    scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+):
+    """Those that came by the stream, and those that the reader kept in Redis; what was recorded meanwhile stays."""
+    scene.happen(300, lose=lambda n: n % 3 == 0)
+    by_stream, by_redis, gone = (one.did for one in scene.network.world.accounts()[:3])
+    for did in (by_stream, gone):
+        await pg.execute("INSERT INTO fastworker.repairs (did, rev, seq) VALUES ($1, '3k', 5)", did)
+    scene.client.hset("fastworker:repairs", by_redis, "{}")
+    scene.sim.documents[gone] = 404
+
+    async def recorded(*, dry_run: bool) -> ExitCode:
+        return await repair(scene.config, Wish((), dry_run, recorded=True), asyncio.Event(), hosts=scene.hosts)
+
+    assert await recorded(dry_run=True) == ExitCode.NO
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.repairs") == 2
+    assert await recorded(dry_run=False) == ExitCode.NO  # one is gone
+    assert [row[0] for row in await pg.fetch("SELECT did FROM fastworker.repairs")] == [gone]
+    assert not scene.client.exists("fastworker:repairs")
+    assert "2 accounts" in capsys.readouterr().out
+    await pg.execute("UPDATE fastworker.repairs SET seq = $1", scene.network.clock.seq + 1)
+    del scene.sim.documents[gone]
+    assert await recorded(dry_run=False) == ExitCode.DONE
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.repairs") == 1
+    assert worker.process.poll() is None
+
+
+async def test_a_stop_ends_a_fetch_that_would_take_long(
+    scene: Scene, worker: Service, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    scene.happen(50)
+    for pds in scene.sim.pdses:
+        pds.fail("trickle")
+    stop = asyncio.Event()
+    work = asyncio.create_task(
+        repair(scene.config, Wish((scene.network.world.accounts()[0].did,)), stop, hosts=scene.hosts)
+    )
+    async with asyncio.timeout(20):
+        while not any(pds.asked for pds in scene.sim.pdses):
+            await asyncio.sleep(0.05)
+        stop.set()
+        assert await work == ExitCode.NO
+    assert "Stopped after 0 of 1 accounts" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert worker.process.poll() is None
+
+
 async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ConfigError, match="not a DID"):
         await scene.repair("alice.test")

@@ -24,7 +24,7 @@ from fastworker.simulator import mst
 from fastworker.simulator.cbor import cid_text
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
-from fastworker.simulator.repo import Repo, SimFrame, car_bytes
+from fastworker.simulator.repo import Repo, SimFrame, car_bytes, tid
 from fastworker.simulator.world import Account as SimAccount
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
@@ -213,12 +213,55 @@ async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection):
             account.did,
             snapshot.taken_at - age,
         )
+    await pg.execute(
+        "INSERT INTO posts (uri, cid, author_did, text, created_at, indexed_at) "
+        "VALUES ('at://did:plc:elsewhere/app.bsky.feed.post/young', 'c', $1, '', $2, $2)",
+        account.did,
+        snapshot.taken_at - timedelta(days=1),
+    )
     async with open_stored(scene.url) as stored:
         with Repository(path) as repository:
             found = await Settle(stored, scene.store).settle(repository, snapshot)
-    assert found.extra == {"posts": 1, "lists": 1}
+    assert found.extra == {"posts": 1, "lists": 1}  # not the row at another authority's URI
     left = await pg.fetch("SELECT uri FROM posts WHERE cid = 'c' UNION ALL SELECT uri FROM lists WHERE cid = 'c'")
-    assert sorted(row[0].rpartition("/")[2] for row in left) == ["young", "young"]
+    assert sorted(row[0].rpartition("/")[2] for row in left) == ["young", "young", "young"]
+
+
+async def test_equal_rows_are_written_only_where_something_would_take_them_away(
+    scene: Scene, pg: asyncpg.Connection, tmp_path: Path
+):
+    """Dates that were judged by another moment are no difference; a tombstone above a row's version is."""
+    did = "did:plc:" + "d" * 24
+    repo = Repo(did, key=SigningKey("dates"))
+    hour_ago = tid(repo.clock.now_us - 3_600_000_000)
+    dates = ("2099-01-01T00:00:00Z", "yesterday", "2026-07-01T00:00:00Z")
+    records = [{**follow(f"{n:05}"), "createdAt": date} for n, date in enumerate(dates)]
+    paths = [f"app.bsky.graph.follow/{hour_ago[:-1]}{n}" for n in range(2, 5)]
+    await scene.store.write(batch_of([repo.commit([("create", *one)]) for one in zip(paths, records, strict=True)]))
+    tombstone = repo.clock.tid()
+    repo.commit([])
+    root, blocks = repo.export()
+    (tmp_path / "dates.car").write_bytes(car_bytes(root, blocks))
+    taken_at = tid_moment(repo.rev or "")
+    assert taken_at is not None
+
+    async def settle() -> Settled:
+        async with open_stored(scene.url) as stored:
+            with Repository(tmp_path / "dates.car") as repository:
+                return await Settle(stored, scene.store).settle(
+                    repository, Snapshot(did, repo.rev or "", repo.clock.seq, taken_at)
+                )
+
+    assert (await settle()).examples == []
+    uri = f"at://{did}/{paths[0]}"
+    await pg.execute(
+        "INSERT INTO fastworker.versions (uri, rev, seq, deleted, written_at) VALUES ($1, $2, 1, true, '-infinity')",
+        uri,
+        tombstone,
+    )
+    assert (await settle()).examples == [f"follows {uri} different in its tombstone"]
+    assert await pg.fetchval("SELECT commit_rev FROM follows WHERE uri = $1", uri) == repo.rev
+    assert (await settle()).examples == []
 
 
 async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection):
