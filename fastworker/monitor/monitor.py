@@ -21,10 +21,9 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
-from fastworker.commands.dlq import Letter, line_of
-from fastworker.commands.status import ProcessStatus, WorkerStatus
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
+from fastworker.monitor.facts import ProcessStatus, WorkerStatus
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, Worker, Written, listen, pss
 from fastworker.monitor.reader_port import cards as reader_cards
@@ -48,6 +47,7 @@ from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.letters import Letter, line_of
 from fastworker.table.schema import COLLECTIONS
 
 log = logging.getLogger(__name__)
