@@ -40,7 +40,6 @@ BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a sto
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
 POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
-TELL_AGAIN_S = 60.0  # between two log lines about the same outage
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 LETTERS_OF_ACCOUNT_MAX = 20  # a process; what more of its content is refused is kept by name
@@ -370,7 +369,6 @@ class Pipeline:
         self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
-        self._told_at = 0.0  # when the log was last told what is waited for
         self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
         self._progress: Progress | None = None
 
@@ -481,7 +479,7 @@ class Pipeline:
             try:
                 entries = await self._source.next(BLOCK_MS)
             except StreamUnavailable as error:
-                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error, backoff.elapsed)
+                self._reading_state = self._wait(State.WAITING_FOR_STREAM, error, backoff.elapsed)
                 # The reply that did not come may have handed us entries: they are pending in our name now.
                 self._source.look_again()
                 if await backoff.wait(stopping):
@@ -567,9 +565,6 @@ class Pipeline:
                     held.rejected.append(SetAside(entry_id, fields, Reason.KILLS_WORKER, why))
                 else:
                     held.apply(entry_id, fields, self._overlap)
-            for letter in held.rejected:
-                self._dead_letters.bad(letter.error)
-            self._dead_letters.good(len(piece) - len(held.rejected))
             self._slot.add(read=len(piece))
             await self._flush(held)
         except asyncio.CancelledError:
@@ -730,6 +725,8 @@ class Pipeline:
         if mapped is not None and len(refused) > 1:
             refused = await self._write_parts(mapped, 0, len(refused))
         count = self._refusals.add(did)
+        if count == 1:
+            self._dead_letters.bad(error)
         if count <= LETTERS_OF_ACCOUNT_MAX:
             await self._leave_aside([letter])
             return
@@ -762,16 +759,14 @@ class Pipeline:
                 async with asyncio.timeout(ATTEMPT_S):
                     result = await attempt()
             except (StoreUnavailable, StreamUnavailable, TimeoutError) as error:
-                self._writing_state = self._wait(self._writing_state, waiting, error, backoff.elapsed)
+                self._writing_state = self._wait(waiting, error, backoff.elapsed)
                 await asyncio.sleep(backoff.next())
             else:
                 self._writing_state = self._go_on(self._writing_state)
                 return result
 
-    def _wait(self, before: State, state: State, error: Exception, since_s: float) -> State:
-        if before is not state or time.monotonic() - self._told_at >= TELL_AGAIN_S:
-            self._told_at = time.monotonic()
-            log.debug("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
+    def _wait(self, state: State, error: Exception, since_s: float) -> State:
+        log.debug("%s waits for %.0f s now: %s", self.stream.name, since_s, error)  # the monitor tells of the outage
         self.progress_ms = now_ms()
         self._slot.failed(error)
         if state is State.WAITING_FOR_STORE:
@@ -782,6 +777,6 @@ class Pipeline:
 
     def _go_on(self, before: State) -> State:
         if before is not State.RUNNING:
-            log.debug("%s goes on", self.stream.name)  # the monitor tells of the outage, once for all pipelines
+            log.debug("%s goes on", self.stream.name)
         self.progress_ms = now_ms()
         return State.RUNNING

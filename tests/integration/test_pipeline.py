@@ -398,18 +398,6 @@ async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
     assert "down" in bench.slot.snapshot().error
 
 
-async def test_a_long_outage_is_told_again(bench, monkeypatch, caplog):
-    monkeypatch.setattr("fastworker.worker.pipeline.TELL_AGAIN_S", 1.0)  # several attempts, though one of them is late
-    bench.store.down.set()
-    async with bench.running():
-        await bench.add(likes(1))
-        await bench.until(lambda: "waits, for " in caplog.text)
-        told, tried = caplog.text.count(" waits"), bench.store.writes
-        assert told < tried, "not at every attempt"
-        bench.store.down.clear()
-        await bench.until_settled(1)
-
-
 async def test_a_stop_settles_what_is_held(bench):
     async with bench.running() as pipeline:
         bench.store.open.clear()
