@@ -152,7 +152,8 @@ class DeadLetterLimit:
 class Refusals:
     """How often each account's content was refused by this process: a few are letters, the others are kept by name.
 
-    So nobody can fill the dead letters, or stop the worker: of each account one counts against the limit.
+    So nobody can fill the dead letters. None of it counts against their limit: accounts cost nothing, and a control
+    record of ours has shown that the database takes rows (store/blame.py).
     """
 
     def __init__(self) -> None:
@@ -719,8 +720,6 @@ class Pipeline:
         if mapped is not None and len(refused) > 1:
             refused = await self._write_parts(mapped, 0, len(refused))
         count = self._refusals.add(did)
-        if count == 1:
-            self._dead_letters.bad(error)
         if count <= LETTERS_OF_ACCOUNT_MAX:
             await self._leave_aside([letter])
             return
