@@ -132,6 +132,7 @@ class DeadLetterLimit:
         """
         counts = self._counts
         counts[0] = counts[0] + count if in_a_row is None else in_a_row
+        # mutant: dead letters not counted
         counts[2] += count
         run, seen = counts[0], counts[1] + counts[2]
         if run > self._run_max or (seen >= self._window and counts[2] >= self._ratio_max * seen):
@@ -163,6 +164,7 @@ class Refusals:
         """How many it are now."""
         if len(self._counts) >= REFUSING_ACCOUNTS_MAX:
             self._counts.clear()
+        # mutant: letters of one account not counted
         self._counts[did] += 1
         return self._counts[did]
 
@@ -225,6 +227,7 @@ class Held:
         try:
             event = decode_entry(fields)
             entry_ms = received_ms(entry_id, fields)
+            # mutant: entries without a rev beside two relays
             if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
                 self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
                 return True
@@ -448,6 +451,7 @@ class Pipeline:
                 if writing is not None and writing.done():
                     writing.result()
                     if self._overlap is not None and self._writing is not None:
+                        # mutant: marks are kept
                         self._overlap.give_back(self._writing.keys)
                     self._writing = writing = None
                 if reading is not None and reading.done():
@@ -496,6 +500,7 @@ class Pipeline:
             if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
                 continue  # read back while we hold it
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
+                # mutant: a postponed entry is forgotten
                 self._postponed[entry_id] = (fields, now_ms())
             taken += 1
             if turn.is_over():
@@ -592,6 +597,7 @@ class Pipeline:
                 return
             held.batch.progress = self._progress
             try:
+                # mutant: ack before commit
                 store_drops = await self._write(held.batch)
             except RowRejected as error:
                 span.set_attribute("fastworker.row_rejected", str(error))
