@@ -19,7 +19,7 @@ from fastworker.store.audit import Audit, StoredRecord
 from fastworker.store.session import translating
 from fastworker.store.settle import thaw
 from fastworker.table.batch import Change, Row
-from fastworker.table.schema import Table, collection_table
+from fastworker.table.schema import BOOKMARKS, TABLES, Table, collection_table
 from fastworker.table.snapshot import UNTOUCHED
 
 _SESSION: Final = (
@@ -29,20 +29,9 @@ _SESSION: Final = (
 )
 _CONNECT_S: Final = 10.0
 _PREFETCH: Final = 2_000
-_HOT: Final = (
-    ("posts", "author_did"),
-    ("likes", "user_did"),
-    ("reposts", "user_did"),
-    ("follows", "follower_did"),
-    ("blocks", "blocker_did"),
-)
-_COLD: Final = (
-    ("lists", "creator_did"),
-    ("list_blocks", "blocker_did"),
-    ("feed_generators", "creator_did"),
-    ("starter_packs", "creator_did"),
-    ("labeler_services", "creator_did"),
-    ("generic_records", "author_did"),
+_HOT: Final = tuple((table.name, table.author) for table in TABLES if table.hot)
+_COLD: Final = tuple(
+    (table.name, table.author) for table in TABLES if table.author and not table.hot and table is not BOOKMARKS
 )
 _SEQ: Final = "CASE WHEN commit_seq ~ '^[0-9]{1,18}$' THEN commit_seq::bigint END"
 _RANGE: Final = """uri COLLATE "C" >= 'at://' || $1 || '/' AND uri COLLATE "C" < 'at://' || $1 || '0'"""
