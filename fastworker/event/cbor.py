@@ -17,8 +17,8 @@ DEPTH_MAX = 128
 """Containers within containers. The protocol says 32, the deepest real record seen has 17, orjson writes 254."""
 
 VALUES_MAX = 100_000
-"""Of all records of a commit. Large ones have some thousands; 2 MB can hold 2 million, which take ten seconds and half a
-gigabyte to decode and to write as JSON."""
+"""Of all records of a commit. Large ones have some thousands; 2 MB can hold 2 million, which take ten seconds and
+half a gigabyte to decode and to write as JSON."""
 
 _ARRAY, _MAP = 4, 5
 _HEADS = bytes(range(0x81, 0xA0)) + bytes(range(0xA1, 0xC0))  # arrays and maps that are not empty

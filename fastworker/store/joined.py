@@ -43,6 +43,7 @@ async def recompute(
     """
     keys = owed.keys() | fresh
     roots = sorted(key for kind, key in keys if kind == "root")
+    # mutant: a crowd at once
     crowded = {r[0] for r in await db.fetch(sql.CROWDED, roots, writer.crowd)} if roots else set()
     if crowded and not wait:
         owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowded}

@@ -62,6 +62,7 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
     }
     found = await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS))
     replies = Counter(r[2] for r in found if r[0] == "context" and r[2] is not None)
+    # mutant: no crowd bound
     if crowded := sorted(root for root, count in replies.items() if count > writer.crowd):
         await writer.retry(lambda: db.execute(sql.OWE_ROOTS, crowded))
         found = [r for r in found if r[0] != "context" or r[2] not in crowded]
@@ -98,6 +99,7 @@ def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
             tombstone = tombstones.get(change.uri)
             if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
                 seen.kills[change.uri] = _kill(change, *tombstone)
+            # mutant: deleted accounts not looked at
             elif (gone := accounts.get(change.repo)) is not None and is_gone(change.rev, change.seq, *gone):
                 seen.kills[change.uri] = _kill(change, change.rev, change.seq)  # at one version a delete wins
     return seen

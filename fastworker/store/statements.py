@@ -82,6 +82,7 @@ def select(table: Table) -> str:
 
 def lock(table: Table) -> str:
     """The same, locked in the order in which Python sorts keys, whatever the database's collation."""
+    # mutant: pair refused without lock
     return f'{select(table)} ORDER BY {table.key} COLLATE "C" FOR UPDATE'
 
 
@@ -113,6 +114,7 @@ def winners(table: Table) -> str:
     return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {qualified(table)} AS t ON {on}"
 
 
+# mutant: a deletion by the seq of another relay
 _MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
 
 
@@ -148,6 +150,7 @@ GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
 # $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
 BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, "
+    # mutant: tombstone not read
     f"CASE WHEN rev IS NOT NULL OR NOT {_MANY_RELAYS} THEN seq END AS seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
@@ -254,6 +257,7 @@ _OF_EVENTS = "unnest($1::varchar[], $2::text[], $3::bigint[], $4::timestamptz[],
 _AS_EVENTS = "(did, relay, seq, event_at, active, status)"
 # Within one relay the seq decides; without one the later moment, of two deliveries of one event the earlier.
 _RANK = (
+    # mutant: older account event wins
     "(coalesce({t}.seq, -1), CASE WHEN {t}.seq IS NULL THEN 1 ELSE -1 END * extract(epoch FROM {t}.event_at), "
     "NOT {t}.active, coalesce({t}.status, ''))"
 )
@@ -276,12 +280,14 @@ ACCOUNT_EVENTS = (
 ACCOUNTS = (
     "UPDATE fastworker.accounts AS a SET relay = nullif(n.relay, ''), seq = n.seq, event_at = n.event_at, "
     "active = n.active, status = n.status FROM (SELECT DISTINCT ON (did) * FROM fastworker.account_events "
+    # mutant: account events of relays by seq
     "WHERE did = ANY($1::varchar[]) ORDER BY did, event_at DESC, relay DESC) AS n WHERE a.did = n.did "
     "AND (a.active, a.status, coalesce(a.relay, ''), a.seq, a.event_at) "
     "IS DISTINCT FROM (n.active, n.status, n.relay, n.seq, n.event_at)"
 )
 ACCOUNTS_DELETED = (
     "UPDATE fastworker.accounts AS a SET deleted_seq = greatest(a.deleted_seq, u.seq), "
+    # mutant: purge never begins
     "deleted_at = greatest(a.deleted_at, u.at), purge_pending = true, purged_at = NULL "
     "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
     "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
@@ -515,6 +521,7 @@ PURGE_PIECE = (
     + f"AND NOT deleted AND {_older('rev', 'seq')} LIMIT $4"
 )
 PURGED = (
+    # mutant: an account is purged once
     "UPDATE fastworker.accounts SET purge_pending = purged_at IS NULL, "
     "purged_at = CASE WHEN purged_at IS NULL THEN now() END "
     "WHERE did = $1 AND deleted_seq = $2 AND deleted_at IS NOT DISTINCT FROM $3"

@@ -108,6 +108,7 @@ class Store:
                 raise
             except RowRejected as error:
                 tables = {change.table.name for change in batch.changes.values()}
+                # mutant: control record not asked
                 await blame.refuse_state(self.writer, self.connection, tables, error)
                 if is_sure or len(batch.entries) > 1:
                     raise

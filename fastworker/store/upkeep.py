@@ -77,6 +77,7 @@ async def look_again(writer: Writer, db: Connection, *, dead_commit: timedelta) 
     kills = {}  # what is in the table and among the twins is found twice
     for uri, rev, seq in await db.fetch(sql.LOOK_AGAIN, *piece):
         kills[uri] = _kill(collection_table(uri), uri, derive.did_of(uri), rev, seq)
+    # mutant: no second look
     if kills and (failed := await _remove(writer, db, list(kills.values()))):
         await db.execute(sql.LOOK_LATER, [change.uri for change, _ in failed])
     await db.execute(sql.LOOKED_AGAIN, *piece)

@@ -95,6 +95,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if len(uri) > URI_MAX or len(collection) > NSID_MAX:
             drops.append(Drop(Reason.TOO_LONG, collection, "uri"))
             continue
+        # mutant: delete mapped to update
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
             continue
@@ -109,6 +110,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
                 drops.append(Drop(Reason.BAD_PATH, collection, "its rkey is self"))
                 continue
             record = load_record(op)
+            # mutant: type spoofed
             if record.get("$type", collection) != collection:
                 drops.append(Drop(Reason.TYPE_MISMATCH, collection, "$type"))
                 continue
@@ -168,6 +170,7 @@ def _required_did(value: Any, member: str) -> str:
 
 
 def _uri_or_none(value: Any, member: str, lost: list[str]) -> str | None:
+    # mutant: identifiers mended
     if type(value) is not str or (found := _is_uri(value)) is None:
         if _is_no_reference(value):
             lost.append(member)
@@ -426,6 +429,7 @@ def _list(record: Record, origin: _Origin) -> Row:
 
 def _list_item(record: Record, origin: _Origin) -> Row:
     list_uri = _required_uri(record.get("list"), "list")
+    # mutant: list items of others
     if list_uri.split("/", 3)[2] != origin.repo:
         # Anyone can name anyone's list; only its owner puts people on it.
         raise InvalidEvent(Reason.NOT_OWNER, "list")

@@ -172,6 +172,7 @@ COLLECTIONS: dict[str, Table] = {
 def twin_order(table: Table, uri: str, rkey: str, trusted: Mapping[str, int]) -> tuple[int, str, str]:
     """Of the live records of one unique pair, the least is in the table: those of trusted verifiers first (`trusted`:
     their DIDs and places), then the lowest rkey, then URI."""
+    # mutant: trusted verifier ignored
     rank = trusted.get(uri.split("/", 3)[2], len(trusted)) if table is VERIFICATIONS else 0
     return rank, rkey, uri
 

@@ -40,7 +40,6 @@ BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a sto
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
 POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
-TELL_AGAIN_S = 60.0  # between two log lines about the same outage
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 LETTERS_OF_ACCOUNT_MAX = 20  # a process; what more of its content is refused is kept by name
@@ -133,6 +132,7 @@ class DeadLetterLimit:
         """
         counts = self._counts
         counts[0] = counts[0] + count if in_a_row is None else in_a_row
+        # mutant: dead letters not counted
         counts[2] += count
         run, seen = counts[0], counts[1] + counts[2]
         if run > self._run_max or (seen >= self._window and counts[2] >= self._ratio_max * seen):
@@ -153,7 +153,8 @@ class DeadLetterLimit:
 class Refusals:
     """How often each account's content was refused by this process: a few are letters, the others are kept by name.
 
-    So nobody can fill the dead letters, or stop the worker: of each account one counts against the limit.
+    So nobody can fill the dead letters. None of it counts against their limit: accounts cost nothing, and a control
+    record of ours has shown that the database takes rows (store/blame.py).
     """
 
     def __init__(self) -> None:
@@ -163,6 +164,7 @@ class Refusals:
         """How many it are now."""
         if len(self._counts) >= REFUSING_ACCOUNTS_MAX:
             self._counts.clear()
+        # mutant: letters of one account not counted
         self._counts[did] += 1
         return self._counts[did]
 
@@ -225,6 +227,7 @@ class Held:
         try:
             event = decode_entry(fields)
             entry_ms = received_ms(entry_id, fields)
+            # mutant: entries without a rev beside two relays
             if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
                 self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
                 return True
@@ -367,7 +370,6 @@ class Pipeline:
         self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
-        self._told_at = 0.0  # when the log was last told what is waited for
         self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
         self._progress: Progress | None = None
 
@@ -449,6 +451,7 @@ class Pipeline:
                 if writing is not None and writing.done():
                     writing.result()
                     if self._overlap is not None and self._writing is not None:
+                        # mutant: marks are kept
                         self._overlap.give_back(self._writing.keys)
                     self._writing = writing = None
                 if reading is not None and reading.done():
@@ -477,7 +480,7 @@ class Pipeline:
             try:
                 entries = await self._source.next(BLOCK_MS)
             except StreamUnavailable as error:
-                self._reading_state = self._wait(self._reading_state, State.WAITING_FOR_STREAM, error, backoff.elapsed)
+                self._reading_state = self._wait(State.WAITING_FOR_STREAM, error, backoff.elapsed)
                 # The reply that did not come may have handed us entries: they are pending in our name now.
                 self._source.look_again()
                 if await backoff.wait(stopping):
@@ -497,6 +500,7 @@ class Pipeline:
             if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
                 continue  # read back while we hold it
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
+                # mutant: a postponed entry is forgotten
                 self._postponed[entry_id] = (fields, now_ms())
             taken += 1
             if turn.is_over():
@@ -562,9 +566,6 @@ class Pipeline:
                     held.rejected.append(SetAside(entry_id, fields, Reason.KILLS_WORKER, why))
                 else:
                     held.apply(entry_id, fields, self._overlap)
-            for letter in held.rejected:
-                self._dead_letters.bad(letter.error)
-            self._dead_letters.good(len(piece) - len(held.rejected))
             self._slot.add(read=len(piece))
             await self._flush(held)
         except asyncio.CancelledError:
@@ -596,6 +597,7 @@ class Pipeline:
                 return
             held.batch.progress = self._progress
             try:
+                # mutant: ack before commit
                 store_drops = await self._write(held.batch)
             except RowRejected as error:
                 span.set_attribute("fastworker.row_rejected", str(error))
@@ -756,16 +758,14 @@ class Pipeline:
                 async with asyncio.timeout(ATTEMPT_S):
                     result = await attempt()
             except (StoreUnavailable, StreamUnavailable, TimeoutError) as error:
-                self._writing_state = self._wait(self._writing_state, waiting, error, backoff.elapsed)
+                self._writing_state = self._wait(waiting, error, backoff.elapsed)
                 await asyncio.sleep(backoff.next())
             else:
                 self._writing_state = self._go_on(self._writing_state)
                 return result
 
-    def _wait(self, before: State, state: State, error: Exception, since_s: float) -> State:
-        if before is not state or time.monotonic() - self._told_at >= TELL_AGAIN_S:
-            self._told_at = time.monotonic()
-            log.debug("%s waits%s: %s", self.stream.name, f", for {since_s:.0f} s now" if since_s else "", error)
+    def _wait(self, state: State, error: Exception, since_s: float) -> State:
+        log.debug("%s waits for %.0f s now: %s", self.stream.name, since_s, error)  # the monitor tells of the outage
         self.progress_ms = now_ms()
         self._slot.failed(error)
         if state is State.WAITING_FOR_STORE:
@@ -776,6 +776,6 @@ class Pipeline:
 
     def _go_on(self, before: State) -> State:
         if before is not State.RUNNING:
-            log.debug("%s goes on", self.stream.name)  # the monitor tells of the outage, once for all pipelines
+            log.debug("%s goes on", self.stream.name)
         self.progress_ms = now_ms()
         return State.RUNNING
