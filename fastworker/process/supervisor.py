@@ -110,7 +110,7 @@ class Patience(msgspec.Struct, frozen=True):
     tick_s: float = 10.0  # for a loop to turn
     progress_s: float = 150.0  # for a worker to get on: above the longest bound of one attempt (worker/flush.py)
     start_s: float = 60.0  # for a child to be ready
-    recycle_s: float = 60.0  # least life of a child that grew too large: a ceiling below what it needs must not churn
+    recycle_s: float = 60.0  # between two replacements of one child for its memory
 
 
 class _Kind:

@@ -63,8 +63,6 @@ async def _isolate_op(flush: Flush, refusals: Refusals, entry: Entry, error: Row
     if mapped is not None and len(refused) > 1:
         refused = await _write_parts(flush, mapped, 0, len(refused))
     count = refusals.add(did)
-    if count == 1:
-        flush.dead_letters.bad(error)
     if count <= LETTERS_OF_ACCOUNT_MAX:
         await flush.leave_aside([letter])
         return

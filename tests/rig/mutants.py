@@ -79,7 +79,7 @@ MUTANTS = [
     # what others commit meanwhile
     _mutant("no look back", _FLUSH, RACES, "if False:"),
     _mutant("joined rows never recomputed", _FLUSH, RACES, "pass"),
-    _mutant("no second look", "fastworker/store/upkeep.py", RACES, "if kills and (failed := []):"),
+    _mutant("no second look", "fastworker/store/upkeep.py", RACES, "if removals and (failed := []):"),
     _mutant("an account is purged once", _STATEMENTS, RACES, "purge_pending = false", "purge_pending = purged_at IS NULL"),
     _mutant("nothing is owed", _EFFECTS, LAW, "if False:", "", Edit("return {}")),
     _mutant("no recount", _DERIVE, RACES, "pass"),
