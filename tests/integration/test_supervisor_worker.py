@@ -32,7 +32,7 @@ from fastworker.process.board import Heartbeats, Slot
 from fastworker.process.supervisor import Supervisor
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import LEDGER_KEY
-from fastworker.worker import pipeline
+from fastworker.worker import held
 from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
 ROOT = Path(__file__).parents[2]
@@ -68,9 +68,9 @@ def main() -> int:
         case ["slow"]:
             worker = msgspec.structs.replace(worker, target=partial(slowly, worker.target))
         case ["deadly"]:
-            pipeline.decode_entry = deadly
+            held.decode_entry = deadly
         case ["outage"]:
-            pipeline.decode_entry = out_of_memory
+            held.decode_entry = out_of_memory
     supervisor.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else supervisor.BACKOFF_S
     return Supervisor([worker], Heartbeats(8)).run()
 
