@@ -55,7 +55,7 @@ STALL_S: Final = 60.0  # without any progress the demo gives up
 GONE_S: Final = 5.0  # tries to remove its folder
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the children are told before they are forked."""
 
     events: int
@@ -104,7 +104,7 @@ def _run(
         console.print("Starting PostgreSQL and Valkey for this demo ...")
         with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis", aof=False) as redis:
             asyncio.run(migrate(postgres.url))
-            plan = Plan(
+            plan = DemoOptions(
                 events=events,
                 rate=rate,
                 seed=seed,
@@ -166,11 +166,11 @@ def _folder() -> Iterator[Path]:
 # The relay ------------------------------------------------------------------------------------------
 
 
-def _relay_main(plan: Plan, slot: Slot) -> int:
+def _relay_main(plan: DemoOptions, slot: Slot) -> int:
     return run_child(slot, partial(_relay, plan))
 
 
-async def _relay(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
+async def _relay(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> None:
     """Make all events first, so that making them does not slow down what is shown; then serve them."""
     network = Network(plan.seed, accounts=ACCOUNTS)
     frames: list[bytes] = []
@@ -199,11 +199,11 @@ async def _relay(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
 # The reader -----------------------------------------------------------------------------------------
 
 
-def _reader_main(plan: Plan, slot: Slot) -> int:
+def _reader_main(plan: DemoOptions, slot: Slot) -> int:
     return run_child(slot, partial(_reader, plan))
 
 
-async def _reader(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
+async def _reader(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> None:
     while not plan.address.exists():
         await asyncio.sleep(0.02)
         if stopping.is_set():
@@ -219,7 +219,7 @@ async def _reader(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
 # The conductor --------------------------------------------------------------------------------------
 
 
-def _conductor_main(plan: Plan, heartbeats: Heartbeats, slot: Slot) -> int:
+def _conductor_main(plan: DemoOptions, heartbeats: Heartbeats, slot: Slot) -> int:
     found: list[ExitCode] = []
 
     async def main(slot: Slot, stopping: asyncio.Event) -> None:
@@ -244,7 +244,7 @@ class Look(msgspec.Struct):
 
 
 class _Conductor:
-    def __init__(self, plan: Plan, heartbeats: Heartbeats, stopping: asyncio.Event) -> None:
+    def __init__(self, plan: DemoOptions, heartbeats: Heartbeats, stopping: asyncio.Event) -> None:
         self._plan = plan
         self._heartbeats = heartbeats
         self._stopping = stopping
