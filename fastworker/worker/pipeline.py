@@ -24,12 +24,15 @@ from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry, received_ms
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
+from fastworker.redact import redact
+from fastworker.store.blame import LockedRow, RowLocked
 from fastworker.store.flush import Written
 from fastworker.store.upkeep import Ground
 from fastworker.stream.consumer import Entry, SetAside, Tally, id_order, original_fields
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Progress, Refused
 from fastworker.table.dates import moment_of, parse_date
 from fastworker.table.mapper import map_commit
+from fastworker.worker.locked import ROWS_MAX, Locks
 from fastworker.worker.overlap import Overlap, keys_of
 from fastworker.worker.suspects import CONTROL_ENTRIES, DEATHS_MAX, Quiet, Record, Suspects, say_trying
 
@@ -40,6 +43,7 @@ BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a sto
 TURN_S = 0.008  # decoding at a stretch, before the loop gets its turn
 ATTEMPT_S = 120.0  # of one write or ack; a last resort, the edges have tighter bounds of their own
 POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
+LOOK_AT_LOCKS_S = 1.0
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 LETTERS_OF_ACCOUNT_MAX = 20  # a process; what more of its content is refused is kept by name
@@ -86,7 +90,16 @@ class Store(Protocol):
 
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]: ...
     async def keep(self, refused: Sequence[Refused]) -> None: ...
+
+
+class _GoAround(Exception):
+    """A row is locked that not all of a batch touches. None: another pipeline has found it."""
+
+    def __init__(self, locked: RowLocked | None = None) -> None:
+        super().__init__(str(locked))
+        self.locked = locked
 
 
 class _Turn:
@@ -303,6 +316,11 @@ def _moment(event: Event, entry_ms: int) -> datetime:
     return moment_of(None if event.time is None else parse_date(event.time), entry_ms).replace(tzinfo=UTC)
 
 
+def _did_of(fields: dict[bytes, bytes]) -> str:
+    event = decode_entry(fields)
+    return event.repo if isinstance(event, Commit) else event.did
+
+
 def _names(event: Event, changes: Sequence[Change], reason: str, detail: str) -> list[Refused]:
     """What remembers an event without its content: its records, or its account."""
     did = event.repo if isinstance(event, Commit) else event.did
@@ -340,6 +358,7 @@ class Pipeline:
         open_span: OpenSpan = no_span,
         suspects: Suspects | None = None,
         quiet: Quiet | None = None,
+        locks: Locks | None = None,
     ) -> None:
         self.stream = stream
         self.progress_ms = now_ms()  # when it last got on: a read, a flush, an attempt
@@ -367,6 +386,9 @@ class Pipeline:
         self._filling = Held()
         self._writing: Held | None = None
         self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
+        self._locks = locks or Locks()
+        self._locked: dict[str, tuple[dict[bytes, bytes], int, LockedRow]] = {}  # id -> fields, since when, what
+        self._locks_at = 0.0  # when they were looked at
         self._flush_at = 0.0  # when the latest flush began
         self._reading_state = State.RUNNING
         self._writing_state = State.RUNNING
@@ -383,7 +405,8 @@ class Pipeline:
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0
-        return len(self._filling.entries) + writing + len(self._postponed) + len(self._trial) + len(self._later)
+        waiting = len(self._postponed) + len(self._locked) + len(self._trial) + len(self._later)
+        return len(self._filling.entries) + writing + waiting
 
     @property
     def is_still(self) -> bool:
@@ -393,9 +416,10 @@ class Pipeline:
     @property
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
-        held = (self._writing or self._filling).since_ms
-        postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
-        return min(held or postponed, postponed or held)
+        since = [(self._writing or self._filling).since_ms]
+        since += [next((since_ms for _, since_ms in self._postponed.values()), 0)]
+        since += [next((since_ms for _, since_ms, _ in self._locked.values()), 0)]
+        return min(filter(None, since), default=0)
 
     async def note_progress(self) -> None:
         """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
@@ -425,6 +449,8 @@ class Pipeline:
                     self._trial = [entry for entry, record in self._later.values() if self._may_try(record)]
                 if self._trial and writing is None and self.is_still:
                     await self._try(stopping)
+                if writing is None and self._locked:
+                    await self._look_at_locks()
                 if writing is None and self._postponed:
                     await self._bring_back(at_last=stopping.is_set() or bool(self._trial))
                 if writing is None and self._filling:
@@ -434,6 +460,7 @@ class Pipeline:
                 may_read = not (
                     stopping.is_set()
                     or self._filling.is_full(self._limits)
+                    or len(self._locked) >= self._limits.entries_max
                     or self.state is not State.RUNNING
                     or self._quiet.wanted
                     or self._trial
@@ -459,7 +486,8 @@ class Pipeline:
                     reading = None
                     if entries and self._source.left_behind and self._suspects.alert:
                         held = self._filling.entries | (self._writing.entries if self._writing else {})
-                        self._trial = [one for one in entries if one[0] not in held and one[0] not in self._postponed]
+                        mine = {*held, *self._postponed, *self._locked}
+                        self._trial = [one for one in entries if one[0] not in mine]
                         self._is_reading = False
                     else:
                         await self._take(entries)
@@ -497,7 +525,7 @@ class Pipeline:
         turn = _Turn()
         taken = 0
         for entry_id, fields in entries:
-            if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
+            if any(entry_id in held for held in (filling.entries, writing, self._postponed, self._locked)):
                 continue  # read back while we hold it
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
                 # mutant: a postponed entry is forgotten
@@ -521,6 +549,52 @@ class Pipeline:
                 del self._postponed[entry_id]
             if turn.is_over():
                 await turn.next()
+
+    # --- rows that somebody else has locked
+
+    async def _look_at_locks(self) -> None:
+        """Entries whose row is free again go into the next batch."""
+        if time.monotonic() < self._locks_at + LOOK_AT_LOCKS_S:
+            return
+        self._locks_at = time.monotonic()
+        if self._locks.rows:
+            try:
+                self._locks.keep(await self._store.still_locked(list(self._locks.rows)))
+            except StoreUnavailable:
+                return  # a flush finds out
+        for entry_id, (fields, since_ms, row) in list(self._locked.items()):
+            if row not in self._locks.rows:
+                self._postponed[entry_id] = fields, since_ms
+                del self._locked[entry_id]
+        self._slot.text("locked", redact(next(iter(self._locks.rows.values()), "")))
+
+    async def _put_by(self, held: Held, locked: RowLocked | None = None) -> Held:
+        """What is left of a batch without the entries that touch locked rows, which wait for these.
+
+        `locked`: one that it ran into. If nothing is seen to touch it, deletes may; else all of it is left.
+        """
+        by = {}
+        for entry_id in held.batch.entries:
+            changes = held.changes.get(entry_id, ())
+            did = changes[0].repo if changes else _did_of(held.entries[entry_id])
+            if (row := self._locks.touched_by(did, changes)) is not None:
+                by[entry_id] = row
+        if locked is not None and locked.row not in by.values():
+            deletes = (i for i in held.batch.entries if any(c.row is None for c in held.changes.get(i, ())))
+            by.update(dict.fromkeys(deletes, locked.row))
+        if not by:
+            return held
+        rest = Held()
+        rest.since_ms = held.since_ms
+        turn = _Turn()
+        for entry_id in held.batch.entries:
+            if entry_id in by:
+                self._locked[entry_id] = held.entries[entry_id], held.since_ms, by[entry_id]
+            else:
+                rest.apply(entry_id, held.entries[entry_id])
+            if turn.is_over():
+                await turn.next()
+        return rest
 
     # --- what somebody left behind, after a death
 
@@ -580,8 +654,8 @@ class Pipeline:
 
     # --- the flush
 
-    async def _flush(self, held: Held) -> None:
-        """Write, then ack. Cancelled or killed anywhere, it can be done again."""
+    async def _flush(self, held: Held, rows_locked: int = 0) -> None:
+        """Write, then ack. Cancelled or killed anywhere, it can be done again. `rows_locked`: found by it already."""
         with self._open_span("flush") as span:
             if held.before_horizon:
                 await self._judge(held)
@@ -593,12 +667,19 @@ class Pipeline:
                 in_a_row = held.rejected_in_a_row() if held.batch else None
                 self._dead_letters.bad(held.rejected[-1].error, len(held.rejected), in_a_row=in_a_row)
                 await self._leave_aside(held.rejected)
+            if self._locks.rows:
+                held = await self._put_by(held)
             if not held.batch:
                 return
             held.batch.progress = self._progress
             try:
                 # mutant: ack before commit
-                store_drops = await self._write(held.batch)
+                store_drops = await self._write(held.batch, may_go_around=rows_locked < ROWS_MAX)
+            except _GoAround as found:
+                if found.locked is not None:
+                    self._locks.add(found.locked)
+                rest = await self._put_by(held, found.locked)
+                await self._flush(rest, ROWS_MAX if rest is held and found.locked else rows_locked + 1)
             except RowRejected as error:
                 span.set_attribute("fastworker.row_rejected", str(error))
                 await self._isolate(held, error)
@@ -621,18 +702,26 @@ class Pipeline:
             if turn.is_over():
                 await turn.next()
 
-    async def _write(self, batch: Batch) -> list[Reason]:
+    async def _write(self, batch: Batch, *, may_go_around: bool = False) -> list[Reason]:
         """One flush, as often as it takes; the reasons of ops that the store itself dropped."""
         if not (batch.changes or batch.dids or batch.accounts or batch.identities or batch.syncs):
             return []
         drops = len(batch.drops)
         started = time.perf_counter()
+        known = set(self._locks.rows)
 
         async def attempt() -> Written:
+            if may_go_around and self._locks.rows.keys() - known:
+                raise _GoAround
             del batch.drops[drops:]  # an earlier attempt's
             self.is_unsure = True
             try:
                 written = await self._store.write(batch)
+            except RowLocked as locked:
+                self.is_unsure = False
+                if may_go_around:
+                    raise _GoAround(locked) from locked
+                raise
             except RowRejected:
                 self.is_unsure = False
                 raise
