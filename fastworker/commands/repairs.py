@@ -34,7 +34,7 @@ LOOK_S: Final = 0.3
 STALL_S: Final = 120.0  # without the worker getting on
 
 
-class Wish(NamedTuple):
+class RepairOptions(NamedTuple):
     dids: tuple[str, ...]
     dry_run: bool = False
     accept_older: bool = False
@@ -49,15 +49,17 @@ class _Mark(NamedTuple):
     at: datetime
 
 
-async def repair(config: Config, wish: Wish, stop: asyncio.Event, *, hosts: Hosts | None = None) -> ExitCode:
+async def repair(
+    config: Config, options: RepairOptions, stop: asyncio.Event, *, hosts: Hosts | None = None
+) -> ExitCode:
     """DONE: every account is equal to its repository. `hosts`: where tests put their own servers."""
-    for did in wish.dids:
+    for did in options.dids:
         if not is_did(did):
             raise ConfigError(f"{did[:100]!r} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz")
     url = config.require_database_url("repair")
     if problems := await check_schema(url):
         raise Unreachable("\n".join(problems))
-    report = Report(dry_run=wish.dry_run)
+    report = Report(dry_run=options.dry_run)
     try:
         async with AsyncExitStack() as stack:
             admin = await stack.enter_async_context(
@@ -65,22 +67,22 @@ async def repair(config: Config, wish: Wish, stop: asyncio.Event, *, hosts: Host
             )
             stored = await stack.enter_async_context(open_stored(url))
             store = None
-            if not wish.dry_run:
+            if not options.dry_run:
                 store = await Store.connect(url, application_name="fastworker-repair", derive=config.derive)
                 stack.push_async_callback(store.close)
             if hosts is None:
                 hosts = await stack.enter_async_context(Hosts(config.plc_url))
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastworker-repair-")))
-            records = await admin.recorded_repairs() if wish.recorded else {}
-            dids = [*wish.dids, *(await stored.recorded_repairs() if wish.recorded else ()), *records]
+            records = await admin.recorded_repairs() if options.recorded else {}
+            dids = [*options.dids, *(await stored.recorded_repairs() if options.recorded else ()), *records]
 
             async def repaired(did: str, seq: int) -> None:
-                if store is not None and wish.recorded:
+                if store is not None and options.recorded:
                     await store.forget_repair(did, seq)
                     if did in records:
                         await admin.forget_repair(did, records[did])
 
-            run = _Run(config, wish, admin, hosts, Settle(stored, store), folder, report, repaired)
+            run = _Run(config, options, admin, hosts, Settle(stored, store), folder, report, repaired)
             await run.all(list(dict.fromkeys(dids)), stop)
     except (StoreUnavailable, StreamUnavailable) as error:
         raise Unreachable(str(error)) from error
@@ -91,7 +93,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        wish: Wish,
+        options: RepairOptions,
         admin: RedisAdmin,
         hosts: Hosts,
         settle: Settle,
@@ -100,7 +102,7 @@ class _Run:
         repaired: Callable[[str, int], Awaitable[None]],
     ) -> None:
         self._config = config
-        self._wish = wish
+        self._options = options
         self._admin = admin
         self._hosts = hosts
         self._settle = settle
@@ -137,7 +139,7 @@ class _Run:
                 await self._finished(mark)
                 snapshot = Snapshot(did, repository.commit.rev, mark.seq, mark.at)
                 async with self._one:
-                    settled = await self._settle.settle(repository, snapshot, accept_older=self._wish.accept_older)
+                    settled = await self._settle.settle(repository, snapshot, accept_older=self._options.accept_older)
         except NotFetched as error:
             self._report.failed(did, str(error))
             return

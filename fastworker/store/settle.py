@@ -57,7 +57,7 @@ async def settle_cold(
     changes = [c for c in changes if c.uri in newest]
     pairs = [c.uri for c in changes if c.table.pair and c.row is not None]
     if pairs:  # under the gate's locks, so that the answer stays true
-        waiting = waiting.union(r[0] for r in await db.fetch(sql.SHADOWED, pairs))
+        waiting = waiting.union(r[0] for r in await db.fetch(sql.AMONG_TWINS, pairs))
     rows = 0
     for table, mine in by_table(changes):
         new, pending = divide(mine, waiting)

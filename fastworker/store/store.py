@@ -138,7 +138,7 @@ class Store:
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
-            partial(upkeep.pay_owed, self.writer, age_s=owed_age_s),
+            partial(upkeep.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
         )

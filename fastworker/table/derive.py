@@ -1,8 +1,8 @@
 """What follows from rows: the derived tables as a pure function of rows added to and removed from the primary ones.
 
 `Effects` collects what one flush changes in the derived tables. A replaced row is a removed one and an
-added one: deltas cancel, keys that are removed and added again are written once. State law, design
-section 3; nothing here knows SQL.
+added one: deltas cancel, keys that are removed and added again are written once. The rules are
+in docs/invariants.md; nothing here knows SQL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ops to rows: one function per collection turns a record into the row of its table (state law, section 3).
+"""Ops to rows: one function per collection turns a record into the row of its table.
 
 Pure and hot. What the rows promise: they fit their columns (types, lengths, NOT NULL, characters), so that PostgreSQL
 refuses none of them for its data. What a bad member costs:

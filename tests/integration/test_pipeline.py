@@ -27,8 +27,9 @@ from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStrea
 from fastworker.table.batch import Batch, Change, Limits, Refused
 from fastworker.table.mapper import map_commit
 from fastworker.worker.intake import Intake
+from fastworker.worker.isolate import LETTERS_OF_ACCOUNT_MAX
 from fastworker.worker.overlap import Marks, Overlap, keys_of
-from fastworker.worker.pipeline import LETTERS_OF_ACCOUNT_MAX, POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
+from fastworker.worker.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"

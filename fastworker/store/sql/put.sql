@@ -98,7 +98,7 @@ BEGIN
             {{add post_aggregations}}, updated_at = now()
         WHERE {{moves post_aggregations}};
     END IF;
-    -- After them: whoever owes or pays the same key would wait for the counters, too.
+    -- After the counters: a writer that notes or deletes the same key waits for us, and would hold its counters meanwhile.
     IF owed_keys IS NOT NULL THEN
         INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest(owed_kinds, owed_keys)
         ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
