@@ -19,6 +19,7 @@ from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
 from fastworker.process.board import Heartbeats, State, now_ms
+from fastworker.store.blame import LockedRow
 from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
@@ -26,8 +27,9 @@ from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStrea
 from fastworker.table.batch import Batch, Change, Limits, Refused
 from fastworker.table.mapper import map_commit
 from fastworker.worker.intake import Intake
+from fastworker.worker.isolate import LETTERS_OF_ACCOUNT_MAX
 from fastworker.worker.overlap import Marks, Overlap, keys_of
-from fastworker.worker.pipeline import LETTERS_OF_ACCOUNT_MAX, POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
+from fastworker.worker.pipeline import POSTPONED_MS_MAX, DeadLetterLimit, Pipeline
 from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -68,6 +70,9 @@ class MemoryStore:
 
     async def absent(self, changes: list[Change]) -> set[str]:  # noqa: ARG002
         return set()
+
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]:
+        return set(rows)
 
     async def keep(self, refused: Sequence[Refused]) -> None:
         self.kept += refused

@@ -56,6 +56,7 @@ _FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush",
 _PUT, _WHOLE, _RECOMPUTE = (f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute"))
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
+_HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
 
 LAW = "tests/property/test_law.py tests/property/test_histories.py"
 RACES = "tests/property/test_interleavings.py"
@@ -121,7 +122,7 @@ MUTANTS = [
     _mutant("a deletion by the seq of another relay", _STATEMENTS, RELAYS, "count(*) > 9", "count(*) > 1"),
     _mutant("a stored seq against another relay", _BATCH, RELAYS, "if False:"),
     _mutant("the gate of many relays", _FLUSH, RELAYS, "pass"),
-    _mutant("entries without a rev beside two relays", _PIPELINE, HORIZON, "if False:"),
+    _mutant("entries without a rev beside two relays", _HELD, HORIZON, "if False:"),
     _mutant("older identity wins", _HANDLES, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
     _mutant("handles are not locked", _HANDLES, RACES, "", "        PERFORM pg_advisory_xact_lock(one);\n"),
     _mutant("the last claim shows a handle", _HANDLES, RELAYS, "is_verified DESC, at DESC,", "is_verified DESC, at DESC, first_at,"),
@@ -136,11 +137,11 @@ MUTANTS = [
     _mutant("control record not asked", "fastworker/store/store.py", FAULTS, "pass"),
     _mutant("a refusal of state is isolated", "fastworker/store/blame.py", FAULTS, "raise error"),
     # entries
-    _mutant("ack before commit", _PIPELINE, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self._write(held.batch)"),
+    _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
-    _mutant("dead letters not counted", _PIPELINE, OF_PIPELINE, "pass"),
-    _mutant("letters of one account not counted", _PIPELINE, OF_PIPELINE, "pass"),
+    _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
+    _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
 ]  # fmt: skip
 
 
