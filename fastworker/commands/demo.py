@@ -30,8 +30,8 @@ from rich.text import Text
 from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ExitCode
-from fastworker.law.compare import COLUMNS, Difference, diff, dump, report
-from fastworker.law.model import Model
+from fastworker.law.compare import Difference, diff, dump, report
+from fastworker.law.model import COLUMNS, Model
 from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Patience, Supervisor

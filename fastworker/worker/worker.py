@@ -29,6 +29,7 @@ from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
 from fastworker.worker.intake import Intake
 from fastworker.worker.limits import DeadLetterLimit, Refusals
+from fastworker.worker.locked import Locks
 from fastworker.worker.overlap import Marks, Overlap
 from fastworker.worker.pipeline import Pipeline
 from fastworker.worker.suspects import Quiet, Suspects
@@ -182,7 +183,7 @@ async def _work(
         slot.text("consumers", " ".join(stream.name for stream in streams))
         refusals = Refusals()
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
-        quiet = Quiet()
+        quiet, locks = Quiet(), Locks()
         pipelines += [
             Pipeline(
                 Intake(
@@ -202,6 +203,7 @@ async def _work(
                 open_span=open_span,
                 suspects=shared.suspects,
                 quiet=quiet,
+                locks=locks,
             )
             for n, stream in enumerate(streams)
         ]

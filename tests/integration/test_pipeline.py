@@ -19,6 +19,7 @@ from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
 from fastworker.process.board import Heartbeats, State, now_ms
+from fastworker.store.blame import LockedRow
 from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
@@ -70,6 +71,9 @@ class MemoryStore:
 
     async def absent(self, changes: list[Change]) -> set[str]:  # noqa: ARG002
         return set()
+
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]:
+        return set(rows)
 
     async def keep(self, refused: Sequence[Refused]) -> None:
         self.kept += refused
