@@ -35,7 +35,8 @@ from fastworker.law.model import Model
 from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
-from fastworker.reader.reader import ReaderSettings, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate

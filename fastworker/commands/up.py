@@ -27,9 +27,9 @@ from fastworker.monitor.page import settle_port
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Server, Supervisor
-from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
+from fastworker.reader.stats import ReaderSettings
 from fastworker.redact import redact
 from fastworker.store.migrate import migrate
 from fastworker.sync.resolver import ResolverSettings, run_resolver

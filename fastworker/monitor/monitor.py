@@ -42,7 +42,7 @@ from fastworker.process.board import (
     quantile,
 )
 from fastworker.process.outage import Outage, span
-from fastworker.reader.reader import ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect
