@@ -22,8 +22,9 @@ from fastworker.config import Config
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
-from fastworker.monitor.monitor import MonitorSettings, run_monitor
+from fastworker.monitor.monitor import run_monitor
 from fastworker.monitor.page import settle_port
+from fastworker.monitor.view import MonitorSettings
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
 from fastworker.process.supervisor import ChildSpec, Server, Supervisor
