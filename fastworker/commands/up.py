@@ -27,7 +27,9 @@ from fastworker.monitor.page import settle_port
 from fastworker.monitor.view import MonitorSettings
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Server, Supervisor
+from fastworker.process.children import ChildSpec
+from fastworker.process.supervisor import Supervisor
+from fastworker.process.wards import Server
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
 from fastworker.reader.stats import ReaderSettings
