@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from fastworker.stream.feed import BROADCAST
+from fastworker.stream.keys import BROADCAST
 from fastworker.table.schema import DERIVED, TABLES, qualified
 
 Service = Literal["worker", "reader"]
