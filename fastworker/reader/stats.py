@@ -12,6 +12,7 @@ import orjson
 from fastworker.errors import Reason
 from fastworker.redact import redact
 from fastworker.stream.feed import ABANDONED_MS, OURS
+from fastworker.stream.keys import CURSOR, GROUP, STREAM
 
 
 class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,9 +20,9 @@ class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     relay_urls: tuple[str, ...] = ("wss://bsky.network",)
     redis_url: str = "redis://localhost:6379"
-    stream_key: str = "firehose:events"
-    cursor_key: str = "firehose:python_cursor"
-    group: str = "firehose-processors"
+    stream_key: str = STREAM
+    cursor_key: str = CURSOR
+    group: str = GROUP
     """The workers' group: until it exists nothing is trimmed."""
     max_stream_len: int = 500_000
     stream_bytes_max: int | None = None
