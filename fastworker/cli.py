@@ -31,7 +31,7 @@ from fastworker.redact import printable, printable_lines, redact
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
-    from fastworker.commands.up import Plan
+    from fastworker.commands.up import ServiceOptions
     from fastworker.monitor.monitor import MonitorSettings
     from fastworker.monitor.page import HttpSettings
     from fastworker.reader.reader import ReaderSettings
@@ -217,13 +217,13 @@ def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
     )
 
 
-def _plan(config: Config, command: str, *, with_reader: bool) -> Plan:
-    from fastworker.commands.up import Plan
+def _plan(config: Config, command: str, *, with_reader: bool) -> ServiceOptions:
+    from fastworker.commands.up import ServiceOptions
     from fastworker.sync.resolver import ResolverSettings
 
     url = config.require_database_url(command)
 
-    return Plan(
+    return ServiceOptions(
         worker=_worker_settings(config, command),
         monitor=_monitor_settings(config, with_reader=with_reader),
         reader=_reader_settings(config) if with_reader else None,
@@ -438,12 +438,12 @@ def verify(
     if "list" in only:
         click.echo("\n".join(verification.names()))
         return ExitCode.DONE
-    wish = verification.Wish(repair, only, rows, pause_s, start, as_json, config.resolve_handles)
+    options = verification.VerifyOptions(repair, only, rows, pause_s, start, as_json, config.resolve_handles)
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
             url, trusted = config.require_database_url("verify"), config.trusted_verifiers
-            return await verification.verify(url, config.derive, wish, stop, trusted_verifiers=trusted)
+            return await verification.verify(url, config.derive, options, stop, trusted_verifiers=trusted)
 
     return _run(run())
 
@@ -471,7 +471,7 @@ def repair(
         raise click.UsageError("Say which ones: their DIDs, --recorded, --host or --gap.")
     if dry_run and (host or gap):
         raise click.UsageError("--dry-run is for DIDs and --recorded: a list is read into the queue.")
-    from fastworker.commands.repairs import Wish
+    from fastworker.commands.repairs import RepairOptions
     from fastworker.commands.repairs import repair as run_repair
     from fastworker.process.signals import stop_on_signals
 
@@ -479,7 +479,7 @@ def repair(
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
-            return await run_repair(config, Wish(dids, dry_run, accept_older, recorded, host, gap), stop)
+            return await run_repair(config, RepairOptions(dids, dry_run, accept_older, recorded, host, gap), stop)
 
     return _run(run())
 
@@ -580,7 +580,7 @@ def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
 def export(did: str) -> ExitCode:
     """Print an account's records as they are stored, as JSON lines.
 
-    Rows of the tables in the order of their URIs, also those that wait in the shadow of a twin. Labels and bookmarks
+    Rows of the tables in the order of their URIs, also those that wait as twins. Labels and bookmarks
     are left out. Exit 1 when nothing is stored.
     """
     from fastworker.commands.export import export as run_export

@@ -56,7 +56,7 @@ STREAM: Final = "firehose:events"
 GROUP: Final = "firehose-processors"
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the children are told before they are forked."""
 
     events: int
@@ -105,7 +105,7 @@ def _run(
         console.print("Starting PostgreSQL and Valkey for this demo ...")
         with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis", aof=False) as redis:
             asyncio.run(migrate(postgres.url))
-            plan = Plan(
+            plan = DemoOptions(
                 events=events,
                 rate=rate,
                 seed=seed,
@@ -167,11 +167,11 @@ def _folder() -> Iterator[Path]:
 # The relay ------------------------------------------------------------------------------------------
 
 
-def _relay_main(plan: Plan, slot: Slot) -> int:
+def _relay_main(plan: DemoOptions, slot: Slot) -> int:
     return run_child(slot, partial(_relay, plan))
 
 
-async def _relay(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
+async def _relay(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> None:
     """Make all events first, so that making them does not slow down what is shown; then serve them."""
     network = Network(plan.seed, accounts=ACCOUNTS)
     frames: list[bytes] = []
@@ -200,11 +200,11 @@ async def _relay(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
 # The reader -----------------------------------------------------------------------------------------
 
 
-def _reader_main(plan: Plan, slot: Slot) -> int:
+def _reader_main(plan: DemoOptions, slot: Slot) -> int:
     return run_child(slot, partial(_reader, plan))
 
 
-async def _reader(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
+async def _reader(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> None:
     while not plan.address.exists():
         await asyncio.sleep(0.02)
         if stopping.is_set():
@@ -220,7 +220,7 @@ async def _reader(plan: Plan, slot: Slot, stopping: asyncio.Event) -> None:
 # The conductor --------------------------------------------------------------------------------------
 
 
-def _conductor_main(plan: Plan, heartbeats: Heartbeats, slot: Slot) -> int:
+def _conductor_main(plan: DemoOptions, heartbeats: Heartbeats, slot: Slot) -> int:
     found: list[ExitCode] = []
 
     async def main(slot: Slot, stopping: asyncio.Event) -> None:
@@ -245,7 +245,7 @@ class Look(msgspec.Struct):
 
 
 class _Conductor:
-    def __init__(self, plan: Plan, heartbeats: Heartbeats, stopping: asyncio.Event) -> None:
+    def __init__(self, plan: DemoOptions, heartbeats: Heartbeats, stopping: asyncio.Event) -> None:
         self._plan = plan
         self._heartbeats = heartbeats
         self._stopping = stopping

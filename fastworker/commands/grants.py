@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from fastworker.stream.feed import BROADCAST
-from fastworker.table.schema import DERIVED, TABLES
+from fastworker.table.schema import DERIVED, TABLES, qualified
 
 Service = Literal["worker", "reader"]
 
@@ -68,10 +68,6 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
         *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
     ),
 }
-
-
-def qualified(table: str) -> str:
-    return table if "." in table else f"public.{table}"
 
 
 def sql(service: Service, role: str) -> str:

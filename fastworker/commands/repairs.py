@@ -16,7 +16,7 @@ from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.settle import Report
 
 
-class Wish(NamedTuple):
+class RepairOptions(NamedTuple):
     dids: tuple[str, ...]
     dry_run: bool = False
     accept_older: bool = False
@@ -25,36 +25,38 @@ class Wish(NamedTuple):
     gap: bool = False
 
 
-async def repair(config: Config, wish: Wish, stop: asyncio.Event, *, hosts: Hosts | None = None) -> ExitCode:
+async def repair(
+    config: Config, options: RepairOptions, stop: asyncio.Event, *, hosts: Hosts | None = None
+) -> ExitCode:
     """DONE: every account is equal to its repository. `hosts`: where tests put their own servers."""
-    for did in wish.dids:
+    for did in options.dids:
         if not is_did(did):
             raise ConfigError(f"{did[:100]!r} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz")
-    async with opened(config, "repair", hosts, reads_only=wish.dry_run) as scene:
-        return await _repair(scene, wish, stop)
+    async with opened(config, "repair", hosts, reads_only=options.dry_run) as scene:
+        return await _repair(scene, options, stop)
 
 
-async def _repair(scene: Scene, wish: Wish, stop: asyncio.Event) -> ExitCode:
-    records = await scene.admin.recorded_repairs() if wish.recorded else {}
-    recorded = [*(await scene.stored.recorded_repairs()), *records] if wish.recorded else []
-    report = Report(dry_run=wish.dry_run)
-    work = Work(priority_max=REPAIR, accept_older=wish.accept_older)
-    if wish.dry_run:
-        return await settle_all(scene, report, work, stop, only=[*wish.dids, *recorded])
+async def _repair(scene: Scene, options: RepairOptions, stop: asyncio.Event) -> ExitCode:
+    records = await scene.admin.recorded_repairs() if options.recorded else {}
+    recorded = [*(await scene.stored.recorded_repairs()), *records] if options.recorded else []
+    report = Report(dry_run=options.dry_run)
+    work = Work(priority_max=REPAIR, accept_older=options.accept_older)
+    if options.dry_run:
+        return await settle_all(scene, report, work, stop, only=[*options.dids, *recorded])
 
     async def feed() -> None:
-        if wish.host is not None:
-            await read_host(scene, wish.host, "operator", REPAIR)
-        if wish.gap:
+        if options.host is not None:
+            await read_host(scene, options.host, "operator", REPAIR)
+        if options.gap:
             await read_gaps(scene, relay_of(scene.config.relay_urls[0]))
 
     async def repaired(did: str, _seq: int) -> None:
         if did in records:
             await scene.admin.forget_repair(did, records[did])
 
-    await scene.queue.put([Wanted(did) for did in wish.dids], "operator", OPERATOR, again=True)
+    await scene.queue.put([Wanted(did) for did in options.dids], "operator", OPERATOR, again=True)
     await scene.queue.put([Wanted(did) for did in recorded], "recorded", REPAIR, again=True)
     code = await settle_all(scene, report, work, stop, feed=feed, repaired=repaired)
-    if wish.gap and not stop.is_set():
+    if options.gap and not stop.is_set():
         code = max(code, await close_gaps(scene))
     return code

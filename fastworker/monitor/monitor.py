@@ -21,15 +21,14 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
-from fastworker.commands.dlq import Letter, line_of
-from fastworker.commands.status import ProcessStatus, WorkerStatus
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
+from fastworker.monitor.facts import ProcessStatus, WorkerStatus
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, Worker, Written, listen, pss
 from fastworker.monitor.reader_port import cards as reader_cards
 from fastworker.monitor.reader_port import left_in_redis, put_figures, trouble
-from fastworker.monitor.readiness import FRESH_S, Facts, Watch, of_process, process_of, readiness
+from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness
 from fastworker.process.backoff import pause
 from fastworker.process.board import (
     FLUSH_ENTRIES,
@@ -48,6 +47,7 @@ from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.letters import Letter, line_of
 from fastworker.table.schema import COLLECTIONS
 
 log = logging.getLogger(__name__)
@@ -318,12 +318,10 @@ class _WorkerMonitor:
         self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
         if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
             return
-        now = now_ms()
-        waiting = [
-            one for one in self._workers() if any("PostgreSQL" in why for why in of_process(process_of(one, now)))
-        ]
-        away = [one for one in waiting if not one.error.startswith("StreamUnavailable")]
-        self._postgres_outage.look(away[0].error or "it does not answer" if away else None, self._what_waits())
+        now, workers = now_ms(), self._workers()
+        away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)
+        answered_at = max((one.gauges.store_ms for one in workers), default=0) / 1000
+        self._postgres_outage.look(away, self._what_waits(), answered_at=answered_at)
 
     def _what_waits(self) -> str:
         """As of the latest reading."""

@@ -14,10 +14,10 @@ from typing import Final
 
 import msgspec
 
-from fastworker.commands.dlq import Letter
-from fastworker.commands.status import ProcessStatus
 from fastworker.errors import ConfigError, Unreachable
+from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.http import Source, ask, port_is_taken, serve
+from fastworker.stream.letters import Letter
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
-from fastworker.commands.status import ProcessStatus
 from fastworker.metrics import Figures
+from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, listen, own_pss
 from fastworker.monitor.readiness import FRESH_S

@@ -108,9 +108,9 @@ class Patience(msgspec.Struct, frozen=True):
 
     drain_s: float = 8.0  # from SIGTERM to SIGKILL: the children's own budget and their closing
     tick_s: float = 10.0  # for a loop to turn
-    progress_s: float = 150.0  # for a worker to get on: above the longest bound of one attempt (worker/pipeline.py)
+    progress_s: float = 150.0  # for a worker to get on: above the longest bound of one attempt (worker/flush.py)
     start_s: float = 60.0  # for a child to be ready
-    recycle_s: float = 60.0  # least life of a child that grew too large: a ceiling below what it needs must not churn
+    recycle_s: float = 60.0  # between two replacements of one child for its memory
 
 
 class _Kind:

@@ -627,11 +627,9 @@ class _Reader:
         host, cursor = self._stats.relay, self._stats.last_seq
         seq = await self._stored_seq(host)
         gap: dict[str, Any] = {}
-        what = f"Unread entries are gone from {self._settings.stream_key}: it was deleted, renamed, evicted or trimmed"
         if cursor is None:
-            log.error("%s, and there is no cursor either", what)
+            so = ", and there is no cursor either"
         elif seq is None:
-            self._stats.gaps += 1
             gap = {
                 "relay": host,
                 "reason": "stream_lost",
@@ -639,22 +637,26 @@ class _Reader:
                 "resumed": cursor,
                 "at": int(time.time() * 1000),
             }
-            log.error("%s. It is not known from where on: a gap up to %s, recorded in fastworker:gaps", what, cursor)
+            so = f". It is not known from where on: a gap up to {cursor}, recorded in fastworker:gaps"
         elif seq < cursor:
-            log.error("%s. The reader goes back from %d to %d, up to where they were stored", what, cursor, seq)
+            so = f". The reader goes back from {cursor} to {seq}, up to where they were stored"
         else:
             seq = cursor
-            log.error("%s. They were stored, as far as the cursor %s", what, cursor)
+            so = f". They were stored, as far as the cursor {cursor}"
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
+                is_done = await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)
                 await asyncio.sleep(backoff.next())
             else:
-                return
+                break
+        if is_done:  # else the cursor is another reader's now, or gone too: whoever reads it next sees to it
+            stream = self._settings.stream_key
+            log.error("Unread entries are gone from %s: it was deleted, renamed, evicted or trimmed%s", stream, so)
+            self._stats.gaps += bool(gap)
 
     async def _stored_seq(self, host: str) -> int | None:
         """Up to which seq this relay's events are stored: as PostgreSQL says, if it can be asked, and as we saw."""

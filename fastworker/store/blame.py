@@ -54,6 +54,7 @@ async def refuse_state(writer: Writer, connect: Connect, tables: set[str], error
     except RowRejected as refused:
         cause = refused.__cause__
         words = sentence(cause) if isinstance(cause, PostgresError) else f"PostgreSQL: {refused}"
+        # mutant: a refusal of state is isolated
         raise StoreUnavailable(words) from refused
     except RETRYABLE as lost:
         raise StoreUnavailable(f"PostgreSQL: {lost}") from lost

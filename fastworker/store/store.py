@@ -108,6 +108,7 @@ class Store:
                 raise
             except RowRejected as error:
                 tables = {change.table.name for change in batch.changes.values()}
+                # mutant: control record not asked
                 await blame.refuse_state(self.writer, self.connection, tables, error)
                 if is_sure or len(batch.entries) > 1:
                     raise
@@ -129,7 +130,7 @@ class Store:
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
-            partial(upkeep.pay_owed, self.writer, age_s=owed_age_s),
+            partial(upkeep.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
         )

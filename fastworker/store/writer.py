@@ -72,6 +72,7 @@ class Writer:
             await self.on_step(step)
 
     def unknown(self, dids: Iterable[str]) -> list[str]:
+        # mutant: unsorted users
         return sorted(did for did in dids if did not in self.known)
 
     def remember(self, users: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ class Group(msgspec.Struct, frozen=True):
         return self.oldest_pending_id or self.next_id
 
 
-class Count(msgspec.Struct, frozen=True):
+class GroupCount(msgspec.Struct, frozen=True):
     """Entries of one group, all of one moment. None: this server does not count them.
 
     `appended` and `given`: ever, onto the stream and to the group. `ledger`: what fastworker finished, by outcome, and
@@ -125,7 +125,7 @@ class Count(msgspec.Struct, frozen=True):
         return self.given - self.pending - sum(self.ledger.get(outcome, 0) for outcome in OUTCOMES)
 
 
-class Consumer(msgspec.Struct, frozen=True):
+class ConsumerState(msgspec.Struct, frozen=True):
     """`leased`: by a fastworker that is alive; `ours`: leased by one at some time."""
 
     name: str
@@ -267,7 +267,7 @@ class RedisAdmin:
             next_id=following[0][0] if following else None,
         )
 
-    async def consumers(self, group: str) -> list[Consumer]:
+    async def consumers(self, group: str) -> list[ConsumerState]:
         """Everybody in the group, by name; empty when there is no such group."""
         async with translating(self._redis):
             try:
@@ -280,7 +280,7 @@ class RedisAdmin:
             names = [_text(one["name"]) for one in found]
             leases = await self._redis.mget([lease_prefix(self._key) + name for name in names]) if names else []
         consumers = [
-            Consumer(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
+            ConsumerState(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
             for name, one, lease in zip(names, found, leases, strict=True)
         ]
         return sorted(consumers, key=lambda consumer: consumer.name)
@@ -328,7 +328,7 @@ class RedisAdmin:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
         return {field: int(value) for field, value in (await self._hash(self._of(LEDGER_KEY))).items()}
 
-    async def count(self, group: str) -> Count:
+    async def count(self, group: str) -> GroupCount:
         """Who finished how much: the group's counters and the ledger, which must be of one moment to be compared."""
         async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self._key)
@@ -341,7 +341,7 @@ class RedisAdmin:
                 if isinstance(answer, Exception):
                     raise answer
         found: dict[str, Any] = next((one for one in groups if _text(one["name"]) == group), {})
-        return Count(
+        return GroupCount(
             appended=_optional(stream.get("entries-added")),
             given=_entries_read(found) if found else None,
             pending=int(found.get("pending", 0)),

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from fastworker.errors import ExitCode, RowRejected
 from fastworker.event.repository import Repository
-from fastworker.store.audit import Held
+from fastworker.store.audit import StoredRecord
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
 from fastworker.table.batch import Batch, Change, Mapped, Row, newer
@@ -75,13 +75,13 @@ class Settle:
     async def settle(self, repository: Repository, snapshot: Snapshot, *, accept_older: bool = False) -> Settled:
         """The repository was walked before (`check`), so that it is known to be whole."""
         result = Settled(snapshot.did)
-        ground = await self._stored.ground(snapshot.did, snapshot.seq)
-        if ground.is_forbidden:
+        account = await self._stored.account_state(snapshot.did, snapshot.seq)
+        if account.is_forbidden:
             result.refused = "the account does not want its data collected"
-        elif ground.deleted_seq is not None and snapshot.seq < ground.deleted_seq:
-            result.refused = f"the account was deleted at seq {ground.deleted_seq}, and the snapshot may be older"
-        elif ground.newest_rev is not None and ground.newest_rev > snapshot.rev and not accept_older:
-            result.refused = f"its revision {snapshot.rev} is older than what is stored ({ground.newest_rev})"
+        elif account.deleted_seq is not None and snapshot.seq < account.deleted_seq:
+            result.refused = f"the account was deleted at seq {account.deleted_seq}, and the snapshot may be older"
+        elif account.newest_rev is not None and account.newest_rev > snapshot.rev and not accept_older:
+            result.refused = f"its revision {snapshot.rev} is older than what is stored ({account.newest_rev})"
         if result.refused:
             return result
         told = time.monotonic() + TELL_S
@@ -131,10 +131,10 @@ class Settle:
             result.compared[table.name] += len(changes)
             held = {one.uri: one for one in await self._stored.held(table, changes)}
             twins = [uri for uri, one in held.items() if one.is_twin]
-            shadows = await self._stored.shadows(table, twins) if twins else {}
+            waiting = await self._stored.twin_rows(table, twins) if twins else {}
             for change in changes:
                 one = held[change.uri]
-                row, rev, seq = shadows.get(change.uri, (None, None, None))
+                row, rev, seq = waiting.get(change.uri, (None, None, None))
                 if row is not None and change.row is not None and not one.is_there:
                     differs = _differs(table, change.row, row)
                     one = msgspec.structs.replace(one, is_there=True, rev=rev, seq=seq, differs=differs)
@@ -176,7 +176,7 @@ def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
     return list(found.values())
 
 
-def _judge(change: Change, held: Held, standing: Standing | None, snapshot: Snapshot, piece: Piece) -> str:
+def _judge(change: Change, held: StoredRecord, standing: Standing | None, snapshot: Snapshot, piece: Piece) -> str:
     """`missing`, `different in ...`, or nothing. What is newer than the snapshot is right."""
     if held.is_gone and not snapshot.beats(held.gone_rev, held.gone_seq):
         return ""
@@ -212,7 +212,7 @@ def _is_young(standing: Standing, snapshot: Snapshot) -> bool:
 
 
 def _differs(table: Table, expected: Row, found: Row) -> list[str]:
-    """Columns of a row that waits in the shadow which are not as they must be."""
+    """Columns of a row that is among the twins which are not as they must be."""
     return [
         column
         for column, kind, a, b in zip(table.columns, table.types, expected, found, strict=True)

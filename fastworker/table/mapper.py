@@ -1,4 +1,4 @@
-"""Ops to rows: one function per collection turns a record into the row of its table (state law, section 3).
+"""Ops to rows: one function per collection turns a record into the row of its table.
 
 Pure and hot. What the rows promise: they fit their columns (types, lengths, NOT NULL, characters), so that PostgreSQL
 refuses none of them for its data. What a bad member costs:
@@ -24,7 +24,7 @@ import msgspec
 
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Commit, Drop, Op, Record
-from fastworker.event.record import clean_text, json_text, link_text, load_record
+from fastworker.event.record import TOO_MANY_VALUES, clean_text, json_text, link_text, load_record, too_heavy
 from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
@@ -87,6 +87,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
     stamp = (commit_time, None if seq is None else str(seq), rev)
     changes: list[Change] = []
     dids = [repo]
+    heavy = too_heavy(commit.ops)
     for index, op in enumerate(commit.ops):
         collection, rkey, cid = op.collection, op.rkey, op.cid or ""
         uri = f"at://{repo}/{collection}/{rkey}"
@@ -94,17 +95,22 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if len(uri) > URI_MAX or len(collection) > NSID_MAX:
             drops.append(Drop(Reason.TOO_LONG, collection, "uri"))
             continue
+        # mutant: delete mapped to update
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
             continue
         if len(cid) > CID_MAX:
             drops.append(Drop(Reason.TOO_LONG, collection, "cid"))
             continue
+        if index in heavy:
+            drops.append(Drop(Reason.OVERSIZED, collection, TOO_MANY_VALUES))
+            continue
         try:
             if rkey != "self" and collection in SELF_ONLY:
                 drops.append(Drop(Reason.BAD_PATH, collection, "its rkey is self"))
                 continue
             record = load_record(op)
+            # mutant: type spoofed
             if record.get("$type", collection) != collection:
                 drops.append(Drop(Reason.TYPE_MISMATCH, collection, "$type"))
                 continue
@@ -164,6 +170,7 @@ def _required_did(value: Any, member: str) -> str:
 
 
 def _uri_or_none(value: Any, member: str, lost: list[str]) -> str | None:
+    # mutant: identifiers mended
     if type(value) is not str or (found := _is_uri(value)) is None:
         if _is_no_reference(value):
             lost.append(member)
@@ -422,6 +429,7 @@ def _list(record: Record, origin: _Origin) -> Row:
 
 def _list_item(record: Record, origin: _Origin) -> Row:
     list_uri = _required_uri(record.get("list"), "list")
+    # mutant: list items of others
     if list_uri.split("/", 3)[2] != origin.repo:
         # Anyone can name anyone's list; only its owner puts people on it.
         raise InvalidEvent(Reason.NOT_OWNER, "list")

@@ -17,7 +17,7 @@ import msgspec
 from fastworker.errors import Reason
 from fastworker.event import Commit, Op
 from fastworker.event.record import cid_text
-from fastworker.event.repository import Held
+from fastworker.event.repository import TreeRecord
 from fastworker.event.syntax import is_tid
 from fastworker.table.batch import Change, newer
 from fastworker.table.dates import EPOCH, SKEW, latest_date
@@ -58,7 +58,7 @@ class Piece(msgspec.Struct):
     drops: Counter[str] = msgspec.field(default_factory=Counter)
 
 
-def pieces(records: Iterable[Held], snapshot: Snapshot, size: int) -> Iterator[Piece]:
+def pieces(records: Iterable[TreeRecord], snapshot: Snapshot, size: int) -> Iterator[Piece]:
     """In key order, at most `size` records each, fewer where they are large."""
     piece, held = Piece(), 0
     for record in records:
@@ -70,7 +70,7 @@ def pieces(records: Iterable[Held], snapshot: Snapshot, size: int) -> Iterator[P
     yield piece
 
 
-def _put(piece: Piece, record: Held, snapshot: Snapshot) -> None:
+def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
     collection, rkey, cid, block = record
     uri = f"at://{snapshot.did}/{collection}/{rkey}"
     piece.uris.append(uri)

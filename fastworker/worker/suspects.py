@@ -110,7 +110,7 @@ def _id_words(entry_id: str) -> tuple[int, int]:
 class Member(Protocol):
     """A pipeline, to the others of its process."""
 
-    progress_ms: int
+    def got_on(self) -> None: ...
 
     @property
     def is_still(self) -> bool:
@@ -143,5 +143,5 @@ class Quiet:
 
     async def tick(self, member: Member) -> None:
         """Waiting for one of us is no standstill: whoever stands still is told by its own progress."""
-        member.progress_ms = now_ms()
+        member.got_on()
         await asyncio.sleep(TICK_S)

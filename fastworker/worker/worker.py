@@ -27,8 +27,9 @@ from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
 from fastworker.worker.intake import Intake
+from fastworker.worker.limits import DeadLetterLimit, Refusals
 from fastworker.worker.overlap import Marks, Overlap
-from fastworker.worker.pipeline import DeadLetterLimit, Pipeline, Refusals
+from fastworker.worker.pipeline import Pipeline
 from fastworker.worker.suspects import Quiet, Suspects
 
 log = logging.getLogger(__name__)

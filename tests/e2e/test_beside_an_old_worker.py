@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from fastworker.commands.reapply import reapply
-from fastworker.commands.verify import Wish, verify
+from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.errors import ExitCode
 from fastworker.stream.consumer import LEDGER_KEY
 from fastworker.table import derive
@@ -65,13 +65,13 @@ async def test_reapply_and_verify_make_it_right(
     expected = lawful(history.events)
     assert await differences(expected, pg) != "no difference"
 
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.NO
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True, repair=True)) is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.NO
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
 
     settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL)
     assert await reapply(settings, "0") is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     # A follow of nobody ("subject": "") made the old worker a user of that name, which is nobody's to take away.
     await pg.execute("DELETE FROM users WHERE did = ''")
     assert await differences(expected, pg) == "no difference"

@@ -14,7 +14,7 @@ from pathlib import Path
 import fastworker
 from fastworker.stream import client as redis_client
 from fastworker.stream.consumer import WorkerStream
-from fastworker.worker import pipeline
+from fastworker.worker import flush, pipeline
 
 ROOT = Path(fastworker.__file__).parent
 ROOMS = ("commands", "edge", "monitor", "process", "reader", "store", "stream", "sync", "worker")
@@ -133,5 +133,5 @@ def test_the_bounds_fit_into_each_other() -> None:
         == redis_client.SOCKET_TIMEOUT_S
     )
     assert pipeline.BLOCK_MS / 1000 < redis_client.SOCKET_TIMEOUT_S / 2
-    assert pipeline.ATTEMPT_S > 90  # the store's command_timeout: the edge speaks first
+    assert flush.ATTEMPT_S > 90  # the store's command_timeout: the edge speaks first
     assert WorkerStream.read.__doc__

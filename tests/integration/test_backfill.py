@@ -17,7 +17,7 @@ from integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtur
 
 from fastworker.commands import backfill as history
 from fastworker.commands.backfill import Choice, backfill
-from fastworker.commands.repairs import Wish, repair
+from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
@@ -110,19 +110,19 @@ async def test_a_gap_is_closed_by_the_relays_list(
     bad = scene.sim.pdses[0]
     bad.fail("wrong_key")
     config = config_of(scene)
-    wish = Wish((), gap=True)
-    assert await repair(config, wish, asyncio.Event(), hosts=scene.hosts) == ExitCode.NO
+    options = RepairOptions((), gap=True)
+    assert await repair(config, options, asyncio.Event(), hosts=scene.hosts) == ExitCode.NO
     assert await history.show(config, hosts=scene.hosts) == ExitCode.DONE
     words = capsys.readouterr().out
     assert f"Open gap of sim.test, seq {after} to {gap['resumed']}: " in words
     assert "accounts are left" in words
     bad.fail(None)
-    assert await repair(config, wish, asyncio.Event(), hosts=scene.hosts) == ExitCode.DONE
+    assert await repair(config, options, asyncio.Event(), hosts=scene.hosts) == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
     assert await pg.fetchval("SELECT count(*) FROM fastworker.gaps WHERE closed_at IS NULL") == 0
     assert scene.client.lrange("fastworker:gaps", 0, -1) == [b"no JSON"]
     lists = len(scene.sim.relay.asked)
-    assert await repair(config, wish, asyncio.Event(), hosts=scene.hosts) == ExitCode.DONE
+    assert await repair(config, options, asyncio.Event(), hosts=scene.hosts) == ExitCode.DONE
     assert len(scene.sim.relay.asked) == lists  # nothing is open: nobody is asked
     assert before == 0
     assert worker.process.poll() is None

@@ -89,6 +89,7 @@ def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house:
     house.postgres.stop()
     until_red(house.worker_port, "PostgreSQL")
     assert probe(house.worker_port)[1].count("PostgreSQL has not answered") <= 2, "one sentence a process"
+    house.worker.wait_for("PostgreSQL is away")
     house.postgres.start()
     house.relay.process.send_signal(signal.SIGCONT)
     until_green(house.worker_port, house.reader_port)
@@ -96,6 +97,8 @@ def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house:
     house.redis.stop()
     until_red(house.worker_port, "Redis")
     until_red(house.reader_port, "Redis")
+    for service in (house.worker, house.reader):
+        service.wait_for("Redis is away")
     house.redis.start()
     until_green(house.worker_port, house.reader_port)
 

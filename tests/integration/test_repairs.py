@@ -13,7 +13,7 @@ import pytest
 import redis as sync_redis
 from integration.test_settle import comparable, may_be_lost
 
-from fastworker.commands.repairs import Wish, repair
+from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event.entry import encode_native
@@ -61,7 +61,9 @@ class Scene:
 
     async def repair(self, *dids: str, dry_run: bool = False) -> ExitCode:
         everybody = [one.did for one in self.network.world.accounts()]
-        return await repair(self.config, Wish(dids or tuple(everybody), dry_run), asyncio.Event(), hosts=self.hosts)
+        return await repair(
+            self.config, RepairOptions(dids or tuple(everybody), dry_run), asyncio.Event(), hosts=self.hosts
+        )
 
     async def finished(self) -> None:
         async with asyncio.timeout(60):
@@ -155,7 +157,7 @@ async def test_recorded_syncs_are_repaired_and_forgotten(
     scene.sim.documents[gone] = 404
 
     async def recorded(*, dry_run: bool) -> ExitCode:
-        return await repair(scene.config, Wish((), dry_run, recorded=True), asyncio.Event(), hosts=scene.hosts)
+        return await repair(scene.config, RepairOptions((), dry_run, recorded=True), asyncio.Event(), hosts=scene.hosts)
 
     assert await recorded(dry_run=True) == ExitCode.NO
     assert await pg.fetchval("SELECT count(*) FROM fastworker.repairs") == 2
@@ -179,7 +181,7 @@ async def test_a_stop_ends_a_fetch_that_would_take_long(
         pds.fail("trickle")
     stop = asyncio.Event()
     work = asyncio.create_task(
-        repair(scene.config, Wish((scene.network.world.accounts()[0].did,)), stop, hosts=scene.hosts)
+        repair(scene.config, RepairOptions((scene.network.world.accounts()[0].did,)), stop, hosts=scene.hosts)
     )
     async with asyncio.timeout(20):
         while not any(pds.asked for pds in scene.sim.pdses):

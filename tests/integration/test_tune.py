@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from fastworker.commands.tune import STORAGE, report, tune, untune
-from fastworker.commands.verify import Wish, verify
+from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ExitCode
 from fastworker.event import Commit
@@ -317,8 +317,8 @@ async def test_the_worker_writes_on_while_it_is_tuned(postgres_url: str, pg: asy
     after = await hot()
     assert after[1] - were_hot > (after[0] - updates) / 2
     await asyncio.gather(write(postgres_url, 4), untune(postgres_url, nothing, only_check=False))
-    wish = Wish(False, (), 10_000, 0.0, None, True)
-    assert await verify(postgres_url, derive.FULL, wish, asyncio.Event()) == ExitCode.DONE
+    options = VerifyOptions(False, (), 10_000, 0.0, None, True)
+    assert await verify(postgres_url, derive.FULL, options, asyncio.Event()) == ExitCode.DONE
 
 
 def test_the_command(postgres_url: str) -> None:

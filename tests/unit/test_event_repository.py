@@ -11,7 +11,7 @@ import libipld
 import pytest
 
 from fastworker.event.proof import Flaw, Unproved
-from fastworker.event.repository import Held, Repository
+from fastworker.event.repository import Repository, TreeRecord
 from fastworker.simulator import mst
 from fastworker.simulator.cbor import DAG_CBOR, RAW, cid_of, encode_record
 from fastworker.simulator.keys import SigningKey
@@ -41,7 +41,7 @@ def in_memory_max(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def read(path: Path, car: bytes, in_memory_max: int = 0) -> list[Held]:
+def read(path: Path, car: bytes, in_memory_max: int = 0) -> list[TreeRecord]:
     file = path / "repo.car"
     file.write_bytes(car)
     with Repository(file, in_memory_max=in_memory_max) as repository:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastworker import metrics
-from fastworker.commands import status
 from fastworker.metrics import METRICS
+from fastworker.monitor import facts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MONITORING = DOCS / "monitoring"
@@ -43,7 +43,7 @@ def is_known(name: str) -> bool:
     return name in BY_NAME or (histogram is not None and histogram.kind == "histogram")
 
 
-@pytest.mark.parametrize(("file", "text"), [("metrics.md", metrics.markdown()), ("status-json.md", status.markdown())])
+@pytest.mark.parametrize(("file", "text"), [("metrics.md", metrics.markdown()), ("status-json.md", facts.markdown())])
 def test_the_generated_pages_are_up_to_date(file: str, text: str) -> None:
     assert (DOCS / file).read_text() == text
 
