@@ -25,6 +25,7 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
+from fastworker.stream.keys import CURSOR, GROUP, STREAM
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
@@ -180,9 +181,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
-    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = (
-        "firehose:events"
-    )
+    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = STREAM
     cursor_key: Annotated[
         str,
         Meta(min_length=1),
@@ -191,7 +190,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "reader up status check grants repair backfill sample",
             "Where the reader keeps its relay cursor (decimal seq).",
         ),
-    ] = "firehose:python_cursor"
+    ] = CURSOR
     max_stream_len: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -231,7 +230,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "worker up status check compare dlq repair backfill sample",
             "The consumer group; old workers may share it.",
         ),
-    ] = "firehose-processors"
+    ] = GROUP
     consumer_id: Annotated[
         str,
         Meta(min_length=1, max_length=200),

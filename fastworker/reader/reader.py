@@ -43,6 +43,7 @@ from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subsc
 from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.feed import ABANDONED_MS, LEASE_MS, OURS, Chunk, Feed, LeaseLost, Position, StreamBroken
+from fastworker.stream.keys import CURSOR, GROUP, STREAM, Keys
 from fastworker.table.dates import parse_date
 
 T = TypeVar("T")
@@ -88,9 +89,9 @@ class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     relay_urls: tuple[str, ...] = ("wss://bsky.network",)
     redis_url: str = "redis://localhost:6379"
-    stream_key: str = "firehose:events"
-    cursor_key: str = "firehose:python_cursor"
-    group: str = "firehose-processors"
+    stream_key: str = STREAM
+    cursor_key: str = CURSOR
+    group: str = GROUP
     """The workers' group: until it exists nothing is trimmed."""
     max_stream_len: int = 500_000
     stream_bytes_max: int | None = None
@@ -933,7 +934,7 @@ class _Reader:
                 log.info("%s says %s: %s", host, frame.name, frame.message or "")
             return
         if frame.error == "FutureCursor" and not self._skip:
-            keys = f"{self._settings.cursor_key} and {self._feed.cursor_of(host)}"
+            keys = f"{self._settings.cursor_key} and {Keys(self._settings.stream_key).cursor_of(host)}"
             raise StoppedItself(
                 f"{host} says that the cursor {self._last_seq} lies in its future: is this another relay, or was it "
                 f"rebuilt? To start at its live tip, run `fastworker reader --from live` "

@@ -15,6 +15,7 @@ from asyncpg.exceptions import InterfaceError, PostgresError
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import accounts, blame, flush, upkeep, whole
 from fastworker.store import statements as sql
+from fastworker.store.blame import LockedRow
 from fastworker.store.flush import Written
 from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
@@ -97,15 +98,18 @@ class Store:
                     raise
 
     async def write(self, batch: Batch) -> Written:
-        """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+        """One flush. Raises StoreUnavailable (write the same batch again later), of it RowLocked (what does not touch
+        that row may be written now), or RowRejected (write it in halves)."""
         is_sure = False
         while True:
             try:
                 return await self._write(batch)
             except StoreUnavailable as error:
-                if blame.is_lock_timeout(error):
-                    raise StoreUnavailable(f"{error}. {await blame.who_locks(self.connection)}") from error
-                raise
+                if not blame.is_lock_timeout(error):
+                    raise
+                words = f"{str(error).removesuffix('.')}. {await blame.who_locks(self.connection)}"
+                row = await blame.locked_row(self.connection, error)
+                raise (StoreUnavailable(words) if row is None else blame.RowLocked(words, row)) from error
             except RowRejected as error:
                 tables = {change.table.name for change in batch.changes.values()}
                 # mutant: control record not asked
@@ -119,6 +123,10 @@ class Store:
             await flush.note_relays(self.writer, db, batch)
             written = await whole.write_whole(self.writer, db, batch)
             return written if written is not None else await flush.write(self.writer, db, batch)
+
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]:
+        async with self.connection() as db:
+            return await blame.still_locked(db, rows)
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
         """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.

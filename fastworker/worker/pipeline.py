@@ -25,6 +25,7 @@ from fastworker.worker.flush import Flush, Half, Store, Stream
 from fastworker.worker.held import UNBOUNDED, Held
 from fastworker.worker.isolate import settle
 from fastworker.worker.limits import DeadLetterLimit, Refusals
+from fastworker.worker.locked import Locks, Waiting
 from fastworker.worker.overlap import Overlap
 from fastworker.worker.suspects import CONTROL_ENTRIES, DEATHS_MAX, Quiet, Record, Suspects, say_trying
 from fastworker.worker.turn import Turn
@@ -66,11 +67,13 @@ class Pipeline:
         open_span: OpenSpan = no_span,
         suspects: Suspects | None = None,
         quiet: Quiet | None = None,
+        locks: Locks | None = None,
     ) -> None:
         self.stream = stream
         self.told: str | None = None  # the time of an event read lately
         self._source = source
-        self._flush = Flush(stream, store, slot, dead_letters=dead_letters, open_span=open_span)
+        self._waiting = Waiting(locks)  # for rows that somebody else has locked
+        self._flush = Flush(stream, store, slot, dead_letters=dead_letters, open_span=open_span, waiting=self._waiting)
         self._reading = Half(stream.name, slot)
         self._slot = slot
         self._limits = limits
@@ -115,7 +118,8 @@ class Pipeline:
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0
-        return len(self._filling.entries) + writing + len(self._postponed) + len(self._trial) + len(self._later)
+        waiting = len(self._postponed) + len(self._waiting.entries) + len(self._trial) + len(self._later)
+        return len(self._filling.entries) + writing + waiting
 
     @property
     def is_still(self) -> bool:
@@ -125,9 +129,9 @@ class Pipeline:
     @property
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
-        held = (self._writing or self._filling).since_ms
         postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
-        return min(held or postponed, postponed or held)
+        since = ((self._writing or self._filling).since_ms, postponed, self._waiting.since_ms)
+        return min(filter(None, since), default=0)
 
     async def note_progress(self) -> None:
         """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
@@ -157,6 +161,9 @@ class Pipeline:
                     self._trial = [entry for entry, record in self._later.values() if self._may_try(record)]
                 if self._trial and writing is None and self.is_still:
                     await self._try(stopping)
+                if writing is None and self._waiting.is_time_to_look:
+                    await self._flush.look_at_locks()
+                    self._postponed |= self._waiting.take_free()
                 if writing is None and self._postponed:
                     await self._bring_back(at_last=stopping.is_set() or bool(self._trial))
                 if writing is None and self._filling:
@@ -168,6 +175,7 @@ class Pipeline:
                 may_read = not (
                     stopping.is_set()
                     or self._filling.is_full(self._limits)
+                    or len(self._waiting.entries) >= self._limits.entries_max
                     or self.state is not State.RUNNING
                     or self._quiet.wanted
                     or self._trial
@@ -192,8 +200,7 @@ class Pipeline:
                     entries = reading.result()
                     reading = None
                     if entries and self._source.left_behind and self._suspects.alert:
-                        held = self._filling.entries | (self._writing.entries if self._writing else {})
-                        self._trial = [one for one in entries if one[0] not in held and one[0] not in self._postponed]
+                        self._trial = [one for one in entries if not self._holds(one[0])]
                         self._is_reading = False
                     else:
                         await self._take(entries)
@@ -223,15 +230,23 @@ class Pipeline:
                 self._reading.go_on()
                 return entries
 
+    def _holds(self, entry_id: str) -> bool:
+        return (
+            entry_id in self._filling.entries
+            or (self._writing is not None and entry_id in self._writing.entries)
+            or entry_id in self._postponed
+            or entry_id in self._waiting.entries
+        )
+
     async def _take(self, entries: list[Entry]) -> None:
         """Decode and map, in turns short enough for the flush and the heartbeat beside it."""
-        filling, writing = self._filling, self._writing.entries if self._writing else {}
+        filling = self._filling
         if entries and not filling:
             filling.since_ms = now_ms()
         turn = Turn()
         taken = 0
         for entry_id, fields in entries:
-            if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
+            if self._holds(entry_id):
                 continue  # read back while we hold it
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
                 # mutant: a postponed entry is forgotten

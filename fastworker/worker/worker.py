@@ -23,11 +23,13 @@ from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import LeaseLostError, WorkerStream
+from fastworker.stream.keys import GROUP, STREAM
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
 from fastworker.worker.intake import Intake
 from fastworker.worker.limits import DeadLetterLimit, Refusals
+from fastworker.worker.locked import Locks
 from fastworker.worker.overlap import Marks, Overlap
 from fastworker.worker.pipeline import Pipeline
 from fastworker.worker.suspects import Quiet, Suspects
@@ -46,8 +48,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     redis_url: str
     database_url: str
-    stream_key: str = "firehose:events"
-    group: str = "firehose-processors"
+    stream_key: str = STREAM
+    group: str = GROUP
     consumer_id: str = "python-worker"
     batch_size: int = 10
     pool_size: int = 8
@@ -181,7 +183,7 @@ async def _work(
         slot.text("consumers", " ".join(stream.name for stream in streams))
         refusals = Refusals()
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
-        quiet = Quiet()
+        quiet, locks = Quiet(), Locks()
         pipelines += [
             Pipeline(
                 Intake(
@@ -201,6 +203,7 @@ async def _work(
                 open_span=open_span,
                 suspects=shared.suspects,
                 quiet=quiet,
+                locks=locks,
             )
             for n, stream in enumerate(streams)
         ]

@@ -31,7 +31,7 @@ from fastworker.process import supervisor
 from fastworker.process.board import Heartbeats, Slot
 from fastworker.process.supervisor import Supervisor
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.stream.keys import USUAL
 from fastworker.worker import held
 from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
@@ -157,7 +157,7 @@ class Bench:
             await asyncio.sleep(0.02)
 
     async def ledger(self) -> dict[str, int]:
-        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(USUAL.ledger)).items()}
 
     async def pending(self) -> int:
         return (await self.redis.xpending(KEY, GROUP))["pending"]

@@ -18,6 +18,7 @@ from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
+from tests.property.feeding import clear
 
 POST = "app.bsky.feed.post"
 RKEYS = ["r1", "r2", "r3"]
@@ -172,13 +173,8 @@ async def deliver(store: Store, events: list[dict], r: random.Random) -> None:
 
 @pytest.mark.parametrize("first", [0, 300, 600])
 async def test_tables_follow_the_set_of_events(first: int, postgres_url: str, pg: asyncpg.Connection) -> None:
-    tables = await pg.fetch(
-        "SELECT schemaname || '.' || tablename FROM pg_tables WHERE schemaname IN ('public', 'fastworker') "
-        "AND tablename NOT IN ('migrations', 'horizon')"
-    )
-    clear = f"TRUNCATE {', '.join(row[0] for row in tables)} CASCADE"
     for seed in range(first, first + 4):
-        await pg.execute(clear)
+        await clear(pg)
         r = random.Random(seed)
         events = history(seed)
         delivered = events + r.sample(events, len(events) // 4)
