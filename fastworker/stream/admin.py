@@ -345,7 +345,7 @@ class RedisAdmin:
     async def forget_gap(self, text: bytes) -> None:
         """It is closed."""
         async with translating(self._redis):
-            await self._redis.lrem(self._of(GAPS), 1, cast("str", text))
+            await self._redis.lrem(self._keys.gaps, 1, cast("str", text))
 
     async def recorded_repairs(self) -> dict[str, bytes]:
         """DIDs whose #sync the reader recorded here, with what it wrote (JSON form only)."""
