@@ -342,6 +342,11 @@ class RedisAdmin:
             gaps: Any = await self._redis.lrange(self._keys.gaps, 0, count - 1)
             return cast("list[bytes]", gaps)
 
+    async def forget_gap(self, text: bytes) -> None:
+        """It is closed."""
+        async with translating(self._redis):
+            await self._redis.lrem(self._keys.gaps, 1, cast("str", text))
+
     async def recorded_repairs(self) -> dict[str, bytes]:
         """DIDs whose #sync the reader recorded here, with what it wrote (JSON form only)."""
         async with translating(self._redis):
