@@ -19,7 +19,8 @@ from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.store.upkeep import Ground
-from fastworker.stream.consumer import Entry, SetAside, id_order
+from fastworker.stream.consumer import Entry, SetAside
+from fastworker.stream.ids import id_order
 from fastworker.table.batch import Limits, Progress
 from fastworker.worker.flush import Flush, Half, Store, Stream
 from fastworker.worker.held import UNBOUNDED, Held

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Final, NamedTuple, Protocol
 
 from fastworker.process.board import Slot, now_ms
-from fastworker.stream.consumer import id_order
+from fastworker.stream.ids import id_order
 
 DEATHS_MAX: Final = 3
 ALERT_MS: Final = 600_000
