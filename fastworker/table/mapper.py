@@ -592,5 +592,7 @@ def _mapper(table: schema.Table, to_row: _ToRow, user_column: str | None) -> _Ma
     return table, to_row, date_member, None if user_column is None else table.index(user_column)
 
 
+if _forgotten := schema.COLLECTIONS.keys() - _ROWS.keys():
+    raise LookupError(f"no function in _ROWS for {', '.join(sorted(_forgotten))}")
 _MAPPERS = {collection: _mapper(table, *_ROWS[collection]) for collection, table in schema.COLLECTIONS.items()}
 _GENERIC = _mapper(schema.GENERIC_RECORDS, _generic, None)

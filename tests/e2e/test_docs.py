@@ -40,7 +40,12 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.rig.histories import random_history, to_entry
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md")))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md"))),
+]
 NOT_YET: dict[str, str] = {}
 """Pages whose commands nobody runs yet -> why."""
 ABSENT = {

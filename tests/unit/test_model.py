@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastworker.law.compare import COLUMNS, Difference, diff, report, same
-from fastworker.law.model import CORE, FULL, Model, parse_time
+from fastworker.law.compare import Difference, diff, report, same
+from fastworker.law.model import COLUMNS, CORE, FULL, Model, parse_time
 from tests.rig import histories
 from tests.rig.histories import History, cid_of, entry_ms, random_history, to_entry
 
