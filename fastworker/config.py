@@ -25,6 +25,7 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
+from fastworker.stream.keys import CURSOR, GROUP, STREAM
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
@@ -136,9 +137,9 @@ def _level(text: str) -> str:
     return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
 
 
-_REDIS: Final = "reader worker up status check compare dlq replay repair"
-_POSTGRES: Final = "reader worker up migrate check compare verify import repair export"
-_STREAM: Final = "reader worker up status check compare dlq replay grants repair"
+_REDIS: Final = "reader worker up status check compare dlq replay repair backfill sample"
+_POSTGRES: Final = "reader worker up migrate check compare verify import repair backfill sample export"
+_STREAM: Final = "reader worker up status check compare dlq replay grants repair backfill sample"
 
 
 def _env(
@@ -161,7 +162,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _env(
             "RELAY_URL",
-            "reader up",
+            "reader up repair backfill",
             "The relay: a host, or a full `subscribeRepos` URL. A comma-separated list is tried in order; "
             "each host has a cursor of its own.",
             read=_relay_urls,
@@ -180,18 +181,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
-    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = (
-        "firehose:events"
-    )
+    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = STREAM
     cursor_key: Annotated[
         str,
         Meta(min_length=1),
         _env(
             "REDIS_CURSOR_KEY",
-            "reader up status check grants repair",
+            "reader up status check grants repair backfill sample",
             "Where the reader keeps its relay cursor (decimal seq).",
         ),
-    ] = "firehose:python_cursor"
+    ] = CURSOR
     max_stream_len: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -228,10 +227,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         _env(
             "REDIS_CONSUMER_GROUP",
-            "worker up status check compare dlq repair",
+            "worker up status check compare dlq repair backfill sample",
             "The consumer group; old workers may share it.",
         ),
-    ] = "firehose-processors"
+    ] = GROUP
     consumer_id: Annotated[
         str,
         Meta(min_length=1, max_length=200),
@@ -303,7 +302,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up compare verify import repair",
+            "worker up compare verify import repair backfill sample",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
@@ -416,12 +415,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _env(
             "FASTWORKER_PLC_URL",
-            "worker up repair",
+            "worker up repair backfill sample",
             "DID directory for resolving handles beside the stream, and for finding the hosts of accounts.",
             read=_http_url,
             allowed="https:// or http:// URL",
         ),
     ] = "https://plc.directory"
+    fetch_at_once: Annotated[
+        int,
+        Meta(ge=1, le=32),
+        _env(
+            "FASTWORKER_FETCH_AT_ONCE",
+            "repair backfill sample",
+            "Repositories that one process fetches at the same time, four of one host at most.",
+            read=_integer,
+        ),
+    ] = 8
     resolve_handles: Annotated[
         bool,
         _env(

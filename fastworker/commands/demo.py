@@ -34,14 +34,17 @@ from fastworker.law.compare import Difference, diff, dump, report
 from fastworker.law.model import COLUMNS, Model
 from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
-from fastworker.reader.reader import ReaderSettings, run_reader
+from fastworker.process.children import ChildSpec, Patience
+from fastworker.process.supervisor import Supervisor
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
+from fastworker.stream.keys import GROUP, STREAM, USUAL
 from fastworker.worker.worker import WorkerSettings, worker_child
 
 log = logging.getLogger(__name__)
@@ -52,8 +55,6 @@ LOOK_S: Final = 0.25
 LINE_S: Final = 2.0  # between plain lines where there is no terminal
 STALL_S: Final = 60.0  # without any progress the demo gives up
 GONE_S: Final = 5.0  # tries to remove its folder
-STREAM: Final = "firehose:events"
-GROUP: Final = "firehose-processors"
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,7 +262,7 @@ class _Conductor:
             ended = await self._watch(RedisAdmin(redis, STREAM))
             if self._stopping.is_set():
                 return ExitCode.DONE
-            set_aside = int(await redis.xlen("firehose:dead-letters"))
+            set_aside = int(await redis.xlen(USUAL.dead_letters))
         finally:
             await redis.aclose()
         if not ended:

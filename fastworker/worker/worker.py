@@ -17,12 +17,13 @@ from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
+from fastworker.process.children import ChildSpec
 from fastworker.process.clocks import which_is_off
-from fastworker.process.supervisor import ChildSpec
 from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import LeaseLostError, WorkerStream
+from fastworker.stream.keys import GROUP, STREAM
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
@@ -47,8 +48,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     redis_url: str
     database_url: str
-    stream_key: str = "firehose:events"
-    group: str = "firehose-processors"
+    stream_key: str = STREAM
+    group: str = GROUP
     consumer_id: str = "python-worker"
     batch_size: int = 10
     pool_size: int = 8

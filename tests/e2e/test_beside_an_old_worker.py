@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.errors import ExitCode
-from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.stream.keys import USUAL
 from fastworker.table import derive
 from fastworker.worker.worker import WorkerSettings
 from tests.e2e.house import GROUP, KEY, House
@@ -58,7 +58,7 @@ async def test_reapply_and_verify_make_it_right(
                     await asyncio.sleep(0.05)
             old.cancel()
             await asyncio.wait([old])
-        ours = sum(int(n) for name, n in (await redis.hgetall(LEDGER_KEY)).items() if not name.startswith(b"drop:"))
+        ours = sum(int(n) for name, n in (await redis.hgetall(USUAL.ledger)).items() if not name.startswith(b"drop:"))
         assert taken > EVENTS / 20, "the old worker took hardly anything"
         assert ours > EVENTS / 10, "ours took hardly anything"
 

@@ -23,7 +23,8 @@ from fastworker.store.blame import LockedRow
 from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
+from fastworker.stream.consumer import WorkerStream
+from fastworker.stream.keys import USUAL
 from fastworker.table.batch import Batch, Change, Limits, Refused
 from fastworker.table.mapper import map_commit
 from fastworker.worker.intake import Intake
@@ -152,7 +153,7 @@ class Bench:
         await self.until(lambda: self.slot.snapshot().acked >= count)
 
     async def ledger(self) -> dict[str, int]:
-        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(USUAL.ledger)).items()}
 
     async def pending(self) -> int:
         return (await self.redis.xpending(KEY, GROUP))["pending"]
@@ -256,7 +257,7 @@ async def test_poison_is_isolated_and_its_siblings_are_committed(bench):
     ids = await bench.add(entries)
     async with bench.running():
         await bench.until_settled(301)
-    letters = [letter for _, letter in await bench.redis.xrange(DEAD_LETTERS_KEY)]
+    letters = [letter for _, letter in await bench.redis.xrange(USUAL.dead_letters)]
     assert {letter[b"origId"].decode() for letter in letters} == {ids[7], ids[150], ids[151], ids[300]}
     assert {letter[b"reason"] for letter in letters} == {b"row_rejected"}
     assert len(bench.store.uris) == 297 + 2
@@ -315,7 +316,7 @@ async def test_one_account_neither_stops_the_worker_nor_fills_the_letters(bench)
     await bench.add([*entries, *likes(3)])
     async with bench.running():
         await bench.until_settled(64)
-    assert len(await bench.redis.xrange(DEAD_LETTERS_KEY)) == LETTERS_OF_ACCOUNT_MAX
+    assert len(await bench.redis.xrange(USUAL.dead_letters)) == LETTERS_OF_ACCOUNT_MAX
     assert len(bench.store.kept) == 61 - LETTERS_OF_ACCOUNT_MAX
     [last] = [one for one in bench.store.kept if one.uri == f"at://{DID}/app.bsky.feed.like/poison-b"]
     assert (last.did, last.seq, last.reason, bool(last.cid)) == (DID, 400, "row_rejected", True)
@@ -330,7 +331,7 @@ async def test_letters_that_make_room_are_kept_by_name(bench):
         for n in range(5):
             await bench.add(likes(n + 1, poison=frozenset({n}), of_many=True)[n:])
             await bench.until_settled(n + 1)
-    letters = await bench.redis.xrange(DEAD_LETTERS_KEY)
+    letters = await bench.redis.xrange(USUAL.dead_letters)
     names = {one.uri for one in bench.store.kept}
     assert names >= {"at://did:plc:aa/app.bsky.feed.like/poison0", "at://did:plc:ab/app.bsky.feed.like/poison1"}
     assert len(letters) + len(names) >= 5
@@ -567,5 +568,5 @@ async def test_what_is_beaten_is_not_counted_as_committed(bench: Bench) -> None:
     async with bench.running():
         await bench.add([*entries, commit(4, like("beaten4"), like("beaten5")), commit(5)])
         await bench.until(lambda: bench.slot.snapshot().counters.nothing_to_store == 2)
-    ledger = await bench.redis.hgetall(LEDGER_KEY)
+    ledger = await bench.redis.hgetall(USUAL.ledger)
     assert {name: int(count) for name, count in ledger.items()} == {b"committed": 3, b"nothing_to_store": 2}

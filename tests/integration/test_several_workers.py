@@ -12,7 +12,7 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastworker import metrics
-from fastworker.stream.feed import READER_STATS
+from fastworker.stream.keys import USUAL
 from tests.services import ROOT, Service, get, run, until
 
 EVENTS = 900
@@ -44,7 +44,7 @@ def test_each_reports_the_whole_stream_and_its_own_part(
             return sum(int(client.hget("fastworker:ledger", outcome) or 0) for outcome in metrics.OUTCOMES)
 
         def is_all_done() -> bool:
-            told = client.hgetall(READER_STATS)
+            told = client.hgetall(USUAL.reader_stats)
             return int(told.get("frames", 0)) >= EVENTS and settled() == int(told["entries"])
 
         until(is_all_done)

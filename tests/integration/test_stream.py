@@ -11,18 +11,9 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import (
-    CONSUMERS_KEY,
-    DEAD_LETTERS_KEY,
-    LEDGER_KEY,
-    LeaseLostError,
-    SetAside,
-    Tally,
-    WorkerStream,
-    id_order,
-    original_fields,
-)
+from fastworker.stream.consumer import LeaseLostError, SetAside, Tally, WorkerStream, id_order, original_fields
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.keys import USUAL
 from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -50,7 +41,7 @@ async def add(redis: Redis, count: int, first: int = 0) -> list[str]:
 
 
 async def ledger(redis: Redis) -> dict[str, int]:
-    return {name.decode(): int(value) for name, value in (await redis.hgetall(LEDGER_KEY)).items()}
+    return {name.decode(): int(value) for name, value in (await redis.hgetall(USUAL.ledger)).items()}
 
 
 async def pending(redis: Redis) -> int:
@@ -126,7 +117,7 @@ async def test_a_released_consumer_goes_only_when_it_holds_nothing(redis):
     await idle.release()
     await busy.release()
     assert [c["name"] for c in await redis.xinfo_consumers(KEY, GROUP)] == [b"w-1"]
-    assert await redis.smembers(CONSUMERS_KEY) == {b"w-1"}
+    assert await redis.smembers(USUAL.consumers) == {b"w-1"}
 
 
 async def test_losing_the_lease_is_told_and_a_lease_that_redis_lost_comes_back(redis):
@@ -179,7 +170,7 @@ async def test_setting_aside_is_idempotent_and_reversible(redis, fields):
     letters = [SetAside(entry[0], entry[1], Reason.BAD_JSON, "why \ud800")]
     assert await stream.set_aside(letters, now_ms=5) == 1
     assert await stream.set_aside(letters, now_ms=6) == 0
-    [(_, letter)] = await redis.xrange(DEAD_LETTERS_KEY)
+    [(_, letter)] = await redis.xrange(USUAL.dead_letters)
     assert list(letter)[:5] == [b"type", b"data", b"seq", b"origId", b"deliveries"]
     assert (letter[b"origId"], letter[b"deliveries"], letter[b"reason"]) == (entry_id, b"1", b"bad_json")
     assert original_fields(letter) == fields

@@ -27,11 +27,11 @@ from fastworker.errors import ExitCode
 from fastworker.event import Event
 from fastworker.event.entry import decode_entry
 from fastworker.log import setup_logging
-from fastworker.process import supervisor
+from fastworker.process import children
 from fastworker.process.board import Heartbeats, Slot
 from fastworker.process.supervisor import Supervisor
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.stream.keys import USUAL
 from fastworker.worker import held
 from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
@@ -71,7 +71,7 @@ def main() -> int:
             held.decode_entry = deadly
         case ["outage"]:
             held.decode_entry = out_of_memory
-    supervisor.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else supervisor.BACKOFF_S
+    children.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else children.BACKOFF_S
     return Supervisor([worker], Heartbeats(8)).run()
 
 
@@ -157,7 +157,7 @@ class Bench:
             await asyncio.sleep(0.02)
 
     async def ledger(self) -> dict[str, int]:
-        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(USUAL.ledger)).items()}
 
     async def pending(self) -> int:
         return (await self.redis.xpending(KEY, GROUP))["pending"]
