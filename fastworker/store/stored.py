@@ -142,7 +142,7 @@ class Stored:
             rows = await self._connection.fetch(
                 "SELECT uri, row_values, rev, seq FROM fastworker.twins WHERE uri = ANY($1::text[])", list(uris)
             )
-        return {uri: (thaw(table, stored), marked, seen) for uri, stored, marked, seen in rows}
+        return {uri: (thaw(table, stored), rev, seq) for uri, stored, rev, seq in rows}
 
 
 class StandingRows:
