@@ -32,10 +32,10 @@ from fastworker.redact import printable, printable_lines, redact
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
     from fastworker.commands.up import ServiceOptions
-    from fastworker.monitor.monitor import MonitorSettings
     from fastworker.monitor.page import HttpSettings
-    from fastworker.reader.reader import ReaderSettings
+    from fastworker.monitor.view import MonitorSettings
     from fastworker.reader.start import Start
+    from fastworker.reader.stats import ReaderSettings
     from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
@@ -159,7 +159,7 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _reader_settings(config: Config) -> ReaderSettings:
-    from fastworker.reader.reader import ReaderSettings
+    from fastworker.reader.stats import ReaderSettings
 
     return ReaderSettings(
         relay_urls=config.relay_urls,
@@ -201,7 +201,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
 
 
 def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
-    from fastworker.monitor.monitor import MonitorSettings
+    from fastworker.monitor.view import MonitorSettings
 
     return MonitorSettings(
         redis_url=config.redis_url,

@@ -17,8 +17,8 @@ from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
+from fastworker.process.children import ChildSpec
 from fastworker.process.clocks import which_is_off
-from fastworker.process.supervisor import ChildSpec
 from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
