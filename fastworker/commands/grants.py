@@ -39,7 +39,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.progress": _KEEP,
         "fastworker.relays": _APPEND,
         "fastworker.horizon": ("SELECT", "UPDATE"),
-        "fastworker.repairs": _KEEP,
+        "fastworker.repairs": _ALL,
         "fastworker.refused": _KEEP,
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty.

@@ -15,8 +15,8 @@ import orjson
 
 from fastworker.errors import ConfigError, InvalidEvent, Unreachable
 from fastworker.event.frame import decode_frame
-from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
+from fastworker.reader.stats import ReaderSettings
 from fastworker.store.admin import note_gap
 from fastworker.stream.client import connect
 from fastworker.stream.feed import LEASE_MS, Chunk, Feed, LeaseLost, Position

@@ -19,9 +19,10 @@ from redis.asyncio import Redis
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
 from fastworker.process.backoff import Backoff, pause
-from fastworker.reader import reader as reader_module
-from fastworker.reader.reader import Outbox, SilenceWatch
+from fastworker.reader import outbox as outbox_module
+from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import PATH, RelayAddress, _at_least
+from fastworker.reader.silence import SilenceWatch
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
 from fastworker.stream.feed import Chunk, Feed, LeaseLost, trim_finished
@@ -236,7 +237,7 @@ def test_before_any_data_nothing_is_known() -> None:
 
 
 async def test_the_outbox_keeps_order_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OUTBOX_ITEMS", 30)
+    monkeypatch.setattr(outbox_module, "OUTBOX_ITEMS", 30)
     outbox = Outbox(10, 1000)
 
     async def fill() -> None:

@@ -63,7 +63,7 @@ async def indexes(pg: asyncpg.Connection) -> dict[str, str]:
         "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index WHERE indisvalid "
         "AND indrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)"
     )
-    return {name: value for name, value in rows}
+    return {row[0]: row[1] for row in rows}
 
 
 def advised() -> dict[str, set[str]]:
