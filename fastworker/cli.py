@@ -838,15 +838,21 @@ def up(start: Start | None) -> ExitCode:
 @cli.command()
 @click.option("--events", type=click.IntRange(1), help="How many events the simulated network makes.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Events per second. Default: flat out.")
+@click.option(
+    "--outage",
+    "is_outage",
+    is_flag=True,
+    help="The relay forgets a third of it; repaired from the hosts (extra verify).",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the simulated network.")
-def demo(*, events: int | None, rate: float | None, seed: int) -> ExitCode:
+def demo(*, events: int | None, rate: float | None, seed: int, is_outage: bool) -> ExitCode:
     """See it all work: simulated network to verified tables.
 
     The whole pipeline on embedded servers, over a real WebSocket; ends by itself. Exit 0 only if verified.
     """
     from fastworker.commands.demo import run_demo
 
-    return run_demo(_config(), events=events, rate=rate, seed=seed)
+    return run_demo(_config(), events=events, rate=rate, seed=seed, is_outage=is_outage)
 
 
 def main() -> NoReturn:

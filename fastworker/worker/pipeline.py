@@ -19,7 +19,8 @@ from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.store.upkeep import EntryRules
-from fastworker.stream.consumer import Entry, SetAside, id_order
+from fastworker.stream.consumer import Entry, SetAside
+from fastworker.stream.ids import id_order
 from fastworker.table.batch import Limits, Progress
 from fastworker.worker.flush import Flush, Half, Store, Stream
 from fastworker.worker.held import UNBOUNDED, Held
@@ -27,7 +28,7 @@ from fastworker.worker.isolate import settle
 from fastworker.worker.limits import DeadLetterLimit, Refusals
 from fastworker.worker.locked import Locks, Waiting
 from fastworker.worker.overlap import Overlap
-from fastworker.worker.suspects import CONTROL_ENTRIES, DEATHS_MAX, Quiet, Record, Suspects, say_trying
+from fastworker.worker.suspects import CONTROL_ENTRIES, Quiet, Record, Suspects, like_it, say_trying
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -298,19 +299,21 @@ class Pipeline:
                 record = records[entry[0]]
                 self._later.pop(entry[0], None)
                 if self._may_try(record):
-                    await self._try_piece([entry], is_poison=record.alone >= DEATHS_MAX)
+                    await self._try_piece([entry], poison=record if record.is_poison else None)
                 else:
                     self._later[entry[0]] = entry, record
             self._trial = []
 
-    async def _try_piece(self, piece: list[Entry], *, is_poison: bool = False) -> None:
+    async def _try_piece(self, piece: list[Entry], *, poison: Record | None = None) -> None:
         held = self._writing = Held(self._entry_rules)
         held.since_ms = now_ms()
+        if len(piece) == 1 and not self._has_control():
+            Held().apply("1-1", like_it(piece[0][1]))
         say_trying(self._slot, [entry_id for entry_id, _ in piece], with_control=self._has_control())
         try:
             for entry_id, fields in piece:
-                if is_poison:
-                    why = f"{DEATHS_MAX} worker processes died that held nothing else"
+                if poison is not None:
+                    why = f"{poison.alone + poison.quiet} worker processes died that held nothing else"
                     held.entries[entry_id] = fields
                     held.rejected.append(SetAside(entry_id, fields, Reason.KILLS_WORKER, why))
                 else:

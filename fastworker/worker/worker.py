@@ -146,20 +146,14 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         await redis.aclose()
 
 
-async def _work(
-    settings: WorkerSettings,
-    shared: Shared,
-    slot: Slot,
-    stopping: asyncio.Event,
-    redis: Redis,
-    store: Store,
-    open_span: OpenSpan,
-) -> None:
+def _streams(settings: WorkerSettings, redis: Redis, store: Store) -> list[WorkerStream]:
+    """One for each pipeline."""
+
     async def last_finished() -> str | None:
         progress = await store.finished(settings.stream_key)
         return progress.entry_id if progress is not None else None
 
-    streams = [
+    return [
         WorkerStream(
             redis,
             stream_key=settings.stream_key,
@@ -173,6 +167,18 @@ async def _work(
         )
         for _ in range(settings.pipelines)
     ]
+
+
+async def _work(
+    settings: WorkerSettings,
+    shared: Shared,
+    slot: Slot,
+    stopping: asyncio.Event,
+    redis: Redis,
+    store: Store,
+    open_span: OpenSpan,
+) -> None:
+    streams = _streams(settings, redis, store)
     pipelines: list[Pipeline] = []
     try:
         try:

@@ -11,8 +11,9 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import ConsumerLeaseLost, SetAside, Tally, WorkerStream, id_order, original_fields
+from fastworker.stream.consumer import ConsumerLeaseLost, SetAside, Tally, WorkerStream, original_fields
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.ids import id_order
 from fastworker.stream.keys import USUAL
 from tests.servers import counts_reads
 
