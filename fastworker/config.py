@@ -137,9 +137,9 @@ def _level(text: str) -> str:
     return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
 
 
-_REDIS: Final = "reader worker up status check compare dlq replay repair"
-_POSTGRES: Final = "reader worker up migrate check compare verify import repair export"
-_STREAM: Final = "reader worker up status check compare dlq replay grants repair"
+_REDIS: Final = "reader worker up status check compare dlq replay repair backfill sample"
+_POSTGRES: Final = "reader worker up migrate check compare verify import repair backfill sample export"
+_STREAM: Final = "reader worker up status check compare dlq replay grants repair backfill sample"
 
 
 def _env(
@@ -162,7 +162,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _env(
             "RELAY_URL",
-            "reader up",
+            "reader up repair backfill",
             "The relay: a host, or a full `subscribeRepos` URL. A comma-separated list is tried in order; "
             "each host has a cursor of its own.",
             read=_relay_urls,
@@ -187,7 +187,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         _env(
             "REDIS_CURSOR_KEY",
-            "reader up status check grants repair",
+            "reader up status check grants repair backfill sample",
             "Where the reader keeps its relay cursor (decimal seq).",
         ),
     ] = CURSOR
@@ -227,7 +227,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         _env(
             "REDIS_CONSUMER_GROUP",
-            "worker up status check compare dlq repair",
+            "worker up status check compare dlq repair backfill sample",
             "The consumer group; old workers may share it.",
         ),
     ] = GROUP
@@ -302,7 +302,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up compare verify import repair",
+            "worker up compare verify import repair backfill sample",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
@@ -415,12 +415,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _env(
             "FASTWORKER_PLC_URL",
-            "worker up repair",
+            "worker up repair backfill sample",
             "DID directory for resolving handles beside the stream, and for finding the hosts of accounts.",
             read=_http_url,
             allowed="https:// or http:// URL",
         ),
     ] = "https://plc.directory"
+    fetch_at_once: Annotated[
+        int,
+        Meta(ge=1, le=32),
+        _env(
+            "FASTWORKER_FETCH_AT_ONCE",
+            "repair backfill sample",
+            "Repositories that one process fetches at the same time, four of one host at most.",
+            read=_integer,
+        ),
+    ] = 8
     resolve_handles: Annotated[
         bool,
         _env(

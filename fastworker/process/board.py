@@ -62,6 +62,7 @@ class Gauges(msgspec.Struct):
     tried_last_ms: int = 0
     tried_last_n: int = 0
     tried_with_control: int = 0  # 1: it has settled others before
+    tried_at_ms: int = 0
 
 
 class Counters(msgspec.Struct):

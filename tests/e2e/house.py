@@ -10,7 +10,8 @@ from typing import Any, Literal
 from redis.asyncio import Redis
 
 from fastworker.process.board import Heartbeats
-from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.store import Store

@@ -41,7 +41,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._pool\.close\(", "PostgreSQL: inside asyncio.timeout(5)"),
     # HTTP and WebSocket: every session has a ClientTimeout
     (r"^(self\._)?session\.(close|ws_connect|get)\(|^response\.\w+\(|^\w+\.content\.\w+\(", "HTTP: ClientTimeout of the session"),
-    (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (reader/reader.py)"),
+    (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (reader/follow.py)"),
     (r"^(self\._socket|connection|subscription)\.close\(", "WebSocket: CLOSE_TIMEOUT_S"),
     (r"^(runner|site|self\._runner|app_runner|socket)\.\w+\(", "our own HTTP server: shutdown_timeout; clients wait, not we"),
     (r"^dns\.asyncresolver|^resolver\.\w+\(|^self\._resolver\.\w+\(", "DNS: lifetime of the query"),

@@ -17,7 +17,8 @@ from faults.test_postgres_faults import POST, like
 
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
-from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.stream.client import connect

@@ -25,10 +25,12 @@ from redis.asyncio import Redis
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
 from fastworker.process.backoff import Backoff
+from fastworker.reader import follow, gate, receive
 from fastworker.reader import reader as reader_module
 from fastworker.reader import relay as relay_module
 from fastworker.reader import start as start_module
-from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.stream.keys import USUAL
@@ -277,13 +279,13 @@ async def test_many_malformed_frames_in_a_row_do_not_hold_the_reader_for_ever(
 ) -> None:
     await redis.set(CURSOR, "1")
     relay.add(1)
-    relay.frames += [(2, b"\xff")] * (reader_module.MALFORMED_IN_A_ROW * 2 - 1)
+    relay.frames += [(2, b"\xff")] * (gate.MALFORMED_IN_A_ROW * 2 - 1)
     relay.add(3)
     async with reading(settings(redis_url, relay)) as stats:
         await until(cursor_is(redis, 3))
     assert relay.asked == [1, 1]
-    assert stats.set_aside == reader_module.SET_ASIDE_PER_MINUTE
-    assert stats.drops["bad_frame"] == reader_module.MALFORMED_IN_A_ROW * 3 - 1
+    assert stats.set_aside == receive.SET_ASIDE_PER_MINUTE
+    assert stats.drops["bad_frame"] == gate.MALFORMED_IN_A_ROW * 3 - 1
 
 
 # Connections
@@ -443,7 +445,7 @@ async def test_a_cursor_beyond_all_that_comes_ends_with_the_relays_word(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two absurd frames in a row are believed. What follows lies behind the cursor: not for ever, and not silently."""
-    monkeypatch.setattr(reader_module, "BEHIND_S", 1.0)
+    monkeypatch.setattr(follow, "BEHIND_S", 1.0)
 
     async def future(self: Relay, request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -464,7 +466,7 @@ async def test_a_cursor_beyond_all_that_comes_ends_with_the_relays_word(
         await asyncio.sleep(0.05)
     with pytest.raises(StoppedItself, match="lies in its future"):
         await asyncio.wait_for(run, 30)
-    assert stats.duplicates >= reader_module.BEHIND_FRAMES
+    assert stats.duplicates >= follow.BEHIND_FRAMES
     (gap,) = [json.loads(text) for text in await redis.lrange(USUAL.gaps, 0, -1)]
     assert (gap["reason"], gap["after"]) == ("seq_jump", 2)  # where to go back to
 
@@ -473,7 +475,7 @@ async def test_a_connection_cut_at_any_byte(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the handshake, in a WebSocket header, in a frame: every one of the first bytes, then here and there."""
-    monkeypatch.setattr(reader_module, "Backoff", lambda *_: Backoff(0.001, 0.002))
+    monkeypatch.setattr(follow, "Backoff", lambda *_: Backoff(0.001, 0.002))
     await redis.set(CURSOR, "0")
     relay.add(*range(1, 4_001))
     host, _, port = relay.host.rpartition(":")
@@ -696,7 +698,7 @@ async def test_retry_after_is_not_waited_out_where_there_is_another_relay(
 async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "FAILURES_BEFORE_NEXT_RELAY", 1)
+    monkeypatch.setattr(follow, "FAILURES_BEFORE_NEXT_RELAY", 1)
     other = Relay()
     await other.start()
     await redis.set(CURSOR, "1000")
@@ -1019,6 +1021,7 @@ async def _read(redis: Redis, count: int) -> set[int]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "TICK_S", 0.1)
+    monkeypatch.setattr(follow, "LOOK_S", 0.1)
     monkeypatch.setattr(reader_module, "SETTLE_S", 0.5)
 
 

@@ -13,7 +13,6 @@ import pytest
 import redis as sync_redis
 from integration.test_settle import comparable, may_be_lost
 
-from fastworker.commands import repairs
 from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, Unreachable
@@ -24,6 +23,7 @@ from fastworker.law.model import Model
 from fastworker.simulator.hosts import SimHosts
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
+from fastworker.sync import many
 from fastworker.sync.hosts import Bounds, Hosts
 from tests.services import Service
 
@@ -203,6 +203,6 @@ async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(Unreachable, match="no group"):
         await scene.repair()
     scene.client.xgroup_create(STREAM, GROUP, "0")
-    monkeypatch.setattr(repairs, "STALL_S", 0.1)
+    monkeypatch.setattr(many, "STALL_S", 0.1)
     with pytest.raises(Unreachable, match="is it running"):
         await scene.repair()

@@ -30,7 +30,8 @@ from fastworker.process import child as child_module
 from fastworker.process import supervisor as supervisor_module
 from fastworker.process.board import Heartbeats, Slot, now_ms
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
+from fastworker.process.children import ChildSpec, Patience
+from fastworker.process.supervisor import Supervisor
 
 # --- the process under test
 

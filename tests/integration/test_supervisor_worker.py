@@ -27,12 +27,13 @@ from fastworker.errors import ExitCode
 from fastworker.event import Event
 from fastworker.event.entry import decode_entry
 from fastworker.log import setup_logging
-from fastworker.process import supervisor
-from fastworker.process.board import Heartbeats, Slot
+from fastworker.process import children
+from fastworker.process.board import Heartbeats, Slot, now_ms
 from fastworker.process.supervisor import Supervisor
 from fastworker.stream.client import connect
 from fastworker.stream.keys import USUAL
-from fastworker.worker import held
+from fastworker.worker import held, suspects
+from fastworker.worker.suspects import QUIET_DEATHS_MAX, Record, Suspects, like_it, say_trying
 from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +70,12 @@ def main() -> int:
             worker = msgspec.structs.replace(worker, target=partial(slowly, worker.target))
         case ["deadly"]:
             held.decode_entry = deadly
+        case ["deadly-quiet"]:
+            held.decode_entry = deadly
+            suspects.PATIENCE_MS = (300, 300)
         case ["outage"]:
             held.decode_entry = out_of_memory
-    supervisor.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else supervisor.BACKOFF_S
+    children.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else children.BACKOFF_S
     return Supervisor([worker], Heartbeats(8)).run()
 
 
@@ -276,6 +280,41 @@ async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench, 
     assert text.count("was killed by SIGKILL") <= 8, "two in normal work, one or two with a piece, three with it alone"
     await bench.assert_ledger({"set_aside": 1, "drop:kills_worker": 1})
     assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes
+
+
+async def test_an_entry_that_kills_on_a_quiet_stream_is_set_aside_too(bench, pg):
+    """There are not enough others to learn from: what a process did before and without it is the control."""
+    await bench.add(7)
+    await bench.redis.xadd(KEY, {"type": "commit", "data": "DEADLY", "seq": "1"})
+    bench.start("deadly-quiet")
+    await bench.until(lambda: _has(lambda: bench.redis.xlen("firehose:dead-letters")), 60)
+    await bench.until(bench.settled_less_drops)
+    text = bench.stop()
+    [(_, letter)] = await bench.redis.xrange("firehose:dead-letters")
+    assert (letter[b"reason"], letter[b"data"]) == (b"kills_worker", b"DEADLY")
+    assert text.count("was killed by SIGKILL") >= QUIET_DEATHS_MAX
+    await bench.assert_ledger({"set_aside": 1, "drop:kills_worker": 1})
+    assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes == 7
+
+
+@pytest.mark.parametrize(
+    ("lived_ms", "with_it_ms", "counts"), [(1_900, 1, 0), (2_100, 1, 1), (9_000, 3_000, 0), (50_000, 11_000, 1)]
+)
+def test_a_death_on_a_quiet_stream_counts_after_a_life_that_was_long_enough(lived_ms, with_it_ms, counts):
+    known, slot = Suspects(), Heartbeats(1)[0]
+    say_trying(slot, ["7-1"], with_control=False)
+    now = now_ms()
+    slot.set(started_ms=now - with_it_ms - lived_ms, tried_at_ms=now - with_it_ms)
+    known.note_death(slot)
+    assert known.records(["7-1", "8-1"]) == {"7-1": Record(deaths=1, alone=0, quiet=counts)}
+
+
+def test_the_control_of_a_quiet_stream_is_as_large_as_what_killed():
+    fields = like_it({b"type": b"commit", b"data": b"x" * 1_000_000})
+    assert 1_000_000 < sum(map(len, fields.values())) < 1_001_000
+    one = held.Held()
+    assert one.apply("1-1", fields)
+    assert not one.rejected
 
 
 async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_path):
