@@ -48,7 +48,7 @@ class Bench:
         intake = Intake(stream, self.slot, own_idle_ms=0)
         limit = DeadLetterLimit()
         pipeline = Pipeline(intake, stream, self.store, self.slot, limits=Limits(), dead_letters=limit)
-        pipeline.stand_on(await self.store.ground())
+        pipeline.follow(await self.store.entry_rules())
         before = self.slot.snapshot().acked
         for event in events:
             at = int(datetime.fromisoformat(event.time).timestamp() * 1000)
@@ -196,7 +196,7 @@ async def test_all_clocks_of_a_machine_that_is_ahead_are_bounded_by_the_events(
 async def test_a_second_relay_makes_seq_ambiguous(bench: Bench, pg: asyncpg.Connection) -> None:
     await bench.ingest(commit("create", "a", 1, NEW, rev=False))
     await bench.ingest(commit("create", "b", 2, NEW, relay="two"))
-    assert (await bench.store.ground()).ambiguous
+    assert (await bench.store.entry_rules()).ambiguous
     await bench.ingest(commit("create", "c", 3, NEW, rev=False), commit("create", "d", 4, NEW))
     assert await posts(pg) == {"a", "b", "d"}
     assert await bench.letters() == [b"ambiguous_seq"]

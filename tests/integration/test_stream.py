@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import LeaseLostError, SetAside, Tally, WorkerStream, original_fields
+from fastworker.stream.consumer import ConsumerLeaseLost, SetAside, Tally, WorkerStream, original_fields
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import USUAL
@@ -128,7 +128,7 @@ async def test_losing_the_lease_is_told_and_a_lease_that_redis_lost_comes_back(r
     await stream.renew()
     assert await redis.exists("fastworker:consumer:w-0")
     await redis.set("fastworker:consumer:w-0", "another")
-    with pytest.raises(LeaseLostError):
+    with pytest.raises(ConsumerLeaseLost):
         await stream.renew()
 
 

@@ -329,7 +329,7 @@ async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_p
 
     async def many_died() -> bool:
         lived.update(children_of(bench.process.pid))
-        return len(lived) > 16
+        return len(lived) > 10
 
     await bench.until(many_died)
     bench.outage.unlink()

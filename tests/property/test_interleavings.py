@@ -29,7 +29,7 @@ PLACES = (
     Step.ROWS_WRITTEN,
     Step.BEFORE_MAIN_COMMIT,
     Step.AFTER_MAIN_COMMIT,
-    Step.OWED_PAID,  # before the look back
+    Step.OWED_RECOMPUTED,  # before the look back
     Step.AFTER_LOOK_BACK,  # rows that join two records are not recomputed
 )
 
@@ -464,7 +464,7 @@ async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connecti
     s = Scene(0)
     parts = [s.like(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.like/l")]
 
-    stage.held[0].dies_at = Step.OWED_PAID
+    stage.held[0].dies_at = Step.OWED_RECOMPUTED
     with pytest.raises(Died):
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (Step.ROWS_WRITTEN, None))
     assert await pg.fetchval("SELECT count(*) FROM likes") == 1
