@@ -28,6 +28,7 @@ from fastworker.event.record import TOO_MANY_VALUES, clean_text, json_text, link
 from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
+from fastworker.table.chosen import is_left_out
 from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
@@ -98,6 +99,9 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         # mutant: delete mapped to update
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
+            continue
+        if is_left_out(collection):
+            drops.append(Drop(Reason.FILTERED, collection))
             continue
         if len(cid) > CID_MAX:
             drops.append(Drop(Reason.TOO_LONG, collection, "cid"))
