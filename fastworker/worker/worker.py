@@ -22,7 +22,7 @@ from fastworker.process.clocks import which_is_off
 from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
-from fastworker.stream.consumer import LeaseLostError, WorkerStream
+from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
@@ -146,20 +146,14 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         await redis.aclose()
 
 
-async def _work(
-    settings: WorkerSettings,
-    shared: Shared,
-    slot: Slot,
-    stopping: asyncio.Event,
-    redis: Redis,
-    store: Store,
-    open_span: OpenSpan,
-) -> None:
+def _streams(settings: WorkerSettings, redis: Redis, store: Store) -> list[WorkerStream]:
+    """One for each pipeline."""
+
     async def last_finished() -> str | None:
         progress = await store.finished(settings.stream_key)
         return progress.entry_id if progress is not None else None
 
-    streams = [
+    return [
         WorkerStream(
             redis,
             stream_key=settings.stream_key,
@@ -173,6 +167,18 @@ async def _work(
         )
         for _ in range(settings.pipelines)
     ]
+
+
+async def _work(
+    settings: WorkerSettings,
+    shared: Shared,
+    slot: Slot,
+    stopping: asyncio.Event,
+    redis: Redis,
+    store: Store,
+    open_span: OpenSpan,
+) -> None:
+    streams = _streams(settings, redis, store)
     pipelines: list[Pipeline] = []
     try:
         try:
@@ -208,7 +214,7 @@ async def _work(
             for n, stream in enumerate(streams)
         ]
         try:
-            await _take_ground(store, pipelines)
+            await _take_entry_rules(store, pipelines)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, streams, pipelines)
@@ -270,7 +276,7 @@ async def _renew(streams: list[WorkerStream]) -> None:
                 )  # fmt: skip
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
-    except LeaseLostError as error:
+    except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
 
 
@@ -283,18 +289,23 @@ async def _tell_held(streams: list[WorkerStream]) -> None:
 
 
 async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
-    """What committed transactions still owe, in bounded pieces; and how far the group has come."""
+    """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
 
-    async def pay() -> None:
+    async def maintain() -> None:
         while await store.maintain():
             slot.set(maintained_ms=now_ms())
 
     failure = ""
-    for act in (note, partial(_take_ground, store, pipelines), pay, partial(_prune, slot, store, stream, pipelines)):
+    for act in (
+        note,
+        partial(_take_entry_rules, store, pipelines),
+        maintain,
+        partial(_prune, slot, store, stream, pipelines),
+    ):
         try:
             await act()
         except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
@@ -320,10 +331,10 @@ async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list
         slot.set(maintained_ms=now_ms())
 
 
-async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
-    ground = await store.ground()
+async def _take_entry_rules(store: Store, pipelines: list[Pipeline]) -> None:
+    rules = await store.entry_rules()
     for pipeline in pipelines:
-        pipeline.stand_on(ground)
+        pipeline.follow(rules)
 
 
 async def _look_for(store: Store, slot: Slot) -> None:

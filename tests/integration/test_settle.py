@@ -141,7 +141,7 @@ def scene(store: Store, postgres_url: str, tmp_path: Path) -> Scene:
     return Scene(network, list(network.frames(1_500)), tmp_path, store, postgres_url)
 
 
-async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection):
+async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection) -> None:
     lost = await scene.deliver(0.4)
     assert lost > 300
     assert await differences(scene, pg) != "no difference"
@@ -157,7 +157,7 @@ async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection):
 
 async def test_lost_events_of_an_adversarial_network(
     store: Store, postgres_url: str, tmp_path: Path, pg: asyncpg.Connection
-):
+) -> None:
     """Twins, churn, records that come again. Without events that are not what the repository says (an action that is
     none, a block that is missing), and without records that cannot be stored where an earlier version could.
 
@@ -183,7 +183,9 @@ def _cid(difference: compare.Difference) -> str | None:
     return rows[0].get("cid") if rows else None
 
 
-async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(scene: Scene, pg: asyncpg.Connection):
+async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
     """Taken in the middle, settled after everything: then only what is older than it may change."""
     early = Network(7, accounts=14, signed=True)  # the same world, earlier
     list(early.frames(700))
@@ -195,7 +197,7 @@ async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(scene
     assert await differences(scene, pg) == "no difference"
 
 
-async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection):
+async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection) -> None:
     """Rows without a version: the API's, which may be younger than the snapshot, or what an earlier system left."""
     await scene.deliver(0)
     account = next(one for one in scene.network.world.accounts() if len(one.live) > 10)
@@ -230,7 +232,7 @@ async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection):
 
 async def test_equal_rows_are_written_only_where_something_would_take_them_away(
     scene: Scene, pg: asyncpg.Connection, tmp_path: Path
-):
+) -> None:
     """Dates that were judged by another moment are no difference; a tombstone above a row's version is."""
     did = "did:plc:" + "d" * 24
     repo = Repo(did, key=SigningKey("dates"))
@@ -265,7 +267,7 @@ async def test_equal_rows_are_written_only_where_something_would_take_them_away(
     assert (await settle()).examples == []
 
 
-async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection):
+async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection) -> None:
     account = next(one for one in scene.network.world.accounts() if len(one.live) > 10)
     path, snapshot = scene.snapshot(account)
 
@@ -290,7 +292,7 @@ async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection):
     assert "does not want" in ((await settle()).refused or "")
 
 
-async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path):
+async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path) -> None:
     """Thousands of rows, and a repository that holds one record: the others go, in pieces."""
     did = "did:plc:" + "g" * 24
     repo = Repo(did, key=SigningKey("gone"))
@@ -316,7 +318,9 @@ def follow(path: str) -> dict[str, Any]:
     return {"$type": "app.bsky.graph.follow", "subject": subject, "createdAt": "2026-07-01T00:00:00Z"}
 
 
-async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(scene: Scene, pg: asyncpg.Connection):
+async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
     """Rows that are older than the deletion, and equal, get the snapshot's version: the purge lets them be."""
     await scene.deliver(0)
     account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
@@ -338,7 +342,7 @@ async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(
     assert await pg.fetchval("SELECT count(*) FROM likes WHERE user_did = $1", account.did) == before
 
 
-async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection):
+async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection) -> None:
     await scene.settle()
     assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") > 0
     for table in ("posts", "likes", "reposts", "follows", "notifications", "fastworker.versions"):
@@ -353,7 +357,7 @@ async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection)
     assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") == 0
 
 
-async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection):
+async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection) -> None:
     await scene.deliver(0)
     account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
     done = await asyncio.to_thread(run, "export", account.did, DATABASE_URL=scene.url)
@@ -369,7 +373,7 @@ async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection):
     assert (nobody.returncode, nobody.stdout) == (1, "")
 
 
-def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", scene.url)
     for account in scene.network.world.accounts():
         scene.snapshot(account)
