@@ -7,6 +7,6 @@ from typing import Final
 STREAM_LEN_MAX: Final = 500_000
 """`REDIS_MAX_STREAM_LEN`"""
 DEAD_LETTERS_MAX: Final = 10_000
-"""`FASTWORKER_DEAD_LETTER_MAXLEN`"""
+"""`REDIS_DEAD_LETTER_MAXLEN`"""
 BATCH_SIZE: Final = 300
 """`BATCH_SIZE`: entries of one read."""
