@@ -83,6 +83,14 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def _collections(text: str) -> tuple[str, ...]:
+    words = _words(text)
+    for word in words:
+        if not re.fullmatch(r"\*|[a-zA-Z*][a-zA-Z0-9*-]*(\.[a-zA-Z0-9*-]+)+", word):
+            raise ValueError(f"{word!r} is not the name of a collection")
+    return words
+
+
 def _relay_urls(text: str) -> tuple[str, ...]:
     relays = _words(text)
     if not relays:
@@ -422,6 +430,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             allowed="https:// or http:// URL",
         ),
     ] = "https://plc.directory"
+    collections: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_COLLECTIONS",
+            "worker up repair backfill sample import compare",
+            "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
+            "of accounts and handles are never left out. After widening it, see docs/history.md.",
+            read=_collections,
+            allowed="NSIDs, in which * stands for anything, comma-separated",
+            default="all",
+        ),
+    ] = ()
     fetch_at_once: Annotated[
         int,
         Meta(ge=1, le=32),
@@ -652,6 +672,11 @@ def remarks(environment: Mapping[str, str]) -> list[str]:
         few = ", ".join(links[:3]) + (f" and {len(links) - 3} more" if len(links) > 3 else "")
         said.append(f"Not settings, but links to a service called fastworker: {few} (Kubernetes and Docker set them)")
     texts = _texts(environment)
+    said += [
+        f"{name} has no effect here: history is fetched by `fastworker backfill` (docs/history.md)"
+        for name in sorted(texts)
+        if name.startswith("BACKFILL_")
+    ]
     for name, read in (("DATABASE_URL", urls.postgres), ("REDIS_URL", urls.redis)):
         if (text := texts.get(name)) and (unused := read(text).unused):
             said.append(f"{name}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect here")

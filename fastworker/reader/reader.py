@@ -4,10 +4,10 @@
 
 One task receives, one appends what has gathered meanwhile, one does what is due every second (lease, trimming,
 dashboard, log). A frame is in one of three places: not yet acknowledged by the cursor (the relay still has it), in
-the outbox, or on the stream. So nothing here needs to survive a kill.
+the outbox, or on the stream. So nothing here has to outlive the process.
 
-Loss of the lease, or a cursor that somebody else moved, ends a term of office: what is in the outbox belongs to the
-next reader, who starts from the cursor.
+Loss of the lease, or a cursor that somebody else moved, ends this reader's turn: what is in the outbox is
+thrown away, and the next reader starts from the cursor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastworker.reader.receive import Receiver
 from fastworker.reader.stats import ReaderSettings, ReaderStats, figures, status_json
 from fastworker.redact import redact
 from fastworker.stream.client import connect
-from fastworker.stream.feed import LEASE_MS, Feed, LeaseLost, StreamBroken
+from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StreamBroken
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class _Reader:
                 except StreamBroken:
                     settle = False
                     await until(self._stop, self._go_back())
-                except LeaseLost as lost:
+                except ReaderLeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
                     log.warning("Stepping back: %s", lost)
@@ -193,7 +193,7 @@ class _Reader:
         except (StreamUnavailable, Unreachable) as error:
             log.warning("%s; the lease runs out by itself in %d s", error, LEASE_MS // 1000)
 
-    # A term of office: three tasks.
+    # While this reader holds the lease: three tasks.
 
     async def _serve(self) -> None:
         try:
@@ -210,7 +210,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, LeaseLost | StreamBroken | FastworkerError):
+                if isinstance(error, ReaderLeaseLost | StreamBroken | FastworkerError):
                     raise error from None
             raise
 

@@ -18,7 +18,7 @@ from fastworker.store import statements as sql
 from fastworker.store.blame import LockedRow
 from fastworker.store.flush import Written
 from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
-from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
+from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Batch, Change, Progress, Refused
 from fastworker.table.derive import FULL
@@ -171,9 +171,9 @@ class Store:
         async with self.connection() as db:
             return await upkeep.prune(db, keep, notice, now)
 
-    async def ground(self) -> Ground:
+    async def entry_rules(self) -> EntryRules:
         async with self.connection() as db:
-            return await upkeep.ground(db)
+            return await upkeep.entry_rules(db)
 
     async def absent(self, changes: list[Change]) -> set[str]:
         """uris of the changes of which the database knows nothing, not even that they were deleted."""

@@ -79,14 +79,14 @@ class Consumer(NamedTuple):
     idle_ms: int
 
 
-class LeaseLostError(Exception):
+class ConsumerLeaseLost(Exception):
     """Somebody else leased our consumer name while we did not renew (frozen, or cut off from Redis)."""
 
 
 class WorkerStream:
     """One leased consumer: `acquire` first, `release` last; the others in any order and any number of times.
 
-    Raises StreamUnavailable (try again), Unreachable (an operator has to act) and LeaseLostError.
+    Raises StreamUnavailable (try again), Unreachable (an operator has to act) and ConsumerLeaseLost.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class WorkerStream:
                     if leased > 1:
                         _tell_back(name)
                     return
-        raise LeaseLostError(f"all names up to {self._consumer_id}-{CONSUMERS_MAX - 1} are leased")
+        raise ConsumerLeaseLost(f"all names up to {self._consumer_id}-{CONSUMERS_MAX - 1} are leased")
 
     async def renew(self) -> int:
         """Keep the lease, and fresh what we hold: old workers claim at 10 seconds. How many of them had to be put back.
@@ -173,7 +173,7 @@ class WorkerStream:
             args: list[Any] = [self._token, self._lease_ms, self.name, self.group, self._lowest(), " ".join(self._held)]
             ghosts, restored = await self._renew(keys=keys, args=args)
         if ghosts < 0:
-            raise LeaseLostError(f"the consumer name {self.name} has another owner now")
+            raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
         return int(restored)
 
     async def tell_held(self) -> None:

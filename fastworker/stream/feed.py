@@ -37,7 +37,7 @@ CHUNK_ITEMS: Final = 500
 CHUNK_BYTES: Final = 2_000_000
 
 
-class LeaseLost(Exception):
+class ReaderLeaseLost(Exception):
     """Another reader is at work (or Redis came back with other data): step back, wait, look again."""
 
 
@@ -182,7 +182,7 @@ class Feed:
 
     async def renew(self) -> None:
         if not await self.acquire():
-            raise LeaseLost("another reader has taken the lease")
+            raise ReaderLeaseLost("another reader has taken the lease")
 
     async def release(self) -> None:
         async with translating(self._redis):
@@ -257,10 +257,12 @@ class Feed:
         if answer == b"broken":
             raise StreamBroken
         if answer == b"lease":
-            raise LeaseLost("another reader has taken the lease")
+            raise ReaderLeaseLost("another reader has taken the lease")
         if answer == b"cursor":
             found = detail.decode("utf-8", "replace") or "nothing"
-            raise LeaseLost(f"{self._cursor_key} holds {found} where this reader had left {self._cursor or 'nothing'}")
+            raise ReaderLeaseLost(
+                f"{self._cursor_key} holds {found} where this reader had left {self._cursor or 'nothing'}"
+            )
         if after:
             self._cursor = after
             if detail not in (b"", b"already"):

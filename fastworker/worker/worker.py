@@ -22,7 +22,7 @@ from fastworker.process.clocks import which_is_off
 from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
-from fastworker.stream.consumer import LeaseLostError, WorkerStream
+from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.table.batch import Limits
@@ -215,7 +215,7 @@ async def _work(
             for n, stream in enumerate(streams)
         ]
         try:
-            await _take_ground(store, pipelines)
+            await _take_entry_rules(store, pipelines)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, streams, pipelines)
@@ -277,7 +277,7 @@ async def _renew(streams: list[WorkerStream]) -> None:
                 )  # fmt: skip
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
-    except LeaseLostError as error:
+    except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
 
 
@@ -290,18 +290,23 @@ async def _tell_held(streams: list[WorkerStream]) -> None:
 
 
 async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
-    """What committed transactions still owe, in bounded pieces; and how far the group has come."""
+    """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
 
-    async def pay() -> None:
+    async def maintain() -> None:
         while await store.maintain():
             slot.set(maintained_ms=now_ms())
 
     failure = ""
-    for act in (note, partial(_take_ground, store, pipelines), pay, partial(_prune, slot, store, stream, pipelines)):
+    for act in (
+        note,
+        partial(_take_entry_rules, store, pipelines),
+        maintain,
+        partial(_prune, slot, store, stream, pipelines),
+    ):
         try:
             await act()
         except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
@@ -327,10 +332,10 @@ async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list
         slot.set(maintained_ms=now_ms())
 
 
-async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
-    ground = await store.ground()
+async def _take_entry_rules(store: Store, pipelines: list[Pipeline]) -> None:
+    rules = await store.entry_rules()
     for pipeline in pipelines:
-        pipeline.stand_on(ground)
+        pipeline.follow(rules)
 
 
 async def _look_for(store: Store, slot: Slot) -> None:
