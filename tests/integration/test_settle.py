@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastworker.cli import cli
-from fastworker.event import Account, Commit, Identity
+from fastworker.event import Account, Commit, Identity, Op
 from fastworker.event.frame import decode_frame
 from fastworker.event.repository import Repository
 from fastworker.law import compare
@@ -30,6 +30,7 @@ from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync.settle import Settle, Settled
 from fastworker.table.batch import Batch
+from fastworker.table.chosen import choose
 from fastworker.table.mapper import map_commit
 from fastworker.table.snapshot import Snapshot, tid_moment
 from tests.services import run
@@ -394,3 +395,35 @@ def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     code, words = importing(str(bad))
     assert code == 1
     assert "bad_car" in words
+
+
+async def test_what_is_not_chosen_is_left_out(scene: Scene, pg: asyncpg.Connection):
+    """It is neither written nor deleted, and a delete is taken all the same."""
+    await scene.deliver(0.4)
+    stored = await pg.fetchval("SELECT count(*) FROM posts")
+    await pg.execute("UPDATE posts SET commit_rev = '222', commit_seq = '1' WHERE uri = (SELECT min(uri) FROM posts)")
+    choose(["app.bsky.graph.*", "app.bsky.feed.like"])
+    try:
+        found = await scene.settle()
+        assert {table for one in found for table in (*one.missing, *one.extra)} <= {
+            *("likes", "follows", "blocks", "lists", "list_items", "list_blocks", "starter_packs", "verifications")
+        }
+        assert sum(one.drops["filtered"] for one in found) > 50
+        assert sum(one.missing["likes"] for one in found) > 20
+        assert await pg.fetchval("SELECT count(*) FROM posts") == stored
+        kept = [frame for frame in scene.frames if frame.event and frame.event["kind"] == "commit"]
+        mapped = map_commit(decode_frame(kept[0].data, "sim.test"), 0)  # type: ignore[arg-type]
+        assert all(change.row is None or change.table.name in ("likes", "follows") for change in mapped.changes)
+    finally:
+        choose(())
+
+
+async def test_a_delete_is_never_left_out():
+    choose(["app.bsky.graph.*"])
+    try:
+        ops = [Op("delete", "app.bsky.feed.post", "3k", None, None), Op("create", "app.bsky.feed.post", "3l", "b", b"")]
+        mapped = map_commit(Commit(5, "did:plc:a", "3k", None, ops, []), 0)
+    finally:
+        choose(())
+    assert [change.rkey for change in mapped.changes] == ["3k"]
+    assert [drop.reason for drop in mapped.drops] == ["filtered"]
