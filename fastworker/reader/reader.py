@@ -42,7 +42,18 @@ from fastworker.process.outage import Outage
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.redact import redact
 from fastworker.stream.client import connect
-from fastworker.stream.feed import ABANDONED_MS, LEASE_MS, OURS, Chunk, Feed, LeaseLost, Position, StreamBroken
+from fastworker.stream.database import GoBack
+from fastworker.stream.feed import (
+    ABANDONED_MS,
+    LEASE_MS,
+    OURS,
+    Chunk,
+    Feed,
+    LeaseLost,
+    Position,
+    StoreWentBack,
+    StreamBroken,
+)
 from fastworker.table.dates import parse_date
 
 T = TypeVar("T")
@@ -361,6 +372,9 @@ class _Reader:
                 except StreamBroken:
                     settle = False
                     await self._until_stop(self._go_back())
+                except StoreWentBack as told:
+                    settle = False
+                    await self._until_stop(self._go_back(told.request))
                 except LeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
@@ -452,7 +466,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, LeaseLost | StreamBroken | FastworkerError):
+                if isinstance(error, LeaseLost | StreamBroken | StoreWentBack | FastworkerError):
                     raise error from None
             raise
 
@@ -622,19 +636,30 @@ class _Reader:
         finally:
             await subscription.close()
 
-    async def _go_back(self) -> None:
-        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox."""
+    async def _go_back(self, request: bytes = b"") -> None:
+        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox.
+
+        `request`: they were read, and PostgreSQL lost them.
+        """
         host, cursor = self._stats.relay, self._stats.last_seq
-        seq = await self._stored_seq(host)
         gap: dict[str, Any] = {}
-        what = f"Unread entries are gone from {self._settings.stream_key}: it was deleted, renamed, evicted or trimmed"
+        if request:
+            back = msgspec.json.decode(request, type=GoBack)
+            seq = back.seq if back.relay in ("", host) else None
+            reason, what = "store_lost", "PostgreSQL went back, and the stream no longer has all that it lost"
+        else:
+            seq = await self._stored_seq(host)
+            reason = "stream_lost"
+            what = (
+                f"Unread entries are gone from {self._settings.stream_key}: it was deleted, renamed, evicted or trimmed"
+            )
         if cursor is None:
             log.error("%s, and there is no cursor either", what)
         elif seq is None:
             self._stats.gaps += 1
             gap = {
                 "relay": host,
-                "reason": "stream_lost",
+                "reason": reason,
                 "after": None,
                 "resumed": cursor,
                 "at": int(time.time() * 1000),
@@ -648,7 +673,7 @@ class _Reader:
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
+                await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"", request)
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)

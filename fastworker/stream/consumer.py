@@ -39,6 +39,8 @@ CONSUMERS_KEY: Final = "fastworker:consumers"
 LEASE_PREFIX: Final = "fastworker:consumer:"
 HELD_KEY: Final = "fastworker:held"
 """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it is."""
+GO_BACK_KEY: Final = "fastworker:go-back"
+"""String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody knows."""
 METRICS_KEY: Final = "cluster:metrics"
 DEAD_LETTERS_KEY: Final = "firehose:dead-letters"
 RECREATE_LOCK_KEY: Final = "firehose:stream:recreate-lock"
@@ -432,6 +434,7 @@ class WorkerStream:
         self._ledger = key_of(LEDGER_KEY, stream_key)
         self._consumers = key_of(CONSUMERS_KEY, stream_key, group)
         self._held_key = key_of(HELD_KEY, stream_key, group)
+        self._go_back_key = key_of(GO_BACK_KEY, stream_key, group)
         self._lease_prefix = lease_prefix(stream_key)
         self._dead_letters = key_of(DEAD_LETTERS_KEY, stream_key)
         self.backlog = False  # the last read came back full
@@ -591,12 +594,24 @@ class WorkerStream:
         return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
 
     async def lowest_pending(self) -> str | None:
-        """The lowest id that anybody in the group holds: everything before it that was delivered is settled."""
+        """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
+
+        Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
+        while the reader has to go back, too.
+        """
         async with self._translating_group(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
             pipe.hvals(self._held_key)
-            summary, held = await pipe.execute()
+            pipe.xinfo_groups(self.stream_key)
+            pipe.exists(self._go_back_key)
+            summary, held, groups, must_go_back = await pipe.execute()
+        if must_go_back:
+            return "0-0"
         found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
+        for group in groups:
+            if group["name"] == self.group.encode():
+                ms, n = id_order(group["last-delivered-id"].decode())
+                found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     # --- entries end

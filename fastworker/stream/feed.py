@@ -21,6 +21,7 @@ from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.consumer import (
     DEAD_LETTERS_KEY,
+    GO_BACK_KEY,
     GROUP,
     HELD_KEY,
     ID_ORDER,
@@ -122,8 +123,9 @@ return {'ok', last}
 """
 )
 
-# KEYS stream, marks, finished, held. ARGV the workers' group, a new mark or '', marks kept, the first unread id at the
-# last look or ''. Answers whether an unread entry is gone, the newest finished mark, and the first unread id.
+# KEYS stream, marks, finished, held, go back. ARGV the workers' group, a new mark or '', marks kept, the first unread
+# id at the last look or ''. Answers whether an unread entry is gone, the newest finished mark, the first unread id, and
+# to where the reader has to go back because PostgreSQL did.
 # Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
 # the first entry of the stream, was removed by somebody else. What is pending they hold.
 _WATCH: Final = (
@@ -164,12 +166,14 @@ if not broken and mark and held then
   end
 end
 local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
-return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or ''}
+return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or '',
+  redis.call('GET', KEYS[5]) or ''}
 """
 )
 
-# KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps. ARGV token, cursor expected, cursor after, a
-# gap's text or '', gaps kept. What a reader knows of a stream that is not there any more is forgotten.
+# KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps, go back. ARGV token, cursor expected, cursor
+# after, a gap's text or '', gaps kept, what was asked for. What a reader knows of a stream that is not there any more
+# is forgotten.
 _GO_BACK: Final = """
 local owner = redis.call('GET', KEYS[2])
 if (owner and owner ~= ARGV[1]) or (redis.call('GET', KEYS[1]) or '') ~= ARGV[2] then return 0 end
@@ -178,6 +182,7 @@ if ARGV[3] ~= '' then
   redis.call('SET', KEYS[3], ARGV[3])
 end
 redis.call('DEL', KEYS[4], KEYS[5], KEYS[6])
+if redis.call('GET', KEYS[8]) == ARGV[6] then redis.call('DEL', KEYS[8]) end
 if ARGV[4] ~= '' then
   redis.call('LPUSH', KEYS[7], ARGV[4])
   redis.call('LTRIM', KEYS[7], 0, ARGV[5] - 1)
@@ -299,6 +304,14 @@ class LeaseLost(Exception):
 
 class StreamBroken(Exception):
     """Entries that no worker had read are gone: the stream was deleted, renamed, evicted or trimmed by somebody."""
+
+
+class StoreWentBack(Exception):
+    """PostgreSQL lost what was stored, and the stream no longer has all of it."""
+
+    def __init__(self, request: bytes) -> None:
+        super().__init__(request)
+        self.request = request
 
 
 class TrimResult(msgspec.Struct, frozen=True):
@@ -537,14 +550,15 @@ class Feed:
             self._finished = (host, int(seq))
 
     async def watch(self) -> None:
-        """Look whether what is unread is still there; StreamBroken when it is not."""
+        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
         async with translating(self._redis):
-            broken, finished, unread = await self._watch(
+            broken, finished, unread, request = await self._watch(
                 keys=[
                     self._stream,
                     self._key(MARKS),
                     self._key(FINISHED),
                     key_of(HELD_KEY, self._stream, self._group or GROUP),
+                    key_of(GO_BACK_KEY, self._stream, self._group or GROUP),
                 ],
                 args=[self._group, self._newest, MARKS_MAX, self._unread],
             )
@@ -552,18 +566,22 @@ class Feed:
         self._note_finished(finished)
         if broken:
             raise StreamBroken
+        if request:
+            raise StoreWentBack(request)
 
-    async def go_back(self, seq: int | None, gap: bytes) -> bool:
-        """After StreamBroken: move the cursor back to `seq`, or leave it and record a gap. False: it is not ours."""
+    async def go_back(self, seq: int | None, gap: bytes, request: bytes = b"") -> bool:
+        """After StreamBroken or StoreWentBack, which has a request: move the cursor back to `seq`, or leave it and
+        record a gap. False: it is not ours."""
         keys = [
             self._cursor_key,
             self._lease,
             self.cursor_of(self._host),
             *map(self._key, (TAIL, MARKS, FINISHED, GAPS)),
+            key_of(GO_BACK_KEY, self._stream, self._group or GROUP),
         ]
         after = "" if seq is None else str(seq)
         async with translating(self._redis):
-            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT])
+            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT, request])
         if done:
             self._newest = self._unread = ""
         return bool(done)

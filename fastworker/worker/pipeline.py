@@ -85,6 +85,8 @@ class Source(Protocol):
 class Store(Protocol):
     """What a pipeline needs of `store.store.Store`."""
 
+    @property
+    def sessions(self) -> int: ...
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
     async def keep(self, refused: Sequence[Refused]) -> None: ...
@@ -400,13 +402,14 @@ class Pipeline:
         marks = list(self._marks)  # before we ask: what is read meanwhile is not covered by the answer
         if not marks:
             return
+        sessions = self._store.sessions
         lowest = await self.stream.lowest_pending()
         if lowest is not None:
             bound = id_order(lowest)
             marks = [mark for mark in marks if id_order(mark[0]) < bound]
         newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
         if newest is not None:
-            self._progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
+            self._progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0], sessions)
 
     def stand_on(self, ground: Ground) -> None:
         """From the next entry on."""

@@ -26,6 +26,7 @@ from fastworker.stream.consumer import LeaseLostError, WorkerStream
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
+from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
 from fastworker.worker.overlap import Marks, Overlap
 from fastworker.worker.pipeline import DeadLetterLimit, Pipeline, Refusals
@@ -119,6 +120,7 @@ def _worker_main(settings: WorkerSettings, shared: Shared, slot: Slot) -> int:
 async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
+    failover = Failover(redis, settings.stream_key, settings.group)
     try:
         try:
             store = await Store.connect(
@@ -129,13 +131,21 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
                 verified_only=settings.verified_only,
+                meet=failover.meet,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
                 await _work(
-                    settings, shared or Shared(dead_letter_limit(settings)), slot, stopping, redis, store, open_span
+                    settings,
+                    shared or Shared(dead_letter_limit(settings)),
+                    slot,
+                    stopping,
+                    redis,
+                    store,
+                    failover,
+                    open_span,
                 )
         finally:
             await store.close()
@@ -150,6 +160,7 @@ async def _work(
     stopping: asyncio.Event,
     redis: Redis,
     store: Store,
+    failover: Failover,
     open_span: OpenSpan,
 ) -> None:
     async def last_finished() -> str | None:
@@ -207,7 +218,7 @@ async def _work(
             await _take_ground(store, pipelines)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
-        await _run(settings, slot, stopping, store, streams, pipelines)
+        await _run(settings, slot, stopping, store, failover, streams, pipelines)
     finally:
         # Whoever takes over at once would be done before a commit of ours that is still on its way, and nobody would
         # look back after it: what is not known to have ended keeps its lease, which ends by itself.
@@ -222,6 +233,7 @@ async def _run(
     slot: Slot,
     stopping: asyncio.Event,
     store: Store,
+    failover: Failover,
     streams: list[WorkerStream],
     pipelines: list[Pipeline],
 ) -> None:
@@ -232,10 +244,10 @@ async def _run(
             group.create_task(_every(renew_s, partial(_renew, streams)), name="renew leases"),
             group.create_task(_every(TELL_S, partial(_tell_held, streams)), name="tell what is held"),
             group.create_task(
-                _every(MAINTAIN_S, partial(_maintain, slot, store, streams[0], pipelines)), name="maintain"
+                _every(MAINTAIN_S, partial(_maintain, slot, store, failover, streams[0], pipelines)), name="maintain"
             ),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
-            group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
+            group.create_task(_every(LOOK_S, partial(_look_for, store, slot, failover)), name="look for PostgreSQL"),
         ]
         loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
         slot.set(ready=1, state=State.RUNNING, maintained_ms=now_ms())
@@ -278,12 +290,15 @@ async def _tell_held(streams: list[WorkerStream]) -> None:
         pass  # the pipelines wait for Redis, and say so
 
 
-async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
+async def _maintain(
+    slot: Slot, store: Store, failover: Failover, stream: WorkerStream, pipelines: list[Pipeline]
+) -> None:
     """What committed transactions still owe, in bounded pieces; and how far the group has come."""
 
     async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
+        await failover.note(store)
 
     async def pay() -> None:
         while await store.maintain():
@@ -322,20 +337,23 @@ async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
         pipeline.stand_on(ground)
 
 
-async def _look_for(store: Store, slot: Slot) -> None:
+async def _look_for(store: Store, slot: Slot, failover: Failover) -> None:
     """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
 
-    Not while every connection writes: then flushes tell, by their progress.
+    How far the server got is remembered beside it. Not while every connection writes: then flushes tell, by their
+    progress.
     """
     opened, busy = store.connections
     if slot.get("held") and busy == opened:
         return
     try:
         await store.ping()
+        slot.set(store_ms=now_ms())
+        await failover.note(store)
+    except StreamUnavailable:
+        pass  # the pipelines wait for Redis, and say so
     except (StoreUnavailable, Unreachable) as error:
         slot.failed(error)
-    else:
-        slot.set(store_ms=now_ms())
 
 
 async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:

@@ -55,6 +55,7 @@ def likes(count: int, poison: frozenset[int] = frozenset(), *, of_many: bool = F
 
 
 class MemoryStore:
+    sessions = 0
     """Keeps uris; refuses batches that hold a poisonous one; may be down."""
 
     def __init__(self) -> None:
