@@ -33,7 +33,7 @@ from fastworker.commands.tune import Extent
 from fastworker.simulator.keys import Curve
 
 
-class Wish(NamedTuple):
+class Options(NamedTuple):
     seed: int
     events: int
     runs: int
@@ -46,8 +46,8 @@ class Wish(NamedTuple):
 class Session:
     """What one invocation is told, and what it knows so far."""
 
-    def __init__(self, wish: Wish, report: Report) -> None:
-        self.seed, self.events, self.runs, self.rows, self.settings, self.quick, self.tuned = wish
+    def __init__(self, options: Options, report: Report) -> None:
+        self.seed, self.events, self.runs, self.rows, self.settings, self.quick, self.tuned = options
         self.report = report
         self.folder: Path = corpus.prepare(self.seed, self.events)
 
@@ -299,7 +299,7 @@ def main(
     bench.servers.PYTHON = python
     mix = {"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}
     report = Report({**mix, "environment": "its own" if python == sys.executable else "another"}, results)
-    session = Session(Wish(seed, events, runs, rows, settings, quick, tuned), report)
+    session = Session(Options(seed, events, runs, rows, settings, quick, tuned), report)
     failed = []
     for name in names or BENCHES:
         began = time.monotonic()

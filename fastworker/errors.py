@@ -38,7 +38,7 @@ class Reason(StrEnum):
     ROW_REJECTED = "row_rejected"  # PostgreSQL refused the data
     KILLS_WORKER = "kills_worker"  # three processes died that held nothing else
     ABANDONED = "abandoned"  # at the head of a full stream, its consumer long gone
-    OVERSIZED = "oversized"  # beyond the protocol's size limits
+    OVERSIZED = "oversized"  # beyond the size limits of the protocol, or more values than can be decoded at a stretch
     # ops (dropped; the siblings are stored)
     BAD_DID = "bad_did"
     BAD_PATH = "bad_path"
@@ -57,6 +57,7 @@ class Reason(StrEnum):
     # frames and events with nothing to store
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden
+    FILTERED = "filtered"  # no drop: FASTWORKER_COLLECTIONS leaves it out
 
 
 def how_to_install(extra: str) -> str:

@@ -200,7 +200,8 @@ def markdown() -> str:
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         if metric.closed:
-            labels += ": " + ", ".join(f"`{value}`" for value in metric.closed)
+            values = ", ".join(f"`{value}`" for value in metric.closed)
+            labels += ": each table of records" if metric is CHANGES else f": {values}"
         served_by = "both" if metric in COMMON else "reader" if metric in _READER_ONLY else "worker"
         of_the = "stream" if metric in OF_STREAM else "service"
         lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {served_by} | {of_the} | {metric.why} |")

@@ -29,7 +29,7 @@ from fastworker.store.migrate import SchemaRefused, encoding_problem
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.tuning import Server as PostgresServer
 from fastworker.store.tuning import open_tuning
-from fastworker.stream.admin import Consumer, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
+from fastworker.stream.admin import ConsumerState, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
 from fastworker.stream.consumer import form_of
 from fastworker.stream.feed import OURS
 from fastworker.terminal import Terminal, write_json
@@ -174,7 +174,7 @@ def stream_kind(kind: str, key: str) -> Iterator[Finding]:
         yield _fail("stream", f"{key} is a {kind}, not a stream: set REDIS_STREAM_KEY to another key or remove it.")
 
 
-def somebody_works(stream: Stream, consumers: Iterable[Consumer], config: Config) -> Iterator[Finding]:
+def somebody_works(stream: Stream, consumers: Iterable[ConsumerState], config: Config) -> Iterator[Finding]:
     group = stream.group(config.group)
     waiting = stream.length if group is None else group.lag
     if waiting and not any(one.leased or one.idle_ms < ACTIVE_MS for one in consumers):
@@ -225,8 +225,8 @@ def gaps(count: int) -> Iterator[Finding]:
         yield _warn(
             "stream",
             f"{counted(count, 'stretch was', 'stretches were')} never given by the relay (LRANGE "
-            "fastworker:gaps 0 -1 tells which): backfill the "
-            "accounts of that time, then DEL the list.",
+            "fastworker:gaps 0 -1 tells which): run "
+            "`fastworker repair --gap`.",
         )
 
 
@@ -265,7 +265,7 @@ def groups_that_hold(stream: Stream, config: Config, now_ms: int) -> Iterator[Fi
 _TYPESCRIPT: Final = re.compile(r"worker-\d+-p\d+")
 
 
-def foreign_consumers(consumers: Iterable[Consumer], config: Config) -> Iterator[Finding]:
+def foreign_consumers(consumers: Iterable[ConsumerState], config: Config) -> Iterator[Finding]:
     """Old workers on the same group: allowed, with what follows from it."""
     active = [one.name for one in consumers if not one.ours and one.idle_ms < ACTIVE_MS]
     if not active:
@@ -293,7 +293,7 @@ def foreign_consumers(consumers: Iterable[Consumer], config: Config) -> Iterator
         )
 
 
-def unreadable_for_others(consumers: Iterable[Consumer], newest: Iterable[Fields]) -> Iterator[Finding]:
+def unreadable_for_others(consumers: Iterable[ConsumerState], newest: Iterable[Fields]) -> Iterator[Finding]:
     forms = {form_of(fields) for fields in newest} & {"native", "frame"}
     if forms and any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
         yield _fail(
@@ -313,7 +313,7 @@ def other_groups_read_json(stream: Stream, config: Config) -> Iterator[Finding]:
         )
 
 
-def abandoned_pending(consumers: Iterable[Consumer], oldest: Iterable[Pending]) -> Iterator[Finding]:
+def abandoned_pending(consumers: Iterable[ConsumerState], oldest: Iterable[Pending]) -> Iterator[Finding]:
     dead = [one for one in consumers if one.pending and not one.leased and one.idle_ms >= ACTIVE_MS]
     if dead:
         count = sum(one.pending for one in dead)
@@ -446,7 +446,7 @@ def postgres_settings(server: PostgresServer) -> Iterator[Finding]:
         )
 
 
-def second_writer(writing: list[str], consumers: Iterable[Consumer]) -> Iterator[Finding]:
+def second_writer(writing: list[str], consumers: Iterable[ConsumerState]) -> Iterator[Finding]:
     """Somebody writes what only ingestion writes, and is no consumer of the group."""
     if writing and not any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
         yield _fail(
@@ -518,7 +518,7 @@ def configuration(config: Config) -> Iterator[Finding]:
 class _Seen(msgspec.Struct):
     """What Redis told that judging PostgreSQL needs."""
 
-    consumers: list[Consumer] = []
+    consumers: list[ConsumerState] = []
     cursor: str | None = None
     redis_ahead_s: float | None = None
 

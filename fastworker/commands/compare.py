@@ -22,9 +22,9 @@ from fastworker.errors import ExitCode, InvalidEvent, StoreUnavailable, Unreacha
 from fastworker.event import Account, Commit, Identity
 from fastworker.event.entry import decode_entry, received_ms
 from fastworker.metrics import OUTCOMES
-from fastworker.store.audit import Audit, Check, Drift, Held, open_audit
+from fastworker.store.audit import Audit, Check, Drift, StoredRecord, open_audit
 from fastworker.store.migrate import check as check_schema
-from fastworker.stream.admin import Consumer, Count, Fields, RedisAdmin, id_ms, open_redis
+from fastworker.stream.admin import ConsumerState, Fields, GroupCount, RedisAdmin, id_ms, open_redis
 from fastworker.table.batch import Batch, Change, is_gone, newer
 from fastworker.table.dates import entry_moment
 from fastworker.table.mapper import map_commit
@@ -149,16 +149,16 @@ async def _watch(admin: RedisAdmin, config: Config, seconds: float) -> tuple[Sha
     return share, [_hand(one, seen.get(one.name, set())) for one in await admin.consumers(config.group)]
 
 
-def _by_fastworker(count: Count) -> int:
+def _by_fastworker(count: GroupCount) -> int:
     return sum(count.ledger.get(outcome, 0) for outcome in OUTCOMES)
 
 
-def _by_others(count: Count) -> int | None:
+def _by_others(count: GroupCount) -> int | None:
     """Given to the group, not pending any more, and not in fastworker's ledger."""
     return None if count.given is None else max(0, count.given - count.pending - _by_fastworker(count))
 
 
-def _hand(one: Consumer, seen: set[str]) -> Hand:
+def _hand(one: ConsumerState, seen: set[str]) -> Hand:
     return Hand(
         name=one.name,
         who="fastworker" if one.ours or one.leased else "other",
@@ -294,7 +294,7 @@ def _batch(entries: Iterable[tuple[str, Mapping[bytes, bytes]]]) -> Batch:
     return batch
 
 
-def _judge(change: Change, held: Held, records: Records) -> str:
+def _judge(change: Change, held: StoredRecord, records: Records) -> str:
     """Count the record; the problem in words, or nothing."""
     records.records += 1
     is_ours = held.rev is not None or held.seq is not None

@@ -12,7 +12,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
@@ -26,8 +25,9 @@ from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json
 from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_bytes, load_record
 from fastworker.redact import printable
-from fastworker.stream.admin import Fields, RedisAdmin, id_ms, open_redis
+from fastworker.stream.admin import Fields, RedisAdmin, open_redis
 from fastworker.stream.consumer import original_fields
+from fastworker.stream.letters import Letter, line_of, reason_of
 from fastworker.terminal import Terminal, write_json
 
 PIECE = 100
@@ -63,57 +63,8 @@ class Wanted(msgspec.Struct, frozen=True):
         return self.all or letter_id in self.ids or (self.reason is not None and self.reason == reason_of(letter))
 
 
-class Letter(msgspec.Struct, frozen=True):
-    """One line of `dlq list`, also its JSON."""
-
-    id: str
-    reason: str
-    form: str
-    type: str
-    seq: str
-    orig_id: str
-    deliveries: str
-    consumer: str
-    set_aside_at: str
-    bytes: int
-    error: str
-
-
-def _text(letter: Fields, name: bytes) -> str:
-    return letter.get(name, b"").decode("utf-8", "replace")
-
-
-def reason_of(letter: Fields) -> str:
-    """`deliveries` for the predecessor's letters: it gave up after too many, and says nothing more."""
-    return _text(letter, b"reason") or "deliveries"
-
-
 def _from_reader(letter: Fields) -> bool:
     return letter.get(b"consumer") == b"reader" and not letter.get(b"origId")
-
-
-def line_of(letter_id: str, letter: Fields) -> Letter:
-    return Letter(
-        id=letter_id,
-        reason=reason_of(letter),
-        form=_text(letter, b"form") or "json",
-        type=_text(letter, b"type"),
-        seq=_text(letter, b"seq"),
-        orig_id=_text(letter, b"origId"),
-        deliveries=_text(letter, b"deliveries"),
-        consumer=_text(letter, b"consumer"),
-        set_aside_at=_moment(letter.get(b"setAsideAt", b"")) or _moment(str(id_ms(letter_id)).encode()),
-        bytes=len(letter.get(b"data", b"")),
-        error=_text(letter, b"error"),
-    )
-
-
-def _moment(ms: bytes) -> str:
-    """Empty for what is no time."""
-    try:
-        return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    except (ValueError, OverflowError, OSError):
-        return ""
 
 
 async def _letters(admin: RedisAdmin) -> AsyncIterator[tuple[str, Fields]]:

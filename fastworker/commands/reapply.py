@@ -23,7 +23,8 @@ from fastworker.process.outage import Outage
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import Entry, SetAside, Tally
-from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+from fastworker.worker.limits import DeadLetterLimit
+from fastworker.worker.pipeline import Pipeline
 from fastworker.worker.worker import WorkerSettings
 
 log = logging.getLogger(__name__)

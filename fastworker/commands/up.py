@@ -22,14 +22,17 @@ from fastworker.config import Config
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
-from fastworker.monitor.monitor import MonitorSettings, run_monitor
+from fastworker.monitor.monitor import run_monitor
 from fastworker.monitor.page import settle_port
+from fastworker.monitor.view import MonitorSettings
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Server, Supervisor
-from fastworker.reader.reader import ReaderSettings
+from fastworker.process.children import ChildSpec
+from fastworker.process.supervisor import Supervisor
+from fastworker.process.wards import Server
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
+from fastworker.reader.stats import ReaderSettings
 from fastworker.redact import redact
 from fastworker.store.migrate import migrate
 from fastworker.sync.resolver import ResolverSettings, run_resolver
@@ -38,7 +41,7 @@ from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, work
 log = logging.getLogger(__name__)
 
 
-class Plan(msgspec.Struct, frozen=True):
+class ServiceOptions(msgspec.Struct, frozen=True):
     """What a supervisor runs. `reader` None: the reader is another service; `resolver`: of handles."""
 
     worker: WorkerSettings
@@ -49,7 +52,7 @@ class Plan(msgspec.Struct, frozen=True):
     notify_socket: str | None = None
 
 
-def supervise(plan: Plan, servers: Sequence[Server] = ()) -> ExitCode:
+def supervise(plan: ServiceOptions, servers: Sequence[Server] = ()) -> ExitCode:
     """Fork, and return when all is over. `servers`: started again when they end."""
     heartbeats = Heartbeats()
     worker = shrunk(plan.worker)
@@ -96,7 +99,9 @@ def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int
     return run_child(slot, main)
 
 
-def run_worker(config: Config, plan: Plan, start: Start | None = None, servers: Sequence[Server] = ()) -> ExitCode:
+def run_worker(
+    config: Config, plan: ServiceOptions, start: Start | None = None, servers: Sequence[Server] = ()
+) -> ExitCode:
     """`fastworker worker`, and its reader from `start` on. Raises FastworkerError for what an operator has to mend."""
     if plan.worker.tracing:
         tracing.require()
@@ -108,7 +113,7 @@ def run_worker(config: Config, plan: Plan, start: Start | None = None, servers: 
     return supervise(plan, servers)
 
 
-def up(config: Config, make_plan: Callable[[Config], Plan], start: Start | None = None) -> ExitCode:
+def up(config: Config, make_plan: Callable[[Config], ServiceOptions], start: Start | None = None) -> ExitCode:
     """`fastworker up`. `make_plan` turns the configuration, its URLs filled in, into settings."""
     with ExitStack() as stack:
         config, servers = stack.enter_context(_with_servers(config))
@@ -119,7 +124,7 @@ def up(config: Config, make_plan: Callable[[Config], Plan], start: Start | None 
         return run_worker(config, plan, start, servers)
 
 
-def _with_port(plan: Plan) -> Plan:
+def _with_port(plan: ServiceOptions) -> ServiceOptions:
     monitor = msgspec.structs.replace(plan.monitor, http=settle_port(plan.monitor.http))
     return msgspec.structs.replace(plan, monitor=monitor)
 
@@ -192,7 +197,7 @@ def _only_one(home: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _say_how_to_connect(config: Config, plan: Plan) -> None:
+def _say_how_to_connect(config: Config, plan: ServiceOptions) -> None:
     """For people, on standard output: the log has everything else."""
     http = plan.monitor.http
     where = f"http://{http.host}:{http.port}/" if http.port else "off"

@@ -33,7 +33,7 @@ EXAMPLES = 5
 LINE_S = 5.0
 
 
-class Wish(msgspec.Struct, frozen=True):
+class VerifyOptions(msgspec.Struct, frozen=True):
     """What the operator asked for. `start` is (check, key) to go on from, as a stopped run printed it."""
 
     repair: bool = False
@@ -68,7 +68,7 @@ def names() -> list[str]:
 async def verify(
     database_url: str,
     derive: frozenset[str],
-    wish: Wish,
+    options: VerifyOptions,
     stop: asyncio.Event | None = None,
     *,
     trusted_verifiers: Sequence[str] = (),
@@ -79,20 +79,20 @@ async def verify(
         raise Unreachable(" ".join(problems))
     repair = None
     try:
-        if wish.repair:
+        if options.repair:
             repair = await Store.connect(
                 database_url,
                 pool_size=1,
                 application_name="fastworker-repair",
                 derive=derive,
                 trusted_verifiers=trusted_verifiers,
-                verified_only=wish.verified_only,
+                verified_only=options.verified_only,
             )
-            with contextlib.suppress(StoreUnavailable):  # of a piece that cannot be paid; the rest is
+            with contextlib.suppress(StoreUnavailable):  # of a piece that cannot be recomputed; the rest is
                 while not stop.is_set() and await repair.maintain():  # what is owed is no drift
                     pass
         async with open_audit(database_url, derive, trusted_verifiers) as audit:
-            run = _Run(audit, repair, wish, stop)
+            run = _Run(audit, repair, options, stop)
             await run.conduct()
     except (StoreUnavailable, RowRejected) as error:
         raise Unreachable(str(error)) from error
@@ -103,10 +103,10 @@ async def verify(
 
 
 class _Run:
-    def __init__(self, audit: Audit, repair: Store | None, wish: Wish, stop: asyncio.Event) -> None:
+    def __init__(self, audit: Audit, repair: Store | None, options: VerifyOptions, stop: asyncio.Event) -> None:
         self._audit = audit
         self._repair = repair
-        self._wish = wish
+        self._options = options
         self._stop = stop
         self._found: list[Found] = []
         self._began = time.monotonic()
@@ -115,11 +115,11 @@ class _Run:
 
     async def conduct(self) -> None:
         checks = await self._audit.checks()
-        if unknown := set(self._wish.only).difference(names()):
+        if unknown := set(self._options.only).difference(names()):
             raise ConfigError(f"--check {', '.join(sorted(unknown))}: there are {', '.join(names())}")
-        if self._wish.only:
-            checks = [check for check in checks if check.name in self._wish.only]
-        checks, after = _resume(checks, self._wish.start)
+        if self._options.only:
+            checks = [check for check in checks if check.name in self._options.only]
+        checks, after = _resume(checks, self._options.start)
         sizes = {check.name: max(1, await self._audit.size(check)) for check in checks}
         with Progress(
             TextColumn("{task.description:30}"),
@@ -157,7 +157,7 @@ class _Run:
         after = after[: check.width]
         while not self._stop.is_set():
             self._at = f"{check.name}:{' '.join(after)}"
-            piece = await self._audit.piece(check, after, self._wish.rows)
+            piece = await self._audit.piece(check, after, self._options.rows)
             if piece is None:
                 return
             if drifts := await self._settled(check, await self._audit.look(check, piece)):
@@ -173,7 +173,7 @@ class _Run:
             found.rows += piece.rows
             after = piece.last
             yield found.rows
-            await pause(self._wish.pause_s, self._stop)
+            await pause(self._options.pause_s, self._stop)
 
     async def _settled(self, check: Check, drifts: list[Drift]) -> list[Drift]:
         """Those that are still there a moment later."""
@@ -198,7 +198,7 @@ class _Run:
         unowned = sum(found.drift.get("unowned", 0) for found in self._found)
         left = sum(found.left for found in self._found) - unowned
         stopped = self._at if self._stop.is_set() else None
-        if self._wish.as_json:
+        if self._options.as_json:
             report = {
                 "checks": [
                     {

@@ -16,6 +16,10 @@ from fastworker.errors import InvalidEvent, Reason
 DEPTH_MAX = 128
 """Containers within containers. The protocol says 32, the deepest real record seen has 17, orjson writes 254."""
 
+VALUES_MAX = 100_000
+"""Of all records of a commit. Large ones have some thousands; 2 MB can hold 2 million, which take ten seconds and
+half a gigabyte to decode and to write as JSON."""
+
 _ARRAY, _MAP = 4, 5
 _HEADS = bytes(range(0x81, 0xA0)) + bytes(range(0xA1, 0xC0))  # arrays and maps that are not empty
 
@@ -75,6 +79,18 @@ def check_depth(block: bytes) -> None:
             pending.pop()
             if pending:
                 pending[-1] -= 1
+
+
+def count_values(block: bytes, most: int) -> int:
+    """How many values and keys are in a block, containers among them; counted no further than one beyond `most`."""
+    count, position, end = 0, 0, len(block)
+    while position < end and count <= most:
+        major, argument, position = _head(block, position)
+        if major != 6:  # a tag: its value follows
+            count += 1
+            if major in (2, 3):
+                position += argument
+    return count
 
 
 def _head(data: bytes, position: int) -> tuple[int, int, int]:

@@ -24,10 +24,10 @@ import orjson
 
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Account, Commit, Drop, Event, Identity, Op, Record
-from fastworker.event.cbor import DEPTH_MAX
+from fastworker.event.cbor import DEPTH_MAX, VALUES_MAX
 from fastworker.event.dialect import lexicon_record
 from fastworker.event.frame import SEQ_END, account_of, decode_frame, detail_of, identity_of, time_of
-from fastworker.event.record import json_bytes, load_record, nesting_exceeds
+from fastworker.event.record import TOO_MANY_VALUES, json_bytes, load_record, nesting_exceeds, too_heavy, values_within
 from fastworker.event.syntax import is_did, is_tid, split_path
 
 Fields = list[tuple[bytes, bytes]]
@@ -103,7 +103,11 @@ def encode_json(event: Event) -> Fields | None:
 def _commit_members(commit: Commit) -> dict[str, Any]:
     ops: list[dict[str, Any]] = []
     drops = list(commit.drops)
-    for op in commit.ops:
+    heavy = too_heavy(commit.ops)
+    for place, op in enumerate(commit.ops):
+        if place in heavy:
+            drops.append(Drop(Reason.OVERSIZED, op.collection, detail_of(f"{op.rkey}: {TOO_MANY_VALUES}")))
+            continue
         member: dict[str, Any] = {"action": op.action, "path": f"{op.collection}/{op.rkey}"}
         if op.action != "delete":
             try:
@@ -139,7 +143,8 @@ def _decode_json(kind: bytes, data: bytes, seq: int | None) -> Event:
     if type(relay) is not str:
         relay = None
     if kind == b"commit":
-        return _json_commit(body, seq, relay, may_be_deep=data.count(b"{") + data.count(b"[") > DEPTH_MAX)
+        may_be_deep = data.count(b"{") + data.count(b"[") > DEPTH_MAX
+        return _json_commit(body, seq, relay, may_be_deep=may_be_deep, may_be_heavy=len(data) > 2 * VALUES_MAX)
     if kind == b"identity":
         return identity_of(_did(body, "did"), body.get("handle"), seq, body.get("time"), relay)
     if kind == b"account":
@@ -150,7 +155,9 @@ def _decode_json(kind: bytes, data: bytes, seq: int | None) -> Event:
     raise InvalidEvent(Reason.UNKNOWN_TYPE, detail_of(kind.decode("utf-8", "replace")))
 
 
-def _json_commit(body: dict[str, Any], seq: int | None, relay: str | None, *, may_be_deep: bool) -> Commit:
+def _json_commit(
+    body: dict[str, Any], seq: int | None, relay: str | None, *, may_be_deep: bool, may_be_heavy: bool
+) -> Commit:
     repo = _did(body, "repo")
     entries = body.get("ops")
     if type(entries) is not list:
@@ -162,6 +169,7 @@ def _json_commit(body: dict[str, Any], seq: int | None, relay: str | None, *, ma
             raise InvalidEvent(Reason.NO_VERSION, "neither rev nor seq")
     ops: list[Op] = []
     drops = _json_drops(body["drops"]) if "drops" in body else []
+    left = VALUES_MAX
     for entry in entries:
         if type(entry) is not dict:
             drops.append(Drop(Reason.BAD_ACTION, "", "an op is not an object"))
@@ -181,9 +189,12 @@ def _json_commit(body: dict[str, Any], seq: int | None, relay: str | None, *, ma
             record = entry.get("record")
             if type(record) is not dict:
                 drops.append(Drop(Reason.BAD_RECORD, collection, f"{detail_of(path)}: no record"))
+            elif may_be_heavy and (count := values_within(record, left)) > left:
+                drops.append(Drop(Reason.OVERSIZED, collection, detail_of(f"{rkey}: {TOO_MANY_VALUES}")))
             elif may_be_deep and nesting_exceeds(record, DEPTH_MAX):
                 drops.append(Drop(Reason.TOO_DEEP, collection, detail_of(path)))
             else:
+                left -= count if may_be_heavy else 0
                 if type(record.get("py_type")) is str:
                     record = lexicon_record(record)
                 ops.append(Op(action, collection, rkey, _cid(entry.get("cid")), None, record))

@@ -13,7 +13,7 @@ import libipld
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Account, Commit, Drop, ErrorFrame, Frame, Identity, Info, Op, Sync, Unknown
 from fastworker.event.car import RECORD_CID, RECORD_CID_BYTES, is_block_of, select_blocks
-from fastworker.event.cbor import decode_sequence
+from fastworker.event.cbor import VALUES_MAX, count_values, decode_sequence
 from fastworker.event.record import cid_text, clean_text
 from fastworker.event.syntax import is_did, is_handle, is_tid, split_path
 
@@ -92,7 +92,7 @@ def _two_objects(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         objects = libipld.decode_dag_cbor_multi(data)
     except (ValueError, RecursionError, MemoryError):
         try:
-            objects = decode_sequence(data, 2)
+            objects = decode_sequence(data, 2) if count_values(data, VALUES_MAX) <= VALUES_MAX else []
         except InvalidEvent as error:
             raise InvalidEvent(Reason.BAD_FRAME, error.detail) from None
     if len(objects) != 2:

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from binascii import b2a_base64
+from collections.abc import Sequence
 from typing import Any
 
 import libipld
@@ -20,9 +21,10 @@ import orjson
 
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Op, Record
-from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, decode
+from fastworker.event.cbor import DEPTH_MAX, VALUES_MAX, Link, check_depth, count_values, decode
 from fastworker.event.syntax import reads_as_identifier
 
+TOO_MANY_VALUES = f"more than {VALUES_MAX:,} values in a commit"
 SEARCHES_MAX = 16  # of one block for links; a post has up to four blobs
 
 _dirty = re.compile("[\0\ud800-\udfff]")
@@ -48,6 +50,29 @@ def load_record(op: Op) -> Record:
     if type(record) is not dict:
         raise InvalidEvent(Reason.BAD_RECORD, "not an object")
     return record
+
+
+def too_heavy(ops: Sequence[Op]) -> Sequence[int]:
+    """Which ops of a commit, by their place, hold more values than may be decoded at a stretch. The first ones may.
+
+    A value takes a byte at least, which settles nearly every commit. Records from JSON are bounded when they are read.
+    """
+    if sum([len(op.block) for op in ops if op.block is not None]) <= VALUES_MAX:
+        return ()
+    heavy = []
+    left = VALUES_MAX
+    for place, op in enumerate(ops):
+        if op.block is None:
+            continue
+        try:
+            count = count_values(op.block, left)
+        except InvalidEvent:  # decoding it tells more
+            continue
+        if count > left:
+            heavy.append(place)
+        else:
+            left -= count
+    return heavy
 
 
 def json_text(value: Any, op: Op, lost: list[str] | None = None) -> str:
@@ -126,6 +151,21 @@ def nesting_exceeds(value: Any, levels: int) -> bool:
     if type(value) is list:
         return not levels or any(nesting_exceeds(inner, levels - 1) for inner in value)
     return False
+
+
+def values_within(value: Any, most: int) -> int:
+    """How many values and keys are in it, as `count_values` does; counted no further than one beyond `most`."""
+    count = 0
+    pending = [value]
+    while pending and count <= most:
+        inner = pending.pop()
+        count += 1
+        if type(inner) is list:
+            pending += inner[: most + 1 - count]
+        elif type(inner) is dict and not (len(inner) == 1 and type(inner.get("$link", inner.get("$bytes"))) is str):
+            count += len(inner)
+            pending += list(inner.values())[: most + 1]
+    return count
 
 
 def _lexicon_json(block: bytes) -> Any:

@@ -37,7 +37,7 @@ _Visit = tuple[bytes, int | None, bytes | None]
 """Of a node: its CID, its layer, None. Of an entry: its key, None, its value."""
 
 
-class Held(NamedTuple):
+class TreeRecord(NamedTuple):
     """One record. `block` None: the tree names it by something that is no CID of a record."""
 
     collection: str
@@ -83,7 +83,7 @@ class Repository:
     def close(self) -> None:
         self._file.close()
 
-    def records(self) -> Iterator[Held]:
+    def records(self) -> Iterator[TreeRecord]:
         """Every record, in key order. What comes after an error is unknown, so nothing may be done before the end."""
         before = b""
         self.bad_paths = 0
@@ -124,7 +124,7 @@ class Repository:
                 parts.append((after, layer - 1, None))
         return parts
 
-    def _record(self, key: bytes, cid: bytes) -> Held | None:
+    def _record(self, key: bytes, cid: bytes) -> TreeRecord | None:
         try:
             path = split_path(key.decode("ascii"))
         except UnicodeDecodeError:
@@ -132,7 +132,7 @@ class Repository:
         if path is None:
             self.bad_paths += 1
             return None
-        return Held(*path, cid, self._block(cid, key.decode("ascii")) if is_cid(cid) else None)
+        return TreeRecord(*path, cid, self._block(cid, key.decode("ascii")) if is_cid(cid) else None)
 
     def _block(self, cid: bytes, what: str) -> bytes:
         """Of a file it is hashed again: the index knows 64 bits of the CID, and the file may have changed."""

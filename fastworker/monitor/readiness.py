@@ -48,9 +48,11 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     store_s: float = 0.0  # since PostgreSQL answered
     judged_by_answer: bool = True  # it is idle, or its latest news are bad ones: a flush may take its time
+    has_bad_news: bool = False  # an attempt failed since PostgreSQL answered
     held_s: float | None = None
     maintained_s: float | None = None
     maintain_error: str = ""
+    locked: str = ""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,11 +117,19 @@ def of_process(one: Process) -> list[str]:
         return [f"{one.name}: PostgreSQL has not answered for {one.store_s:.0f} s: {one.error or 'no error yet'}"]
     why = []
     if one.held_s is not None and one.held_s > HELD_S:
-        why.append(f"{one.name} has held an entry for {one.held_s:.0f} s")
+        why.append(f"{one.name} has held an entry for {one.held_s:.0f} s{one.locked and ': ' + one.locked}")
     if one.maintained_s is not None and one.maintained_s > MAINTAINED_S:
         said = one.maintain_error or "no error yet"
         why.append(f"{one.name}: nothing that is owed was looked after for {one.maintained_s:.0f} s: {said}")
     return why
+
+
+def postgres_away(one: Process) -> str | None:
+    """What says that PostgreSQL is away, where a process that is well itself waits for it."""
+    if not (one.is_worker and one.ready) or one.turned_s > FRESH_S or one.error.startswith("StreamUnavailable"):
+        return None
+    is_silent = one.state == State.RUNNING and one.has_bad_news and one.store_s > FRESH_S
+    return (one.error or "it does not answer") if is_silent or one.state == State.WAITING_FOR_STORE else None
 
 
 def process_of(snapshot: Snapshot, now: int) -> Process:
@@ -138,9 +148,11 @@ def process_of(snapshot: Snapshot, now: int) -> Process:
         error=snapshot.error,
         store_s=age(gauges.store_ms) if gauges.store_ms else 0.0,
         judged_by_answer=not gauges.held or gauges.error_ms > gauges.store_ms,
+        has_bad_news=gauges.error_ms > gauges.store_ms,
         held_s=age(gauges.oldest_ms) if gauges.oldest_ms else None,
         maintained_s=age(gauges.maintained_ms) if gauges.maintained_ms else None,
         maintain_error=snapshot.maintain_error,
+        locked=snapshot.locked,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -21,9 +22,14 @@ class Outage:
         self._since: float | None = None
         self._told = 0.0
 
-    def look(self, why: str | None, so: str = "") -> None:
-        """`why` it is away, None when it is there. `so`: what that means by now, for the line of each minute."""
+    def look(self, why: str | None, so: str = "", *, answered_at: float = math.inf) -> None:
+        """`why` it is away, None when nothing says so. `so`: what that means by now, for the line of each minute.
+
+        `answered_at`, by the same clock: an outage ends with an answer, not because those that waited are gone.
+        """
         now = self._clock()
+        if why is None and self._since is not None and answered_at <= self._since:
+            why = ""
         if why is None:
             if self._since is not None:
                 log.info("%s is back after %s", self._server, span(now - self._since))

@@ -19,7 +19,7 @@ from fastworker.event.syntax import DID
 from fastworker.store.session import PATH, translating
 from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
-from fastworker.table.schema import TABLES, VERIFICATIONS, Table
+from fastworker.table.schema import TABLES, VERIFICATIONS, Table, qualified
 
 Key = tuple[str, ...]
 Where = Callable[..., str]
@@ -153,15 +153,11 @@ _POST_NOTES = (
 # What must not be there at all -------------------------------------------------------------------------------
 
 
-def _qualified(table: str) -> str:
-    return table if "." in table else f"public.{table}"
-
-
 def _forbidden(table: str) -> Check:
     def sql(where: Where, _: frozenset[str]) -> str:
         return (
             "SELECT r.uri, r.uri, 'forbidden', NULL::jsonb, jsonb_build_object('did', r.did) FROM ("
-            f"SELECT uri, {_did('uri')} AS did FROM {_qualified(table)} WHERE {where('uri')}) AS r "
+            f"SELECT uri, {_did('uri')} AS did FROM {qualified(table)} WHERE {where('uri')}) AS r "
             "WHERE EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = r.did "
             "AND s.data_collection_forbidden)"
         )
@@ -185,7 +181,7 @@ def _twins(where: Where, _: frozenset[str]) -> str:
         return (
             f"SELECT t.uri, t.pair, w.uri AS holder, t.rkey, {_rank(table, 'w.uri')} AS holds, "
             f"{_rank(table, 't.uri')} AS waits FROM fastworker.twins AS t "
-            f"LEFT JOIN {_qualified(table.name)} AS w ON {on} WHERE t.table_name = '{table.name}' AND {where('t.uri')}"
+            f"LEFT JOIN {qualified(table.name)} AS w ON {on} WHERE t.table_name = '{table.name}' AND {where('t.uri')}"
         )
 
     rows = " UNION ALL ".join(of(table) for table in TABLES if table.pair)
@@ -205,7 +201,7 @@ def _users(table: str, key: str, *dids: str) -> Check:
 
     def sql(where: Where, _: frozenset[str]) -> str:
         rows = " UNION ALL ".join(
-            f"SELECT {key} AS key, {did} AS did FROM {_qualified(table)} WHERE {where(key)}" for did in dids
+            f"SELECT {key} AS key, {did} AS did FROM {qualified(table)} WHERE {where(key)}" for did in dids
         )
         return (
             f"SELECT min(r.key), r.did, 'missing', jsonb_build_object('did', r.did), NULL::jsonb FROM ({rows}) AS r "
@@ -439,7 +435,10 @@ _COUNTS = (
 
 
 def _aggregations(where: Where, derive: frozenset[str]) -> str:
-    """A row for every live post and every subject. Counters that are not derived are not ours, nor rows with some."""
+    """A row for every live post and every subject.
+
+    Counters that FASTWORKER_DERIVE leaves out belong to others: a row that has one of them set is not removed.
+    """
     counted = [count for count in _COUNTS if count[3] in derive]
     names = [count[0] for count in counted]
     rows = [f"SELECT uri{', 0' * len(counted)} FROM public.posts WHERE {where('uri')}"]
@@ -594,7 +593,7 @@ class Piece(msgspec.Struct, frozen=True):
     rows: int
 
 
-class Held(msgspec.Struct, frozen=True):
+class StoredRecord(msgspec.Struct, frozen=True):
     """What the database has of one record, against a change of it.
 
     `rev` and `seq`: the version of the row (both None: nobody of ours wrote it), `gone_rev` and `gone_seq` that of its
@@ -641,7 +640,7 @@ class Audit:
     async def size(self, check: Check) -> int:
         """About how many rows the check goes through, as PostgreSQL's statistics have it."""
         with translating():
-            return int(await self._connection.fetchval(_SIZE, [_qualified(source[0]) for source in check.sources]))
+            return int(await self._connection.fetchval(_SIZE, [qualified(source[0]) for source in check.sources]))
 
     async def piece(self, check: Check, after: Key, rows_max: int) -> Piece | None:
         """The next range of keys; None after the last."""
@@ -649,7 +648,7 @@ class Audit:
         limit = f"${check.width + 1}::int"
         sources = " UNION ALL ".join(
             f"(SELECT {', '.join(f'{c} AS {k}' for c, k in zip(source[1:], columns, strict=True))} "
-            f"FROM {_qualified(source[0])} WHERE {_above(source[1:])} ORDER BY {', '.join(source[1:])} LIMIT {limit})"
+            f"FROM {qualified(source[0])} WHERE {_above(source[1:])} ORDER BY {', '.join(source[1:])} LIMIT {limit})"
             for source in check.sources
         )
         keys = ", ".join(columns)
@@ -677,20 +676,20 @@ class Audit:
                 continue
             chosen = ", ".join(columns)
             statement = (
-                f"SELECT DISTINCT {chosen} FROM {_qualified(table)} WHERE uri = ANY($1) AND ({chosen}) IS NOT NULL"
+                f"SELECT DISTINCT {chosen} FROM {qualified(table)} WHERE uri = ANY($1) AND ({chosen}) IS NOT NULL"
             )
             with translating():
                 keys.update(tuple(row) for row in await self._connection.fetch(statement, list(uris)))
         return sorted(keys)
 
-    async def held(self, table: Table, changes: Sequence[Change]) -> list[Held]:
+    async def held(self, table: Table, changes: Sequence[Change]) -> list[StoredRecord]:
         """What the database has of the records that these changes are about."""
         upserts = [change.row for change in changes if change.row is not None]
         deletes = [change.uri for change in changes if change.row is None]
         with translating():
             rows = await self._connection.fetch(_held(table), upserts) if upserts else []
             rows += await self._connection.fetch(_held(table, deletes=True), deletes) if deletes else []
-        return [Held(*row) for row in rows]
+        return [StoredRecord(*row) for row in rows]
 
     async def newest(self, table: str, dids: Sequence[str]) -> dict[tuple[str, str], int | None]:
         """By DID and relay, the seq of the newest event in `fastworker.accounts` or `fastworker.identities`.
@@ -751,7 +750,7 @@ _RECORDS = frozenset(table.name for table in TABLES)
 
 
 def _held(table: Table, *, deletes: bool = False) -> str:
-    """The columns of `Held`, for an array of the table's rows, or of URIs."""
+    """The columns of `StoredRecord`, for an array of the table's rows, or of URIs."""
     differs = ", ".join(f"CASE WHEN e.{c} IS DISTINCT FROM f.{c} THEN '{c}' END" for c in table.columns)
     seq = "CASE WHEN f.commit_seq ~ '^[0-9]{1,18}$' THEN f.commit_seq::bigint END"
     version = (
@@ -768,7 +767,7 @@ def _held(table: Table, *, deletes: bool = False) -> str:
         "a.deleted_rev, a.deleted_seq, "
         f"EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = {_did('e.uri')} "
         "AND s.data_collection_forbidden) "
-        f"FROM {source} LEFT JOIN {_qualified(table.name)} AS f ON f.uri = e.uri "
+        f"FROM {source} LEFT JOIN {qualified(table.name)} AS f ON f.uri = e.uri "
         "LEFT JOIN fastworker.versions AS v ON v.uri = e.uri "
         f"LEFT JOIN LATERAL (SELECT {GONE} FROM fastworker.accounts WHERE did = {_did('e.uri')} "
         "AND deleted_seq IS NOT NULL) AS a (deleted_rev, deleted_seq) ON true"

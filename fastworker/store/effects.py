@@ -48,6 +48,7 @@ async def write_effects(
     owed_since: Any = (await put(db, arguments))["owed_since"] if arguments else None
     if effects.recount and writer.recount is not None:  # a later statement than the one that locked these counters
         await db.execute(writer.recount, sorted(effects.recount))
+    # mutant: nothing is owed (2)
     return dict.fromkeys(effects.owed, owed_since)
 
 
@@ -86,9 +87,11 @@ def item_arguments(effects: Effects) -> dict[str, Any]:
 def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) -> dict[str, Any]:
     """Arguments of `fastworker.put`: counters, what is owed, how far the group has come."""
     arguments: dict[str, Any] = {}
+    # mutant: recount without its lock
     if writer.recount is not None and (keys := sorted(effects.counts.keys() | effects.recount)):
         none = [0, 0, 0, 0, 0]  # never a delta and a recount for one key: this locks it
         arguments["deltas"] = [(k, *(none if k in effects.recount else effects.counts[k])) for k in keys]
+    # mutant: nothing is owed
     if effects.owed:
         arguments["owed_kinds"], arguments["owed_keys"] = columns(sorted(effects.owed))
     if progress is not None:

@@ -66,19 +66,21 @@ async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
     if hosts := batch.relays - writer.relays:
         await writer.retry(lambda: db.execute(sql.RELAYS, sorted(hosts)))
         writer.relays |= hosts
-        ground = await db.fetchrow(sql.GROUND)
-        writer.many_relays = ground is not None and ground[1]
+        row = await db.fetchrow(sql.ENTRY_RULES)
+        # mutant: the gate of many relays
+        writer.many_relays = row is not None and row[1]
 
 
 async def _plan(db: Connection, batch: Batch) -> Plan:
     upserts = [c for c in batch.changes.values() if c.row is not None]
     seen = await look(db, upserts, batch.dids)
-    kills, forbidden = seen.kills, seen.forbidden
+    beaten, forbidden = seen.beaten, seen.forbidden
     if forbidden:
         upserts = [c for c in upserts if c.repo not in forbidden]
-        kills = {uri: kill for uri, kill in kills.items() if kill.repo not in forbidden}
-    changes = [kills.get(c.uri, c) for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
-    return Plan(changes, upserts, seen._replace(kills=kills))
+        beaten = {uri: delete for uri, delete in beaten.items() if delete.repo not in forbidden}
+    # mutant: opt-out ignored
+    changes = [beaten.get(c.uri, c) for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
+    return Plan(changes, upserts, seen._replace(beaten=beaten))
 
 
 async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan) -> Sequence[str]:
@@ -88,6 +90,7 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
     Locks are taken in the order of their keys. Returns users that are so few that they go with the rows instead.
     """
     forbidden = plan.seen.forbidden
+    # mutant: opt-out of identities ignored
     identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
     tombstones = sorted(
         ((c.uri, c.rev, c.seq) for c in batch.changes.values() if c.row is None and c.table.hot), key=lambda t: t[0]
@@ -96,6 +99,7 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
 
     async def transaction() -> None:
         async with db.transaction():
+            # mutant: tombstones not written
             if tombstones:
                 await db.execute(sql.TOMBSTONES, *columns(tombstones))
             if users:
@@ -113,6 +117,7 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
         await writer.retry(transaction)
         writer.remember(users)
         users = []
+    # mutant: tombstones not written (2)
     elif tombstones:
         await writer.retry(lambda: db.execute(sql.TOMBSTONES, *columns(tombstones)))
     await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
@@ -139,7 +144,7 @@ async def write_rows(
     writer.copying.committed()
     if owed:
         await recompute(writer, db, owed, set(), wait=False)
-    await writer.reach(Step.OWED_PAID)
+    await writer.reach(Step.OWED_RECOMPUTED)
     return rows
 
 
@@ -170,6 +175,7 @@ async def put_rows(writer: Writer, db: Connection, changes: list[Change], waitin
     """
     hot: list[Change] = []
     cold: list[Change] = []
+    # mutant: unsorted rows
     for change in sorted(changes, key=lambda c: c.uri):
         (hot if change.table.hot else cold).append(change)
     is_large = len(changes) > SMALL_FLUSH
@@ -184,17 +190,19 @@ async def put_rows(writer: Writer, db: Connection, changes: list[Change], waitin
 
 async def finish(writer: Writer, db: Connection, plan: Plan, rows: int, *, forbidden: int = 0) -> Written:
     """Look back, remove what overtook the rows between look and commit, then recompute what joins two records."""
-    upserts, kills = plan.upserts, plan.seen.kills
-    superseded = max(0, len(upserts) - len(kills) - rows)
+    upserts, beaten = plan.upserts, plan.seen.beaten
+    superseded = max(0, len(upserts) - len(beaten) - rows)
     # Upserts that changed nothing are looked at too: an earlier delivery may have died right here.
     # A record among the twins may by now be in the table as well, with another pair: settle it again.
-    written = [c for c in upserts if c.uri not in kills]
+    written = [c for c in upserts if c.uri not in beaten]
     back = await look_back(writer, db, written, upserts)
-    late = back.kills
-    if late or back.waiting:
-        again = [late.get(c.uri, c) for c in written if c.uri in late or c.uri in back.waiting]
+    overtaken = back.beaten
+    # mutant: no look back
+    if overtaken or back.waiting:
+        again = [overtaken.get(c.uri, c) for c in written if c.uri in overtaken or c.uri in back.waiting]
         rows += await write_rows(writer, db, again, back.waiting)
         back = await look_back(writer, db, written, upserts)
     await writer.reach(Step.AFTER_LOOK_BACK)
+    # mutant: joined rows never recomputed
     await recompute_joined(writer, db, upserts, back.joined)
-    return Written(rows, superseded + len(kills) + len(late), forbidden, frozenset((*kills, *late)))
+    return Written(rows, superseded + len(beaten) + len(overtaken), forbidden, frozenset((*beaten, *overtaken)))

@@ -13,7 +13,7 @@ from fastworker.table.batch import Change
 from fastworker.table.rows import GATE
 from fastworker.table.schema import FEED_GENERATORS, GATES, LABELER_SERVICES
 
-NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when nothing was owed: nothing is paid for it
+NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # a time before any key was owed: none is deleted with it
 CROWD_LOOK_S = 600  # to list the replies of a thread
 
 
@@ -37,12 +37,13 @@ async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change]
 async def recompute(
     writer: Writer, db: Connection, owed: dict[Key, datetime], fresh: set[Key], *, wait: bool = True
 ) -> None:
-    """Recompute joined rows under the lock of the row that carries them; owed keys are paid with it.
+    """Recompute joined rows under the lock of the row that carries them; owed keys are deleted with it.
 
     Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
     """
     keys = owed.keys() | fresh
     roots = sorted(key for kind, key in keys if kind == "root")
+    # mutant: a crowd at once
     crowded = {r[0] for r in await db.fetch(sql.CROWDED, roots, writer.crowd)} if roots else set()
     if crowded and not wait:
         owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowded}
@@ -54,8 +55,8 @@ async def recompute(
     for kind, key in sorted(keys):
         if kind != "root" or key not in crowded:
             by_kind[kind].append(key)
-    paid = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
-    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *paid, wait))
+    done = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
+    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *done, wait))
 
 
 async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:

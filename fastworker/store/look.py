@@ -23,7 +23,7 @@ Key = tuple[str, str]  # kind and key of a joined row
 class Seen(NamedTuple):
     """What was found about a batch's upserts."""
 
-    kills: dict[str, Change]  # by uri, deletes of those that a tombstone or a deleted account beats
+    beaten: dict[str, Change]  # by uri, deletes of those that a tombstone or a deleted account beats
     waiting: set[str]  # uris that are among the twins
     forbidden: set[str]  # DIDs that may not be stored; only before the flush
     joined: set[Key]  # joined rows that may have changed; only after it
@@ -62,6 +62,7 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
     }
     found = await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS))
     replies = Counter(r[2] for r in found if r[0] == "context" and r[2] is not None)
+    # mutant: no crowd bound
     if crowded := sorted(root for root, count in replies.items() if count > writer.crowd):
         await writer.retry(lambda: db.execute(sql.OWE_ROOTS, crowded))
         found = [r for r in found if r[0] != "context" or r[2] not in crowded]
@@ -97,11 +98,12 @@ def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
         for change in upserts:
             tombstone = tombstones.get(change.uri)
             if tombstone is not None and not newer(change.rev, change.seq, *tombstone):
-                seen.kills[change.uri] = _kill(change, *tombstone)
+                seen.beaten[change.uri] = _delete(change, *tombstone)
+            # mutant: deleted accounts not looked at
             elif (gone := accounts.get(change.repo)) is not None and is_gone(change.rev, change.seq, *gone):
-                seen.kills[change.uri] = _kill(change, change.rev, change.seq)  # at one version a delete wins
+                seen.beaten[change.uri] = _delete(change, change.rev, change.seq)  # at one version a delete wins
     return seen
 
 
-def _kill(change: Change, rev: str | None, seq: int | None) -> Change:
+def _delete(change: Change, rev: str | None, seq: int | None) -> Change:
     return Change(change.table, change.uri, change.repo, change.rkey, rev, seq, 0, None, None)

@@ -68,13 +68,13 @@ async def _mend_remove(writer: Writer, db: Connection, drifts: Sequence[Drift]) 
         if table.hot:
             for uri, rev, seq in await db.fetch(sql.versions_of(table), mine):
                 versions[uri] = (rev, seq_of(seq))
-    kills = []
+    removals = []
     for uri in uris:
         rev, seq = versions.get(uri) or twins.get(uri) or (None, None)
-        kills.append(
+        removals.append(
             Change(collection_table(uri), uri, derive.did_of(uri), uri.rpartition("/")[2], rev, seq, 0, None, None)
         )
-    await write_rows(writer, db, kills, set(twins))
+    await write_rows(writer, db, removals, set(twins))
 
 
 async def _mend_twins(writer: Writer, db: Connection, drifts: Sequence[Drift]) -> None:

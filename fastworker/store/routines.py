@@ -20,6 +20,7 @@ import msgspec
 from fastworker.store import statements
 from fastworker.table.schema import DERIVED, TABLES, Table
 
+# mutant: a routine is not listed
 ORDER = ("look", "look_back", "put", "recompute", "put_whole")  # a routine comes after those that it uses
 _HOT = tuple(table for table in TABLES if table.hot)
 _DERIVED = {table.name: table for table in DERIVED}
@@ -44,6 +45,7 @@ class Routine(msgspec.Struct, frozen=True):
 
 def missing(installed: dict[str, str | None]) -> list[Routine]:
     """Those that are not there, or are not this release's. `installed`: name to comment."""
+    # mutant: an installed routine is never replaced
     return [one for one in packaged() if installed.get(one.name) != f"sha256:{one.checksum}"]
 
 

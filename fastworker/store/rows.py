@@ -62,7 +62,7 @@ async def copy(writer: Writer, db: Connection, table: Table, rows: Sequence[Any]
     """COPY rows that no other writer should have written. If one did, raises Contended: begin again, without COPY."""
     if not rows:
         return
-    schema, _, name = sql.qualified(table).rpartition(".")
+    schema, _, name = table.qualified.rpartition(".")
     try:
         await db.copy_records_to_table(name, schema_name=schema, columns=table.columns, records=rows)
     except UniqueViolationError as error:

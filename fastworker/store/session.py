@@ -51,7 +51,7 @@ PATH = (
 # connecting: poolers refuse start-up parameters that they do not know.
 STATEMENT_TIMEOUT = "SET statement_timeout = '60s'"
 SESSION = (
-    f"{STATEMENT_TIMEOUT}; SET lock_timeout = '10s'; SET idle_in_transaction_session_timeout = '20s'; "
+    f"{STATEMENT_TIMEOUT}; SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '20s'; "
     "SET idle_session_timeout = 0; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; "
     "SET enable_indexscan = on; SET enable_bitmapscan = on; SET enable_nestloop = on; SET enable_sort = on; "
     "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "

@@ -52,11 +52,12 @@ async def settle_cold(
     if not changes:
         return 0
     gate = await db.fetch(sql.GATE, *columns([(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in changes]))
+    # mutant: cold gate open
     newest = {r[0] for r in gate}
     changes = [c for c in changes if c.uri in newest]
     pairs = [c.uri for c in changes if c.table.pair and c.row is not None]
     if pairs:  # under the gate's locks, so that the answer stays true
-        waiting = waiting.union(r[0] for r in await db.fetch(sql.SHADOWED, pairs))
+        waiting = waiting.union(r[0] for r in await db.fetch(sql.AMONG_TWINS, pairs))
     rows = 0
     for table, mine in by_table(changes):
         new, pending = divide(mine, waiting)
@@ -125,6 +126,7 @@ async def _settle_records(writer: Writer, db: Connection, table: Table, pending:
             continue
         derive.removed(effects, table, old, counted=not table.hot or version != (None, None))
         if change.row is None:
+            # mutant: deletes ignored
             deletes.append(uri)
         else:
             derive.added(effects, table, change.row, change.cid)
@@ -255,6 +257,7 @@ async def _write(
             else:
                 new.refused(pair)
     puts = sorted(((m, pair) for pair, members in new.twin_puts.items() for m in members), key=lambda put: put[0].uri)
+    # mutant: twins never stored
     if puts:
         await db.execute(
             sql.TWINS_PUT,

@@ -20,10 +20,6 @@ from fastworker.table.schema import (
 )
 
 
-def qualified(table: Table) -> str:
-    return table.name if "." in table.name else f"public.{table.name}"
-
-
 def _rows(table: Table) -> str:
     """$1 as rows: one array of composites costs the client and the server half of what an array per column does."""
     return f"unnest($1::{table.row_type}[])"
@@ -35,7 +31,7 @@ def upsert(table: Table, *replaced: str) -> str:
     key = table.key.split(", ")
     sets = ", ".join(replaced) or ", ".join(f"{c} = excluded.{c}" for c in table.columns if c not in key)
     return (
-        f"INSERT INTO {qualified(table)} AS t ({columns}) SELECT * FROM {_rows(table)} "
+        f"INSERT INTO {table.qualified} AS t ({columns}) SELECT * FROM {_rows(table)} "
         f"ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
     )
 
@@ -44,7 +40,7 @@ def insert(table: Table, *, or_nothing: bool = True) -> str:
     """Refused rows (any unique conflict) are not among the returned uris; or they are an error."""
     columns = ", ".join(table.columns)
     conflict = "ON CONFLICT DO NOTHING " if or_nothing else ""
-    return f"INSERT INTO {qualified(table)} ({columns}) SELECT * FROM {_rows(table)} {conflict}RETURNING {table.key}"
+    return f"INSERT INTO {table.qualified} ({columns}) SELECT * FROM {_rows(table)} {conflict}RETURNING {table.key}"
 
 
 def taken(table: Table) -> str:
@@ -53,18 +49,18 @@ def taken(table: Table) -> str:
     A record that changed its pair is not found by it: the insert will tell.
     """
     if not table.pair:
-        return f"SELECT {table.key} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+        return f"SELECT {table.key} FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
     a, b = table.pair
     return (
         "SELECT u.uri FROM unnest($1::varchar[], $2::varchar[], $3::varchar[]) AS u (uri, a, b) "
-        f"JOIN {qualified(table)} AS t ON t.{a} = u.a AND t.{b} = u.b"
+        f"JOIN {table.qualified} AS t ON t.{a} = u.a AND t.{b} = u.b"
     )
 
 
 def update(table: Table) -> str:
     """The whole record is replaced; columns that are not ours keep their values."""
     sets = ", ".join(f"{c} = u.{c}" for c in table.columns if c != table.key)
-    return f"UPDATE {qualified(table)} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
+    return f"UPDATE {table.qualified} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
 
 
 def _date(column: str) -> str:
@@ -77,29 +73,30 @@ def select(table: Table) -> str:
     Dates of other writers that Python cannot hold (year 20000, before Christ, infinity) become the nearest it can.
     """
     columns = [_date(c) if type_ == "timestamp" else c for c, type_ in zip(table.columns, table.types, strict=True)]
-    return f"SELECT {', '.join(columns)} FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    return f"SELECT {', '.join(columns)} FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
 
 
 def lock(table: Table) -> str:
     """The same, locked in the order in which Python sorts keys, whatever the database's collation."""
+    # mutant: pair refused without lock
     return f'{select(table)} ORDER BY {table.key} COLLATE "C" FOR UPDATE'
 
 
 def delete(table: Table) -> str:
-    return f"DELETE FROM {qualified(table)} WHERE {table.key} = ANY($1::varchar[])"
+    return f"DELETE FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
 
 
 def versions_of(table: Table) -> str:
     """(uri, rev, seq text) of the stored rows of $1 uris, without locking. Hot tables only."""
-    return f"SELECT uri, commit_rev, commit_seq FROM {qualified(table)} WHERE uri = ANY($1::varchar[])"
+    return f"SELECT uri, commit_rev, commit_seq FROM {table.qualified} WHERE uri = ANY($1::varchar[])"
 
 
 def locate(table: Table) -> str:
-    """Where each of $1 uris is, table or shadow, with its pair: one statement, so one snapshot."""
+    """Where each of $1 uris is, table or twins, with its pair: one statement, so one snapshot."""
     pair = " || E'\\n' || ".join(table.pair)
     version = "commit_rev, commit_seq" if table.hot else "NULL::text, NULL::text"
     return (
-        f"SELECT uri, {pair} AS pair, true AS in_table, {version} FROM {qualified(table)} WHERE uri = ANY($1::varchar[]) "
+        f"SELECT uri, {pair} AS pair, true AS in_table, {version} FROM {table.qualified} WHERE uri = ANY($1::varchar[]) "
         "UNION ALL SELECT uri, pair, false, rev, seq::text FROM fastworker.twins "
         f"WHERE uri = ANY($1::text[]) AND table_name = '{table.name}'"
     )
@@ -110,9 +107,10 @@ def winners(table: Table) -> str:
     arrays = ", ".join(f"${i}::varchar[]" for i in range(1, len(table.pair) + 1))
     names = ", ".join(f"p{i}" for i in range(len(table.pair)))
     on = " AND ".join(f"t.{column} = p.p{i}" for i, column in enumerate(table.pair))
-    return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {qualified(table)} AS t ON {on}"
+    return f"SELECT t.uri FROM unnest({arrays}) AS p ({names}) JOIN {table.qualified} AS t ON {on}"
 
 
+# mutant: a deletion by the seq of another relay
 _MANY_RELAYS = "(SELECT count(*) > 1 FROM fastworker.relays)"
 
 
@@ -145,9 +143,10 @@ CIDS = {
 # What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
 _GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
 GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
-# $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris wait in the shadow
+# $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris are among the twins
 BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, "
+    # mutant: tombstone not read
     f"CASE WHEN rev IS NOT NULL OR NOT {_MANY_RELAYS} THEN seq END AS seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
@@ -173,7 +172,7 @@ _HOT_VERSION = f"t.commit_rev, {_HOT_SEQ}"
 LOOK_AGAIN = " UNION ALL ".join(
     [
         _HOT_BEATEN.format(
-            table=qualified(table), uri='v.uri::varchar COLLATE "default"', version=_HOT_VERSION, collection=collection
+            table=table.qualified, uri='v.uri::varchar COLLATE "default"', version=_HOT_VERSION, collection=collection
         )
         for collection, table in COLLECTIONS.items()
         if table.hot
@@ -182,7 +181,7 @@ LOOK_AGAIN = " UNION ALL ".join(
 )
 LOOK_LATER = "UPDATE fastworker.versions SET written_at = now() WHERE uri = ANY($1::text[]) AND deleted"
 LOOKED_AGAIN = "UPDATE fastworker.horizon SET looked_until = $2 WHERE looked_until = $1"
-SHADOWED = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
+AMONG_TWINS = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
     "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
@@ -203,7 +202,7 @@ GATE = (
 )
 
 # What an entry may assume: how far tombstones are pruned, and whether more than one sequence space was seen.
-GROUND = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
+ENTRY_RULES = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
 # Tombstones are pruned in two steps, so that every worker knows the horizon before they are gone: $1 keep, $2 notice.
 PRUNE = (
     "DELETE FROM fastworker.versions AS v USING (SELECT v.uri FROM fastworker.horizon AS h JOIN fastworker.versions AS v "
@@ -227,23 +226,32 @@ def absent(table: Table) -> str:
     """Those of $1 uris of which nothing is known: no row, no twin, no version."""
     return (
         "SELECT u.uri FROM unnest($1::text[]) AS u (uri) WHERE NOT EXISTS ("
-        f"SELECT 1 FROM {qualified(table)} AS t WHERE t.{table.key} = u.uri) "
+        f"SELECT 1 FROM {table.qualified} AS t WHERE t.{table.key} = u.uri) "
         "AND NOT EXISTS (SELECT 1 FROM fastworker.twins AS w WHERE w.uri = u.uri) "
         "AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = u.uri)"
     )
 
 
 # Users, accounts, identities ----------------------------------------------------------------------
+# A role that may not read statistics sees of others' sessions who they are and what they have locked.
 WHO_LOCKS = (
-    "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename || ', ' "
-    "|| coalesce(a.state, 'at work') || ', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int "
-    "|| ' s: let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
-    "WHERE a.xact_start IS NOT NULL AND a.application_name NOT LIKE 'fastworker%' AND EXISTS ("
+    "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename "
+    "|| coalesce(', ' || a.state, '') "
+    "|| coalesce(', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int || ' s', '') "
+    "|| ': let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
+    "WHERE coalesce(a.application_name, '') NOT LIKE 'fastworker%' AND a.usename IS NOT NULL AND EXISTS ("
     "SELECT FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation JOIN pg_namespace AS n ON n.oid = c.relnamespace "
     "WHERE l.pid = a.pid AND l.granted AND l.mode <> 'AccessShareLock' AND n.nspname IN ('public', 'fastworker')) "
     "UNION ALL SELECT 'the prepared transaction ' || gid || ': COMMIT PREPARED or ROLLBACK PREPARED it' "
     "FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1"
 )
+# The first column of the primary key of a table of ours, by its name alone.
+FIRST_OF_KEY = (
+    "SELECT i.indrelid::regclass::text, quote_ident(a.attname) FROM pg_index AS i JOIN pg_attribute AS a "
+    "ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indisprimary AND i.indrelid IN ("
+    "to_regclass('public.' || quote_ident($1)), to_regclass('fastworker.' || quote_ident($1))) LIMIT 1"
+)
+KEY_AT = "SELECT {column}::text FROM {table} WHERE ctid = '{place}'"
 USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
@@ -254,6 +262,7 @@ _OF_EVENTS = "unnest($1::varchar[], $2::text[], $3::bigint[], $4::timestamptz[],
 _AS_EVENTS = "(did, relay, seq, event_at, active, status)"
 # Within one relay the seq decides; without one the later moment, of two deliveries of one event the earlier.
 _RANK = (
+    # mutant: older account event wins
     "(coalesce({t}.seq, -1), CASE WHEN {t}.seq IS NULL THEN 1 ELSE -1 END * extract(epoch FROM {t}.event_at), "
     "NOT {t}.active, coalesce({t}.status, ''))"
 )
@@ -276,12 +285,14 @@ ACCOUNT_EVENTS = (
 ACCOUNTS = (
     "UPDATE fastworker.accounts AS a SET relay = nullif(n.relay, ''), seq = n.seq, event_at = n.event_at, "
     "active = n.active, status = n.status FROM (SELECT DISTINCT ON (did) * FROM fastworker.account_events "
+    # mutant: account events of relays by seq
     "WHERE did = ANY($1::varchar[]) ORDER BY did, event_at DESC, relay DESC) AS n WHERE a.did = n.did "
     "AND (a.active, a.status, coalesce(a.relay, ''), a.seq, a.event_at) "
     "IS DISTINCT FROM (n.active, n.status, n.relay, n.seq, n.event_at)"
 )
 ACCOUNTS_DELETED = (
     "UPDATE fastworker.accounts AS a SET deleted_seq = greatest(a.deleted_seq, u.seq), "
+    # mutant: purge never begins
     "deleted_at = greatest(a.deleted_at, u.at), purge_pending = true, purged_at = NULL "
     "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
     "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
@@ -515,6 +526,7 @@ PURGE_PIECE = (
     + f"AND NOT deleted AND {_older('rev', 'seq')} LIMIT $4"
 )
 PURGED = (
+    # mutant: an account is purged once
     "UPDATE fastworker.accounts SET purge_pending = purged_at IS NULL, "
     "purged_at = CASE WHEN purged_at IS NULL THEN now() END "
     "WHERE did = $1 AND deleted_seq = $2 AND deleted_at IS NOT DISTINCT FROM $3"

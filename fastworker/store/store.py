@@ -15,9 +15,10 @@ from asyncpg.exceptions import InterfaceError, PostgresError
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import accounts, blame, flush, upkeep, whole
 from fastworker.store import statements as sql
+from fastworker.store.blame import LockedRow
 from fastworker.store.flush import Written
 from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
-from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
+from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Batch, Change, Progress, Refused
 from fastworker.table.derive import FULL
@@ -36,7 +37,7 @@ class Store:
         """How many were begun: what was found out before the newest may be of another server."""
 
     @classmethod
-    async def connect(
+    async def connect(  # noqa: PLR0913 - what a session begins with comes together here
         cls,
         database_url: str,
         *,
@@ -103,18 +104,22 @@ class Store:
                     raise
 
     async def write(self, batch: Batch) -> Written:
-        """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+        """One flush. Raises StoreUnavailable (write the same batch again later), of it RowLocked (what does not touch
+        that row may be written now), or RowRejected (write it in halves)."""
         is_sure = False
         while True:
             try:
                 return await self._write(batch)
             except StoreUnavailable as error:
                 self.writer.forget()
-                if blame.is_lock_timeout(error):
-                    raise StoreUnavailable(f"{error}. {await blame.who_locks(self.connection)}") from error
-                raise
+                if not blame.is_lock_timeout(error):
+                    raise
+                words = f"{str(error).removesuffix('.')}. {await blame.who_locks(self.connection)}"
+                row = await blame.locked_row(self.connection, error)
+                raise (StoreUnavailable(words) if row is None else blame.RowLocked(words, row)) from error
             except RowRejected as error:
                 tables = {change.table.name for change in batch.changes.values()}
+                # mutant: control record not asked
                 await blame.refuse_state(self.writer, self.connection, tables, error)
                 if is_sure or len(batch.entries) > 1:
                     raise
@@ -128,6 +133,10 @@ class Store:
             written = await whole.write_whole(self.writer, db, batch)
             return written if written is not None else await flush.write(self.writer, db, batch)
 
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]:
+        async with self.connection() as db:
+            return await blame.still_locked(db, rows)
+
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
         """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
 
@@ -138,7 +147,7 @@ class Store:
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
-            partial(upkeep.pay_owed, self.writer, age_s=owed_age_s),
+            partial(upkeep.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
         )
@@ -171,9 +180,9 @@ class Store:
         async with self.connection() as db:
             return await upkeep.prune(db, keep, notice, now)
 
-    async def ground(self) -> Ground:
+    async def entry_rules(self) -> EntryRules:
         async with self.connection() as db:
-            return await upkeep.ground(db)
+            return await upkeep.entry_rules(db)
 
     async def absent(self, changes: list[Change]) -> set[str]:
         """uris of the changes of which the database knows nothing, not even that they were deleted."""

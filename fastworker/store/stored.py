@@ -15,11 +15,11 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from fastworker.store import statements as merge
-from fastworker.store.audit import Audit, Held
+from fastworker.store.audit import Audit, StoredRecord
 from fastworker.store.session import translating
 from fastworker.store.settle import thaw
 from fastworker.table.batch import Change, Row
-from fastworker.table.schema import Table, collection_table
+from fastworker.table.schema import BOOKMARKS, TABLES, Table, collection_table
 from fastworker.table.snapshot import UNTOUCHED
 
 _SESSION: Final = (
@@ -29,20 +29,9 @@ _SESSION: Final = (
 )
 _CONNECT_S: Final = 10.0
 _PREFETCH: Final = 2_000
-_HOT: Final = (
-    ("posts", "author_did"),
-    ("likes", "user_did"),
-    ("reposts", "user_did"),
-    ("follows", "follower_did"),
-    ("blocks", "blocker_did"),
-)
-_COLD: Final = (
-    ("lists", "creator_did"),
-    ("list_blocks", "blocker_did"),
-    ("feed_generators", "creator_did"),
-    ("starter_packs", "creator_did"),
-    ("labeler_services", "creator_did"),
-    ("generic_records", "author_did"),
+_HOT: Final = tuple((table.name, table.author) for table in TABLES if table.hot)
+_COLD: Final = tuple(
+    (table.name, table.author) for table in TABLES if table.author and not table.hot and table is not BOOKMARKS
 )
 _SEQ: Final = "CASE WHEN commit_seq ~ '^[0-9]{1,18}$' THEN commit_seq::bigint END"
 _RANGE: Final = """uri COLLATE "C" >= 'at://' || $1 || '/' AND uri COLLATE "C" < 'at://' || $1 || '0'"""
@@ -62,7 +51,7 @@ _FOREIGN: Final = " UNION ALL ".join(
     for table, author in _COLD
 )
 _STANDING: Final = f"""SELECT * FROM ({_VERSIONED} UNION ALL {_FOREIGN}) AS s ORDER BY uri COLLATE "C" """
-_GROUND: Final = (
+_ACCOUNT_STATE: Final = (
     f'SELECT (SELECT max(rev COLLATE "C") FROM ({_VERSIONED}) AS s WHERE seq <= $2), '
     "(SELECT deleted_seq FROM fastworker.accounts WHERE did = $1), "
     "EXISTS (SELECT 1 FROM public.user_settings WHERE user_did = $1 AND data_collection_forbidden)"
@@ -78,7 +67,7 @@ class Standing(NamedTuple):
     indexed_at: datetime | None
 
 
-class AccountGround(NamedTuple):
+class AccountState(NamedTuple):
     """`newest_rev`: of what was stored up to a seq."""
 
     newest_rev: str | None
@@ -91,11 +80,11 @@ class Stored:
         self._connection = connection
         self._audit = Audit(connection, frozenset())
 
-    async def ground(self, did: str, until_seq: int) -> AccountGround:
+    async def account_state(self, did: str, until_seq: int) -> AccountState:
         with translating():
-            row = await self._connection.fetchrow(_GROUND, did, until_seq)
+            row = await self._connection.fetchrow(_ACCOUNT_STATE, did, until_seq)
         assert row is not None
-        return AccountGround(*row)
+        return AccountState(*row)
 
     async def recorded_repairs(self) -> list[str]:
         """DIDs whose #sync came by the stream, the oldest first."""
@@ -139,21 +128,21 @@ class Stored:
             with translating():
                 rows = [tuple(row) for row in await self._connection.fetch(merge.select(table), mine)]
             there = {row[0] for row in rows}
-            rows += [row for uri, (row, _, _) in (await self.shadows(table, mine)).items() if uri not in there]
+            rows += [row for uri, (row, _, _) in (await self.twin_rows(table, mine)).items() if uri not in there]
             found += [(table.name, dict(zip(table.columns, row, strict=True))) for row in rows]
         return sorted(found, key=lambda one: one[1]["uri"])
 
-    async def held(self, table: Table, changes: Sequence[Change]) -> list[Held]:
+    async def held(self, table: Table, changes: Sequence[Change]) -> list[StoredRecord]:
         """What the database has of the records that these changes are about."""
         return await self._audit.held(table, changes)
 
-    async def shadows(self, table: Table, uris: Sequence[str]) -> dict[str, tuple[Row, str | None, int | None]]:
-        """Rows that wait in the shadow of a twin, with their versions."""
+    async def twin_rows(self, table: Table, uris: Sequence[str]) -> dict[str, tuple[Row, str | None, int | None]]:
+        """Rows that are among the twins, with their versions."""
         with translating():
             rows = await self._connection.fetch(
                 "SELECT uri, row_values, rev, seq FROM fastworker.twins WHERE uri = ANY($1::text[])", list(uris)
             )
-        return {row[0]: (thaw(table, row[1]), row[2], row[3]) for row in rows}
+        return {uri: (thaw(table, stored), rev, seq) for uri, stored, rev, seq in rows}
 
 
 class StandingRows:

@@ -15,6 +15,7 @@ import asyncpg
 import msgspec
 
 from fastworker.store.schema_admin import SchemaAdmin, SchemaRefused, open_schema
+from fastworker.table.schema import qualified
 
 INDEX_SECONDS_MAX = 86_400.0  # a guess: an index over a billion rows takes hours
 TRANSACTIONS_WAIT = "600s"  # CONCURRENTLY waits for every transaction that began before it
@@ -173,11 +174,11 @@ class Tuning:
 
 
 def set_sql(table: str, values: Mapping[str, str]) -> str:
-    return f"ALTER TABLE {_qualified(table)} SET ({', '.join(f'{name} = {value}' for name, value in values.items())})"
+    return f"ALTER TABLE {qualified(table)} SET ({', '.join(f'{name} = {value}' for name, value in values.items())})"
 
 
 def reset_sql(table: str, names: Sequence[str]) -> str:
-    return f"ALTER TABLE {_qualified(table)} RESET ({', '.join(names)})"
+    return f"ALTER TABLE {qualified(table)} RESET ({', '.join(names)})"
 
 
 def drop_sql(index: str) -> str:
@@ -187,10 +188,6 @@ def drop_sql(index: str) -> str:
 
 def create_sql(definition: str) -> str:
     return definition.replace("CREATE INDEX ", "CREATE INDEX CONCURRENTLY ", 1)
-
-
-def _qualified(table: str) -> str:
-    return table if "." in table else f"public.{table}"
 
 
 @asynccontextmanager

@@ -34,23 +34,27 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
-class Ground(NamedTuple):
-    """What an entry may assume: tombstones up to `pruned_until` are gone; `ambiguous`: seq alone orders nothing."""
+class EntryRules(NamedTuple):
+    """Which entries may not be written as they are.
+
+    Tombstones up to `pruned_until` are gone, so an older entry may bring back what was deleted. `ambiguous`: seq alone
+    orders nothing, so neither may those without a revision.
+    """
 
     pruned_until: datetime
     ambiguous: bool
 
 
-async def pay_owed(writer: Writer, db: Connection, *, age_s: float) -> int:
+async def recompute_owed(writer: Writer, db: Connection, *, age_s: float) -> int:
     """One piece of the joined rows that are owed for so long. Returns how many there were."""
     owed = await db.fetch(sql.OWED, age_s, OWED_PIECE)
     if owed:
         await writer.reach(Step.IN_RECHECK)
-        await _pay(writer, db, {(r[0], r[1]): r[2] for r in owed})
+        await _recompute_each(writer, db, {(r[0], r[1]): r[2] for r in owed})
     return len(owed)
 
 
-async def _pay(writer: Writer, db: Connection, owed: dict[Key, datetime]) -> None:
+async def _recompute_each(writer: Writer, db: Connection, owed: dict[Key, datetime]) -> None:
     """Recompute these; one that fails by itself is put back, with its reason."""
     try:
         with translating():
@@ -58,7 +62,7 @@ async def _pay(writer: Writer, db: Connection, owed: dict[Key, datetime]) -> Non
     except (StoreUnavailable, RowRejected) as error:
         if len(owed) > 1:
             for half in _halves(sorted(owed.items())):
-                await _pay(writer, db, dict(half))
+                await _recompute_each(writer, db, dict(half))
             return
         [(kind, key)] = owed
         await db.execute(sql.OWED_LATER, kind, key, str(error)[:500])
@@ -74,13 +78,14 @@ async def look_again(writer: Writer, db: Connection, *, dead_commit: timedelta) 
     piece = await db.fetchrow(sql.LOOK_AGAIN_PIECE, dead_commit, AGAIN_PIECE)
     if piece is None:
         return 0
-    kills = {}  # what is in the table and among the twins is found twice
+    removals = {}  # what is in the table and among the twins is found twice
     for uri, rev, seq in await db.fetch(sql.LOOK_AGAIN, *piece):
-        kills[uri] = _kill(collection_table(uri), uri, derive.did_of(uri), rev, seq)
-    if kills and (failed := await _remove(writer, db, list(kills.values()))):
+        removals[uri] = _delete(collection_table(uri), uri, derive.did_of(uri), rev, seq)
+    # mutant: no second look
+    if removals and (failed := await _remove(writer, db, list(removals.values()))):
         await db.execute(sql.LOOK_LATER, [change.uri for change, _ in failed])
     await db.execute(sql.LOOKED_AGAIN, *piece)
-    return len(kills) + 1
+    return len(removals) + 1
 
 
 async def purge(writer: Writer, db: Connection, *, dead_commit: timedelta) -> int:
@@ -93,31 +98,31 @@ async def purge(writer: Writer, db: Connection, *, dead_commit: timedelta) -> in
         return 0
     did, deleted_seq, deleted_at, gone_rev, gone_seq = account
     tables = {table.name: table for table in TABLES}
-    kills: dict[str, Change] = {}
+    removals: dict[str, Change] = {}
     for name, uri, rev, seq in await db.fetch(sql.PURGE_PIECE, did, gone_rev, gone_seq, PURGE_PIECE):
-        held = kills.get(uri)  # a twin of a cold table is found twice
+        held = removals.get(uri)  # a twin of a cold table is found twice
         if held is None or newer(rev, seq, held.rev, held.seq):
-            kills[uri] = _kill(tables[name] if name is not None else collection_table(uri), uri, did, rev, seq)
-    if kills:
-        if failed := await _remove(writer, db, list(kills.values())):
+            removals[uri] = _delete(tables[name] if name is not None else collection_table(uri), uri, did, rev, seq)
+    if removals:
+        if failed := await _remove(writer, db, list(removals.values())):
             await db.execute(sql.PURGE_LATER, did, str(failed[0][1])[:500])
         await writer.reach(Step.IN_ACCOUNT_DELETION)
     else:
         await db.execute(sql.PURGED, did, deleted_seq, deleted_at)
-    return len(kills) + 1
+    return len(removals) + 1
 
 
-async def _remove(writer: Writer, db: Connection, kills: list[Change]) -> list[tuple[Change, Exception]]:
+async def _remove(writer: Writer, db: Connection, removals: list[Change]) -> list[tuple[Change, Exception]]:
     """Remove these records; those that cannot be removed, and why."""
     try:
         with translating():
-            await write_rows(writer, db, kills, set())
+            await write_rows(writer, db, removals, set())
     except (StoreUnavailable, RowRejected) as error:
-        if len(kills) == 1:
+        if len(removals) == 1:
             await db.fetchval("SELECT 1")  # it is this record, not the server
-            log.warning("%s is removed later: %s", kills[0].uri, error)
-            return [(kills[0], error)]
-        return [failed for half in _halves(kills) for failed in await _remove(writer, db, half)]
+            log.warning("%s is removed later: %s", removals[0].uri, error)
+            return [(removals[0], error)]
+        return [failed for half in _halves(removals) for failed in await _remove(writer, db, half)]
     return []
 
 
@@ -133,7 +138,7 @@ async def keep(writer: Writer, db: Connection, refused: Sequence[Refused]) -> No
         await writer.retry(lambda: db.execute(sql.REFUSED, *columns(row for _, row in sorted(rows.items()))))
 
 
-def _kill(table: Table, uri: str, did: str, rev: str | None, seq: int | None) -> Change:
+def _delete(table: Table, uri: str, did: str, rev: str | None, seq: int | None) -> Change:
     return Change(table, uri, did, uri.rpartition("/")[2], rev, seq, 0, None, None)
 
 
@@ -144,11 +149,11 @@ async def prune(db: Connection, keep: timedelta, notice: timedelta, now: datetim
     return int(gone.rpartition(" ")[2])
 
 
-async def ground(db: Connection) -> Ground:
-    row = await db.fetchrow(sql.GROUND)
+async def entry_rules(db: Connection) -> EntryRules:
+    row = await db.fetchrow(sql.ENTRY_RULES)
     assert row is not None
     # asyncpg reads -infinity as the first naive moment
-    return Ground(row[0].replace(tzinfo=UTC) if row[0].tzinfo is None else row[0], row[1])
+    return EntryRules(row[0].replace(tzinfo=UTC) if row[0].tzinfo is None else row[0], row[1])
 
 
 async def absent(db: Connection, changes: list[Change]) -> set[str]:

@@ -77,6 +77,7 @@ class Writer:
         self.relays.clear()
 
     def unknown(self, dids: Iterable[str]) -> list[str]:
+        # mutant: unsorted users
         return sorted(did for did in dids if did not in self.known)
 
     def remember(self, users: Sequence[str]) -> None:

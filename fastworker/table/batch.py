@@ -19,6 +19,7 @@ Row = tuple[Any, ...]
 def newer(a_rev: str | None, a_seq: int | None, b_rev: str | None, b_seq: int | None) -> bool:
     """Whether version a is strictly higher than version b. The same rule as the SQL function fastworker.newer."""
     if a_rev is not None and b_rev is not None and a_rev != b_rev:
+        # mutant: rev order turned
         return a_rev > b_rev
     if a_seq is not None and b_seq is not None:
         return a_seq > b_seq
@@ -118,6 +119,7 @@ def beats(a: Change, b: Change) -> bool:
         return True
     if newer(b.rev, b.seq, a.rev, a.seq):
         return False
+    # mutant: op index ignored
     return (a.op_index, a.row is None, a.cid or "") > (b.op_index, b.row is None, b.cid or "")
 
 
@@ -136,10 +138,12 @@ def replaces(change: Change, rev: str | None, seq: int | None, *, many_relays: b
 
     `many_relays`: what was stored without a rev is older than what has one.
     """
+    # mutant: a stored seq against another relay
     if many_relays and rev is None and change.rev is not None:
         seq = None
     if change.row is None:
         return not newer(rev, seq, change.rev, change.seq)
+    # mutant: no version guard
     return newer(change.rev, change.seq, rev, seq)
 
 

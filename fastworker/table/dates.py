@@ -93,6 +93,7 @@ def moment_of(told: datetime | None, entry_ms: int) -> datetime:
     """When an event happened: the time it tells, which is a claim of its host, where that is near the time at which it
     was received; else that."""
     received, earliest, latest = _believed(entry_ms)
+    # mutant: the moment of the entry ignored
     return told if told is not None and earliest <= told <= latest else received
 
 

@@ -1,8 +1,8 @@
 """What follows from rows: the derived tables as a pure function of rows added to and removed from the primary ones.
 
 `Effects` collects what one flush changes in the derived tables. A replaced row is a removed one and an
-added one: deltas cancel, keys that are removed and added again are written once. State law, design
-section 3; nothing here knows SQL.
+added one: deltas cancel, keys that are removed and added again are written once. The rules are
+in docs/invariants.md; nothing here knows SQL.
 """
 
 from __future__ import annotations
@@ -195,6 +195,7 @@ def _note_row(
 def _post_notes(row: Row, cid: str | None) -> list[Row]:
     uri, author, parent, at = row[POST.uri], row[POST.author_did], row[POST.parent_uri], row[POST.created_at]
     notes = []
+    # mutant: notifications to oneself
     if parent is not None and (to := did_of(parent)) != author:
         note = uri + "#notification/reply"
         notes.append(_note_row(note, to, author, "reply", parent, cid, at))
@@ -234,6 +235,7 @@ def _remove_post(fx: Effects, row: Row) -> None:
     derive = fx.derive
     fx.owed.add(("aggregate", uri))
     if parent is not None and "reply_counts" in derive:
+        # mutant: no reply decrement
         fx.count(parent, REPLY_COUNT, -1)
     if "feed_items" in derive:
         fx.no_feed_item(uri)
@@ -266,6 +268,7 @@ def _remove_like(fx: Effects, row: Row) -> None:
     uri, user, post = row[LIKE.uri], row[LIKE.user_did], row[LIKE.post_uri]
     derive = fx.derive
     if "counts" in derive:
+        # mutant: no like decrement
         fx.count(post, LIKE_COUNT, -1)
     if "viewer_states" in derive:
         fx.no_view(post, user, 0)
@@ -337,6 +340,7 @@ def _add_profile(fx: Effects, row: Row, cid: str | None) -> None:  # noqa: ARG00
 
 
 def _remove_profile(fx: Effects, row: Row) -> None:
+    # mutant: profile stays after its delete
     fx.profiles[row[PROFILE.did]] = None
 
 
@@ -399,6 +403,7 @@ def removed(fx: Effects, table: schema.Table, row: Row, *, counted: bool = True)
         return
     functions[1](fx, row)
     if not counted:
+        # mutant: no recount
         fx.recount.update(subjects(table, row))
 
 
@@ -426,6 +431,7 @@ def thread_gate_row(gate: Row) -> Row | None:
     rules = orjson.loads(gate[GATE.rules])
     allow = rules.get("allow")
     if not isinstance(allow, list):
+        # mutant: no allow means nobody
         return None
     kinds = {kind for rule in allow if isinstance(rule, dict) and isinstance(kind := rule.get("$type"), str)}
     if not kinds <= _GATE_RULES:

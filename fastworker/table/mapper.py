@@ -1,4 +1,4 @@
-"""Ops to rows: one function per collection turns a record into the row of its table (state law, section 3).
+"""Ops to rows: one function per collection turns a record into the row of its table.
 
 Pure and hot. What the rows promise: they fit their columns (types, lengths, NOT NULL, characters), so that PostgreSQL
 refuses none of them for its data. What a bad member costs:
@@ -24,10 +24,11 @@ import msgspec
 
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Commit, Drop, Op, Record
-from fastworker.event.record import clean_text, json_text, link_text, load_record
+from fastworker.event.record import TOO_MANY_VALUES, clean_text, json_text, link_text, load_record, too_heavy
 from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
+from fastworker.table.chosen import is_left_out
 from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
@@ -87,6 +88,7 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
     stamp = (commit_time, None if seq is None else str(seq), rev)
     changes: list[Change] = []
     dids = [repo]
+    heavy = too_heavy(commit.ops)
     for index, op in enumerate(commit.ops):
         collection, rkey, cid = op.collection, op.rkey, op.cid or ""
         uri = f"at://{repo}/{collection}/{rkey}"
@@ -94,17 +96,19 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if len(uri) > URI_MAX or len(collection) > NSID_MAX:
             drops.append(Drop(Reason.TOO_LONG, collection, "uri"))
             continue
+        # mutant: delete mapped to update
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
             continue
-        if len(cid) > CID_MAX:
-            drops.append(Drop(Reason.TOO_LONG, collection, "cid"))
+        if is_left_out(collection) or len(cid) > CID_MAX or index in heavy:
+            drops.append(_not_read(collection, cid))
             continue
         try:
             if rkey != "self" and collection in SELF_ONLY:
                 drops.append(Drop(Reason.BAD_PATH, collection, "its rkey is self"))
                 continue
             record = load_record(op)
+            # mutant: type spoofed
             if record.get("$type", collection) != collection:
                 drops.append(Drop(Reason.TYPE_MISMATCH, collection, "$type"))
                 continue
@@ -122,6 +126,15 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
             dids.append(row[subject])
         changes.append(Change(table, uri, repo, rkey, rev, seq, index, op.cid, row))
     return Mapped(changes, dids, drops, commit.relay)
+
+
+def _not_read(collection: str, cid: str) -> Drop:
+    """Why an op's record is not even looked at."""
+    if is_left_out(collection):
+        return Drop(Reason.FILTERED, collection)
+    if len(cid) > CID_MAX:
+        return Drop(Reason.TOO_LONG, collection, "cid")
+    return Drop(Reason.OVERSIZED, collection, TOO_MANY_VALUES)
 
 
 # Members
@@ -164,6 +177,7 @@ def _required_did(value: Any, member: str) -> str:
 
 
 def _uri_or_none(value: Any, member: str, lost: list[str]) -> str | None:
+    # mutant: identifiers mended
     if type(value) is not str or (found := _is_uri(value)) is None:
         if _is_no_reference(value):
             lost.append(member)
@@ -422,6 +436,7 @@ def _list(record: Record, origin: _Origin) -> Row:
 
 def _list_item(record: Record, origin: _Origin) -> Row:
     list_uri = _required_uri(record.get("list"), "list")
+    # mutant: list items of others
     if list_uri.split("/", 3)[2] != origin.repo:
         # Anyone can name anyone's list; only its owner puts people on it.
         raise InvalidEvent(Reason.NOT_OWNER, "list")
@@ -584,5 +599,7 @@ def _mapper(table: schema.Table, to_row: _ToRow, user_column: str | None) -> _Ma
     return table, to_row, date_member, None if user_column is None else table.index(user_column)
 
 
+if _forgotten := schema.COLLECTIONS.keys() - _ROWS.keys():
+    raise LookupError(f"no function in _ROWS for {', '.join(sorted(_forgotten))}")
 _MAPPERS = {collection: _mapper(table, *_ROWS[collection]) for collection, table in schema.COLLECTIONS.items()}
 _GENERIC = _mapper(schema.GENERIC_RECORDS, _generic, None)

@@ -128,6 +128,7 @@ def _place(table: Table, pair: str, found: Found, result: Arrangement, trusted: 
     members = result.members[pair]
     old = found.winners.get(pair)
     twins = found.twins.get(pair, {})
+    # mutant: highest rkey wins
     best = min(members.values(), default=None, key=lambda m: twin_order(table, m.uri, m.rkey, trusted))
     if old is not None and (best is None or best.uri != old[0]):
         result.deletes.append(old)

@@ -28,13 +28,30 @@ class Table(msgspec.Struct, frozen=True):
     pair: tuple[str, ...] = ()
     hot: bool = False
 
+    @property
+    def author(self) -> str | None:
+        """The column of the account that wrote the record, where there is one."""
+        return next((column for column in self.columns if column in _AUTHORS), None)
+
     def index(self, column: str) -> int:
         return self.columns.index(column)
+
+    @property
+    def qualified(self) -> str:
+        return qualified(self.name)
 
     @property
     def row_type(self) -> str:
         """The composite type of one row of ours; statements take arrays of it (0002_fastworker.sql makes it)."""
         return f"fastworker.{self.name.rpartition('.')[2]}_row"
+
+
+_AUTHORS = frozenset({"author_did", "user_did", "follower_did", "blocker_did", "creator_did"})
+
+
+def qualified(name: str) -> str:
+    """The name with its schema, as SQL says it whatever the search path is."""
+    return name if "." in name else f"public.{name}"
 
 
 def _table(name: str, columns: str, *, key: str = "uri", pair: tuple[str, ...] = (), hot: bool = False) -> Table:
@@ -172,6 +189,7 @@ COLLECTIONS: dict[str, Table] = {
 def twin_order(table: Table, uri: str, rkey: str, trusted: Mapping[str, int]) -> tuple[int, str, str]:
     """Of the live records of one unique pair, the least is in the table: those of trusted verifiers first (`trusted`:
     their DIDs and places), then the lowest rkey, then URI."""
+    # mutant: trusted verifier ignored
     rank = trusted.get(uri.split("/", 3)[2], len(trusted)) if table is VERIFICATIONS else 0
     return rank, rkey, uri
 

@@ -17,7 +17,7 @@ import msgspec
 from fastworker.errors import Reason
 from fastworker.event import Commit, Op
 from fastworker.event.record import cid_text
-from fastworker.event.repository import Held
+from fastworker.event.repository import TreeRecord
 from fastworker.event.syntax import is_tid
 from fastworker.table.batch import Change, newer
 from fastworker.table.dates import EPOCH, SKEW, latest_date
@@ -25,7 +25,8 @@ from fastworker.table.mapper import map_commit
 from fastworker.table.schema import BOOKMARKS, LABELS
 
 _FIRST_TID: Final = datetime(2022, 1, 1)  # noqa: DTZ001 - naive UTC; the protocol is younger
-_DIGITS: Final = {digit: number for number, digit in enumerate("234567abcdefghijklmnopqrstuvwxyz")}
+_LETTERS: Final = "234567abcdefghijklmnopqrstuvwxyz"
+_DIGITS: Final = {digit: number for number, digit in enumerate(_LETTERS)}
 PIECE_BYTES: Final = 8 * 1024 * 1024
 UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
 """Tables whose rows others write, too: no snapshot touches them."""
@@ -57,7 +58,7 @@ class Piece(msgspec.Struct):
     drops: Counter[str] = msgspec.field(default_factory=Counter)
 
 
-def pieces(records: Iterable[Held], snapshot: Snapshot, size: int) -> Iterator[Piece]:
+def pieces(records: Iterable[TreeRecord], snapshot: Snapshot, size: int) -> Iterator[Piece]:
     """In key order, at most `size` records each, fewer where they are large."""
     piece, held = Piece(), 0
     for record in records:
@@ -69,7 +70,7 @@ def pieces(records: Iterable[Held], snapshot: Snapshot, size: int) -> Iterator[P
     yield piece
 
 
-def _put(piece: Piece, record: Held, snapshot: Snapshot) -> None:
+def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
     collection, rkey, cid, block = record
     uri = f"at://{snapshot.did}/{collection}/{rkey}"
     piece.uris.append(uri)
@@ -103,6 +104,12 @@ def tid_moment(tid: str) -> datetime | None:
     for digit in tid:
         number = number << 5 | _DIGITS[digit]
     return EPOCH + timedelta(microseconds=number >> 10)
+
+
+def tid_of(moment: datetime) -> str:
+    """The lowest TID of a moment."""
+    number = max(0, (moment - EPOCH) // timedelta(microseconds=1)) << 10
+    return "".join(_LETTERS[number >> shift & 31] for shift in range(60, -1, -5))
 
 
 def is_judged_date(value: object, moment: datetime) -> bool:

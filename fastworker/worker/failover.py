@@ -17,8 +17,8 @@ from fastworker.errors import StoreUnavailable, StreamUnavailable
 from fastworker.store.place import Place, place_of
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis
-from fastworker.stream.consumer import id_order
 from fastworker.stream.database import Database, GoBack, Known, Memory
+from fastworker.stream.ids import id_order
 
 log = logging.getLogger(__name__)
 

@@ -17,19 +17,22 @@ from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
+from fastworker.process.children import ChildSpec
 from fastworker.process.clocks import which_is_off
-from fastworker.process.supervisor import ChildSpec
 from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
-from fastworker.stream.consumer import LeaseLostError, WorkerStream
+from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
+from fastworker.stream.keys import GROUP, STREAM
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
 from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
+from fastworker.worker.limits import DeadLetterLimit, Refusals
+from fastworker.worker.locked import Locks
 from fastworker.worker.overlap import Marks, Overlap
-from fastworker.worker.pipeline import DeadLetterLimit, Pipeline, Refusals
+from fastworker.worker.pipeline import Pipeline
 from fastworker.worker.suspects import Quiet, Suspects
 
 log = logging.getLogger(__name__)
@@ -46,8 +49,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     redis_url: str
     database_url: str
-    stream_key: str = "firehose:events"
-    group: str = "firehose-processors"
+    stream_key: str = STREAM
+    group: str = GROUP
     consumer_id: str = "python-worker"
     batch_size: int = 10
     pool_size: int = 8
@@ -153,21 +156,14 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         await redis.aclose()
 
 
-async def _work(
-    settings: WorkerSettings,
-    shared: Shared,
-    slot: Slot,
-    stopping: asyncio.Event,
-    redis: Redis,
-    store: Store,
-    failover: Failover,
-    open_span: OpenSpan,
-) -> None:
+def _streams(settings: WorkerSettings, redis: Redis, store: Store) -> list[WorkerStream]:
+    """One for each pipeline."""
+
     async def last_finished() -> str | None:
         progress = await store.finished(settings.stream_key)
         return progress.entry_id if progress is not None else None
 
-    streams = [
+    return [
         WorkerStream(
             redis,
             stream_key=settings.stream_key,
@@ -181,6 +177,19 @@ async def _work(
         )
         for _ in range(settings.pipelines)
     ]
+
+
+async def _work(
+    settings: WorkerSettings,
+    shared: Shared,
+    slot: Slot,
+    stopping: asyncio.Event,
+    redis: Redis,
+    store: Store,
+    failover: Failover,
+    open_span: OpenSpan,
+) -> None:
+    streams = _streams(settings, redis, store)
     pipelines: list[Pipeline] = []
     try:
         try:
@@ -191,7 +200,7 @@ async def _work(
         slot.text("consumers", " ".join(stream.name for stream in streams))
         refusals = Refusals()
         limits = settings.limits.shared_by(settings.processes * settings.pipelines)
-        quiet = Quiet()
+        quiet, locks = Quiet(), Locks()
         pipelines += [
             Pipeline(
                 Intake(
@@ -211,11 +220,12 @@ async def _work(
                 open_span=open_span,
                 suspects=shared.suspects,
                 quiet=quiet,
+                locks=locks,
             )
             for n, stream in enumerate(streams)
         ]
         try:
-            await _take_ground(store, pipelines)
+            await _take_entry_rules(store, pipelines)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, failover, streams, pipelines)
@@ -278,7 +288,7 @@ async def _renew(streams: list[WorkerStream]) -> None:
                 )  # fmt: skip
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
-    except LeaseLostError as error:
+    except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
 
 
@@ -293,19 +303,24 @@ async def _tell_held(streams: list[WorkerStream]) -> None:
 async def _maintain(
     slot: Slot, store: Store, failover: Failover, stream: WorkerStream, pipelines: list[Pipeline]
 ) -> None:
-    """What committed transactions still owe, in bounded pieces; and how far the group has come."""
+    """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
         await failover.note(store)
 
-    async def pay() -> None:
+    async def maintain() -> None:
         while await store.maintain():
             slot.set(maintained_ms=now_ms())
 
     failure = ""
-    for act in (note, partial(_take_ground, store, pipelines), pay, partial(_prune, slot, store, stream, pipelines)):
+    for act in (
+        note,
+        partial(_take_entry_rules, store, pipelines),
+        maintain,
+        partial(_prune, slot, store, stream, pipelines),
+    ):
         try:
             await act()
         except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
@@ -331,17 +346,16 @@ async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list
         slot.set(maintained_ms=now_ms())
 
 
-async def _take_ground(store: Store, pipelines: list[Pipeline]) -> None:
-    ground = await store.ground()
+async def _take_entry_rules(store: Store, pipelines: list[Pipeline]) -> None:
+    rules = await store.entry_rules()
     for pipeline in pipelines:
-        pipeline.stand_on(ground)
+        pipeline.follow(rules)
 
 
 async def _look_for(store: Store, slot: Slot, failover: Failover) -> None:
     """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
 
-    How far the server got is remembered beside it. Not while every connection writes: then flushes tell, by their
-    progress.
+    Not while every connection writes: then flushes tell, by their progress.
     """
     opened, busy = store.connections
     if slot.get("held") and busy == opened:

@@ -11,17 +11,17 @@ import pytest
 from redis.asyncio import Redis
 
 from fastworker.commands.reapply import reapply
-from fastworker.commands.verify import Wish, verify
+from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.errors import ExitCode
-from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.stream.keys import USUAL
 from fastworker.table import derive
 from fastworker.worker.worker import WorkerSettings
 from tests.e2e.house import GROUP, KEY, House
 from tests.property.feeding import differences, lawful
 from tests.rig.foreign import Foreign
-from tests.rig.histories import random_history, to_entry
+from tests.rig.histories import random_history, to_recording
 
-EVENTS = 2_500
+EVENTS = 1_500
 
 
 async def test_reapply_and_verify_make_it_right(
@@ -50,7 +50,7 @@ async def test_reapply_and_verify_make_it_right(
             for start in range(0, len(order), 8):
                 pipe = redis.pipeline(transaction=False)
                 for position in order[start : start + 8]:
-                    pipe.xadd(KEY, to_entry(history.events[position]))
+                    pipe.xadd(KEY, to_recording(history.events[position]))
                 await pipe.execute()
                 await asyncio.sleep(0.01)
             async with asyncio.timeout(90):
@@ -58,20 +58,20 @@ async def test_reapply_and_verify_make_it_right(
                     await asyncio.sleep(0.05)
             old.cancel()
             await asyncio.wait([old])
-        ours = sum(int(n) for name, n in (await redis.hgetall(LEDGER_KEY)).items() if not name.startswith(b"drop:"))
+        ours = sum(int(n) for name, n in (await redis.hgetall(USUAL.ledger)).items() if not name.startswith(b"drop:"))
         assert taken > EVENTS / 20, "the old worker took hardly anything"
         assert ours > EVENTS / 10, "ours took hardly anything"
 
     expected = lawful(history.events)
     assert await differences(expected, pg) != "no difference"
 
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.NO
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True, repair=True)) is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.NO
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
 
     settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL)
     assert await reapply(settings, "0") is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, Wish(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     # A follow of nobody ("subject": "") made the old worker a user of that name, which is nobody's to take away.
     await pg.execute("DELETE FROM users WHERE did = ''")
     assert await differences(expected, pg) == "no difference"

@@ -9,12 +9,12 @@ from typing import Any
 import asyncpg
 import libipld
 import pytest
-from house import House
 
 from fastworker.errors import Reason
 from fastworker.simulator.hostile import hostile_frames
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import START_SEQ, SimFrame
+from tests.e2e.house import House
 
 KINDS = 400
 
@@ -56,7 +56,7 @@ def leaps(data: bytes) -> bool:
 
 
 async def assert_stored(frames: list[SimFrame], pg: asyncpg.Connection) -> None:
-    uris = [f"at://{f.event['repo']}/{f.event['ops'][0]['path']}" for f in frames]
+    uris = [f"at://{f.event['repo']}/{f.event['ops'][0]['path']}" for f in frames if f.event]
     found = {r[0] for r in await pg.fetch("SELECT uri FROM posts WHERE uri = ANY($1)", uris)}
     assert found == set(uris)
 

@@ -25,7 +25,7 @@ from redis.asyncio import Redis
 from fastworker.commands.check import check
 from fastworker.commands.compare import compare as run_compare
 from fastworker.commands.reapply import reapply
-from fastworker.commands.verify import Wish, verify
+from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
@@ -180,7 +180,7 @@ async def test_there_and_back(
         return found
 
     async def verified(*, repair: bool = False) -> tuple[ExitCode, int]:
-        code = await verify(postgres_url, config.derive, Wish(as_json=True, repair=repair))
+        code = await verify(postgres_url, config.derive, VerifyOptions(as_json=True, repair=repair))
         return code, json.loads(capsys.readouterr().out)["drift"]
 
     async with (

@@ -14,7 +14,7 @@ from pathlib import Path
 import fastworker
 from fastworker.stream import client as redis_client
 from fastworker.stream.consumer import WorkerStream
-from fastworker.worker import pipeline
+from fastworker.worker import flush, pipeline
 
 ROOT = Path(fastworker.__file__).parent
 ROOMS = ("commands", "edge", "monitor", "process", "reader", "store", "stream", "sync", "worker")
@@ -41,7 +41,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._pool\.close\(", "PostgreSQL: inside asyncio.timeout(5)"),
     # HTTP and WebSocket: every session has a ClientTimeout
     (r"^(self\._)?session\.(close|ws_connect|get)\(|^response\.\w+\(|^\w+\.content\.\w+\(", "HTTP: ClientTimeout of the session"),
-    (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (reader/reader.py)"),
+    (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (reader/follow.py)"),
     (r"^(self\._socket|connection|subscription)\.close\(", "WebSocket: CLOSE_TIMEOUT_S"),
     (r"^(runner|site|self\._runner|app_runner|socket)\.\w+\(", "our own HTTP server: shutdown_timeout; clients wait, not we"),
     (r"^dns\.asyncresolver|^resolver\.\w+\(|^self\._resolver\.\w+\(", "DNS: lifetime of the query"),
@@ -133,5 +133,5 @@ def test_the_bounds_fit_into_each_other() -> None:
         == redis_client.SOCKET_TIMEOUT_S
     )
     assert pipeline.BLOCK_MS / 1000 < redis_client.SOCKET_TIMEOUT_S / 2
-    assert pipeline.ATTEMPT_S > 90  # the store's command_timeout: the edge speaks first
+    assert flush.ATTEMPT_S > 90  # the store's command_timeout: the edge speaks first
     assert WorkerStream.read.__doc__

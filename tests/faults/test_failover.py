@@ -17,15 +17,15 @@ from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
 from fastworker.reader import reader as reader_module
-from fastworker.reader.reader import ReaderSettings, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import Clock, Repo, SimFrame
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import GO_BACK_KEY, id_order
-from fastworker.stream.database import DATABASE_KEY
-from fastworker.stream.feed import GAPS
+from fastworker.stream.ids import id_order
+from fastworker.stream.keys import USUAL
 from fastworker.table.batch import Batch, Progress
 from fastworker.table.mapper import map_commit
 from fastworker.worker import worker as worker_module
@@ -85,7 +85,7 @@ class Pipeline:
                 await asyncio.sleep(0.05)
 
     async def is_remembered(self, entry_id: str) -> bool:
-        text = await self.redis.get(DATABASE_KEY)
+        text = await self.redis.get(USUAL.database)
         known = json.loads(text) if text else {}
         return bool(known.get("written")) and id_order(known["entry_id"] or "0") >= id_order(entry_id)
 
@@ -149,8 +149,8 @@ async def test_what_a_postgresql_that_went_back_has_lost_comes_again(
             await one.send(50)
             await one.stored()
             assert await one.likes() == one.sent
-            assert await one.redis.llen(GAPS) == 0
-            assert not await one.redis.exists(GO_BACK_KEY)
+            assert await one.redis.llen(USUAL.gaps) == 0
+            assert not await one.redis.exists(USUAL.go_back)
     assert caplog.text.count("PostgreSQL went back (") == 1
 
 
@@ -167,9 +167,9 @@ async def test_what_another_server_never_had_and_nobody_keeps_is_a_gap(server_di
             await migrate(postgres.url)
             await one.send(50)
             async with asyncio.timeout(60):
-                while await one.likes() < 50 or not await one.redis.llen(GAPS):
+                while await one.likes() < 50 or not await one.redis.llen(USUAL.gaps):
                     await asyncio.sleep(0.05)
-            [gap] = await one.redis.lrange(GAPS, 0, -1)
+            [gap] = await one.redis.lrange(USUAL.gaps, 0, -1)
             assert json.loads(gap)["reason"] == "store_lost"
             assert json.loads(gap)["after"] is None
 

@@ -11,10 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 import redis as sync_redis
-from integration.test_settle import comparable, may_be_lost
 
-from fastworker.commands import repairs
-from fastworker.commands.repairs import Wish, repair
+from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event.entry import encode_native
@@ -24,7 +22,9 @@ from fastworker.law.model import Model
 from fastworker.simulator.hosts import SimHosts
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
+from fastworker.sync import many
 from fastworker.sync.hosts import Bounds, Hosts
+from tests.integration.test_settle import comparable, may_be_lost
 from tests.services import Service
 
 STREAM, GROUP, CURSOR = "firehose:events", "firehose-processors", "firehose:python_cursor"
@@ -61,7 +61,9 @@ class Scene:
 
     async def repair(self, *dids: str, dry_run: bool = False) -> ExitCode:
         everybody = [one.did for one in self.network.world.accounts()]
-        return await repair(self.config, Wish(dids or tuple(everybody), dry_run), asyncio.Event(), hosts=self.hosts)
+        return await repair(
+            self.config, RepairOptions(dids or tuple(everybody), dry_run), asyncio.Event(), hosts=self.hosts
+        )
 
     async def finished(self) -> None:
         async with asyncio.timeout(60):
@@ -109,7 +111,7 @@ def worker(scene: Scene, services: Callable[..., Service], redis_url: str, postg
 
 async def test_lost_events_are_repaired_beside_a_running_worker(
     scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     scene.happen(900, lose=lambda n: n % 3 == 0)
     assert scene.lost > 150
     assert await scene.repair(dry_run=True) == ExitCode.NO  # waits for the worker by itself
@@ -129,7 +131,7 @@ async def test_lost_events_are_repaired_beside_a_running_worker(
 
 async def test_one_bad_host_costs_its_accounts_only(
     scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     scene.happen(400, lose=lambda n: n % 3 == 0)
     bad = scene.sim.pdses[0]
     bad.fail("wrong_key")
@@ -145,7 +147,7 @@ async def test_one_bad_host_costs_its_accounts_only(
 
 async def test_recorded_syncs_are_repaired_and_forgotten(
     scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     """Those that came by the stream, and those that the reader kept in Redis; what was recorded meanwhile stays."""
     scene.happen(300, lose=lambda n: n % 3 == 0)
     by_stream, by_redis, gone = (one.did for one in scene.network.world.accounts()[:3])
@@ -155,7 +157,7 @@ async def test_recorded_syncs_are_repaired_and_forgotten(
     scene.sim.documents[gone] = 404
 
     async def recorded(*, dry_run: bool) -> ExitCode:
-        return await repair(scene.config, Wish((), dry_run, recorded=True), asyncio.Event(), hosts=scene.hosts)
+        return await repair(scene.config, RepairOptions((), dry_run, recorded=True), asyncio.Event(), hosts=scene.hosts)
 
     assert await recorded(dry_run=True) == ExitCode.NO
     assert await pg.fetchval("SELECT count(*) FROM fastworker.repairs") == 2
@@ -172,14 +174,14 @@ async def test_recorded_syncs_are_repaired_and_forgotten(
 
 async def test_a_stop_ends_a_fetch_that_would_take_long(
     scene: Scene, worker: Service, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     scene.happen(50)
     for pds in scene.sim.pdses:
         pds.fail("trickle")
     stop = asyncio.Event()
     work = asyncio.create_task(
-        repair(scene.config, Wish((scene.network.world.accounts()[0].did,)), stop, hosts=scene.hosts)
+        repair(scene.config, RepairOptions((scene.network.world.accounts()[0].did,)), stop, hosts=scene.hosts)
     )
     async with asyncio.timeout(20):
         while not any(pds.asked for pds in scene.sim.pdses):
@@ -191,7 +193,7 @@ async def test_a_stop_ends_a_fetch_that_would_take_long(
     assert worker.process.poll() is None
 
 
-async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a DID"):
         await scene.repair("alice.test")
     list(scene.network.frames(5))
@@ -201,6 +203,6 @@ async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(Unreachable, match="no group"):
         await scene.repair()
     scene.client.xgroup_create(STREAM, GROUP, "0")
-    monkeypatch.setattr(repairs, "STALL_S", 0.1)
+    monkeypatch.setattr(many, "STALL_S", 0.1)
     with pytest.raises(Unreachable, match="is it running"):
         await scene.repair()

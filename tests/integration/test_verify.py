@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from fastworker.commands.verify import Wish, names, verify
+from fastworker.commands.verify import VerifyOptions, names, verify
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event import Account, Commit, Op
@@ -106,7 +106,7 @@ def run(statement: str, url: str) -> None:
 async def told(
     url: str,
     capsys: pytest.CaptureFixture[str],
-    wish: Wish,
+    wish: VerifyOptions,
     features: frozenset[str] = derive.FULL,
     trusted: tuple[str, ...] = (),
 ) -> tuple[ExitCode, dict[str, dict[str, int]]]:
@@ -131,8 +131,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastworker.commands.verify.LOOK_AGAIN_JOINED_S", (0.0,))
 
 
-FIND = Wish(as_json=True, rows=300)
-MEND = Wish(as_json=True, rows=300, repair=True)
+FIND = VerifyOptions(as_json=True, rows=300)
+MEND = VerifyOptions(as_json=True, rows=300, repair=True)
 
 
 async def test_what_the_writer_wrote_has_no_drift(
@@ -140,7 +140,7 @@ async def test_what_the_writer_wrote_has_no_drift(
 ) -> None:
     assert await differences(url, expected) == "no difference"
     assert await told(url, capsys, FIND) == (ExitCode.DONE, {})
-    assert await told(url, capsys, Wish(as_json=True, rows=1_000_000)) == (ExitCode.DONE, {})
+    assert await told(url, capsys, VerifyOptions(as_json=True, rows=1_000_000)) == (ExitCode.DONE, {})
 
 
 _SOME = "(SELECT {key} FROM public.{table} WHERE {where} ORDER BY {key} LIMIT 3)"
@@ -543,12 +543,12 @@ async def test_a_stopped_run_says_where_to_go_on(
         return stopping.is_set()
 
     monkeypatch.setattr("fastworker.commands.verify.pause", pause)
-    code = await verify(url, derive.FULL, Wish(rows=5, as_json=True), stop)
+    code = await verify(url, derive.FULL, VerifyOptions(rows=5, as_json=True), stop)
     report = json.loads(capsys.readouterr().out)
     assert code is ExitCode.NO
     assert report["continue_from"].partition(":")[0] in names()
     done = len(report["checks"])
-    code = await verify(url, derive.FULL, Wish(start=report["continue_from"], as_json=True))
+    code = await verify(url, derive.FULL, VerifyOptions(start=report["continue_from"], as_json=True))
     rest = json.loads(capsys.readouterr().out)
     assert code is ExitCode.NO
     assert rest["checks"][0]["check"] == report["checks"][-1]["check"]
@@ -558,11 +558,11 @@ async def test_a_stopped_run_says_where_to_go_on(
 
 async def test_wishes_that_cannot_be(url: str, empty_postgres_url: str) -> None:
     with pytest.raises(ConfigError, match="--check nonsense: there are"):
-        await verify(url, derive.FULL, Wish(only=("nonsense",)))
+        await verify(url, derive.FULL, VerifyOptions(only=("nonsense",)))
     with pytest.raises(ConfigError, match="--from"):
-        await verify(url, derive.FULL, Wish(start="nonsense:at://"))
+        await verify(url, derive.FULL, VerifyOptions(start="nonsense:at://"))
     with pytest.raises(Unreachable, match="fastworker migrate"):
-        await verify(empty_postgres_url, derive.FULL, Wish())
+        await verify(empty_postgres_url, derive.FULL, VerifyOptions())
 
 
 def test_the_command(url: str) -> None:
@@ -653,8 +653,8 @@ async def test_what_only_postgresql_can_hold_is_no_obstacle(
             "INSERT INTO likes (uri, user_did, post_uri, created_at) VALUES ($1, $2, $3, $4::text::timestamp)",
             *(f"at://{other}/app.bsky.feed.like/3l{nth}", other, uri, date),
         )
-    code, _ = await told(postgres_url, capsys, Wish(repair=True, as_json=True))
-    code, drift = await told(postgres_url, capsys, Wish(as_json=True))
+    code, _ = await told(postgres_url, capsys, VerifyOptions(repair=True, as_json=True))
+    code, drift = await told(postgres_url, capsys, VerifyOptions(as_json=True))
     assert (code, drift) == (ExitCode.DONE, {})
     op = {"text": "new", "createdAt": "2026-11-27T00:00:00.000Z", "$type": "app.bsky.feed.post"}
     like = {"$type": "app.bsky.feed.like", "subject": {"uri": f"at://{did}/app.bsky.feed.post/3p2", "cid": cid}}
@@ -676,5 +676,5 @@ async def test_what_only_postgresql_can_hold_is_no_obstacle(
         await store.close()
     assert [r[0] for r in await pg.fetch("SELECT text FROM posts ORDER BY uri")] == ["new", "old", "old"]
     assert await pg.fetchval("SELECT count(*) FROM likes") == 0
-    code, drift = await told(postgres_url, capsys, Wish(as_json=True))
+    code, drift = await told(postgres_url, capsys, VerifyOptions(as_json=True))
     assert (code, drift) == (ExitCode.DONE, {})

@@ -11,7 +11,7 @@ from fastworker.commands import check as checks
 from fastworker.commands.check import Finding, Verdict
 from fastworker.config import Config
 from fastworker.store.admin import Client, Facts, Past
-from fastworker.stream.admin import Consumer, Group, Pending, Server, Stream
+from fastworker.stream.admin import ConsumerState, Group, Pending, Server, Stream
 
 SERVER = Server(
     version="7.2.4",
@@ -55,8 +55,8 @@ CONFIG = Config()
 
 def _consumer(
     name: str = "old-0", *, pending: int = 0, idle_ms: int = 0, leased: bool = False, ours: bool = False
-) -> Consumer:
-    return Consumer(name, pending, idle_ms, leased, ours)
+) -> ConsumerState:
+    return ConsumerState(name, pending, idle_ms, leased, ours)
 
 
 def _said(findings: Iterator[Finding]) -> list[tuple[Verdict, str]]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import libipld
 import pytest
@@ -31,7 +32,7 @@ from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import Effects
 from fastworker.table.mapper import map_commit
-from fastworker.worker import pipeline
+from fastworker.worker import pipeline, turn
 
 REPO = "did:plc:" + "a" * 24
 POST = f"at://{REPO}/app.bsky.feed.post/3kabcdefghij2"
@@ -318,12 +319,12 @@ def test_no_block_is_hashed_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_loop_has_its_turn_after_a_heavy_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock, not by the number of entries: here each one takes longer than a turn."""
-    monkeypatch.setattr(pipeline, "TURN_S", 0.0)
+    monkeypatch.setattr(turn, "TURN_S", 0.0)
     data = json.dumps({"repo": REPO, "ops": []}).encode()
     entries = [(f"1-{number}", {b"type": b"commit", b"data": data, b"seq": b"7"}) for number in range(20)]
     slot = Heartbeats(1)[0]
     no: Any = None
-    one = pipeline.Pipeline(no, no, no, slot, limits=Limits(), dead_letters=pipeline.DeadLetterLimit())
+    one = pipeline.Pipeline(no, Mock(), no, slot, limits=Limits(), dead_letters=pipeline.DeadLetterLimit())
     turns = 0
 
     async def beat() -> None:

@@ -13,8 +13,16 @@ import pytest
 
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Op
-from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, decode
-from fastworker.event.record import cid_text, clean_text, json_text, link_text, load_record, nesting_exceeds
+from fastworker.event.cbor import DEPTH_MAX, Link, check_depth, count_values, decode
+from fastworker.event.record import (
+    cid_text,
+    clean_text,
+    json_text,
+    link_text,
+    load_record,
+    nesting_exceeds,
+    values_within,
+)
 from fastworker.simulator.cbor import cid_of, encode, head, text
 
 CID = cid_of(b"some record")
@@ -284,6 +292,14 @@ def test_a_link_that_hides_depth() -> None:
     with pytest.raises(InvalidEvent) as caught:
         json_text({"$link": deep}, born_of_json({}))
     assert caught.value.reason is Reason.TOO_DEEP
+
+
+def test_values_are_counted_alike_in_blocks_and_json() -> None:
+    record = {"a": [1, [], {}, "あ" * 100], "b": lexicon_link(CID), "c": {"d": lexicon_bytes(b"\x81" * 300)}, "e": None}
+    for most in (0, 1, 8, 14, 15, 100):
+        assert min(count_values(encode(record), most), most + 1) == min(values_within(record, most), most + 1)
+    assert count_values(encode(record), 100) == 15
+    assert values_within([[]] * 1_000_000, 10) == 11
 
 
 # -- the exact decoder -------------------------------------------------------------------------------------

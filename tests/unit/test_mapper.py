@@ -17,6 +17,7 @@ import pytest
 
 from fastworker.errors import Reason
 from fastworker.event import Commit, Drop, Op
+from fastworker.event.entry import decode_entry, encode_json, encode_native
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped
 from fastworker.table.derive import mentioned, quoted_post, thread_gate_row
@@ -84,7 +85,7 @@ def uri_of(collection: str, rkey: str = RKEY) -> str:
 
 # Every collection, whole
 
-LABELER_DEFAULT = {"labelValues": [], "labelValueDefinitions": []}
+LABELER_DEFAULT: dict[str, Any] = {"labelValues": [], "labelValueDefinitions": []}
 WHOLE: list[tuple[str, dict[str, Any], str, dict[str, Any], list[str]]] = [
     (
         "app.bsky.feed.post",
@@ -445,6 +446,27 @@ def test_one_bad_record_never_costs_the_commit() -> None:
     assert found.drops[0] == Drop(Reason.BAD_RECORD, "app.bsky.feed.like", "subject")
     assert [drop.reason for drop in found.drops] == [Reason.BAD_RECORD, Reason.BAD_CBOR]
     assert found.dids == [REPO, OTHER]
+
+
+@pytest.mark.parametrize("form", ["block", "json", "reader"])
+def test_a_commit_of_too_many_values_costs_only_the_records_that_hold_them(form: str) -> None:
+    """Two million empty arrays fit a commit, and would take ten seconds: the loop has no turn meanwhile."""
+    many: list[list[Any]] = [[] for _ in range(60_000)]
+    records = [{"a": many}, {"a": many}, {"a": 1}, {"a": many * 2}, {"a": many[:39_000]}]
+    ops = [
+        create("com.example.thing", {"$type": "com.example.thing", **record}, f"r{n}")
+        for n, record in enumerate(records)
+    ]
+    event = commit(*ops)
+    if form != "json":
+        blocks = [libipld.encode_dag_cbor(op.record) for op in ops]
+        event = commit(
+            *[Op(op.action, op.collection, op.rkey, op.cid, block) for op, block in zip(ops, blocks, strict=True)]
+        )
+    fields = dict((encode_native if form == "block" else encode_json)(event) or ())
+    result = map_commit(decode_entry(fields), ENTRY_MS)
+    assert [change.rkey for change in result.changes] == ["r0", "r2", "r4"]
+    assert [drop.reason for drop in result.drops] == [Reason.OVERSIZED] * 2
 
 
 def test_a_record_from_its_block() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastworker import metrics
-from fastworker.commands import status
 from fastworker.metrics import METRICS
+from fastworker.monitor import facts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MONITORING = DOCS / "monitoring"
@@ -43,7 +43,7 @@ def is_known(name: str) -> bool:
     return name in BY_NAME or (histogram is not None and histogram.kind == "histogram")
 
 
-@pytest.mark.parametrize(("file", "text"), [("metrics.md", metrics.markdown()), ("status-json.md", status.markdown())])
+@pytest.mark.parametrize(("file", "text"), [("metrics.md", metrics.markdown()), ("status-json.md", facts.markdown())])
 def test_the_generated_pages_are_up_to_date(file: str, text: str) -> None:
     assert (DOCS / file).read_text() == text
 
@@ -79,8 +79,14 @@ def test_the_dashboard_shows_the_chosen_instances_only() -> None:
 
 def test_every_metric_is_watched_or_drawn() -> None:
     seen = {re.sub(r"_(bucket|sum|count)$", "", name) for query in [*queries(), ALERTS] for name in names_in(query)}
-    # A release and a cursor are told, not watched; the other two say what others say better.
-    beside = {"build_info", "reader_cursor", "reader_events_total", "stream_trimmed_total"}
+    # A release and a cursor are told, not watched; the other three say what others say better.
+    beside = {
+        "build_info",
+        "reader_cursor",
+        "reader_events_total",
+        "stream_trimmed_total",
+        "process_replacements_total",
+    }
     assert set(BY_NAME) - seen == {f"fastworker_{name}" for name in beside}
 
 

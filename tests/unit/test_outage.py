@@ -30,6 +30,22 @@ def test_an_outage_is_one_line_at_its_beginning_one_each_minute_and_one_at_its_e
     assert caplog.messages[-1] == "PostgreSQL is away: again"
 
 
+def test_an_outage_ends_with_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """Not because the process that waited was replaced, and its successor says nothing yet."""
+    caplog.set_level(logging.INFO)
+    now = 1_000.0
+    outage = Outage("PostgreSQL", clock=lambda: now)
+    for second, why, answered_at in ((1, None, 1_000), (2, "refused", 1_000), (30, None, 0), (70, None, 0),
+                                     (80, None, 1_079), (90, None, 1_079)):  # fmt: skip
+        now = 1_000.0 + second
+        outage.look(why, answered_at=answered_at)
+    assert caplog.messages == [
+        "PostgreSQL is away: refused",
+        "PostgreSQL away for 68 s",
+        "PostgreSQL is back after 78 s",
+    ]
+
+
 def test_spans_are_for_people() -> None:
     assert [span(n) for n in (0.4, 119, 120, 7_199, 9_000, 400_000)] == [
         "0 s",

@@ -7,7 +7,7 @@ import re
 import msgspec
 import pytest
 
-from fastworker.monitor.readiness import Facts, Process, Watch, readiness
+from fastworker.monitor.readiness import Facts, Process, Watch, postgres_away, readiness
 from fastworker.process.board import Heartbeats, State, now_ms
 
 WELL = Facts(processes=[Process(name="worker-0"), Process(name="worker-1"), Process(name="monitor", is_worker=False)])
@@ -29,7 +29,8 @@ def test_well() -> None:
         (with_worker(state=State.WAITING_FOR_STORE, error="gone"), "worker-0 waits for PostgreSQL: gone"),
         (with_worker(state=State.WAITING_FOR_STREAM), "worker-0 waits for Redis: no error yet"),
         (with_worker(store_s=7.0), "worker-0: PostgreSQL has not answered for 7 s"),
-        (with_worker(held_s=61.0), "worker-0 has held an entry for 61 s"),
+        (with_worker(held_s=61.0), "worker-0 has held an entry for 61 s$"),
+        (with_worker(held_s=61.0, locked="PID 7"), "worker-0 has held an entry for 61 s: PID 7"),
         (with_worker(maintained_s=61.0, maintain_error="denied"), "nothing that is owed was looked after .*: denied"),
         (with_worker(ready=False, started_s=21.0, error="slow"), "worker-0 is not ready after 21 s: slow"),
         (Facts(), "no worker process is ready"),
@@ -111,3 +112,23 @@ def test_what_time_tells() -> None:
     slots[1].add(set_aside=50)
     assert "50 of the last 50" in look(700.0)[0]
     assert look(770.0) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "away"),
+    [
+        ({}, None),
+        ({"state": State.WAITING_FOR_STORE, "error": "refused"}, "refused"),
+        ({"store_s": 7.0, "has_bad_news": True}, "it does not answer"),
+        ({"store_s": 7.0}, None),  # a machine that stood still: nobody has asked yet
+        ({"store_s": 5.0, "has_bad_news": True}, None),
+        ({"state": State.WAITING_FOR_STREAM, "store_s": 7.0, "has_bad_news": True}, None),
+        ({"store_s": 7.0, "has_bad_news": True, "error": "StreamUnavailable: refused"}, None),
+        ({"maintained_s": 61.0, "maintain_error": "PostgreSQL refuses a statement of maintenance"}, None),
+        ({"state": State.WAITING_FOR_STORE, "turned_s": 7.0}, None),
+        ({"state": State.WAITING_FOR_STORE, "ready": False}, None),
+        ({"state": State.WAITING_FOR_STORE, "is_worker": False}, None),
+    ],
+)
+def test_postgres_is_away_for_the_log(facts: dict[str, object], away: str | None) -> None:
+    assert postgres_away(msgspec.structs.replace(WELL.processes[0], **facts)) == away

@@ -38,6 +38,7 @@ BEGIN
 {{insert_new_rows}}
     IF coalesce(cardinality(placed), 0) = wanted THEN
         placed := NULL;
+    -- mutant: a whole flush that is not whole
     ELSIF whole THEN
         RAISE EXCEPTION 'not every row is new' USING ERRCODE = 'FW001';
     ELSIF placed IS NULL THEN
@@ -80,11 +81,13 @@ BEGIN
         INSERT INTO public.post_viewer_states AS t ({{columns post_viewer_states}})
         SELECT * FROM unnest(new_viewers) ON CONFLICT (post_uri, viewer_did) DO UPDATE SET
             like_uri = coalesce(excluded.like_uri, t.like_uri), repost_uri = coalesce(excluded.repost_uri, t.repost_uri),
+            -- mutant: a like resets the viewer state
             bookmarked = t.bookmarked OR excluded.bookmarked, updated_at = now();
     END IF;
     IF unseen_posts IS NOT NULL THEN
         DELETE FROM public.post_viewer_states AS t USING unnest(unseen_posts, unseen_viewers) AS u (post, viewer)
         WHERE t.post_uri = u.post AND t.viewer_did = u.viewer AND t.like_uri IS NULL AND t.repost_uri IS NULL
+            -- mutant: unlike drops the state of the API
             AND NOT (t.bookmarked OR t.thread_muted OR t.reply_disabled OR t.embedding_disabled OR t.pinned);
     END IF;
 
@@ -95,7 +98,7 @@ BEGIN
             {{add post_aggregations}}, updated_at = now()
         WHERE {{moves post_aggregations}};
     END IF;
-    -- After them: whoever owes or pays the same key would wait for the counters, too.
+    -- After the counters: a writer that notes or deletes the same key waits for us, and would hold its counters meanwhile.
     IF owed_keys IS NOT NULL THEN
         INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest(owed_kinds, owed_keys)
         ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();

@@ -29,6 +29,7 @@ DECLARE
     services varchar[];
 BEGIN
     IF EXISTS (SELECT FROM fastworker.look_2(uris, repos, dids)) THEN
+        -- mutant: no look before a whole flush
         RAISE EXCEPTION 'not only new rows' USING ERRCODE = 'FW001';
     END IF;
     PERFORM fastworker.put_2(
@@ -39,6 +40,7 @@ BEGIN
         deltas => deltas, owed_kinds => NULL, owed_keys => NULL, of_stream => of_stream, of_consumer => of_consumer,
         until_seq => until_seq, until_entry => until_entry);
     COMMIT;
+    -- mutant: no look back after a whole flush
     SELECT coalesce(bool_or(kind IN ('tombstone', 'account', 'twin')), false)
             OR count(*) FILTER (WHERE kind = 'context') > crowd,
         array_agg(DISTINCT key) FILTER (WHERE kind = 'context'),
@@ -48,6 +50,7 @@ BEGIN
     FROM fastworker.look_back_2(uris, repos,
         ARRAY(SELECT uri FROM unnest(new_posts)), ARRAY(SELECT post_uri FROM unnest(new_likes)),
         ARRAY(SELECT user_did FROM unnest(new_likes)), crowd, with_contexts, with_gates, with_services);
+    -- mutant: joined rows of a whole flush never recomputed
     IF NOT is_late AND coalesce(contexts, gates, services) IS NOT NULL THEN
         PERFORM fastworker.recompute_2(
             contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => '{}',

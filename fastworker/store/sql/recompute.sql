@@ -37,6 +37,7 @@ BEGIN
             IF cardinality(missing) > 0 THEN
                 busy := ARRAY(SELECT uri FROM public.posts WHERE uri = ANY(missing));
             END IF;
+            -- mutant: a locked post is not owed
             IF cardinality(busy) > 0 THEN
                 stale := ARRAY(SELECT s FROM unnest(stale) AS s WHERE s <> ALL(busy));
                 INSERT INTO fastworker.recheck (kind, key)
@@ -56,6 +57,7 @@ BEGIN
     IF cardinality(contexts) > 0 THEN
         INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri)
         SELECT p.uri, (SELECT l.uri FROM public.likes AS l
+            -- mutant: context without its like
             WHERE l.user_did = split_part(p.root_uri, '/', 3) AND l.post_uri = p.uri)
         FROM public.posts AS p JOIN public.posts AS r ON r.uri = p.root_uri
         WHERE p.uri = ANY(contexts) AND r.uri <> p.uri
@@ -71,6 +73,7 @@ BEGIN
         UPDATE public.posts AS p SET has_thread_gate = f.thread, has_post_gate = f.post FROM (
             SELECT u.uri,
                 EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'thread') AS thread,
+                -- mutant: gate flags mixed up
                 EXISTS (SELECT 1 FROM fastworker.gates AS g WHERE g.post_uri = u.uri AND g.kind = 'post') AS post
             FROM unnest(gates) AS u (uri)) AS f
         WHERE p.uri = f.uri AND (p.has_thread_gate, p.has_post_gate) IS DISTINCT FROM (f.thread, f.post);
@@ -96,6 +99,7 @@ BEGIN
         ORDER BY post_uri COLLATE "C" FOR UPDATE;
         DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY(aggregates) AND a.like_count <= 0
             AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0
+            -- mutant: empty aggregates stay
             AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri);
     END IF;
     IF cardinality(owed_keys) > 0 THEN

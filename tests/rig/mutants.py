@@ -1,0 +1,278 @@
+"""Mutation check: change one place of the product, in a copy, and see that the suite notices.
+
+    scripts/mutants [NAME ...] [--list] [--write] [--jobs N]
+
+A comment `mutant: NAME` in the source marks the place: what follows it, a statement, the head of a compound statement,
+or one line inside an expression or of SQL. So edits around it move the mutant along. Released migrations are never
+edited: there, the text itself is the mark.
+
+Each mutant runs the tests that should kill it; one that survives is a hole in the suite. Exit 1 if any does.
+`--write` keeps the results in docs/mutants.md.
+"""
+
+# ruff: noqa: T201 - a command
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "mutants.md"
+MARK = re.compile(r"^\s*(?:#|--) mutant: (.+)$", re.MULTILINE)
+
+
+class Edit(NamedTuple):
+    """`old` within the marked place becomes `new`; without `old`, all of the place does."""
+
+    new: str
+    old: str = ""
+
+
+class Mutant(NamedTuple):
+    """The marks of further edits have a number: `mutant: NAME (2)`."""
+
+    name: str
+    file: str
+    tests: str
+    edits: tuple[Edit, ...]
+
+
+def _mutant(name: str, file: str, tests: str, new: str, old: str = "", *more: Edit) -> Mutant:
+    return Mutant(name, file, tests, (Edit(new, old), *more))
+
+
+_STATEMENTS, _DERIVE = "fastworker/store/statements.py", "fastworker/table/derive.py"
+_FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush", "settle", "effects"))
+_PUT, _WHOLE, _RECOMPUTE = (f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute"))
+_HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
+_HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
+
+LAW = "tests/property/test_law.py tests/property/test_histories.py"
+RACES = "tests/property/test_interleavings.py"
+BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
+    f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
+)
+FAULTS = "tests/faults/test_postgres_faults.py"
+OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
+
+MUTANTS = [
+    # versions
+    _mutant("no version guard", _BATCH, LAW, "return True"),
+    _mutant("rev order turned", _BATCH, LAW, "return a_rev < b_rev"),
+    _mutant("op index ignored", _BATCH, LAW, "(0, a.row is None", "(a.op_index, a.row is None"),
+    _mutant("deletes ignored", _SETTLE, LAW, "pass"),
+    _mutant("delete mapped to update", _MAPPER, LAW, 'if op.action == "never":'),
+    _mutant("tombstones not written", _FLUSH, LAW, "if False:", "", Edit("elif False:")),
+    _mutant("tombstone not read", _STATEMENTS, LAW, "AND NOT deleted", "AND deleted"),
+    _mutant("cold gate open", _SETTLE, LAW, "newest = {c.uri for c in changes}"),
+    # what others commit meanwhile
+    _mutant("no look back", _FLUSH, RACES, "if False:"),
+    _mutant("joined rows never recomputed", _FLUSH, RACES, "pass"),
+    _mutant("no second look", "fastworker/store/upkeep.py", RACES, "if removals and (failed := []):"),
+    _mutant("an account is purged once", _STATEMENTS, RACES, "purge_pending = false", "purge_pending = purged_at IS NULL"),
+    _mutant("nothing is owed", _EFFECTS, LAW, "if False:", "", Edit("return {}")),
+    _mutant("no recount", _DERIVE, RACES, "pass"),
+    _mutant("recount without its lock", _EFFECTS, RACES, "counts.keys() - effects", "counts.keys() | effects"),
+    _mutant("unsorted users", "fastworker/store/writer.py", BUGS, "list(", "sorted("),
+    _mutant("unsorted rows", _FLUSH, BUGS, "for change in changes:"),
+    # one call
+    _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
+    _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
+    _mutant("no look back after a whole flush", _WHOLE, OF_WHOLE, "SELECT false"),
+    _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
+    _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
+    _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
+    _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, '"put", "put_whole"', '"put", "recompute", "put_whole"'),
+    # unique pairs
+    _mutant("pair refused without lock", _STATEMENTS, RACES, "return select(table)"),
+    _mutant("highest rkey wins", "fastworker/table/pairs.py", f"{OF_PAIRS} {LAW}", "max(", "min("),
+    _mutant("twins never stored", _SETTLE, LAW, "if False:"),
+    _mutant("trusted verifier ignored", "fastworker/table/schema.py", "tests/integration/test_verify.py", "rank = 0"),
+    # what follows from rows
+    _mutant("notifications to oneself", _DERIVE, LAW, 'if parent is not None and (to := did_of(parent)) != "":'),
+    _mutant("no allow means nobody", _DERIVE, LAW, "allow = []"),
+    _mutant("unlike drops the state of the API", _PUT, BUGS, "AND NOT t.bookmarked;"),
+    _mutant("a like resets the viewer state", _PUT, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
+    _mutant("profile stays after its delete", _DERIVE, LAW, "pass"),
+    _mutant("no reply decrement", _DERIVE, LAW, "pass"),
+    _mutant("no like decrement", _DERIVE, LAW, "pass"),
+    _mutant("context without its like", _RECOMPUTE, LAW, "p.root_uri)", "p.uri)"),
+    _mutant("gate flags mixed up", _RECOMPUTE, LAW, "'thread') AS post", "'post') AS post"),
+    _mutant("empty aggregates stay", _RECOMPUTE, LAW, "AND false;"),
+    _mutant("no crowd bound", "fastworker/store/look.py", FAULTS, "if crowded := []:"),
+    _mutant("a crowd at once", "fastworker/store/joined.py", FAULTS, "crowded = set()"),
+    # accounts, relays, handles
+    _mutant("deleted accounts not looked at", "fastworker/store/look.py", BUGS, "False", "is_gone(change.rev, change.seq, *gone)"),
+    _mutant("purge never begins", _STATEMENTS, LAW, "", ", purge_pending = true, purged_at = NULL"),
+    _mutant("opt-out ignored", _FLUSH, BUGS, "", " if c.row is None or c.repo not in forbidden"),
+    _mutant("opt-out of identities ignored", _FLUSH, BUGS, "", " if did not in forbidden"),
+    _mutant("older account event wins", _STATEMENTS, RELAYS, "(0,", "(coalesce({t}.seq, -1),"),
+    _mutant("account events of relays by seq", _STATEMENTS, RELAYS, "did, seq DESC", "did, event_at DESC"),
+    _mutant("a deletion by the seq of another relay", _STATEMENTS, RELAYS, "count(*) > 9", "count(*) > 1"),
+    _mutant("a stored seq against another relay", _BATCH, RELAYS, "if False:"),
+    _mutant("the gate of many relays", _FLUSH, RELAYS, "pass"),
+    _mutant("entries without a rev beside two relays", _HELD, HORIZON, "if False:"),
+    _mutant("older identity wins", _HANDLES, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
+    _mutant("handles are not locked", _HANDLES, RACES, "", "        PERFORM pg_advisory_xact_lock(one);\n"),
+    _mutant("the last claim shows a handle", _HANDLES, RELAYS, "is_verified DESC, at DESC,", "is_verified DESC, at DESC, first_at,"),
+    _mutant("a claim takes a verified handle", _HANDLES, RESOLVER, "handle, at DESC", "handle, is_verified DESC, at DESC"),
+    _mutant("claims are shown at once", _HANDLES, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
+    _mutant("a handle shown by two", _HANDLES, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
+    # what one record may do
+    _mutant("identifiers mended", _MAPPER, OF_MAPPER, "if type(value) is not str or (found := _is_uri(value := clean_text(value).strip())) is None:"),
+    _mutant("list items of others", _MAPPER, f"{OF_MAPPER} {LAW}", 'if list_uri.split("/", 3)[2] == "":'),
+    _mutant("type spoofed", _MAPPER, OF_MAPPER, "if False:"),
+    _mutant("the moment of the entry ignored", "fastworker/table/dates.py", OF_DATES, "return told or received"),
+    _mutant("control record not asked", "fastworker/store/store.py", FAULTS, "pass"),
+    _mutant("a refusal of state is isolated", "fastworker/store/blame.py", FAULTS, "raise error"),
+    # entries
+    _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
+    _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
+    _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
+    _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
+    _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
+]  # fmt: skip
+
+
+def mutated(mutant: Mutant) -> str:
+    """The text of its file with all its edits. Raises ValueError where a mark or a text is not there exactly once."""
+    text = (ROOT / mutant.file).read_text("utf-8")
+    for number, edit in enumerate(mutant.edits, 1):
+        mark = mutant.name if number == 1 else f"{mutant.name} ({number})"
+        start, end = (0, len(text)) if "/migrations/" in mutant.file else _place(text, mark, mutant.file)
+        place = text[start:end]
+        if edit.old:
+            if place.count(edit.old) != 1:
+                raise ValueError(f"{mutant.file}: `{edit.old}` is not once in the place of `mutant: {mark}`")
+            place = place.replace(edit.old, edit.new)
+        else:
+            indent = place[: len(place) - len(place.lstrip())]
+            place = "".join(f"{indent}{line}\n" for line in edit.new.splitlines())
+        text = text[:start] + place + text[end:]
+    return text
+
+
+def _place(text: str, mark: str, file: str) -> tuple[int, int]:
+    """Start and end of what the mark stands before."""
+    found = [one.end() + 1 for one in MARK.finditer(text) if one[1] == mark]
+    if len(found) != 1:
+        raise ValueError(f"{file} has {len(found)} comments `mutant: {mark}`, not one")
+    lines = text.splitlines(keepends=True)
+    first = text.count("\n", 0, found[0])
+    last = first if file.endswith(".sql") else _last_line(text, first + 1) - 1
+    start = sum(map(len, lines[:first]))
+    return start, start + sum(map(len, lines[first : last + 1]))
+
+
+def _last_line(text: str, line: int) -> int:
+    """Of the statement, or of its head, that begins in this line; else this line."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt) and node.lineno == line:
+            body: list[ast.stmt] | None = getattr(node, "body", None)
+            if body is None:
+                return node.end_lineno or line
+            return node.test.end_lineno or line if isinstance(node, ast.If) else body[0].lineno - 1
+    return line
+
+
+def marks() -> dict[str, list[str]]:
+    """All marks of the product, by file."""
+    found = {}
+    for path in sorted((ROOT / "fastworker").rglob("*")):
+        if path.suffix in (".py", ".sql", ".lua") and (names := MARK.findall(path.read_text("utf-8"))):
+            found[str(path.relative_to(ROOT))] = names
+    return found
+
+
+def try_one(mutant: Mutant, jobs: int) -> tuple[str, float]:
+    """The test that killed it, or nothing; and the seconds it took."""
+    with tempfile.TemporaryDirectory(prefix="fw-mutant-") as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*cache"))
+        (copy / mutant.file).write_text(mutated(mutant), "utf-8")
+        started = time.monotonic()
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-n",
+                str(jobs),
+                "-p",
+                "no:cacheprovider",
+                *mutant.tests.split(),
+            ],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    took = time.monotonic() - started
+    if done.returncode == 0:
+        return "", took
+    words = done.stdout.decode(errors="replace").splitlines()
+    failed = [line.partition(" ")[2] for line in words if line.startswith(("FAILED ", "ERROR "))]
+    if not failed:
+        sys.exit("\n".join(words[-30:]))
+    return failed[0].split(" - ")[0], took
+
+
+def write_page(results: dict[str, str]) -> None:
+    """Into docs/mutants.md, beside the results of earlier runs."""
+    killers = dict(re.findall(r"^\| (.+?) \| `.+?` \| (.+?) \|$", PAGE.read_text("utf-8"), re.MULTILINE))
+    killers |= {name: f"`{killer}`" if killer else "**survived**" for name, killer in results.items()}
+    rows = [(mutant, killers.get(mutant.name, "not run yet")) for mutant in MUTANTS]
+    killed = sum(killer.startswith("`") for _, killer in rows)
+    survived = sum(killer == "**survived**" for _, killer in rows)
+    lines = [
+        "# Mutants",
+        "",
+        f"`scripts/mutants --write`: of {len(rows)} mutants {killed} are killed by the suite, {survived} survive.",
+        "A comment `mutant: NAME` in the source marks the place that is changed.",
+        "",
+        "| mutant | file | killed by |",
+        "|---|---|---|",
+        *(f"| {mutant.name} | `{mutant.file}` | {killer} |" for mutant, killer in rows),
+    ]
+    PAGE.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that run the tests of one mutant")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
+    if options.list:
+        print("\n".join(mutant.name for mutant in mutants))
+        return
+    survived = 0
+    for mutant in mutants:
+        killer, took = try_one(mutant, options.jobs)
+        survived += not killer
+        print(f"{'killed  ' if killer else 'SURVIVED'} {mutant.name} ({took:.0f} s) {killer}", flush=True)
+        if options.write:
+            write_page({mutant.name: killer})
+    print(f"{len(mutants) - survived} of {len(mutants)} killed")
+    sys.exit(bool(survived))
+
+
+if __name__ == "__main__":
+    main()
