@@ -23,6 +23,7 @@ from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class WorkerStream:
         stream_key: str = STREAM,
         group: str = GROUP,
         consumer_id: str = "worker",
-        batch_size: int = 10,
-        dead_letter_maxlen: int = 10_000,
+        batch_size: int = BATCH_SIZE,
+        dead_letter_maxlen: int = DEAD_LETTERS_MAX,
         last_finished: Callable[[], Awaitable[str | None]] = unknown,
         lease_ms: int = LEASE_MS,
         foreign_idle_ms: int = FOREIGN_IDLE_MS,

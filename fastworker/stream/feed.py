@@ -20,6 +20,7 @@ from redis.exceptions import ResponseError
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
+from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.scripts import script
 
 OURS: Final = "fastworker"
@@ -124,7 +125,7 @@ class Feed:
         cursor_key: str,
         max_stream_len: int,
         stream_bytes_max: int | None = None,
-        dead_letter_maxlen: int = 10_000,
+        dead_letter_maxlen: int = DEAD_LETTERS_MAX,
         group: str = "",
         ignore_groups: Sequence[str] = (),
         keep_s: float = 0.0,
@@ -395,7 +396,7 @@ async def trim_finished(
     *,
     group: str = "",
     keep_s: float = 0.0,
-    max_stream_len: int = 500_000,
+    max_stream_len: int = STREAM_LEN_MAX,
 ) -> TrimResult:
     """Remove the entries that every group on the stream has finished, except the ignored groups.
 

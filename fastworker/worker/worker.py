@@ -24,6 +24,7 @@ from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
@@ -52,7 +53,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     stream_key: str = STREAM
     group: str = GROUP
     consumer_id: str = "python-worker"
-    batch_size: int = 10
+    batch_size: int = BATCH_SIZE
     pool_size: int = 8
     processes: int = 2
     pipelines: int = 1  # per process
@@ -61,7 +62,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_verifiers: tuple[str, ...] = ()
     verified_only: bool = False  # handles that hosts claim are not shown before they are verified
     limits: Limits = Limits()
-    dead_letter_maxlen: int = 10_000
+    dead_letter_maxlen: int = DEAD_LETTERS_MAX
     dead_letters_in_a_row: int = 500
     drain_s: float = 4.0
     tracing: bool = False
