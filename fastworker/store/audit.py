@@ -105,7 +105,7 @@ def _compare(columns: str, expected: str, found: str, *, join: str = "FULL", wid
 def _told(column: str) -> str:
     """Dates that only PostgreSQL can hold are as good as the nearest that a writer can."""
     if column.endswith((".created_at", ".sort_at")):
-        return f"greatest(least({column}, '9999-12-30'), '0001-01-02')"
+        return f"greatest(least({column}, '9999-12-31 23:59:59.999999'), '0001-01-01')"
     return column
 
 
