@@ -28,6 +28,7 @@ from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
+from fastworker.table.chosen import choose
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
@@ -122,6 +123,7 @@ def _config() -> Config:
     """The configuration of this process, with logging set up as it says."""
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
+    choose(config.collections)
     for remark in remarks(os.environ):
         logging.getLogger(__name__).info("%s", remark)
     return config
@@ -838,15 +840,21 @@ def up(start: Start | None) -> ExitCode:
 @cli.command()
 @click.option("--events", type=click.IntRange(1), help="How many events the simulated network makes.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Events per second. Default: flat out.")
+@click.option(
+    "--outage",
+    "is_outage",
+    is_flag=True,
+    help="The relay forgets a third of it; repaired from the hosts (extra verify).",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the simulated network.")
-def demo(*, events: int | None, rate: float | None, seed: int) -> ExitCode:
+def demo(*, events: int | None, rate: float | None, seed: int, is_outage: bool) -> ExitCode:
     """See it all work: simulated network to verified tables.
 
     The whole pipeline on embedded servers, over a real WebSocket; ends by itself. Exit 0 only if verified.
     """
     from fastworker.commands.demo import run_demo
 
-    return run_demo(_config(), events=events, rate=rate, seed=seed)
+    return run_demo(_config(), events=events, rate=rate, seed=seed, is_outage=is_outage)
 
 
 def main() -> NoReturn:

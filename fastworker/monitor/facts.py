@@ -195,14 +195,14 @@ def backlog(stream: Stream | None, name: str, now_ms: int | None) -> Backlog:
     )
 
 
-class Reading(msgspec.Struct, frozen=True):
+class RatePoint(msgspec.Struct, frozen=True):
     """What two readings are compared by, for rates."""
 
     at: float
     added: int | None
     finished: int
 
-    def per_s(self, before: Reading | None) -> tuple[float | None, float | None]:
+    def per_s(self, before: RatePoint | None) -> tuple[float | None, float | None]:
         """Appended and finished per second since `before`."""
         if before is None or self.at <= before.at:
             return None, None
@@ -216,7 +216,7 @@ def _holder(groups: list[GroupStatus], unfinished: dict[str, str | None], ignore
     return max(waiting)[1] if waiting else None
 
 
-async def collect(admin: RedisAdmin, config: Config, before: Reading | None = None) -> tuple[Status, Reading]:
+async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = None) -> tuple[Status, RatePoint]:
     """Everything, and the reading to hand in next time so that rates are over the time between."""
     server = await admin.server()
     stream = await admin.stream(measure=True)
@@ -224,7 +224,7 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
     ledger = count.ledger
     outcomes = {outcome: ledger.get(outcome, 0) for outcome in OUTCOMES}
     drops = {name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")}
-    reading = Reading(time.monotonic(), stream.entries_added if stream else None, sum(outcomes.values()))
+    reading = RatePoint(time.monotonic(), stream.entries_added if stream else None, sum(outcomes.values()))
     appended_per_s, finished_per_s = reading.per_s(before)
 
     found = {group.name: group for group in stream.groups} if stream else {}

@@ -4,10 +4,10 @@
 
 One task receives, one appends what has gathered meanwhile, one does what is due every second (lease, trimming,
 dashboard, log). A frame is in one of three places: not yet acknowledged by the cursor (the relay still has it), in
-the outbox, or on the stream. So nothing here needs to survive a kill.
+the outbox, or on the stream. So nothing here has to outlive the process.
 
-Loss of the lease, or a cursor that somebody else moved, ends a term of office: what is in the outbox belongs to the
-next reader, who starts from the cursor.
+Loss of the lease, or a cursor that somebody else moved, ends this reader's turn: what is in the outbox is
+thrown away, and the next reader starts from the cursor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+import msgspec
 import orjson
 
 from fastworker.errors import (
@@ -35,7 +36,8 @@ from fastworker.reader.receive import Receiver
 from fastworker.reader.stats import ReaderSettings, ReaderStats, figures, status_json
 from fastworker.redact import redact
 from fastworker.stream.client import connect
-from fastworker.stream.feed import LEASE_MS, Feed, LeaseLost, StreamBroken
+from fastworker.stream.database import GoBack
+from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StoreWentBack, StreamBroken
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +114,10 @@ class _Reader:
                 except StreamBroken:
                     settle = False
                     await until(self._stop, self._go_back())
-                except LeaseLost as lost:
+                except StoreWentBack as told:
+                    settle = False
+                    await until(self._stop, self._go_back(told.request))
+                except ReaderLeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
                     log.warning("Stepping back: %s", lost)
@@ -193,7 +198,7 @@ class _Reader:
         except (StreamUnavailable, Unreachable) as error:
             log.warning("%s; the lease runs out by itself in %d s", error, LEASE_MS // 1000)
 
-    # A term of office: three tasks.
+    # While this reader holds the lease: three tasks.
 
     async def _serve(self) -> None:
         try:
@@ -210,7 +215,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, LeaseLost | StreamBroken | FastworkerError):
+                if isinstance(error, ReaderLeaseLost | StreamBroken | StoreWentBack | FastworkerError):
                     raise error from None
             raise
 
@@ -251,17 +256,27 @@ class _Reader:
                 )
                 logged, count = now, self._stats.entries
 
-    async def _go_back(self) -> None:
-        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox."""
+    async def _go_back(self, request: bytes = b"") -> None:
+        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox.
+
+        `request`: they were read, and PostgreSQL lost them.
+        """
         host, cursor = self._stats.relay, self._stats.last_seq
-        seq = await self._stored_seq(host)
         gap: dict[str, Any] = {}
+        if request:
+            back = msgspec.json.decode(request, type=GoBack)
+            seq = back.seq if back.relay in ("", host) else None
+            reason, what = "store_lost", "PostgreSQL went back, and the stream no longer has all that it lost"
+        else:
+            seq = await self._stored_seq(host)
+            stream, reason = self._settings.stream_key, "stream_lost"
+            what = f"Unread entries are gone from {stream}: it was deleted, renamed, evicted or trimmed"
         if cursor is None:
             so = ", and there is no cursor either"
         elif seq is None:
             gap = {
                 "relay": host,
-                "reason": "stream_lost",
+                "reason": reason,
                 "after": None,
                 "resumed": cursor,
                 "at": int(time.time() * 1000),
@@ -275,7 +290,7 @@ class _Reader:
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                is_done = await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
+                is_done = await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"", request)
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)
@@ -283,8 +298,7 @@ class _Reader:
             else:
                 break
         if is_done:  # else the cursor is another reader's now, or gone too: whoever reads it next sees to it
-            stream = self._settings.stream_key
-            log.error("Unread entries are gone from %s: it was deleted, renamed, evicted or trimmed%s", stream, so)
+            log.error("%s%s", what, so)
             self._stats.gaps += bool(gap)
 
     async def _stored_seq(self, host: str) -> int | None:

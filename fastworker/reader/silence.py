@@ -36,7 +36,7 @@ class SilenceWatch:
             self._since = self._data_at = now
 
     def deaf(self, now: float) -> None:
-        """It is we who do not listen."""
+        """We do not read just now (the stream is full): the silence is ours, not the relay's."""
         self._since = self._data_at = now
 
     def without_data_s(self, now: float) -> float:

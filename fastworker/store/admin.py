@@ -203,8 +203,9 @@ def name_of(database_url: str) -> str:
 
 
 _FINISHED = """
-SELECT max(seq) FROM fastworker.progress
-WHERE stream = $1 AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+SELECT seq FROM fastworker.progress
+WHERE stream = $1 AND seq IS NOT NULL AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+ORDER BY string_to_array(entry_id, '-')::numeric[] DESC LIMIT 1
 """
 
 _NOTE_GAP = """

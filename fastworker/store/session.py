@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import asyncpg
@@ -124,14 +124,17 @@ async def open_pool(
     connect_timeout_s: float,
     command_timeout_s: float,
     settings: str = SESSION + DURABLE,
+    begin: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
 ) -> asyncpg.Pool[Any]:
     """Raises StoreUnavailable where the server cannot be reached or refuses, Unreachable for a transaction pooler.
 
-    `settings`: SQL that each new session begins with.
+    `settings`: SQL that each new session begins with; `begin`: what is done then.
     """
 
     async def session(connection: asyncpg.Connection[Any]) -> None:
         await connection.execute(settings)
+        if begin is not None:
+            await begin(connection)
 
     async def keep(connection: asyncpg.Connection[Any]) -> None:
         """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""

@@ -147,7 +147,7 @@ class RedisAdmin:
         async with translating(self._redis):
             info = await self._redis.info()
             seconds, micros = await self._redis.time()
-            config = await self._config("appendfsync", "save")
+            config = await _settings(self._redis, "appendfsync", "save")
         return Server(
             version=str(info.get("valkey_version") or info.get("redis_version") or "0"),
             product="valkey" if "valkey_version" in info else "redis",
@@ -169,17 +169,6 @@ class RedisAdmin:
         async with translating(self._redis):
             seconds, micros = await self._redis.time()
         return int(seconds * 1000 + micros // 1000)
-
-    async def _config(self, *names: str) -> dict[str, str]:
-        """Settings the server tells; managed servers often refuse CONFIG."""
-        found: dict[str, str] = {}
-        for name in names:
-            try:
-                answer = cast("dict[Any, Any]", await self._redis.config_get(name))
-            except ResponseError:
-                return {}
-            found.update({_text(key): _text(value) for key, value in answer.items()})
-        return found
 
     async def kind(self) -> str:
         """Type of the stream's key; `none` when there is none."""
@@ -434,6 +423,18 @@ class RedisAdmin:
                 args += [name, value]
         async with translating(self._redis):
             return bool(await self._append(keys=[self._key], args=args))
+
+
+async def _settings(redis: Redis, *names: str) -> dict[str, str]:
+    """Settings the server tells; managed servers often refuse CONFIG."""
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            answer = cast("dict[Any, Any]", await redis.config_get(name))
+        except ResponseError:
+            return {}
+        found.update({_text(key): _text(value) for key, value in answer.items()})
+    return found
 
 
 @asynccontextmanager

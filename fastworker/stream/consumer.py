@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from fastworker.errors import Reason, StreamUnavailable
-from fastworker.stream.client import error_code, translating
+from fastworker.errors import Reason
+from fastworker.stream.client import translating
+from fastworker.stream.group import Group, unknown
+from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 
 log = logging.getLogger(__name__)
@@ -77,18 +79,14 @@ class Consumer(NamedTuple):
     idle_ms: int
 
 
-class LeaseLostError(Exception):
+class ConsumerLeaseLost(Exception):
     """Somebody else leased our consumer name while we did not renew (frozen, or cut off from Redis)."""
-
-
-async def _unknown() -> str | None:
-    return None
 
 
 class WorkerStream:
     """One leased consumer: `acquire` first, `release` last; the others in any order and any number of times.
 
-    Raises StreamUnavailable (try again), Unreachable (an operator has to act) and LeaseLostError.
+    Raises StreamUnavailable (try again), Unreachable (an operator has to act) and ConsumerLeaseLost.
     """
 
     def __init__(
@@ -98,9 +96,9 @@ class WorkerStream:
         stream_key: str = STREAM,
         group: str = GROUP,
         consumer_id: str = "worker",
-        batch_size: int = 10,
-        dead_letter_maxlen: int = 10_000,
-        last_finished: Callable[[], Awaitable[str | None]] = _unknown,
+        batch_size: int = BATCH_SIZE,
+        dead_letter_maxlen: int = DEAD_LETTERS_MAX,
+        last_finished: Callable[[], Awaitable[str | None]] = unknown,
         lease_ms: int = LEASE_MS,
         foreign_idle_ms: int = FOREIGN_IDLE_MS,
     ) -> None:
@@ -114,7 +112,7 @@ class WorkerStream:
         self._consumer_id = consumer_id
         self._count = batch_size
         self._dead_letter_maxlen = dead_letter_maxlen
-        self._last_finished = last_finished
+        self._group = Group(redis, stream_key, group, last_finished)
         self._lease_ms = lease_ms
         self._foreign_idle_ms = foreign_idle_ms
         self._window = min(batch_size, STEP)  # of one XREADGROUP
@@ -142,7 +140,7 @@ class WorkerStream:
         A predecessor may be at work under such a name, without a lease: what it holds is not ours to read back.
         """
         async with translating(self._redis):
-            await self._ensure_group()
+            await self._group.ensure()
             found = await self._redis.xinfo_consumers(self.stream_key, self.group)
             at_work = {one["name"] for one in found if int(one["idle"]) < self._foreign_idle_ms}
             theirs = at_work - cast("set[bytes]", await self._redis.smembers(self._keys.consumers))
@@ -157,7 +155,7 @@ class WorkerStream:
                     if leased > 1:
                         _tell_back(name)
                     return
-        raise LeaseLostError(f"all names up to {self._consumer_id}-{CONSUMERS_MAX - 1} are leased")
+        raise ConsumerLeaseLost(f"all names up to {self._consumer_id}-{CONSUMERS_MAX - 1} are leased")
 
     async def renew(self) -> int:
         """Keep the lease, and fresh what we hold: old workers claim at 10 seconds. How many of them had to be put back.
@@ -175,7 +173,7 @@ class WorkerStream:
             args: list[Any] = [self._token, self._lease_ms, self.name, self.group, self._lowest(), " ".join(self._held)]
             ghosts, restored = await self._renew(keys=keys, args=args)
         if ghosts < 0:
-            raise LeaseLostError(f"the consumer name {self.name} has another owner now")
+            raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
         return int(restored)
 
     async def tell_held(self) -> None:
@@ -197,7 +195,7 @@ class WorkerStream:
 
     async def read(self, block_ms: int) -> list[Entry]:
         """New entries: up to a burst when there is a backlog, else wait up to `block_ms` for the first."""
-        async with self._translating_group():
+        async with self._group.translating():
             entries: list[Entry] = []
             size = 0
             block = () if self.backlog else ("BLOCK", block_ms)
@@ -221,7 +219,7 @@ class WorkerStream:
 
         Never beside an ack: what is acked meanwhile would be held for ever.
         """
-        async with self._ending, self._translating_group():
+        async with self._ending, self._group.translating():
             found, _ = await self._read_piece(after, count)
             if not found:
                 return [], None
@@ -232,7 +230,7 @@ class WorkerStream:
 
     async def consumers(self) -> list[Consumer]:
         """Everybody else in the group."""
-        async with self._translating_group():
+        async with self._group.translating():
             found = await self._redis.xinfo_consumers(self.stream_key, self.group)
             names = [
                 Consumer(one["name"].decode(errors="surrogateescape"), int(one["pending"]), int(one["idle"]))
@@ -256,7 +254,7 @@ class WorkerStream:
             self._keys.ledger,
             self._keys.held,
         ]
-        async with self._translating_group():
+        async with self._group.translating():
             found, ghosts, claimed = await self._claim(
                 keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP]
             )
@@ -272,12 +270,24 @@ class WorkerStream:
         return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
 
     async def lowest_pending(self) -> str | None:
-        """The lowest id that anybody in the group holds: everything before it that was delivered is settled."""
-        async with self._translating_group(), self._redis.pipeline(transaction=True) as pipe:
+        """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
+
+        Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
+        while the reader has to go back, too.
+        """
+        async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
             pipe.hvals(self._keys.held)
-            summary, held = await pipe.execute()
+            pipe.xinfo_groups(self.stream_key)
+            pipe.exists(self._keys.go_back)
+            summary, held, groups, must_go_back = await pipe.execute()
+        if must_go_back:
+            return "0-0"
         found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
+        for group in groups:
+            if group["name"] == self.group.encode():
+                ms, n = id_order(group["last-delivered-id"].decode())
+                found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     # --- entries end
@@ -315,7 +325,7 @@ class WorkerStream:
                 error = letter.error[:500].encode(errors="replace")
                 at = letter.fields.get(b"at", b"")
                 args += [letter.entry_id, str(letter.reason), kind, data, seq, error, form, relay, at]
-            async with self._ending, self._translating_group():
+            async with self._ending, self._group.translating():
                 self._let_go([letter.entry_id for letter in piece])
                 head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, self._lowest()]
                 total += int(await self._set_aside(keys=keys, args=[*head, *args]))
@@ -381,57 +391,6 @@ class WorkerStream:
         if entries:
             self._hold(entries)
         return entries
-
-    @asynccontextmanager
-    async def _translating_group(self) -> AsyncIterator[None]:
-        """Run with errors translated; where the group is gone, it is created again for the next attempt."""
-        async with translating(self._redis):
-            try:
-                yield
-            except ResponseError as error:
-                if error_code(error) != "NOGROUP":
-                    raise
-                await self._recreate_group()
-                raise StreamUnavailable("the consumer group was gone; it is created again") from error
-
-    async def _recreate_group(self) -> None:
-        """One of all workers creates the group again; the others wait for it."""
-        if await self._redis.set(self._keys.recreate_lock, "1", nx=True, ex=5):
-            await self._ensure_group()
-        else:
-            await asyncio.sleep(0.1)
-
-    async def _ensure_group(self) -> None:
-        """Create the group, and the stream, if they are missing.
-
-        A new group starts behind what PostgreSQL remembers as settled, if that id belongs to this stream (an
-        empty or foreign Redis has lower ids), else at the beginning: never later than what is unfinished.
-        """
-        try:
-            groups = await self._redis.xinfo_groups(self.stream_key)
-        except ResponseError as error:
-            if error_code(error) not in ("ERR", ""):
-                raise
-            groups = []  # no such key
-        if any(group["name"] == self.group.encode() for group in groups):
-            return
-        start = "0"
-        finished = await self._last_finished()
-        if finished is not None and await self._redis.exists(self.stream_key):
-            info = await self._redis.xinfo_stream(self.stream_key)
-            if id_order(finished) <= id_order(info["last-generated-id"].decode()):
-                start = finished
-        try:
-            await self._redis.xgroup_create(self.stream_key, self.group, id=start, mkstream=True)
-        except ResponseError as error:
-            if error_code(error) != "BUSYGROUP":
-                raise
-
-
-def id_order(entry_id: str) -> tuple[int, int]:
-    """Stream ids in their order: milliseconds, then sequence."""
-    ms, _, n = entry_id.partition("-")
-    return int(ms), int(n or 0)
 
 
 def form_of(fields: Mapping[bytes, bytes]) -> str:

@@ -48,6 +48,8 @@ class Stream(Protocol):
 class Store(Protocol):
     """What a pipeline needs of `store.store.Store`."""
 
+    @property
+    def sessions(self) -> int: ...
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
     async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]: ...
@@ -145,7 +147,7 @@ class Flush:
         """Entries from before the horizon: what the database does not know may have been deleted and forgotten."""
         upserts = [change for changes in held.before_horizon.values() for change in changes]
         absent = await self.persist(State.WAITING_FOR_STORE, lambda: self.store.absent(upserts))
-        held.ground = held.ground._replace(pruned_until=NEVER)
+        held.rules = held.rules._replace(pruned_until=NEVER)
         turn = Turn()
         for entry_id, changes in held.before_horizon.items():
             fields = held.entries[entry_id]

@@ -18,8 +18,9 @@ from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
-from fastworker.store.upkeep import Ground
-from fastworker.stream.consumer import Entry, SetAside, id_order
+from fastworker.store.upkeep import EntryRules
+from fastworker.stream.consumer import Entry, SetAside
+from fastworker.stream.ids import id_order
 from fastworker.table.batch import Limits, Progress
 from fastworker.worker.flush import Flush, Half, Store, Stream
 from fastworker.worker.held import UNBOUNDED, Held
@@ -88,7 +89,7 @@ class Pipeline:
         self._later: dict[str, tuple[Entry, Record]] = {}
         self._is_reading = False
         self._finished_at_start = self._finished()
-        self._ground = UNBOUNDED
+        self._entry_rules = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
         self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
@@ -138,17 +139,18 @@ class Pipeline:
         marks = list(self._marks)  # before we ask: what is read meanwhile is not covered by the answer
         if not marks:
             return
+        sessions = self._flush.store.sessions
         lowest = await self.stream.lowest_pending()
         if lowest is not None:
             bound = id_order(lowest)
             marks = [mark for mark in marks if id_order(mark[0]) < bound]
         newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
         if newest is not None:
-            self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
+            self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0], sessions)
 
-    def stand_on(self, ground: Ground) -> None:
-        """From the next entry on."""
-        self._ground = self._filling.ground = ground
+    def follow(self, rules: EntryRules) -> None:
+        """Rules for the entries that are read from now on."""
+        self._entry_rules = self._filling.rules = rules
 
     # --- the loop
 
@@ -167,7 +169,7 @@ class Pipeline:
                 if writing is None and self._postponed:
                     await self._bring_back(at_last=stopping.is_set() or bool(self._trial))
                 if writing is None and self._filling:
-                    self._writing, self._filling = self._filling, Held(self._ground)
+                    self._writing, self._filling = self._filling, Held(self._entry_rules)
                     self._flush_at = time.monotonic()
                     writing = asyncio.create_task(
                         settle(self._flush, self._refusals, self._writing), name=f"flush {self.stream.name}"
@@ -304,7 +306,7 @@ class Pipeline:
             self._trial = []
 
     async def _try_piece(self, piece: list[Entry], *, poison: Record | None = None) -> None:
-        held = self._writing = Held(self._ground)
+        held = self._writing = Held(self._entry_rules)
         held.since_ms = now_ms()
         if len(piece) == 1 and not self._has_control():
             Held().apply("1-1", like_it(piece[0][1]))

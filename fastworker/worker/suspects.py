@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, Protocol
 from fastworker.event import Commit, Op
 from fastworker.event.entry import encode_json
 from fastworker.process.board import Slot, now_ms
-from fastworker.stream.consumer import id_order
+from fastworker.stream.ids import id_order
 
 DEATHS_MAX: Final = 3
 QUIET_DEATHS_MAX: Final = 5

@@ -25,7 +25,7 @@ from fastworker.reader.relay import PATH, RelayAddress, _at_least
 from fastworker.reader.silence import SilenceWatch
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
-from fastworker.stream.feed import Chunk, Feed, LeaseLost, trim_finished
+from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, trim_finished
 from fastworker.stream.keys import USUAL
 from tests.servers import RedisUnderTest
 
@@ -322,15 +322,15 @@ async def test_append_refuses_without_the_lease_or_with_a_moved_cursor(redis: Re
     assert not await second.acquire()
     await first.go_to("relay.test")
     await second.go_to("relay.test")
-    with pytest.raises(LeaseLost):
+    with pytest.raises(ReaderLeaseLost):
         await second.append(chunk_of(1))
     assert await first.append(chunk_of(1))
     await redis.set(CURSOR, "5")
-    with pytest.raises(LeaseLost, match="holds 5 where this reader had left 1"):
+    with pytest.raises(ReaderLeaseLost, match="holds 5 where this reader had left 1"):
         await first.append(chunk_of(2))
     await first.release()
     assert await second.acquire()
-    with pytest.raises(LeaseLost):
+    with pytest.raises(ReaderLeaseLost):
         await first.renew()
     await first.release()
     assert await redis.get(USUAL.reader_lease) is not None
