@@ -302,7 +302,9 @@ async def test_poison_of_many_accounts_stops_nobody(bench: Any) -> None:
     assert await bench.pending() == 0
 
 
-async def test_more_accounts_than_are_remembered_stop_nobody_and_lose_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_accounts_than_are_remembered_stop_nobody_and_lose_nothing(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten thousand accounts with a refused record each, at small scale: a letter, or at least its name is kept."""
     monkeypatch.setattr("fastworker.worker.limits.REFUSING_ACCOUNTS_MAX", 20)
     bench.dead_letters = DeadLetterLimit(run_max=5, window=20)
