@@ -28,6 +28,7 @@ from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
+from fastworker.table.chosen import choose
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
@@ -122,6 +123,7 @@ def _config() -> Config:
     """The configuration of this process, with logging set up as it says."""
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
+    choose(config.collections)
     for remark in remarks(os.environ):
         logging.getLogger(__name__).info("%s", remark)
     return config

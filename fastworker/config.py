@@ -26,6 +26,7 @@ from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
 from fastworker.stream.keys import CURSOR, GROUP, STREAM
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
@@ -80,6 +81,14 @@ def _database_url(text: str) -> str:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _collections(text: str) -> tuple[str, ...]:
+    words = _words(text)
+    for word in words:
+        if not re.fullmatch(r"\*|[a-zA-Z*][a-zA-Z0-9*-]*(\.[a-zA-Z0-9*-]+)+", word):
+            raise ValueError(f"{word!r} is not the name of a collection")
+    return words
 
 
 def _relay_urls(text: str) -> tuple[str, ...]:
@@ -200,7 +209,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Entries at which the stream is full. A full stream makes the reader wait; nothing unfinished is trimmed.",
             read=_integer,
         ),
-    ] = 500_000
+    ] = STREAM_LEN_MAX
     dead_letter_maxlen: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -210,7 +219,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Entries kept in `firehose:dead-letters` (approximately).",
             read=_integer,
         ),
-    ] = 10_000
+    ] = DEAD_LETTERS_MAX
     dead_letters_in_a_row: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -273,7 +282,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "COUNT of one XREADGROUP. A flush gathers many reads, so small values run well too.",
             read=_integer,
         ),
-    ] = 300
+    ] = BATCH_SIZE
     pipelines: Annotated[
         int,
         Meta(ge=1, le=1_000),
@@ -421,6 +430,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             allowed="https:// or http:// URL",
         ),
     ] = "https://plc.directory"
+    collections: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_COLLECTIONS",
+            "worker up repair backfill sample import compare",
+            "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
+            "of accounts and handles are never left out. After widening it, see docs/history.md.",
+            read=_collections,
+            allowed="NSIDs, in which * stands for anything, comma-separated",
+            default="all",
+        ),
+    ] = ()
     fetch_at_once: Annotated[
         int,
         Meta(ge=1, le=32),
@@ -651,6 +672,11 @@ def remarks(environment: Mapping[str, str]) -> list[str]:
         few = ", ".join(links[:3]) + (f" and {len(links) - 3} more" if len(links) > 3 else "")
         said.append(f"Not settings, but links to a service called fastworker: {few} (Kubernetes and Docker set them)")
     texts = _texts(environment)
+    said += [
+        f"{name} has no effect here: history is fetched by `fastworker backfill` (docs/history.md)"
+        for name in sorted(texts)
+        if name.startswith("BACKFILL_")
+    ]
     for name, read in (("DATABASE_URL", urls.postgres), ("REDIS_URL", urls.redis)):
         if (text := texts.get(name)) and (unused := read(text).unused):
             said.append(f"{name}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect here")

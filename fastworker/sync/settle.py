@@ -26,12 +26,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from fastworker.errors import ExitCode, RowRejected
+from fastworker.errors import ExitCode, Reason, RowRejected
 from fastworker.event.repository import Repository
 from fastworker.store.audit import StoredRecord
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
 from fastworker.table.batch import Batch, Change, Mapped, Row, newer
+from fastworker.table.chosen import is_left_out
 from fastworker.table.derive import FULL, Effects, add
 from fastworker.table.schema import Table, collection_table
 from fastworker.table.snapshot import Piece, Snapshot, is_judged_date, pieces
@@ -108,7 +109,7 @@ class Settle:
         async for one in standing.up_to(last):
             if one.uri in present:
                 there.setdefault(one.uri, one)
-            elif _is_extra(one, snapshot):
+            elif _is_extra(one, snapshot) and not is_left_out(one.uri.split("/")[3]):
                 table, rkey = collection_table(one.uri), one.uri.rpartition("/")[2]
                 extra.append(
                     Change(table, one.uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None)
@@ -342,6 +343,8 @@ class Report:
         words = f"{self._differences:,} differences" if self._differences else "no difference"
         if self._differences:
             words += ", nothing was written" if self._dry_run else f", {self._written:,} rows written"
+        if left_out := self._drops.pop(Reason.FILTERED, 0):
+            words += f"; left out by FASTWORKER_COLLECTIONS: {left_out:,}"
         if self._drops:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._drops.items()))
             words += f"; records that cannot be stored: {reasons}"

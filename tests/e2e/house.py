@@ -116,7 +116,7 @@ class House:
 
     async def ledger(self) -> dict[str, int]:
         """Entries by how they ended; drops of single ops are fields of their own kind."""
-        found = await self.redis.hgetall(USUAL.ledger)
+        found: Any = await self.redis.hgetall(USUAL.ledger)
         return {name.decode(): int(value) for name, value in found.items() if not name.startswith(b"drop:")}
 
     async def pending(self) -> int:
@@ -126,7 +126,7 @@ class House:
         return await unread(self.redis)
 
     async def letters(self) -> list[dict[str, str]]:
-        found = await self.redis.xrange("firehose:dead-letters")
+        found: Any = await self.redis.xrange("firehose:dead-letters")
         return [{k.decode(): v.decode(errors="replace") for k, v in fields.items()} for _, fields in found]
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from faults.test_postgres_faults import POST, like
 
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
@@ -26,6 +25,7 @@ from fastworker.stream.keys import USUAL
 from fastworker.stream.scripts import script
 from fastworker.worker import worker
 from tests.e2e.house import GROUP, KEY, House
+from tests.faults.test_postgres_faults import POST, like
 from tests.rig.proxy import Proxy
 from tests.rig.stage import Stage, is_entry
 from tests.servers import RedisUnderTest

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import redis
 from prometheus_client.parser import text_string_to_metric_families
@@ -71,7 +72,7 @@ def test_each_reports_the_whole_stream_and_its_own_part(
         _assert_the_dashboard_counts_once(promtool, tmp_path, total, first, second)
 
 
-def _assert_the_dashboard_counts_once(promtool: str, folder: Path, total: int, *scrapes: dict) -> None:
+def _assert_the_dashboard_counts_once(promtool: str, folder: Path, total: int, *scrapes: dict[str, Any]) -> None:
     """Prometheus evaluates the dashboard's own query on what the two workers told."""
     dashboard = json.loads((ROOT / "docs/monitoring/grafana-dashboard.json").read_text())
     [query] = [panel["targets"][0]["expr"] for panel in dashboard["panels"] if panel["title"] == "Finished"]

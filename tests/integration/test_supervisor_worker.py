@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -92,6 +93,7 @@ class Bench:
             redis_url=redis_url,
             database_url=postgres_url,
             consumer_id="w",
+            batch_size=10,
             lease_ms=1_500,
             scan_s=0.3,
             processes=2,
@@ -202,7 +204,7 @@ async def bench(redis_url: str, postgres_url: str) -> AsyncIterator[Bench]:
     await client.aclose()
 
 
-async def test_entries_become_rows_and_a_stop_leaves_nothing(bench, pg):
+async def test_entries_become_rows_and_a_stop_leaves_nothing(bench: Any, pg: asyncpg.Connection) -> None:
     bench.start()
     await bench.add(1_000)
     await bench.until(bench.settled)
@@ -228,7 +230,9 @@ async def test_entries_become_rows_and_a_stop_leaves_nothing(bench, pg):
         "before_ack:3",
     ],
 )
-async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(bench, pg, place):
+async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(
+    bench: Any, pg: asyncpg.Connection, place: Any
+) -> None:
     await bench.add(600)
     bench.start(crashpoint=place)
     await bench.until(bench.settled)
@@ -239,7 +243,7 @@ async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(bench, pg, p
     await bench.assert_all_is_well(pg)
 
 
-async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
+async def test_a_kill_in_a_claim_and_of_the_supervisor(bench: Any, pg: asyncpg.Connection) -> None:
     await bench.add(1_000)
     bench.start(crashpoint="before_ack")
     await bench.until(lambda: _has(bench.pending))
@@ -253,7 +257,7 @@ async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
     await bench.assert_all_is_well(pg)
 
 
-async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
+async def test_a_kill_before_a_dead_letter_sets_aside_once(bench: Any) -> None:
     await bench.redis.xadd(KEY, {"type": "commit", "data": "{", "seq": "1"})
     bench.start(crashpoint="between_dead_letter_and_ack")
     await bench.until(lambda: _has(lambda: bench.redis.xlen("firehose:dead-letters")))
@@ -262,7 +266,7 @@ async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
     assert await bench.ledger() == {"set_aside": 1, "drop:bad_json": 1}
 
 
-async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench, pg):
+async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench: Any, pg: asyncpg.Connection) -> None:
     await bench.add(150)
     await bench.redis.xadd(KEY, {"type": "commit", "data": "DEADLY", "seq": "1"})
     await bench.add(150)
@@ -366,7 +370,9 @@ async def claim_as_the_old_worker_does(redis: Redis, idle_ms: int) -> None:
         pytest.param(15_000, 10_000, 150, marks=[pytest.mark.extended, pytest.mark.timeout(400)], id="real figures"),
     ],
 )
-async def test_nobody_takes_what_a_live_worker_cannot_finish(bench, pg, lease_ms, idle_ms, outage_s):
+async def test_nobody_takes_what_a_live_worker_cannot_finish(
+    bench: Any, pg: asyncpg.Connection, lease_ms: Any, idle_ms: Any, outage_s: Any
+) -> None:
     """PostgreSQL hangs; an old worker claims after 10 s (scaled) and gives up after 10 deliveries; another worker of
     ours, of another name, looks for the dead all the time."""
     other = Bench(bench.redis, bench.settings.redis_url, bench.settings.database_url)
@@ -395,7 +401,7 @@ async def test_nobody_takes_what_a_live_worker_cannot_finish(bench, pg, lease_ms
     await bench.assert_all_is_well(pg)
 
 
-async def test_a_rolling_restart_under_load_leaves_no_gap(bench, pg):
+async def test_a_rolling_restart_under_load_leaves_no_gap(bench: Any, pg: asyncpg.Connection) -> None:
     bench.start("slow", lease_ms=15_000)  # a lease that runs out on a loaded machine is no gap
     await bench.add(100)
     await bench.until(bench.settled)
@@ -430,7 +436,7 @@ async def test_a_rolling_restart_under_load_leaves_no_gap(bench, pg):
     await bench.assert_all_is_well(pg)
 
 
-async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench):
+async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench: Any) -> None:
     """Exit 4, loudly, with everything still there: a bad release must not empty the stream into the dead letters."""
     pipe = bench.redis.pipeline(transaction=False)
     for number in range(2_500):
@@ -457,7 +463,7 @@ async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench):
 # --- poison
 
 
-async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench, pg):
+async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench: Any, pg: asyncpg.Connection) -> None:
     """One of 1,024 entries is refused by PostgreSQL. A sequence counts the attempts: it is not rolled back."""
     await pg.execute(
         "CREATE SEQUENCE attempts; CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -478,7 +484,9 @@ async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench, pg):
     assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes - 1
 
 
-async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(bench, pg):
+async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(
+    bench: Any, pg: asyncpg.Connection
+) -> None:
     bench.start()
     await bench.add(1_000)
     await bench.until(bench.settled)
@@ -490,7 +498,7 @@ async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(b
 
 
 @pytest.mark.parametrize("which", ["redis", "postgres"])
-async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench, which, tmp_path):
+async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench: Any, which: Any, tmp_path: Path) -> None:
     if which == "redis":
         bench.start(redis_url=f"unix://{tmp_path}/none")
     else:
@@ -501,7 +509,7 @@ async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench, which, t
     assert "Traceback" not in text
 
 
-def test_pipelines_shrink_to_the_connections():
+def test_pipelines_shrink_to_the_connections() -> None:
     settings = WorkerSettings(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
     fits = shrunk(settings)
     assert (fits.processes, fits.pipelines) == (4, 4)

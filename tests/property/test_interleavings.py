@@ -154,7 +154,7 @@ class Scene:
         return self.put(repo, f"app.bsky.feed.like/{rkey}", {"subject": self.ref(uri)}, action)
 
     def gate(self, repo: str, rkey: str = "p", kind: str = "threadgate") -> Event:
-        rules = {"allow": []} if kind == "threadgate" else {}
+        rules: dict[str, Any] = {"allow": []} if kind == "threadgate" else {}
         return self.put(repo, f"app.bsky.feed.{kind}/{rkey}", {"post": self.uri(repo, rkey), **rules})
 
     def item(self, repo: str, rkey: str, name: str, subject: str, action: str = "create") -> Event:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
 import pytest
@@ -59,22 +60,22 @@ def iso(seconds: int) -> str:
     return (BASE + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
 
 
-def history(seed: int, length: int = 60) -> list[dict]:
+def history(seed: int, length: int = 60) -> list[dict[str, Any]]:
     r = random.Random(seed)
     dids = [f"did:plc:{c * 24}" for c in "abcd"[: r.choice([2, 3, 4])]]
 
     def uri(collection: str) -> str:
         return f"at://{r.choice(dids)}/{collection}/{r.choice(RKEYS)}"
 
-    def ref(of: str) -> dict:
+    def ref(of: str) -> dict[str, Any]:
         return {"uri": of, "cid": cid(r.randrange(9))}
 
     def subject() -> str:
         services = [uri("app.bsky.feed.generator"), f"at://{r.choice(dids)}/app.bsky.labeler.service/self"]
         return r.choice([uri(POST)] * 6 + services)
 
-    def record(collection: str, did: str, rkey: str) -> dict:
-        made = {"$type": collection, "createdAt": iso(r.randrange(-100, 200))}
+    def record(collection: str, did: str, rkey: str) -> dict[str, Any]:
+        made: dict[str, Any] = {"$type": collection, "createdAt": iso(r.randrange(-100, 200))}
         gated = f"at://{did}/{POST}/{rkey}"
         match collection.rpartition(".")[2]:
             case "post":
@@ -137,7 +138,10 @@ def history(seed: int, length: int = 60) -> list[dict]:
                 collection = r.choice(COLLECTIONS)
                 own = collection in ("app.bsky.actor.profile", "app.bsky.labeler.service")
                 rkey = "self" if own else r.choice(RKEYS)
-                op = {"action": r.choice(["create"] * 5 + ["update"] + ["delete"] * 3), "path": f"{collection}/{rkey}"}
+                op: dict[str, Any] = {
+                    "action": r.choice(["create"] * 5 + ["update"] + ["delete"] * 3),
+                    "path": f"{collection}/{rkey}",
+                }
                 if op["action"] != "delete":
                     op |= {"cid": cid(r.randrange(1000)), "record": record(collection, did, rkey)}
                 ops.append(op)
@@ -145,7 +149,7 @@ def history(seed: int, length: int = 60) -> list[dict]:
     return events
 
 
-def put(batch: Batch, event: dict) -> None:
+def put(batch: Batch, event: dict[str, Any]) -> None:
     at = datetime.fromisoformat(event["time"])
     if event["kind"] == "commit":
         ops = [
@@ -161,7 +165,7 @@ def put(batch: Batch, event: dict) -> None:
         batch.put_account(account, at)
 
 
-async def deliver(store: Store, events: list[dict], r: random.Random) -> None:
+async def deliver(store: Store, events: list[dict[str, Any]], r: random.Random) -> None:
     at = 0
     while at < len(events):
         size = r.choice([1, 1, 2, 3, 5, 8, 20, len(events)])

@@ -128,7 +128,7 @@ MUTANTS = [
     _mutant("the last claim shows a handle", _HANDLES, RELAYS, "is_verified DESC, at DESC,", "is_verified DESC, at DESC, first_at,"),
     _mutant("a claim takes a verified handle", _HANDLES, RESOLVER, "handle, at DESC", "handle, is_verified DESC, at DESC"),
     _mutant("claims are shown at once", _HANDLES, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
-    _mutant("a handle shown by two", _HANDLES, RELAYS, "SELECT handle, did FROM first", "SELECT DISTINCT ON (handle) handle, did FROM first"),
+    _mutant("a handle shown by two", _HANDLES, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
     # what one record may do
     _mutant("identifiers mended", _MAPPER, OF_MAPPER, "if type(value) is not str or (found := _is_uri(value := clean_text(value).strip())) is None:"),
     _mutant("list items of others", _MAPPER, f"{OF_MAPPER} {LAW}", 'if list_uri.split("/", 3)[2] == "":'),
