@@ -22,7 +22,7 @@ from fastworker.store.store import Store
 from fastworker.table import derive as derived
 from fastworker.table.batch import Batch, Row
 from fastworker.table.mapper import map_commit
-from fastworker.table.schema import LIKES, NOTIFICATIONS, Table
+from fastworker.table.schema import LIKES, NOTIFICATIONS, Table, qualified
 
 ENTRY_MS = 1_790_000_000_000
 SIZES = (1, 3, 10, 30, 100, 200, 300, 1_000, 3_000, 10_000)
@@ -82,7 +82,7 @@ async def _columns(connection: Any, table: Table, rows: list[Row]) -> None:
     arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(table.types, 1))
     columns = ", ".join(table.columns)
     await connection.fetch(
-        f"INSERT INTO {sql.qualified(table)} ({columns}) SELECT * FROM unnest({arrays}) "
+        f"INSERT INTO {qualified(table.name)} ({columns}) SELECT * FROM unnest({arrays}) "
         f"ON CONFLICT DO NOTHING RETURNING {table.key}",
         *zip(*rows, strict=True),
     )
@@ -91,7 +91,7 @@ async def _columns(connection: Any, table: Table, rows: list[Row]) -> None:
 async def _many(connection: Any, table: Table, rows: list[Row]) -> None:
     values = ", ".join(f"${n}" for n in range(1, len(table.columns) + 1))
     await connection.executemany(
-        f"INSERT INTO {sql.qualified(table)} ({', '.join(table.columns)}) VALUES ({values}) ON CONFLICT DO NOTHING",
+        f"INSERT INTO {qualified(table.name)} ({', '.join(table.columns)}) VALUES ({values}) ON CONFLICT DO NOTHING",
         rows,
     )
 
@@ -100,7 +100,7 @@ async def _staging(connection: Any, table: Table, rows: list[Row]) -> None:
     columns = ", ".join(table.columns)
     await connection.copy_records_to_table(f"staging_{table.name}", columns=table.columns, records=rows)
     await connection.fetch(
-        f"INSERT INTO {sql.qualified(table)} ({columns}) SELECT {columns} FROM staging_{table.name} "
+        f"INSERT INTO {qualified(table.name)} ({columns}) SELECT {columns} FROM staging_{table.name} "
         f"ON CONFLICT DO NOTHING RETURNING {table.key}"
     )
 
@@ -174,7 +174,7 @@ async def _compare(url: str, table: Table, rows: list[Row], old: float) -> dict[
     await connection.execute(SESSION)
     await connection.execute(
         f"CREATE TEMP TABLE staging_{table.name} ON COMMIT DELETE ROWS AS "
-        f"SELECT {', '.join(table.columns)} FROM {sql.qualified(table)} LIMIT 0"
+        f"SELECT {', '.join(table.columns)} FROM {qualified(table.name)} LIMIT 0"
     )
     half = min(BASE, len(rows) // 2)
     base, fresh = rows[:half], rows[half:]
@@ -182,7 +182,7 @@ async def _compare(url: str, table: Table, rows: list[Row], old: float) -> dict[
     for size in (size for size in SIZES if size <= len(fresh)):
         count = max(3, min(100, 5_000 // size, len(fresh) // size))
         for name, write in STRATEGIES.items():
-            await connection.execute(f"TRUNCATE {sql.qualified(table)}")
+            await connection.execute(f"TRUNCATE {qualified(table.name)}")
             await _copy(connection, table, base)
             times = []
             for n in range(min(count, len(fresh) // size)):

@@ -28,14 +28,15 @@ from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
+from fastworker.table.chosen import choose
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
     from fastworker.commands.up import ServiceOptions
-    from fastworker.monitor.monitor import MonitorSettings
     from fastworker.monitor.page import HttpSettings
-    from fastworker.reader.reader import ReaderSettings
+    from fastworker.monitor.view import MonitorSettings
     from fastworker.reader.start import Start
+    from fastworker.reader.stats import ReaderSettings
     from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
@@ -122,6 +123,7 @@ def _config() -> Config:
     """The configuration of this process, with logging set up as it says."""
     config = parse_config(os.environ)
     setup_logging(config.log_level, config.log_format)
+    choose(config.collections)
     for remark in remarks(os.environ):
         logging.getLogger(__name__).info("%s", remark)
     return config
@@ -159,7 +161,7 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _reader_settings(config: Config) -> ReaderSettings:
-    from fastworker.reader.reader import ReaderSettings
+    from fastworker.reader.stats import ReaderSettings
 
     return ReaderSettings(
         relay_urls=config.relay_urls,
@@ -201,7 +203,7 @@ def _worker_settings(config: Config, command: str) -> WorkerSettings:
 
 
 def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
-    from fastworker.monitor.monitor import MonitorSettings
+    from fastworker.monitor.view import MonitorSettings
 
     return MonitorSettings(
         redis_url=config.redis_url,
@@ -451,17 +453,26 @@ def verify(
 @cli.command()
 @click.argument("dids", nargs=-1, metavar="[DID]...")
 @click.option("--recorded", is_flag=True, help="Also those whose #sync said that their state was replaced.")
+@click.option("--host", metavar="NAME", help="Also every account of this host that has changed since it was settled.")
+@click.option(
+    "--gap", is_flag=True, help="Also every account that has changed since a gap began, as the relay lists them."
+)
 @click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
 @click.option("--accept-older", is_flag=True, help="Also a repository that is older than what is stored of it.")
-def repair(dids: tuple[str, ...], *, recorded: bool, dry_run: bool, accept_older: bool) -> ExitCode:
+def repair(
+    dids: tuple[str, ...], *, recorded: bool, host: str | None, gap: bool, dry_run: bool, accept_older: bool
+) -> ExitCode:
     """Make accounts equal to their repositories.
 
     Fetches each repository from the host that the DID document names, checks signature and tree, waits until the worker
     has finished what was read before, and writes only the differences. Safe while the services run, and to repeat.
-    Needs the extra `verify`. Exit 1 when an account could not be fetched.
+    What is to be done is kept in PostgreSQL: after a kill, run the same command again. Needs the extra `verify`.
+    Exit 1 when an account could not be fetched, or a gap is left.
     """
-    if not dids and not recorded:
-        raise click.UsageError("Say which ones: their DIDs, or --recorded.")
+    if not dids and not recorded and not host and not gap:
+        raise click.UsageError("Say which ones: their DIDs, --recorded, --host or --gap.")
+    if dry_run and (host or gap):
+        raise click.UsageError("--dry-run is for DIDs and --recorded: a list is read into the queue.")
     from fastworker.commands.repairs import RepairOptions
     from fastworker.commands.repairs import repair as run_repair
     from fastworker.process.signals import stop_on_signals
@@ -470,7 +481,74 @@ def repair(dids: tuple[str, ...], *, recorded: bool, dry_run: bool, accept_older
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
-            return await run_repair(config, RepairOptions(dids, dry_run, accept_older, recorded), stop)
+            return await run_repair(config, RepairOptions(dids, dry_run, accept_older, recorded, host, gap), stop)
+
+    return _run(run())
+
+
+@cli.command()
+@click.option(
+    "--dids", type=click.Path(path_type=Path, allow_dash=True), help="A file of DIDs, one a line; - is stdin."
+)
+@click.option("--known", is_flag=True, help="Every account in `users`.")
+@click.option("--follows-of", multiple=True, metavar="DID", help="This account and whom it follows. May be repeated.")
+@click.option("--depth", type=click.IntRange(1, 2), default=1, show_default=True, help="2: also whom these follow.")
+@click.option("--host", metavar="NAME", help="Every account that this host lists.")
+@click.option("--collection", metavar="NSID", help="Every account that has such a record, as the relay lists them.")
+@click.option("--all", "everybody", is_flag=True, help="Every account of every host that the relay lists. Needs --yes.")
+@click.option("--yes", is_flag=True, help="With --all: yes, the whole network.")
+@click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")
+@click.option("--status", is_flag=True, help="Only print what waits and what is done.")
+@click.option("--cancel", is_flag=True, help="Forget what is queued and not begun.")
+def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen: Any) -> ExitCode:
+    """The history of chosen accounts, from their hosts, beside the live stream.
+
+    Each repository is fetched, checked and compared, and only differences are written, as `fastworker repair` does it.
+    Live events go first. The queue is in PostgreSQL: several hosts may work on it at once, and after a stop or a kill
+    the same command goes on where it was. Needs the extra `verify`. Exit 1 when an account could not be fetched.
+    """
+    from fastworker.commands import backfill as history
+    from fastworker.process.signals import stop_on_signals
+
+    choice = history.Choice(**chosen)
+    config = _config()
+    if status:
+        return _run(history.show(config))
+    if cancel:
+        return _run(history.cancel(config))
+    if choice._replace(depth=1) == history.Choice():
+        raise click.UsageError("Say whose: --dids, --known, --follows-of, --host, --collection or --all.")
+    if estimate:
+        return _run(history.estimate(config, choice))
+    if choice.everybody and not yes:
+        raise click.UsageError("--all is the whole network: look at --all --estimate first, then add --yes.")
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await history.backfill(config, choice, stop)
+
+    return _run(run())
+
+
+@cli.command()
+@click.option("--repos", type=click.IntRange(1, 100_000), default=60, show_default=True, help="Accounts to look at.")
+@click.option("--no-repair", is_flag=True, help="Only look; exit 1 when anything differs.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
+    """How much of the tables is as the network says.
+
+    Fetches the repositories of random accounts, compares both ways, and prints for each table the share of rows that
+    agree, with its 95 % interval. What differs is looked at again after ten seconds, then repaired. Safe while the
+    services run. Needs the extra `verify`. Exit 1 when differences remain.
+    """
+    from fastworker.commands.sample import sample as run_sample
+    from fastworker.process.signals import stop_on_signals
+
+    config = _config()
+
+    async def run() -> ExitCode:
+        with stop_on_signals() as stop:
+            return await run_sample(config, repos=repos, is_repaired=not no_repair, as_json=as_json, stop=stop)
 
     return _run(run())
 
@@ -762,15 +840,21 @@ def up(start: Start | None) -> ExitCode:
 @cli.command()
 @click.option("--events", type=click.IntRange(1), help="How many events the simulated network makes.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Events per second. Default: flat out.")
+@click.option(
+    "--outage",
+    "is_outage",
+    is_flag=True,
+    help="The relay forgets a third of it; repaired from the hosts (extra verify).",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the simulated network.")
-def demo(*, events: int | None, rate: float | None, seed: int) -> ExitCode:
+def demo(*, events: int | None, rate: float | None, seed: int, is_outage: bool) -> ExitCode:
     """See it all work: simulated network to verified tables.
 
     The whole pipeline on embedded servers, over a real WebSocket; ends by itself. Exit 0 only if verified.
     """
     from fastworker.commands.demo import run_demo
 
-    return run_demo(_config(), events=events, rate=rate, seed=seed)
+    return run_demo(_config(), events=events, rate=rate, seed=seed, is_outage=is_outage)
 
 
 def main() -> NoReturn:

@@ -25,6 +25,8 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
+from fastworker.stream.keys import CURSOR, GROUP, STREAM
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
@@ -79,6 +81,14 @@ def _database_url(text: str) -> str:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _collections(text: str) -> tuple[str, ...]:
+    words = _words(text)
+    for word in words:
+        if not re.fullmatch(r"\*|[a-zA-Z*][a-zA-Z0-9*-]*(\.[a-zA-Z0-9*-]+)+", word):
+            raise ValueError(f"{word!r} is not the name of a collection")
+    return words
 
 
 def _relay_urls(text: str) -> tuple[str, ...]:
@@ -136,9 +146,9 @@ def _level(text: str) -> str:
     return {"WARN": "WARNING", "FATAL": "CRITICAL", "NOTSET": "DEBUG"}.get(text.upper(), text.upper())
 
 
-_REDIS: Final = "reader worker up status check compare dlq replay repair"
-_POSTGRES: Final = "reader worker up migrate check compare verify import repair export"
-_STREAM: Final = "reader worker up status check compare dlq replay grants repair"
+_REDIS: Final = "reader worker up status check compare dlq replay repair backfill sample"
+_POSTGRES: Final = "reader worker up migrate check compare verify import repair backfill sample export"
+_STREAM: Final = "reader worker up status check compare dlq replay grants repair backfill sample"
 
 
 def _env(
@@ -161,7 +171,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _env(
             "RELAY_URL",
-            "reader up",
+            "reader up repair backfill",
             "The relay: a host, or a full `subscribeRepos` URL. A comma-separated list is tried in order; "
             "each host has a cursor of its own.",
             read=_relay_urls,
@@ -180,18 +190,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
-    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = (
-        "firehose:events"
-    )
+    stream_key: Annotated[str, Meta(min_length=1), _env("REDIS_STREAM_KEY", _STREAM, "The stream of events.")] = STREAM
     cursor_key: Annotated[
         str,
         Meta(min_length=1),
         _env(
             "REDIS_CURSOR_KEY",
-            "reader up status check grants repair",
+            "reader up status check grants repair backfill sample",
             "Where the reader keeps its relay cursor (decimal seq).",
         ),
-    ] = "firehose:python_cursor"
+    ] = CURSOR
     max_stream_len: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -201,7 +209,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Entries at which the stream is full. A full stream makes the reader wait; nothing unfinished is trimmed.",
             read=_integer,
         ),
-    ] = 500_000
+    ] = STREAM_LEN_MAX
     dead_letter_maxlen: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -211,7 +219,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Entries kept in `firehose:dead-letters` (approximately).",
             read=_integer,
         ),
-    ] = 10_000
+    ] = DEAD_LETTERS_MAX
     dead_letters_in_a_row: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -228,10 +236,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(min_length=1),
         _env(
             "REDIS_CONSUMER_GROUP",
-            "worker up status check compare dlq repair",
+            "worker up status check compare dlq repair backfill sample",
             "The consumer group; old workers may share it.",
         ),
-    ] = "firehose-processors"
+    ] = GROUP
     consumer_id: Annotated[
         str,
         Meta(min_length=1, max_length=200),
@@ -274,7 +282,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "COUNT of one XREADGROUP. A flush gathers many reads, so small values run well too.",
             read=_integer,
         ),
-    ] = 300
+    ] = BATCH_SIZE
     pipelines: Annotated[
         int,
         Meta(ge=1, le=1_000),
@@ -303,7 +311,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         frozenset[str],
         _env(
             "FASTWORKER_DERIVE",
-            "worker up compare verify import repair",
+            "worker up compare verify import repair backfill sample",
             "Derived tables that are kept: all, what the predecessor's Python worker kept, or a list. "
             "A wider list applies to what is written from then on; `fastworker verify --repair` fills in the rest.",
             read=_derive,
@@ -416,12 +424,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _env(
             "FASTWORKER_PLC_URL",
-            "worker up repair",
+            "worker up repair backfill sample",
             "DID directory for resolving handles beside the stream, and for finding the hosts of accounts.",
             read=_http_url,
             allowed="https:// or http:// URL",
         ),
     ] = "https://plc.directory"
+    collections: Annotated[
+        tuple[str, ...],
+        _env(
+            "FASTWORKER_COLLECTIONS",
+            "worker up repair backfill sample import compare",
+            "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
+            "of accounts and handles are never left out. After widening it, see docs/history.md.",
+            read=_collections,
+            allowed="NSIDs, in which * stands for anything, comma-separated",
+            default="all",
+        ),
+    ] = ()
+    fetch_at_once: Annotated[
+        int,
+        Meta(ge=1, le=32),
+        _env(
+            "FASTWORKER_FETCH_AT_ONCE",
+            "repair backfill sample",
+            "Repositories that one process fetches at the same time, four of one host at most.",
+            read=_integer,
+        ),
+    ] = 8
     resolve_handles: Annotated[
         bool,
         _env(
@@ -642,6 +672,11 @@ def remarks(environment: Mapping[str, str]) -> list[str]:
         few = ", ".join(links[:3]) + (f" and {len(links) - 3} more" if len(links) > 3 else "")
         said.append(f"Not settings, but links to a service called fastworker: {few} (Kubernetes and Docker set them)")
     texts = _texts(environment)
+    said += [
+        f"{name} has no effect here: history is fetched by `fastworker backfill` (docs/history.md)"
+        for name in sorted(texts)
+        if name.startswith("BACKFILL_")
+    ]
     for name, read in (("DATABASE_URL", urls.postgres), ("REDIS_URL", urls.redis)):
         if (text := texts.get(name)) and (unused := read(text).unused):
             said.append(f"{name}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect here")

@@ -28,7 +28,7 @@ class Step(StrEnum):
     """Everything of the main transaction is written. PostgreSQL rolls back. As above."""
     AFTER_MAIN_COMMIT = "after_main_commit"
     """Rows are there, nobody looked back, nothing is acked. Deliver again: unchanged rows, then the look-back."""
-    OWED_PAID = "owed_paid"
+    OWED_RECOMPUTED = "owed_paid"
     """As AFTER_MAIN_COMMIT, and the joined rows that the transaction left owed are recomputed."""
     AFTER_LOOK_BACK = "after_look_back"
     """Everything is written, nothing is acked. Deliver again: nothing changes, then the ack."""

@@ -57,6 +57,7 @@ class Reason(StrEnum):
     # frames and events with nothing to store
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden
+    FILTERED = "filtered"  # no drop: FASTWORKER_COLLECTIONS leaves it out
 
 
 def how_to_install(extra: str) -> str:

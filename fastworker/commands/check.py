@@ -225,8 +225,8 @@ def gaps(count: int) -> Iterator[Finding]:
         yield _warn(
             "stream",
             f"{counted(count, 'stretch was', 'stretches were')} never given by the relay (LRANGE "
-            "fastworker:gaps 0 -1 tells which): backfill the "
-            "accounts of that time, then DEL the list.",
+            "fastworker:gaps 0 -1 tells which): run "
+            "`fastworker repair --gap`.",
         )
 
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -27,21 +27,25 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fastworker.commands import outage
 from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ExitCode
-from fastworker.law.compare import COLUMNS, Difference, diff, dump, report
-from fastworker.law.model import Model
+from fastworker.law.compare import Difference, diff, dump, report
+from fastworker.law.model import COLUMNS, Model
 from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
-from fastworker.reader.reader import ReaderSettings, run_reader
+from fastworker.process.children import ChildSpec, Patience
+from fastworker.process.supervisor import Supervisor
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
+from fastworker.stream.keys import GROUP, STREAM, USUAL
 from fastworker.worker.worker import WorkerSettings, worker_child
 
 log = logging.getLogger(__name__)
@@ -52,8 +56,6 @@ LOOK_S: Final = 0.25
 LINE_S: Final = 2.0  # between plain lines where there is no terminal
 STALL_S: Final = 60.0  # without any progress the demo gives up
 GONE_S: Final = 5.0  # tries to remove its folder
-STREAM: Final = "firehose:events"
-GROUP: Final = "firehose-processors"
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     redis_url: str
     database_url: str
+    outage: bool = False
 
     @property
     def truth(self) -> Path:
@@ -80,15 +83,16 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Served(msgspec.Struct, frozen=True):
     url: str
     last_seq: int
+    places: outage.Places | None = None
 
 
-def run_demo(config: Config, *, events: int | None, rate: float | None, seed: int) -> ExitCode:
+def run_demo(config: Config, *, events: int | None, rate: float | None, seed: int, is_outage: bool = False) -> ExitCode:
     """Exit code DONE only if every table is as it must be. Of the configuration, only the worker's shape is used."""
     console = Console()
     heartbeats = Heartbeats()
     wanted = EVENTS if events is None else events
     try:
-        code = _run(config, console, heartbeats, events=wanted, rate=rate, seed=seed)
+        code = _run(config, console, heartbeats, events=wanted, rate=rate, seed=seed, is_outage=is_outage)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     if code is ExitCode.INTERRUPTED:
@@ -98,7 +102,14 @@ def run_demo(config: Config, *, events: int | None, rate: float | None, seed: in
 
 
 def _run(
-    config: Config, console: Console, heartbeats: Heartbeats, *, events: int, rate: float | None, seed: int
+    config: Config,
+    console: Console,
+    heartbeats: Heartbeats,
+    *,
+    events: int,
+    rate: float | None,
+    seed: int,
+    is_outage: bool,
 ) -> ExitCode:
     started = time.monotonic()
     with _folder() as folder:
@@ -112,6 +123,7 @@ def _run(
                 folder=folder,
                 redis_url=redis.url,
                 database_url=postgres.url,
+                outage=is_outage,
             )
             console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
             worker = WorkerSettings(
@@ -173,28 +185,38 @@ def _relay_main(plan: DemoOptions, slot: Slot) -> int:
 
 async def _relay(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> None:
     """Make all events first, so that making them does not slow down what is shown; then serve them."""
-    network = Network(plan.seed, accounts=ACCOUNTS)
+    network = Network(plan.seed, accounts=outage.accounts(plan.events) if plan.outage else ACCOUNTS, signed=plan.outage)
     frames: list[bytes] = []
+    after: list[bytes] = []  # of an outage
     last_seq = 0
     encode = msgspec.json.Encoder().encode
+    away = range(plan.events // 3, plan.events * 2 // 3) if plan.outage else range(plan.events, plan.events)
     with plan.truth.open("wb") as truth:
-        for frame in network.frames(plan.events):
-            frames.append(frame.data)
+        for number, frame in enumerate(network.frames(plan.events)):
+            if number < away.start:
+                frames.append(frame.data)
+            elif number not in away or not outage.is_forgotten(frame):
+                after.append(frame.data)
             if frame.event is not None:
                 last_seq = frame.event["seq"]
                 truth.write(encode(frame.event) + b"\n")
-            if len(frames) % 64 == 0:
+            if number % 64 == 63:
                 slot.add(read=64)
                 await asyncio.sleep(0)
                 if stopping.is_set():
                     return
     relay = SimRelay(frames, rate=plan.rate, window=len(frames) + 1, start="oldest", wait_for_client=True)
-    async with relay:
-        temporary = plan.address.with_suffix(".new")
-        temporary.write_bytes(encode(Served(relay.url, last_seq)))
-        temporary.rename(plan.address)
-        slot.set(ready=1, state=State.RUNNING)
-        await stopping.wait()
+    async with AsyncExitStack() as stack:
+        places = await stack.enter_async_context(outage.places_of(network)) if plan.outage else None
+        async with relay:
+            temporary = plan.address.with_suffix(".new")
+            temporary.write_bytes(encode(Served(relay.url, last_seq, places)))
+            temporary.rename(plan.address)
+            slot.set(ready=1, state=State.RUNNING)
+            await (outage.sent(relay, len(frames), stopping) if plan.outage else stopping.wait())
+        if plan.outage:
+            await stack.enter_async_context(outage.back_again(after, port=relay.port, rate=plan.rate))
+            await stopping.wait()
 
 
 # The reader -----------------------------------------------------------------------------------------
@@ -261,7 +283,7 @@ class _Conductor:
             ended = await self._watch(RedisAdmin(redis, STREAM))
             if self._stopping.is_set():
                 return ExitCode.DONE
-            set_aside = int(await redis.xlen("firehose:dead-letters"))
+            set_aside = int(await redis.xlen(USUAL.dead_letters))
         finally:
             await redis.aclose()
         if not ended:
@@ -365,18 +387,42 @@ class _Conductor:
     async def _verify(self, set_aside: int) -> ExitCode:
         latency = self._latency()
         self._console.print("Comparing every table with what the simulator knows ...")
+        expected, found = self._truth(), await self._tables()
+        if self._plan.outage:
+            expected, found = outage.compared(expected), await self._mended(outage.compared(expected), found)
+        differences = diff(expected, found)
+        self._summary(expected, found, differences, set_aside, latency)
+        return ExitCode.NO if differences or set_aside else ExitCode.DONE
+
+    async def _tables(self) -> dict[str, list[dict[str, Any]]]:
         store = await Store.connect(self._plan.database_url, application_name="fastworker-demo")
         try:
             while await store.maintain(owed_age_s=0):
                 pass
             async with store.connection() as db:
-                found = await dump(db)
+                return await dump(db)
         finally:
             await store.close()
-        expected = self._truth()
-        differences = diff(expected, found)
-        self._summary(expected, found, differences, set_aside, latency)
-        return ExitCode.NO if differences or set_aside else ExitCode.DONE
+
+    async def _mended(
+        self, expected: dict[str, list[dict[str, Any]]], found: dict[str, list[dict[str, Any]]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The tables after the repair of the gap; says what share of them was true before it, and is after it."""
+        served = msgspec.json.decode(self._plan.address.read_bytes(), type=Served)
+        assert served.places is not None
+        found = outage.compared(found)
+        before = outage.ratios(expected, found, diff(expected, found))
+        self._console.print("The relay has forgotten a third of the commits. Repairing from the hosts ...")
+        await outage.mend(served.places, self._plan.redis_url, self._plan.database_url, self._stopping)
+        found = outage.compared(await self._tables())
+        after = outage.ratios(expected, found, diff(expected, found))
+        table = Table(title="truth per table", title_justify="left")
+        for column in ("table", "before the repair", "after"):
+            table.add_column(column, justify="left" if column == "table" else "right")
+        for name, share in before.items():
+            table.add_row(name, f"{share:.4f}", f"{after[name]:.4f}", style=None if after[name] == 1 else "bold red")
+        self._console.print(table)
+        return found
 
     def _truth(self) -> dict[str, list[dict[str, Any]]]:
         model = Model()
@@ -433,7 +479,9 @@ class _Conductor:
         if differences or set_aside:
             self._console.print("[bold red]NOT verified.[/]")
         else:
-            self._console.print("[bold green]Verified:[/] every row and every counter is as it must be.")
+            but = ", but users and account status, which no repository tells" if self._plan.outage else ""
+            words = f"[bold green]Verified:[/] every row and every counter is as it must be{but}."
+            self._console.print(words, soft_wrap=True)
 
 
 def _quantile(counts: list[int], share: float) -> str:

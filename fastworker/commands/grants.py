@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from fastworker.stream.feed import BROADCAST
+from fastworker.stream.keys import BROADCAST
 from fastworker.table.schema import DERIVED, TABLES, qualified
 
 Service = Literal["worker", "reader"]
@@ -39,7 +39,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.progress": _KEEP,
         "fastworker.relays": _APPEND,
         "fastworker.horizon": ("SELECT", "UPDATE"),
-        "fastworker.repairs": _KEEP,
+        "fastworker.repairs": _ALL,
         "fastworker.refused": _KEEP,
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty.

@@ -42,7 +42,7 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
                 if not await unless_stopped(_import(settle, path, report), stop):
                     report.stopped = f"{number - 1} of {len(files)} files"
                     break
-                report.tell(number, len(files))
+                report.tell(len(files) - number)
             while store is not None and await store.maintain():
                 pass
     except StoreUnavailable as error:

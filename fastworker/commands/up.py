@@ -22,14 +22,17 @@ from fastworker.config import Config
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
-from fastworker.monitor.monitor import MonitorSettings, run_monitor
+from fastworker.monitor.monitor import run_monitor
 from fastworker.monitor.page import settle_port
+from fastworker.monitor.view import MonitorSettings
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Server, Supervisor
-from fastworker.reader.reader import ReaderSettings
+from fastworker.process.children import ChildSpec
+from fastworker.process.supervisor import Supervisor
+from fastworker.process.wards import Server
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
+from fastworker.reader.stats import ReaderSettings
 from fastworker.redact import redact
 from fastworker.store.migrate import migrate
 from fastworker.sync.resolver import ResolverSettings, run_resolver

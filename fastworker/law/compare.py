@@ -16,40 +16,10 @@ from typing import Any
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from fastworker.law.model import COLUMNS
+
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
-
-COMMIT = "commit_time commit_seq commit_rev"
-COLUMNS: dict[str, str] = {
-    "users": "did handle display_name avatar_url banner_url description profile_record pinned_post",
-    "posts": f"uri cid author_did text langs parent_uri parent_cid root_uri root_cid embed facets tags created_at "
-    f"indexed_at {COMMIT} has_thread_gate has_post_gate violates_thread_gate violates_embedding_rules",
-    "likes": f"uri user_did post_uri subject_cid via created_at {COMMIT}",
-    "reposts": f"uri user_did post_uri subject_cid via created_at {COMMIT}",
-    "follows": f"uri follower_did following_did created_at {COMMIT}",
-    "blocks": f"uri blocker_did blocked_did created_at {COMMIT}",
-    "bookmarks": "uri user_did post_uri created_at",
-    "lists": "uri cid creator_did name purpose description avatar_url created_at",
-    "list_items": "uri cid list_uri subject_did created_at",
-    "list_blocks": "uri blocker_did list_uri created_at",
-    "feed_generators": "uri cid creator_did did display_name description avatar_url like_count created_at",
-    "starter_packs": "uri cid creator_did name description list_uri feeds created_at",
-    "labeler_services": "uri cid creator_did policies like_count created_at",
-    "labels": "uri src subject val neg created_at",
-    "label_events": "label_uri action",
-    "verifications": "uri cid subject_did handle verified_at created_at",
-    "generic_records": "uri cid author_did record_type record created_at",
-    "post_aggregations": "post_uri like_count repost_count reply_count bookmark_count quote_count",
-    "feed_items": "uri post_uri originator_did type sort_at cid created_at",
-    "quotes": "uri cid post_uri quoted_uri quoted_cid created_at",
-    "notifications": "uri recipient_did author_did reason reason_subject cid created_at",
-    "post_viewer_states": "post_uri viewer_did like_uri repost_uri bookmarked",
-    "thread_contexts": "post_uri root_author_like_uri",
-    "thread_gates": "post_uri owner_did allow_mentions allow_following allow_list_members allow_list_uris created_at",
-    "post_gates": "post_uri embedding_rules created_at",
-    "fastworker.accounts": "did active status",
-}
-"""Every compared table and its compared columns."""
 
 KEYS: dict[str, tuple[str, ...]] = {
     "post_viewer_states": ("post_uri", "viewer_did"),

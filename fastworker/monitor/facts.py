@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Annotated, Final, get_args, get_type_hints
 
 import msgspec
@@ -16,7 +17,8 @@ from msgspec import Meta
 from fastworker import __version__
 from fastworker.config import Config
 from fastworker.metrics import OUTCOMES
-from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, age_s
+from fastworker.monitor.rates import per_s
+from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 
 GAPS_SHOWN: Final = 3
 
@@ -164,22 +166,48 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[list[WorkerStatus], _is("Workers that reported within the last 15 seconds.")]
 
 
-class Reading(msgspec.Struct, frozen=True):
+class Backlog(msgspec.Struct, frozen=True, kw_only=True):
+    """What one consumer group has not finished: ages in seconds, 0 for nothing."""
+
+    group: str
+    lag: int  # entries not delivered to it
+    lag_is_exact: bool
+    undelivered_s: float  # age of the oldest of these
+    pending: int
+    pending_id: str | None
+    pending_s: float
+    unfinished_s: float  # the oldest, pending or not delivered
+
+
+def backlog(stream: Stream | None, name: str, now_ms: int | None) -> Backlog:
+    """Before there is such a group, all of the stream waits for it."""
+    group = stream.group(name) if stream else None
+    first_id = group.next_id if group else stream.first_id if stream else None
+    return Backlog(
+        group=name,
+        lag=group.lag if group else stream.length if stream else 0,
+        lag_is_exact=group.lag_is_exact if group else True,
+        undelivered_s=age_s(first_id, now_ms),
+        pending=group.pending if group else 0,
+        pending_id=group.oldest_pending_id if group else None,
+        pending_s=age_s(group.oldest_pending_id if group else None, now_ms),
+        unfinished_s=age_s(group.unfinished_id if group else first_id, now_ms),
+    )
+
+
+class RatePoint(msgspec.Struct, frozen=True):
     """What two readings are compared by, for rates."""
 
     at: float
     added: int | None
     finished: int
 
-    def per_s(self, before: Reading | None) -> tuple[float | None, float | None]:
+    def per_s(self, before: RatePoint | None) -> tuple[float | None, float | None]:
         """Appended and finished per second since `before`."""
         if before is None or self.at <= before.at:
             return None, None
         seconds = self.at - before.at
-        added = None
-        if self.added is not None and before.added is not None:
-            added = max(0.0, (self.added - before.added) / seconds)
-        return added, max(0.0, (self.finished - before.finished) / seconds)
+        return per_s(before.added, self.added, seconds), per_s(before.finished, self.finished, seconds)
 
 
 def _holder(groups: list[GroupStatus], unfinished: dict[str, str | None], ignored: tuple[str, ...]) -> str | None:
@@ -188,7 +216,7 @@ def _holder(groups: list[GroupStatus], unfinished: dict[str, str | None], ignore
     return max(waiting)[1] if waiting else None
 
 
-async def collect(admin: RedisAdmin, config: Config, before: Reading | None = None) -> tuple[Status, Reading]:
+async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = None) -> tuple[Status, RatePoint]:
     """Everything, and the reading to hand in next time so that rates are over the time between."""
     server = await admin.server()
     stream = await admin.stream(measure=True)
@@ -196,7 +224,7 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
     ledger = count.ledger
     outcomes = {outcome: ledger.get(outcome, 0) for outcome in OUTCOMES}
     drops = {name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")}
-    reading = Reading(time.monotonic(), stream.entries_added if stream else None, sum(outcomes.values()))
+    reading = RatePoint(time.monotonic(), stream.entries_added if stream else None, sum(outcomes.values()))
     appended_per_s, finished_per_s = reading.per_s(before)
 
     found = {group.name: group for group in stream.groups} if stream else {}
@@ -213,7 +241,7 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
     ]
     holder = _holder(groups, {name: group.unfinished_id for name, group in found.items()}, config.ignore_groups)
     groups = [msgspec.structs.replace(group, holds_stream=group.name == holder) for group in groups]
-    ours = found.get(config.group)
+    ours = backlog(stream, config.group, server.time_ms)
     return Status(
         at=time.time(),
         version=__version__,
@@ -226,11 +254,11 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
         stream_bytes=stream.bytes if stream else None,
         held_by=holder,
         group=config.group,
-        lag_entries=ours.lag if ours else (stream.length if stream else 0),
-        lag_is_exact=ours.lag_is_exact if ours else True,
-        lag_seconds=age_s(ours.unfinished_id if ours else (stream.first_id if stream else None), server.time_ms),
-        pending_entries=ours.pending if ours else 0,
-        oldest_pending_seconds=age_s(ours.oldest_pending_id if ours else None, server.time_ms),
+        lag_entries=ours.lag,
+        lag_is_exact=ours.lag_is_exact,
+        lag_seconds=ours.unfinished_s,
+        pending_entries=ours.pending,
+        oldest_pending_seconds=ours.pending_s,
         dead_letters=await admin.dead_letters(),
         appended_per_s=appended_per_s,
         finished_per_s=finished_per_s,
@@ -240,7 +268,7 @@ async def collect(admin: RedisAdmin, config: Config, before: Reading | None = No
         events=await admin.event_counts(),
         groups=groups,
         reader=await _reader(admin, config),
-        workers=await _workers(admin),
+        workers=told_workers(await admin.statuses()),
     ), reading
 
 
@@ -275,13 +303,14 @@ def _gaps(texts: list[bytes]) -> list[Gap]:
     return found
 
 
-async def _workers(admin: RedisAdmin) -> list[WorkerStatus]:
+def told_workers(statuses: Mapping[str, str]) -> list[WorkerStatus]:
+    """Workers that told something lately, by owner. What is not understood is of another release and is left out."""
     workers = []
-    for text in (await admin.statuses()).values():
+    for text in statuses.values():
         try:
             worker = msgspec.json.decode(text, type=WorkerStatus)
         except msgspec.MsgspecError:
-            continue  # of another release: it says what it can through the ledger
+            continue  # it says what it can through the ledger
         if time.time() - worker.at <= STATUS_STALE_S:
             workers.append(worker)
     return sorted(workers, key=lambda worker: worker.owner)

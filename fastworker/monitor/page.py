@@ -17,6 +17,7 @@ import msgspec
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.http import Source, ask, port_is_taken, serve
+from fastworker.monitor.rates import Written
 from fastworker.stream.letters import Letter
 
 log = logging.getLogger(__name__)
@@ -100,15 +101,6 @@ class Wait(msgspec.Struct, frozen=True):
     count: int
     oldest_s: float | None
     bad: bool = False
-
-
-class Written(msgspec.Struct, frozen=True):
-    """Changes of one table. `last_hour`: less where the worker is younger."""
-
-    table: str
-    collections: tuple[str, ...]
-    per_s: float
-    last_hour: int
 
 
 class Worker(msgspec.Struct, frozen=True):

@@ -22,8 +22,8 @@ from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, listen, own_pss
 from fastworker.monitor.readiness import FRESH_S
-from fastworker.reader.reader import ReaderSettings, ReaderStats
 from fastworker.reader.resume import read_and_resume
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 
 RATE_TICKS: Final = 5
 CHARTS: Final = (

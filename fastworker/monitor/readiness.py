@@ -52,6 +52,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     held_s: float | None = None
     maintained_s: float | None = None
     maintain_error: str = ""
+    locked: str = ""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +117,7 @@ def of_process(one: Process) -> list[str]:
         return [f"{one.name}: PostgreSQL has not answered for {one.store_s:.0f} s: {one.error or 'no error yet'}"]
     why = []
     if one.held_s is not None and one.held_s > HELD_S:
-        why.append(f"{one.name} has held an entry for {one.held_s:.0f} s")
+        why.append(f"{one.name} has held an entry for {one.held_s:.0f} s{one.locked and ': ' + one.locked}")
     if one.maintained_s is not None and one.maintained_s > MAINTAINED_S:
         said = one.maintain_error or "no error yet"
         why.append(f"{one.name}: nothing that is owed was looked after for {one.maintained_s:.0f} s: {said}")
@@ -151,6 +152,7 @@ def process_of(snapshot: Snapshot, now: int) -> Process:
         held_s=age(gauges.oldest_ms) if gauges.oldest_ms else None,
         maintained_s=age(gauges.maintained_ms) if gauges.maintained_ms else None,
         maintain_error=snapshot.maintain_error,
+        locked=snapshot.locked,
     )
 
 

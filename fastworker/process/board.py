@@ -62,6 +62,7 @@ class Gauges(msgspec.Struct):
     tried_last_ms: int = 0
     tried_last_n: int = 0
     tried_with_control: int = 0  # 1: it has settled others before
+    tried_at_ms: int = 0
 
 
 class Counters(msgspec.Struct):
@@ -105,6 +106,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     consumers: str  # names, separated by spaces
     maintain_error: str
     clocks: str  # which is off
+    locked: str = ""  # what is said of a row that somebody else has locked
 
     @property
     def acked(self) -> int:
@@ -131,8 +133,9 @@ _TEXTS: Final = {  # offset and bytes
     "maintain_error": (440, 200),
     "clocks": (640, 160),
     "consumers": (800, 424),
+    "locked": (1224, 240),
 }
-_SLOT_BYTES: Final = _WORDS * 8 + 1224
+_SLOT_BYTES: Final = _WORDS * 8 + 1464
 _REASON_INDEX: Final = {reason: _DROPS_AT + n for n, reason in enumerate(REASONS)}
 _TABLE_INDEX: Final = {table.name: _TABLES_AT + n for n, table in enumerate(TABLES)}
 
@@ -168,6 +171,7 @@ class Slot:
         self.text("maintain_error", "")
         self.text("clocks", "")
         self.text("consumers", "")
+        self.text("locked", "")
         self.text("name", name)
         now = now_ms()
         self.set(pid=os.getpid(), state=State.STARTING, started_ms=now, tick_ms=now, progress_ms=now)
@@ -225,6 +229,7 @@ class Slot:
             consumers=texts["consumers"],
             maintain_error=texts["maintain_error"],
             clocks=texts["clocks"],
+            locked=texts["locked"],
         )
 
 

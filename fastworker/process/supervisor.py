@@ -20,31 +20,36 @@ import gc
 import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from collections.abc import Sequence
+from typing import Final, NoReturn
 
-import msgspec
-
-from fastworker.errors import ExitCode, Unreachable
+from fastworker.errors import ExitCode
 from fastworker.log import flush_waiting
-from fastworker.process.board import Heartbeats, Slot, State, now_ms
+from fastworker.process.board import Heartbeats, Slot
 from fastworker.process.child import AGAIN, dump_stacks_on
+from fastworker.process.children import (
+    BACKOFF_S,
+    FAILURE_FORGOTTEN_S,
+    Child,
+    ChildSpec,
+    Kind,
+    Patience,
+    backoff_s,
+    how,
+    own_memory_bytes,
+)
+from fastworker.process.systemd import Systemd
+from fastworker.process.wards import Server, Wards
 
 log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25  # the longest wait for a signal; children are looked at this often
 MEMORY_LOOK_S: Final = 5.0
-FAILURE_FORGOTTEN_S: Final = 60.0  # a child that was at work for so long crashes for a new reason
-BACKOFF_S: Final = (0.5, 30.0)  # first and longest wait before a crashed child is started again
 SETTLED_S: Final = 5.0  # a child that says nothing of being ready counts as ready when it has lived so long
 STACKS_S: Final = 1.0  # for a stuck child to write its stacks before it is killed
-WATCHDOG_S: Final = 1.0
 
 _SIGNALS: Final = {
     signal.SIGTERM,
@@ -57,95 +62,10 @@ _SIGNALS: Final = {
 }
 _ORDERLY: Final = {ExitCode.DONE, ExitCode.UNREACHABLE, ExitCode.STOPPED_ITSELF, AGAIN}
 """Exit codes of a child that knew why it ended."""
+_NO_START: Final = {ExitCode.USAGE, ExitCode.UNREACHABLE, ExitCode.BUG}
+"""Of a first child: another one would end the same way."""
 _PR_SET_PDEATHSIG: Final = 1
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # loaded before the fork
-
-
-class ChildSpec(msgspec.Struct, frozen=True):
-    """A kind of child. `target` runs in the forked process and returns its exit code (see process/child.py).
-
-    `count` None: exactly one, such as the monitor, which owns a port: it is stopped before it is started anew.
-    A number: workers, which may be more or fewer for a while, and whose progress is judged.
-    `ends_run`: when it ends, everything ends, with its exit code.
-    `died`: called in the parent, before the slot is closed, when one ended that nobody asked to and that had no reason.
-    """
-
-    name: str
-    target: Callable[[Slot], int]
-    count: int | None = None
-    ends_run: bool = False
-    died: Callable[[Slot], None] | None = None
-
-    @property
-    def is_worker(self) -> bool:
-        return self.count is not None
-
-
-class Server(Protocol):
-    """A process that somebody else started for us, and that must not stay away (edge/embedded.py)."""
-
-    what: ClassVar[str]
-
-    @property
-    def pid(self) -> int | None: ...
-    def lost(self, code: int) -> None: ...
-    def revive(self) -> None: ...
-
-
-class _Ward:
-    """What the parent remembers of a server."""
-
-    def __init__(self, server: Server, now: float) -> None:
-        self.server = server
-        self.pid = server.pid
-        self.started = now
-        self.failures = 0
-        self.start_at = 0.0
-
-
-class Patience(msgspec.Struct, frozen=True):
-    """How long the parent waits before it acts, in seconds."""
-
-    drain_s: float = 8.0  # from SIGTERM to SIGKILL: the children's own budget and their closing
-    tick_s: float = 10.0  # for a loop to turn
-    progress_s: float = 150.0  # for a worker to get on: above the longest bound of one attempt (worker/flush.py)
-    start_s: float = 60.0  # for a child to be ready
-    recycle_s: float = 60.0  # between two replacements of one child for its memory
-
-
-class _Kind:
-    """What the parent remembers of a spec over the lives of its children."""
-
-    def __init__(self, spec: ChildSpec) -> None:
-        self.spec = spec
-        self.wanted = 1 if spec.count is None else spec.count
-        self.was_ready = False  # any of them, ever: before that a failure is a failure to start
-        self.failures = 0
-        self.start_at = 0.0
-        self.refused = 0  # forks in a row
-        self.slots: set[int] = set()  # numbers of those that its children had
-
-    def name(self, label: int) -> str:
-        return f"{self.spec.name}-{label}" if self.spec.is_worker else self.spec.name
-
-
-class _Child:
-    """The parent's view of one process."""
-
-    def __init__(self, kind: _Kind, label: int, slot: Slot, pid: int, now: float) -> None:
-        self.kind = kind
-        self.label = label  # of its kind; a replacement has that of the one it replaces
-        self.slot = slot
-        self.pid = pid
-        self.started = now
-        self.ready_at: float | None = None
-        self.retiring = False  # told to stop: its end is no failure
-        self.kill_at: float | None = None
-        self.is_too_large = False
-
-    @property
-    def name(self) -> str:
-        return self.kind.name(self.label)
 
 
 class Supervisor:
@@ -168,24 +88,22 @@ class Supervisor:
         `memory_max_bytes`: a child with more of its own is replaced. `servers` run already: those that end are
         started again.
         """
-        self._kinds = [_Kind(spec) for spec in specs]
+        self._kinds = [Kind(spec) for spec in specs]
         self._heartbeats = heartbeats
         self._patience = patience
         self._memory_max_bytes = memory_max_bytes
         self._workers_max = workers_max
-        self._notify_socket = notify_socket
+        self._systemd = Systemd(notify_socket)
         self._told_code = told_code
-        self._children: list[_Child] = []
-        self._wards = [_Ward(server, time.monotonic()) for server in servers]
+        self._children: list[Child] = []
+        self._wards = Wards(servers, time.monotonic())
         self._code: ExitCode | None = None  # set: stopping
         self._stop_deadline = 0.0
-        self._to_replace: deque[_Child] = deque()
-        self._replacement: tuple[_Child, _Child] | None = None  # old and new, both alive
+        self._to_replace: deque[Child] = deque()
+        self._replacement: tuple[Child, Child] | None = None  # old and new, both alive
         self._looked_at = time.monotonic()
         self._judge_from = 0.0
         self._memory_at = 0.0
-        self._notified_at = 0.0
-        self._said_ready = False
         self._mask: set[signal.Signals] = set()
 
     def run(self) -> ExitCode:
@@ -223,7 +141,8 @@ class Supervisor:
             case signal.SIGTTOU:
                 self._scale(-1)
             case signal.SIGUSR1:
-                self._log_status()
+                for child in self._children:
+                    log.info("%s", child.status())
             case _:  # SIGCHLD: it ended the wait, which is all it is for
                 pass
 
@@ -239,13 +158,14 @@ class Supervisor:
         self._reap(now)
         for child in self._children:
             self._look_at(child, now)
-        self._tell_systemd(now)
+        is_ready = self._code is None and all(child.ready_at is not None for child in self._children)
+        self._systemd.alive(now, is_ready=is_ready and bool(self._children))
         if self._code is not None:
             if now >= self._stop_deadline:
                 for child in self._children:
                     self._signal(child, signal.SIGKILL)
             return
-        self._revive(now)
+        self._wards.revive(now)
         self._look_at_memory(now)
         self._replace(now)
         self._reconcile(now)
@@ -261,7 +181,7 @@ class Supervisor:
                 return
             child = next((child for child in self._children if child.pid == pid), None)
             if child is None:
-                self._lost(pid, os.waitstatus_to_exitcode(status), now)
+                self._wards.lost(pid, os.waitstatus_to_exitcode(status), now)
                 continue
             if child.slot.get("ready") and child.ready_at is None:
                 child.ready_at = now
@@ -273,38 +193,11 @@ class Supervisor:
             child.slot.close()
             self._ended(child, code, now)
 
-    def _lost(self, pid: int, code: int, now: float) -> None:
-        """A server, or an orphan that is nobody's."""
-        for ward in self._wards:
-            if ward.pid == pid:
-                ward.pid = None
-                ward.server.lost(code)
-                if now - ward.started > FAILURE_FORGOTTEN_S:
-                    ward.failures = 0
-                ward.start_at = now + _backoff(ward.failures)
-                ward.failures += 1
-                wait_s = ward.start_at - now
-                log.error("%s (pid %d) %s: starting it again in %.1f s", ward.server.what, pid, _how(code), wait_s)
-
-    def _revive(self, now: float) -> None:
-        for ward in self._wards:
-            if ward.pid is not None or now < ward.start_at:
-                continue
-            try:
-                ward.server.revive()
-            except (OSError, subprocess.SubprocessError, Unreachable) as error:
-                ward.start_at = now + _backoff(ward.failures)
-                ward.failures += 1
-                log.warning("%s does not start yet: %s", ward.server.what, error)
-            else:
-                ward.pid, ward.started = ward.server.pid, now
-                log.info("%s (pid %d) was started again", ward.server.what, ward.pid)
-
-    def _ended(self, child: _Child, code: int, now: float) -> None:
+    def _ended(self, child: Child, code: int, now: float) -> None:
         """A child is gone: what its exit code asks for."""
-        kind, how = child.kind, _how(code)
+        kind, ended = child.kind, how(code)
         if self._code is not None or child.retiring:
-            log.info("%s (pid %d) %s", child.name, child.pid, how)
+            log.info("%s (pid %d) %s", child.name, child.pid, ended)
             return
         if kind.spec.ends_run:
             self._stop(ExitCode(code) if code in set(ExitCode) else ExitCode.BUG)
@@ -314,27 +207,23 @@ class Supervisor:
             self._stop(ExitCode.STOPPED_ITSELF)
             return
         if self._replacement is not None and child is self._replacement[1] and child.ready_at is None:
-            log.error("%s (pid %d) %s before it was ready: keeping the old ones", child.name, child.pid, how)
+            log.error("%s (pid %d) %s before it was ready: keeping the old ones", child.name, child.pid, ended)
             return  # _replace gives up
-        if (
-            child.ready_at is None
-            and not kind.was_ready
-            and code in (ExitCode.USAGE, ExitCode.UNREACHABLE, ExitCode.BUG)
-        ):
-            log.error("%s could not start (%s): stopping all", child.name, how)
+        if child.ready_at is None and not kind.was_ready and code in _NO_START:
+            log.error("%s could not start (%s): stopping all", child.name, ended)
             self._stop(ExitCode(code))
             return
         child.slot.add(restarts=1)
         if now >= kind.start_at:  # else another one ended a moment ago: one event, however many it took
             if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
                 kind.failures = 0
-            kind.start_at = now + _backoff(kind.failures)
+            kind.start_at = now + backoff_s(kind.failures)
             kind.failures += 1
             self._heartbeats.crashes += 1
         delay = kind.start_at - now
-        log.error("%s (pid %d) %s: starting it again in %.1f s", child.name, child.pid, how, delay)
+        log.error("%s (pid %d) %s: starting it again in %.1f s", child.name, child.pid, ended, delay)
 
-    def _look_at(self, child: _Child, now: float) -> None:
+    def _look_at(self, child: Child, now: float) -> None:
         """Readiness, and whether it is stuck: stacks to the log, a moment later SIGKILL."""
         if child.kill_at is not None:
             if now >= child.kill_at:
@@ -349,17 +238,7 @@ class Supervisor:
             log.info("%s (pid %d) is ready after %.1f s", child.name, child.pid, now - child.started)
         if now < self._judge_from:
             return
-        clock, patience, why = now_ms(), self._patience, None
-        if child.ready_at is None and not child.retiring and now - child.started > patience.start_s:
-            why = f"is not ready after {patience.start_s:g} s"
-        elif is_there and clock - figures.get("tick_ms") > patience.tick_s * 1000:
-            why = f"has not turned its loop for {patience.tick_s:g} s"
-        elif (
-            child.ready_at is not None
-            and child.kind.spec.is_worker
-            and clock - figures.get("progress_ms") > patience.progress_s * 1000
-        ):
-            why = f"has made no progress for {patience.progress_s:g} s"
+        why = child.why_stuck(now, self._patience)
         if why is not None:
             log.error("%s (pid %d) %s: killing it; its stacks follow", child.name, child.pid, why)
             self._signal(child, signal.SIGUSR2)
@@ -407,7 +286,7 @@ class Supervisor:
         else:
             self._retire_replaced(child, now)
 
-    def _retire_replaced(self, child: _Child, now: float) -> None:
+    def _retire_replaced(self, child: Child, now: float) -> None:
         child.slot.add(**{"restarts" if child.is_too_large else "replaced": 1})
         self._retire(child, now)
 
@@ -431,16 +310,14 @@ class Supervisor:
 
     # --- acts
 
-    def _fork(self, kind: _Kind, now: float, label: int | None = None) -> _Child | None:
+    def _fork(self, kind: Kind, now: float, label: int | None = None) -> Child | None:
         taken = {child.slot.number for child in self._children}
         free = [slot for slot in self._heartbeats if slot.number not in taken]
         if not free:
             log.error("No room for another %s", kind.spec.name)
             kind.start_at = now + BACKOFF_S[1]
             return None
-        # A slot's counters go on over the lives of its children: so it should stay with one kind of them.
-        slot = min(free, key=lambda slot: (slot.number not in kind.slots, slot.get("starts") > 0, slot.number))
-        kind.slots.add(slot.number)
+        slot = kind.slot_of(free)
         if label is None:
             labels = {child.label for child in self._children if child.kind is kind and not child.retiring}
             label = next(n for n in range(len(labels) + 1) if n not in labels)
@@ -451,31 +328,19 @@ class Supervisor:
         try:
             pid = os.fork()
         except OSError as error:  # a limit of processes or memory: those that live work on
-            kind.start_at = now + _backoff(kind.refused)
+            kind.start_at = now + backoff_s(kind.refused)
             kind.refused += 1
             wait_s, name = kind.start_at - now, kind.spec.name
             log.error("No process for another %s: %s; trying again in %.1f s", name, error.strerror, wait_s)  # noqa: TRY400
             return None
-        if pid:
-            kind.refused = 0
-            child = _Child(kind, label, slot, pid, now)
-            self._children.append(child)
-            return child
-        code: int = ExitCode.BUG
-        try:
-            _become_child(parent, self._mask)
-            self._children = []
-            slot.open(kind.name(label))
-            code = kind.spec.target(slot)
-        except BaseException:
-            log.critical("Unexpected error", exc_info=True)
-        finally:
-            with contextlib.suppress(Exception):
-                logging.shutdown()
-                sys.stdout.flush()
-            os._exit(code)
+        if pid == 0:
+            _live(parent, self._mask, kind, label, slot)
+        kind.refused = 0
+        child = Child(kind, label, slot, pid, now)
+        self._children.append(child)
+        return child
 
-    def _retire(self, child: _Child, now: float) -> None:
+    def _retire(self, child: Child, now: float) -> None:
         """Tell it to drain and stop, and see to it that it does."""
         child.retiring = True
         self._signal(child, signal.SIGTERM)
@@ -486,7 +351,7 @@ class Supervisor:
         self._code = code
         now = time.monotonic()
         self._stop_deadline = now + self._patience.drain_s
-        self._sd_notify("STOPPING=1")
+        self._systemd.tell("STOPPING=1")
         for child in self._children:
             self._retire(child, now)
 
@@ -498,47 +363,24 @@ class Supervisor:
                 kind.wanted = wanted
                 kind.start_at = 0.0
 
-    def _signal(self, child: _Child, number: signal.Signals) -> None:
+    def _signal(self, child: Child, number: signal.Signals) -> None:
         os.kill(child.pid, number)  # never another's: a child that ended keeps its pid until we reap it
 
-    # --- telling
 
-    def _log_status(self) -> None:
-        for child in self._children:
-            look = child.slot.snapshot()
-            figures, now = look.gauges, now_ms()
-            log.info(
-                "%s pid %d %s: %d events/sec, %d held, oldest %.1f s, progress %.1f s ago, %d MB%s",
-                child.name,
-                child.pid,
-                State(figures.state).name.lower(),
-                figures.acked_per_second,
-                figures.held,
-                (now - figures.oldest_ms) / 1000 if figures.oldest_ms else 0.0,
-                (now - figures.progress_ms) / 1000,
-                own_memory_bytes(child.pid) >> 20,
-                f", last error: {look.error}" if look.error else "",
-            )
-
-    def _tell_systemd(self, now: float) -> None:
-        if self._notify_socket is None:
-            return
-        is_ready = self._code is None and all(child.ready_at is not None for child in self._children)
-        if not self._said_ready and self._children and is_ready:
-            self._said_ready = True
-            self._sd_notify("READY=1")
-        if now - self._notified_at >= WATCHDOG_S:
-            self._notified_at = now
-            self._sd_notify("WATCHDOG=1")
-
-    def _sd_notify(self, message: str) -> None:
-        """One datagram, no connection kept: the parent holds no sockets."""
-        if self._notify_socket is None:
-            return
-        address = "\0" + self._notify_socket[1:] if self._notify_socket.startswith("@") else self._notify_socket
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            sender.sendto(message.encode(), address)
+def _live(parent: int, mask: set[signal.Signals], kind: Kind, label: int, slot: Slot) -> NoReturn:
+    """The forked side of a fork, from its first line to its last."""
+    code: int = ExitCode.BUG
+    try:
+        _become_child(parent, mask)
+        slot.open(kind.name(label))
+        code = kind.spec.target(slot)
+    except BaseException:
+        log.critical("Unexpected error", exc_info=True)
+    finally:
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+            sys.stdout.flush()
+        os._exit(code)
 
 
 def _become_child(parent: int, mask: set[signal.Signals]) -> None:
@@ -552,22 +394,3 @@ def _become_child(parent: int, mask: set[signal.Signals]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask - _SIGNALS)
     dump_stacks_on(signal.SIGUSR2)
-
-
-def _backoff(failures: int) -> float:
-    return min(BACKOFF_S[1], BACKOFF_S[0] * 2.0 ** min(failures, 20))
-
-
-def own_memory_bytes(pid: int) -> int:
-    """Resident anonymous memory: what the process does not share with the file cache. 0 if it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
-
-
-def _how(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return "ended" if code == 0 else f"ended with exit code {code}"

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from fastworker.errors import StoreUnavailable, Unreachable
-from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.store.admin import finished_seq
 
 

@@ -15,11 +15,11 @@ import orjson
 
 from fastworker.errors import ConfigError, InvalidEvent, Unreachable
 from fastworker.event.frame import decode_frame
-from fastworker.reader.reader import ReaderSettings
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
+from fastworker.reader.stats import ReaderSettings
 from fastworker.store.admin import note_gap
 from fastworker.stream.client import connect
-from fastworker.stream.feed import LEASE_MS, Chunk, Feed, LeaseLost, Position
+from fastworker.stream.feed import LEASE_MS, Chunk, Feed, Position, ReaderLeaseLost
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ async def begin_at(settings: ReaderSettings, start: Start, *, database_url: str 
             chunk.gap(orjson.dumps(gap))
         try:
             await feed.append(chunk)
-        except LeaseLost as error:
+        except ReaderLeaseLost as error:
             raise ConfigError(f"The cursor was not moved: {error}") from error
         await feed.release()
     finally:

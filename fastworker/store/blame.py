@@ -7,10 +7,12 @@ is at fault: it is waited for. Where it takes them, the refused rows are at faul
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
+import msgspec
 from asyncpg.exceptions import PostgresError
 
 from fastworker.errors import RowRejected, StoreUnavailable
@@ -28,12 +30,58 @@ _RENAME = "UPDATE public.users SET handle = $2 WHERE did = $1"
 Connect = Callable[[], AbstractAsyncContextManager[Connection]]
 
 
+_TUPLE = re.compile(r"(\(\d+,\d+\))[^\"«„]*[\"«„]([^\"»“]+)[\"»“]")  # a lock's context, in any language
+
+
+class LockedRow(msgspec.Struct, frozen=True):
+    """A row that another transaction has locked: its table, where it is, and what its key begins with."""
+
+    table: str
+    place: str
+    column: str
+    key: str
+
+
+class RowLocked(StoreUnavailable):
+    """Another transaction has locked this row: what does not touch it can be written."""
+
+    def __init__(self, words: str, row: LockedRow) -> None:
+        super().__init__(words)
+        self.row = row
+
+
 class _RolledBack(Exception):
     """What the transaction did shall not be."""
 
 
 def is_lock_timeout(error: StoreUnavailable) -> bool:
     return getattr(error.__cause__, "sqlstate", None) == LOCK_TIMEOUT
+
+
+async def locked_row(connect: Connect, error: StoreUnavailable) -> LockedRow | None:
+    """Which row a statement has waited for; None where it was a whole table, or a row that nobody can see."""
+    context = getattr(error.__cause__, "context", None) or ""
+    found = _TUPLE.search(context.partition("\n")[0])
+    if found is None:
+        return None
+    with contextlib.suppress(StoreUnavailable):
+        async with connect() as db:
+            if (key := await db.fetchrow(sql.FIRST_OF_KEY, found[2])) is not None:
+                table, column = key
+                text = await db.fetchval(sql.KEY_AT.format(table=table, column=column, place=found[1]))
+                return None if text is None else LockedRow(table, found[1], column, text)
+    return None
+
+
+async def still_locked(db: Connection, rows: list[LockedRow]) -> set[LockedRow]:
+    """Those of them that nobody else can lock now."""
+    locked = set()
+    for row in rows:
+        key = sql.KEY_AT.format(table=row.table, column=row.column, place=row.place)
+        is_there = await db.fetchval(key) == row.key
+        if is_there and await db.fetchval(f"{key} FOR UPDATE SKIP LOCKED") is None:
+            locked.add(row)
+    return locked
 
 
 async def who_locks(connect: Connect) -> str:

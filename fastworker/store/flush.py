@@ -66,9 +66,9 @@ async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
     if hosts := batch.relays - writer.relays:
         await writer.retry(lambda: db.execute(sql.RELAYS, sorted(hosts)))
         writer.relays |= hosts
-        ground = await db.fetchrow(sql.GROUND)
+        row = await db.fetchrow(sql.ENTRY_RULES)
         # mutant: the gate of many relays
-        writer.many_relays = ground is not None and ground[1]
+        writer.many_relays = row is not None and row[1]
 
 
 async def _plan(db: Connection, batch: Batch) -> Plan:
@@ -144,7 +144,7 @@ async def write_rows(
     writer.copying.committed()
     if owed:
         await recompute(writer, db, owed, set(), wait=False)
-    await writer.reach(Step.OWED_PAID)
+    await writer.reach(Step.OWED_RECOMPUTED)
     return rows
 
 

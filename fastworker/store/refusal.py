@@ -71,7 +71,7 @@ def _cure(error: PostgresError) -> str:
         return f"Make a partition of {table or 'the table'} for every row, such as a DEFAULT one."
     if state[:2] in ("23", "44") and table and constraint:
         return f"It is not ingestion's: ALTER TABLE {table} DROP CONSTRAINT {constraint}, or DROP INDEX, or loosen it."
-    if code := _foreign_code(error):
+    if state != "55P03" and (code := _foreign_code(error)):
         return f"The function {code} of this database refuses it: mend it, or drop its trigger."
     if state in ("22001", "42804", "42P10", "42703", "42704", "42883", "42P01", "42809"):
         return "The schema is not what ingestion needs: `fastworker check` names what differs."
@@ -87,6 +87,6 @@ def _name(error: PostgresError, which: str) -> str | None:
 def _foreign_code(error: PostgresError) -> str | None:
     """A function that is not ours and was running."""
     for name in _CODE.findall(_name(error, "context") or ""):
-        if name.removeprefix("fastworker.") not in _OUR_FUNCTIONS:
+        if not name.startswith("fastworker.") and name not in _OUR_FUNCTIONS:
             return f"{name}()"
     return None

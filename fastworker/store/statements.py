@@ -64,7 +64,7 @@ def update(table: Table) -> str:
 
 
 def _date(column: str) -> str:
-    return f"greatest(least({column}, '9999-12-30'), '0001-01-02') AS {column}"
+    return f"greatest(least({column}, '9999-12-31 23:59:59.999999'), '0001-01-01') AS {column}"
 
 
 def select(table: Table) -> str:
@@ -202,7 +202,7 @@ GATE = (
 )
 
 # What an entry may assume: how far tombstones are pruned, and whether more than one sequence space was seen.
-GROUND = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
+ENTRY_RULES = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
 # Tombstones are pruned in two steps, so that every worker knows the horizon before they are gone: $1 keep, $2 notice.
 PRUNE = (
     "DELETE FROM fastworker.versions AS v USING (SELECT v.uri FROM fastworker.horizon AS h JOIN fastworker.versions AS v "
@@ -233,16 +233,25 @@ def absent(table: Table) -> str:
 
 
 # Users, accounts, identities ----------------------------------------------------------------------
+# A role that may not read statistics sees of others' sessions who they are and what they have locked.
 WHO_LOCKS = (
-    "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename || ', ' "
-    "|| coalesce(a.state, 'at work') || ', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int "
-    "|| ' s: let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
-    "WHERE a.xact_start IS NOT NULL AND a.application_name NOT LIKE 'fastworker%' AND EXISTS ("
+    "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename "
+    "|| coalesce(', ' || a.state, '') "
+    "|| coalesce(', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int || ' s', '') "
+    "|| ': let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
+    "WHERE coalesce(a.application_name, '') NOT LIKE 'fastworker%' AND a.usename IS NOT NULL AND EXISTS ("
     "SELECT FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation JOIN pg_namespace AS n ON n.oid = c.relnamespace "
     "WHERE l.pid = a.pid AND l.granted AND l.mode <> 'AccessShareLock' AND n.nspname IN ('public', 'fastworker')) "
     "UNION ALL SELECT 'the prepared transaction ' || gid || ': COMMIT PREPARED or ROLLBACK PREPARED it' "
     "FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1"
 )
+# The first column of the primary key of a table of ours, by its name alone.
+FIRST_OF_KEY = (
+    "SELECT i.indrelid::regclass::text, quote_ident(a.attname) FROM pg_index AS i JOIN pg_attribute AS a "
+    "ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indisprimary AND i.indrelid IN ("
+    "to_regclass('public.' || quote_ident($1)), to_regclass('fastworker.' || quote_ident($1))) LIMIT 1"
+)
+KEY_AT = "SELECT {column}::text FROM {table} WHERE ctid = '{place}'"
 USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"

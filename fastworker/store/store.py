@@ -15,9 +15,10 @@ from asyncpg.exceptions import InterfaceError, PostgresError
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import accounts, blame, flush, upkeep, whole
 from fastworker.store import statements as sql
+from fastworker.store.blame import LockedRow
 from fastworker.store.flush import Written
 from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
-from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, Ground
+from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Batch, Change, Progress, Refused
 from fastworker.table.derive import FULL
@@ -28,19 +29,15 @@ PING_S = 3.0
 class Store:
     """The connections of one process, and the writer that uses them. Every method raises StoreUnavailable."""
 
-    def __init__(
-        self,
-        pool: asyncpg.Pool[Any],
-        derive: frozenset[str],
-        trusted_verifiers: Sequence[str] = (),
-        *,
-        verified_only: bool = False,
-    ) -> None:
-        self._pool = pool
-        self.writer = Writer(derive, trusted_verifiers, verified_only=verified_only)
+    _pool: asyncpg.Pool[Any]
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.sessions = 0
+        """How many were begun: what was found out before the newest may be of another server."""
 
     @classmethod
-    async def connect(
+    async def connect(  # noqa: PLR0913 - what a session begins with comes together here
         cls,
         database_url: str,
         *,
@@ -52,21 +49,31 @@ class Store:
         synchronous_commit: Literal["on", "keep"] = "on",
         trusted_verifiers: Sequence[str] = (),
         verified_only: bool = False,
+        meet: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
     ) -> Self:
         """Raises StoreUnavailable where the server cannot be reached or refuses.
 
         `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it. `verified_only`: no
-        handle is shown that a host only claims.
+        handle is shown that a host only claims. `meet` is called before anything is written in a new session.
         """
-        pool = await open_pool(
+        store = cls(Writer(derive, trusted_verifiers, verified_only=verified_only))
+
+        async def begin(connection: asyncpg.Connection[Any]) -> None:
+            if meet is not None:
+                await meet(connection)
+            store.sessions += 1
+            store.writer.forget()
+
+        store._pool = await open_pool(
             database_url,
             size=pool_size,
             application_name=application_name,
             connect_timeout_s=connect_timeout_s,
             command_timeout_s=command_timeout_s,
             settings=SESSION + (DURABLE if synchronous_commit == "on" else ""),
+            begin=begin,
         )
-        return cls(pool, derive, trusted_verifiers, verified_only=verified_only)
+        return store
 
     async def close(self) -> None:
         try:
@@ -97,15 +104,19 @@ class Store:
                     raise
 
     async def write(self, batch: Batch) -> Written:
-        """One flush. Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+        """One flush. Raises StoreUnavailable (write the same batch again later), of it RowLocked (what does not touch
+        that row may be written now), or RowRejected (write it in halves)."""
         is_sure = False
         while True:
             try:
                 return await self._write(batch)
             except StoreUnavailable as error:
-                if blame.is_lock_timeout(error):
-                    raise StoreUnavailable(f"{error}. {await blame.who_locks(self.connection)}") from error
-                raise
+                self.writer.forget()
+                if not blame.is_lock_timeout(error):
+                    raise
+                words = f"{str(error).removesuffix('.')}. {await blame.who_locks(self.connection)}"
+                row = await blame.locked_row(self.connection, error)
+                raise (StoreUnavailable(words) if row is None else blame.RowLocked(words, row)) from error
             except RowRejected as error:
                 tables = {change.table.name for change in batch.changes.values()}
                 # mutant: control record not asked
@@ -116,9 +127,15 @@ class Store:
 
     async def _write(self, batch: Batch) -> Written:
         async with self.connection() as db:
+            if batch.progress is not None and batch.progress.session not in (None, self.sessions):
+                batch.progress = None
             await flush.note_relays(self.writer, db, batch)
             written = await whole.write_whole(self.writer, db, batch)
             return written if written is not None else await flush.write(self.writer, db, batch)
+
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]:
+        async with self.connection() as db:
+            return await blame.still_locked(db, rows)
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
         """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
@@ -163,9 +180,9 @@ class Store:
         async with self.connection() as db:
             return await upkeep.prune(db, keep, notice, now)
 
-    async def ground(self) -> Ground:
+    async def entry_rules(self) -> EntryRules:
         async with self.connection() as db:
-            return await upkeep.ground(db)
+            return await upkeep.entry_rules(db)
 
     async def absent(self, changes: list[Change]) -> set[str]:
         """uris of the changes of which the database knows nothing, not even that they were deleted."""

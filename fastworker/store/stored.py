@@ -142,7 +142,7 @@ class Stored:
             rows = await self._connection.fetch(
                 "SELECT uri, row_values, rev, seq FROM fastworker.twins WHERE uri = ANY($1::text[])", list(uris)
             )
-        return {row[0]: (thaw(table, row[1]), row[2], row[3]) for row in rows}
+        return {uri: (thaw(table, stored), rev, seq) for uri, stored, rev, seq in rows}
 
 
 class StandingRows:

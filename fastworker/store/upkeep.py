@@ -34,8 +34,12 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
-class Ground(NamedTuple):
-    """What an entry may assume: tombstones up to `pruned_until` are gone; `ambiguous`: seq alone orders nothing."""
+class EntryRules(NamedTuple):
+    """Which entries may not be written as they are.
+
+    Tombstones up to `pruned_until` are gone, so an older entry may bring back what was deleted. `ambiguous`: seq alone
+    orders nothing, so neither may those without a revision.
+    """
 
     pruned_until: datetime
     ambiguous: bool
@@ -145,11 +149,11 @@ async def prune(db: Connection, keep: timedelta, notice: timedelta, now: datetim
     return int(gone.rpartition(" ")[2])
 
 
-async def ground(db: Connection) -> Ground:
-    row = await db.fetchrow(sql.GROUND)
+async def entry_rules(db: Connection) -> EntryRules:
+    row = await db.fetchrow(sql.ENTRY_RULES)
     assert row is not None
     # asyncpg reads -infinity as the first naive moment
-    return Ground(row[0].replace(tzinfo=UTC) if row[0].tzinfo is None else row[0], row[1])
+    return EntryRules(row[0].replace(tzinfo=UTC) if row[0].tzinfo is None else row[0], row[1])
 
 
 async def absent(db: Connection, changes: list[Change]) -> set[str]:

@@ -20,48 +20,15 @@ from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translating
-from fastworker.stream.consumer import CONSUMERS_KEY, DEAD_LETTERS_KEY, LEDGER_KEY, METRICS_KEY, key_of, lease_prefix
-from fastworker.stream.feed import GAPS, LEASE, READER_STATS, REPAIRS, STATUS
+from fastworker.stream.keys import METRICS, STATUS, Keys
+from fastworker.stream.scripts import script
 
-STATUS_KEY: Final = "fastworker:status:worker"
-"""Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
 STATUS_STALE_S: Final = 15.0
 """A field whose time is older belongs to a worker that is gone."""
 COUNTED_MAX: Final = 100
 """Entries that are fetched to count a small backlog exactly where the server does not know it."""
 READY_TIMEOUT_S: Final = 10.0
 _SAVES: Final = ("rdb_last_bgsave_status", "aof_last_write_status", "aof_last_bgrewrite_status")
-
-# KEYS dead letters, stream. ARGV letter id, fields of the entry... Appends and removes together, or neither:
-# a retry that is cut off and repeated finds no letter and does nothing.
-_RETRY: Final = """
-if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return 0 end
-redis.call('XADD', KEYS[2], '*', unpack(ARGV, 2, #ARGV))
-return redis.call('XDEL', KEYS[1], ARGV[1])
-"""
-
-# KEYS stream. ARGV limit, then per entry: number of field arguments, fields... All or nothing.
-_APPEND_IF_ROOM: Final = """
-local entries, at = 0, 2
-while at <= #ARGV do
-  entries = entries + 1
-  at = at + 1 + tonumber(ARGV[at])
-end
-if redis.call('XLEN', KEYS[1]) + entries > tonumber(ARGV[1]) then return 0 end
-at = 2
-while at <= #ARGV do
-  local stop = at + tonumber(ARGV[at])
-  redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, stop))
-  at = stop + 1
-end
-return entries
-"""
-
-
-_FORGET: Final = """
-if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end
-return 0
-"""
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -165,12 +132,10 @@ class RedisAdmin:
     def __init__(self, redis: Redis, stream_key: str) -> None:
         self.redis = self._redis = redis
         self._key = stream_key
-        self._retry = redis.register_script(_RETRY)
-        self._append = redis.register_script(_APPEND_IF_ROOM)
-        self._forget = redis.register_script(_FORGET)
-
-    def _of(self, key: str) -> str:
-        return key_of(key, self._key)
+        self._keys = Keys(stream_key)
+        self._retry = redis.register_script(script("retry"))
+        self._append = redis.register_script(script("append_if_room"))
+        self._forget = redis.register_script(script("forget"))
 
     # --- facts
 
@@ -182,7 +147,7 @@ class RedisAdmin:
         async with translating(self._redis):
             info = await self._redis.info()
             seconds, micros = await self._redis.time()
-            config = await self._config("appendfsync", "save")
+            config = await _settings(self._redis, "appendfsync", "save")
         return Server(
             version=str(info.get("valkey_version") or info.get("redis_version") or "0"),
             product="valkey" if "valkey_version" in info else "redis",
@@ -204,17 +169,6 @@ class RedisAdmin:
         async with translating(self._redis):
             seconds, micros = await self._redis.time()
         return int(seconds * 1000 + micros // 1000)
-
-    async def _config(self, *names: str) -> dict[str, str]:
-        """Settings the server tells; managed servers often refuse CONFIG."""
-        found: dict[str, str] = {}
-        for name in names:
-            try:
-                answer = cast("dict[Any, Any]", await self._redis.config_get(name))
-            except ResponseError:
-                return {}
-            found.update({_text(key): _text(value) for key, value in answer.items()})
-        return found
 
     async def kind(self) -> str:
         """Type of the stream's key; `none` when there is none."""
@@ -276,9 +230,9 @@ class RedisAdmin:
                 if error_code(error) == "NOGROUP" or "no such key" in str(error).lower():
                     return []
                 raise
-            ours = {_text(name) for name in await self._redis.smembers(key_of(CONSUMERS_KEY, self._key, group))}
+            ours = {_text(name) for name in await self._redis.smembers(Keys(self._key, group).consumers)}
             names = [_text(one["name"]) for one in found]
-            leases = await self._redis.mget([lease_prefix(self._key) + name for name in names]) if names else []
+            leases = await self._redis.mget([self._keys.consumer_lease(name) for name in names]) if names else []
         consumers = [
             ConsumerState(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
             for name, one, lease in zip(names, found, leases, strict=True)
@@ -326,14 +280,14 @@ class RedisAdmin:
 
     async def ledger(self) -> dict[str, int]:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
-        return {field: int(value) for field, value in (await self._hash(self._of(LEDGER_KEY))).items()}
+        return {field: int(value) for field, value in (await self._hash(self._keys.ledger)).items()}
 
     async def count(self, group: str) -> GroupCount:
         """Who finished how much: the group's counters and the ledger, which must be of one moment to be compared."""
         async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
             pipe.xinfo_stream(self._key)
             pipe.xinfo_groups(self._key)
-            pipe.hgetall(self._of(LEDGER_KEY))
+            pipe.hgetall(self._keys.ledger)
             stream, groups, ledger = await pipe.execute(raise_on_error=False)
             if isinstance(stream, ResponseError) and "no such key" in str(stream).lower():
                 stream, groups = {}, []
@@ -350,15 +304,15 @@ class RedisAdmin:
 
     async def event_counts(self) -> dict[str, int]:
         """`cluster:metrics`: totalEvents, #commit, #identity, #account, errors."""
-        counts = await self._hash(METRICS_KEY)
+        counts = await self._hash(METRICS)
         return {field: int(value) for field, value in counts.items() if value.lstrip("-").isdigit()}
 
     async def reader_stats(self) -> dict[str, str]:
-        return await self._hash(self._of(READER_STATS))
+        return await self._hash(self._keys.reader_stats)
 
     async def reader_is_leased(self) -> bool:
         async with translating(self._redis):
-            return bool(await self._redis.exists(self._of(LEASE)))
+            return bool(await self._redis.exists(self._keys.reader_lease))
 
     async def reader_status(self) -> dict[str, Any]:
         """`firehose:status`, empty when no reader wrote it within ten seconds."""
@@ -369,24 +323,29 @@ class RedisAdmin:
     async def gaps(self) -> int:
         """Stretches that a relay did not give us."""
         async with translating(self._redis):
-            return int(await self._redis.llen(self._of(GAPS)))
+            return int(await self._redis.llen(self._keys.gaps))
 
     async def newest_gaps(self, count: int) -> list[bytes]:
         """Each as JSON: relay, reason, after, resumed, at."""
         async with translating(self._redis):
-            gaps: Any = await self._redis.lrange(self._of(GAPS), 0, count - 1)
+            gaps: Any = await self._redis.lrange(self._keys.gaps, 0, count - 1)
             return cast("list[bytes]", gaps)
+
+    async def forget_gap(self, text: bytes) -> None:
+        """It is closed."""
+        async with translating(self._redis):
+            await self._redis.lrem(self._keys.gaps, 1, cast("str", text))
 
     async def recorded_repairs(self) -> dict[str, bytes]:
         """DIDs whose #sync the reader recorded here, with what it wrote (JSON form only)."""
         async with translating(self._redis):
-            found = cast("dict[bytes, bytes]", await self._redis.hgetall(self._of(REPAIRS)))
+            found = cast("dict[bytes, bytes]", await self._redis.hgetall(self._keys.repairs))
         return {_text(did): record for did, record in found.items()}
 
     async def forget_repair(self, did: str, record: bytes) -> None:
         """Unless another #sync was recorded meanwhile."""
         async with translating(self._redis):
-            await self._forget(keys=[self._of(REPAIRS)], args=[did, record])
+            await self._forget(keys=[self._keys.repairs], args=[did, record])
 
     async def cursor(self, key: str) -> str | None:
         async with translating(self._redis):
@@ -406,37 +365,37 @@ class RedisAdmin:
 
     async def put_status(self, owner: str, text: bytes) -> None:
         async with translating(self._redis):
-            await self._redis.hset(self._of(STATUS_KEY), owner, text)
+            await self._redis.hset(self._keys.worker_status, owner, text)
 
     async def remove_status(self, *owners: str) -> None:
         async with translating(self._redis):
-            await self._redis.hdel(self._of(STATUS_KEY), *owners)
+            await self._redis.hdel(self._keys.worker_status, *owners)
 
     async def statuses(self) -> dict[str, str]:
-        return await self._hash(self._of(STATUS_KEY))
+        return await self._hash(self._keys.worker_status)
 
     # --- dead letters
 
     async def dead_letters(self) -> int:
         async with translating(self._redis):
-            return int(await self._redis.xlen(self._of(DEAD_LETTERS_KEY)))
+            return int(await self._redis.xlen(self._keys.dead_letters))
 
     async def letters(self, *, after: str | None = None, count: int = 100) -> list[tuple[str, Fields]]:
         """Dead letters in the order they were written, those beyond `after`."""
         start = "-" if after is None else f"({after}"
         async with translating(self._redis):
-            return await self._range(self._of(DEAD_LETTERS_KEY), start, count)
+            return await self._range(self._keys.dead_letters, start, count)
 
     async def newest_letters(self, count: int) -> list[tuple[str, Fields]]:
         async with translating(self._redis):
             found = cast(
-                "list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._of(DEAD_LETTERS_KEY), count=count)
+                "list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._keys.dead_letters, count=count)
             )
         return [(_text(letter_id), fields) for letter_id, fields in found]
 
     async def letter(self, letter_id: str) -> Fields | None:
         async with translating(self._redis):
-            found = await self._range(self._of(DEAD_LETTERS_KEY), letter_id, 1, letter_id)
+            found = await self._range(self._keys.dead_letters, letter_id, 1, letter_id)
         return found[0][1] if found else None
 
     async def retry_letter(self, letter_id: str, fields: Fields) -> bool:
@@ -445,13 +404,13 @@ class RedisAdmin:
         for name, value in fields.items():
             args += [name, value]
         async with translating(self._redis):
-            return bool(await self._retry(keys=[self._of(DEAD_LETTERS_KEY), self._key], args=args))
+            return bool(await self._retry(keys=[self._keys.dead_letters, self._key], args=args))
 
     async def purge_letters(self, letter_ids: Sequence[str]) -> int:
         if not letter_ids:
             return 0
         async with translating(self._redis):
-            return int(await self._redis.xdel(self._of(DEAD_LETTERS_KEY), *letter_ids))
+            return int(await self._redis.xdel(self._keys.dead_letters, *letter_ids))
 
     # --- replay
 
@@ -464,6 +423,18 @@ class RedisAdmin:
                 args += [name, value]
         async with translating(self._redis):
             return bool(await self._append(keys=[self._key], args=args))
+
+
+async def _settings(redis: Redis, *names: str) -> dict[str, str]:
+    """Settings the server tells; managed servers often refuse CONFIG."""
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            answer = cast("dict[Any, Any]", await redis.config_get(name))
+        except ResponseError:
+            return {}
+        found.update({_text(key): _text(value) for key, value in answer.items()})
+    return found
 
 
 @asynccontextmanager

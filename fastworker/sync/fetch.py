@@ -15,6 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from yarl import URL
+
 from fastworker.event.proof import Flaw, SignedCommit, Unproved
 from fastworker.event.repository import Repository
 from fastworker.sync.hosts import HostError, HostFault, Hosts, pds_of
@@ -46,9 +48,12 @@ class Refusal(StrEnum):
 
 
 class NotFetched(Exception):
-    def __init__(self, refusal: Refusal, why: str) -> None:
+    """`wait_s`: how long the host will be left alone."""
+
+    def __init__(self, refusal: Refusal, why: str, wait_s: float = 0.0) -> None:
         super().__init__(f"{refusal}: {why}")
         self.refusal = refusal
+        self.wait_s = wait_s
 
 
 _REFUSALS: Final = {
@@ -64,20 +69,44 @@ _REFUSALS: Final = {
 
 @asynccontextmanager
 async def fetched(
-    hosts: Hosts, did: str, folder: Path, *, tries_s: tuple[float, ...] = TRIES_S
+    hosts: Hosts,
+    did: str,
+    folder: Path,
+    *,
+    document: dict[str, Any] | None = None,
+    tries_s: tuple[float, ...] = TRIES_S,
 ) -> AsyncIterator[Repository]:
-    """An open repository, whole and signed; its file is gone afterwards. Raises NotFetched."""
+    """An open repository, whole and signed; its file is gone afterwards. Raises NotFetched.
+
+    `document`: of the account, where it has been asked for just now.
+    """
     path = folder / f"{did.replace(':', '_').replace('/', '_')[:100]}.car"
     try:
-        with await _fetch(hosts, did, path, tries_s) as repository:
+        with await _fetch(hosts, did, path, document, tries_s) as repository:
             yield repository
     finally:
         _remove(path)
 
 
-async def _fetch(hosts: Hosts, did: str, path: Path, tries_s: tuple[float, ...]) -> Repository:
+async def document_of(hosts: Hosts, did: str) -> tuple[dict[str, Any], str]:
+    """The account's document, and its host as in a URL. Raises NotFetched."""
     try:
         document = await hosts.document(did)
+    except HostError as error:
+        raise _not_fetched(error) from error
+    return document, URL(_host_of(document)).authority
+
+
+def _not_fetched(error: HostError) -> NotFetched:
+    return NotFetched(_REFUSALS.get(error.fault, Refusal.GONE), str(error), error.wait_s)
+
+
+async def _fetch(
+    hosts: Hosts, did: str, path: Path, document: dict[str, Any] | None, tries_s: tuple[float, ...]
+) -> Repository:
+    try:
+        if document is None:
+            document = await hosts.document(did)
         for number, pause in enumerate(tries_s, 1):
             await asyncio.sleep(pause)
             _remove(path)  # of the try before
@@ -90,7 +119,7 @@ async def _fetch(hosts: Hosts, did: str, path: Path, tries_s: tuple[float, ...])
                     raise
         raise AssertionError
     except HostError as error:
-        raise NotFetched(_REFUSALS.get(error.fault, Refusal.GONE), str(error)) from error
+        raise _not_fetched(error) from error
     except Unproved as error:
         is_large = error.flaw in (Flaw.TOO_LARGE, Flaw.TOO_DEEP)
         refusal = Refusal.BAD_SIGNATURE if error.flaw == Flaw.BAD_SIGNATURE else Refusal.BAD_CAR

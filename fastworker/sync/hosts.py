@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self, TypeVar
+from typing import IO, Any, Final, Protocol, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -138,6 +138,13 @@ class _Error(msgspec.Struct):
     message: str = ""
 
 
+class SharedTurns(Protocol):
+    """Where several processes count what they ask of a host."""
+
+    async def turn(self, host: str, every_s: float) -> float: ...
+    async def rest(self, host: str, seconds: float) -> None: ...
+
+
 class PublicResolver(AbstractResolver):
     """The system's names, without addresses that are not public. aiohttp connects to what it is given here."""
 
@@ -168,6 +175,10 @@ class _Turns:
         self._rate_max = self._rate = rate
         self._tokens = max(1.0, rate)
         self._at = time.monotonic()
+
+    @property
+    def every_s(self) -> float:
+        return 1 / self._rate
 
     def take(self) -> float:
         """Takes a token; how long to wait before it counts."""
@@ -241,6 +252,7 @@ class Hosts:
         self._at_once = at_once
         self._turns: dict[str, _Turns] = {}
         self._all = asyncio.Semaphore(HOSTS_AT_ONCE)
+        self._shared: SharedTurns | None = None
         self.requests: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
@@ -263,6 +275,20 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
+
+    def share(self, turns: SharedTurns) -> None:
+        """From now on others ask the same hosts."""
+        self._shared = turns
+
+    def origin(self, authority: str) -> str:
+        """A host as lists name it, as a URL."""
+        plain = f"http://{authority}"
+        return plain if plain in self._own else f"https://{authority}"
+
+    def resting(self) -> list[str]:
+        """Hosts that are not asked now."""
+        now = time.monotonic()
+        return sorted(host for host, turns in self._turns.items() if turns.parked_until > now + 1)
 
     # What is asked: each raises HostError and nothing else of the network's
 
@@ -292,6 +318,13 @@ class Hosts:
 
     async def list_repos(self, host: str, cursor: str | None = None) -> tuple[list[RepoHead], str | None]:
         page = await self._json(_xrpc(host, "sync.listRepos", limit="1000", cursor=cursor), _Repos)
+        return page.repos, page.cursor
+
+    async def list_collection(
+        self, relay: str, collection: str, cursor: str | None = None
+    ) -> tuple[list[RepoHead], str | None]:
+        url = _xrpc(relay, "sync.listReposByCollection", collection=collection, limit="2000", cursor=cursor)
+        page = await self._json(url, _Repos)
         return page.repos, page.cursor
 
     async def list_hosts(self, relay: str, cursor: str | None = None) -> tuple[list[KnownHost], str | None]:
@@ -345,6 +378,8 @@ class Hosts:
                         if response.status != 429:
                             raise await self._refused(response, url.authority)
                         turns.limited(response.headers)
+                        if self._shared is not None:
+                            await self._shared.rest(url.authority, turns.parked_until - time.monotonic())
                 except (HostError, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                     found = error if isinstance(error, HostError) else _fault(error, url.authority)
                     turns.ended(found.fault)
@@ -359,6 +394,8 @@ class Hosts:
                 raise HostError(HostFault.LIMITED, url.authority, f"it wants {pause:.0f} s of rest", pause)
             await asyncio.sleep(pause)
         pause = turns.take()
+        if self._shared is not None:
+            pause = max(pause, await self._shared.turn(url.authority, turns.every_s))
         if time.monotonic() + pause > deadline:
             raise HostError(HostFault.LIMITED, url.authority, "too many requests wait for it", pause)
         await asyncio.sleep(pause)
@@ -456,6 +493,8 @@ def _fault(error: Exception, host: str) -> HostError:
 
 def rate_of(host: str) -> float:
     """Requests per second: 3,000 in five minutes is what Bluesky's own hosts stand, of which we take 80 %."""
+    if host == "plc.directory":
+        return 10.0
     return 8.0 if host.endswith(".host.bsky.network") else 2.0
 
 

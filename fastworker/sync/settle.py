@@ -14,21 +14,25 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
 import msgspec
 import orjson
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
+from rich.text import Text
 
-from fastworker.errors import ExitCode, RowRejected
+from fastworker.errors import ExitCode, Reason, RowRejected
 from fastworker.event.repository import Repository
 from fastworker.store.audit import StoredRecord
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
 from fastworker.table.batch import Batch, Change, Mapped, Row, newer
+from fastworker.table.chosen import is_left_out
 from fastworker.table.derive import FULL, Effects, add
 from fastworker.table.schema import Table, collection_table
 from fastworker.table.snapshot import Piece, Snapshot, is_judged_date, pieces
@@ -48,6 +52,7 @@ class Settled(msgspec.Struct):
 
     did: str
     records: int = 0
+    compared: Counter[str] = msgspec.field(default_factory=Counter)
     missing: Counter[str] = msgspec.field(default_factory=Counter)
     different: Counter[str] = msgspec.field(default_factory=Counter)
     extra: Counter[str] = msgspec.field(default_factory=Counter)
@@ -104,7 +109,7 @@ class Settle:
         async for one in standing.up_to(last):
             if one.uri in present:
                 there.setdefault(one.uri, one)
-            elif _is_extra(one, snapshot):
+            elif _is_extra(one, snapshot) and not is_left_out(one.uri.split("/")[3]):
                 table, rkey = collection_table(one.uri), one.uri.rpartition("/")[2]
                 extra.append(
                     Change(table, one.uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None)
@@ -124,6 +129,7 @@ class Settle:
         wrong: list[Change] = []
         new: list[Change] = []
         for table, changes in _by_table(piece.changes):
+            result.compared[table.name] += len(changes)
             held = {one.uri: one for one in await self._stored.held(table, changes)}
             twins = [uri for uri, one in held.items() if one.is_twin]
             waiting = await self._stored.twin_rows(table, twins) if twins else {}
@@ -249,14 +255,16 @@ class Report:
 
     def __init__(self, *, dry_run: bool) -> None:
         self.stopped: str | None = None
+        self.failures = 0
         self._dry_run = dry_run
-        self._accounts = self._records = self._written = self._failures = 0
+        self._accounts = self._records = self._written = self._left = 0
         self._kinds = {kind: Counter[str]() for kind in ("missing", "different", "extra")}
         self._drops: Counter[str] = Counter()
         self._examples: list[str] = []
         self._began = self._told = time.monotonic()
         self._console = Console(highlight=False, soft_wrap=True)
         self._side = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
 
     def add(self, settled: Settled) -> None:
         self._accounts += not settled.refused
@@ -268,20 +276,58 @@ class Report:
         self._examples += settled.examples[: EXAMPLES - len(self._examples)]
 
     def failed(self, name: str, why: str) -> None:
-        self._failures += 1
+        self.failures += 1
         self._side.print(f"{name}: {why}", markup=False)
 
-    def tell(self, number: int, of: int) -> None:
-        """A line from time to time."""
-        if time.monotonic() - self._told > 5:
-            self._told = time.monotonic()
-            self._side.print(f"{number:,} of {of:,}: {self._records:,} records, {self._differences:,} differences")
+    def tell(self, left: int, resting: Sequence[str] = ()) -> None:
+        """How many are left, and hosts that hold back: a bar on a terminal, else a line from time to time."""
+        self._left = left
+        now = time.monotonic()
+        if now - self._told < (0.5 if self._side.is_terminal else 5.0):
+            return
+        self._told = now
+        words = self._progress(now - self._began, resting)
+        if not self._side.is_terminal:
+            self._side.print(words, markup=False)
+            return
+        if self._live is None:
+            self._live = Live(console=self._side, auto_refresh=False, transient=True)
+            self._live.start()
+        bar = ProgressBar(total=max(self.done + left, 1), completed=self.done, width=40)
+        self._live.update(Group(bar, Text(words)), refresh=True)
+
+    def _progress(self, seconds: float, resting: Sequence[str]) -> str:
+        done, of = self.done, self.done + self._left
+        words = (
+            f"{done:,} of {of:,} accounts ({done / max(of, 1):.1%}), {self._records:,} records "
+            f"({self._records / seconds:,.0f}/s), {self._differences:,} differences"
+        )
+        if done and self._left:
+            words += f", {duration(seconds / done * self._left)} left"
+        if resting:
+            few = ", ".join(resting[:3]) + (f" and {len(resting) - 3} more" if len(resting) > 3 else "")
+            words += f"; holding back: {few}"
+        return words
+
+    @property
+    def done(self) -> int:
+        return self._accounts + self.failures
+
+    def stop(self) -> None:
+        self.stopped = f"{self.done} of {self.done + self._left} accounts"
 
     @property
     def _differences(self) -> int:
         return sum(counts.total() for counts in self._kinds.values())
 
+    def close(self) -> None:
+        """The bar goes."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
     def end(self) -> ExitCode:
+        self.close()
         tables = sorted({table for counts in self._kinds.values() for table in counts})
         if tables:
             grid = Grid(box=None, pad_edge=False, header_style="bold")
@@ -297,6 +343,8 @@ class Report:
         words = f"{self._differences:,} differences" if self._differences else "no difference"
         if self._differences:
             words += ", nothing was written" if self._dry_run else f", {self._written:,} rows written"
+        if left_out := self._drops.pop(Reason.FILTERED, 0):
+            words += f"; left out by FASTWORKER_COLLECTIONS: {left_out:,}"
         if self._drops:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._drops.items()))
             words += f"; records that cannot be stored: {reasons}"
@@ -304,10 +352,18 @@ class Report:
         self._console.print(
             f"{self._accounts:,} accounts, {self._records:,} records in {seconds:.1f} s: {words}", markup=False
         )
-        if self._failures:
-            self._console.print(f"{self._failures:,} could not be settled: the reasons are above.")
+        if self.failures:
+            self._console.print(f"{self.failures:,} could not be settled: the reasons are above.")
         if self.stopped:
             self._console.print(f"Stopped after {self.stopped}. Run the same command again.")
         sys.stdout.flush()
-        is_well = not (self._failures or self.stopped or (self._dry_run and self._differences))
+        is_well = not (self.failures or self.stopped or (self._dry_run and self._differences))
         return ExitCode.DONE if is_well else ExitCode.NO
+
+
+def duration(seconds: float) -> str:
+    """For people: 40 s, 12 min, 5.3 h, 4.1 days."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size * (2 if unit == "days" else 1):
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds:.0f} s"

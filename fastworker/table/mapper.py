@@ -28,6 +28,7 @@ from fastworker.event.record import TOO_MANY_VALUES, clean_text, json_text, link
 from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
+from fastworker.table.chosen import is_left_out
 from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
@@ -99,11 +100,8 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
             continue
-        if len(cid) > CID_MAX:
-            drops.append(Drop(Reason.TOO_LONG, collection, "cid"))
-            continue
-        if index in heavy:
-            drops.append(Drop(Reason.OVERSIZED, collection, TOO_MANY_VALUES))
+        if is_left_out(collection) or len(cid) > CID_MAX or index in heavy:
+            drops.append(_not_read(collection, cid))
             continue
         try:
             if rkey != "self" and collection in SELF_ONLY:
@@ -128,6 +126,15 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
             dids.append(row[subject])
         changes.append(Change(table, uri, repo, rkey, rev, seq, index, op.cid, row))
     return Mapped(changes, dids, drops, commit.relay)
+
+
+def _not_read(collection: str, cid: str) -> Drop:
+    """Why an op's record is not even looked at."""
+    if is_left_out(collection):
+        return Drop(Reason.FILTERED, collection)
+    if len(cid) > CID_MAX:
+        return Drop(Reason.TOO_LONG, collection, "cid")
+    return Drop(Reason.OVERSIZED, collection, TOO_MANY_VALUES)
 
 
 # Members
@@ -592,5 +599,7 @@ def _mapper(table: schema.Table, to_row: _ToRow, user_column: str | None) -> _Ma
     return table, to_row, date_member, None if user_column is None else table.index(user_column)
 
 
+if _forgotten := schema.COLLECTIONS.keys() - _ROWS.keys():
+    raise LookupError(f"no function in _ROWS for {', '.join(sorted(_forgotten))}")
 _MAPPERS = {collection: _mapper(table, *_ROWS[collection]) for collection, table in schema.COLLECTIONS.items()}
 _GENERIC = _mapper(schema.GENERIC_RECORDS, _generic, None)

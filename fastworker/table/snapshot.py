@@ -25,7 +25,8 @@ from fastworker.table.mapper import map_commit
 from fastworker.table.schema import BOOKMARKS, LABELS
 
 _FIRST_TID: Final = datetime(2022, 1, 1)  # noqa: DTZ001 - naive UTC; the protocol is younger
-_DIGITS: Final = {digit: number for number, digit in enumerate("234567abcdefghijklmnopqrstuvwxyz")}
+_LETTERS: Final = "234567abcdefghijklmnopqrstuvwxyz"
+_DIGITS: Final = {digit: number for number, digit in enumerate(_LETTERS)}
 PIECE_BYTES: Final = 8 * 1024 * 1024
 UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
 """Tables whose rows others write, too: no snapshot touches them."""
@@ -103,6 +104,12 @@ def tid_moment(tid: str) -> datetime | None:
     for digit in tid:
         number = number << 5 | _DIGITS[digit]
     return EPOCH + timedelta(microseconds=number >> 10)
+
+
+def tid_of(moment: datetime) -> str:
+    """The lowest TID of a moment."""
+    number = max(0, (moment - EPOCH) // timedelta(microseconds=1)) << 10
+    return "".join(_LETTERS[number >> shift & 31] for shift in range(60, -1, -5))
 
 
 def is_judged_date(value: object, moment: datetime) -> bool:

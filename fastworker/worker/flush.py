@@ -15,11 +15,14 @@ from fastworker.errors import Reason, RowRejected, StoreUnavailable, StreamUnava
 from fastworker.event import Account, Commit, Identity, Sync
 from fastworker.process.backoff import Backoff
 from fastworker.process.board import Slot, State, now_ms
+from fastworker.redact import redact
+from fastworker.store.blame import LockedRow, RowLocked
 from fastworker.store.flush import Written
 from fastworker.stream.consumer import SetAside, Tally
 from fastworker.table.batch import Batch, Change, Progress, Refused
 from fastworker.worker.held import NEVER, Held, names_of_letter
 from fastworker.worker.limits import DeadLetterLimit
+from fastworker.worker.locked import Waiting
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -45,9 +48,20 @@ class Stream(Protocol):
 class Store(Protocol):
     """What a pipeline needs of `store.store.Store`."""
 
+    @property
+    def sessions(self) -> int: ...
     async def write(self, batch: Batch) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]: ...
     async def keep(self, refused: Sequence[Refused]) -> None: ...
+
+
+class _GoAround(Exception):
+    """A row is locked, and it is not to be waited for."""
+
+    def __init__(self, locked: RowLocked) -> None:
+        super().__init__(str(locked))
+        self.locked = locked
 
 
 class Half:
@@ -87,8 +101,10 @@ class Flush:
         *,
         dead_letters: DeadLetterLimit,
         open_span: OpenSpan = no_span,
+        waiting: Waiting | None = None,
     ) -> None:
         self.half = Half(stream.name, slot)
+        self.waiting = waiting or Waiting()
         self.is_unsure = False  # a write was begun and has not ended: its commit may still arrive
         self.progress: Progress | None = None  # stored with the next batch
         self.stream = stream
@@ -97,10 +113,11 @@ class Flush:
         self.dead_letters = dead_letters
         self.open_span = open_span
 
-    async def settle(self, held: Held, span: Span) -> RowRejected | None:
+    async def settle(self, held: Held, span: Span, *, patient: bool = False) -> RowRejected | RowLocked | None:
         """Write, then ack. Cancelled or killed anywhere, it can be done again.
 
-        Where PostgreSQL refuses a value, its refusal: the batch is neither written nor acked then.
+        Where PostgreSQL refuses a value, its refusal; where another transaction has locked a row, which (`patient`:
+        that is waited for). The batch is neither written nor acked then.
         """
         if held.before_horizon:
             await self._judge(held)
@@ -117,7 +134,9 @@ class Flush:
         held.batch.progress = self.progress
         try:
             # mutant: ack before commit
-            store_drops = await self.write(held.batch)
+            store_drops = await self.write(held.batch, None if patient else held)
+        except _GoAround as found:
+            return found.locked
         except RowRejected as error:
             span.set_attribute("fastworker.row_rejected", str(error))
             return error
@@ -128,7 +147,7 @@ class Flush:
         """Entries from before the horizon: what the database does not know may have been deleted and forgotten."""
         upserts = [change for changes in held.before_horizon.values() for change in changes]
         absent = await self.persist(State.WAITING_FOR_STORE, lambda: self.store.absent(upserts))
-        held.ground = held.ground._replace(pruned_until=NEVER)
+        held.rules = held.rules._replace(pruned_until=NEVER)
         turn = Turn()
         for entry_id, changes in held.before_horizon.items():
             fields = held.entries[entry_id]
@@ -140,18 +159,29 @@ class Flush:
             if turn.is_over():
                 await turn.next()
 
-    async def write(self, batch: Batch) -> list[Reason]:
-        """One flush, as often as it takes; the reasons of ops that the store itself dropped."""
+    async def write(self, batch: Batch, held: Held | None = None) -> list[Reason]:
+        """One flush, as often as it takes; the reasons of ops that the store itself dropped.
+
+        `held`: what the batch came from, where locked rows are gone around.
+        """
         if not (batch.changes or batch.dids or batch.accounts or batch.identities or batch.syncs):
             return []
         drops = len(batch.drops)
         started = time.perf_counter()
 
         async def attempt() -> Written:
+            # known already, also because another pipeline found it while this one waited
+            if held is not None and (locked := self.waiting.first_of(held)) is not None:
+                raise _GoAround(locked)
             del batch.drops[drops:]  # an earlier attempt's
             self.is_unsure = True
             try:
                 written = await self.store.write(batch)
+            except RowLocked as found:
+                self.is_unsure = False
+                if held is not None:
+                    raise _GoAround(found) from found
+                raise
             except RowRejected:
                 self.is_unsure = False
                 raise
@@ -211,6 +241,16 @@ class Flush:
         )  # fmt: skip
         for letter in letters:
             log.debug("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
+
+    async def look_at_locks(self) -> None:
+        """Which rows are locked still."""
+        locks = self.waiting.locks
+        if locks.rows:
+            try:
+                locks.keep(await self.store.still_locked(list(locks.rows)))
+            except StoreUnavailable:
+                return  # a flush finds out
+        self.slot.text("locked", redact(str(next(iter(locks.rows.values()), ""))))
 
     async def persist(self, waiting: State, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """Try until it works: whoever stops us cancels us. Reading pauses meanwhile."""

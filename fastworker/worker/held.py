@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from fastworker.errors import InvalidEvent, Reason
 from fastworker.event import Account, Commit, Event, Identity, Sync
 from fastworker.event.entry import decode_entry, received_ms
-from fastworker.store.upkeep import Ground
+from fastworker.store.upkeep import EntryRules
 from fastworker.stream.consumer import SetAside, Tally, original_fields
 from fastworker.table.batch import Batch, Change, Limits, Mapped, Refused
 from fastworker.table.dates import moment_of, parse_date
@@ -25,7 +25,7 @@ _IDENTITY = Tally("committed", "#identity")
 _ACCOUNT = Tally("committed", "#account")
 _SYNC = Tally("committed")
 NEVER = datetime.min.replace(tzinfo=UTC)
-UNBOUNDED = Ground(NEVER, ambiguous=False)
+UNBOUNDED = EntryRules(NEVER, ambiguous=False)
 CLOCKS = timedelta(minutes=10)  # by which the clocks of relay, Redis and PostgreSQL may differ
 
 
@@ -37,18 +37,18 @@ class Held:
         "before_horizon",
         "changes",
         "entries",
-        "ground",
         "keys",
         "kinds",
         "mark",
         "rejected",
+        "rules",
         "since_ms",
         "tallies",
         "told",
     )
 
-    def __init__(self, ground: Ground = UNBOUNDED) -> None:
-        self.ground = ground
+    def __init__(self, rules: EntryRules = UNBOUNDED) -> None:
+        self.rules = rules
         self.before_horizon: dict[str, list[Change]] = {}  # upserts of entries that a forgotten delete may beat
         self.batch = Batch()
         self.entries: dict[str, dict[bytes, bytes]] = {}
@@ -88,7 +88,7 @@ class Held:
             event = decode_entry(fields)
             entry_ms = received_ms(entry_id, fields)
             # mutant: entries without a rev beside two relays
-            if self.ground.ambiguous and isinstance(event, Commit) and event.rev is None:
+            if self.rules.ambiguous and isinstance(event, Commit) and event.rev is None:
                 self.rejected.append(SetAside(entry_id, fields, Reason.AMBIGUOUS_SEQ, f"seq {event.seq} without rev"))
                 return True
             tally, mapped, at = _understand(event, entry_ms)
@@ -105,7 +105,7 @@ class Held:
             return True
         batch = self.batch
         if mapped is not None:
-            if self.ground.pruned_until > NEVER and _moment(event, entry_ms) < self.ground.pruned_until + CLOCKS:
+            if self.rules.pruned_until > NEVER and _moment(event, entry_ms) < self.rules.pruned_until + CLOCKS:
                 upserts = [change for change in mapped.changes if change.row is not None]
                 if upserts:
                     self.before_horizon[entry_id] = upserts

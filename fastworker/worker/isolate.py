@@ -15,6 +15,7 @@ from fastworker.table.mapper import map_commit
 from fastworker.worker.flush import Flush
 from fastworker.worker.held import Held, names_of
 from fastworker.worker.limits import Refusals
+from fastworker.worker.locked import ROWS_MAX
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -22,11 +23,15 @@ log = logging.getLogger(__name__)
 LETTERS_OF_ACCOUNT_MAX = 20  # a process; what more of its content is refused is kept by name
 
 
-async def settle(flush: Flush, refusals: Refusals, held: Held) -> None:
-    """All of it: stored and acked, or set aside."""
+async def settle(flush: Flush, refusals: Refusals, held: Held, rows_locked: int = 0) -> None:
+    """All of it: stored and acked, set aside, or put by until a row is free. `rows_locked`: found by it already."""
     with flush.open_span("flush") as span:
-        if (error := await flush.settle(held, span)) is not None:
+        error = await flush.settle(held, span, patient=rows_locked == ROWS_MAX)
+        if isinstance(error, RowRejected):
             await _isolate(flush, refusals, held, error)
+        elif error is not None:
+            rest = await flush.waiting.put_by(held, error)
+            await settle(flush, refusals, rest, ROWS_MAX if rest is held else rows_locked + 1)
 
 
 async def _isolate(flush: Flush, refusals: Refusals, held: Held, error: RowRejected) -> None:

@@ -18,15 +18,17 @@ from fastworker.edge.tracing import OpenSpan, no_span
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.process.board import Slot, State, now_ms
-from fastworker.store.upkeep import Ground
-from fastworker.stream.consumer import Entry, SetAside, id_order
+from fastworker.store.upkeep import EntryRules
+from fastworker.stream.consumer import Entry, SetAside
+from fastworker.stream.ids import id_order
 from fastworker.table.batch import Limits, Progress
 from fastworker.worker.flush import Flush, Half, Store, Stream
 from fastworker.worker.held import UNBOUNDED, Held
 from fastworker.worker.isolate import settle
 from fastworker.worker.limits import DeadLetterLimit, Refusals
+from fastworker.worker.locked import Locks, Waiting
 from fastworker.worker.overlap import Overlap
-from fastworker.worker.suspects import CONTROL_ENTRIES, DEATHS_MAX, Quiet, Record, Suspects, say_trying
+from fastworker.worker.suspects import CONTROL_ENTRIES, Quiet, Record, Suspects, like_it, say_trying
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -66,11 +68,13 @@ class Pipeline:
         open_span: OpenSpan = no_span,
         suspects: Suspects | None = None,
         quiet: Quiet | None = None,
+        locks: Locks | None = None,
     ) -> None:
         self.stream = stream
         self.told: str | None = None  # the time of an event read lately
         self._source = source
-        self._flush = Flush(stream, store, slot, dead_letters=dead_letters, open_span=open_span)
+        self._waiting = Waiting(locks)  # for rows that somebody else has locked
+        self._flush = Flush(stream, store, slot, dead_letters=dead_letters, open_span=open_span, waiting=self._waiting)
         self._reading = Half(stream.name, slot)
         self._slot = slot
         self._limits = limits
@@ -85,7 +89,7 @@ class Pipeline:
         self._later: dict[str, tuple[Entry, Record]] = {}
         self._is_reading = False
         self._finished_at_start = self._finished()
-        self._ground = UNBOUNDED
+        self._entry_rules = UNBOUNDED
         self._filling = Held()
         self._writing: Held | None = None
         self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
@@ -115,7 +119,8 @@ class Pipeline:
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0
-        return len(self._filling.entries) + writing + len(self._postponed) + len(self._trial) + len(self._later)
+        waiting = len(self._postponed) + len(self._waiting.entries) + len(self._trial) + len(self._later)
+        return len(self._filling.entries) + writing + waiting
 
     @property
     def is_still(self) -> bool:
@@ -125,26 +130,27 @@ class Pipeline:
     @property
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
-        held = (self._writing or self._filling).since_ms
         postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
-        return min(held or postponed, postponed or held)
+        since = ((self._writing or self._filling).since_ms, postponed, self._waiting.since_ms)
+        return min(filter(None, since), default=0)
 
     async def note_progress(self) -> None:
         """Look how far the whole group has finished; the next flush stores it. Cheap, for a slow tick."""
         marks = list(self._marks)  # before we ask: what is read meanwhile is not covered by the answer
         if not marks:
             return
+        sessions = self._flush.store.sessions
         lowest = await self.stream.lowest_pending()
         if lowest is not None:
             bound = id_order(lowest)
             marks = [mark for mark in marks if id_order(mark[0]) < bound]
         newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
         if newest is not None:
-            self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
+            self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0], sessions)
 
-    def stand_on(self, ground: Ground) -> None:
-        """From the next entry on."""
-        self._ground = self._filling.ground = ground
+    def follow(self, rules: EntryRules) -> None:
+        """Rules for the entries that are read from now on."""
+        self._entry_rules = self._filling.rules = rules
 
     # --- the loop
 
@@ -157,10 +163,13 @@ class Pipeline:
                     self._trial = [entry for entry, record in self._later.values() if self._may_try(record)]
                 if self._trial and writing is None and self.is_still:
                     await self._try(stopping)
+                if writing is None and self._waiting.is_time_to_look:
+                    await self._flush.look_at_locks()
+                    self._postponed |= self._waiting.take_free()
                 if writing is None and self._postponed:
                     await self._bring_back(at_last=stopping.is_set() or bool(self._trial))
                 if writing is None and self._filling:
-                    self._writing, self._filling = self._filling, Held(self._ground)
+                    self._writing, self._filling = self._filling, Held(self._entry_rules)
                     self._flush_at = time.monotonic()
                     writing = asyncio.create_task(
                         settle(self._flush, self._refusals, self._writing), name=f"flush {self.stream.name}"
@@ -168,6 +177,7 @@ class Pipeline:
                 may_read = not (
                     stopping.is_set()
                     or self._filling.is_full(self._limits)
+                    or len(self._waiting.entries) >= self._limits.entries_max
                     or self.state is not State.RUNNING
                     or self._quiet.wanted
                     or self._trial
@@ -192,8 +202,7 @@ class Pipeline:
                     entries = reading.result()
                     reading = None
                     if entries and self._source.left_behind and self._suspects.alert:
-                        held = self._filling.entries | (self._writing.entries if self._writing else {})
-                        self._trial = [one for one in entries if one[0] not in held and one[0] not in self._postponed]
+                        self._trial = [one for one in entries if not self._holds(one[0])]
                         self._is_reading = False
                     else:
                         await self._take(entries)
@@ -223,15 +232,23 @@ class Pipeline:
                 self._reading.go_on()
                 return entries
 
+    def _holds(self, entry_id: str) -> bool:
+        return (
+            entry_id in self._filling.entries
+            or (self._writing is not None and entry_id in self._writing.entries)
+            or entry_id in self._postponed
+            or entry_id in self._waiting.entries
+        )
+
     async def _take(self, entries: list[Entry]) -> None:
         """Decode and map, in turns short enough for the flush and the heartbeat beside it."""
-        filling, writing = self._filling, self._writing.entries if self._writing else {}
+        filling = self._filling
         if entries and not filling:
             filling.since_ms = now_ms()
         turn = Turn()
         taken = 0
         for entry_id, fields in entries:
-            if entry_id in filling.entries or entry_id in writing or entry_id in self._postponed:
+            if self._holds(entry_id):
                 continue  # read back while we hold it
             if not filling.apply(entry_id, fields, self._overlap, postpone=True):
                 # mutant: a postponed entry is forgotten
@@ -283,19 +300,21 @@ class Pipeline:
                 record = records[entry[0]]
                 self._later.pop(entry[0], None)
                 if self._may_try(record):
-                    await self._try_piece([entry], is_poison=record.alone >= DEATHS_MAX)
+                    await self._try_piece([entry], poison=record if record.is_poison else None)
                 else:
                     self._later[entry[0]] = entry, record
             self._trial = []
 
-    async def _try_piece(self, piece: list[Entry], *, is_poison: bool = False) -> None:
-        held = self._writing = Held(self._ground)
+    async def _try_piece(self, piece: list[Entry], *, poison: Record | None = None) -> None:
+        held = self._writing = Held(self._entry_rules)
         held.since_ms = now_ms()
+        if len(piece) == 1 and not self._has_control():
+            Held().apply("1-1", like_it(piece[0][1]))
         say_trying(self._slot, [entry_id for entry_id, _ in piece], with_control=self._has_control())
         try:
             for entry_id, fields in piece:
-                if is_poison:
-                    why = f"{DEATHS_MAX} worker processes died that held nothing else"
+                if poison is not None:
+                    why = f"{poison.alone + poison.quiet} worker processes died that held nothing else"
                     held.entries[entry_id] = fields
                     held.rejected.append(SetAside(entry_id, fields, Reason.KILLS_WORKER, why))
                 else:

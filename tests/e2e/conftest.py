@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from house import House
 
 from fastworker.stream.client import connect
+from tests.e2e.house import House
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from typing import Any, Literal
 from redis.asyncio import Redis
 
 from fastworker.process.board import Heartbeats
-from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
-from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.stream.keys import USUAL
 from fastworker.worker.worker import WorkerSettings, work
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -115,7 +116,7 @@ class House:
 
     async def ledger(self) -> dict[str, int]:
         """Entries by how they ended; drops of single ops are fields of their own kind."""
-        found = await self.redis.hgetall(LEDGER_KEY)
+        found: Any = await self.redis.hgetall(USUAL.ledger)
         return {name.decode(): int(value) for name, value in found.items() if not name.startswith(b"drop:")}
 
     async def pending(self) -> int:
@@ -125,7 +126,7 @@ class House:
         return await unread(self.redis)
 
     async def letters(self) -> list[dict[str, str]]:
-        found = await self.redis.xrange("firehose:dead-letters")
+        found: Any = await self.redis.xrange("firehose:dead-letters")
         return [{k.decode(): v.decode(errors="replace") for k, v in fields.items()} for _, fields in found]
 
 

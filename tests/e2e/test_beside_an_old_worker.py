@@ -13,15 +13,15 @@ from redis.asyncio import Redis
 from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.errors import ExitCode
-from fastworker.stream.consumer import LEDGER_KEY
+from fastworker.stream.keys import USUAL
 from fastworker.table import derive
 from fastworker.worker.worker import WorkerSettings
 from tests.e2e.house import GROUP, KEY, House
 from tests.property.feeding import differences, lawful
 from tests.rig.foreign import Foreign
-from tests.rig.histories import random_history, to_entry
+from tests.rig.histories import random_history, to_recording
 
-EVENTS = 2_500
+EVENTS = 1_500
 
 
 async def test_reapply_and_verify_make_it_right(
@@ -50,7 +50,7 @@ async def test_reapply_and_verify_make_it_right(
             for start in range(0, len(order), 8):
                 pipe = redis.pipeline(transaction=False)
                 for position in order[start : start + 8]:
-                    pipe.xadd(KEY, to_entry(history.events[position]))
+                    pipe.xadd(KEY, to_recording(history.events[position]))
                 await pipe.execute()
                 await asyncio.sleep(0.01)
             async with asyncio.timeout(90):
@@ -58,7 +58,7 @@ async def test_reapply_and_verify_make_it_right(
                     await asyncio.sleep(0.05)
             old.cancel()
             await asyncio.wait([old])
-        ours = sum(int(n) for name, n in (await redis.hgetall(LEDGER_KEY)).items() if not name.startswith(b"drop:"))
+        ours = sum(int(n) for name, n in (await redis.hgetall(USUAL.ledger)).items() if not name.startswith(b"drop:"))
         assert taken > EVENTS / 20, "the old worker took hardly anything"
         assert ours > EVENTS / 10, "ours took hardly anything"
 

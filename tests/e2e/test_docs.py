@@ -29,8 +29,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import asyncpg
 import click
 import pytest
 import redis
@@ -40,7 +41,12 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.rig.histories import random_history, to_entry
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md")))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md"))),
+]
 NOT_YET: dict[str, str] = {}
 """Pages whose commands nobody runs yet -> why."""
 ABSENT = {
@@ -319,6 +325,25 @@ def test_commands_that_are_mentioned_exist(page: str) -> None:
         for word in words:
             if word.strip("[]").startswith("-"):
                 assert word.strip("[]").partition("=")[0] in known, f"{page}: {mention}"
+
+
+def queries(page: str) -> list[str]:
+    return re.findall(r"^```sql\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+async def test_queries_of_the_cookbook(pg: asyncpg.Connection[Any]) -> None:
+    """Each can run, and has an index to use: no table is read whole where PostgreSQL may choose."""
+    found = queries("docs/cookbook.md")
+    assert len(found) > 8
+    for query in sorted(found, key=lambda text: not text.startswith("CREATE INDEX")):
+        if query.startswith("CREATE INDEX"):
+            await pg.execute(query.replace(" CONCURRENTLY", ""))
+            continue
+        text = re.sub(r"(?<!:):(viewer|root)\b", "'did:plc:' || repeat('a', 24)", query)
+        async with pg.transaction():
+            await pg.execute("SET LOCAL enable_seqscan = off")
+            plan = "\n".join(row[0] for row in await pg.fetch(f"EXPLAIN {text}"))
+        assert "Seq Scan" not in plan, plan
 
 
 @pytest.mark.timeout(300)

@@ -8,12 +8,12 @@ from typing import Any
 
 import asyncpg
 import pytest
-from house import GROUP, KEY, Form, House
 
 from fastworker.law.compare import Tables, diff, dump, report
 from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
+from tests.e2e.house import GROUP, KEY, Form, House
 from tests.rig.histories import to_entry
 from tests.sdk_dialect import predecessor
 
@@ -68,7 +68,7 @@ def sdk_entry(event: dict[str, Any]) -> dict[bytes, bytes] | None:
 
 async def test_the_predecessor_s_dialect_gives_the_same_tables(house: House, pg: asyncpg.Connection) -> None:
     frames = [f for f in Network(9, accounts=200).frames(EVENTS) if f.event is not None and f.event["kind"] != "sync"]
-    pairs = [(frame, entry) for frame in frames if (entry := sdk_entry(frame.event)) is not None]
+    pairs = [(frame, entry) for frame in frames if frame.event and (entry := sdk_entry(frame.event)) is not None]
     assert len(pairs) > 0.95 * len(frames)  # what the converter knows is nearly everything
     assert sum(b"py_type" in entry[b"data"] for _, entry in pairs) > 1_000
     await house.entries(entry for _, entry in pairs)

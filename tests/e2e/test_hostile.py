@@ -9,12 +9,12 @@ from typing import Any
 import asyncpg
 import libipld
 import pytest
-from house import House
 
 from fastworker.errors import Reason
 from fastworker.simulator.hostile import hostile_frames
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import START_SEQ, SimFrame
+from tests.e2e.house import House
 
 KINDS = 400
 
@@ -56,7 +56,7 @@ def leaps(data: bytes) -> bool:
 
 
 async def assert_stored(frames: list[SimFrame], pg: asyncpg.Connection) -> None:
-    uris = [f"at://{f.event['repo']}/{f.event['ops'][0]['path']}" for f in frames]
+    uris = [f"at://{f.event['repo']}/{f.event['ops'][0]['path']}" for f in frames if f.event]
     found = {r[0] for r in await pg.fetch("SELECT uri FROM posts WHERE uri = ANY($1)", uris)}
     assert found == set(uris)
 
@@ -106,7 +106,7 @@ async def test_straight_onto_the_stream(house: House, pg: asyncpg.Connection) ->
 
 def broken_json() -> list[bytes]:
     did = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
-    ops = [
+    ops: list[dict[str, Any]] = [
         None, 7, "x", [], {}, [None], [7], [{}], [{"action": "create"}], [{"action": 1, "path": 2}],
         [{"action": "create", "path": "app.bsky.feed.post/a", "cid": "x", "record": []}],
         [{"action": "create", "path": "app.bsky.feed.post/a", "cid": "x", "record": {"text": {"a": 1}}}],

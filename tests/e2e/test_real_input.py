@@ -11,13 +11,13 @@ from typing import Any
 import asyncpg
 import libipld
 import pytest
-from house import Form, House
 
 from fastworker.event.recording import FramesFile
 from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
 from fastworker.simulator.network import repo_to_frames
 from fastworker.simulator.repo import read_car
+from tests.e2e.house import Form, House
 
 pytestmark = pytest.mark.real_data
 

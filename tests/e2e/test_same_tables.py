@@ -24,7 +24,7 @@ from fastworker.law import compare
 from fastworker.store.store import Store
 from tests.e2e.house import unread
 from tests.property.feeding import clear, lawful, settle
-from tests.rig.histories import random_history, to_entry
+from tests.rig.histories import random_history, to_recording
 from tests.servers import PostgresUnderTest
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -122,7 +122,7 @@ async def same_tables(
                 for start in range(0, len(order), 2_000):
                     pipe = redis.pipeline(transaction=False)
                     for position in order[start : start + 2_000]:
-                        pipe.xadd(KEY, to_entry(history.events[position]))
+                        pipe.xadd(KEY, to_recording(history.events[position]))
                     await pipe.execute()
                 await work_off(redis, redis_url, postgres_url, way, limit_s)
                 store = await Store.connect(postgres_url)
@@ -130,9 +130,8 @@ async def same_tables(
                 await store.close()
                 found = await compare.dump(connection)
                 dump = frozen(found)
-                if first is None:
-                    assert compare.report(compare.diff(expected, found)) == "no difference", way
-                    first = dump
+                assert compare.report(compare.diff(expected, found)) == "no difference", way
+                first = first or dump
                 assert dump == first, f"{way} ends with other tables than {ways[0]}"
                 assert not await redis.xlen("firehose:dead-letters")
     finally:
@@ -141,8 +140,8 @@ async def same_tables(
     assert len(first) > 100 * events / 10
 
 
-async def test_three_ways(redis_url: str, postgres_url: str) -> None:
-    await same_tables(redis_url, postgres_url, 3_000, WAYS[:3], 60)
+async def test_two_ways(redis_url: str, postgres_url: str) -> None:
+    await same_tables(redis_url, postgres_url, 1_000, WAYS[:2], 60)
 
 
 @pytest.mark.extended

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastworker.errors import InvalidEvent
-from fastworker.event import Commit, Event, Op
+from fastworker.event import Commit, ErrorFrame, Event, Info, Op, Unknown
 from fastworker.event.entry import decode_entry, encode_json, encode_native
-from fastworker.event.frame import ErrorFrame, Info, Unknown, decode_frame
+from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_text, load_record
 from fastworker.simulator.network import Network, hostile_frames
 from fastworker.table.batch import Batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -22,7 +23,10 @@ from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
 from fastworker.event import Account, Action, Commit, Op
 from fastworker.process.board import State
 from fastworker.store.admin import past
+from fastworker.store.blame import RowLocked
 from fastworker.store.migrate import migrate
+from fastworker.store.schema_admin import open_schema
+from fastworker.store.session import SESSION
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
@@ -45,6 +49,13 @@ def like(number: int) -> dict[str, str]:
         '"createdAt":"2024-01-01T00:00:00.000Z"}}]}'
     )
     return {"type": "commit", "data": data, "seq": str(number)}
+
+
+def unlike(number: int) -> dict[str, str]:
+    entry = like(number)
+    data = json.loads(entry["data"])
+    [op] = data["ops"]
+    return entry | {"data": json.dumps(data | {"ops": [{"action": "delete", "path": op["path"]}]}), "seq": "999"}
 
 
 @pytest.fixture
@@ -539,6 +550,69 @@ async def test_who_holds_a_lock_is_told(postgres_url: str, pg: asyncpg.Connectio
         await store.close()
 
 
+@pytest.mark.parametrize("how", ["by a transaction", "an account's row"])
+async def test_a_locked_row_holds_up_only_what_touches_it(
+    house: House, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(
+        "fastworker.store.store.SESSION", SESSION.replace("lock_timeout = '5s'", "lock_timeout = '100ms'")
+    )
+    others = [POST.replace("2a", "2b"), POST.replace("2a", "2c")]
+    did = "did:plc:" + "1".rjust(24, "0").replace("0", "a").replace("1", "b")
+    async with house.worker():
+        for number in range(1, 11):
+            await house.redis.xadd("firehose:events", like(number))
+        async with asyncio.timeout(60):
+            await house.settled()
+        by_account = how == "an account's row"
+        locked = (
+            f"SELECT FROM users WHERE did = '{did}' FOR UPDATE"
+            if by_account
+            else f"UPDATE post_aggregations SET like_count = like_count WHERE post_uri = '{POST}'"
+        )
+        await pg.execute(f"BEGIN; {locked}")
+        waiting = (
+            {"type": "identity", "data": f'{{"did":"{did}","handle":"a.test"}}', "seq": "999"}
+            if by_account
+            else unlike(1)
+        )
+        await house.redis.xadd("firehose:events", waiting)
+        for number in range(11, 71):
+            of = [POST, *others][number % 3] if not by_account else others[0]
+            entry = like(number)
+            await house.redis.xadd("firehose:events", entry | {"data": entry["data"].replace(POST, of)})
+        async with asyncio.timeout(60):
+            while await house.pending() != (1 if by_account else 21) or not house.slot.snapshot().locked:
+                await asyncio.sleep(0.02)
+        assert await pg.fetchval("SELECT count(*) FROM likes") == (70 if by_account else 50)
+        assert house.slot.get("state") == State.RUNNING
+        assert "A lock is held by PID" in house.slot.snapshot().locked
+        async with asyncio.timeout(60):
+            while not house.slot.get("oldest_ms"):
+                await asyncio.sleep(0.02)
+        await pg.execute("ROLLBACK")
+        async with asyncio.timeout(60):
+            await house.settled()
+    assert await house.letters() == []
+    likes = await pg.fetchval("SELECT count(*) FROM likes")
+    assert likes == (70 if by_account else 69)
+    assert await pg.fetchval("SELECT sum(like_count) FROM post_aggregations") == likes
+
+
+async def test_a_locked_table_is_waited_for_by_all(postgres_url: str, pg: asyncpg.Connection) -> None:
+    store = await Store.connect(postgres_url)
+    try:
+        async with store.connection() as connection:
+            await connection.execute("SET lock_timeout = '100ms'")
+        async with pg.transaction():
+            await pg.execute("LOCK TABLE likes IN SHARE MODE")
+            with pytest.raises(StoreUnavailable, match="lock timeout") as caught:
+                await store.write(batch(1))
+        assert not isinstance(caught.value, RowLocked)
+    finally:
+        await store.close()
+
+
 # Maintenance goes on beside a piece of it that fails -----------------------------------------------
 
 
@@ -755,7 +829,7 @@ SETTINGS = {
     "enable_indexscan": "off",
     "work_mem": "'64kB'",
     "idle_session_timeout": "'300ms'",
-    "idle_in_transaction_session_timeout": "'5ms'",
+    "idle_in_transaction_session_timeout": "'1ms'",
     "lock_timeout": "'5ms'",
     "row_security": "off",
 }
@@ -770,7 +844,11 @@ async def test_settings_of_a_role_change_nothing(postgres_url: str, pg: asyncpg.
     await pg.execute(f"GRANT ALL ON SCHEMA evil TO {role}")
     for name, value in SETTINGS.items():
         await pg.execute(f"ALTER ROLE {role} SET {name} = {value}")
-    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"))
+    url = postgres_url.replace("postgres@", f"{role}@")
+    async with open_schema(url) as admin:  # what a start looks at
+        assert "posts" in (await admin.read()).columns
+    assert await past(url, "firehose:events")
+    store = await Store.connect(url)
     try:
         for count in (5, 300):
             await store.write(records("app.bsky.feed.post", count, text="é 😀 it's \\\\ok"))

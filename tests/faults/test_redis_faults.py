@@ -13,18 +13,19 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from faults.test_postgres_faults import POST, like
 
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
-from fastworker.reader.reader import ReaderSettings, ReaderStats, run_reader
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
-from fastworker.stream import consumer as stream
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import CONSUMERS_KEY
+from fastworker.stream.keys import USUAL
+from fastworker.stream.scripts import script
 from fastworker.worker import worker
 from tests.e2e.house import GROUP, KEY, House
+from tests.faults.test_postgres_faults import POST, like
 from tests.rig.proxy import Proxy
 from tests.rig.stage import Stage, is_entry
 from tests.servers import RedisUnderTest
@@ -84,11 +85,11 @@ def _sha(script: str) -> bytes:
 
 COMMANDS = {
     "a read": b"\r\nXREADGROUP\r\n",
-    "a burst": _sha(stream._READ),
-    "an ack": _sha(stream._ACK),
-    "setting aside": _sha(stream._SET_ASIDE),
-    "renewing a lease": _sha(stream._RENEW),
-    "a claim": _sha(stream._CLAIM),
+    "a burst": _sha(script("read")),
+    "an ack": _sha(script("ack")),
+    "setting aside": _sha(script("set_aside")),
+    "renewing a lease": _sha(script("renew")),
+    "a claim": _sha(script("claim")),
     "looking at consumers": b"\r\nCONSUMERS\r\n",
     "who had a lease": b"\r\nSMEMBERS\r\n",
     "what is pending": b"\r\nXPENDING\r\n",
@@ -110,7 +111,7 @@ async def test_a_connection_reset_at_every_command(
                         await add(house, added + 1, 5)
                         await house.redis.xadd(KEY, {"type": "commit", "data": "{", "seq": "1"})
                         # Somebody died with these: found by the next look for dead consumers.
-                        await house.redis.sadd(stream.CONSUMERS_KEY, "dead-0")
+                        await house.redis.sadd(USUAL.consumers, "dead-0")
                         await house.redis.xreadgroup(GROUP, "dead-0", {KEY: ">"}, count=2)
                         added, poison = added + 5, poison + 1
                         await asyncio.sleep(0.05)
@@ -240,7 +241,7 @@ async def test_a_stream_trimmed_by_someone_else(house: House, pg: asyncpg.Connec
     """Entries that are pending and gone: acked, counted as ghosts, never waited for."""
     await house.redis.xgroup_create(KEY, GROUP, id="0", mkstream=True)
     await add(house, 1, 200)
-    await house.redis.sadd(CONSUMERS_KEY, "e2e-0")  # ours, before it died
+    await house.redis.sadd(USUAL.consumers, "e2e-0")  # ours, before it died
     await house.redis.xreadgroup(GROUP, "e2e-0", {KEY: ">"}, count=100)
     await house.redis.xtrim(KEY, maxlen=100, approximate=False)
     async with house.worker(), asyncio.timeout(60):
@@ -371,7 +372,7 @@ async def test_a_stream_trimmed_by_someone_else_on_redis_6_2(
         await test_a_stream_trimmed_by_someone_else(house, pg)
         # and of a consumer that died with them
         await add(house, 201, 100)
-        await client.sadd(stream.CONSUMERS_KEY, "dead-0")
+        await client.sadd(USUAL.consumers, "dead-0")
         await client.xreadgroup(GROUP, "dead-0", {KEY: ">"}, count=50)
         await client.xtrim(KEY, maxlen=75, approximate=False)
         async with house.worker(scan_s=0.3, lease_ms=2_000), asyncio.timeout(60):

@@ -72,6 +72,7 @@ async def test_viewer_states_keep_what_is_not_ours(store: Store, pg: asyncpg.Con
     for event, state in zip(events, states, strict=True):
         await store.write(batch_of([event]))
         found = await pg.fetchrow("SELECT * FROM post_viewer_states")
+        assert found is not None
         assert (found["like_uri"], found["repost_uri"], found["bookmarked"]) == state
         assert (found["thread_muted"], found["pinned"]) == (True, True)
 
@@ -94,6 +95,7 @@ async def test_a_text_too_long_to_be_searched_costs_no_record(store: Store, pg: 
     profile = {"displayName": "\u023a " * 300, "description": LONG_TEXTS[name]}
     await store.write(batch_of(commits(("app.bsky.actor.profile", "self", profile))))
     found = await pg.fetchrow("SELECT display_name, description, pg_column_size(search_vector) AS size FROM users")
+    assert found is not None
     assert found["display_name"] == profile["displayName"][:255]
     assert LONG_TEXTS[name].startswith(found["description"])
     assert found["description"]
@@ -140,7 +142,7 @@ async def test_an_older_record_after_the_account_is_gone(store: Store, pg: async
         ("app.bsky.feed.like", "l", {"subject": {"uri": POST, "cid": cid_of(POST)}}),
         ("app.bsky.graph.list", "i", {"name": "x", "purpose": "app.bsky.graph.defs#modlist"}),
     )
-    deletion = {"kind": "account", "did": DIDS[0], "active": False, "status": "deleted"}
+    deletion: Event = {"kind": "account", "did": DIDS[0], "active": False, "status": "deleted"}
     (deletion,) = number([deletion], bare=False)
     deletion["seq"] += 50
     await store.write(batch_of([deletion]))

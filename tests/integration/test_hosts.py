@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -79,7 +79,7 @@ async def refused(hosts: Hosts, did: str, folder: Path) -> Refusal:
     return caught.value.refusal
 
 
-async def test_what_hosts_list(sim: SimHosts, hosts: Hosts, network: Network, account: Account):
+async def test_what_hosts_list(sim: SimHosts, hosts: Hosts, network: Network, account: Account) -> None:
     dids = {one.did for one in network.world.accounts()}
     found, cursor = await hosts.list_repos(sim.relay.url)
     assert ({one.did for one in found}, cursor) == (dids, None)
@@ -91,7 +91,7 @@ async def test_what_hosts_list(sim: SimHosts, hosts: Hosts, network: Network, ac
     assert pds_of(await hosts.document(account.did)) == sim.pds(account).url
 
 
-async def test_one_record_and_its_absence(sim: SimHosts, hosts: Hosts, account: Account):
+async def test_one_record_and_its_absence(sim: SimHosts, hosts: Hosts, account: Account) -> None:
     key, value = next(mst.items(account.repo.root))
     collection, _, rkey = key.decode().partition("/")
     root, blocks = read_car(await hosts.get_record(sim.pds(account).url, account.did, collection, rkey))
@@ -101,14 +101,16 @@ async def test_one_record_and_its_absence(sim: SimHosts, hosts: Hosts, account: 
     assert proof.find(blocks, proof.read_commit(blocks[root]).data, b"a.b.c/none") is None
 
 
-async def test_every_repository_is_fetched_whole(hosts: Hosts, network: Network, tmp_path: Path):
+async def test_every_repository_is_fetched_whole(hosts: Hosts, network: Network, tmp_path: Path) -> None:
     for one in network.world.accounts():
         assert await fetch(hosts, one.did, tmp_path) == [key for key, _ in mst.items(one.repo.root)]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fault", ["unordered", "duplicates", "foreign"])
-async def test_what_is_allowed_costs_nothing(fault: Fault, hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path):
+async def test_what_is_allowed_costs_nothing(
+    fault: Fault, hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path
+) -> None:
     pds.fail(fault)
     assert len(await fetch(hosts, account.did, tmp_path)) == len(list(mst.items(account.repo.root)))
     assert len(pds.asked) == 1
@@ -117,7 +119,7 @@ async def test_what_is_allowed_costs_nothing(fault: Fault, hosts: Hosts, pds: Si
 @pytest.mark.parametrize("fault", ["truncated", "cut", "missing_block", "changed_block", "commit_meanwhile", "html"])
 async def test_what_is_not_whole_is_asked_for_again(
     fault: Fault, hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path
-):
+) -> None:
     pds.fail(fault, times=2)
     assert len(await fetch(hosts, account.did, tmp_path)) == len(list(mst.items(account.repo.root)))
     assert len(pds.asked) == 3
@@ -148,7 +150,7 @@ async def test_what_is_not_whole_is_asked_for_again(
 )
 async def test_what_ends_a_fetch(
     fault: Fault, refusal: Refusal, hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path
-):
+) -> None:
     pds.fail(fault)
     started = time.monotonic()
     assert await refused(hosts, account.did, tmp_path) == refusal
@@ -160,7 +162,7 @@ async def test_what_ends_a_fetch(
         assert len(pds.asked) == before
 
 
-async def test_a_trickle_ends_by_its_speed(sim: SimHosts, pds: SimPds, account: Account, tmp_path: Path):
+async def test_a_trickle_ends_by_its_speed(sim: SimHosts, pds: SimPds, account: Account, tmp_path: Path) -> None:
     pds.fail("trickle")
     bounds = Bounds(window_s=0.2, least_bytes=10_000)
     async with open_hosts(sim, bounds=bounds) as hosts, asyncio.timeout(20):
@@ -169,14 +171,14 @@ async def test_a_trickle_ends_by_its_speed(sim: SimHosts, pds: SimPds, account: 
     assert caught.value.fault == HostFault.SLOW
 
 
-async def test_an_encoding_that_nobody_asked_for(hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path):
+async def test_an_encoding_that_nobody_asked_for(hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path) -> None:
     pds.fail("brotli")
     assert await refused(hosts, account.did, tmp_path) == Refusal.BAD_ANSWER
 
 
 async def test_a_host_that_is_down_is_left_alone_and_its_neighbour_is_not(
     sim: SimHosts, hosts: Hosts, network: Network, tmp_path: Path
-):
+) -> None:
     down = sim.pdses[0]
     await down.stop()
     answers = {}
@@ -194,7 +196,7 @@ async def test_a_host_that_is_down_is_left_alone_and_its_neighbour_is_not(
 @pytest.mark.parametrize("fault", ["limited", "limited_told", "limited_retry_after"])
 async def test_a_429_pauses_that_host_and_spends_no_try(
     fault: Fault, sim: SimHosts, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(edge, "PARK_S", 0.3)
     pds = sim.pds(account)
     pds.window_s = 1.2
@@ -205,13 +207,15 @@ async def test_a_429_pauses_that_host_and_spends_no_try(
         assert pds.asked[1][0] - pds.asked[0][0] >= (0.3 if fault == "limited" else 0.9)
 
 
-async def test_a_429_that_asks_for_more_than_we_wait(hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path):
+async def test_a_429_that_asks_for_more_than_we_wait(
+    hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path
+) -> None:
     pds.fail("limited")  # 30 s, and the bounds here have 2
     assert await refused(hosts, account.did, tmp_path) == Refusal.LIMITED
     assert len(pds.asked) == 1
 
 
-async def test_no_host_gets_more_than_its_rate(sim: SimHosts, account: Account):
+async def test_no_host_gets_more_than_its_rate(sim: SimHosts, account: Account) -> None:
     pds = sim.pds(account)
     async with open_hosts(sim, rate=5.0, bounds=Bounds()) as hosts:
         await asyncio.gather(*(hosts.repo_status(pds.url, account.did) for _ in range(12)))
@@ -219,7 +223,7 @@ async def test_no_host_gets_more_than_its_rate(sim: SimHosts, account: Account):
     assert pds.asked[-1][0] - pds.asked[0][0] >= 1.2
 
 
-async def test_headers_slow_us_down(sim: SimHosts, account: Account, tmp_path: Path):
+async def test_headers_slow_us_down(sim: SimHosts, account: Account, tmp_path: Path) -> None:
     """What is left of the window is shared over what is left of its time."""
     pds = sim.pds(account)
     pds.tokens, pds.window_s = 5.0, 3.0
@@ -229,7 +233,7 @@ async def test_headers_slow_us_down(sim: SimHosts, account: Account, tmp_path: P
     assert pds.asked[-1][0] - pds.asked[0][0] > 0.8
 
 
-async def test_a_rotated_key_is_looked_up_again(sim: SimHosts, hosts: Hosts, account: Account, tmp_path: Path):
+async def test_a_rotated_key_is_looked_up_again(sim: SimHosts, hosts: Hosts, account: Account, tmp_path: Path) -> None:
     old = account.key
     assert old is not None
     sim.rotate(account)
@@ -241,12 +245,12 @@ async def test_a_rotated_key_is_looked_up_again(sim: SimHosts, hosts: Hosts, acc
 
 async def test_an_account_that_moves_between_document_and_request(
     sim: SimHosts, hosts: Hosts, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     old = sim.pds(account)
     documents = []
     ask = hosts.document
 
-    async def document(did: str) -> dict:
+    async def document(did: str) -> dict[str, Any]:
         documents.append(await ask(did))
         sim.moved[did] = (sim.pdses.index(old) + 1) % 3
         sim.settle()
@@ -269,8 +273,8 @@ async def test_an_account_that_moves_between_document_and_request(
     ],
 )
 async def test_documents_that_do_not_do(
-    document: int | dict, refusal: Refusal, sim: SimHosts, hosts: Hosts, account: Account, tmp_path: Path
-):
+    document: int | dict[str, Any], refusal: Refusal, sim: SimHosts, hosts: Hosts, account: Account, tmp_path: Path
+) -> None:
     sim.documents[account.did] = document if isinstance(document, int) else {**sim.document(account), **document}
     assert await refused(hosts, account.did, tmp_path) == refusal
 
@@ -280,15 +284,15 @@ async def test_documents_that_do_not_do(
 )
 async def test_a_document_names_no_private_host(
     endpoint: str, sim: SimHosts, hosts: Hosts, account: Account, tmp_path: Path
-):
+) -> None:
     document = sim.document(account)
     document["service"][0]["serviceEndpoint"] = endpoint
     sim.documents[account.did] = document
     assert await refused(hosts, account.did, tmp_path) == Refusal.PRIVATE
 
 
-async def test_a_name_that_leads_to_a_private_address(sim: SimHosts, monkeypatch: pytest.MonkeyPatch):
-    async def resolve(*_: object) -> list:
+async def test_a_name_that_leads_to_a_private_address(sim: SimHosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(*_: object) -> list[Any]:
         return [{"hostname": "h", "host": "10.0.0.1", "port": 443, "family": 2, "proto": 0, "flags": 0}]
 
     monkeypatch.setattr("aiohttp.ThreadedResolver.resolve", resolve)
@@ -298,7 +302,7 @@ async def test_a_name_that_leads_to_a_private_address(sim: SimHosts, monkeypatch
     assert caught.value.fault == HostFault.REFUSED
 
 
-async def test_a_method_that_we_do_not_know(hosts: Hosts):
+async def test_a_method_that_we_do_not_know(hosts: Hosts) -> None:
     for did in ("did:key:zQ3", "did:web:localhost", "did:web:127.0.0.1", "did:web:a.com%3A444"):
         with pytest.raises(HostError) as caught:
             await hosts.document(did)
@@ -307,7 +311,7 @@ async def test_a_method_that_we_do_not_know(hosts: Hosts):
 
 async def test_a_spool_without_room(
     hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     @contextlib.contextmanager
     def full(_: Path) -> Iterator[IO[bytes]]:
         with Path("/dev/full").open("wb", buffering=0) as file:
@@ -319,21 +323,23 @@ async def test_a_spool_without_room(
     assert caught.value.fault == HostFault.NO_SPACE
 
 
-async def test_a_file_that_is_there_is_never_touched(hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path):
+async def test_a_file_that_is_there_is_never_touched(
+    hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path
+) -> None:
     (tmp_path / "repo.car").write_text("mine")
     with pytest.raises(FileExistsError):
         await hosts.get_repo(pds.url, account.did, tmp_path / "repo.car")
     assert (tmp_path / "repo.car").read_text() == "mine"
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coincurve", None)
     monkeypatch.delitem(sys.modules, "fastworker.sync.keys")
     with pytest.raises(ConfigError, match="pip install 'coincurve"):
         __import__("fastworker.sync.keys")
 
 
-def test_a_file_is_read_as_it_came(network: Network, tmp_path: Path):
+def test_a_file_is_read_as_it_came(network: Network, tmp_path: Path) -> None:
     from fastworker.simulator.hosts import repository
 
     one = largest(network)

@@ -105,6 +105,7 @@ async def test_contract_details(pg: asyncpg.Connection) -> None:
     gate = await pg.fetchrow(
         "SELECT allow_mentions, allow_following, allow_list_members, allow_list_uris FROM thread_gates"
     )
+    assert gate is not None
     assert tuple(gate) == (True, True, False, "[]")
     await pg.execute("INSERT INTO labels VALUES ('at://l', 'did:web:a', 'at://a', 'spam', false, now())")
     await pg.execute("INSERT INTO label_events (label_uri, action) VALUES ('at://l', 'created')")

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -19,10 +20,12 @@ from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
 from fastworker.process.board import Heartbeats, State, now_ms
+from fastworker.store.blame import LockedRow
 from fastworker.store.store import Written
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import DEAD_LETTERS_KEY, LEDGER_KEY, WorkerStream
+from fastworker.stream.consumer import WorkerStream
+from fastworker.stream.keys import USUAL
 from fastworker.table.batch import Batch, Change, Limits, Refused
 from fastworker.table.mapper import map_commit
 from fastworker.worker.intake import Intake
@@ -58,6 +61,8 @@ def likes(count: int, poison: frozenset[int] = frozenset(), *, of_many: bool = F
 class MemoryStore:
     """Keeps uris; refuses batches that hold a poisonous one; may be down."""
 
+    sessions = 1
+
     def __init__(self) -> None:
         self.uris: set[str] = set()
         self.kept: list[Refused] = []
@@ -69,6 +74,9 @@ class MemoryStore:
 
     async def absent(self, changes: list[Change]) -> set[str]:  # noqa: ARG002
         return set()
+
+    async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]:
+        return set(rows)
 
     async def keep(self, refused: Sequence[Refused]) -> None:
         self.kept += refused
@@ -148,7 +156,7 @@ class Bench:
         await self.until(lambda: self.slot.snapshot().acked >= count)
 
     async def ledger(self) -> dict[str, int]:
-        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(USUAL.ledger)).items()}
 
     async def pending(self) -> int:
         return (await self.redis.xpending(KEY, GROUP))["pending"]
@@ -161,7 +169,7 @@ async def bench(redis_url: str) -> AsyncIterator[Bench]:
     await client.aclose()
 
 
-async def test_every_entry_ends_once_and_the_ledger_says_how(bench):
+async def test_every_entry_ends_once_and_the_ledger_says_how(bench: Any) -> None:
     account = {"type": "account", "data": json.dumps({"did": DID, "active": False, "status": "odd"}), "seq": "8"}
     identity = {"type": "identity", "data": json.dumps({"did": DID, "handle": None}), "seq": ""}
     bad_op = commit(9, {"action": "create", "path": "no-slash", "cid": None, "record": {}})
@@ -191,7 +199,7 @@ async def test_every_entry_ends_once_and_the_ledger_says_how(bench):
     assert account_batch.accounts[DID][0].at.tzinfo is not None
 
 
-async def test_no_event_has_a_line_of_its_own_above_debug(bench, caplog):
+async def test_no_event_has_a_line_of_its_own_above_debug(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "fastworker")
     bench.store.open.clear()
     await bench.add([commit(1, like("first"))])
@@ -206,7 +214,7 @@ async def test_no_event_has_a_line_of_its_own_above_debug(bench, caplog):
     assert len([record for record in caplog.records if record.msg.startswith("Set aside %s")]) == 100
 
 
-async def test_the_ledger_balances_at_every_moment(bench):
+async def test_the_ledger_balances_at_every_moment(bench: Any) -> None:
     admin, seen = RedisAdmin(bench.redis, KEY), set()
     async with bench.running():
         for _ in range(20):
@@ -218,7 +226,7 @@ async def test_the_ledger_balances_at_every_moment(bench):
     assert (count.ledger, count.unaccounted) == ({"committed": 800}, 0 if await counts_reads(bench.redis) else None)
 
 
-async def test_what_arrives_during_a_flush_is_the_next_batch(bench):
+async def test_what_arrives_during_a_flush_is_the_next_batch(bench: Any) -> None:
     async with bench.running() as pipeline:
         bench.store.open.clear()
         await bench.add(likes(1))
@@ -230,7 +238,7 @@ async def test_what_arrives_during_a_flush_is_the_next_batch(bench):
     assert [len(batch.entries) for batch in bench.store.batches] == [1, 1_999]
 
 
-async def test_a_full_batch_stops_reading_and_nothing_third_is_held(bench):
+async def test_a_full_batch_stops_reading_and_nothing_third_is_held(bench: Any) -> None:
     bench.limits = Limits(entries_max=20)
     async with bench.running() as pipeline:
         bench.store.open.clear()
@@ -246,13 +254,13 @@ async def test_a_full_batch_stops_reading_and_nothing_third_is_held(bench):
         await bench.until_settled(100)
 
 
-async def test_poison_is_isolated_and_its_siblings_are_committed(bench):
+async def test_poison_is_isolated_and_its_siblings_are_committed(bench: Any) -> None:
     entries = likes(300, poison=frozenset({7, 150, 151}))
     entries.append(commit(400, like("good-a"), like("poison-b"), like("good-c")))
     ids = await bench.add(entries)
     async with bench.running():
         await bench.until_settled(301)
-    letters = [letter for _, letter in await bench.redis.xrange(DEAD_LETTERS_KEY)]
+    letters = [letter for _, letter in await bench.redis.xrange(USUAL.dead_letters)]
     assert {letter[b"origId"].decode() for letter in letters} == {ids[7], ids[150], ids[151], ids[300]}
     assert {letter[b"reason"] for letter in letters} == {b"row_rejected"}
     assert len(bench.store.uris) == 297 + 2
@@ -260,7 +268,7 @@ async def test_poison_is_isolated_and_its_siblings_are_committed(bench):
     assert bench.store.writes < 80  # not one by one
 
 
-async def test_a_flush_is_a_span_and_its_halves_are_children(bench):
+async def test_a_flush_is_a_span_and_its_halves_are_children(bench: Any) -> None:
     told = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(told))
@@ -284,7 +292,7 @@ async def test_a_flush_is_a_span_and_its_halves_are_children(bench):
     assert sum(halves) == ill.attributes["fastworker.entries"]
 
 
-async def test_poison_of_many_accounts_stops_nobody(bench):
+async def test_poison_of_many_accounts_stops_nobody(bench: Any) -> None:
     """Accounts cost nothing: what the content of each of them runs into is set aside, and the worker goes on."""
     bench.dead_letters = DeadLetterLimit(run_max=5, window=20)
     await bench.add([*likes(50, poison=frozenset(range(20, 50)), of_many=True), *likes(3)])
@@ -294,7 +302,26 @@ async def test_poison_of_many_accounts_stops_nobody(bench):
     assert await bench.pending() == 0
 
 
-async def test_too_much_garbage_stops_the_worker_before_it_is_set_aside(bench):
+async def test_more_accounts_than_are_remembered_stop_nobody_and_lose_nothing(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand accounts with a refused record each, at small scale: a letter, or at least its name is kept."""
+    monkeypatch.setattr("fastworker.worker.limits.REFUSING_ACCOUNTS_MAX", 20)
+    bench.dead_letters = DeadLetterLimit(run_max=5, window=20)
+    bench.stream = WorkerStream(bench.redis, consumer_id="w", batch_size=50, dead_letter_maxlen=30)
+    await bench.add([*likes(300, poison=frozenset(range(300)), of_many=True), *likes(3)])
+    async with bench.running():
+        await bench.until_settled(303)
+    letters = [json.loads(fields[b"data"]) for _, fields in await bench.redis.xrange(USUAL.dead_letters)]
+    found = {one["ops"][0]["path"].rpartition("/")[2] for one in letters}
+    found |= {one.uri.rpartition("/")[2] for one in bench.store.kept}
+    assert found == {f"poison{n}" for n in range(300)}
+    assert len(letters) < 200
+    assert await bench.ledger() == {"committed": 3, "set_aside": 300, "drop:row_rejected": 300}
+    assert await bench.pending() == 0
+
+
+async def test_too_much_garbage_stops_the_worker_before_it_is_set_aside(bench: Any) -> None:
     bench.dead_letters = DeadLetterLimit(run_max=5)
     await bench.add([{"type": "commit", "data": "{", "seq": "1"}] * 50)
     with pytest.raises(StoppedItself):
@@ -304,14 +331,14 @@ async def test_too_much_garbage_stops_the_worker_before_it_is_set_aside(bench):
     assert (await bench.ledger()).get("set_aside", 0) <= 5
 
 
-async def test_one_account_neither_stops_the_worker_nor_fills_the_letters(bench):
+async def test_one_account_neither_stops_the_worker_nor_fills_the_letters(bench: Any) -> None:
     bench.dead_letters = DeadLetterLimit(run_max=5, window=20)
     entries = likes(60, poison=frozenset(range(60)))
     entries.append(commit(400, like("good-a"), like("poison-b"), like("good-c")))
     await bench.add([*entries, *likes(3)])
     async with bench.running():
         await bench.until_settled(64)
-    assert len(await bench.redis.xrange(DEAD_LETTERS_KEY)) == LETTERS_OF_ACCOUNT_MAX
+    assert len(await bench.redis.xrange(USUAL.dead_letters)) == LETTERS_OF_ACCOUNT_MAX
     assert len(bench.store.kept) == 61 - LETTERS_OF_ACCOUNT_MAX
     [last] = [one for one in bench.store.kept if one.uri == f"at://{DID}/app.bsky.feed.like/poison-b"]
     assert (last.did, last.seq, last.reason, bool(last.cid)) == (DID, 400, "row_rejected", True)
@@ -320,19 +347,19 @@ async def test_one_account_neither_stops_the_worker_nor_fills_the_letters(bench)
     assert await bench.pending() == 0
 
 
-async def test_letters_that_make_room_are_kept_by_name(bench):
+async def test_letters_that_make_room_are_kept_by_name(bench: Any) -> None:
     bench.stream = WorkerStream(bench.redis, consumer_id="w", dead_letter_maxlen=3)
     async with bench.running():
         for n in range(5):
             await bench.add(likes(n + 1, poison=frozenset({n}), of_many=True)[n:])
             await bench.until_settled(n + 1)
-    letters = await bench.redis.xrange(DEAD_LETTERS_KEY)
+    letters = await bench.redis.xrange(USUAL.dead_letters)
     names = {one.uri for one in bench.store.kept}
     assert names >= {"at://did:plc:aa/app.bsky.feed.like/poison0", "at://did:plc:ab/app.bsky.feed.like/poison1"}
     assert len(letters) + len(names) >= 5
 
 
-async def test_every_reason_counts_at_any_rate_and_size_of_batch(bench):
+async def test_every_reason_counts_at_any_rate_and_size_of_batch(bench: Any) -> None:
     """Entries that are refused one by one, among others that are as many."""
     bench.dead_letters = DeadLetterLimit(run_max=1_000, window=40)
     with pytest.raises(StoppedItself, match=r"2\d of the last 4\d"):
@@ -343,7 +370,7 @@ async def test_every_reason_counts_at_any_rate_and_size_of_batch(bench):
     assert await bench.pending() > 0
 
 
-def test_the_limit_is_that_of_all_processes():
+def test_the_limit_is_that_of_all_processes() -> None:
     limit = DeadLetterLimit(run_max=10)
     for _ in range(2):
         if (child := os.fork()) == 0:
@@ -354,7 +381,7 @@ def test_the_limit_is_that_of_all_processes():
         limit.bad("x")
 
 
-def test_the_limit_by_half_of_the_window():
+def test_the_limit_by_half_of_the_window() -> None:
     limit = DeadLetterLimit()
     with pytest.raises(StoppedItself, match="2000 of the last 4000"):
         for _ in range(2_000):
@@ -362,7 +389,7 @@ def test_the_limit_by_half_of_the_window():
             limit.bad("x", 10)
 
 
-def test_the_limit_by_ratio():
+def test_the_limit_by_ratio() -> None:
     limit = DeadLetterLimit(run_max=10, ratio_max=0.5, window=100)
 
     def mostly_bad() -> None:
@@ -382,7 +409,7 @@ def exhaust(act: Callable[[], None], times: int) -> None:
         act()
 
 
-async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
+async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench: Any) -> None:
     bench.store.down.set()
     async with bench.running() as pipeline:
         await bench.add(likes(5))
@@ -399,7 +426,7 @@ async def test_an_outage_of_the_store_pauses_reading_and_ends_by_itself(bench):
     assert "down" in bench.slot.snapshot().error
 
 
-async def test_a_stop_settles_what_is_held(bench):
+async def test_a_stop_settles_what_is_held(bench: Any) -> None:
     async with bench.running() as pipeline:
         bench.store.open.clear()
         await bench.add(likes(100))
@@ -411,7 +438,7 @@ async def test_a_stop_settles_what_is_held(bench):
     assert await bench.pending() == 0
 
 
-async def test_a_stop_cut_short_leaves_everything_pending(bench):
+async def test_a_stop_cut_short_leaves_everything_pending(bench: Any) -> None:
     async with bench.running() as pipeline:
         bench.store.open.clear()
         await bench.add(likes(100))
@@ -423,7 +450,7 @@ async def test_a_stop_cut_short_leaves_everything_pending(bench):
     assert await bench.ledger() == {}
 
 
-async def test_entries_whose_reply_was_lost_are_read_back(bench):
+async def test_entries_whose_reply_was_lost_are_read_back(bench: Any) -> None:
     """A read's reply that never came: the entries are pending in our name, and nobody else may take them."""
     await bench.stream.acquire()
     await bench.add(likes(5))
@@ -440,7 +467,7 @@ async def test_entries_whose_reply_was_lost_are_read_back(bench):
     assert await bench.ledger() == {"committed": 7}
 
 
-async def test_read_back_does_not_repeat_what_is_held(bench):
+async def test_read_back_does_not_repeat_what_is_held(bench: Any) -> None:
     async with bench.running() as pipeline:
         bench.store.open.clear()
         await bench.add(likes(50))
@@ -455,7 +482,7 @@ async def test_read_back_does_not_repeat_what_is_held(bench):
         await bench.until_settled(51)
 
 
-async def test_entries_of_a_dead_consumer_are_adopted(bench):
+async def test_entries_of_a_dead_consumer_are_adopted(bench: Any) -> None:
     dead = WorkerStream(bench.redis, consumer_id="gone")
     await dead.acquire()
     await bench.add(likes(250))
@@ -468,7 +495,7 @@ async def test_entries_of_a_dead_consumer_are_adopted(bench):
     assert await bench.ledger() == {"committed": 250}
 
 
-async def test_progress_is_stored_only_as_far_as_the_group_has_finished(bench):
+async def test_progress_is_stored_only_as_far_as_the_group_has_finished(bench: Any) -> None:
     ids = await bench.add(likes(10))
     await bench.stream.acquire()
     await bench.redis.xreadgroup(GROUP, "other", {KEY: ">"}, count=5)
@@ -513,7 +540,7 @@ def other_like(number: int) -> dict[str, str]:
     return commit(1_000 + number, op)
 
 
-async def test_what_another_pipeline_holds_is_postponed_until_it_is_free(bench, strangers) -> None:
+async def test_what_another_pipeline_holds_is_postponed_until_it_is_free(bench: Any, strangers: Any) -> None:
     keys = strangers(likes(1)[0])
     async with bench.running() as pipeline:
         await bench.add(likes(1))
@@ -528,7 +555,7 @@ async def test_what_another_pipeline_holds_is_postponed_until_it_is_free(bench, 
     assert await bench.ledger() == {"committed": 2}
 
 
-async def test_it_is_not_postponed_for_ever(bench, strangers) -> None:
+async def test_it_is_not_postponed_for_ever(bench: Any, strangers: Any) -> None:
     strangers(likes(1)[0])
     async with bench.running() as pipeline:
         began = now_ms()
@@ -539,7 +566,7 @@ async def test_it_is_not_postponed_for_ever(bench, strangers) -> None:
     assert await bench.ledger() == {"committed": 1}
 
 
-async def test_a_stop_settles_what_is_postponed(bench, strangers) -> None:
+async def test_a_stop_settles_what_is_postponed(bench: Any, strangers: Any) -> None:
     strangers(likes(1)[0])
     async with bench.running() as pipeline:
         await bench.add(likes(1))
@@ -548,7 +575,7 @@ async def test_a_stop_settles_what_is_postponed(bench, strangers) -> None:
     assert await bench.pending() == 0
 
 
-async def test_marks_end_with_their_flush(bench, strangers) -> None:
+async def test_marks_end_with_their_flush(bench: Any, strangers: Any) -> None:
     async with bench.running():
         await bench.add(likes(3))
         await bench.until_settled(3)
@@ -563,5 +590,5 @@ async def test_what_is_beaten_is_not_counted_as_committed(bench: Bench) -> None:
     async with bench.running():
         await bench.add([*entries, commit(4, like("beaten4"), like("beaten5")), commit(5)])
         await bench.until(lambda: bench.slot.snapshot().counters.nothing_to_store == 2)
-    ledger = await bench.redis.hgetall(LEDGER_KEY)
+    ledger = await bench.redis.hgetall(USUAL.ledger)
     assert {name: int(count) for name, count in ledger.items()} == {b"committed": 3, b"nothing_to_store": 2}

@@ -19,12 +19,14 @@ from redis.asyncio import Redis
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
 from fastworker.process.backoff import Backoff, pause
-from fastworker.reader import reader as reader_module
-from fastworker.reader.reader import Outbox, SilenceWatch
+from fastworker.reader import outbox as outbox_module
+from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import PATH, RelayAddress, _at_least
+from fastworker.reader.silence import SilenceWatch
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
-from fastworker.stream.feed import CURSOR_OF, LEASE, RELAY, Chunk, Feed, LeaseLost, trim_finished
+from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, trim_finished
+from fastworker.stream.keys import USUAL
 from tests.servers import RedisUnderTest
 
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
@@ -235,7 +237,7 @@ def test_before_any_data_nothing_is_known() -> None:
 
 
 async def test_the_outbox_keeps_order_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OUTBOX_ITEMS", 30)
+    monkeypatch.setattr(outbox_module, "OUTBOX_ITEMS", 30)
     outbox = Outbox(10, 1000)
 
     async def fill() -> None:
@@ -320,18 +322,18 @@ async def test_append_refuses_without_the_lease_or_with_a_moved_cursor(redis: Re
     assert not await second.acquire()
     await first.go_to("relay.test")
     await second.go_to("relay.test")
-    with pytest.raises(LeaseLost):
+    with pytest.raises(ReaderLeaseLost):
         await second.append(chunk_of(1))
     assert await first.append(chunk_of(1))
     await redis.set(CURSOR, "5")
-    with pytest.raises(LeaseLost, match="holds 5 where this reader had left 1"):
+    with pytest.raises(ReaderLeaseLost, match="holds 5 where this reader had left 1"):
         await first.append(chunk_of(2))
     await first.release()
     assert await second.acquire()
-    with pytest.raises(LeaseLost):
+    with pytest.raises(ReaderLeaseLost):
         await first.renew()
     await first.release()
-    assert await redis.get(LEASE) is not None
+    assert await redis.get(USUAL.reader_lease) is not None
     assert await redis.xlen(STREAM) == 1
 
 
@@ -339,9 +341,9 @@ async def test_an_expired_lease_that_nobody_took_is_ours_again(redis: Redis) -> 
     feed = feed_on(redis)
     assert await feed.acquire()
     await feed.go_to("relay.test")
-    await redis.delete(LEASE)
+    await redis.delete(USUAL.reader_lease)
     assert await feed.append(chunk_of(1))
-    assert 0 < await redis.pttl(LEASE) <= 5000
+    assert 0 < await redis.pttl(USUAL.reader_lease) <= 5000
 
 
 async def test_a_full_stream_takes_nothing(redis: Redis) -> None:
@@ -405,11 +407,11 @@ async def test_a_cursor_is_never_used_on_another_relay(redis: Redis) -> None:
     assert (await feed.go_to("a.test")).seq == 10  # nobody's: the predecessor's
     assert await feed.acquire()
     assert await feed.append(chunk_of(11))
-    assert await redis.get(RELAY) == b"a.test"
+    assert await redis.get(USUAL.relay) == b"a.test"
     position = await feed.go_to("b.test")
     assert (position.seq, position.switched_from) == (None, "a.test")
     assert await feed.append(chunk_of(5))
-    assert (await redis.get(CURSOR), await redis.get(CURSOR_OF + "a.test")) == (b"5", b"11")
+    assert (await redis.get(CURSOR), await redis.get(USUAL.cursor_of("a.test"))) == (b"5", b"11")
     position = await feed.go_to("a.test")
     assert (position.seq, position.switched_from) == (11, "b.test")
 

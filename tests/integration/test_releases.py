@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import zstandard
-from releases import make
 
 import fastworker
 from fastworker.event.entry import decode_entry, encode_json, encode_native
@@ -24,6 +23,7 @@ from fastworker.law.model import Model
 from fastworker.store.migrate import Migration, check, migrate, packaged
 from fastworker.stream.client import connect
 from tests.e2e.house import House
+from tests.releases import make
 from tests.servers import connected
 
 FILES = sorted(make.FOLDER.glob("*.json.zst"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])

@@ -11,9 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 import redis as sync_redis
-from integration.test_settle import comparable, may_be_lost
 
-from fastworker.commands import repairs
 from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, Unreachable
@@ -24,7 +22,9 @@ from fastworker.law.model import Model
 from fastworker.simulator.hosts import SimHosts
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
+from fastworker.sync import many
 from fastworker.sync.hosts import Bounds, Hosts
+from tests.integration.test_settle import comparable, may_be_lost
 from tests.services import Service
 
 STREAM, GROUP, CURSOR = "firehose:events", "firehose-processors", "firehose:python_cursor"
@@ -111,7 +111,7 @@ def worker(scene: Scene, services: Callable[..., Service], redis_url: str, postg
 
 async def test_lost_events_are_repaired_beside_a_running_worker(
     scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     scene.happen(900, lose=lambda n: n % 3 == 0)
     assert scene.lost > 150
     assert await scene.repair(dry_run=True) == ExitCode.NO  # waits for the worker by itself
@@ -131,7 +131,7 @@ async def test_lost_events_are_repaired_beside_a_running_worker(
 
 async def test_one_bad_host_costs_its_accounts_only(
     scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     scene.happen(400, lose=lambda n: n % 3 == 0)
     bad = scene.sim.pdses[0]
     bad.fail("wrong_key")
@@ -147,7 +147,7 @@ async def test_one_bad_host_costs_its_accounts_only(
 
 async def test_recorded_syncs_are_repaired_and_forgotten(
     scene: Scene, worker: Service, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     """Those that came by the stream, and those that the reader kept in Redis; what was recorded meanwhile stays."""
     scene.happen(300, lose=lambda n: n % 3 == 0)
     by_stream, by_redis, gone = (one.did for one in scene.network.world.accounts()[:3])
@@ -174,7 +174,7 @@ async def test_recorded_syncs_are_repaired_and_forgotten(
 
 async def test_a_stop_ends_a_fetch_that_would_take_long(
     scene: Scene, worker: Service, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     scene.happen(50)
     for pds in scene.sim.pdses:
@@ -193,7 +193,7 @@ async def test_a_stop_ends_a_fetch_that_would_take_long(
     assert worker.process.poll() is None
 
 
-async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a DID"):
         await scene.repair("alice.test")
     list(scene.network.frames(5))
@@ -203,6 +203,6 @@ async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(Unreachable, match="no group"):
         await scene.repair()
     scene.client.xgroup_create(STREAM, GROUP, "0")
-    monkeypatch.setattr(repairs, "STALL_S", 0.1)
+    monkeypatch.setattr(many, "STALL_S", 0.1)
     with pytest.raises(Unreachable, match="is it running"):
         await scene.repair()

@@ -16,6 +16,7 @@ import aiohttp
 import asyncpg
 import dns.flags
 import dns.message
+import dns.rcode
 import dns.rdatatype
 import dns.rrset
 import pytest
@@ -92,7 +93,7 @@ class _Names(asyncio.DatagramProtocol):
             rows = [f'"{text}"' for text in texts]
             response.answer.append(dns.rrset.from_text_list(question.name, 60, "IN", "TXT", rows))
         else:
-            response.set_rcode(3)
+            response.set_rcode(dns.rcode.NXDOMAIN)
         self._transport.sendto(response.to_wire(), address)
 
 

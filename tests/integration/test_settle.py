@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastworker.cli import cli
-from fastworker.event import Account, Commit, Identity
+from fastworker.event import Account, Commit, Identity, Op
 from fastworker.event.frame import decode_frame
 from fastworker.event.repository import Repository
 from fastworker.law import compare
@@ -30,6 +30,7 @@ from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync.settle import Settle, Settled
 from fastworker.table.batch import Batch
+from fastworker.table.chosen import choose
 from fastworker.table.mapper import map_commit
 from fastworker.table.snapshot import Snapshot, tid_moment
 from tests.services import run
@@ -140,7 +141,7 @@ def scene(store: Store, postgres_url: str, tmp_path: Path) -> Scene:
     return Scene(network, list(network.frames(1_500)), tmp_path, store, postgres_url)
 
 
-async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection):
+async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection) -> None:
     lost = await scene.deliver(0.4)
     assert lost > 300
     assert await differences(scene, pg) != "no difference"
@@ -156,7 +157,7 @@ async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection):
 
 async def test_lost_events_of_an_adversarial_network(
     store: Store, postgres_url: str, tmp_path: Path, pg: asyncpg.Connection
-):
+) -> None:
     """Twins, churn, records that come again. Without events that are not what the repository says (an action that is
     none, a block that is missing), and without records that cannot be stored where an earlier version could.
 
@@ -182,7 +183,9 @@ def _cid(difference: compare.Difference) -> str | None:
     return rows[0].get("cid") if rows else None
 
 
-async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(scene: Scene, pg: asyncpg.Connection):
+async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
     """Taken in the middle, settled after everything: then only what is older than it may change."""
     early = Network(7, accounts=14, signed=True)  # the same world, earlier
     list(early.frames(700))
@@ -194,7 +197,7 @@ async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(scene
     assert await differences(scene, pg) == "no difference"
 
 
-async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection):
+async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection) -> None:
     """Rows without a version: the API's, which may be younger than the snapshot, or what an earlier system left."""
     await scene.deliver(0)
     account = next(one for one in scene.network.world.accounts() if len(one.live) > 10)
@@ -229,7 +232,7 @@ async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection):
 
 async def test_equal_rows_are_written_only_where_something_would_take_them_away(
     scene: Scene, pg: asyncpg.Connection, tmp_path: Path
-):
+) -> None:
     """Dates that were judged by another moment are no difference; a tombstone above a row's version is."""
     did = "did:plc:" + "d" * 24
     repo = Repo(did, key=SigningKey("dates"))
@@ -264,7 +267,7 @@ async def test_equal_rows_are_written_only_where_something_would_take_them_away(
     assert (await settle()).examples == []
 
 
-async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection):
+async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection) -> None:
     account = next(one for one in scene.network.world.accounts() if len(one.live) > 10)
     path, snapshot = scene.snapshot(account)
 
@@ -289,7 +292,7 @@ async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection):
     assert "does not want" in ((await settle()).refused or "")
 
 
-async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path):
+async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path) -> None:
     """Thousands of rows, and a repository that holds one record: the others go, in pieces."""
     did = "did:plc:" + "g" * 24
     repo = Repo(did, key=SigningKey("gone"))
@@ -315,7 +318,9 @@ def follow(path: str) -> dict[str, Any]:
     return {"$type": "app.bsky.graph.follow", "subject": subject, "createdAt": "2026-07-01T00:00:00Z"}
 
 
-async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(scene: Scene, pg: asyncpg.Connection):
+async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
     """Rows that are older than the deletion, and equal, get the snapshot's version: the purge lets them be."""
     await scene.deliver(0)
     account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
@@ -337,10 +342,11 @@ async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(
     assert await pg.fetchval("SELECT count(*) FROM likes WHERE user_did = $1", account.did) == before
 
 
-async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection):
+async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection) -> None:
     await scene.settle()
     assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") > 0
-    await pg.execute("TRUNCATE posts, likes, reposts, follows, notifications, fastworker.versions")
+    for table in ("posts", "likes", "reposts", "follows", "notifications", "fastworker.versions"):
+        await pg.execute(f"DELETE FROM {table}")
     async with open_stored(scene.url) as stored:
         for account in scene.network.world.accounts():
             path, snapshot = scene.snapshot(account)
@@ -351,7 +357,7 @@ async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection)
     assert await pg.fetchval("SELECT count(*) FROM notifications WHERE NOT is_read") == 0
 
 
-async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection):
+async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection) -> None:
     await scene.deliver(0)
     account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
     done = await asyncio.to_thread(run, "export", account.did, DATABASE_URL=scene.url)
@@ -367,7 +373,7 @@ async def test_export_of_what_is_stored(scene: Scene, pg: asyncpg.Connection):
     assert (nobody.returncode, nobody.stdout) == (1, "")
 
 
-def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", scene.url)
     for account in scene.network.world.accounts():
         scene.snapshot(account)
@@ -389,3 +395,35 @@ def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch):
     code, words = importing(str(bad))
     assert code == 1
     assert "bad_car" in words
+
+
+async def test_what_is_not_chosen_is_left_out(scene: Scene, pg: asyncpg.Connection) -> None:
+    """It is neither written nor deleted, and a delete is taken all the same."""
+    await scene.deliver(0.4)
+    stored = await pg.fetchval("SELECT count(*) FROM posts")
+    await pg.execute("UPDATE posts SET commit_rev = '222', commit_seq = '1' WHERE uri = (SELECT min(uri) FROM posts)")
+    choose(["app.bsky.graph.*", "app.bsky.feed.like"])
+    try:
+        found = await scene.settle()
+        assert {table for one in found for table in (*one.missing, *one.extra)} <= {
+            *("likes", "follows", "blocks", "lists", "list_items", "list_blocks", "starter_packs", "verifications")
+        }
+        assert sum(one.drops["filtered"] for one in found) > 50
+        assert sum(one.missing["likes"] for one in found) > 20
+        assert await pg.fetchval("SELECT count(*) FROM posts") == stored
+        kept = [frame for frame in scene.frames if frame.event and frame.event["kind"] == "commit"]
+        mapped = map_commit(decode_frame(kept[0].data, "sim.test"), 0)  # type: ignore[arg-type]
+        assert all(change.row is None or change.table.name in ("likes", "follows") for change in mapped.changes)
+    finally:
+        choose(())
+
+
+async def test_a_delete_is_never_left_out() -> None:
+    choose(["app.bsky.graph.*"])
+    try:
+        ops = [Op("delete", "app.bsky.feed.post", "3k", None, None), Op("create", "app.bsky.feed.post", "3l", "b", b"")]
+        mapped = map_commit(Commit(5, "did:plc:a", "3k", None, ops, []), 0)
+    finally:
+        choose(())
+    assert [change.rkey for change in mapped.changes] == ["3k"]
+    assert [drop.reason for drop in mapped.drops] == ["filtered"]

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastworker import metrics
-from fastworker.stream.feed import READER_STATS
+from fastworker.stream.keys import USUAL
 from tests.services import ROOT, Service, get, run, until
 
 EVENTS = 900
@@ -44,7 +45,7 @@ def test_each_reports_the_whole_stream_and_its_own_part(
             return sum(int(client.hget("fastworker:ledger", outcome) or 0) for outcome in metrics.OUTCOMES)
 
         def is_all_done() -> bool:
-            told = client.hgetall(READER_STATS)
+            told = client.hgetall(USUAL.reader_stats)
             return int(told.get("frames", 0)) >= EVENTS and settled() == int(told["entries"])
 
         until(is_all_done)
@@ -71,7 +72,7 @@ def test_each_reports_the_whole_stream_and_its_own_part(
         _assert_the_dashboard_counts_once(promtool, tmp_path, total, first, second)
 
 
-def _assert_the_dashboard_counts_once(promtool: str, folder: Path, total: int, *scrapes: dict) -> None:
+def _assert_the_dashboard_counts_once(promtool: str, folder: Path, total: int, *scrapes: dict[str, Any]) -> None:
     """Prometheus evaluates the dashboard's own query on what the two workers told."""
     dashboard = json.loads((ROOT / "docs/monitoring/grafana-dashboard.json").read_text())
     [query] = [panel["targets"][0]["expr"] for panel in dashboard["panels"] if panel["title"] == "Finished"]

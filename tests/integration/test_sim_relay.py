@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import libipld
@@ -15,7 +16,7 @@ from fastworker.simulator.repo import START_SEQ
 
 
 @asynccontextmanager
-async def listening(relay: SimRelay, cursor: int | None = None):
+async def listening(relay: SimRelay, cursor: int | None = None) -> Any:
     query = "" if cursor is None else f"?cursor={cursor}"
     async with (
         aiohttp.ClientSession() as session,
@@ -24,7 +25,7 @@ async def listening(relay: SimRelay, cursor: int | None = None):
         yield socket
 
 
-async def take(socket, count: int) -> list[dict]:
+async def take(socket: Any, count: int) -> list[dict[str, Any]]:
     """Headers and payloads as one dict each."""
     found = []
     for _ in range(count):
@@ -35,15 +36,16 @@ async def take(socket, count: int) -> list[dict]:
     return found
 
 
-async def ending(socket) -> aiohttp.WSMsgType:
-    return (await asyncio.wait_for(socket.receive(), 30)).type
+async def ending(socket: Any) -> aiohttp.WSMsgType:
+    message: aiohttp.WSMessage = await asyncio.wait_for(socket.receive(), 30)
+    return message.type
 
 
-def network(count: int) -> list:
+def network(count: int) -> list[Any]:
     return list(Network(7, accounts=50).frames(count))
 
 
-async def test_the_first_client_without_a_cursor_gets_a_finite_run_whole_and_then_silence():
+async def test_the_first_client_without_a_cursor_gets_a_finite_run_whole_and_then_silence() -> None:
     frames = network(500)
     async with SimRelay(frames) as relay, listening(relay) as socket:
         assert [m["seq"] for m in await take(socket, 500)] == [f.seq for f in frames]
@@ -53,14 +55,14 @@ async def test_the_first_client_without_a_cursor_gets_a_finite_run_whole_and_the
         assert relay.exhausted
 
 
-async def test_bytes_arrive_unchanged():
+async def test_bytes_arrive_unchanged() -> None:
     frames = network(20)
     async with SimRelay(frames) as relay, listening(relay) as socket:
         for frame in frames:
             assert (await socket.receive()).data == frame.data
 
 
-async def test_a_client_without_a_cursor_starts_at_the_live_tip():
+async def test_a_client_without_a_cursor_starts_at_the_live_tip() -> None:
     frames = network(30)
     async with SimRelay(frames[:20]) as relay:
         async with listening(relay) as first:
@@ -71,7 +73,7 @@ async def test_a_client_without_a_cursor_starts_at_the_live_tip():
             assert (await take(second, 10))[0]["seq"] == frames[20].seq
 
 
-async def test_start_oldest_gives_the_whole_window_to_a_client_without_a_cursor():
+async def test_start_oldest_gives_the_whole_window_to_a_client_without_a_cursor() -> None:
     frames = network(20)
     async with SimRelay((), start="oldest") as relay:
         relay.emit(*frames)
@@ -79,7 +81,7 @@ async def test_start_oldest_gives_the_whole_window_to_a_client_without_a_cursor(
             assert [m["seq"] for m in await take(socket, 20)] == [f.seq for f in frames]
 
 
-async def test_replay_is_inclusive():
+async def test_replay_is_inclusive() -> None:
     frames = network(20)
     async with SimRelay(()) as relay:
         relay.emit(*frames)
@@ -89,7 +91,7 @@ async def test_replay_is_inclusive():
             assert [m["seq"] for m in await take(socket, 1)] == [frames[-1].seq]
 
 
-async def test_a_cursor_in_a_gap_of_seq_starts_after_the_gap():
+async def test_a_cursor_in_a_gap_of_seq_starts_after_the_gap() -> None:
     frames = network(9)
     del frames[3:6]
     async with SimRelay(()) as relay:
@@ -98,7 +100,7 @@ async def test_a_cursor_in_a_gap_of_seq_starts_after_the_gap():
             assert (await take(socket, 1))[0]["seq"] == START_SEQ + 6
 
 
-async def test_cursor_zero_gives_the_whole_window_without_a_word():
+async def test_cursor_zero_gives_the_whole_window_without_a_word() -> None:
     frames = network(30)
     async with SimRelay((), window=10) as relay:
         relay.emit(*frames)
@@ -106,14 +108,14 @@ async def test_cursor_zero_gives_the_whole_window_without_a_word():
             assert [m["seq"] for m in await take(socket, 10)] == [f.seq for f in frames[-10:]]
 
 
-async def test_what_is_kept_is_the_window_and_a_quarter_more():
+async def test_what_is_kept_is_the_window_and_a_quarter_more() -> None:
     async with SimRelay((), window=100) as relay:
         for frame in network(1_000):
             relay.emit(frame)
             assert len(relay._frames) <= 125
 
 
-async def test_an_old_cursor_is_told_so_and_gets_the_whole_window():
+async def test_an_old_cursor_is_told_so_and_gets_the_whole_window() -> None:
     frames = network(30)
     async with SimRelay((), window=10) as relay:
         relay.emit(*frames)
@@ -123,7 +125,7 @@ async def test_an_old_cursor_is_told_so_and_gets_the_whole_window():
             assert [m["seq"] for m in rest] == [f.seq for f in frames[-10:]]
 
 
-async def test_a_future_cursor_is_an_error_frame_and_the_end():
+async def test_a_future_cursor_is_an_error_frame_and_the_end() -> None:
     frames = network(5)
     async with SimRelay(()) as relay:
         relay.emit(*frames)
@@ -132,7 +134,7 @@ async def test_a_future_cursor_is_an_error_frame_and_the_end():
             assert await ending(socket) is aiohttp.WSMsgType.CLOSE
 
 
-async def test_a_relay_that_was_started_again_still_has_its_deterministic_history():
+async def test_a_relay_that_was_started_again_still_has_its_deterministic_history() -> None:
     frames = network(60)
     async with SimRelay(Network(7, accounts=50).frames(60), start="oldest") as relay:
         async with listening(relay, frames[40].seq) as socket:
@@ -141,7 +143,7 @@ async def test_a_relay_that_was_started_again_still_has_its_deterministic_histor
             assert (await take(socket, 1))[0]["error"] == "FutureCursor"
 
 
-async def test_every_client_gets_every_frame():
+async def test_every_client_gets_every_frame() -> None:
     frames = network(200)
     async with SimRelay((), start="oldest") as relay:
         relay.emit(*frames)
@@ -150,7 +152,7 @@ async def test_every_client_gets_every_frame():
                 assert [m["seq"] for m in await take(socket, 200)] == [f.seq for f in frames]
 
 
-async def test_a_client_that_falls_out_of_the_window_is_too_slow():
+async def test_a_client_that_falls_out_of_the_window_is_too_slow() -> None:
     big = b"\xff" * 400_000  # no seq: kept by place
     async with SimRelay(()) as relay, listening(relay) as socket:
         await relay.connected()
@@ -164,7 +166,7 @@ async def test_a_client_that_falls_out_of_the_window_is_too_slow():
         assert libipld.decode_dag_cbor_multi(last)[1]["error"] == "ConsumerTooSlow"
 
 
-async def test_rate_is_kept_without_a_listener_and_within_a_tenth():
+async def test_rate_is_kept_without_a_listener_and_within_a_tenth() -> None:
     loop = asyncio.get_running_loop()
     frames = network(1_000)  # made before: how fast they are made is another question
     async with SimRelay(frames, rate=1_000, start="oldest") as relay:
@@ -174,7 +176,7 @@ async def test_rate_is_kept_without_a_listener_and_within_a_tenth():
         assert 0.45 < loop.time() - started < 5  # a loaded machine is late; all at the pace of sleeps would be more
 
 
-async def test_a_relay_that_waits_for_its_client_shows_it_the_first_frame():
+async def test_a_relay_that_waits_for_its_client_shows_it_the_first_frame() -> None:
     frames = network(50)
     async with SimRelay(frames, rate=5_000, wait_for_client=True) as relay:
         await asyncio.sleep(0.05)
@@ -184,7 +186,7 @@ async def test_a_relay_that_waits_for_its_client_shows_it_the_first_frame():
 
 
 @pytest.mark.parametrize("then", ["drop", "torn"])
-async def test_a_broken_connection_after_some_frames(then):
+async def test_a_broken_connection_after_some_frames(then: Any) -> None:
     frames = network(10)
     async with SimRelay((), start="oldest") as relay:
         relay.emit(*frames)
@@ -196,7 +198,7 @@ async def test_a_broken_connection_after_some_frames(then):
             assert [m["seq"] for m in await take(socket, 7)] == [f.seq for f in frames[3:]]
 
 
-async def test_consumer_too_slow_close_and_silence_by_order():
+async def test_consumer_too_slow_close_and_silence_by_order() -> None:
     frames = network(3)
     async with SimRelay((), start="oldest") as relay:
         relay.emit(*frames)
@@ -211,27 +213,28 @@ async def test_consumer_too_slow_close_and_silence_by_order():
 
 
 @pytest.mark.parametrize("status", [429, 500, 501, 502])
-async def test_refusals_carry_their_headers_and_end(status):
+async def test_refusals_carry_their_headers_and_end(status: Any) -> None:
     async with SimRelay(network(1)) as relay:
         relay.faults.append(Fault(status=status, headers={"Retry-After": "7"}))
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             async with listening(relay):
                 pass
         assert refused.value.status == status
+        assert refused.value.headers is not None
         assert refused.value.headers["Retry-After"] == "7"
         async with listening(relay) as socket:
             assert len(await take(socket, 1)) == 1
         assert relay.connections == 1
 
 
-async def test_redirects_lead_to_another_relay():
+async def test_redirects_lead_to_another_relay() -> None:
     async with SimRelay(network(1)) as there, SimRelay(()) as here:
         here.faults.append(Fault(status=302, headers={"Location": there.url.replace("ws", "http") + PATH}))
         async with listening(here) as socket:
             assert len(await take(socket, 1)) == 1
 
 
-async def test_pause_text_and_oversized_messages():
+async def test_pause_text_and_oversized_messages() -> None:
     async with SimRelay(()) as relay, listening(relay) as socket:
         await relay.connected()
         relay.pause()
@@ -243,13 +246,13 @@ async def test_pause_text_and_oversized_messages():
         assert len((await socket.receive()).data) == 5_500_000
 
 
-async def test_a_cursor_that_is_no_number_is_refused():
+async def test_a_cursor_that_is_no_number_is_refused() -> None:
     async with SimRelay(()) as relay, aiohttp.ClientSession() as session:
         response = await session.get(relay.url.replace("ws", "http") + PATH + "?cursor=abc")
         assert response.status == 400
 
 
-async def test_leaving_closes_the_sockets_at_once():
+async def test_leaving_closes_the_sockets_at_once() -> None:
     loop = asyncio.get_running_loop()
     async with aiohttp.ClientSession() as session:
         async with SimRelay(network(5)) as relay:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -11,18 +12,10 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import (
-    CONSUMERS_KEY,
-    DEAD_LETTERS_KEY,
-    LEDGER_KEY,
-    LeaseLostError,
-    SetAside,
-    Tally,
-    WorkerStream,
-    id_order,
-    original_fields,
-)
+from fastworker.stream.consumer import ConsumerLeaseLost, SetAside, Tally, WorkerStream, original_fields
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.ids import id_order
+from fastworker.stream.keys import USUAL
 from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -36,7 +29,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-async def consumer(redis: Redis, **options) -> WorkerStream:
+async def consumer(redis: Redis, **options: Any) -> WorkerStream:
     stream = WorkerStream(redis, consumer_id="w", **options)
     await stream.acquire()
     return stream
@@ -50,14 +43,14 @@ async def add(redis: Redis, count: int, first: int = 0) -> list[str]:
 
 
 async def ledger(redis: Redis) -> dict[str, int]:
-    return {name.decode(): int(value) for name, value in (await redis.hgetall(LEDGER_KEY)).items()}
+    return {name.decode(): int(value) for name, value in (await redis.hgetall(USUAL.ledger)).items()}
 
 
 async def pending(redis: Redis) -> int:
     return (await redis.xpending(KEY, GROUP))["pending"]
 
 
-async def test_a_small_batch_size_still_reads_a_burst(redis):
+async def test_a_small_batch_size_still_reads_a_burst(redis: Any) -> None:
     stream = await consumer(redis, batch_size=10)
     ids = await add(redis, 2_500)
     reads = []
@@ -67,7 +60,7 @@ async def test_a_small_batch_size_still_reads_a_burst(redis):
     assert [len(read) for read in reads] == [1_000, 1_000, 500]
 
 
-async def test_big_entries_make_small_bursts(redis):
+async def test_big_entries_make_small_bursts(redis: Any) -> None:
     stream = await consumer(redis, batch_size=10)
     for _ in range(200):
         await redis.xadd(KEY, {"f": b"x" * 100_000})
@@ -76,13 +69,13 @@ async def test_big_entries_make_small_bursts(redis):
 
 
 @pytest.mark.parametrize("batch_size", [1, 300])
-async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis, batch_size):
+async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis: Any, batch_size: Any) -> None:
     """Whatever comes after small entries: new ones, our own that are read back, those of the dead."""
     stream = await consumer(redis, batch_size=batch_size)
     await add(redis, 400)
     ids = [(await redis.xadd(KEY, {"f": b"x" * 2_000_000})).decode() for _ in range(60)]
 
-    async def pieces(read):
+    async def pieces(read: Any) -> Any:
         found = []
         while piece := await read():
             assert sum(len(value) for _, fields in piece for value in fields.values()) <= 130_000_000
@@ -92,7 +85,7 @@ async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis, batch_size)
     assert (await pieces(lambda: stream.read(block_ms=1)))[400:] == ids
     at = "0"
 
-    async def own():
+    async def own() -> Any:
         nonlocal at
         entries, following = await stream.read_own(at)
         at = following or at
@@ -109,7 +102,7 @@ async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis, batch_size)
     assert found[400:] == ids
 
 
-async def test_names_are_leased_lowest_first_and_given_back(redis):
+async def test_names_are_leased_lowest_first_and_given_back(redis: Any) -> None:
     first, second = await consumer(redis), await consumer(redis)
     assert (first.name, second.name) == ("w-0", "w-1")
     await first.release()
@@ -118,7 +111,7 @@ async def test_names_are_leased_lowest_first_and_given_back(redis):
     assert await redis.exists("fastworker:consumer:w-0")
 
 
-async def test_a_released_consumer_goes_only_when_it_holds_nothing(redis):
+async def test_a_released_consumer_goes_only_when_it_holds_nothing(redis: Any) -> None:
     await add(redis, 1)
     idle, busy = await consumer(redis), await consumer(redis)
     await busy.read(block_ms=1)
@@ -126,20 +119,20 @@ async def test_a_released_consumer_goes_only_when_it_holds_nothing(redis):
     await idle.release()
     await busy.release()
     assert [c["name"] for c in await redis.xinfo_consumers(KEY, GROUP)] == [b"w-1"]
-    assert await redis.smembers(CONSUMERS_KEY) == {b"w-1"}
+    assert await redis.smembers(USUAL.consumers) == {b"w-1"}
 
 
-async def test_losing_the_lease_is_told_and_a_lease_that_redis_lost_comes_back(redis):
+async def test_losing_the_lease_is_told_and_a_lease_that_redis_lost_comes_back(redis: Any) -> None:
     stream = await consumer(redis)
     await redis.flushall()
     await stream.renew()
     assert await redis.exists("fastworker:consumer:w-0")
     await redis.set("fastworker:consumer:w-0", "another")
-    with pytest.raises(LeaseLostError):
+    with pytest.raises(ConsumerLeaseLost):
         await stream.renew()
 
 
-async def test_an_ack_counts_what_was_pending_once(redis):
+async def test_an_ack_counts_what_was_pending_once(redis: Any) -> None:
     stream = await consumer(redis)
     ids = await add(redis, 3_000)
     while await stream.read(block_ms=1):
@@ -172,14 +165,14 @@ async def test_an_ack_counts_what_was_pending_once(redis):
         {b"odd": b"\xff", b"": b"1"},
     ],
 )
-async def test_setting_aside_is_idempotent_and_reversible(redis, fields):
+async def test_setting_aside_is_idempotent_and_reversible(redis: Any, fields: Any) -> None:
     stream = await consumer(redis)
     entry_id = await redis.xadd(KEY, fields)
     [entry] = await stream.read(block_ms=1)
     letters = [SetAside(entry[0], entry[1], Reason.BAD_JSON, "why \ud800")]
     assert await stream.set_aside(letters, now_ms=5) == 1
     assert await stream.set_aside(letters, now_ms=6) == 0
-    [(_, letter)] = await redis.xrange(DEAD_LETTERS_KEY)
+    [(_, letter)] = await redis.xrange(USUAL.dead_letters)
     assert list(letter)[:5] == [b"type", b"data", b"seq", b"origId", b"deliveries"]
     assert (letter[b"origId"], letter[b"deliveries"], letter[b"reason"]) == (entry_id, b"1", b"bad_json")
     assert original_fields(letter) == fields
@@ -187,7 +180,7 @@ async def test_setting_aside_is_idempotent_and_reversible(redis, fields):
     assert await pending(redis) == 0
 
 
-async def test_acks_and_dead_letters_pass_at_maxmemory(redis):
+async def test_acks_and_dead_letters_pass_at_maxmemory(redis: Any) -> None:
     stream = await consumer(redis)
     await add(redis, 2)
     [first, second] = await stream.read(block_ms=1)
@@ -204,7 +197,7 @@ async def test_acks_and_dead_letters_pass_at_maxmemory(redis):
         await redis.config_set("maxmemory", "0")
 
 
-async def test_own_pending_entries_are_read_back_and_ghosts_acked(redis):
+async def test_own_pending_entries_are_read_back_and_ghosts_acked(redis: Any) -> None:
     before = await consumer(redis)
     ids = await add(redis, 5)
     await before.read(block_ms=1)
@@ -220,7 +213,7 @@ async def test_own_pending_entries_are_read_back_and_ghosts_acked(redis):
     assert await pending(redis) == 3
 
 
-async def test_entries_are_claimed_from_the_dead_only(redis):
+async def test_entries_are_claimed_from_the_dead_only(redis: Any) -> None:
     alive = await consumer(redis)
     ids = await add(redis, 5)
     await alive.read(block_ms=1)
@@ -240,7 +233,7 @@ async def test_entries_are_claimed_from_the_dead_only(redis):
     assert await ledger(redis) == {"ghosts": 1, "committed": 4}
 
 
-async def test_a_foreign_consumer_is_emptied_but_never_deleted(redis):
+async def test_a_foreign_consumer_is_emptied_but_never_deleted(redis: Any) -> None:
     stream = await consumer(redis)
     [entry_id] = await add(redis, 1)
     await redis.xreadgroup(GROUP, b"worker-0-p\xff", {KEY: ">"})
@@ -258,7 +251,7 @@ async def idle_of(redis: Redis) -> dict[str, int]:
     }
 
 
-async def test_renewing_keeps_old_workers_from_claiming(redis):
+async def test_renewing_keeps_old_workers_from_claiming(redis: Any) -> None:
     """All that we hold; nobody else's, and not what was taken from us."""
     stream, other = await consumer(redis), await consumer(redis)
     ids = await add(redis, 2_500)
@@ -278,7 +271,7 @@ async def test_renewing_keeps_old_workers_from_claiming(redis):
     assert await ledger(redis) == {}
 
 
-async def test_a_deleted_consumer_gets_back_what_it_holds(redis):
+async def test_a_deleted_consumer_gets_back_what_it_holds(redis: Any) -> None:
     """XGROUP DELCONSUMER: its entries are in nobody's list and behind the group's last id, until we renew."""
     stream, taker = await consumer(redis), await consumer(redis)
     ids = await add(redis, 10)
@@ -297,7 +290,7 @@ async def test_a_deleted_consumer_gets_back_what_it_holds(redis):
 
 
 @pytest.mark.parametrize("successor", ["the same name", "another"])
-async def test_a_deleted_consumer_that_dies_at_once_loses_nothing(redis, successor):
+async def test_a_deleted_consumer_that_dies_at_once_loses_nothing(redis: Any, successor: Any) -> None:
     """Nothing that it held is trimmed, and the group goes back to it."""
     stream = await consumer(redis)
     ids = await add(redis, 10)
@@ -323,7 +316,7 @@ async def test_a_deleted_consumer_that_dies_at_once_loses_nothing(redis, success
     assert await redis.xlen(KEY) == 0
 
 
-async def test_who_was_frozen_puts_nothing_back(redis):
+async def test_who_was_frozen_puts_nothing_back(redis: Any) -> None:
     frozen, other = await consumer(redis), await consumer(redis)
     ids = await add(redis, 3)
     await frozen.read(block_ms=1)
@@ -334,7 +327,7 @@ async def test_who_was_frozen_puts_nothing_back(redis):
     assert (await pending(redis), await ledger(redis)) == (0, {"committed": 3})
 
 
-async def test_an_ack_and_a_renewal_do_not_overtake_each_other(redis):
+async def test_an_ack_and_a_renewal_do_not_overtake_each_other(redis: Any) -> None:
     stream = await consumer(redis)
     ids = await add(redis, 500)
     while await stream.read(block_ms=1):
@@ -349,7 +342,7 @@ async def test_an_ack_and_a_renewal_do_not_overtake_each_other(redis):
     assert await ledger(redis) == {"committed": 500}
 
 
-async def test_what_somebody_trims_while_we_hold_it_is_a_ghost_once(redis):
+async def test_what_somebody_trims_while_we_hold_it_is_a_ghost_once(redis: Any) -> None:
     """Redis 7 drops it from the pending list when it is renewed; its rows are written all the same."""
     stream = await consumer(redis)
     ids = await add(redis, 5)
@@ -364,7 +357,7 @@ async def test_what_somebody_trims_while_we_hold_it_is_a_ghost_once(redis):
     assert await pending(redis) == 0
 
 
-async def test_a_name_under_which_a_predecessor_works_is_not_taken(redis):
+async def test_a_name_under_which_a_predecessor_works_is_not_taken(redis: Any) -> None:
     """It holds no lease; its entries are claimed when it has been idle for long, never read back as ours."""
     await consumer(redis, foreign_idle_ms=100)
     await add(redis, 1)
@@ -378,7 +371,7 @@ async def test_a_name_under_which_a_predecessor_works_is_not_taken(redis):
     assert len((await third.read_own("0"))[0]) == 1
 
 
-async def test_a_lost_group_starts_behind_what_postgresql_knows(redis):
+async def test_a_lost_group_starts_behind_what_postgresql_knows(redis: Any) -> None:
     stream = await consumer(redis)
     ids = await add(redis, 10)
 
@@ -392,7 +385,7 @@ async def test_a_lost_group_starts_behind_what_postgresql_knows(redis):
     assert [e for e, _ in await stream.read(block_ms=1)] == ids[4:]
 
 
-async def test_an_empty_redis_starts_at_the_beginning(redis):
+async def test_an_empty_redis_starts_at_the_beginning(redis: Any) -> None:
     async def finished() -> str:
         return "99999999999999-0"  # an id of the stream that is gone, and the clock went back
 
@@ -404,18 +397,22 @@ async def test_an_empty_redis_starts_at_the_beginning(redis):
     assert [e for e, _ in await stream.read(block_ms=1)] == ids
 
 
-async def test_lowest_pending(redis):
+async def test_lowest_pending(redis: Any) -> None:
     stream = await consumer(redis)
-    assert await stream.lowest_pending() is None
+    assert await stream.lowest_pending() == "0-1"  # the group has delivered nothing
     ids = await add(redis, 3)
     await stream.read(block_ms=1)
     await stream.ack({COMMITTED: [ids[0]]})
     assert await stream.lowest_pending() == ids[1]
+    await stream.ack({COMMITTED: ids[1:]})
+    assert id_order(await stream.lowest_pending()) > id_order(ids[2])
+    await redis.xgroup_setid(KEY, GROUP, ids[0])  # it goes back: what is delivered again is not settled
+    assert id_order(ids[0]) < id_order(await stream.lowest_pending()) <= id_order(ids[1])
     assert id_order("9-1") < id_order("10-0") < id_order("10-12")
 
 
 @pytest.mark.parametrize(("key", "group"), [("staging:events", GROUP), (KEY, "others")])
-async def test_every_stream_and_group_has_its_own_keys(redis, key, group):
+async def test_every_stream_and_group_has_its_own_keys(redis: Any, key: Any, group: Any) -> None:
     usual, other = await consumer(redis), WorkerStream(redis, consumer_id="v", stream_key=key, group=group)
     await other.acquire()
     await add(redis, 2)
@@ -433,7 +430,7 @@ async def test_every_stream_and_group_has_its_own_keys(redis, key, group):
         assert await redis.hgetall("fastworker:ledger:staging:events") == {b"committed": b"1"}
 
 
-async def test_a_key_of_the_wrong_type_is_for_the_operator(redis):
+async def test_a_key_of_the_wrong_type_is_for_the_operator(redis: Any) -> None:
     await redis.set(KEY, "text")
     with pytest.raises(Unreachable, match="wrong type"):
         await consumer(redis)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,8 @@ from fastworker.process import child as child_module
 from fastworker.process import supervisor as supervisor_module
 from fastworker.process.board import Heartbeats, Slot, now_ms
 from fastworker.process.child import run_child
-from fastworker.process.supervisor import ChildSpec, Patience, Supervisor
+from fastworker.process.children import ChildSpec, Patience
+from fastworker.process.supervisor import Supervisor
 
 # --- the process under test
 
@@ -136,7 +138,7 @@ async def leaves_an_orphan(slot: Slot, stopping: asyncio.Event) -> None:
     await healthy(slot, stopping)
 
 
-def child(main: Callable) -> Callable[[Slot], int]:
+def child(main: Callable[..., Any]) -> Callable[[Slot], int]:
     return lambda slot: run_child(slot, main)
 
 
@@ -251,6 +253,7 @@ class Run:
         self.thread.start()
 
     def _read(self) -> None:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.put(line.rstrip("\n"))
         self.lines.put(None)
@@ -303,6 +306,7 @@ def start() -> Iterator[Callable[..., Run]]:
             os.killpg(run.process.pid, signal.SIGKILL)  # children that a failed test left, too
         run.process.wait()
         run.thread.join(timeout=5)
+        assert run.process.stdout is not None
         run.process.stdout.close()
 
 
@@ -326,7 +330,7 @@ def until(fact: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_drains_and_exits_0(start, number):
+def test_a_stop_drains_and_exits_0(start: Any, number: Any) -> None:
     run = start("healthy")
     pids = run.ups(2)
     run.send(number)
@@ -335,7 +339,9 @@ def test_a_stop_drains_and_exits_0(start, number):
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_fork_that_is_refused_costs_no_healthy_child(start, tmp_path, monkeypatch):
+def test_a_fork_that_is_refused_costs_no_healthy_child(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forbidden = tmp_path / "forbidden"
     monkeypatch.setenv("FORBIDDEN", str(forbidden))
     run = start("no_fork")
@@ -353,7 +359,7 @@ def test_a_fork_that_is_refused_costs_no_healthy_child(start, tmp_path, monkeypa
     assert run.end() == 0
 
 
-def test_many_deaths_at_once_are_one_crash(start):
+def test_many_deaths_at_once_are_one_crash(start: Any) -> None:
     run = start("seven")
     pids = run.ups(7)
     for pid in pids:
@@ -366,7 +372,7 @@ def test_many_deaths_at_once_are_one_crash(start):
     assert max(delays) == 0.5
 
 
-def test_replaced_twice_keeps_labels_and_is_no_crash(start):
+def test_replaced_twice_keeps_labels_and_is_no_crash(start: Any) -> None:
     run = start("healthy")
     pids = run.ups(2)
     for _ in range(2):
@@ -405,7 +411,7 @@ def full_socket() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("make", [full_pipe, full_socket])
-def test_standard_error_that_nobody_reads_stops_nobody(start, make):
+def test_standard_error_that_nobody_reads_stops_nobody(start: Any, make: Any) -> None:
     reading, writing = make()
     run = start("deaf_loop", stderr=writing)  # the watchdog writes stacks, too
     [pid] = run.ups(1)
@@ -420,7 +426,7 @@ def test_standard_error_that_nobody_reads_stops_nobody(start, make):
     os.close(writing)
 
 
-def test_standard_error_that_takes_nothing_stops_nobody(start):
+def test_standard_error_that_takes_nothing_stops_nobody(start: Any) -> None:
     with Path("/dev/full").open("wb") as full:
         run = start("healthy", stderr=full.fileno())
         os.kill(run.ups(2)[0], signal.SIGKILL)
@@ -429,7 +435,7 @@ def test_standard_error_that_takes_nothing_stops_nobody(start):
     assert run.end() == 0
 
 
-def test_the_second_signal_means_now(start):
+def test_the_second_signal_means_now(start: Any) -> None:
     run = start("may_drain_for_long")
     [pid] = run.ups(1)
     run.send(signal.SIGTERM)
@@ -439,7 +445,7 @@ def test_the_second_signal_means_now(start):
     assert not alive(pid)
 
 
-def test_the_budget_ends_a_drain(start):
+def test_the_budget_ends_a_drain(start: Any) -> None:
     run = start("will_not_drain")
     [pid] = run.ups(1)
     run.send(signal.SIGTERM)
@@ -447,7 +453,7 @@ def test_the_budget_ends_a_drain(start):
     assert not alive(pid)
 
 
-def test_a_start_that_fails_is_not_repeated(start):
+def test_a_start_that_fails_is_not_repeated(start: Any) -> None:
     run = start("unreachable")
     assert run.end() == ExitCode.UNREACHABLE
     assert "PostgreSQL cannot be reached" in run.text
@@ -455,7 +461,7 @@ def test_a_start_that_fails_is_not_repeated(start):
     assert "again" not in run.text
 
 
-def test_what_fails_after_it_was_ready_once_is_tried_again(start):
+def test_what_fails_after_it_was_ready_once_is_tried_again(start: Any) -> None:
     run = start("later_unreachable")
     [pid] = run.ups(1)
     os.kill(pid, signal.SIGKILL)
@@ -465,26 +471,26 @@ def test_what_fails_after_it_was_ready_once_is_tried_again(start):
     assert run.end() == 0
 
 
-def test_who_stops_itself_stops_all(start):
+def test_who_stops_itself_stops_all(start: Any) -> None:
     run = start("limit_reached")
     assert run.end() == ExitCode.STOPPED_ITSELF
     assert "too much is rejected" in run.text
 
 
-def test_a_bug_is_shown_and_the_child_replaced(start):
+def test_a_bug_is_shown_and_the_child_replaced(start: Any) -> None:
     run = start("buggy_later")
     run.line("ZeroDivisionError: a bug")
     run.line("exit code 70: starting it again in 0.5 s")
     run.line("^up 0 .* starts 2")
 
 
-def test_a_crash_point_kills_as_a_pulled_plug(start):
+def test_a_crash_point_kills_as_a_pulled_plug(start: Any) -> None:
     run = start("dies")
     run.line("was killed by SIGKILL: starting it again")
     run.line("^up 0 .* starts 2")
 
 
-def test_a_hanging_loop_has_its_stacks_dumped_and_is_replaced(start):
+def test_a_hanging_loop_has_its_stacks_dumped_and_is_replaced(start: Any) -> None:
     run = start("deaf_loop")
     run.line("has not turned its loop for 2 s")
     run.line("in deaf_loop")
@@ -492,7 +498,7 @@ def test_a_hanging_loop_has_its_stacks_dumped_and_is_replaced(start):
     run.line("^up 0 .* starts 2")
 
 
-def test_a_stopped_child_is_replaced(start):
+def test_a_stopped_child_is_replaced(start: Any) -> None:
     run = start("stopped")
     pid, _ = run.ups(2)
     os.kill(pid, signal.SIGSTOP)
@@ -502,7 +508,7 @@ def test_a_stopped_child_is_replaced(start):
     assert not alive(pid)
 
 
-def test_no_progress_is_noticed_although_the_loop_turns(start):
+def test_no_progress_is_noticed_although_the_loop_turns(start: Any) -> None:
     run = start("idle_hands")
     run.line("has made no progress for 4 s")
     run.line("Current thread|Thread 0x")
@@ -511,7 +517,7 @@ def test_no_progress_is_noticed_although_the_loop_turns(start):
     run.line("^up 0 .* starts 2")
 
 
-def test_hup_replaces_with_no_gap(start):
+def test_hup_replaces_with_no_gap(start: Any) -> None:
     run = start("healthy")
     old = set(run.ups(2))
     run.send(signal.SIGHUP)
@@ -529,7 +535,7 @@ def test_hup_replaces_with_no_gap(start):
     assert all(map(alive, new))
 
 
-def test_hup_keeps_the_old_when_the_new_does_not_start(start):
+def test_hup_keeps_the_old_when_the_new_does_not_start(start: Any) -> None:
     run = start("never_ready_again")
     [pid] = run.ups(1)
     run.send(signal.SIGHUP)
@@ -537,7 +543,7 @@ def test_hup_keeps_the_old_when_the_new_does_not_start(start):
     assert alive(pid)
 
 
-def test_hup_stops_what_exists_once_before_starting_it_anew(start):
+def test_hup_stops_what_exists_once_before_starting_it_anew(start: Any) -> None:
     run = start("family")
     run.line("monitor .* is ready")
     run.send(signal.SIGHUP)
@@ -545,7 +551,7 @@ def test_hup_stops_what_exists_once_before_starting_it_anew(start):
     run.line("^up 1 .* starts 2")
 
 
-def test_more_and_fewer(start):
+def test_more_and_fewer(start: Any) -> None:
     run = start("healthy")
     pids = run.ups(2)
     run.send(signal.SIGTTIN)
@@ -557,14 +563,14 @@ def test_more_and_fewer(start):
     assert all(map(alive, pids))
 
 
-def test_status_to_the_log(start):
+def test_status_to_the_log(start: Any) -> None:
     run = start("healthy")
     run.ups(2)
     run.send(signal.SIGUSR1)
     assert "events/sec" in run.line(r"worker-0 pid \d+ .* held")[0]
 
 
-def test_no_orphan_survives_the_supervisor(start):
+def test_no_orphan_survives_the_supervisor(start: Any) -> None:
     run = start("healthy")
     pids = run.ups(2)
     run.send(signal.SIGKILL)
@@ -572,7 +578,7 @@ def test_no_orphan_survives_the_supervisor(start):
 
 
 @pytest.mark.parametrize("scenario", ["orphaned_deaf", "orphaned_busy"])
-def test_no_orphan_survives_though_it_hangs(start, scenario):
+def test_no_orphan_survives_though_it_hangs(start: Any, scenario: Any) -> None:
     """Its loop does not turn, or it turns and nothing is ever drained: then the child's own clocks end it."""
     run = start(scenario)
     [pid] = run.ups(1)
@@ -580,7 +586,7 @@ def test_no_orphan_survives_though_it_hangs(start, scenario):
     until(lambda: not alive(pid), 15)
 
 
-def test_no_zombie_is_left_not_even_of_others(start):
+def test_no_zombie_is_left_not_even_of_others(start: Any) -> None:
     run = start("leaves_an_orphan")
     [pid] = run.ups(1)
     until(lambda: children_of(run.process.pid) == [pid])
@@ -590,14 +596,14 @@ def test_no_zombie_is_left_not_even_of_others(start):
         assert children_of(run.process.pid) == [pid]
 
 
-def test_a_fat_monitor_is_replaced(start):
+def test_a_fat_monitor_is_replaced(start: Any) -> None:
     run = start("fat_monitor")
     pid = run.line(r"monitor \(pid (\d+)\) uses .* MB of its own: replacing it")[1]
     run.line(rf"^drained 0 {pid}")
     run.line(r"^up 0 .* starts 2")
 
 
-def test_a_fat_worker_is_replaced(start):
+def test_a_fat_worker_is_replaced(start: Any) -> None:
     run = start("fat")
     [pid] = run.ups(1)
     run.line(r"MB of its own: replacing it")
@@ -605,12 +611,12 @@ def test_a_fat_worker_is_replaced(start):
     run.line(rf"^drained 0 {pid}")
 
 
-def test_a_child_that_ends_the_run(start):
+def test_a_child_that_ends_the_run(start: Any) -> None:
     run = start("demo")
     assert run.end() == 0
 
 
-def test_systemd_is_told(start, tmp_path):
+def test_systemd_is_told(start: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(path)

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -27,12 +28,13 @@ from fastworker.errors import ExitCode
 from fastworker.event import Event
 from fastworker.event.entry import decode_entry
 from fastworker.log import setup_logging
-from fastworker.process import supervisor
-from fastworker.process.board import Heartbeats, Slot
+from fastworker.process import children
+from fastworker.process.board import Heartbeats, Slot, now_ms
 from fastworker.process.supervisor import Supervisor
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import LEDGER_KEY
-from fastworker.worker import held
+from fastworker.stream.keys import USUAL
+from fastworker.worker import held, suspects
+from fastworker.worker.suspects import QUIET_DEATHS_MAX, Record, Suspects, like_it, say_trying
 from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +71,12 @@ def main() -> int:
             worker = msgspec.structs.replace(worker, target=partial(slowly, worker.target))
         case ["deadly"]:
             held.decode_entry = deadly
+        case ["deadly-quiet"]:
+            held.decode_entry = deadly
+            suspects.PATIENCE_MS = (300, 300)
         case ["outage"]:
             held.decode_entry = out_of_memory
-    supervisor.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else supervisor.BACKOFF_S
+    children.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else children.BACKOFF_S
     return Supervisor([worker], Heartbeats(8)).run()
 
 
@@ -88,6 +93,7 @@ class Bench:
             redis_url=redis_url,
             database_url=postgres_url,
             consumer_id="w",
+            batch_size=10,
             lease_ms=1_500,
             scan_s=0.3,
             processes=2,
@@ -157,7 +163,7 @@ class Bench:
             await asyncio.sleep(0.02)
 
     async def ledger(self) -> dict[str, int]:
-        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(LEDGER_KEY)).items()}
+        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(USUAL.ledger)).items()}
 
     async def pending(self) -> int:
         return (await self.redis.xpending(KEY, GROUP))["pending"]
@@ -198,7 +204,7 @@ async def bench(redis_url: str, postgres_url: str) -> AsyncIterator[Bench]:
     await client.aclose()
 
 
-async def test_entries_become_rows_and_a_stop_leaves_nothing(bench, pg):
+async def test_entries_become_rows_and_a_stop_leaves_nothing(bench: Any, pg: asyncpg.Connection) -> None:
     bench.start()
     await bench.add(1_000)
     await bench.until(bench.settled)
@@ -224,7 +230,9 @@ async def test_entries_become_rows_and_a_stop_leaves_nothing(bench, pg):
         "before_ack:3",
     ],
 )
-async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(bench, pg, place):
+async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(
+    bench: Any, pg: asyncpg.Connection, place: Any
+) -> None:
     await bench.add(600)
     bench.start(crashpoint=place)
     await bench.until(bench.settled)
@@ -235,7 +243,7 @@ async def test_a_kill_anywhere_in_a_flush_loses_and_doubles_nothing(bench, pg, p
     await bench.assert_all_is_well(pg)
 
 
-async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
+async def test_a_kill_in_a_claim_and_of_the_supervisor(bench: Any, pg: asyncpg.Connection) -> None:
     await bench.add(1_000)
     bench.start(crashpoint="before_ack")
     await bench.until(lambda: _has(bench.pending))
@@ -249,7 +257,7 @@ async def test_a_kill_in_a_claim_and_of_the_supervisor(bench, pg):
     await bench.assert_all_is_well(pg)
 
 
-async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
+async def test_a_kill_before_a_dead_letter_sets_aside_once(bench: Any) -> None:
     await bench.redis.xadd(KEY, {"type": "commit", "data": "{", "seq": "1"})
     bench.start(crashpoint="between_dead_letter_and_ack")
     await bench.until(lambda: _has(lambda: bench.redis.xlen("firehose:dead-letters")))
@@ -258,7 +266,7 @@ async def test_a_kill_before_a_dead_letter_sets_aside_once(bench):
     assert await bench.ledger() == {"set_aside": 1, "drop:bad_json": 1}
 
 
-async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench, pg):
+async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench: Any, pg: asyncpg.Connection) -> None:
     await bench.add(150)
     await bench.redis.xadd(KEY, {"type": "commit", "data": "DEADLY", "seq": "1"})
     await bench.add(150)
@@ -278,6 +286,41 @@ async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench, 
     assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes
 
 
+async def test_an_entry_that_kills_on_a_quiet_stream_is_set_aside_too(bench, pg):
+    """There are not enough others to learn from: what a process did before and without it is the control."""
+    await bench.add(7)
+    await bench.redis.xadd(KEY, {"type": "commit", "data": "DEADLY", "seq": "1"})
+    bench.start("deadly-quiet")
+    await bench.until(lambda: _has(lambda: bench.redis.xlen("firehose:dead-letters")), 60)
+    await bench.until(bench.settled_less_drops)
+    text = bench.stop()
+    [(_, letter)] = await bench.redis.xrange("firehose:dead-letters")
+    assert (letter[b"reason"], letter[b"data"]) == (b"kills_worker", b"DEADLY")
+    assert text.count("was killed by SIGKILL") >= QUIET_DEATHS_MAX
+    await bench.assert_ledger({"set_aside": 1, "drop:kills_worker": 1})
+    assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes == 7
+
+
+@pytest.mark.parametrize(
+    ("lived_ms", "with_it_ms", "counts"), [(1_900, 1, 0), (2_100, 1, 1), (9_000, 3_000, 0), (50_000, 11_000, 1)]
+)
+def test_a_death_on_a_quiet_stream_counts_after_a_life_that_was_long_enough(lived_ms, with_it_ms, counts):
+    known, slot = Suspects(), Heartbeats(1)[0]
+    say_trying(slot, ["7-1"], with_control=False)
+    now = now_ms()
+    slot.set(started_ms=now - with_it_ms - lived_ms, tried_at_ms=now - with_it_ms)
+    known.note_death(slot)
+    assert known.records(["7-1", "8-1"]) == {"7-1": Record(deaths=1, alone=0, quiet=counts)}
+
+
+def test_the_control_of_a_quiet_stream_is_as_large_as_what_killed():
+    fields = like_it({b"type": b"commit", b"data": b"x" * 1_000_000})
+    assert 1_000_000 < sum(map(len, fields.values())) < 1_001_000
+    one = held.Held()
+    assert one.apply("1-1", fields)
+    assert not one.rejected
+
+
 async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_path):
     bench.outage = tmp_path / "outage"
     bench.outage.touch()
@@ -287,7 +330,7 @@ async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_p
 
     async def many_died() -> bool:
         lived.update(children_of(bench.process.pid))
-        return len(lived) > 16
+        return len(lived) > 10
 
     await bench.until(many_died)
     bench.outage.unlink()
@@ -327,7 +370,9 @@ async def claim_as_the_old_worker_does(redis: Redis, idle_ms: int) -> None:
         pytest.param(15_000, 10_000, 150, marks=[pytest.mark.extended, pytest.mark.timeout(400)], id="real figures"),
     ],
 )
-async def test_nobody_takes_what_a_live_worker_cannot_finish(bench, pg, lease_ms, idle_ms, outage_s):
+async def test_nobody_takes_what_a_live_worker_cannot_finish(
+    bench: Any, pg: asyncpg.Connection, lease_ms: Any, idle_ms: Any, outage_s: Any
+) -> None:
     """PostgreSQL hangs; an old worker claims after 10 s (scaled) and gives up after 10 deliveries; another worker of
     ours, of another name, looks for the dead all the time."""
     other = Bench(bench.redis, bench.settings.redis_url, bench.settings.database_url)
@@ -356,7 +401,7 @@ async def test_nobody_takes_what_a_live_worker_cannot_finish(bench, pg, lease_ms
     await bench.assert_all_is_well(pg)
 
 
-async def test_a_rolling_restart_under_load_leaves_no_gap(bench, pg):
+async def test_a_rolling_restart_under_load_leaves_no_gap(bench: Any, pg: asyncpg.Connection) -> None:
     bench.start("slow", lease_ms=15_000)  # a lease that runs out on a loaded machine is no gap
     await bench.add(100)
     await bench.until(bench.settled)
@@ -391,7 +436,7 @@ async def test_a_rolling_restart_under_load_leaves_no_gap(bench, pg):
     await bench.assert_all_is_well(pg)
 
 
-async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench):
+async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench: Any) -> None:
     """Exit 4, loudly, with everything still there: a bad release must not empty the stream into the dead letters."""
     pipe = bench.redis.pipeline(transaction=False)
     for number in range(2_500):
@@ -418,7 +463,7 @@ async def test_too_many_entries_that_nobody_can_store_stop_the_worker(bench):
 # --- poison
 
 
-async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench, pg):
+async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench: Any, pg: asyncpg.Connection) -> None:
     """One of 1,024 entries is refused by PostgreSQL. A sequence counts the attempts: it is not rolled back."""
     await pg.execute(
         "CREATE SEQUENCE attempts; CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -439,7 +484,9 @@ async def test_poison_costs_log_n_attempts_and_none_of_its_siblings(bench, pg):
     assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes - 1
 
 
-async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(bench, pg):
+async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(
+    bench: Any, pg: asyncpg.Connection
+) -> None:
     bench.start()
     await bench.add(1_000)
     await bench.until(bench.settled)
@@ -451,7 +498,7 @@ async def test_a_group_destroyed_under_load_is_made_again_from_the_right_place(b
 
 
 @pytest.mark.parametrize("which", ["redis", "postgres"])
-async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench, which, tmp_path):
+async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench: Any, which: Any, tmp_path: Path) -> None:
     if which == "redis":
         bench.start(redis_url=f"unix://{tmp_path}/none")
     else:
@@ -462,7 +509,7 @@ async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench, which, t
     assert "Traceback" not in text
 
 
-def test_pipelines_shrink_to_the_connections():
+def test_pipelines_shrink_to_the_connections() -> None:
     settings = WorkerSettings(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
     fits = shrunk(settings)
     assert (fits.processes, fits.pipelines) == (4, 4)

@@ -63,7 +63,7 @@ async def indexes(pg: asyncpg.Connection) -> dict[str, str]:
         "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index WHERE indisvalid "
         "AND indrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)"
     )
-    return dict(rows)
+    return {row[0]: row[1] for row in rows}
 
 
 def advised() -> dict[str, set[str]]:
@@ -305,6 +305,7 @@ async def test_the_worker_writes_on_while_it_is_tuned(postgres_url: str, pg: asy
         row = await pg.fetchrow(
             "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'post_aggregations'"
         )
+        assert row is not None
         return row["n_tup_upd"], row["n_tup_hot_upd"]
 
     await write(postgres_url, 1)

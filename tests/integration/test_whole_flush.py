@@ -26,8 +26,8 @@ POST = f"at://{B}/app.bsky.feed.post/p"
 class Told(Store):
     """Remembers how each flush went."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.whole: list[bool] = []
 
 

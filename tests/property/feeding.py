@@ -61,4 +61,7 @@ async def clear(connection: asyncpg.Connection) -> None:
         "SELECT schemaname || '.' || tablename FROM pg_tables WHERE schemaname IN ('public', 'fastworker') "
         "AND tablename NOT IN ('migrations', 'horizon')"
     )
-    await connection.execute(f"TRUNCATE {', '.join(row[0] for row in tables)} CASCADE")
+    # TRUNCATE makes new files for each table and index: a hundred times slower where there are few rows.
+    async with connection.transaction():
+        await connection.execute("SET LOCAL session_replication_role = replica")
+        await connection.execute(";".join(f"DELETE FROM {row[0]}" for row in tables))

@@ -29,7 +29,7 @@ PLACES = (
     Step.ROWS_WRITTEN,
     Step.BEFORE_MAIN_COMMIT,
     Step.AFTER_MAIN_COMMIT,
-    Step.OWED_PAID,  # before the look back
+    Step.OWED_RECOMPUTED,  # before the look back
     Step.AFTER_LOOK_BACK,  # rows that join two records are not recomputed
 )
 
@@ -154,7 +154,7 @@ class Scene:
         return self.put(repo, f"app.bsky.feed.like/{rkey}", {"subject": self.ref(uri)}, action)
 
     def gate(self, repo: str, rkey: str = "p", kind: str = "threadgate") -> Event:
-        rules = {"allow": []} if kind == "threadgate" else {}
+        rules: dict[str, Any] = {"allow": []} if kind == "threadgate" else {}
         return self.put(repo, f"app.bsky.feed.{kind}/{rkey}", {"post": self.uri(repo, rkey), **rules})
 
     def item(self, repo: str, rkey: str, name: str, subject: str, action: str = "create") -> Event:
@@ -464,7 +464,7 @@ async def test_the_stage_does_force_the_order(stage: Stage, pg: asyncpg.Connecti
     s = Scene(0)
     parts = [s.like(s.a, s.uri(s.b))], [s.delete(s.a, "app.bsky.feed.like/l")]
 
-    stage.held[0].dies_at = Step.OWED_PAID
+    stage.held[0].dies_at = Step.OWED_RECOMPUTED
     with pytest.raises(Died):
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (Step.ROWS_WRITTEN, None))
     assert await pg.fetchval("SELECT count(*) FROM likes") == 1

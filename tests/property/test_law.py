@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
 import pytest
@@ -18,6 +19,8 @@ from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
+from tests.property.feeding import batch_of, clear, differences, lawful, settle
+from tests.rig.histories import Event, cid_of, number
 
 POST = "app.bsky.feed.post"
 RKEYS = ["r1", "r2", "r3"]
@@ -57,22 +60,22 @@ def iso(seconds: int) -> str:
     return (BASE + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
 
 
-def history(seed: int, length: int = 60) -> list[dict]:
+def history(seed: int, length: int = 60) -> list[dict[str, Any]]:
     r = random.Random(seed)
     dids = [f"did:plc:{c * 24}" for c in "abcd"[: r.choice([2, 3, 4])]]
 
     def uri(collection: str) -> str:
         return f"at://{r.choice(dids)}/{collection}/{r.choice(RKEYS)}"
 
-    def ref(of: str) -> dict:
+    def ref(of: str) -> dict[str, Any]:
         return {"uri": of, "cid": cid(r.randrange(9))}
 
     def subject() -> str:
         services = [uri("app.bsky.feed.generator"), f"at://{r.choice(dids)}/app.bsky.labeler.service/self"]
         return r.choice([uri(POST)] * 6 + services)
 
-    def record(collection: str, did: str, rkey: str) -> dict:
-        made = {"$type": collection, "createdAt": iso(r.randrange(-100, 200))}
+    def record(collection: str, did: str, rkey: str) -> dict[str, Any]:
+        made: dict[str, Any] = {"$type": collection, "createdAt": iso(r.randrange(-100, 200))}
         gated = f"at://{did}/{POST}/{rkey}"
         match collection.rpartition(".")[2]:
             case "post":
@@ -135,7 +138,10 @@ def history(seed: int, length: int = 60) -> list[dict]:
                 collection = r.choice(COLLECTIONS)
                 own = collection in ("app.bsky.actor.profile", "app.bsky.labeler.service")
                 rkey = "self" if own else r.choice(RKEYS)
-                op = {"action": r.choice(["create"] * 5 + ["update"] + ["delete"] * 3), "path": f"{collection}/{rkey}"}
+                op: dict[str, Any] = {
+                    "action": r.choice(["create"] * 5 + ["update"] + ["delete"] * 3),
+                    "path": f"{collection}/{rkey}",
+                }
                 if op["action"] != "delete":
                     op |= {"cid": cid(r.randrange(1000)), "record": record(collection, did, rkey)}
                 ops.append(op)
@@ -143,7 +149,7 @@ def history(seed: int, length: int = 60) -> list[dict]:
     return events
 
 
-def put(batch: Batch, event: dict) -> None:
+def put(batch: Batch, event: dict[str, Any]) -> None:
     at = datetime.fromisoformat(event["time"])
     if event["kind"] == "commit":
         ops = [
@@ -159,7 +165,7 @@ def put(batch: Batch, event: dict) -> None:
         batch.put_account(account, at)
 
 
-async def deliver(store: Store, events: list[dict], r: random.Random) -> None:
+async def deliver(store: Store, events: list[dict[str, Any]], r: random.Random) -> None:
     at = 0
     while at < len(events):
         size = r.choice([1, 1, 2, 3, 5, 8, 20, len(events)])
@@ -172,13 +178,8 @@ async def deliver(store: Store, events: list[dict], r: random.Random) -> None:
 
 @pytest.mark.parametrize("first", [0, 300, 600])
 async def test_tables_follow_the_set_of_events(first: int, postgres_url: str, pg: asyncpg.Connection) -> None:
-    tables = await pg.fetch(
-        "SELECT schemaname || '.' || tablename FROM pg_tables WHERE schemaname IN ('public', 'fastworker') "
-        "AND tablename NOT IN ('migrations', 'horizon')"
-    )
-    clear = f"TRUNCATE {', '.join(row[0] for row in tables)} CASCADE"
     for seed in range(first, first + 4):
-        await pg.execute(clear)
+        await clear(pg)
         r = random.Random(seed)
         events = history(seed)
         delivered = events + r.sample(events, len(events) // 4)
@@ -205,3 +206,31 @@ async def test_tables_follow_the_set_of_events(first: int, postgres_url: str, pg
             model.apply(event, 1)
         differences = compare.diff(model.tables(), await compare.dump(pg))
         assert not differences, f"history({seed}), {writers} writers: {compare.report(differences)}"
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"])
+async def test_the_ends_of_time_survive_a_move(time: str, postgres_url: str, pg: asyncpg.Connection) -> None:
+    """A like gives its pair up to an older record and takes it back: its row is read, and written as it was."""
+    events: list[Event] = []
+    for name, action in (("l2", "create"), ("l1", "create"), ("l1", "delete")):
+        record = {
+            "$type": "app.bsky.feed.like",
+            "subject": {"uri": "at://did:plc:b/app.bsky.feed.post/p", "cid": cid_of("p")},
+            "createdAt": time,
+        }
+        op = {"action": action, "path": f"app.bsky.feed.like/{name}", "cid": cid_of(record), "record": record}
+        if action == "delete":
+            op |= {"cid": None}
+            del op["record"]
+        events.append({"kind": "commit", "repo": f"did:plc:{'a' * 24}", "bare": False, "ops": [op]})
+    events = [event | {"time": time} for event in number(events, bare=False)]
+    store = await Store.connect(postgres_url)
+    try:
+        for event in events:
+            await store.write(batch_of([event]))
+        await settle(store)
+    finally:
+        await store.close()
+    expected = lawful(events)
+    assert [row["uri"][-2:] for row in expected["likes"]] == ["l2"]
+    assert await differences(expected, pg) == "no difference"

@@ -35,7 +35,7 @@ def text_of(fields: list[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 def kept(seen: Counter[Any], event: dict[str, Any], at_most: int) -> bool:
-    sorts = {(op["action"], op["path"].split("/")[0]) for op in event.get("ops", ())} or {
+    sorts: set[tuple[Any, ...]] = {(op["action"], op["path"].split("/")[0]) for op in event.get("ops", ())} or {
         (event["kind"], event.get("status"), event.get("handle") is None)
     }
     wanted = any(seen[sort] < at_most for sort in sorts)

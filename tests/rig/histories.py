@@ -140,6 +140,11 @@ def to_entry(event: Event) -> dict[bytes, bytes]:
     }
 
 
+def to_recording(event: Event) -> dict[bytes, bytes]:
+    """As `to_entry`, for a real stream, whose ids are of today: it says when the history's event was received."""
+    return {**to_entry(event), b"at": b"%d" % entry_ms(event)}
+
+
 def histories(max_events: int = 12, *, bare: bool = True) -> SearchStrategy[History]:
     """Histories as a Hypothesis strategy. `bare`: some commits have neither rev nor time (the predecessor's form).
 

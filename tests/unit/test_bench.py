@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,14 +18,14 @@ from bench.targets import TARGETS, compare
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_medians_are_taken_figure_by_figure_and_words_stay():
+def test_medians_are_taken_figure_by_figure_and_words_stay() -> None:
     runs = [{"a": 1.0, "b": 9, "curve": "x"}, {"a": 3.0, "b": 7, "curve": "y"}, {"a": 2.0, "b": 8, "curve": "z"}]
     assert medians(runs) == {"a": 2.0, "b": 8, "curve": "x"}
     assert [shown(value) for value in (0.123, 12345.6, 7, "x")] == ["0.12", "12,346", "7", "x"]
 
 
-def test_a_target_is_told_only_where_there_is_a_figure_for_it():
-    told = [
+def test_a_target_is_told_only_where_there_is_a_figure_for_it() -> None:
+    told: list[tuple[str, dict[str, Any], dict[str, float]]] = [
         ("decode", {"form": "json"}, {"events/s": 49_999.0}),
         ("decode", {"form": "native"}, {"events/s": 60_000.0}),
         ("latency", {"rate": 100}, {"all p50 ms": 99.0}),  # aimed at: 1,000 a second
@@ -44,19 +45,19 @@ def test_a_target_is_told_only_where_there_is_a_figure_for_it():
         ({"a": 100, "b": 50, "c": 1}, False),  # one that nobody has kept
     ],
 )
-def test_more_instructions_than_the_threshold_fail(now: dict[str, int], well: bool):
+def test_more_instructions_than_the_threshold_fail(now: dict[str, int], well: bool) -> None:
     assert compare_counts(now, {"a": 100, "b": 50})[1] is well
 
 
 def test_without_valgrind_it_says_what_to_install_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert instructions_main([]) != 0
     assert "apt-get install valgrind" in capsys.readouterr().err
 
 
-def test_every_target_is_a_figure_of_a_benchmark_that_help_explains():
+def test_every_target_is_a_figure_of_a_benchmark_that_help_explains() -> None:
     said = subprocess.run(
         [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     ).stdout
@@ -66,7 +67,7 @@ def test_every_target_is_a_figure_of_a_benchmark_that_help_explains():
 
 @pytest.mark.extended
 @pytest.mark.timeout(1800)
-def test_every_benchmark_runs(tmp_path: Path):
+def test_every_benchmark_runs(tmp_path: Path) -> None:
     """On few events: that none of them has rotted. What they measure then means nothing."""
     ran = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", "--events", "2000", "--results", str(tmp_path / "results.jsonl")],
@@ -79,7 +80,7 @@ def test_every_benchmark_runs(tmp_path: Path):
 
 @pytest.mark.extended
 @pytest.mark.timeout(600)
-def test_instructions_are_counted_and_compared():
+def test_instructions_are_counted_and_compared() -> None:
     if shutil.which("valgrind") is None:
         pytest.skip("Debian's package valgrind is not installed")
     ran = subprocess.run(

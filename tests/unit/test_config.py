@@ -126,7 +126,7 @@ def test_refused_with_name_value_and_what_is_allowed(name: str, text: str, allow
 def test_an_unknown_name_of_ours_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"FASTWORKER_PROCESES='4'.*did you mean FASTWORKER_PROCESSES\?"):
         parse_config({"FASTWORKER_PROCESES": "4"})
-    with pytest.raises(ConfigError, match=r"QQQQ='1'.*the known ones are FASTWORKER_CRASHPOINT, "):
+    with pytest.raises(ConfigError, match=r"QQQQ='1'.*the known ones are FASTWORKER_COLLECTIONS, "):
         parse_config({"FASTWORKER_QQQQ": "1"})
     with pytest.raises(ConfigError) as refusal:
         parse_config({"FASTWORKER_DB_PASSWORD": "hunter2"})
@@ -278,3 +278,19 @@ def test_every_field_is_declared_once_with_all_that_the_reference_shows() -> Non
 def test_the_configuration_page_is_what_the_code_says() -> None:
     page = (DOCS / "configuration.md").read_text()
     assert page == markdown(), "run: python -m fastworker.config > docs/configuration.md"
+
+
+def test_what_the_old_worker_backfilled_is_named_once() -> None:
+    env = {"BACKFILL_DAYS": "-1", "BACKFILL_BATCH_SIZE": "5", "BACKFILL_USE_IDLE": ""}
+    parse_config(env)
+    assert [line.split()[0] for line in remarks(env)] == ["BACKFILL_BATCH_SIZE", "BACKFILL_DAYS"]
+    assert all("`fastworker backfill`" in line for line in remarks(env))
+
+
+def test_collections() -> None:
+    assert parse_config({"FASTWORKER_COLLECTIONS": "app.bsky.*, site.standard.document"}).collections == (
+        "app.bsky.*",
+        "site.standard.document",
+    )
+    with pytest.raises(ConfigError, match="is not the name of a collection"):
+        parse_config({"FASTWORKER_COLLECTIONS": "app.bsky.*,posts"})

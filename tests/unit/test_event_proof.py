@@ -54,7 +54,7 @@ def verdict(payload: dict[str, Any], repo: Repo) -> Verdict | Flaw:
 
 
 @pytest.mark.parametrize("curve", ["k256", "p256"])
-def test_commits_of_every_shape_are_proved(curve: Curve):
+def test_commits_of_every_shape_are_proved(curve: Curve) -> None:
     chance = random.Random(curve)
     repo = grown(300, curve)
     numbers = set(range(300))
@@ -69,7 +69,7 @@ def test_commits_of_every_shape_are_proved(curve: Curve):
         assert verdict(payload_of(repo.commit(writes).data), repo) == Verdict.OK, writes
 
 
-def test_a_repository_from_empty_to_empty():
+def test_a_repository_from_empty_to_empty() -> None:
     repo = grown(0)
     for action in ("create", "delete"):
         for n in range(40):
@@ -77,7 +77,7 @@ def test_a_repository_from_empty_to_empty():
             assert verdict(payload_of(frame.data), repo) == Verdict.OK
 
 
-def test_a_commit_without_ops_is_proved():
+def test_a_commit_without_ops_is_proved() -> None:
     repo = grown(20)
     assert verdict(payload_of(repo.commit([]).data), repo) == Verdict.OK
 
@@ -96,7 +96,7 @@ def said(payload: dict[str, Any]) -> tuple[Any, ...]:
     ],
     ids=["one create", "create, update, delete"],
 )
-def test_no_flipped_bit_of_what_is_covered_is_ever_ok(writes: list[Write]):
+def test_no_flipped_bit_of_what_is_covered_is_ever_ok(writes: list[Write]) -> None:
     repo = grown(60)
     frame = repo.commit(writes).data
     original = payload_of(frame)
@@ -118,7 +118,7 @@ def test_no_flipped_bit_of_what_is_covered_is_ever_ok(writes: list[Write]):
     assert tried > len(frame)
 
 
-def test_ops_that_hide_or_invent_something():
+def test_ops_that_hide_or_invent_something() -> None:
     repo = grown(60)
     writes: list[Write] = [("create", path(500), like(1)), ("update", path(7), like(9)), ("delete", path(8), None)]
     payload = payload_of(repo.commit(writes).data)
@@ -131,7 +131,7 @@ def test_ops_that_hide_or_invent_something():
     assert verdict({**payload, "ops": payload["ops"] * 100}, repo) == Flaw.TOO_LARGE
 
 
-def test_two_ops_on_one_path_are_refused_even_where_they_could_be_undone():
+def test_two_ops_on_one_path_are_refused_even_where_they_could_be_undone() -> None:
     repo = grown(60)
     payload = payload_of(repo.commit([("update", path(7), like(9))]).data)
     (op,) = payload["ops"]
@@ -144,7 +144,7 @@ def layered(layer: int, count: int) -> list[bytes]:
     return [key for key in (b"a.b.c/%d" % n for n in range(500)) if proof.layer_of(key) == layer][:count]
 
 
-def test_a_create_with_its_neighbours_cid_is_refused():
+def test_a_create_with_its_neighbours_cid_is_refused() -> None:
     """The short way looks for the CID first: it may be there under another key."""
     first, second = sorted(layered(0, 2))
     ours, theirs = cid_of(b"ours"), cid_of(b"theirs")
@@ -157,7 +157,7 @@ def test_a_create_with_its_neighbours_cid_is_refused():
         proof.invert(blocks, mst.seal(after), [("create", second, ours, None)])
 
 
-def test_a_record_that_is_a_node_hides_no_change():
+def test_a_record_that_is_a_node_hides_no_change() -> None:
     """A value that equals a subtree's CID: to replace the link in both places would hide that the value changed."""
     low, high = sorted(layered(0, 2))
     top = next(key for key in layered(1, 99) if key > high)
@@ -172,7 +172,7 @@ def test_a_record_that_is_a_node_hides_no_change():
     assert claimed != mst.seal(before)
 
 
-def test_another_key_another_account_another_revision():
+def test_another_key_another_account_another_revision() -> None:
     repo = grown(5)
     payload = payload_of(repo.commit([("create", path(50), like(1))]).data)
     other = Repo(DID, key=SigningKey("two"))
@@ -181,7 +181,7 @@ def test_another_key_another_account_another_revision():
     assert verdict({**payload, "rev": "3lzzzzzzzzzzz"}, repo) == Flaw.BAD_COMMIT
 
 
-def test_a_legacy_commit_is_looked_up():
+def test_a_legacy_commit_is_looked_up() -> None:
     repo = grown(30)
     payload = payload_of(repo.commit([("create", path(50), like(1)), ("delete", path(3), None)]).data)
     legacy = {key: value for key, value in payload.items() if key != "prevData"}
@@ -190,7 +190,7 @@ def test_a_legacy_commit_is_looked_up():
     assert verdict({**legacy, "ops": wrong}, repo) == Flaw.INVERSION
 
 
-def test_a_missing_neighbour_is_a_missing_block():
+def test_a_missing_neighbour_is_a_missing_block() -> None:
     repo = grown(400)
     for n in range(30):
         payload = payload_of(repo.commit([("delete", path(n), None)]).data)
@@ -213,7 +213,7 @@ def node(*entries: tuple[bytes, bytes | None], left: bytes | None = None, shared
     )
 
 
-def test_trees_that_are_none():
+def test_trees_that_are_none() -> None:
     """Bounds of a node: order, number of entries, length of keys, layers."""
 
     def flaw(*blocks: bytes) -> Flaw:
@@ -238,7 +238,7 @@ def test_trees_that_are_none():
     assert flaw(top, *deep) == Flaw.TOO_DEEP
 
 
-def test_commit_blocks_that_are_none():
+def test_commit_blocks_that_are_none() -> None:
     good = commit_block(DID, "3lzzzzzzzzzzz", cid_of(b"x"))
     assert proof.read_commit(good).did == DID
     for bad in (
@@ -256,7 +256,7 @@ def test_commit_blocks_that_are_none():
         proof.read_commit(good + bytes(10_000))
 
 
-def test_ten_thousand_keys_in_one_node_are_undone_in_a_moment():
+def test_ten_thousand_keys_in_one_node_are_undone_in_a_moment() -> None:
     keys = [f"a.b.c/{n}" for n in range(40_000)]
     flat = [key for key in keys if proof.layer_of(key.encode()) == 0][:9_000]
     root = mst.EMPTY
@@ -269,7 +269,7 @@ def test_ten_thousand_keys_in_one_node_are_undone_in_a_moment():
 
 
 @pytest.mark.real_data
-def test_every_real_commit_is_signed_and_undone(real_data: Path, tmp_path: Path):
+def test_every_real_commit_is_signed_and_undone(real_data: Path, tmp_path: Path) -> None:
     packed = (real_data / "frames/frames.bin.zst").read_bytes()
     frames = tmp_path / "frames"
     frames.write_bytes(zstandard.ZstdDecompressor().decompressobj().decompress(packed))
@@ -286,7 +286,7 @@ def test_every_real_commit_is_signed_and_undone(real_data: Path, tmp_path: Path)
 
 
 @pytest.mark.real_data
-def test_published_commit_proofs_are_enough_to_undo(real_data: Path):
+def test_published_commit_proofs_are_enough_to_undo(real_data: Path) -> None:
     cases = json.loads((real_data / "interop/firehose/commit-proof-fixtures.json").read_text())
     for case in cases:
         value = cid_bytes(case["leafValue"])
@@ -303,7 +303,7 @@ def test_published_commit_proofs_are_enough_to_undo(real_data: Path):
 
 
 @pytest.mark.real_data
-def test_published_signatures(real_data: Path):
+def test_published_signatures(real_data: Path) -> None:
     cases = json.loads((real_data / "interop/crypto/signature-fixtures.json").read_text())
 
     def raw(digits: str) -> bytes:
@@ -316,7 +316,7 @@ def test_published_signatures(real_data: Path):
     assert len(cases) == 6
 
 
-def test_the_high_s_and_odd_lengths_are_refused():
+def test_the_high_s_and_odd_lengths_are_refused() -> None:
     signing = SigningKey("three", "p256")
     key = key_of(signing.multikey)
     assert key.is_signed(signing.sign(b"m"), b"m")
@@ -328,7 +328,7 @@ def test_the_high_s_and_odd_lengths_are_refused():
             assert not key.is_signed(signature, b"m")
 
 
-def test_keys_of_documents():
+def test_keys_of_documents() -> None:
     good = SigningKey("four").multikey
     method = {"id": f"{DID}#atproto", "type": "Multikey", "publicKeyMultibase": good}
     assert multikey_of({"id": DID, "verificationMethod": [{"id": "x"}, 3, method]}) == good

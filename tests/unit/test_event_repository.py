@@ -54,7 +54,7 @@ def flaw(path: Path, car: bytes) -> Flaw:
     return caught.value.flaw
 
 
-def test_every_record_in_key_order(tmp_path: Path, in_memory_max: int):
+def test_every_record_in_key_order(tmp_path: Path, in_memory_max: int) -> None:
     repo = grown(700)
     root, blocks = repo.export()
     found = read(tmp_path, car_bytes(root, blocks), in_memory_max)
@@ -62,12 +62,12 @@ def test_every_record_in_key_order(tmp_path: Path, in_memory_max: int):
     assert all(held.block == repo.records[held.cid] for held in found)
 
 
-def test_an_empty_repository(tmp_path: Path):
+def test_an_empty_repository(tmp_path: Path) -> None:
     root, blocks = grown(0).export()
     assert read(tmp_path, car_bytes(root, blocks)) == []
 
 
-def test_any_order_duplicates_and_foreign_blocks(tmp_path: Path, in_memory_max: int):
+def test_any_order_duplicates_and_foreign_blocks(tmp_path: Path, in_memory_max: int) -> None:
     root, blocks = grown(300).export()
     sections = [section(cid, block) for cid, block in blocks.items()]
     sections += sections[:50]
@@ -83,7 +83,7 @@ def test_any_order_duplicates_and_foreign_blocks(tmp_path: Path, in_memory_max: 
         assert read(tmp_path, header + b"".join(sections), in_memory_max) == expected
 
 
-def test_a_file_cut_anywhere_is_never_a_smaller_repository(tmp_path: Path):
+def test_a_file_cut_anywhere_is_never_a_smaller_repository(tmp_path: Path) -> None:
     root, blocks = grown(25).export()
     car = car_bytes(root, blocks)
     ends = {len(car_bytes(root, dict(list(blocks.items())[:count]))) for count in range(len(blocks))}
@@ -91,7 +91,7 @@ def test_a_file_cut_anywhere_is_never_a_smaller_repository(tmp_path: Path):
         assert flaw(tmp_path, car[:size]) == (Flaw.MISSING_BLOCK if size in ends else Flaw.BAD_CAR), size
 
 
-def test_a_block_that_is_missing_or_another(tmp_path: Path):
+def test_a_block_that_is_missing_or_another(tmp_path: Path) -> None:
     repo = grown(60)
     root, blocks = repo.export()
     for cid in blocks:
@@ -117,7 +117,7 @@ SECOND = [key for key in KEYS if mst.layer_of(key) == 1]
 EMPTY_RECORD = cid_of(b"\xa0")
 
 
-def test_trees_that_are_none(tmp_path: Path):
+def test_trees_that_are_none(tmp_path: Path) -> None:
     one = node([(LEAF[0], EMPTY_RECORD, None)])
     assert len(read(tmp_path, made(one))) == 1
     assert flaw(tmp_path, made(node([(SECOND[0], EMPTY_RECORD, cid_of(one)), (LEAF[0], EMPTY_RECORD, None)]), one))
@@ -136,7 +136,7 @@ def test_trees_that_are_none(tmp_path: Path):
     assert flaw(tmp_path, made(node([(key, EMPTY_RECORD, None) for key in wide]))) == Flaw.TOO_LARGE
 
 
-def test_a_key_or_a_value_that_nothing_can_be_stored_of_costs_no_other(tmp_path: Path):
+def test_a_key_or_a_value_that_nothing_can_be_stored_of_costs_no_other(tmp_path: Path) -> None:
     odd = next(key for key in (b"a/%d" % n for n in range(9)) if mst.layer_of(key) == 0)  # no collection
     tree = node(sorted([(odd, EMPTY_RECORD, None), (LEAF[0], RAW + bytes(32), None), (LEAF[1], EMPTY_RECORD, None)]))
     file = tmp_path / "repo.car"
@@ -147,7 +147,7 @@ def test_a_key_or_a_value_that_nothing_can_be_stored_of_costs_no_other(tmp_path:
     assert found == {LEAF[0].decode()[6:]: None, LEAF[1].decode()[6:]: b"\xa0"}
 
 
-def test_headers_and_sizes(tmp_path: Path):
+def test_headers_and_sizes(tmp_path: Path) -> None:
     root, blocks = grown(3).export()
     car = car_bytes(root, blocks)
     assert flaw(tmp_path, b"") == Flaw.BAD_CAR
@@ -161,7 +161,7 @@ def test_headers_and_sizes(tmp_path: Path):
         Repository(tmp_path / "repo.car", bytes_max=len(car) - 1)
 
 
-def test_a_hundred_thousand_copies_of_one_block_cost_no_more(tmp_path: Path):
+def test_a_hundred_thousand_copies_of_one_block_cost_no_more(tmp_path: Path) -> None:
     """Copies of the record that every key names: found once per key, not looked through."""
     root, blocks = grown(2_000).export()
     record = encode_record({"$type": "app.bsky.feed.like", "n": 1})
@@ -171,7 +171,7 @@ def test_a_hundred_thousand_copies_of_one_block_cost_no_more(tmp_path: Path):
     assert time.process_time() - started < 5
 
 
-def test_what_it_holds_of_a_large_file_is_its_index(tmp_path: Path):
+def test_what_it_holds_of_a_large_file_is_its_index(tmp_path: Path) -> None:
     root, blocks = grown(600).export()
     large = {cid_of(block): block for block in (bytes((n,)) * 1_000_000 for n in range(40))}
     file = tmp_path / "repo.car"
@@ -186,7 +186,7 @@ def test_what_it_holds_of_a_large_file_is_its_index(tmp_path: Path):
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(("name", "count"), [("jetstream-repo", 23), ("little", 278), ("bsky.app", 10_640)])
-def test_real_repositories(real_data: Path, name: str, count: int, in_memory_max: int):
+def test_real_repositories(real_data: Path, name: str, count: int, in_memory_max: int) -> None:
     path = real_data / f"cars/{name}.car"
     root, blocks = read_car(path.read_bytes())
     tree = libipld.decode_dag_cbor(blocks[root])["data"]

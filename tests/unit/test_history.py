@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from array import array
+from typing import Any
 
 from fastworker.monitor.history import SPANS, History
 
 
-def shown(history: History, span: int = 0) -> dict:
-    return json.loads(history.json())[span]
+def shown(history: History, span: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(history.json())[span]
+    return found
 
 
 def test_a_point_is_the_mean_or_the_worst_and_what_is_unknown_is_a_gap() -> None:

@@ -1,14 +1,34 @@
-"""The rules of the house that ruff and mypy do not know."""
+"""The rules of the house that no linter knows: what imports what, how big a unit may be, that rows have names."""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import fastworker
 
 ROOT = Path(fastworker.__file__).parent
+CLASS_MAX, FUNCTION_MAX = 300, 60  # lines
+
+# What is larger, and why it is one thing all the same. Nothing is added here to save the work of a cut.
+LARGER = {
+    "config.py Config": "one setting after the other, each with its meaning; docs/configuration.md is made of it",
+    "simulator/adversary.py Adversary": "a list of moves, one short method each",
+}
+
+
+def units() -> Iterator[tuple[str, int, int]]:
+    """(name, lines, allowed)"""
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                allowed = CLASS_MAX if isinstance(node, ast.ClassDef) else FUNCTION_MAX
+                assert node.end_lineno is not None
+                yield f"{path.relative_to(ROOT)} {node.name}", node.end_lineno - node.lineno + 1, allowed
 
 
 def test_imports_go_downward() -> None:
@@ -16,3 +36,34 @@ def test_imports_go_downward() -> None:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
     done = subprocess.run(command, check=False, cwd=ROOT.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_unit_outgrows_its_room() -> None:
+    large = {name: lines for name, lines, allowed in units() if lines > allowed}
+    assert large.keys() <= LARGER.keys(), {name: lines for name, lines in large.items() if name not in LARGER}
+    assert LARGER.keys() <= large.keys(), "no longer larger: take it out of the list"
+
+
+def test_rows_have_names() -> None:
+    """A number as a position in a row of ours is only in table/rows.py and where rows are keyed by their first column."""
+    for path in sorted(ROOT.rglob("*.py")):
+        if path.parts[-2] not in {"table", "store", "worker"} or path.name == "rows.py":
+            continue
+        found = re.findall(r"\brow\[[1-9]\d*\]", path.read_text())
+        allowed = {"schema_admin.py", "audit.py", "upkeep.py"}  # rows of statements of their own
+        assert not found or path.name in allowed, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_nothing_cites_a_document_that_is_not_here() -> None:
+    """Contracts and surveys that a reader cannot open explain nothing."""
+    wrong = re.compile(
+        r"\b(contract \d|field[- ]survey|predecessor contract, section|design,? section|decisions taken)", re.IGNORECASE
+    )
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sorted([*ROOT.rglob("*.py"), *ROOT.rglob("*.sql")])
+        if "migrations" not in path.parts
+        for line in path.read_text().splitlines()
+        if wrong.search(line)
+    ]
+    assert found == []

@@ -85,7 +85,7 @@ def uri_of(collection: str, rkey: str = RKEY) -> str:
 
 # Every collection, whole
 
-LABELER_DEFAULT = {"labelValues": [], "labelValueDefinitions": []}
+LABELER_DEFAULT: dict[str, Any] = {"labelValues": [], "labelValueDefinitions": []}
 WHOLE: list[tuple[str, dict[str, Any], str, dict[str, Any], list[str]]] = [
     (
         "app.bsky.feed.post",
@@ -451,7 +451,7 @@ def test_one_bad_record_never_costs_the_commit() -> None:
 @pytest.mark.parametrize("form", ["block", "json", "reader"])
 def test_a_commit_of_too_many_values_costs_only_the_records_that_hold_them(form: str) -> None:
     """Two million empty arrays fit a commit, and would take ten seconds: the loop has no turn meanwhile."""
-    many = [[] for _ in range(60_000)]
+    many: list[list[Any]] = [[] for _ in range(60_000)]
     records = [{"a": many}, {"a": many}, {"a": 1}, {"a": many * 2}, {"a": many[:39_000]}]
     ops = [
         create("com.example.thing", {"$type": "com.example.thing", **record}, f"r{n}")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastworker.law.compare import COLUMNS, Difference, diff, report, same
-from fastworker.law.model import CORE, FULL, Model, parse_time
+from fastworker.law.compare import Difference, diff, report, same
+from fastworker.law.model import COLUMNS, CORE, FULL, Model, parse_time
 from tests.rig import histories
 from tests.rig.histories import History, cid_of, entry_ms, random_history, to_entry
 
@@ -105,7 +105,7 @@ def reasons(*events: dict[str, Any]) -> list[str]:
 
 
 def test_a_post_is_a_row_with_everything_that_the_commit_says() -> None:
-    record = {"langs": ["en"], "tags": ["t"], "reply": reply_to(f"at://{B}/app.bsky.feed.post/9", POST)}
+    record: dict[str, Any] = {"langs": ["en"], "tags": ["t"], "reply": reply_to(f"at://{B}/app.bsky.feed.post/9", POST)}
     assert tables(commit(7, A, post("2", **record)))["posts"] == [
         {
             "uri": f"at://{A}/app.bsky.feed.post/2",
@@ -212,7 +212,7 @@ def test_of_twins_the_lowest_rkey_is_in_the_table_and_the_next_one_follows(
 
 
 def test_verifications_of_several_verifiers_lowest_rkey_then_uri() -> None:
-    record = {"subject": C, "handle": "c.test"}
+    record: dict[str, Any] = {"subject": C, "handle": "c.test"}
     same_rkey = [commit(n, did, put("app.bsky.graph.verification/5", **record)) for n, did in ((1, B), (2, A))]
     assert only(in_any_order(*same_rkey)["verifications"])["uri"].startswith(f"at://{A}/")
     lower = commit(3, B, put("app.bsky.graph.verification/4", **record))
@@ -342,7 +342,11 @@ def test_viewer_states_follow_the_tables_and_go_when_empty() -> None:
 
 def test_one_notification_for_each_row_reason_and_recipient() -> None:
     mention = {"features": [{"$type": "app.bsky.richtext.facet#mention", "did": C}]}
-    record = {"reply": reply_to(POST), "embed": quoting(f"at://{C}/app.bsky.feed.post/9"), "facets": [mention, mention]}
+    record: dict[str, Any] = {
+        "reply": reply_to(POST),
+        "embed": quoting(f"at://{C}/app.bsky.feed.post/9"),
+        "facets": [mention, mention],
+    }
     found = tables(commit(1, B, like(), repost(), put("app.bsky.graph.follow/1", subject=C), post("2", **record)))
     post_uri = f"at://{B}/app.bsky.feed.post/2"
     assert {
@@ -452,7 +456,7 @@ def test_a_gate_that_names_another_post_is_dropped() -> None:
 
 
 def test_labels_keep_uri_src_and_cts_and_have_one_event() -> None:
-    record = {"src": C, "uri": POST, "val": "spam", "cts": "2026-01-01T00:00:00Z", "neg": True}
+    record: dict[str, Any] = {"src": C, "uri": POST, "val": "spam", "cts": "2026-01-01T00:00:00Z", "neg": True}
     found = in_any_order(commit(1, A, put("com.atproto.label.label/1", **record)), commit(2, B))
     uri = f"at://{A}/com.atproto.label.label/1"
     created = datetime(2026, 1, 1)
@@ -583,7 +587,7 @@ def test_identity_events_without_seq_are_ordered_by_time() -> None:
 
 
 def test_the_profile_follows_its_record_and_goes_with_it() -> None:
-    record = {
+    record: dict[str, Any] = {
         "displayName": "Al\x00ice" + "e" * 300,
         "description": "d",
         "avatar": {"ref": {"$link": "bafkrei1"}},
@@ -779,7 +783,7 @@ def test_an_identifier_longer_than_its_column_drops_the_record() -> None:
 
 
 def test_one_bad_field_never_costs_the_record() -> None:
-    bad = {
+    bad: dict[str, Any] = {
         "text": 5,
         "langs": "en",
         "tags": {},

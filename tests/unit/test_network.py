@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from datetime import datetime
+from typing import Any
 
 import libipld
 import pytest
@@ -24,12 +25,12 @@ from fastworker.simulator.repo import START_SEQ, error_frame, read_car, read_tre
 MIXES = ("production", "surge", "adversarial")
 
 
-def message(frame: SimFrame) -> tuple[dict, dict]:
+def message(frame: SimFrame) -> tuple[dict[str, Any], dict[str, Any]]:
     header, payload = libipld.decode_dag_cbor_multi(frame.data)
     return header, payload
 
 
-def commits(frames):
+def commits(frames: Any) -> Any:
     """(event, payload, blocks) of every commit that is decodable by libipld."""
     for frame in frames:
         if frame.event is not None and frame.event["kind"] == "commit":
@@ -77,7 +78,7 @@ def load(blocks: dict[bytes, bytes], cid: bytes, layer: int | None = None) -> ms
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_the_same_seed_gives_the_same_bytes_in_any_process(mix):
+def test_the_same_seed_gives_the_same_bytes_in_any_process(mix: Any) -> None:
     code = (
         "import hashlib; from fastworker.simulator.network import Network\n"
         f"frames = Network(5, mix={mix!r}, history=20).frames(400)\n"
@@ -100,8 +101,8 @@ def test_the_same_seed_gives_the_same_bytes_in_any_process(mix):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_every_frame_means_what_its_event_says(mix):
-    kinds = Counter()
+def test_every_frame_means_what_its_event_says(mix: Any) -> None:
+    kinds: Counter[str] = Counter()
     for frame in Network(3, mix=mix, accounts=40, history=40).frames(1_500):
         header, payload = message(frame)
         event = frame.event
@@ -131,7 +132,7 @@ def test_every_frame_means_what_its_event_says(mix):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_repositories_are_true_chains(mix):
+def test_repositories_are_true_chains(mix: Any) -> None:
     """Hashes, roots, revs, `since`, `prev`; and undoing a commit's ops inside its own proof gives `prevData`."""
     last: dict[str, tuple[str, bytes]] = {}
     seen: set[int] = set()
@@ -174,7 +175,7 @@ def test_repositories_are_true_chains(mix):
     assert undone > 700
 
 
-def test_a_repository_holds_exactly_its_live_records():
+def test_a_repository_holds_exactly_its_live_records() -> None:
     network = Network(9, accounts=5)
     held: dict[str, dict[str, str]] = {}
     for frame in network.frames(1_500):
@@ -198,10 +199,10 @@ def test_a_repository_holds_exactly_its_live_records():
         assert {p: cid_text(c) for p, c in read_tree(whole, root)} == held.get(account.did, {})
 
 
-def test_production_has_the_measured_shares():
+def test_production_has_the_measured_shares() -> None:
     ops, kinds, total = Counter(), Counter(), 0
     sizes: dict[str, list[int]] = {}
-    posts = Counter()
+    posts: Counter[str] = Counter()
     authors = []
     for frame in Network(11).frames(8_000):
         kinds[frame.event["kind"]] += 1
@@ -235,15 +236,15 @@ def test_production_has_the_measured_shares():
     assert sum(window) / len(window) > 140, "149 of 150 in the capture"
 
 
-def test_surge_is_the_follow_wave():
-    ops = Counter()
+def test_surge_is_the_follow_wave() -> None:
+    ops: Counter[str] = Counter()
     for frame in Network(11, mix="surge").frames(4_000):
         ops.update(op["path"].split("/")[0] for op in frame.event.get("ops", ()) if op["action"] == "create")
     assert abs(ops["app.bsky.graph.follow"] / ops.total() - 0.333) < 0.03
     assert abs(ops["app.bsky.feed.like"] / ops.total() - 0.473) < 0.03
 
 
-def test_history_makes_the_proofs_of_large_repositories():
+def test_history_makes_the_proofs_of_large_repositories() -> None:
     frames = [(frame, payload, blocks) for frame, (_, payload, blocks) in sized(Network(2, history=2_000), 600)]
     mean = sum(len(frame.data) for frame, _, _ in frames) / len(frames)
     nodes = sum(len(blocks) - 1 - len(payload["ops"]) for _, payload, blocks in frames) / len(frames)
@@ -251,16 +252,16 @@ def test_history_makes_the_proofs_of_large_repositories():
     assert 5 < nodes < 9
 
 
-def sized(network: Network, count: int):
+def sized(network: Network, count: int) -> Any:
     for frame in network.frames(count):
         if frame.event["kind"] == "commit" and len(frame.event["ops"]) == 1:
             yield frame, next(commits([frame]))
 
 
-def test_the_adversary_does_everything_it_is_known_for():
+def test_the_adversary_does_everything_it_is_known_for() -> None:
     network = Network(1, mix="adversarial")
     seqs: list[int] = []
-    found = Counter()
+    found: Counter[Any] = Counter()
     live: dict[str, set[str]] = {}
     for frame in network.frames(6_000):
         event = frame.event
@@ -318,7 +319,7 @@ def test_the_adversary_does_everything_it_is_known_for():
     assert not {name for name in wanted if not found[name]}
 
 
-def test_pairs_have_twins_and_lose_either():
+def test_pairs_have_twins_and_lose_either() -> None:
     likes: dict[tuple[str, str], set[str]] = {}
     twins = lost = 0
     for frame in Network(1, mix="adversarial", weights={"odd": 0}).frames(4_000):
@@ -338,7 +339,7 @@ def test_pairs_have_twins_and_lose_either():
     assert lost > 5
 
 
-def test_weights_switch_moves_off_and_typos_are_refused():
+def test_weights_switch_moves_off_and_typos_are_refused() -> None:
     quiet = dict.fromkeys(ADVERSARIAL, 0) | {"create": 1}
     frames = list(Network(1, mix="adversarial", weights=quiet).frames(300))
     assert {op["action"] for frame in frames for op in frame.event["ops"]} == {"create"}
@@ -346,7 +347,7 @@ def test_weights_switch_moves_off_and_typos_are_refused():
         Network(1, mix="adversarial", weights={"updaet": 1})
 
 
-def test_frames_made_by_hand():
+def test_frames_made_by_hand() -> None:
     repo = Repo("did:plc:handmade", Clock(start_seq=100))
     record = {"$type": "app.bsky.feed.post", "text": "one", "createdAt": "2026-07-04T14:38:07.517Z"}
     first = repo.commit([("create", "app.bsky.feed.post/3a", record)])
@@ -378,7 +379,7 @@ def test_frames_made_by_hand():
     assert payload["since"] == second.event["rev"]
 
 
-def test_a_clean_car_is_read_back():
+def test_a_clean_car_is_read_back() -> None:
     frame = Repo("did:plc:handmade").commit(good_likes())
     car = message(frame)[1]["blocks"]
     header, blocks = libipld.decode_car(car)
@@ -391,27 +392,27 @@ def test_a_clean_car_is_read_back():
         read_car(car[:-1])
 
 
-def test_tids_sort_as_time_does():
+def test_tids_sort_as_time_does() -> None:
     moments = [0, 1, 31, 32, 1_783_175_887_517_000, 1_783_175_887_517_001, 2**53 - 1]
     assert [tid(m) for m in moments] == sorted(tid(m) for m in moments)
     assert tid(0) == "2222222222222"
     assert tid(1_783_175_887_507_805, 3).startswith("3mptby")
 
 
-def test_time_and_seq_only_go_forward():
+def test_time_and_seq_only_go_forward() -> None:
     frames = list(Network(1).frames(500))
     assert [frame.seq for frame in frames] == list(range(START_SEQ, START_SEQ + 500))
     assert all(a.event["time"] <= b.event["time"] for a, b in itertools.pairwise(frames))
 
 
-def test_error_frames():
+def test_error_frames() -> None:
     assert libipld.decode_dag_cbor_multi(error_frame("FutureCursor", "no")) == [
         {"op": -1},
         {"error": "FutureCursor", "message": "no"},
     ]
 
 
-def test_hostile_messages_are_many_and_the_same_every_time():
+def test_hostile_messages_are_many_and_the_same_every_time() -> None:
     cases = list(hostile_frames(1))
     assert len(cases) > 2_000
     assert len({name for name, _ in cases}) == len(cases)
@@ -420,7 +421,7 @@ def test_hostile_messages_are_many_and_the_same_every_time():
     assert good not in {data for _, data in cases}
 
 
-def test_the_siblings_of_a_hostile_op_are_whole():
+def test_the_siblings_of_a_hostile_op_are_whole() -> None:
     """In every case named `record is ...` the first and the last like can still be had."""
     checked = 0
     for name, data in hostile_frames():
@@ -436,7 +437,7 @@ def test_the_siblings_of_a_hostile_op_are_whole():
     assert checked > 30
 
 
-def test_nothing_under_test_is_imported():
+def test_nothing_under_test_is_imported() -> None:
     code = (
         "import sys, fastworker.simulator.network, fastworker.simulator.relay, fastworker.law.model\n"
         "rooms = ('event', 'table', 'store', 'stream', 'reader', 'worker', 'process')\n"
@@ -447,7 +448,7 @@ def test_nothing_under_test_is_imported():
     assert done.stdout == "[]\n"
 
 
-def test_a_live_network_dates_what_happens_now_and_time_never_stands():
+def test_a_live_network_dates_what_happens_now_and_time_never_stands() -> None:
     before = time.time()
     network = Network(3, accounts=20, clock=LiveClock())
     times = [frame.event["time"] for frame in network.frames(200)]
@@ -457,7 +458,7 @@ def test_a_live_network_dates_what_happens_now_and_time_never_stands():
     assert revs == sorted(set(revs))
 
 
-def test_a_network_without_end_forgets_its_busiest_accounts():
+def test_a_network_without_end_forgets_its_busiest_accounts() -> None:
     network = Network(3, accounts=60, records_max=400)
     everybody = set()
     for _ in range(3_000):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+from typing import Any
 
 import libipld
 import pytest
@@ -37,41 +38,41 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_a_value_comes_back(value):
+def test_a_value_comes_back(value: Any) -> None:
     assert decode(encode(value)) == value
 
 
 @given(VALUES)
 @example(-0.0)
 @example([0.0, {"x": -0.0}])
-def test_both_encoders_agree(value):
+def test_both_encoders_agree(value: Any) -> None:
     assert encode_record(value) == encode(value)
 
 
 @given(VALUES.filter(lambda value: "$bytes" not in repr(value) and "-0.0" not in repr(value)))
-def test_libipld_reads_what_we_write_and_writes_it_again(value):
+def test_libipld_reads_what_we_write_and_writes_it_again(value: Any) -> None:
     data = encode(value)
     assert libipld.encode_dag_cbor(libipld.decode_dag_cbor(data)) == data
 
 
 @given(CIDS)
-def test_the_text_of_a_cid_is_base32(cid):
+def test_the_text_of_a_cid_is_base32(cid: Any) -> None:
     assert cid_text(cid) == "b" + base64.b32encode(cid).decode().rstrip("=").lower()
     assert cid_bytes(cid_text(cid)) == cid
 
 
-def test_bytes_that_look_like_a_cid_stay_bytes():
+def test_bytes_that_look_like_a_cid_stay_bytes() -> None:
     raw = {"$bytes": base64.b64encode(DAG_CBOR + bytes(32)).decode()}
     assert encode_record({"x": raw})[:5] == b"\xa1ax\x58\x24"
 
 
-def test_lone_surrogates_become_invalid_utf8():
+def test_lone_surrogates_become_invalid_utf8() -> None:
     assert text("\ud83d") == b"\x63\xed\xa0\xbd"
     assert encode_record({"text": "\ud83d"}) == b"\xa1dtext\x63\xed\xa0\xbd"
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused(data):
+def test_any_bytes_are_read_or_refused(data: Any) -> None:
     with contextlib.suppress(DecodeError):
         decode(data)
 
@@ -91,6 +92,6 @@ def test_any_bytes_are_read_or_refused(data):
         pytest.param(b"\x81" * 90_000, id="deep"),
     ],
 )
-def test_what_is_not_dag_cbor_is_refused(data):
+def test_what_is_not_dag_cbor_is_refused(data: Any) -> None:
     with pytest.raises(DecodeError):
         decode(data)

@@ -16,7 +16,7 @@ FRAMES = [frame.data for frame in Network(1, accounts=5).frames(40)]
 
 @pytest.mark.parametrize("little_endian", [False, True])
 @pytest.mark.parametrize("name", ["x.frames", "x.frames.zst"])
-def test_round_trip(tmp_path: Path, name: str, little_endian: bool):
+def test_round_trip(tmp_path: Path, name: str, little_endian: bool) -> None:
     pytest.importorskip("zstandard")
     path = tmp_path / name
     assert write_frames(path, FRAMES, little_endian=little_endian) == 40
@@ -29,7 +29,7 @@ def test_round_trip(tmp_path: Path, name: str, little_endian: bool):
 
 
 @pytest.mark.parametrize(("cut", "left"), [(1, len(FRAMES[-1]) + 3), (len(FRAMES[-1]), 4), (len(FRAMES[-1]) + 2, 2)])
-def test_a_truncated_tail_is_reported_and_costs_one_frame(tmp_path: Path, cut: int, left: int):
+def test_a_truncated_tail_is_reported_and_costs_one_frame(tmp_path: Path, cut: int, left: int) -> None:
     path = tmp_path / "x.frames"
     write_frames(path, FRAMES)
     path.write_bytes(path.read_bytes()[:-cut])
@@ -38,21 +38,23 @@ def test_a_truncated_tail_is_reported_and_costs_one_frame(tmp_path: Path, cut: i
     assert file.truncated_bytes == left
 
 
-def test_the_wrong_byte_order_is_explained(tmp_path: Path):
+def test_the_wrong_byte_order_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "x.frames"
     write_frames(path, FRAMES, little_endian=True)
     with pytest.raises(ConfigError, match="--little-endian"):
         list(FramesFile(path))
 
 
-def test_without_zstandard_a_compressed_file_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_zstandard_a_compressed_file_is_one_clear_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ConfigError, match="pip install zstandard"):
         list(FramesFile(tmp_path / "x.frames.zst"))
 
 
 @pytest.mark.real_data
-def test_the_recorded_frames(real_data: Path):
+def test_the_recorded_frames(real_data: Path) -> None:
     file = FramesFile(real_data / "frames/frames.bin.zst", little_endian=True)
     frames = list(file)
     assert (len(frames), sum(map(len, frames)), file.truncated_bytes) == (150, 818_776, 0)

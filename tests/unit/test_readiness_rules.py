@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from fastworker.process.board import Heartbeats, State, now_ms
 WELL = Facts(processes=[Process(name="worker-0"), Process(name="worker-1"), Process(name="monitor", is_worker=False)])
 
 
-def with_worker(**facts: object) -> Facts:
+def with_worker(**facts: Any) -> Facts:
     changed = msgspec.structs.replace(WELL.processes[0], **facts)
     return msgspec.structs.replace(WELL, processes=[changed, *WELL.processes[1:]])
 
@@ -29,7 +30,8 @@ def test_well() -> None:
         (with_worker(state=State.WAITING_FOR_STORE, error="gone"), "worker-0 waits for PostgreSQL: gone"),
         (with_worker(state=State.WAITING_FOR_STREAM), "worker-0 waits for Redis: no error yet"),
         (with_worker(store_s=7.0), "worker-0: PostgreSQL has not answered for 7 s"),
-        (with_worker(held_s=61.0), "worker-0 has held an entry for 61 s"),
+        (with_worker(held_s=61.0), "worker-0 has held an entry for 61 s$"),
+        (with_worker(held_s=61.0, locked="PID 7"), "worker-0 has held an entry for 61 s: PID 7"),
         (with_worker(maintained_s=61.0, maintain_error="denied"), "nothing that is owed was looked after .*: denied"),
         (with_worker(ready=False, started_s=21.0, error="slow"), "worker-0 is not ready after 21 s: slow"),
         (Facts(), "no worker process is ready"),
@@ -75,7 +77,7 @@ def test_what_time_tells() -> None:
         slot.set(ready=1, state=State.RUNNING)
     watch = Watch()
 
-    def look(now: float, **facts: object) -> list[str]:
+    def look(now: float, **facts: Any) -> list[str]:
         watch.look(now, board.snapshot(), missing=board.missing, crashes=board.crashes, **facts)
         return readiness(watch.facts(now, board.snapshot(), now_ms(), board.missing))
 

@@ -1,0 +1,104 @@
+"""`fastworker demo --outage`: the relay forgets what happened while the reader was away; the hosts still know it.
+
+The first third of the events is served, then the relay is gone. When it is back it has forgotten the commits of the
+second third: the reader records a gap. What events of accounts and handles say, and labels, is in no repository, so the
+relay still has these. Then `fastworker repair --gap` runs against the simulated hosts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+
+from fastworker.commands.repairs import RepairOptions, repair
+from fastworker.config import parse_config
+from fastworker.errors import ExitCode
+from fastworker.law.compare import KEYS, Difference, Tables
+from fastworker.law.model import COLUMNS
+from fastworker.simulator.hosts import SimHosts
+from fastworker.simulator.network import Network
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import SimFrame
+from fastworker.sync.hosts import Hosts
+
+ACCOUNTS_MAX: Final = 300
+HOSTS: Final = 3
+RATE: Final = 1_000.0
+_STAYS: Final = ("app.bsky.bookmark.", "com.atproto.label.")
+_VERSION: Final = ("commit_seq", "commit_rev", "commit_time")
+_LOOK_S: Final = 0.1
+
+
+class Places(msgspec.Struct, frozen=True):
+    """Where the directory, the relay's lists and the hosts are."""
+
+    plc_url: str
+    relay_url: str
+    own: list[str]
+
+
+def accounts(events: int) -> int:
+    """Few enough that fetching everybody takes no longer than the rest."""
+    return min(ACCOUNTS_MAX, max(20, events // 20))
+
+
+def is_forgotten(frame: SimFrame) -> bool:
+    event = frame.event
+    if event is None or event["kind"] != "commit":
+        return False
+    return not any(op["path"].startswith(_STAYS) for op in event["ops"])
+
+
+@asynccontextmanager
+async def places_of(network: Network) -> AsyncIterator[Places]:
+    async with SimHosts(network.world, count=HOSTS) as hosts:
+        yield Places(hosts.directory.url, hosts.relay.url.replace("http", "ws"), sorted(hosts.own))
+
+
+async def sent(relay: SimRelay, count: int, stopping: asyncio.Event) -> None:
+    """Until the reader has what was there before the outage."""
+    while True:
+        if relay.sent >= count or stopping.is_set():
+            return
+        await asyncio.sleep(_LOOK_S)
+
+
+def back_again(frames: list[bytes], *, port: int, rate: float | None) -> SimRelay:
+    """The relay at the same place, which remembers only these."""
+    relay = SimRelay(frames[1:], port=port, rate=rate, window=len(frames) + 1, start="oldest", wait_for_client=True)
+    relay.emit(frames[0])
+    return relay
+
+
+async def mend(places: Places, redis_url: str, database_url: str, stopping: asyncio.Event) -> ExitCode:
+    config = parse_config({"REDIS_URL": redis_url, "DATABASE_URL": database_url, "RELAY_URL": places.relay_url})
+    async with Hosts(places.plc_url, own=frozenset(places.own), rate=lambda _: RATE) as hosts:
+        return await repair(config, RepairOptions((), gap=True), stopping, hosts=hosts)
+
+
+def compared(tables: Tables) -> Tables:
+    """Without a row's version, which a repaired one has from its snapshot. Users who were only named by a lost event
+    that nothing is left of are known to nobody."""
+    return {
+        table: [{name: value for name, value in row.items() if name not in _VERSION} for row in rows]
+        for table, rows in tables.items()
+        if table not in ("users", "fastworker.accounts")
+    }
+
+
+def ratios(expected: Tables, found: Tables, differences: list[Difference]) -> dict[str, float]:
+    """Of each table the share of rows, of those that there should be or are, that are as they must be."""
+    wrong: dict[str, set[tuple[object, ...]]] = {}
+    for one in differences:
+        wrong.setdefault(one.table, set()).add(one.key)
+    shares = {}
+    for table, rows in expected.items():
+        columns = KEYS.get(table) or (COLUMNS[table].split()[0],)
+        keys = {tuple(row[column] for column in columns) for row in (*rows, *found.get(table, []))}
+        if keys:
+            shares[table] = 1 - len(wrong.get(table, ())) / len(keys)
+    return shares

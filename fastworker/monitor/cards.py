@@ -1,0 +1,116 @@
+"""A worker's view as the figures of the status page: /status.json."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from fastworker import __version__
+from fastworker.monitor.facts import told_workers
+from fastworker.monitor.page import Card, Chart, Page, Wait, Worker
+from fastworker.monitor.reader_port import cards as reader_cards
+from fastworker.monitor.readiness import FRESH_S
+from fastworker.monitor.view import Reading, View
+
+LONG_S: Final = 60.0  # what waits longer is shown in red
+OUTCOME_TITLES: Final = {
+    "committed": "committed",
+    "nothing_to_store": "nothing to store",
+    "set_aside": "set aside",
+    "ghosts": "trimmed while pending",
+}
+
+
+def page_of(view: View) -> Page:
+    reading = view.reading
+    ledger = reading.ledger if reading else {}
+    return Page(
+        version=__version__,
+        service="up" if view.settings.with_reader else "worker",
+        at=time.time(),
+        uptime_s=view.uptime_s,
+        age_s=view.age_s,
+        ready=not view.why,
+        why=view.why,
+        charts=_charts(view.settings.max_stream_len),
+        cards=_cards(view, reading) if reading else {},
+        waits=_waiting(view, reading) if reading else [],
+        processes=view.processes,
+        workers=_workers(view.others),
+        written=view.written,
+        drops={name.removeprefix("drop:"): count for name, count in ledger.items() if name.startswith("drop:")},
+        dead_letters=reading.newest_letters if reading else [],
+    )
+
+
+def _cards(view: View, reading: Reading) -> dict[str, list[Card]]:
+    settings, ledger, ours, full = view.settings, reading.ledger, view.ours, view.full_s
+    length = reading.stream.length if reading.stream else 0
+    busy = sum(snapshot.gauges.connections_busy for snapshot in view.workers)
+    cards = {
+        "Now": [
+            Card("finished", view.finished_per_s, "events/s"),
+            Card("appended", view.appended_per_s, "events/s"),
+            Card("lag", ours.lag, "entries"),
+            Card("oldest unfinished", ours.unfinished_s, "s", bad=ours.unfinished_s > LONG_S),
+            Card("latency, median", view.median),
+            Card("latency, 99 %", view.p99),
+            Card("in work", ours.pending, "entries"),
+            Card("dead letters", reading.dead_letters, bad=reading.dead_letters > 0),
+        ],
+        "Stream and connections": [
+            Card("stream", length, f"of {settings.max_stream_len:,}", bad=length > 0.8 * settings.max_stream_len),
+            Card("stream is full in", full if math.isfinite(full) else "does not grow", "s", bad=full < 3_600),
+            Card("stream memory", view.stream_bytes, "bytes"),
+            Card("PostgreSQL connections", busy, f"at work, at most {settings.connections_max}"),
+        ],
+        "Since the stream began": [
+            *(
+                Card(title, count := ledger.get(name, 0), bad=name == "ghosts" and count > 0)
+                for name, title in OUTCOME_TITLES.items()
+            ),
+            Card("not accounted for", reading.unaccounted, bad=(reading.unaccounted or 0) < 0),
+        ],
+    }
+    if reading.reader is not None:
+        told_s = reading.reader_age_s + view.age_s
+        cards["Reader"] = [*reader_cards(reading.reader, None), Card("told", told_s, "s ago", bad=told_s > FRESH_S)]
+    return cards
+
+
+def _waiting(view: View, reading: Reading) -> list[Wait]:
+    """What is not done yet, wherever it is, and for how long."""
+    waits = []
+    for one in view.groups:
+        whose = "" if one.group == view.settings.group else f" by {one.group}"
+        waits += [
+            Wait(f"entries to be taken{whose}", one.lag, one.undelivered_s, bad=one.undelivered_s > LONG_S),
+            Wait(f"entries in work{whose}", one.pending, one.pending_s, bad=one.pending_s > LONG_S),
+        ]
+    if reading.reader is not None:
+        waits.append(Wait("entries that the reader has to append", reading.reader.outbox_items, None))
+    letters = reading.newest_letters
+    oldest = Wait("dead letters, for a person", reading.dead_letters, None, bad=bool(letters))
+    return [*waits, oldest]
+
+
+def _charts(max_stream_len: int) -> tuple[Chart, ...]:
+    return (
+        Chart(title="Events", unit="/s", lines=("appended", "finished")),
+        Chart(title="Latency", unit="ms", band=("median", "99 %")),
+        Chart(title="Not finished", unit="entries", lines=("to be taken", "in work")),
+        Chart(title="Oldest unfinished", unit="s", lines=("oldest",)),
+        Chart(title="Stream", unit="entries", lines=("stream",), limit=max_stream_len),
+    )
+
+
+def _workers(statuses: Mapping[str, str]) -> list[Worker]:
+    found = []
+    for told in told_workers(statuses):
+        at_work = [one for one in told.processes if one.name.startswith("worker")]
+        rate = sum(one.entries_per_s for one in at_work)
+        told_s = max(0.0, time.time() - told.at)
+        found.append(Worker(told.owner, told.version, told.ready, rate, len(at_work), told_s))
+    return found

@@ -1,0 +1,102 @@
+"""Every Redis key: its name, what it holds, and how it is made for a stream.
+
+The usual stream and the usual group have the keys as they are written here. Another stream, or another group, has its
+own: with its name behind a colon, as in `fastworker:ledger:staging:events`. All keys are used in scripts together, so
+Redis Cluster is not supported.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+STREAM: Final = "firehose:events"
+"""Stream: the events (`REDIS_STREAM_KEY`)."""
+GROUP: Final = "firehose-processors"
+"""The workers' consumer group on it."""
+CURSOR: Final = "firehose:python_cursor"
+"""String: decimal seq up to which the reader has put events on the stream (`REDIS_CURSOR_KEY`)."""
+
+# One for a server: the API and the readers before ours know them by these names.
+METRICS: Final = "cluster:metrics"
+"""Hash: totalEvents, errors, and events by kind."""
+STATUS: Final = "firehose:status"
+"""String: JSON of what the reader does, for ten seconds."""
+RECENT: Final = "firehose:recent_events"
+"""String: JSON of the newest events, for ten seconds."""
+BROADCAST: Final = "firehose:events:broadcast"
+"""Channel: JSON of some of the events."""
+_CURSOR_STREAM: Final = "fastworker:stream-of"
+
+
+class Keys:
+    """The keys of one stream and of one group on it."""
+
+    def __init__(self, stream: str = STREAM, group: str = GROUP) -> None:
+        of_stream = [stream] if stream != STREAM else []
+        of_group = [*of_stream, group] if group != GROUP else of_stream
+
+        def key(name: str, *more: str) -> str:
+            return ":".join([name, *more])
+
+        self.stream: Final = stream
+        # Of the stream, the workers'
+        self.ledger: Final = key("fastworker:ledger", *of_stream)
+        """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>`
+        (ops)."""
+        self.dead_letters: Final = key("firehose:dead-letters", *of_stream)
+        """Stream: entries that could not be stored, with the reason."""
+        self.worker_status: Final = key("fastworker:status:worker", *of_stream)
+        """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
+        self._consumer_lease: Final = key("fastworker:consumer", *of_stream)
+        # Of the group
+        self.consumers: Final = key("fastworker:consumers", *of_group)
+        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
+        self.held: Final = key("fastworker:held", *of_group)
+        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
+        is."""
+        self.database: Final = key("fastworker:database", *of_group)
+        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
+        self.go_back: Final = key("fastworker:go-back", *of_group)
+        """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
+        knows."""
+        self.recreate_lock: Final = key("firehose:stream:recreate-lock", *of_group)
+        """String: one worker makes the group again, the others wait."""
+        # Of the stream, the reader's
+        self.reader_lease: Final = key("fastworker:reader", *of_stream)
+        """String: token of the reader at work."""
+        self.reader_stats: Final = key("fastworker:reader:stats", *of_stream)
+        """Hash: figures of the reader."""
+        self.relay: Final = key("fastworker:relay", *of_stream)
+        """String: the host that the main cursor belongs to."""
+        self.relays: Final = key("fastworker:relays", *of_stream)
+        """Hash: host -> ms when it was first read from. Each host is a sequence space of its own."""
+        self._cursor: Final = key("fastworker:cursor", *of_stream)
+        self.repairs: Final = key("fastworker:repairs", *of_stream)
+        """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
+        stream)."""
+        self.gaps: Final = key("fastworker:gaps", *of_stream)
+        """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
+        us."""
+        self.tail: Final = key("fastworker:tail", *of_stream)
+        """String: the id of the newest entry that a reader of ours appended."""
+        self.marks: Final = key("fastworker:marks", *of_stream)
+        """List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached
+        yet."""
+        self.finished: Final = key("fastworker:finished", *of_stream)
+        """String: the newest mark up to which the workers have finished the stream."""
+
+    def consumer_lease(self, consumer: str = "") -> str:
+        """String: token of the process that has this consumer's name. Without a name: the beginning of these keys."""
+        return f"{self._consumer_lease}:{consumer}"
+
+    def cursor_of(self, host: str) -> str:
+        """String: decimal seq, that relay's cursor, kept while another relay is read."""
+        return f"{self._cursor}:{host}"
+
+
+def stream_of(cursor_key: str) -> str:
+    """String: the stream that this cursor belongs to."""
+    return f"{_CURSOR_STREAM}:{cursor_key}"
+
+
+USUAL: Final = Keys()

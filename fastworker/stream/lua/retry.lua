@@ -1,0 +1,5 @@
+-- KEYS dead letters, stream. ARGV letter id, fields of the entry... Appends and removes together, or neither:
+-- a retry that is cut off and repeated finds no letter and does nothing.
+if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return 0 end
+redis.call('XADD', KEYS[2], '*', unpack(ARGV, 2, #ARGV))
+return redis.call('XDEL', KEYS[1], ARGV[1])

@@ -1,0 +1,43 @@
+-- KEYS stream, marks, finished, held, go back. ARGV the workers' group, a new mark or '', marks kept, the first unread id
+-- at the last look or ''. Answers whether an unread entry is gone, the newest finished mark, the first unread id, and to
+-- where the reader has to go back because PostgreSQL did.
+-- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
+-- the first entry of the stream, was removed by somebody else. What is pending they hold.
+-- include ids
+if ARGV[2] ~= '' then
+  if redis.call('LLEN', KEYS[2]) >= tonumber(ARGV[3]) then redis.call('RPOP', KEYS[2]) end
+  redis.call('RPUSH', KEYS[2], ARGV[2])
+end
+local exists = redis.call('EXISTS', KEYS[1]) == 1
+local group = exists and group_of(KEYS[1], ARGV[1])
+local read, held = group and group['last-delivered-id'] or '0-0', nil
+if group and group['pending'] > 0 then held = redis.call('XPENDING', KEYS[1], ARGV[1])[2] end
+for _, id in ipairs(redis.call('HVALS', KEYS[4])) do
+  if not held or before(id, held) then held = id end
+end
+local mark = redis.call('LINDEX', KEYS[2], 0)
+local function id_of(text) return string.match(text, '^%S+') end
+while mark do
+  local id = id_of(mark)
+  if before(read, id) or (held and not before(id, held)) then break end
+  redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
+  mark = redis.call('LINDEX', KEYS[2], 0)
+end
+local first = exists and redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+local function gone(id)
+  return before(read, id) and (not first or before(id, first[1]))
+end
+local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
+-- Of the marks, too, that lie behind one which somebody holds.
+if not broken and mark and held then
+  for _, one in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
+    local id = id_of(one)
+    if before(read, id) then
+      broken = gone(id)
+      break
+    end
+  end
+end
+local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
+return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or '',
+  redis.call('GET', KEYS[5]) or ''}

@@ -1,0 +1,349 @@
+"""Many accounts made equal to their repositories: the one engine of repair, backfill and sampling.
+
+For each: S0 is the reader's cursor before the request, so everything up to S0 happened before the snapshot. The
+repository is fetched and checked (sync/fetch.py). Then the worker must have finished what was on the stream when S0
+was read; what comes later is newer, or its version is lower and the writer sees that. Then only the differences are
+written (sync/settle.py). What waits, and who works on it, is in PostgreSQL (store/repos.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+
+from fastworker.config import Config
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.store.migrate import check as check_schema
+from fastworker.store.repos import (
+    AGAIN_S,
+    CHOSEN,
+    RENEW_S,
+    Claim,
+    Left,
+    Listed,
+    Queue,
+    open_queue,
+)
+from fastworker.store.store import Store
+from fastworker.store.stored import Stored, open_stored
+from fastworker.stream.admin import RedisAdmin, age_s, open_redis
+from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
+from fastworker.sync.hosts import Hosts
+from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
+from fastworker.table.snapshot import Snapshot
+
+LOOK_S: Final = 0.3
+STALL_S: Final = 120.0  # without the worker getting on
+LIVE_S: Final = 2.0
+"""While the oldest unfinished entry is older, history waits."""
+LIVE_PAUSE_S: Final = 10.0  # but never longer than this for one account
+_SPOOL: Final = "fastworker-repositories-"
+_PASSING: Final = frozenset((Refusal.UNREACHABLE, Refusal.BAD_CAR, Refusal.BAD_ANSWER, Refusal.NO_SPACE, Refusal.STALE))
+_GONE: Final = frozenset((Refusal.GONE,))
+
+
+class Mark(NamedTuple):
+    """Where reader and stream were before a request."""
+
+    seq: int
+    entry_id: str
+    at: datetime
+
+
+class Waiting(Protocol):
+    async def claim(self, many: int, priority_max: int) -> list[Claim]: ...
+    async def moved(self, did: str, host: str) -> bool: ...
+    async def done(self, did: str, rev: str, seq: int, records: int, size: int, differences: int) -> None: ...
+    async def ended(self, did: str, state: str, error: str) -> None: ...
+    async def again(self, did: str, seconds: float, error: str, *, spends: bool) -> None: ...
+    async def renew(self) -> None: ...
+    async def give_back(self) -> None: ...
+    async def left(self, priority_max: int) -> Left: ...
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """`tries`: after so many failures of the passing kind an account is refused. `priority_max`: the lowest class that
+    is worked on. `accept_older`: also repositories that are older than what is stored."""
+
+    priority_max: int
+    tries: int = 1
+    accept_older: bool = False
+
+
+class Live:
+    """The stream beside which all this happens."""
+
+    def __init__(self, admin: RedisAdmin, config: Config) -> None:
+        self._admin = admin
+        self._config = config
+        self._looked = float("-inf")
+        self._unfinished: str | None = None
+        self._one = asyncio.Lock()
+
+    async def mark(self) -> Mark:
+        """The cursor first: what it covers was appended with it."""
+        text = await self._admin.cursor(self._config.cursor_key)
+        if text is None or not text.isdecimal():
+            raise Unreachable(f"{self._config.cursor_key} holds no cursor: start `fastworker reader` first")
+        stream = await self._admin.stream()
+        last_id = "0-0" if stream is None else stream.last_id
+        return Mark(int(text), last_id, datetime.now(UTC).replace(tzinfo=None))
+
+    async def finished(self, mark: Mark) -> None:
+        """Wait until the group has finished everything that was on the stream before the request."""
+        last, since, asked = "", time.monotonic(), time.monotonic()
+        while True:
+            unfinished = await self._oldest(asked)
+            if unfinished is None or _order(unfinished) > _order(mark.entry_id):
+                return
+            if unfinished != last:
+                last, since = unfinished, time.monotonic()
+            elif time.monotonic() - since > STALL_S:
+                raise Unreachable(f"the worker has not finished entry {unfinished} for {STALL_S:.0f} s: is it running?")
+            await asyncio.sleep(LOOK_S)
+            asked = time.monotonic() - LOOK_S / 2
+
+    async def first(self) -> None:
+        """Live events go before history."""
+        give_up = time.monotonic() + LIVE_PAUSE_S
+        while time.monotonic() < give_up:
+            unfinished = await self._oldest(time.monotonic() - LOOK_S)
+            if unfinished is None or age_s(unfinished) < LIVE_S:
+                return
+            await asyncio.sleep(LOOK_S)
+
+    async def _oldest(self, not_before: float) -> str | None:
+        """The oldest unfinished entry, by one look for everybody who asks at the same time."""
+        async with self._one:
+            if self._looked >= not_before:
+                return self._unfinished
+            looked = time.monotonic()
+            stream = await self._admin.stream()
+            group = None if stream is None else stream.group(self._config.group)
+            if group is None and stream is not None and stream.length:
+                raise Unreachable(f"{self._config.stream_key} has no group {self._config.group}: start a worker first")
+            self._unfinished = None if group is None else group.unfinished_id
+            self._looked = looked
+            return self._unfinished
+
+
+def _order(entry_id: str) -> list[int]:
+    return [int(part) for part in entry_id.split("-")]
+
+
+class Many:
+    """The engine. `repaired` is told of each account that is equal now, with its S0."""
+
+    def __init__(
+        self,
+        waiting: Waiting,
+        hosts: Hosts,
+        live: Live,
+        settle: Settle,
+        folder: Path,
+        report: Report,
+        repaired: Callable[[str, int], Awaitable[None]],
+    ) -> None:
+        self._waiting = waiting
+        self._hosts = hosts
+        self._live = live
+        self._settle = settle
+        self._folder = folder
+        self._report = report
+        self._repaired = repaired
+        self._one = asyncio.Lock()  # one account is compared at a time, while others are fetched
+
+    async def all(self, work: Work, at_once: int, feed: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Until nothing is left that this may do. `feed` puts more into the queue meanwhile."""
+        async with asyncio.TaskGroup() as tasks:
+            feeding = None if feed is None else tasks.create_task(_awaited(feed))
+            renewing = tasks.create_task(self._renew())
+            running: set[asyncio.Task[None]] = set()
+            while True:
+                running = {task for task in running if not task.done()}
+                room = at_once - len(running)
+                claimed = await self._waiting.claim(room, work.priority_max) if room else []
+                running |= {tasks.create_task(self._account(one, work)) for one in claimed}
+                left = await self._waiting.left(work.priority_max)
+                self._report.tell(left.waiting + left.fetching, self._hosts.resting())
+                if running:
+                    await asyncio.wait(running, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                elif feeding is not None and not feeding.done():
+                    await asyncio.sleep(LOOK_S)
+                elif not left.waiting and not left.fetching:
+                    break
+                else:
+                    await asyncio.sleep(min(max(left.next_s, LOOK_S), 2.0))
+            renewing.cancel()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self._waiting.renew()
+
+    async def _account(self, one: Claim, work: Work) -> None:
+        try:
+            await self._one_account(one, work)
+        except NotFetched as error:
+            await self._not_fetched(one, work, error)
+
+    async def _one_account(self, one: Claim, work: Work) -> None:
+        document = None
+        mark = await self._live.mark()
+        if not one.host:
+            document, host = await document_of(self._hosts, one.did)
+            if not await self._waiting.moved(one.did, host):
+                return
+        async with fetched(self._hosts, one.did, self._folder, document=document) as repository:
+            await self._live.finished(mark)
+            commit = repository.commit
+            if one.want_rev is not None and commit.rev < one.want_rev:
+                raise NotFetched(
+                    Refusal.STALE, f"its revision {commit.rev} is older than {one.want_rev}, as was listed"
+                )
+            if one.priority >= CHOSEN:
+                await self._live.first()
+            snapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)
+            async with self._one:
+                settled = await self._settle.settle(repository, snapshot, accept_older=work.accept_older)
+            size = repository.size
+        await self._settled(one, settled, snapshot, size)
+
+    async def _settled(self, one: Claim, settled: Settled, snapshot: Snapshot, size: int) -> None:
+        self._report.add(settled)
+        if settled.refused:
+            self._report.failed(one.did, settled.refused)
+            await self._waiting.ended(one.did, "refused", settled.refused)
+            return
+        await self._repaired(one.did, snapshot.seq)
+        records, differences = settled.records, settled.differences
+        await self._waiting.done(one.did, snapshot.rev, snapshot.seq, records, size, differences)
+
+    async def _not_fetched(self, one: Claim, work: Work, error: NotFetched) -> None:
+        is_limited = error.refusal == Refusal.LIMITED
+        if work.tries > 1 and (is_limited or (error.refusal in _PASSING and one.attempts + 1 < work.tries)):
+            pause = 1.0 if is_limited else AGAIN_S[min(one.attempts, len(AGAIN_S) - 1)]
+            await self._waiting.again(one.did, max(pause, error.wait_s), str(error), spends=not is_limited)
+            return
+        self._report.failed(one.did, str(error))
+        await self._waiting.ended(one.did, "gone" if error.refusal in _GONE else "refused", str(error))
+
+
+async def _awaited(feed: Callable[[], Awaitable[None]]) -> None:
+    await feed()
+
+
+# What it needs ------------------------------------------------------------------------------------
+
+
+class Scene(NamedTuple):
+    """What a command has opened."""
+
+    config: Config
+    admin: RedisAdmin
+    live: Live
+    stored: Stored
+    store: Store | None
+    queue: Queue
+    hosts: Hosts
+    folder: Path
+
+
+@asynccontextmanager
+async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_only: bool) -> AsyncIterator[Scene]:
+    """`hosts`: where tests put their own servers. Raises ConfigError and Unreachable."""
+    url = config.require_database_url(command)
+    if problems := await check_schema(url):
+        raise Unreachable("\n".join(problems))
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            name = f"fastworker-{command}"
+            admin = await stack.enter_async_context(open_redis(config.redis_url, config.stream_key, client_name=name))
+            stored = await stack.enter_async_context(open_stored(url))
+            store = None
+            if not reads_only:
+                store = await Store.connect(url, application_name=name, derive=config.derive)
+                stack.push_async_callback(store.close)
+            queue = await stack.enter_async_context(open_queue(url))
+            if hosts is None:
+                hosts = await stack.enter_async_context(Hosts(config.plc_url))
+            hosts.share(queue)
+            folder = stack.enter_context(spool())
+            yield Scene(config, admin, Live(admin, config), stored, store, queue, hosts, folder)
+    except (StoreUnavailable, StreamUnavailable) as error:
+        raise Unreachable(str(error)) from error
+
+
+async def settle_all(
+    scene: Scene,
+    report: Report,
+    work: Work,
+    stop: asyncio.Event,
+    *,
+    feed: Callable[[], Awaitable[None]] | None = None,
+    only: list[str] | None = None,
+    repaired: Callable[[str, int], Awaitable[None]] | None = None,
+) -> ExitCode:
+    """What is in the queue; `only`: just look at these."""
+
+    async def forget(did: str, seq: int) -> None:
+        if scene.store is not None and only is None:
+            await scene.store.forget_repair(did, seq)
+        if repaired is not None:
+            await repaired(did, seq)
+
+    waiting: Waiting = scene.queue if only is None else Listed(only)
+    settle = Settle(scene.stored, scene.store if only is None else None)
+    many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget)
+    try:
+        if not await unless_stopped(many.all(work, scene.config.fetch_at_once, feed), stop):
+            report.stop()
+            await waiting.give_back()
+    except* (StoreUnavailable, StreamUnavailable, Unreachable, ConfigError) as group:
+        raise _first(group) from None
+    return report.end()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
+
+
+@contextmanager
+def spool() -> Iterator[Path]:
+    """A folder for what is fetched. Those that killed processes have left go."""
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{_SPOOL}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_SPOOL))
+    with _locked(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Held for as long as the process lives. Raises OSError when another has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,196 @@
+# ruff: noqa: F811 - fixtures of another file
+"""`fastworker backfill` and `repair --gap|--host`: many accounts, on simulated hosts, beside a running worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
+
+from fastworker.commands import backfill as history
+from fastworker.commands.backfill import Choice, backfill
+from fastworker.commands.repairs import RepairOptions, repair
+from fastworker.config import Config, parse_config
+from fastworker.errors import ExitCode
+from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from tests.services import ROOT, Service, environment
+
+RATE = 20.0
+_PROCESS = """
+import asyncio, json, os, sys
+from fastworker.commands.backfill import Choice, backfill
+from fastworker.config import parse_config
+from fastworker.sync.hosts import Bounds, Hosts
+told = json.loads(sys.argv[1])
+async def main():
+    bounds = Bounds(idle_s=5, wait_max_s=30)
+    async with Hosts(told["plc"], own=frozenset(told["own"]), bounds=bounds, rate=lambda _: told["rate"]) as hosts:
+        return await backfill(parse_config(os.environ), Choice(known=True), asyncio.Event(), hosts=hosts)
+sys.exit(asyncio.run(main()))
+"""
+
+
+def config_of(scene: Scene) -> Config:
+    env = {"REDIS_URL": scene.config.redis_url, "DATABASE_URL": scene.config.database_url or ""}
+    return parse_config({**env, "RELAY_URL": scene.sim.relay.url.replace("http", "ws")})
+
+
+def process(scene: Scene) -> subprocess.Popen[bytes]:
+    told = {"plc": scene.sim.directory.url, "own": sorted(scene.sim.own), "rate": RATE}
+    env = {"REDIS_URL": scene.config.redis_url, "DATABASE_URL": scene.config.database_url or ""}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROCESS, json.dumps(told)],
+        env=environment(env),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+async def chosen(scene: Scene, **choice: Any) -> ExitCode:
+    return await backfill(config_of(scene), Choice(**choice), asyncio.Event(), hosts=scene.hosts)
+
+
+async def states(pg: asyncpg.Connection) -> dict[str, int]:
+    return dict(await pg.fetch("SELECT state, count(*) FROM fastworker.repos GROUP BY state"))
+
+
+async def test_killed_processes_share_the_work_and_go_on(scene: Scene, worker: Service, pg: asyncpg.Connection):
+    scene.happen(900, lose=lambda n: n % 3 == 0)
+    await scene.finished()
+    known = {one.did for one in scene.network.world.accounts()}
+    for did in known:
+        await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid') ON CONFLICT DO NOTHING", did)
+    asked, killed = 3, 0
+    running = [process(scene), process(scene)]
+    async with asyncio.timeout(120):
+        while any(one.poll() is None for one in running):
+            await asyncio.sleep(0.02)
+            if sum(len(pds.asked) for pds in scene.sim.pdses) >= asked and killed < 3:
+                running[0].send_signal(signal.SIGKILL)
+                running[0].communicate()
+                killed, asked = killed + 1, asked + 3
+                running = [running[1], process(scene)]
+    for one in running:
+        assert one.communicate()[1] is not None
+        assert one.returncode == ExitCode.DONE
+    assert killed == 3
+    found = await states(pg)
+    assert found["done"] >= len(known)
+    assert not found.get("waiting")
+    assert not found.get("fetching")
+    assert await scene.differences(pg) == "no difference"
+    for server in (*scene.sim.pdses, scene.sim.directory):
+        assert server.most_in(2.0) <= RATE * 2 + RATE + 1
+    assert worker.process.poll() is None
+
+
+async def test_a_gap_is_closed_by_the_relays_list(
+    scene: Scene,
+    worker: Service,
+    pg: asyncpg.Connection,
+    capsys: pytest.CaptureFixture[str],
+):
+    scene.happen(300)
+    await scene.finished()
+    after = scene.network.clock.seq
+    scene.happen(400, lose=lambda _: True)
+    gap = {"relay": "sim.test", "reason": "outdated_cursor", "after": after, "resumed": scene.network.clock.seq}
+    scene.client.lpush("fastworker:gaps", json.dumps(gap), "no JSON")
+    scene.happen(50)
+    before = sum(len(pds.asked) for pds in scene.sim.pdses)
+    bad = scene.sim.pdses[0]
+    bad.fail("wrong_key")
+    config = config_of(scene)
+    options = RepairOptions((), gap=True)
+    assert await repair(config, options, asyncio.Event(), hosts=scene.hosts) == ExitCode.NO
+    assert await history.show(config, hosts=scene.hosts) == ExitCode.DONE
+    words = capsys.readouterr().out
+    assert f"Open gap of sim.test, seq {after} to {gap['resumed']}: " in words
+    assert "accounts are left" in words
+    bad.fail(None)
+    assert await repair(config, options, asyncio.Event(), hosts=scene.hosts) == ExitCode.DONE
+    assert await scene.differences(pg) == "no difference"
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.gaps WHERE closed_at IS NULL") == 0
+    assert scene.client.lrange("fastworker:gaps", 0, -1) == [b"no JSON"]
+    lists = len(scene.sim.relay.asked)
+    assert await repair(config, options, asyncio.Event(), hosts=scene.hosts) == ExitCode.DONE
+    assert len(scene.sim.relay.asked) == lists  # nothing is open: nobody is asked
+    assert before == 0
+    assert worker.process.poll() is None
+
+
+async def test_choices(
+    scene: Scene,
+    worker: Service,
+    pg: asyncpg.Connection,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    scene.happen(400, lose=lambda n: n % 2 == 0)
+    accounts = scene.network.world.accounts()
+    file = tmp_path / "dids"
+    file.write_text(f"# two of them\n{accounts[0].did}\n\n{accounts[1].did}  # the second\n")
+    assert await chosen(scene, dids=file) == ExitCode.DONE
+    assert await states(pg) == {"done": 2}
+    fetched = sum(len(pds.asked) for pds in scene.sim.pdses)
+    assert await chosen(scene, dids=file) == ExitCode.DONE  # done: nobody is asked again
+    assert sum(len(pds.asked) for pds in scene.sim.pdses) == fetched
+
+    pds = scene.sim.pdses[1]
+    host = pds.url.removeprefix("http://")
+    assert await chosen(scene, host=host) == ExitCode.DONE
+    done = {row[0] for row in await pg.fetch("SELECT did FROM fastworker.repos WHERE state = 'done'")}
+    assert done == {accounts[0].did, accounts[1].did, *pds.accounts}
+
+    follower = await pg.fetchval("SELECT follower_did FROM follows LIMIT 1")
+    assert await chosen(scene, follows_of=(follower,)) == ExitCode.DONE
+    follows = {row[0] for row in await pg.fetch("SELECT following_did FROM follows WHERE follower_did = $1", follower)}
+    done = {row[0] for row in await pg.fetch("SELECT did FROM fastworker.repos WHERE state IN ('done', 'gone')")}
+    assert done >= {follower, *follows}
+
+    assert await chosen(scene, collection="app.bsky.feed.like") == ExitCode.DONE
+    assert await chosen(scene, everybody=True) == ExitCode.DONE
+    assert await scene.differences(pg) == "no difference"
+    assert (await history.estimate(config_of(scene), Choice(everybody=True), hosts=scene.hosts)) == ExitCode.DONE
+    assert f"accounts  {len(accounts):,}\n" in capsys.readouterr().out
+
+
+async def test_turns_of_a_host_are_shared(postgres_url: str):
+    async with open_queue(postgres_url) as one, open_queue(postgres_url) as two:
+        waits = [await queue.turn("a.test", 0.5) for queue in (one, two, one, two, one, two)]
+        assert waits == sorted(waits)
+        assert 0.5 < waits[-1] <= 2.5  # one each half second, for both together
+        await one.rest("b.test", 60)
+        assert await two.turn("b.test", 0.5) > 58
+
+
+async def test_claims(postgres_url: str, pg: asyncpg.Connection):
+    async with open_queue(postgres_url) as one, open_queue(postgres_url) as two:
+        await one.put([Wanted(f"did:plc:a{n}") for n in range(9)], "backfill", CHOSEN, host="a.test")
+        await one.put([Wanted("did:plc:b")], "operator", 0, host="b.test")
+        first = await one.claim(3, CHOSEN)
+        assert "did:plc:b" in {claim.did for claim in first}
+        second = await two.claim(8, CHOSEN)
+        assert len({claim.did for claim in first + second}) == len(first + second) == 5  # four of one host at most
+        assert await two.claim(8, 0) == []
+        await one.done(first[0].did, "3k", 5, 1, 1, 0)
+        assert await one.put([Wanted(first[0].did)], "backfill", CHOSEN) == 0
+        assert await one.put([Wanted(first[0].did, "3z")], "backfill", CHOSEN) == 1
+        async with open_queue(postgres_url) as three:
+            left = await three.left(CHOSEN)
+            assert left.fetching == 4
+    async with open_queue(postgres_url) as after:  # whoever had them is gone, and gave them back
+        assert (await after.left(CHOSEN)).fetching == 0
+        assert len(await after.claim(8, CHOSEN)) >= 4
+        await pg.execute("UPDATE fastworker.repos SET owner = 1 WHERE state = 'fetching'")  # a killed process
+        async with open_queue(postgres_url) as other:
+            assert await other.claim(8, CHOSEN)

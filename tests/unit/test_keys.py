@@ -1,0 +1,64 @@
+"""Redis keys are a fixed interface: workers of other releases, readers before ours and the API know them by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import resources
+
+from fastworker.stream import admin, consumer, feed
+from fastworker.stream.keys import USUAL, Keys, stream_of
+from fastworker.stream.scripts import script
+
+
+def names(keys: Keys) -> set[str]:
+    return {*vars(keys).values(), keys.consumer_lease("w-0"), keys.cursor_of("a.test")}
+
+
+def test_the_usual_stream_and_group() -> None:
+    assert names(USUAL) == {
+        "firehose:events",
+        "firehose:dead-letters",
+        "firehose:stream:recreate-lock",
+        "fastworker:consumer",
+        "fastworker:consumer:w-0",
+        "fastworker:consumers",
+        "fastworker:cursor",
+        "fastworker:cursor:a.test",
+        "fastworker:finished",
+        "fastworker:gaps",
+        "fastworker:held",
+        "fastworker:ledger",
+        "fastworker:marks",
+        "fastworker:reader",
+        "fastworker:reader:stats",
+        "fastworker:relay",
+        "fastworker:relays",
+        "fastworker:repairs",
+        "fastworker:status:worker",
+        "fastworker:tail",
+    }
+    assert stream_of("firehose:python_cursor") == "fastworker:stream-of:firehose:python_cursor"
+
+
+def test_others_have_their_own() -> None:
+    other = Keys("staging:events", "mine")
+    assert not names(other) & names(USUAL)
+    assert other.ledger == "fastworker:ledger:staging:events"
+    assert other.cursor_of("a.test") == "fastworker:cursor:staging:events:a.test"
+    assert other.consumer_lease("w-0") == "fastworker:consumer:staging:events:w-0"
+    assert other.held == "fastworker:held:staging:events:mine"
+    assert Keys(group="mine").consumers == "fastworker:consumers:mine"
+    assert Keys(group="mine").ledger == USUAL.ledger
+
+
+def test_every_script_is_used_and_whole() -> None:
+    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, feed))))
+    included = {
+        name
+        for one in resources.files("fastworker.stream").joinpath("lua").iterdir()
+        for name in re.findall(r"^-- include (\w+)$", one.read_text("utf-8"), re.MULTILINE)
+    }
+    files = {one.name.removesuffix(".lua") for one in resources.files("fastworker.stream").joinpath("lua").iterdir()}
+    assert files == {*used, *included}
+    assert all("-- include" not in script(name) for name in used)
