@@ -64,7 +64,7 @@ def update(table: Table) -> str:
 
 
 def _date(column: str) -> str:
-    return f"greatest(least({column}, '9999-12-30'), '0001-01-02') AS {column}"
+    return f"greatest(least({column}, '9999-12-31 23:59:59.999999'), '0001-01-01') AS {column}"
 
 
 def select(table: Table) -> str:
