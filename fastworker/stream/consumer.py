@@ -270,12 +270,24 @@ class WorkerStream:
         return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
 
     async def lowest_pending(self) -> str | None:
-        """The lowest id that anybody in the group holds: everything before it that was delivered is settled."""
+        """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
+
+        Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
+        while the reader has to go back, too.
+        """
         async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
             pipe.hvals(self._keys.held)
-            summary, held = await pipe.execute()
+            pipe.xinfo_groups(self.stream_key)
+            pipe.exists(self._keys.go_back)
+            summary, held, groups, must_go_back = await pipe.execute()
+        if must_go_back:
+            return "0-0"
         found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
+        for group in groups:
+            if group["name"] == self.group.encode():
+                ms, n = id_order(group["last-delivered-id"].decode())
+                found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     # --- entries end
