@@ -26,6 +26,7 @@ from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
 from fastworker.stream.keys import CURSOR, GROUP, STREAM
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 
 PREFIX: Final = "FASTWORKER_"
@@ -208,7 +209,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Entries at which the stream is full. A full stream makes the reader wait; nothing unfinished is trimmed.",
             read=_integer,
         ),
-    ] = 500_000
+    ] = STREAM_LEN_MAX
     dead_letter_maxlen: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -218,7 +219,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "Entries kept in `firehose:dead-letters` (approximately).",
             read=_integer,
         ),
-    ] = 10_000
+    ] = DEAD_LETTERS_MAX
     dead_letters_in_a_row: Annotated[
         int,
         Meta(ge=1, le=1_000_000_000),
@@ -281,7 +282,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "COUNT of one XREADGROUP. A flush gathers many reads, so small values run well too.",
             read=_integer,
         ),
-    ] = 300
+    ] = BATCH_SIZE
     pipelines: Annotated[
         int,
         Meta(ge=1, le=1_000),

@@ -52,7 +52,7 @@ MEMORY = _gauge(
 
 # The stream and the group, from Redis.
 REDIS_AGE = _gauge(
-    "redis_answer_age_seconds", "Seconds since Redis last told what follows; the figures are as old as this."
+    "redis_answer_age_seconds", "Seconds since Redis last answered; the figures from Redis are as old as this."
 )
 STREAM_ENTRIES = _gauge("stream_entries", "Entries on the stream; trimming removes only what every group finished.")
 STREAM_ENTRIES_MAX = _gauge("stream_entries_max", "REDIS_MAX_STREAM_LEN: at this length the reader waits.")
@@ -62,16 +62,17 @@ STREAM_FULL_SECONDS = _gauge(
     "Seconds until the stream meets its limit at the growth of the last minute; +Inf when it does not grow.",
 )
 STREAM_TRIMMED = _counter("stream_trimmed", "Finished entries that this process removed from the stream.")
-LAG_ENTRIES = _gauge("lag_entries", "Entries that no consumer of the group was given yet.")
+LAG_ENTRIES = _gauge("lag_entries", "Entries of the stream that no consumer of the group has read yet.")
 LAG_SECONDS = _gauge("lag_seconds", "Age of the oldest entry of the stream that the group has not finished.")
 GROUP_LAG = _gauge(
     "group_lag_entries",
-    "As lag_entries, for the groups on the stream with the most (20): one that stands holds it.",
+    "As lag_entries, for the 20 groups with the most; a group that does not read keeps the stream from being trimmed.",
     "group",
 )
-PENDING = _gauge("pending_entries", "Entries that a consumer of the group has and did not ack yet.")
+PENDING = _gauge("pending_entries", "Entries that a consumer of the group has read and not acknowledged yet.")
 PENDING_AGE = _gauge(
-    "oldest_pending_seconds", "Age of the oldest of them since its append: high while a backlog is worked off, too."
+    "oldest_pending_seconds",
+    "Age of the oldest pending entry since its append; also high while a backlog is worked off.",
 )
 DEAD_LETTERS = _gauge("dead_letters", "Entries in firehose:dead-letters; each waits for a person.")
 
@@ -92,15 +93,19 @@ REPLACED = _counter("process_replacements", "Processes that were replaced becaus
 FLUSH_SECONDS = _histogram("flush_seconds", "Time that one flush took in PostgreSQL, retries included.")
 FLUSH_ENTRIES = _histogram("flush_entries", "Entries of one flush.")
 LAST_FLUSH = _gauge("last_flush_seconds", "Length of the latest flush of each process.", "process")
-UNSETTLED_AGE = _gauge("oldest_unsettled_seconds", "Age since its read of the oldest entry a process holds.", "process")
-HELD = _gauge("held_entries", "Entries that a process has read and not settled.", "process")
-PROGRESS_AGE = _gauge("progress_age_seconds", "Seconds since the slowest pipeline of a process got on.", "process")
+UNSETTLED_AGE = _gauge(
+    "oldest_unsettled_seconds", "Seconds since a process read the oldest entry that it has not finished.", "process"
+)
+HELD = _gauge("held_entries", "Entries that a process has read and not finished.", "process")
+PROGRESS_AGE = _gauge(
+    "progress_age_seconds", "Seconds since the slowest pipeline of a process last made progress.", "process"
+)
 CHANGES = _counter(
     "changes", "Records written or deleted, by table.", "table", closed=tuple(sorted(t.name for t in TABLES))
 )
 ROWS = _counter("rows", "Rows inserted, changed or removed in the primary tables.")
-SUPERSEDED = _counter("superseded", "Ops that were not the newest of their record.")
-CLAIMED = _counter("claimed", "Entries adopted from consumers that died.")
+SUPERSEDED = _counter("superseded", "Ops that were not written, because a newer one of the same record is known.")
+CLAIMED = _counter("claimed", "Entries claimed from consumers that died.")
 RETRIES = _counter(
     "retries",
     "Attempts repeated: a server could not serve, or another writer came first (deadlocks are part of that).",
@@ -125,14 +130,18 @@ READER_BYTES = _counter("reader_bytes", "Bytes of frames received.")
 READER_ENTRIES = _counter("reader_entries", "Entries appended to the stream.")
 READER_EVENTS = _counter("reader_events", "Events received, by kind.", "kind", closed=FRAME_KINDS)
 READER_DUPLICATES = _counter("reader_duplicates", "Frames at or below the cursor, skipped.")
-READER_RECONNECTS = _counter("reader_reconnects", "Connections that ended without being asked to.")
-READER_GAPS = _counter("reader_gaps", "Stretches that the relay did not give us; recorded in fastworker:gaps.")
+READER_RECONNECTS = _counter(
+    "reader_reconnects", "Connections to the relay that ended although the reader did not close them."
+)
+READER_GAPS = _counter(
+    "reader_gaps", "Gaps: stretches of events that the relay no longer had; recorded in fastworker:gaps."
+)
 READER_DROPS = _counter(
     "reader_drops", "Frames and ops the reader dropped, by reason.", "reason", closed=tuple(map(str, Reason))
 )
 READER_CURSOR = _gauge("reader_cursor", "Newest seq that is on the stream.")
 READER_CURSOR_AGE = _gauge(
-    "reader_cursor_age_seconds", "How far the reader is behind: age, by the relay's clock, of the newest event."
+    "reader_cursor_age_seconds", "How far the reader is behind: age of the newest event, by the relay's clock."
 )
 READER_SILENT = _gauge("reader_silent", "1 when no frame came for long against the relay's own recent rate.")
 READER_FRAME_AGE = _gauge("reader_frame_age_seconds", "Seconds since the newest frame.")

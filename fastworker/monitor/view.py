@@ -19,14 +19,14 @@ class MonitorSettings(msgspec.Struct, frozen=True, kw_only=True):
     redis_url: str
     stream_key: str
     group: str
-    ignore_groups: tuple[str, ...] = ()
-    max_stream_len: int = 500_000
-    stream_bytes_max: int | None = None
-    keep_s: float = 0.0
-    connections_max: int = 8
-    with_reader: bool = False
+    ignore_groups: tuple[str, ...]
+    max_stream_len: int
+    stream_bytes_max: int | None
+    keep_s: float
+    connections_max: int
+    with_reader: bool
     """The reader is one of this supervisor's children: readiness includes it."""
-    http: HttpSettings = HttpSettings()
+    http: HttpSettings
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from fastworker.errors import Reason
 from fastworker.redact import redact
 from fastworker.stream.feed import ABANDONED_MS, OURS
 from fastworker.stream.keys import CURSOR, GROUP, STREAM
+from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
 
 
 class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,11 +25,11 @@ class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
     cursor_key: str = CURSOR
     group: str = GROUP
     """The workers' group: until it exists nothing is trimmed."""
-    max_stream_len: int = 500_000
+    max_stream_len: int = STREAM_LEN_MAX
     stream_bytes_max: int | None = None
     stream_format: Literal["json", "native", "frame"] = "json"
     ignore_groups: tuple[str, ...] = ()
-    dead_letter_maxlen: int = 10_000
+    dead_letter_maxlen: int = DEAD_LETTERS_MAX
     keep_s: float = 0.0
     """Seconds that finished entries stay on the stream, for `worker --reapply`."""
     silence_floor_s: float = 30.0

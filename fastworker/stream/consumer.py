@@ -23,6 +23,7 @@ from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class WorkerStream:
         stream_key: str = STREAM,
         group: str = GROUP,
         consumer_id: str = "worker",
-        batch_size: int = 10,
-        dead_letter_maxlen: int = 10_000,
+        batch_size: int = BATCH_SIZE,
+        dead_letter_maxlen: int = DEAD_LETTERS_MAX,
         last_finished: Callable[[], Awaitable[str | None]] = unknown,
         lease_ms: int = LEASE_MS,
         foreign_idle_ms: int = FOREIGN_IDLE_MS,
@@ -269,12 +270,24 @@ class WorkerStream:
         return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
 
     async def lowest_pending(self) -> str | None:
-        """The lowest id that anybody in the group holds: everything before it that was delivered is settled."""
+        """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
+
+        Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
+        while the reader has to go back, too.
+        """
         async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
             pipe.hvals(self._keys.held)
-            summary, held = await pipe.execute()
+            pipe.xinfo_groups(self.stream_key)
+            pipe.exists(self._keys.go_back)
+            summary, held, groups, must_go_back = await pipe.execute()
+        if must_go_back:
+            return "0-0"
         found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
+        for group in groups:
+            if group["name"] == self.group.encode():
+                ms, n = id_order(group["last-delivered-id"].decode())
+                found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     # --- entries end

@@ -18,7 +18,8 @@ from fastworker.stream.consumer import WorkerStream
 from fastworker.table.batch import Batch, Limits, Progress
 from fastworker.worker import worker
 from fastworker.worker.intake import Intake
-from fastworker.worker.pipeline import DeadLetterLimit, Pipeline
+from fastworker.worker.limits import DeadLetterLimit
+from fastworker.worker.pipeline import Pipeline
 
 KEY = "firehose:events"
 ALICE = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -86,7 +87,7 @@ async def posts(pg: asyncpg.Connection) -> set[str]:
 
 
 async def tombstones(pg: asyncpg.Connection) -> int:
-    return await pg.fetchval("SELECT count(*) FROM fastworker.versions WHERE deleted")
+    return int(await pg.fetchval("SELECT count(*) FROM fastworker.versions WHERE deleted"))
 
 
 async def test_what_a_forgotten_delete_beat_is_set_aside_and_the_rest_goes_on(

@@ -8,11 +8,11 @@ import json
 from typing import Any
 
 import pytest
-from integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 
 from fastworker.commands import sample as sampling
 from fastworker.commands.sample import sample, truth_of, wilson
 from fastworker.errors import ExitCode, Unreachable
+from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import Service
 
 
@@ -54,7 +54,7 @@ async def test_differences_are_found_and_repaired(
     assert worker.process.poll() is None
 
 
-def test_the_ratio_and_its_interval():
+def test_the_ratio_and_its_interval() -> None:
     assert truth_of(100, 5, 5, 0).truth == 0.9
     assert truth_of(100, 0, 0, 100).truth == 0.5
     assert truth_of(0, 0, 0, 0).truth is None

@@ -397,7 +397,7 @@ def test_import_of_files(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bad_car" in words
 
 
-async def test_what_is_not_chosen_is_left_out(scene: Scene, pg: asyncpg.Connection):
+async def test_what_is_not_chosen_is_left_out(scene: Scene, pg: asyncpg.Connection) -> None:
     """It is neither written nor deleted, and a delete is taken all the same."""
     await scene.deliver(0.4)
     stored = await pg.fetchval("SELECT count(*) FROM posts")
@@ -418,7 +418,7 @@ async def test_what_is_not_chosen_is_left_out(scene: Scene, pg: asyncpg.Connecti
         choose(())
 
 
-async def test_a_delete_is_never_left_out():
+async def test_a_delete_is_never_left_out() -> None:
     choose(["app.bsky.graph.*"])
     try:
         ops = [Op("delete", "app.bsky.feed.post", "3k", None, None), Op("create", "app.bsky.feed.post", "3l", "b", b"")]

@@ -52,7 +52,8 @@ class Browser:
         return result["result"].get("value")
 
     async def card(self, title: str) -> str:
-        return await self.value(f"{CARD.format(title)}.querySelector('dd').textContent.trim()")
+        text: str = await self.value(f"{CARD.format(title)}.querySelector('dd').textContent.trim()")
+        return text
 
     async def number(self, title: str) -> float:
         """-1: it is not known yet."""

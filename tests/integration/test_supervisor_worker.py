@@ -93,6 +93,7 @@ class Bench:
             redis_url=redis_url,
             database_url=postgres_url,
             consumer_id="w",
+            batch_size=10,
             lease_ms=1_500,
             scan_s=0.3,
             processes=2,

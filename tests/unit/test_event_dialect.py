@@ -8,6 +8,7 @@ from typing import Any
 import libipld
 import pytest
 
+from fastworker.event import Commit
 from fastworker.event.dialect import lexicon_record
 from fastworker.event.entry import decode_entry
 from tests.sdk_dialect import predecessor
@@ -88,9 +89,15 @@ EXAMPLE_POST = {
 }
 
 
+def commit_of(fields: dict[bytes, bytes]) -> Commit:
+    event = decode_entry(fields)
+    assert isinstance(event, Commit)
+    return event
+
+
 def test_the_recorded_example() -> None:
     fields = {b"type": b"commit", b"data": EXAMPLE.encode(), b"seq": b"1234567890"}
-    event = decode_entry(fields)
+    event = commit_of(fields)
     assert event.drops == []
     assert event.seq == 1234567890
     assert event.ops[0].record == EXAMPLE_POST
@@ -355,4 +362,4 @@ def test_a_lexicon_record_is_not_taken_for_the_dialect() -> None:
     for record in ({"$type": "a.b.c", "created_at": "x"}, {"py_type": 5, "created_at": None}):
         data = {"repo": "did:plc:x", "ops": [{"action": "create", "path": "a.b.c/1", "cid": "x", "record": record}]}
         fields = {b"type": b"commit", b"data": json.dumps(data).encode(), b"seq": b"1"}
-        assert decode_entry(fields).ops[0].record == record
+        assert commit_of(fields).ops[0].record == record

@@ -43,6 +43,12 @@ COMMIT = Commit(
 )
 
 
+def commit_of(fields: dict[bytes, bytes]) -> Commit:
+    event = decode_entry(fields)
+    assert isinstance(event, Commit)
+    return event
+
+
 def entry(kind: str, data: Any, seq: str = "7") -> dict[bytes, bytes]:
     text = data if type(data) is bytes else json.dumps(data).encode()
     return {b"type": kind.encode(), b"data": text, b"seq": seq.encode()}
@@ -98,7 +104,7 @@ def test_json_of_a_commit() -> None:
         "time": TIME,
         "relay": "bsky.network",
     }
-    event = decode_entry(fields)
+    event = commit_of(fields)
     assert event.ops[0] == Op("create", "app.bsky.feed.post", "1", CID, None, RECORD)
     assert (event.seq, event.repo, event.rev, event.time, event.drops, event.relay) == (
         COMMIT.seq, DID, REV, TIME, COMMIT.drops, "bsky.network"
@@ -111,7 +117,7 @@ def test_json_has_no_sync() -> None:
 
 def test_json_of_a_record_that_does_not_decode() -> None:
     commit = Commit(7, DID, REV, TIME, [Op("create", "a.b.c", "1", CID, b"\xff"), COMMIT.ops[1]], [])
-    event = decode_entry(dict(encode_json(commit) or ()))
+    event = commit_of(dict(encode_json(commit) or ()))
     assert event.ops == [COMMIT.ops[1]]
     assert [(drop.reason, drop.collection) for drop in event.drops] == [(Reason.BAD_CBOR, "a.b.c")]
 
@@ -123,7 +129,7 @@ def test_json_of_a_record_that_jsonb_does_not_take() -> None:
     )
     texts = set()
     for fields in (encode_native(commit), encode_json(commit)):
-        (op,) = decode_entry(dict(fields or ())).ops
+        (op,) = commit_of(dict(fields or ())).ops
         texts.add(repr(json.loads(json_text(load_record(op), op))))
     assert len(texts) == 1
     assert json.loads(json_text(load_record(op), op)) == {"t": "ab", "n": -(2.0**64)}
@@ -237,7 +243,7 @@ OP = {"action": "create", "path": "app.bsky.feed.post/1", "cid": CID, "record": 
     ],
 )
 def test_a_bad_op_is_dropped_alone(op: Any, reason: Reason, collection: str) -> None:
-    event = decode_entry(commit_json(OP, op, OP))
+    event = commit_of(commit_json(OP, op, OP))
     assert len(event.ops) == 2
     assert [(drop.reason, drop.collection) for drop in event.drops] == [(reason, collection)]
     assert msgspec.msgpack.encode(event.drops)  # their details are text that travels
@@ -245,14 +251,14 @@ def test_a_bad_op_is_dropped_alone(op: Any, reason: Reason, collection: str) -> 
 
 @pytest.mark.parametrize("cid", [None, 5, "", "x y", "é", "a" * 101, {"$link": CID}])
 def test_an_odd_cid_never_costs_the_op(cid: Any) -> None:
-    assert decode_entry(commit_json(OP | {"cid": cid})).ops[0].cid is None
+    assert commit_of(commit_json(OP | {"cid": cid})).ops[0].cid is None
 
 
 def test_depth() -> None:
     deep: Any = 1
     for _ in range(200):
         deep = {"a": deep}
-    event = decode_entry(commit_json(OP, OP | {"record": deep}, OP | {"record": {"a": [[1]] * 300}}))
+    event = commit_of(commit_json(OP, OP | {"record": deep}, OP | {"record": {"a": [[1]] * 300}}))
     assert len(event.ops) == 2
     assert [drop.reason for drop in event.drops] == [Reason.TOO_DEEP]
 
@@ -273,7 +279,7 @@ def test_json_that_orjson_refuses(text: bytes, value: Any) -> None:
         DID.encode(),
         text,
     )
-    (op,) = decode_entry(entry("commit", data)).ops
+    (op,) = commit_of(entry("commit", data)).ops
     clean = value.replace("\ud800", "") if type(value) is str else value
     assert json.loads(json_text(op.record, op)) == {"v": clean}
 
@@ -324,4 +330,4 @@ def test_identity_and_account_of_the_typescript_reader() -> None:
 
 @pytest.mark.parametrize("drops", [None, 5, [5], [["new_reason"]], {}, [[]]])
 def test_drops_of_anyone_else(drops: Any) -> None:
-    assert decode_entry(commit_json(drops=drops)).drops == []
+    assert commit_of(commit_json(drops=drops)).drops == []

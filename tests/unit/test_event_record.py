@@ -249,7 +249,8 @@ def nested(levels: int, last: Any = 1) -> dict[str, Any]:
     value = last
     for level in range(levels):
         value = {"a": value} if (levels - level) % 2 else [value]
-    return value
+    record: dict[str, Any] = value
+    return record
 
 
 def test_depth_is_the_same_for_blocks_and_json() -> None:

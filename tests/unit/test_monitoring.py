@@ -79,14 +79,8 @@ def test_the_dashboard_shows_the_chosen_instances_only() -> None:
 
 def test_every_metric_is_watched_or_drawn() -> None:
     seen = {re.sub(r"_(bucket|sum|count)$", "", name) for query in [*queries(), ALERTS] for name in names_in(query)}
-    # A release and a cursor are told, not watched; the other three say what others say better.
-    beside = {
-        "build_info",
-        "reader_cursor",
-        "reader_events_total",
-        "stream_trimmed_total",
-        "process_replacements_total",
-    }
+    # A release and a cursor are told, not watched; the other two say what others say better.
+    beside = {"build_info", "reader_cursor", "reader_events_total", "stream_trimmed_total"}
     assert set(BY_NAME) - seen == {f"fastworker_{name}" for name in beside}
 
 

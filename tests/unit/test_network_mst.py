@@ -163,7 +163,8 @@ def test_a_real_repository_built_again_one_record_at_a_time_has_its_own_root(
     assert decode(last[1][last[0]])["data"] == commit["data"]
 
 
-def decode_payload(data: bytes) -> dict:
+def decode_payload(data: bytes) -> dict[str, Any]:
     import libipld
 
-    return libipld.decode_dag_cbor_multi(data)[1]
+    payload: dict[str, Any] = libipld.decode_dag_cbor_multi(data)[1]
+    return payload

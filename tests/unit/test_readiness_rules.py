@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from fastworker.process.board import Heartbeats, State, now_ms
 WELL = Facts(processes=[Process(name="worker-0"), Process(name="worker-1"), Process(name="monitor", is_worker=False)])
 
 
-def with_worker(**facts: object) -> Facts:
+def with_worker(**facts: Any) -> Facts:
     changed = msgspec.structs.replace(WELL.processes[0], **facts)
     return msgspec.structs.replace(WELL, processes=[changed, *WELL.processes[1:]])
 
@@ -76,7 +77,7 @@ def test_what_time_tells() -> None:
         slot.set(ready=1, state=State.RUNNING)
     watch = Watch()
 
-    def look(now: float, **facts: object) -> list[str]:
+    def look(now: float, **facts: Any) -> list[str]:
         watch.look(now, board.snapshot(), missing=board.missing, crashes=board.crashes, **facts)
         return readiness(watch.facts(now, board.snapshot(), now_ms(), board.missing))
 

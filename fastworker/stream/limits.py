@@ -1,0 +1,12 @@
+"""Defaults of what a stream holds and how it is read: of the settings, and of whoever is called without them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+STREAM_LEN_MAX: Final = 500_000
+"""`REDIS_MAX_STREAM_LEN`"""
+DEAD_LETTERS_MAX: Final = 10_000
+"""`REDIS_DEAD_LETTER_MAXLEN`"""
+BATCH_SIZE: Final = 300
+"""`BATCH_SIZE`: entries of one read."""
