@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+import msgspec
 import orjson
 
 from fastworker.errors import (
@@ -35,7 +36,8 @@ from fastworker.reader.receive import Receiver
 from fastworker.reader.stats import ReaderSettings, ReaderStats, figures, status_json
 from fastworker.redact import redact
 from fastworker.stream.client import connect
-from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StreamBroken
+from fastworker.stream.database import GoBack
+from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StoreWentBack, StreamBroken
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,9 @@ class _Reader:
                 except StreamBroken:
                     settle = False
                     await until(self._stop, self._go_back())
+                except StoreWentBack as told:
+                    settle = False
+                    await until(self._stop, self._go_back(told.request))
                 except ReaderLeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
@@ -210,7 +215,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, ReaderLeaseLost | StreamBroken | FastworkerError):
+                if isinstance(error, ReaderLeaseLost | StreamBroken | StoreWentBack | FastworkerError):
                     raise error from None
             raise
 
@@ -251,17 +256,27 @@ class _Reader:
                 )
                 logged, count = now, self._stats.entries
 
-    async def _go_back(self) -> None:
-        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox."""
+    async def _go_back(self, request: bytes = b"") -> None:
+        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox.
+
+        `request`: they were read, and PostgreSQL lost them.
+        """
         host, cursor = self._stats.relay, self._stats.last_seq
-        seq = await self._stored_seq(host)
         gap: dict[str, Any] = {}
+        if request:
+            back = msgspec.json.decode(request, type=GoBack)
+            seq = back.seq if back.relay in ("", host) else None
+            reason, what = "store_lost", "PostgreSQL went back, and the stream no longer has all that it lost"
+        else:
+            seq = await self._stored_seq(host)
+            stream, reason = self._settings.stream_key, "stream_lost"
+            what = f"Unread entries are gone from {stream}: it was deleted, renamed, evicted or trimmed"
         if cursor is None:
             so = ", and there is no cursor either"
         elif seq is None:
             gap = {
                 "relay": host,
-                "reason": "stream_lost",
+                "reason": reason,
                 "after": None,
                 "resumed": cursor,
                 "at": int(time.time() * 1000),
@@ -275,7 +290,7 @@ class _Reader:
         backoff = Backoff(0.1, 5.0)
         while True:
             try:
-                is_done = await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"")
+                is_done = await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"", request)
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
                 log.warning("%s; waiting", error)
@@ -283,8 +298,7 @@ class _Reader:
             else:
                 break
         if is_done:  # else the cursor is another reader's now, or gone too: whoever reads it next sees to it
-            stream = self._settings.stream_key
-            log.error("Unread entries are gone from %s: it was deleted, renamed, evicted or trimmed%s", stream, so)
+            log.error("%s%s", what, so)
             self._stats.gaps += bool(gap)
 
     async def _stored_seq(self, host: str) -> int | None:

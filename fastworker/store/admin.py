@@ -100,6 +100,10 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
     except NOT_CONNECTED as error:
         raise not_connected(database_url, error) from error
     try:
+        # Not where it is usual: a pooler would give it to others.
+        await connection.execute(
+            "SELECT set_config('statement_timeout', '60s', false) WHERE current_setting('statement_timeout') LIKE '%ms'"
+        )
         yield connection
     except (*LOST, asyncpg.PostgresError) as error:
         raise Unreachable(f"{name_of(database_url)}: {why_lost(error)}") from error
@@ -199,8 +203,9 @@ def name_of(database_url: str) -> str:
 
 
 _FINISHED = """
-SELECT max(seq) FROM fastworker.progress
-WHERE stream = $1 AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+SELECT seq FROM fastworker.progress
+WHERE stream = $1 AND seq IS NOT NULL AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+ORDER BY string_to_array(entry_id, '-')::numeric[] DESC LIMIT 1
 """
 
 _NOTE_GAP = """

@@ -16,7 +16,7 @@ import msgspec
 import orjson
 
 from fastworker.event.syntax import DID
-from fastworker.store.session import PATH, translating
+from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
 from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, VERIFICATIONS, Table, qualified
@@ -27,6 +27,7 @@ Where = Callable[..., str]
 
 # Every statement looks up keys. Plans are made for the range at hand: a generic one expects 0.5 % of the table.
 _SESSION = (
+    f"{NO_TRANSACTION_TIMEOUT}"
     "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
     "SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on; SET TIME ZONE 'UTC'; "
     "SET statement_timeout = '300s'; SET lock_timeout = 0; SET idle_session_timeout = 0; "
@@ -105,7 +106,7 @@ def _compare(columns: str, expected: str, found: str, *, join: str = "FULL", wid
 def _told(column: str) -> str:
     """Dates that only PostgreSQL can hold are as good as the nearest that a writer can."""
     if column.endswith((".created_at", ".sort_at")):
-        return f"greatest(least({column}, '9999-12-30'), '0001-01-02')"
+        return f"greatest(least({column}, '9999-12-31 23:59:59.999999'), '0001-01-01')"
     return column
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from fastworker.errors import StoreUnavailable
-from fastworker.store.session import PATH, translating
+from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
 
 CLAIM_S: Final = 120
 RENEW_S: Final = 30.0
@@ -343,7 +343,9 @@ async def open_queue(database_url: str) -> AsyncIterator[Queue]:
         )
     try:
         with translating():
-            await connection.execute(f"SET statement_timeout = '300s'; SET TIME ZONE 'UTC'; SET jit = off; {PATH}")
+            await connection.execute(
+                f"SET statement_timeout = '300s'; {NO_TRANSACTION_TIMEOUT}SET TIME ZONE 'UTC'; SET jit = off; {PATH}"
+            )
         queue = Queue(connection)
         await queue.register()
         try:

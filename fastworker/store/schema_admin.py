@@ -6,7 +6,7 @@ Decides nothing: store/migrate.py does.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -85,15 +85,28 @@ class SchemaAdmin:
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
         """One transaction around everything inside; other processes that migrate wait for its end."""
-        async with self.connection.transaction(isolation="read_committed"):  # what others committed while we waited
-            await self.connection.execute(f"{_SETTINGS}; SET LOCAL lock_timeout = '{LOCK_WAIT}'")
+        async with self._transaction():
             await self.connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
             yield
 
     async def read(self) -> Schema:
-        async with self.connection.transaction():
-            await self.connection.execute(_SETTINGS)
+        if self.connection.is_in_transaction():
             return await self._read()
+        async with self._transaction():
+            return await self._read()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """Read committed: what others commit while we wait is seen. Begun with its settings in one message: a role's
+        idle_in_transaction_session_timeout may end it before another arrives."""
+        await self.connection.execute(f"BEGIN ISOLATION LEVEL READ COMMITTED; {_SETTINGS}")
+        try:
+            yield
+        except BaseException:
+            with suppress(*NOT_CONNECTED):
+                await self.connection.execute("ROLLBACK")
+            raise
+        await self.connection.execute("COMMIT")
 
     async def _read(self) -> Schema:
         fetch = self.connection.fetch
@@ -169,7 +182,10 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
 # give the settings of a session to others.
 _SETTINGS = (
     "SET LOCAL search_path = public; SET LOCAL quote_all_identifiers = off; "
-    "SET LOCAL standard_conforming_strings = on; SET LOCAL statement_timeout = 0; SET LOCAL row_security = on"
+    "SET LOCAL standard_conforming_strings = on; SET LOCAL row_security = on; "
+    f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '{LOCK_WAIT}'; "
+    "SET LOCAL idle_in_transaction_session_timeout = 0; "
+    "SELECT set_config('transaction_timeout', '0', true) WHERE current_setting('transaction_timeout', true) <> '0'"
 )
 
 _COLUMNS = """

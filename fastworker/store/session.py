@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import asyncpg
@@ -40,18 +40,20 @@ for _name, _types in (("IterableABC", (list, tuple)), ("SizedABC", (list, tuple)
     setattr(protocol, _name, _types)
 
 # For statements of ours now() is PostgreSQL's, whatever a role has first in its path, which it keeps for its triggers.
-# And nothing ends a long transaction (from PostgreSQL 17 on).
 PATH = (
-    "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), "
-    "false); "
-    "SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) <> '0'"
+    "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), false)"
+)
+# From PostgreSQL 17 on. Early: it counts for what is sent with it.
+NO_TRANSACTION_TIMEOUT = (
+    "SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) <> '0'; "
 )
 # A plan made while a table was empty must not scan it when it is large: every statement of ours looks up keys. A role
 # or a database may have settings that change what our statements mean, or end them early. All of it is sent after
 # connecting: poolers refuse start-up parameters that they do not know.
 STATEMENT_TIMEOUT = "SET statement_timeout = '60s'"
 SESSION = (
-    f"{STATEMENT_TIMEOUT}; SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '20s'; "
+    f"{STATEMENT_TIMEOUT}; {NO_TRANSACTION_TIMEOUT}"
+    "SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '20s'; "
     "SET idle_session_timeout = 0; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; "
     "SET enable_indexscan = on; SET enable_bitmapscan = on; SET enable_nestloop = on; SET enable_sort = on; "
     "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "
@@ -122,14 +124,17 @@ async def open_pool(
     connect_timeout_s: float,
     command_timeout_s: float,
     settings: str = SESSION + DURABLE,
+    begin: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
 ) -> asyncpg.Pool[Any]:
     """Raises StoreUnavailable where the server cannot be reached or refuses, Unreachable for a transaction pooler.
 
-    `settings`: SQL that each new session begins with.
+    `settings`: SQL that each new session begins with; `begin`: what is done then.
     """
 
     async def session(connection: asyncpg.Connection[Any]) -> None:
         await connection.execute(settings)
+        if begin is not None:
+            await begin(connection)
 
     async def keep(connection: asyncpg.Connection[Any]) -> None:
         """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""

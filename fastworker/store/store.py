@@ -29,19 +29,15 @@ PING_S = 3.0
 class Store:
     """The connections of one process, and the writer that uses them. Every method raises StoreUnavailable."""
 
-    def __init__(
-        self,
-        pool: asyncpg.Pool[Any],
-        derive: frozenset[str],
-        trusted_verifiers: Sequence[str] = (),
-        *,
-        verified_only: bool = False,
-    ) -> None:
-        self._pool = pool
-        self.writer = Writer(derive, trusted_verifiers, verified_only=verified_only)
+    _pool: asyncpg.Pool[Any]
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.sessions = 0
+        """How many were begun: what was found out before the newest may be of another server."""
 
     @classmethod
-    async def connect(
+    async def connect(  # noqa: PLR0913 - what a session begins with comes together here
         cls,
         database_url: str,
         *,
@@ -53,21 +49,31 @@ class Store:
         synchronous_commit: Literal["on", "keep"] = "on",
         trusted_verifiers: Sequence[str] = (),
         verified_only: bool = False,
+        meet: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
     ) -> Self:
         """Raises StoreUnavailable where the server cannot be reached or refuses.
 
         `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it. `verified_only`: no
-        handle is shown that a host only claims.
+        handle is shown that a host only claims. `meet` is called before anything is written in a new session.
         """
-        pool = await open_pool(
+        store = cls(Writer(derive, trusted_verifiers, verified_only=verified_only))
+
+        async def begin(connection: asyncpg.Connection[Any]) -> None:
+            if meet is not None:
+                await meet(connection)
+            store.sessions += 1
+            store.writer.forget()
+
+        store._pool = await open_pool(
             database_url,
             size=pool_size,
             application_name=application_name,
             connect_timeout_s=connect_timeout_s,
             command_timeout_s=command_timeout_s,
             settings=SESSION + (DURABLE if synchronous_commit == "on" else ""),
+            begin=begin,
         )
-        return cls(pool, derive, trusted_verifiers, verified_only=verified_only)
+        return store
 
     async def close(self) -> None:
         try:
@@ -105,6 +111,7 @@ class Store:
             try:
                 return await self._write(batch)
             except StoreUnavailable as error:
+                self.writer.forget()
                 if not blame.is_lock_timeout(error):
                     raise
                 words = f"{str(error).removesuffix('.')}. {await blame.who_locks(self.connection)}"
@@ -120,6 +127,8 @@ class Store:
 
     async def _write(self, batch: Batch) -> Written:
         async with self.connection() as db:
+            if batch.progress is not None and batch.progress.session not in (None, self.sessions):
+                batch.progress = None
             await flush.note_relays(self.writer, db, batch)
             written = await whole.write_whole(self.writer, db, batch)
             return written if written is not None else await flush.write(self.writer, db, batch)

@@ -71,6 +71,11 @@ class Writer:
         if self.on_step is not None:
             await self.on_step(step)
 
+    def forget(self) -> None:
+        """Another server may be behind the next connection."""
+        self.known.clear()
+        self.relays.clear()
+
     def unknown(self, dids: Iterable[str]) -> list[str]:
         # mutant: unsorted users
         return sorted(did for did in dids if did not in self.known)

@@ -45,6 +45,14 @@ class StreamBroken(Exception):
     """Entries that no worker had read are gone: the stream was deleted, renamed, evicted or trimmed by somebody."""
 
 
+class StoreWentBack(Exception):
+    """PostgreSQL lost what was stored, and the stream no longer has all of it."""
+
+    def __init__(self, request: bytes) -> None:
+        super().__init__(request)
+        self.request = request
+
+
 class TrimResult(msgspec.Struct, frozen=True):
     """`held_by`: the group that keeps the oldest entries, those from id `bound` on.
 
@@ -280,14 +288,15 @@ class Feed:
             self._finished = (host, int(seq))
 
     async def watch(self) -> None:
-        """Look whether what is unread is still there; StreamBroken when it is not."""
+        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
         async with translating(self._redis):
-            broken, finished, unread = await self._watch(
+            broken, finished, unread, request = await self._watch(
                 keys=[
                     self._stream,
                     self._keys.marks,
                     self._keys.finished,
                     self._keys.held,
+                    self._keys.go_back,
                 ],
                 args=[self._group, self._newest, MARKS_MAX, self._unread],
             )
@@ -295,9 +304,12 @@ class Feed:
         self._note_finished(finished)
         if broken:
             raise StreamBroken
+        if request:
+            raise StoreWentBack(request)
 
-    async def go_back(self, seq: int | None, gap: bytes) -> bool:
-        """After StreamBroken: move the cursor back to `seq`, or leave it and record a gap. False: it is not ours."""
+    async def go_back(self, seq: int | None, gap: bytes, request: bytes = b"") -> bool:
+        """After StreamBroken or StoreWentBack, which has a request: move the cursor back to `seq`, or leave it and
+        record a gap. False: it is not ours."""
         keys = [
             self._cursor_key,
             self._keys.reader_lease,
@@ -306,10 +318,11 @@ class Feed:
             self._keys.marks,
             self._keys.finished,
             self._keys.gaps,
+            self._keys.go_back,
         ]
         after = "" if seq is None else str(seq)
         async with translating(self._redis):
-            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT])
+            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT, request])
         if done:
             self._newest = self._unread = ""
         return bool(done)

@@ -54,6 +54,11 @@ class Keys:
         self.held: Final = key("fastworker:held", *of_group)
         """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
         is."""
+        self.database: Final = key("fastworker:database", *of_group)
+        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
+        self.go_back: Final = key("fastworker:go-back", *of_group)
+        """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
+        knows."""
         self.recreate_lock: Final = key("firehose:stream:recreate-lock", *of_group)
         """String: one worker makes the group again, the others wait."""
         # Of the stream, the reader's

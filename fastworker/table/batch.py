@@ -110,6 +110,7 @@ class Progress(msgspec.Struct, frozen=True, gc=False):
     consumer: str
     seq: int | None
     entry_id: str
+    session: int | None = None  # the newest of its process when this was found out; of a newer one nothing is known
 
 
 def beats(a: Change, b: Change) -> bool:

@@ -139,13 +139,14 @@ class Pipeline:
         marks = list(self._marks)  # before we ask: what is read meanwhile is not covered by the answer
         if not marks:
             return
+        sessions = self._flush.store.sessions
         lowest = await self.stream.lowest_pending()
         if lowest is not None:
             bound = id_order(lowest)
             marks = [mark for mark in marks if id_order(mark[0]) < bound]
         newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
         if newest is not None:
-            self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0])
+            self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0], sessions)
 
     def follow(self, rules: EntryRules) -> None:
         """Rules for the entries that are read from now on."""

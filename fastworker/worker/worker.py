@@ -28,6 +28,7 @@ from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
 from fastworker.table.derive import FULL
+from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
 from fastworker.worker.limits import DeadLetterLimit, Refusals
 from fastworker.worker.locked import Locks
@@ -123,6 +124,7 @@ def _worker_main(settings: WorkerSettings, shared: Shared, slot: Slot) -> int:
 async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
+    failover = Failover(redis, settings.stream_key, settings.group)
     try:
         try:
             store = await Store.connect(
@@ -133,13 +135,21 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
                 verified_only=settings.verified_only,
+                meet=failover.meet,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
                 await _work(
-                    settings, shared or Shared(dead_letter_limit(settings)), slot, stopping, redis, store, open_span
+                    settings,
+                    shared or Shared(dead_letter_limit(settings)),
+                    slot,
+                    stopping,
+                    redis,
+                    store,
+                    failover,
+                    open_span,
                 )
         finally:
             await store.close()
@@ -177,6 +187,7 @@ async def _work(
     stopping: asyncio.Event,
     redis: Redis,
     store: Store,
+    failover: Failover,
     open_span: OpenSpan,
 ) -> None:
     streams = _streams(settings, redis, store)
@@ -218,7 +229,7 @@ async def _work(
             await _take_entry_rules(store, pipelines)
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
-        await _run(settings, slot, stopping, store, streams, pipelines)
+        await _run(settings, slot, stopping, store, failover, streams, pipelines)
     finally:
         # Whoever takes over at once would be done before a commit of ours that is still on its way, and nobody would
         # look back after it: what is not known to have ended keeps its lease, which ends by itself.
@@ -233,6 +244,7 @@ async def _run(
     slot: Slot,
     stopping: asyncio.Event,
     store: Store,
+    failover: Failover,
     streams: list[WorkerStream],
     pipelines: list[Pipeline],
 ) -> None:
@@ -243,10 +255,10 @@ async def _run(
             group.create_task(_every(renew_s, partial(_renew, streams)), name="renew leases"),
             group.create_task(_every(TELL_S, partial(_tell_held, streams)), name="tell what is held"),
             group.create_task(
-                _every(MAINTAIN_S, partial(_maintain, slot, store, streams[0], pipelines)), name="maintain"
+                _every(MAINTAIN_S, partial(_maintain, slot, store, failover, streams[0], pipelines)), name="maintain"
             ),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
-            group.create_task(_every(LOOK_S, partial(_look_for, store, slot)), name="look for PostgreSQL"),
+            group.create_task(_every(LOOK_S, partial(_look_for, store, slot, failover)), name="look for PostgreSQL"),
         ]
         loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
         slot.set(ready=1, state=State.RUNNING, maintained_ms=now_ms())
@@ -289,12 +301,15 @@ async def _tell_held(streams: list[WorkerStream]) -> None:
         pass  # the pipelines wait for Redis, and say so
 
 
-async def _maintain(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
+async def _maintain(
+    slot: Slot, store: Store, failover: Failover, stream: WorkerStream, pipelines: list[Pipeline]
+) -> None:
     """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
         for pipeline in pipelines:
             await pipeline.note_progress()
+        await failover.note(store)
 
     async def maintain() -> None:
         while await store.maintain():
@@ -338,7 +353,7 @@ async def _take_entry_rules(store: Store, pipelines: list[Pipeline]) -> None:
         pipeline.follow(rules)
 
 
-async def _look_for(store: Store, slot: Slot) -> None:
+async def _look_for(store: Store, slot: Slot, failover: Failover) -> None:
     """An idle worker writes nothing, and would not notice that it could not: ask, and note when an answer came.
 
     Not while every connection writes: then flushes tell, by their progress.
@@ -348,10 +363,12 @@ async def _look_for(store: Store, slot: Slot) -> None:
         return
     try:
         await store.ping()
+        slot.set(store_ms=now_ms())
+        await failover.note(store)
+    except StreamUnavailable:
+        pass  # the pipelines wait for Redis, and say so
     except (StoreUnavailable, Unreachable) as error:
         slot.failed(error)
-    else:
-        slot.set(store_ms=now_ms())
 
 
 async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:

@@ -22,7 +22,7 @@ ROOMS = ("commands", "edge", "monitor", "process", "reader", "store", "stream", 
 # what is awaited -> what bounds it. First match counts.
 CLASSES: tuple[tuple[str, str], ...] = (
     # waits for ourselves
-    (r"^asyncio\.(sleep|wait|gather|to_thread)\(", "our own tasks and threads; nothing of a peer's"),
+    (r"^asyncio\.(sleep|wait|wait_for|gather|to_thread)\(", "our own tasks and threads; nothing of a peer's"),
     (r"^(pause|backoff\.wait)\(", "given seconds"),
     (r"^self\._(wake|room|idle|news|flowing|passing)\.wait\(|^stop(ping)?\.wait\(", "our own event"),
     (r"^(task|writing|reading|self\._producer|sender|_task|stopped)$", "our own task"),
@@ -34,8 +34,9 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^(self\._\w+|_\w+)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),
-    (r"^(self\._?)?(connection|conn|pool|pg)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
-    (r"^getattr\(self, f'_mend_", "our own coroutine, chosen by name"),
+    (r"^(self\._?)?(connection|conn|db|pool|pg|_cursor|transaction)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
+    (r"^(_MENDERS\[check\.mend\]|once|self\.on_step|self\._repaired)\(", "our own coroutine, chosen at run time"),
+    (r"^outage\.sent\(.* if plan\.outage else stopping\.wait\(\)$", "our own event; the demonstration's own servers"),
     (r"^redis\.connection_pool\.disconnect", "closes transports without waiting for the peer"),
     (r"^stack\.enter_async_context\(", "our own context managers; the pool with its timeout"),
     (r"^self\._pool\.close\(", "PostgreSQL: inside asyncio.timeout(5)"),

@@ -25,6 +25,7 @@ from fastworker.process.board import State
 from fastworker.store.admin import past
 from fastworker.store.blame import RowLocked
 from fastworker.store.migrate import migrate
+from fastworker.store.schema_admin import open_schema
 from fastworker.store.session import SESSION
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
@@ -828,7 +829,7 @@ SETTINGS = {
     "enable_indexscan": "off",
     "work_mem": "'64kB'",
     "idle_session_timeout": "'300ms'",
-    "idle_in_transaction_session_timeout": "'5ms'",
+    "idle_in_transaction_session_timeout": "'1ms'",
     "lock_timeout": "'5ms'",
     "row_security": "off",
 }
@@ -843,7 +844,11 @@ async def test_settings_of_a_role_change_nothing(postgres_url: str, pg: asyncpg.
     await pg.execute(f"GRANT ALL ON SCHEMA evil TO {role}")
     for name, value in SETTINGS.items():
         await pg.execute(f"ALTER ROLE {role} SET {name} = {value}")
-    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"))
+    url = postgres_url.replace("postgres@", f"{role}@")
+    async with open_schema(url) as admin:  # what a start looks at
+        assert "posts" in (await admin.read()).columns
+    assert await past(url, "firehose:events")
+    store = await Store.connect(url)
     try:
         for count in (5, 300):
             await store.write(records("app.bsky.feed.post", count, text="é 😀 it's \\\\ok"))

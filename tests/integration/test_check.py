@@ -47,7 +47,7 @@ class House:
         found = await self.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
         await self.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found[0][1]))
         await self.redis.set("fastworker:reader", "token")
-        await self.redis.set("firehose:status", json.dumps({"connected": True, "url": "wss://relay"}))
+        await self.redis.set("firehose:status", json.dumps({"connected": True, "reader": "fastworker"}))
         await self.redis.hset("fastworker:reader:stats", "last_frame_at", str(time.time()))
         await self.redis.set("firehose:python_cursor", "31527015322")
 

@@ -314,7 +314,7 @@ def test_a_port_that_the_operator_chose_must_be_free(
     second.wait_for(f"Port {port} of 127.0.0.1 is in use")
     assert second.process.wait(60) == 3
     second.stop()
-    assert len(second.lines) == 1, "one sentence, before anything is started"
+    assert len(second.lines) == 2, "how it is set and one sentence, before anything is started"
     assert first.stop() == 0
 
 

@@ -61,6 +61,8 @@ def likes(count: int, poison: frozenset[int] = frozenset(), *, of_many: bool = F
 class MemoryStore:
     """Keeps uris; refuses batches that hold a poisonous one; may be down."""
 
+    sessions = 1
+
     def __init__(self) -> None:
         self.uris: set[str] = set()
         self.kept: list[Refused] = []
@@ -297,6 +299,25 @@ async def test_poison_of_many_accounts_stops_nobody(bench: Any) -> None:
     async with bench.running():
         await bench.until_settled(53)
     assert await bench.ledger() == {"committed": 23, "set_aside": 30, "drop:row_rejected": 30}
+    assert await bench.pending() == 0
+
+
+async def test_more_accounts_than_are_remembered_stop_nobody_and_lose_nothing(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand accounts with a refused record each, at small scale: a letter, or at least its name is kept."""
+    monkeypatch.setattr("fastworker.worker.limits.REFUSING_ACCOUNTS_MAX", 20)
+    bench.dead_letters = DeadLetterLimit(run_max=5, window=20)
+    bench.stream = WorkerStream(bench.redis, consumer_id="w", batch_size=50, dead_letter_maxlen=30)
+    await bench.add([*likes(300, poison=frozenset(range(300)), of_many=True), *likes(3)])
+    async with bench.running():
+        await bench.until_settled(303)
+    letters = [json.loads(fields[b"data"]) for _, fields in await bench.redis.xrange(USUAL.dead_letters)]
+    found = {one["ops"][0]["path"].rpartition("/")[2] for one in letters}
+    found |= {one.uri.rpartition("/")[2] for one in bench.store.kept}
+    assert found == {f"poison{n}" for n in range(300)}
+    assert len(letters) < 200
+    assert await bench.ledger() == {"committed": 3, "set_aside": 300, "drop:row_rejected": 300}
     assert await bench.pending() == 0
 
 

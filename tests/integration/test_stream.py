@@ -399,11 +399,15 @@ async def test_an_empty_redis_starts_at_the_beginning(redis: Any) -> None:
 
 async def test_lowest_pending(redis: Any) -> None:
     stream = await consumer(redis)
-    assert await stream.lowest_pending() is None
+    assert await stream.lowest_pending() == "0-1"  # the group has delivered nothing
     ids = await add(redis, 3)
     await stream.read(block_ms=1)
     await stream.ack({COMMITTED: [ids[0]]})
     assert await stream.lowest_pending() == ids[1]
+    await stream.ack({COMMITTED: ids[1:]})
+    assert id_order(await stream.lowest_pending()) > id_order(ids[2])
+    await redis.xgroup_setid(KEY, GROUP, ids[0])  # it goes back: what is delivered again is not settled
+    assert id_order(ids[0]) < id_order(await stream.lowest_pending()) <= id_order(ids[1])
     assert id_order("9-1") < id_order("10-0") < id_order("10-12")
 
 

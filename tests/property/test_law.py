@@ -19,7 +19,8 @@ from fastworker.law.model import Model
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
-from tests.property.feeding import clear
+from tests.property.feeding import batch_of, clear, differences, lawful, settle
+from tests.rig.histories import Event, cid_of, number
 
 POST = "app.bsky.feed.post"
 RKEYS = ["r1", "r2", "r3"]
@@ -205,3 +206,31 @@ async def test_tables_follow_the_set_of_events(first: int, postgres_url: str, pg
             model.apply(event, 1)
         differences = compare.diff(model.tables(), await compare.dump(pg))
         assert not differences, f"history({seed}), {writers} writers: {compare.report(differences)}"
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"])
+async def test_the_ends_of_time_survive_a_move(time: str, postgres_url: str, pg: asyncpg.Connection) -> None:
+    """A like gives its pair up to an older record and takes it back: its row is read, and written as it was."""
+    events: list[Event] = []
+    for name, action in (("l2", "create"), ("l1", "create"), ("l1", "delete")):
+        record = {
+            "$type": "app.bsky.feed.like",
+            "subject": {"uri": "at://did:plc:b/app.bsky.feed.post/p", "cid": cid_of("p")},
+            "createdAt": time,
+        }
+        op = {"action": action, "path": f"app.bsky.feed.like/{name}", "cid": cid_of(record), "record": record}
+        if action == "delete":
+            op |= {"cid": None}
+            del op["record"]
+        events.append({"kind": "commit", "repo": f"did:plc:{'a' * 24}", "bare": False, "ops": [op]})
+    events = [event | {"time": time} for event in number(events, bare=False)]
+    store = await Store.connect(postgres_url)
+    try:
+        for event in events:
+            await store.write(batch_of([event]))
+        await settle(store)
+    finally:
+        await store.close()
+    expected = lawful(events)
+    assert [row["uri"][-2:] for row in expected["likes"]] == ["l2"]
+    assert await differences(expected, pg) == "no difference"

@@ -1,5 +1,5 @@
--- KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps. ARGV token, cursor expected, cursor after, a
--- gap's text or '', gaps kept. What a reader knows of a stream that is not there any more is forgotten.
+-- KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps, go back. ARGV token, cursor expected, cursor
+-- after, a gap's text or '', gaps kept, what was asked for. What a reader knows of a stream that is not there any more is forgotten.
 local owner = redis.call('GET', KEYS[2])
 if (owner and owner ~= ARGV[1]) or (redis.call('GET', KEYS[1]) or '') ~= ARGV[2] then return 0 end
 if ARGV[3] ~= '' then
@@ -7,6 +7,7 @@ if ARGV[3] ~= '' then
   redis.call('SET', KEYS[3], ARGV[3])
 end
 redis.call('DEL', KEYS[4], KEYS[5], KEYS[6])
+if redis.call('GET', KEYS[8]) == ARGV[6] then redis.call('DEL', KEYS[8]) end
 if ARGV[4] ~= '' then
   redis.call('LPUSH', KEYS[7], ARGV[4])
   redis.call('LTRIM', KEYS[7], 0, ARGV[5] - 1)

@@ -1,5 +1,6 @@
--- KEYS stream, marks, finished, held. ARGV the workers' group, a new mark or '', marks kept, the first unread id at the
--- last look or ''. Answers whether an unread entry is gone, the newest finished mark, and the first unread id.
+-- KEYS stream, marks, finished, held, go back. ARGV the workers' group, a new mark or '', marks kept, the first unread id
+-- at the last look or ''. Answers whether an unread entry is gone, the newest finished mark, the first unread id, and to
+-- where the reader has to go back because PostgreSQL did.
 -- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
 -- the first entry of the stream, was removed by somebody else. What is pending they hold.
 -- include ids
@@ -38,4 +39,5 @@ if not broken and mark and held then
   end
 end
 local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
-return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or ''}
+return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or '',
+  redis.call('GET', KEYS[5]) or ''}
