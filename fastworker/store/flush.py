@@ -68,7 +68,7 @@ async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
         writer.relays |= hosts
         row = await db.fetchrow(sql.ENTRY_RULES)
         # mutant: the gate of many relays
-        writer.many_relays = row is not None and row[1]
+        writer.many_relays = row is not None and row["many_relays"]
 
 
 async def _plan(db: Connection, batch: Batch) -> Plan:

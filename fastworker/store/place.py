@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 import msgspec
@@ -30,6 +30,9 @@ _MANAGED: Final = (  # some managed servers do not tell
     UndefinedFunctionError,
 )
 
+NewConnection: TypeAlias = "asyncpg.Connection[Any]"
+"""One that is not in the pool yet."""
+
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
     """`system` empty: the server does not tell which it is, and only progress can be compared.
@@ -47,7 +50,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     relay: str = ""
 
 
-async def place_of(connection: Connection | asyncpg.Connection[Any], stream: str) -> Place:
+async def place_of(connection: Connection | NewConnection, stream: str) -> Place:
     """Raises StoreUnavailable, also of a standby."""
     with translating():
         if await connection.fetchval("SELECT pg_is_in_recovery()"):

@@ -202,7 +202,7 @@ GATE = (
 )
 
 # What an entry may assume: how far tombstones are pruned, and whether more than one sequence space was seen.
-ENTRY_RULES = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS}"
+ENTRY_RULES = f"SELECT (SELECT pruned_until FROM fastworker.horizon), {_MANY_RELAYS} AS many_relays"
 # Tombstones are pruned in two steps, so that every worker knows the horizon before they are gone: $1 keep, $2 notice.
 PRUNE = (
     "DELETE FROM fastworker.versions AS v USING (SELECT v.uri FROM fastworker.horizon AS h JOIN fastworker.versions AS v "

@@ -153,7 +153,8 @@ async def entry_rules(db: Connection) -> EntryRules:
     row = await db.fetchrow(sql.ENTRY_RULES)
     assert row is not None
     # asyncpg reads -infinity as the first naive moment
-    return EntryRules(row[0].replace(tzinfo=UTC) if row[0].tzinfo is None else row[0], row[1])
+    until = row["pruned_until"]
+    return EntryRules(until.replace(tzinfo=UTC) if until.tzinfo is None else until, row["many_relays"])
 
 
 async def absent(db: Connection, changes: list[Change]) -> set[str]:

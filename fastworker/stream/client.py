@@ -120,13 +120,20 @@ def error_code(error: exceptions.RedisError) -> str:
     return found[1] if found else ""
 
 
-def translate(error: Exception) -> Exception:
+def _place_of(redis: Redis) -> str:
+    """Where the server is, without user and password."""
+    told = redis.connection_pool.connection_kwargs
+    return str(told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}")
+
+
+def translate(error: Exception, place: str = "") -> Exception:
     """What `error` means to a caller: `StreamUnavailable`, `Unreachable`, or the error itself (ours to fix)."""
     code = error_code(error) if isinstance(error, exceptions.RedisError) else ""
+    at = f" at {place}" if place else ""
     if code in _PASSING:
-        return StreamUnavailable(f"Redis {_PASSING[code]}")
+        return StreamUnavailable(f"Redis{at} {_PASSING[code]}")
     if code in _LASTING:
-        return Unreachable(f"Redis cannot be used: {_LASTING[code]} ({redact(str(error))})")
+        return Unreachable(f"Redis{at} cannot be used: {_LASTING[code]} ({redact(str(error))})")
     if isinstance(error, exceptions.ResponseError) and str(error).lower().startswith("unknown command"):
         return Unreachable(
             f"this server lacks a command that is needed ({redact(str(error))[:60]}): REDIS_URL must name a Redis or "
@@ -165,7 +172,7 @@ async def translating(redis: Redis) -> AsyncIterator[None]:
             raise
         if isinstance(error, exceptions.RedisError) and error_code(error) == "READONLY":
             await redis.connection_pool.disconnect(inuse_connections=False)
-        translated = translate(error)
+        translated = translate(error, _place_of(redis))
         if translated is error:
             raise
         raise translated from error

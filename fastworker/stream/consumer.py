@@ -319,12 +319,7 @@ class WorkerStream:
         keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.dead_letters, self._keys.held]
         total = 0
         for piece in _pieces(letters):
-            args: list[Any] = []
-            for letter in piece:
-                form, kind, data, seq, relay = _letter_parts(letter.fields)
-                error = letter.error[:500].encode(errors="replace")
-                at = letter.fields.get(b"at", b"")
-                args += [letter.entry_id, str(letter.reason), kind, data, seq, error, form, relay, at]
+            args = [argument for letter in piece for argument in _letter_arguments(letter)]
             async with self._ending, self._group.translating():
                 self._let_go([letter.entry_id for letter in piece])
                 head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, self._lowest()]
@@ -380,17 +375,29 @@ class WorkerStream:
         return found, bool(more)
 
     def _parse(self, reply: Any) -> list[Entry]:
-        """[[stream, [[id, [field, value, ...]], ...]]] to entries; ghosts have no fields and are left out."""
-        if not reply:
-            return []
-        entries: list[Entry] = []
-        for entry_id, flat in reply[0][1]:
-            if flat:
-                pairs = iter(flat)
-                entries.append((entry_id.decode(), dict(zip(pairs, pairs, strict=True))))
-        if entries:
+        if entries := _entries_of(reply):
             self._hold(entries)
         return entries
+
+
+def _entries_of(reply: Any) -> list[Entry]:
+    """[[stream, [[id, [field, value, ...]], ...]]] to entries; ghosts have no fields and are left out."""
+    if not reply:
+        return []
+    entries: list[Entry] = []
+    for entry_id, flat in reply[0][1]:
+        if flat:
+            pairs = iter(flat)
+            entries.append((entry_id.decode(), dict(zip(pairs, pairs, strict=True))))
+    return entries
+
+
+def _letter_arguments(letter: SetAside) -> list[Any]:
+    """The nine of one letter, for the script."""
+    form, kind, data, seq, relay = _letter_parts(letter.fields)
+    error = letter.error[:500].encode(errors="replace")
+    at = letter.fields.get(b"at", b"")
+    return [letter.entry_id, str(letter.reason), kind, data, seq, error, form, relay, at]
 
 
 def form_of(fields: Mapping[bytes, bytes]) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
-
-import asyncpg
+from typing import Final
 
 from fastworker.errors import StoreUnavailable, StreamUnavailable
-from fastworker.store.place import Place, place_of
+from fastworker.store.place import NewConnection, Place, place_of
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis
 from fastworker.stream.database import Database, GoBack, Known, Memory
@@ -34,7 +32,7 @@ class Failover:
         self._database = Database(redis, stream_key, group)
         self._inserted = 0  # end of a record when we looked last
 
-    async def meet(self, connection: asyncpg.Connection[Any]) -> None:
+    async def meet(self, connection: NewConnection) -> None:
         """Before anything is written in this session. Raises StoreUnavailable."""
         try:
             async with asyncio.timeout(REDIS_S):

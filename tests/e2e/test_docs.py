@@ -66,7 +66,8 @@ STANDS_FOR = {
 }
 """Addresses in the pages -> of what they are the place."""
 PRESETS = sorted(path.name for path in (ROOT / "docs/env").glob("*.env"))
-READY = re.compile(r"at work|ready|connected|HTTP on|RELAY_URL=|entries|Connected|waiting", re.IGNORECASE)
+READY = re.compile(r"at work|ready|connect|HTTP on|^RELAY_URL=|entries|waiting", re.IGNORECASE | re.MULTILINE)
+"""Not the first log line, which names the settings before the process has its signal handlers."""
 
 
 class Block(NamedTuple):

@@ -110,6 +110,15 @@ def test_errors_say_what_to_do(error: Exception, code: str, kind: type[Exception
     assert type(translate(error)) is kind
 
 
+@pytest.mark.parametrize("code", ["LOADING", "READONLY", "MISCONF", "OOM", "NOPERM", "WRONGPASS"])
+async def test_a_refusal_names_the_server_and_no_password(code: str) -> None:
+    redis = connect("redis://user:hunter2@10.0.0.7:6380")
+    with pytest.raises((StreamUnavailable, Unreachable), match=r"^Redis at 10\.0\.0\.7:6380 ") as caught:
+        async with translating(redis):
+            raise exceptions.ResponseError(f"{code} something")
+    assert "hunter2" not in str(caught.value)
+
+
 async def test_a_command_is_never_sent_twice(redis_url: str) -> None:
     client = connect(redis_url)
     await client.set("n", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_before_there_is_a_group_all_of_the_stream_waits() -> None:
     ("before", "now", "seconds", "rate"),
     [(10, 30, 2.0, 10.0), (30, 10, 2.0, 0.0), (None, 10, 2.0, None), (1, 2, 0.0, None)],
 )
-def test_a_rate_is_never_negative_and_may_be_unknown(before, now, seconds, rate) -> None:
+def test_a_rate_is_never_negative_and_may_be_unknown(before: Any, now: Any, seconds: float, rate: float | None) -> None:
     assert per_s(before, now, seconds) == rate
 
 

@@ -1,6 +1,6 @@
 """Records to rows, collection by collection. Reference: the state law, docs/invariants.md.
 
-Ids such as W20 or T44 are the predecessors' bugs (contract 5) that the case shows to be absent.
+Ids such as W20 or T44 are the predecessors' bugs (docs/bugs.md) that the case shows to be absent.
 """
 
 # ruff: noqa: DTZ001 - naive UTC is the contract
