@@ -14,12 +14,10 @@ from typing import Final
 
 import msgspec
 
-from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import parse_config
 from fastworker.errors import ExitCode
 from fastworker.law.compare import KEYS, Difference, Tables
 from fastworker.law.model import COLUMNS
-from fastworker.simulator.hosts import SimHosts
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
@@ -55,6 +53,8 @@ def is_forgotten(frame: SimFrame) -> bool:
 
 @asynccontextmanager
 async def places_of(network: Network) -> AsyncIterator[Places]:
+    from fastworker.simulator.hosts import SimHosts  # noqa: PLC0415 - signs: only `--outage` needs the extra verify
+
     async with SimHosts(network.world, count=HOSTS) as hosts:
         yield Places(hosts.directory.url, hosts.relay.url.replace("http", "ws"), sorted(hosts.own))
 
@@ -76,6 +76,8 @@ def back_again(frames: list[bytes], *, port: int, rate: float | None) -> SimRela
 
 async def mend(places: Places, redis_url: str, database_url: str, stopping: asyncio.Event) -> ExitCode:
     config = parse_config({"REDIS_URL": redis_url, "DATABASE_URL": database_url, "RELAY_URL": places.relay_url})
+    from fastworker.commands.repairs import RepairOptions, repair  # noqa: PLC0415 - checks signatures
+
     async with Hosts(places.plc_url, own=frozenset(places.own), rate=lambda _: RATE) as hosts:
         return await repair(config, RepairOptions((), gap=True), stopping, hosts=hosts)
 

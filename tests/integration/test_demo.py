@@ -113,3 +113,9 @@ def test_an_outage_is_repaired_from_the_hosts(folder: Path) -> None:
     assert min(before for before, _ in shares) < 0.9
     assert {after for _, after in shares} == {1.0}
     assert_nothing_is_left(folder, process.pid)
+
+
+def test_without_the_curves() -> None:
+    """They are an extra that only an outage, and a repair, needs."""
+    code = "import sys; sys.modules.update(coincurve=None, cryptography=None); import fastworker.commands.demo"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
