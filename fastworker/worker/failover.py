@@ -40,7 +40,9 @@ class Failover:
                     memory = await self._database.look()  # before the server is asked: it must have got further
                     found = await place_of(connection, self._stream_key)
                     why = _what_happened(memory.known, found)
-                    if await (self._go_back(memory, found, why) if why else self._note(memory, found)):
+                    if why and await self._go_back(memory, found, why):
+                        return
+                    if not why and await self._note(memory, found):
                         return
         except (StreamUnavailable, TimeoutError) as error:
             why = str(error) or "Redis did not answer in time"

@@ -52,7 +52,9 @@ class Bench:
     async def check(self, history: History, writers: int) -> str:
         await clear(self.connection)
         for store in self.stores:
-            store.writer.known.clear()  # the table of users is empty again
+            store.writer.known.clear()  # the tables of users and relays are empty again
+            store.writer.relays.clear()
+            store.writer.many_relays = False
             store.writer.copying.pause = 0
 
         async def deliver(n: int) -> None:

@@ -6,7 +6,7 @@ import inspect
 import re
 from importlib import resources
 
-from fastworker.stream import admin, consumer, feed
+from fastworker.stream import admin, consumer, database, feed
 from fastworker.stream.keys import USUAL, Keys, stream_of
 from fastworker.stream.scripts import script
 
@@ -25,8 +25,10 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:consumers",
         "fastworker:cursor",
         "fastworker:cursor:a.test",
+        "fastworker:database",
         "fastworker:finished",
         "fastworker:gaps",
+        "fastworker:go-back",
         "fastworker:held",
         "fastworker:ledger",
         "fastworker:marks",
@@ -53,7 +55,7 @@ def test_others_have_their_own() -> None:
 
 
 def test_every_script_is_used_and_whole() -> None:
-    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, feed))))
+    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed))))
     included = {
         name
         for one in resources.files("fastworker.stream").joinpath("lua").iterdir()
