@@ -136,7 +136,9 @@ class Held:
         beaten = self.batch.beaten
         for tally, ids in list(self.tallies.items()) if beaten else ():
             if tally.kind == _COMMIT.kind and tally.outcome == _COMMIT.outcome:
-                gone = {one for one in ids if (of := self.changes[one]) and all(c.uri in beaten for c in of)}
+                # Nearly all entries are told apart by their first record.
+                some = [one for one in ids if (of := self.changes[one]) and of[0].uri in beaten]
+                gone = {one for one in some if all(c.uri in beaten for c in self.changes[one])}
                 if gone:
                     del self.tallies[tally]
                     nothing = Tally(_NOTHING.outcome, tally.kind, tally.drops)
