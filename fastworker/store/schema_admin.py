@@ -99,7 +99,9 @@ class SchemaAdmin:
     async def _transaction(self) -> AsyncIterator[None]:
         """Read committed: what others commit while we wait is seen. Begun with its settings in one message: a role's
         idle_in_transaction_session_timeout may end it before another arrives."""
-        await self.connection.execute(f"BEGIN ISOLATION LEVEL READ COMMITTED; {_SETTINGS}")
+        await self.connection.execute(
+            f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{LOCK_WAIT}'; {_SETTINGS}"
+        )
         try:
             yield
         except BaseException:
@@ -183,7 +185,7 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
 _SETTINGS = (
     "SET LOCAL search_path = public; SET LOCAL quote_all_identifiers = off; "
     "SET LOCAL standard_conforming_strings = on; SET LOCAL row_security = on; "
-    f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '{LOCK_WAIT}'; "
+    "SET LOCAL statement_timeout = 0; "
     "SET LOCAL idle_in_transaction_session_timeout = 0; "
     "SELECT set_config('transaction_timeout', '0', true) WHERE current_setting('transaction_timeout', true) <> '0'"
 )
