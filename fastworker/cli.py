@@ -500,7 +500,17 @@ def repair(
 @click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")
 @click.option("--status", is_flag=True, help="Only print what waits and what is done.")
 @click.option("--cancel", is_flag=True, help="Forget what is queued and not begun.")
-def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen: Any) -> ExitCode:
+@click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
+@click.option(
+    "--spool",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("fastworker-spool"),
+    show_default=True,
+    help="With --bulk: where fetched repositories wait.",
+)
+def backfill(
+    *, yes: bool, estimate: bool, status: bool, cancel: bool, bulk: bool, spool: Path, **chosen: Any
+) -> ExitCode:
     """The history of chosen accounts, from their hosts, beside the live stream.
 
     Each repository is fetched, checked and compared, and only differences are written, as `fastworker repair` does it.
@@ -508,6 +518,7 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     the same command goes on where it was. Needs the extra `verify`. Exit 1 when an account could not be fetched.
     """
     from fastworker.commands import backfill as history
+    from fastworker.commands.bulk import give_up, load_choice
     from fastworker.process.signals import stop_on_signals
 
     choice = history.Choice(**chosen)
@@ -515,7 +526,7 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     if status:
         return _run(history.show(config))
     if cancel:
-        return _run(history.cancel(config))
+        return _run(give_up(config) if bulk else history.cancel(config))
     if choice._replace(depth=1) == history.Choice():
         raise click.UsageError("Say whose: --dids, --known, --follows-of, --host, --collection or --all.")
     if estimate:
@@ -525,6 +536,8 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
+            if bulk:
+                return await load_choice(config, choice, spool, stop)
             return await history.backfill(config, choice, stop)
 
     return _run(run())
@@ -558,20 +571,26 @@ def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
     "paths", nargs=-1, required=True, metavar="FILE.car|DIR...", type=click.Path(exists=True, path_type=Path)
 )
 @click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
-def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
+@click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
+def import_(paths: tuple[Path, ...], *, dry_run: bool, bulk: bool) -> ExitCode:
     """Repositories from CAR files into the tables.
 
     Files as `com.atproto.sync.getRepo` sends them, or directories of them. Writes what is missing or different and
     deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
     repeat. Signatures are not checked. Exit 1 when a file could not be read.
     """
+    from fastworker.commands.bulk import load_files
     from fastworker.commands.imports import import_files
     from fastworker.process.signals import stop_on_signals
 
+    if bulk and dry_run:
+        raise click.UsageError("--bulk and --dry-run do not go together.")
     config = _config()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
+            if bulk:
+                return await load_files(config, paths, stop)
             return await import_files(config, paths, stop, dry_run=dry_run)
 
     return _run(run())

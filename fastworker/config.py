@@ -495,7 +495,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_CRASHPOINT",
-            "worker up migrate",
+            "worker up migrate backfill import",
             "For tests: a named place at which a process kills itself.",
             allowed="a name, or name:n for the n-th time",
             default="none",

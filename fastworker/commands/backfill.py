@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -53,8 +53,13 @@ async def backfill(config: Config, choice: Choice, stop: asyncio.Event, *, hosts
     choice.check()
     report = Report(dry_run=False)
     async with opened(config, "backfill", hosts, reads_only=False) as scene:
-        feeding = _Feed(scene, choice, report)
-        return await settle_all(scene, report, Work(priority_max=EVERYBODY, tries=TRIES), stop, feed=feeding.everybody)
+        work = Work(priority_max=EVERYBODY, tries=TRIES)
+        return await settle_all(scene, report, work, stop, feed=feed_of(scene, choice, report))
+
+
+def feed_of(scene: Scene, choice: Choice, report: Report) -> Callable[[], Awaitable[None]]:
+    """What puts the chosen accounts into the queue."""
+    return _Feed(scene, choice, report).everybody
 
 
 class _Feed:

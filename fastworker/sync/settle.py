@@ -275,6 +275,10 @@ class Report:
         self._drops.update(settled.drops)
         self._examples += settled.examples[: EXAMPLES - len(self._examples)]
 
+    def kept(self) -> None:
+        """A repository is on disk, to be loaded."""
+        self._accounts += 1
+
     def failed(self, name: str, why: str) -> None:
         self.failures += 1
         self._side.print(f"{name}: {why}", markup=False)
