@@ -358,7 +358,7 @@ class WorkerStream:
 
     async def _read_window(self, window: int, block: tuple[Any, ...]) -> tuple[list[Entry], int]:
         """A few new entries and their bytes. Large ones make the next window small; it grows again one by one."""
-        reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
+        reply = await self._redis.execute_command(
             "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
         )
         entries = self._parse(reply)
