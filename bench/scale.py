@@ -167,10 +167,18 @@ async def right(connection: asyncpg.Connection[Any]) -> None:
 
 def table(found: Sequence[tuple[int, Figures]]) -> str:
     """One line for each number of processes."""
-    names = ("events/s", "efficiency", "worker CPU us/event", "postgres CPU us/event", "idle share")
-    names += ("waits for locks", "waits for LWLocks", "owed at the ack", "paid after s")
-    heads = ("events/s", "efficiency", "worker us", "PG us", "idle", "lock waits", "LWLocks", "owed", "paid s")
-    lines = [f"  {'processes':>9}" + "".join(f"{head:>12}" for head in heads)]
+    names = {
+        "events/s": "events/s",
+        "efficiency": "efficiency",
+        "worker CPU us/event": "worker us",
+        "postgres CPU us/event": "PG us",
+        "idle share": "idle",
+        "waits for locks": "lock waits",
+        "waits for LWLocks": "LWLocks",
+        "owed at the ack": "owed",
+        "paid after s": "paid s",
+    }
+    lines = [f"  {'processes':>9}" + "".join(f"{head:>12}" for head in names.values())]
     for processes, figures in found:
         cells = (figures[name] for name in names)
         lines.append(f"  {processes:>9}" + "".join(f"{_cell(value):>12}" for value in cells))
