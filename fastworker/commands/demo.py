@@ -38,7 +38,6 @@ from fastworker.process.child import run_child
 from fastworker.process.children import ChildSpec, Patience
 from fastworker.process.supervisor import Supervisor
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate
@@ -46,7 +45,7 @@ from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.keys import GROUP, STREAM, USUAL
-from fastworker.worker.worker import WorkerSettings, worker_child
+from fastworker.worker.worker import worker_child
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def _run(
                 outage=is_outage,
             )
             console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
-            worker = WorkerSettings(
+            worker = Config(
                 redis_url=redis.url,
                 database_url=postgres.url,
                 consumer_id="demo",
@@ -134,6 +133,7 @@ def _run(
                 processes=config.processes,
                 pipelines=config.pipelines,
                 pool_size=config.pool_size,
+                resolve_handles=False,
             )
             supervisor = Supervisor(
                 [
@@ -233,10 +233,8 @@ async def _reader(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> Non
             return
     served = msgspec.json.decode(plan.address.read_bytes(), type=Served)
     slot.set(ready=1, state=State.RUNNING)
-    settings = ReaderSettings(
-        relay_urls=(served.url,), redis_url=plan.redis_url, stream_key=STREAM, group=GROUP, stream_format="native"
-    )
-    await run_reader(settings, stopping)
+    config = Config(relay_urls=(served.url,), redis_url=plan.redis_url, stream_format="native")
+    await run_reader(config, stopping)
 
 
 # The conductor --------------------------------------------------------------------------------------

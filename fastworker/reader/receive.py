@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import InvalidEvent, Reason, StoppedItself
 from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
@@ -18,7 +19,7 @@ from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.gate import SEQ_JUMP, Gate, Jump
 from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import RelayLost, Subscription
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.stream.feed import Feed
 from fastworker.stream.keys import Keys
 
@@ -37,7 +38,7 @@ class TooFar(Exception):
 
 
 class Receiver:
-    def __init__(self, settings: ReaderSettings, feed: Feed, stats: ReaderStats, dashboard: Dashboard) -> None:
+    def __init__(self, settings: Config, feed: Feed, stats: ReaderStats, dashboard: Dashboard) -> None:
         self.gate = Gate()
         self.outbox = Outbox(feed.chunk_items, CHUNK_BYTES)
         self.last_seq: int | None = None  # newest in the outbox or beyond it

@@ -20,15 +20,13 @@ from redis.exceptions import ResponseError
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
-from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.scripts import script
 
 OURS: Final = "fastworker"
 """What our reader says of itself there; the readers before it say nothing."""
 
 LEASE_MS: Final = 5_000
-ABANDONED_MS: Final = 600_000
-"""An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
 MARKS_MAX: Final = 10_000
