@@ -40,7 +40,9 @@ from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.keys import Keys
 from fastworker.stream.letters import line_of
+from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ class _WorkerMonitor:
 
     async def _read(self, turn: int) -> None:
         settings, admin = self._settings, self._admin
+        await give_skipped(admin.redis, Keys(settings.stream_key, settings.group), settings.group)
         trimmed = await trim_finished(
             admin.redis,
             settings.stream_key,
