@@ -266,9 +266,10 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     bodies |= {one.name: one.sql.partition("AS $$")[2] for one in routines.packaged()}
     words = {name: f" /* {body} */" for name, body in bodies.items()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
-    yield sql.PUT + words["put_2"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
-    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
-    yield sql.PUT_WHOLE + words["put_whole_2"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
+    yield sql.PUT + words["put_3"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
+    yield sql.PUT_WHOLE + words["put_whole_3"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
