@@ -26,6 +26,7 @@ from fastworker.stream.scripts import script
 from fastworker.worker import worker
 from tests.e2e.house import GROUP, KEY, House
 from tests.faults.test_postgres_faults import POST, like
+from tests.replies import to_add
 from tests.rig.proxy import Proxy
 from tests.rig.stage import Stage, is_entry
 from tests.servers import RedisUnderTest
@@ -48,7 +49,7 @@ async def house(redis_url: str, postgres_url: str, proxy: Proxy) -> AsyncIterato
 async def add(house: House, first: int, count: int) -> None:
     pipe = house.redis.pipeline(transaction=False)
     for number in range(first, first + count):
-        pipe.xadd(KEY, like(number))
+        pipe.xadd(KEY, to_add(like(number)))
     await pipe.execute()
 
 

@@ -45,6 +45,7 @@ from fastworker.table.schema import (
     POSTS,
     QUOTES,
     TABLES,
+    qualified,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def fastworker(*words: str, **env: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def role(postgres_url: str) -> Iterator[Callable[[str], str]]:
+def role(postgres_url: str) -> Iterator[Callable[[rights.Service], str]]:
     """Make a service's role in a database that gives nothing to PUBLIC; its URL."""
     made = []
 
@@ -96,7 +97,7 @@ def role(postgres_url: str) -> Iterator[Callable[[str], str]]:
 
 
 @pytest.fixture
-def user(redis_url: str) -> Iterator[Callable[[str], str]]:
+def user(redis_url: str) -> Iterator[Callable[[rights.Service], str]]:
     """Make a service's Redis user; its URL."""
     client = redis.Redis.from_url(redis_url)
     made = []
@@ -266,9 +267,10 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     bodies |= {one.name: one.sql.partition("AS $$")[2] for one in routines.packaged()}
     words = {name: f" /* {body} */" for name, body in bodies.items()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
-    yield sql.PUT + words["put_2"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
-    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
-    yield sql.PUT_WHOLE + words["put_whole_2"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
+    yield sql.PUT + words["put_3"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
+    yield sql.PUT_WHOLE + words["put_whole_3"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
@@ -307,7 +309,7 @@ async def test_every_right_is_needed_and_no_other(pg: asyncpg.Connection, servic
     await pg.execute("REVOKE EXECUTE ON ALL ROUTINES IN SCHEMA fastworker FROM PUBLIC")  # as a careful owner may
     await pg.execute(rights.sql(service, role))
     needed = [
-        *((rights.qualified(table), right) for table, some in rights.TABLE_RIGHTS[service].items() for right in some),
+        *((qualified(table), right) for table, some in rights.TABLE_RIGHTS[service].items() for right in some),
         *((f"SEQUENCE public.{name}", "USAGE") for name in rights.SEQUENCES[service]),
     ]
     assert len(needed) == len(set(needed))
