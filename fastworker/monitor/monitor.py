@@ -85,7 +85,6 @@ class _WorkerMonitor:
         self._memory: dict[int, int] = {}  # pid -> PSS
         self._watch = Watch()
         self._reader_moved = (0, self._started)
-        self._logged = (self._started, 0)
         self._port: int | None = None
         self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
         self._others: dict[str, str] = {}  # what every worker on this stream last told
@@ -264,12 +263,8 @@ class _WorkerMonitor:
 
     def _log(self) -> None:
         """The line that operators grep for; nothing while nothing happens."""
-        at, count = self._logged
-        now = time.monotonic()
-        if self._rates.total != count:
-            rate = (self._rates.total - count) / max(now - at, 1e-9)
+        if rate := self._rates.since_last_told():
             log.info("Processed %s events (~%s events/sec)", f"{self._rates.total:,}", f"{rate:,.0f}")
-        self._logged = (now, self._rates.total)
 
     def _processes(self) -> list[ProcessStatus]:
         now = now_ms()
