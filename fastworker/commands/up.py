@@ -108,7 +108,7 @@ def run_worker(
         tracing.require()
     http = http or settle_port(http_of(config, WORKER_PORT))
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
-    asyncio.run(preflight(config, database_url=config.require_database_url("worker")))
+    asyncio.run(preflight(config, "worker"))
     if start is not None:
         asyncio.run(begin_at(config, start))
     return supervise(config, http, with_reader=with_reader, notify_socket=notify_socket, servers=servers)
