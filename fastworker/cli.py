@@ -285,7 +285,7 @@ def reader(start: Start | None) -> ExitCode:
     config = _begin("reader")
 
     async def main() -> None:
-        await preflight(config, database_url=None)
+        await preflight(config, "reader")
         if start is not None:
             await begin_at(_reader_settings(config), start, database_url=config.database_url)
         with stop_on_signals() as stop:
@@ -321,7 +321,7 @@ def worker(reapply: str | None) -> ExitCode:
         from fastworker.commands.check import preflight
         from fastworker.commands.reapply import reapply as run_reapply
 
-        _run(preflight(config, database_url=config.database_url))
+        _run(preflight(config, "worker"))
         return _run(run_reapply(plan.worker, reapply))
     from fastworker.commands.up import run_worker
 
@@ -350,7 +350,7 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     from fastworker.crashpoint import arm
     from fastworker.store import migrate as migrations
 
-    config = _config()
+    config = _operator()
     url = config.require_database_url("migrate")
     if extent is not None or untune:
         return _tune(url, extent, only_check=only_check)
@@ -477,7 +477,7 @@ def repair(
     from fastworker.commands.repairs import repair as run_repair
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
@@ -511,7 +511,7 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     from fastworker.process.signals import stop_on_signals
 
     choice = history.Choice(**chosen)
-    config = _config()
+    config = _operator()
     if status:
         return _run(history.show(config))
     if cancel:
@@ -544,7 +544,7 @@ def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
     from fastworker.commands.sample import sample as run_sample
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
@@ -568,7 +568,7 @@ def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
     from fastworker.commands.imports import import_files
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
@@ -587,7 +587,7 @@ def export(did: str) -> ExitCode:
     """
     from fastworker.commands.export import export as run_export
 
-    return _run(run_export(_config().require_database_url("export"), did))
+    return _run(run_export(_operator().require_database_url("export"), did))
 
 
 @cli.command()
@@ -622,7 +622,7 @@ def grants(
     password = None if password_env is None else _secret(password_env)
     if (is_applied and for_redis) or (password_env is not None and not is_applied):
         raise click.UsageError("--apply is for SQL, and --password-env goes with it")
-    config = _config()
+    config = _operator()
     if is_applied:
         return _run(_grant(config.require_database_url("grants --apply"), rights.sql(service, name), name, password))
     if for_redis:

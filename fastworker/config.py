@@ -367,7 +367,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_HOME",
-            "up status check compare verify dlq replay",
+            "up status check compare verify dlq replay migrate repair backfill sample import export grants",
             "Directory of the embedded servers' data. Where it is set, other commands find the servers of `up` by it, "
             "unless a URL says otherwise.",
             allowed="a directory path",

@@ -107,7 +107,7 @@ def run_worker(
         tracing.require()
     plan = _with_port(plan)
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
-    asyncio.run(preflight(config, database_url=plan.worker.database_url))
+    asyncio.run(preflight(config, "worker"))
     if start is not None and plan.reader is not None:
         asyncio.run(begin_at(plan.reader, start, database_url=plan.worker.database_url))
     return supervise(plan, servers)

@@ -40,7 +40,9 @@ from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.keys import Keys
 from fastworker.stream.letters import line_of
+from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,6 @@ class _WorkerMonitor:
         self._memory: dict[int, int] = {}  # pid -> PSS
         self._watch = Watch()
         self._reader_moved = (0, self._started)
-        self._logged = (self._started, 0)
         self._port: int | None = None
         self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
         self._others: dict[str, str] = {}  # what every worker on this stream last told
@@ -117,6 +118,7 @@ class _WorkerMonitor:
 
     async def _read(self, turn: int) -> None:
         settings, admin = self._settings, self._admin
+        await give_skipped(admin.redis, Keys(settings.stream_key, settings.group), settings.group)
         trimmed = await trim_finished(
             admin.redis,
             settings.stream_key,
@@ -261,12 +263,8 @@ class _WorkerMonitor:
 
     def _log(self) -> None:
         """The line that operators grep for; nothing while nothing happens."""
-        at, count = self._logged
-        now = time.monotonic()
-        if self._rates.total != count:
-            rate = (self._rates.total - count) / max(now - at, 1e-9)
+        if rate := self._rates.since_last_told():
             log.info("Processed %s events (~%s events/sec)", f"{self._rates.total:,}", f"{rate:,.0f}")
-        self._logged = (now, self._rates.total)
 
     def _processes(self) -> list[ProcessStatus]:
         now = now_ms()

@@ -20,7 +20,6 @@ from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import RelayLost, Subscription
 from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.stream.feed import Feed
-from fastworker.stream.keys import Keys
 
 log = logging.getLogger(__name__)
 
@@ -194,11 +193,10 @@ class Receiver:
                 log.info("%s says %s: %s", host, frame.name, frame.message or "")
             return
         if frame.error == "FutureCursor" and not self.gate.skip:
-            keys = f"{self._settings.cursor_key} and {Keys(self._settings.stream_key).cursor_of(host)}"
             raise StoppedItself(
                 f"{host} says that the cursor {self.last_seq} lies in its future: is this another relay, or was it "
-                f"rebuilt? To start at its live tip, run `fastworker reader --from live` "
-                f"once, or delete {keys}"
+                "rebuilt? Run `fastworker reader --from live` once to begin at its live tip, or with `--from oldest` "
+                "for all that it still has (with `up`: the same options of `fastworker up`)"
             )
         self.gate.no_skip()
         raise RelayLost(f"{frame.error}: {frame.message or 'the relay gave no message'}")

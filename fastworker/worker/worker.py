@@ -307,6 +307,7 @@ async def _maintain(
     """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
+        await stream.give_skipped()
         for pipeline in pipelines:
             await pipeline.note_progress()
         await failover.note(store)
