@@ -190,7 +190,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             _REDIS,
             "Redis 6.2 or newer, or Valkey. `up` starts an embedded server when it is not set.",
             read=_redis_url,
-            allowed="redis://, rediss:// (TLS, verified) or unix:// URL",
+            allowed="redis://, rediss:// (TLS, verified), unix:// or redis+sentinel:// URL",
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
