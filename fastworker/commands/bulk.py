@@ -201,7 +201,8 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
             await bulk.hold()
         if state.phase != SETTLING:
             _console.print("Loading: writers wait.")
-            if not await unless_stopped(Load(url, state.derive, told.step).all(), stop):
+            load = Load(url, state.derive, told.step, is_whole=not config.collections)
+            if not await unless_stopped(load.all(), stop):
                 return _stopped()
             await bulk.release()
             _console.print("Loaded: writers may go on.")

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -221,8 +222,10 @@ class Bulk:
 class Load:
     """The loading phase, on several connections. Every step may be done again."""
 
-    def __init__(self, database_url: str, derive: frozenset[str], told: Told) -> None:
+    def __init__(self, database_url: str, derive: frozenset[str], told: Told, *, is_whole: bool) -> None:
+        """`is_whole`: no collection is left out, so that what a repository lacks is known."""
         self._url = database_url
+        self._is_whole = is_whole
         self._derive = derive
         self._told = told
 
@@ -231,7 +234,7 @@ class Load:
         async with _session(self._url) as connection:
             done = {row[0] for row in await connection.fetch("SELECT name FROM fastworker.bulk_steps")}
             if "new" not in done:
-                await self._step(connection, "new", _only_new)
+                await self._step(connection, "new", partial(_only_new, is_whole=self._is_whole))
             sizes: dict[str, int] = {}
             for staged in ALL:
                 await connection.execute(f"ANALYZE fastworker.{staged.name}")
@@ -356,6 +359,12 @@ _MARK_UNWANTED: Final = (
     "UPDATE fastworker.bulk_repos AS r SET later = 'it may not be stored' FROM unwanted AS u "
     "WHERE u.did = r.did AND r.state = 'staged'"
 )
+_FLOORS: Final = (
+    "INSERT INTO fastworker.floors AS f (did, rev, seq) SELECT r.did, r.rev, r.seq FROM fastworker.bulk_repos AS r "
+    "WHERE r.state = 'staged' AND NOT EXISTS (SELECT FROM unwanted AS u WHERE u.did = r.did) "
+    "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, written_at = now() "
+    "WHERE excluded.rev > f.rev OR (excluded.rev = f.rev AND excluded.seq >= f.seq)"
+)
 _OF_UNWANTED: Final = "DELETE FROM fastworker.{} AS s USING unwanted AS u WHERE split_part(s.uri, '/', 3) = u.did"
 _TWINS_OF_KNOWN: Final = (
     "DELETE FROM fastworker.staged_twins AS s USING fastworker.bulk_repos AS r "
@@ -394,10 +403,11 @@ def _not_new(table: Table) -> str:
     )
 
 
-async def _only_new(connection: asyncpg.Connection[Any]) -> int:
+async def _only_new(connection: asyncpg.Connection[Any], *, is_whole: bool) -> int:
     """Afterwards what is staged is exactly what will be loaded. Returns how many rows were taken out.
 
-    Where nothing of a repository is known, and it may be stored, all of it is new: then nothing is searched.
+    Where nothing of a repository is known, and it may be stored, all of it is new: then nothing is searched. Nobody
+    else has a transaction open, so that floors need not be waited for.
     """
     await _execute(connection, [_MARK_KNOWN])
     await connection.execute(_UNWANTED)
@@ -410,6 +420,8 @@ async def _only_new(connection: asyncpg.Connection[Any]) -> int:
         # mutant: bulk loads what is known
         taken += await _execute(connection, [_not_new(table) for table in PRIMARY])
         taken += await _execute(connection, [_TWINS_OF_KNOWN, *_WITHOUT_POST, *_WITHOUT_GATE])
+    if is_whole:
+        await connection.execute(_FLOORS)
     return taken
 
 
