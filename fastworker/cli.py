@@ -161,6 +161,7 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _reader_settings(config: Config) -> ReaderSettings:
+    from fastworker.commands.up import home_path
     from fastworker.reader.stats import ReaderSettings
 
     return ReaderSettings(
@@ -175,6 +176,9 @@ def _reader_settings(config: Config) -> ReaderSettings:
         ignore_groups=config.ignore_groups,
         dead_letter_maxlen=config.dead_letter_maxlen,
         keep_s=config.keep_s,
+        verify=config.verify,
+        chain_bytes=config.chain_bytes,
+        chain_folder=None if (home := home_path(config)) is None else str(home),
     )
 
 

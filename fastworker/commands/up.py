@@ -161,16 +161,22 @@ def with_servers_of_home(config: Config) -> Config:
     return config
 
 
+def home_path(config: Config) -> Path | None:
+    """FASTWORKER_HOME or its default; None where there is no home directory."""
+    try:
+        if config.home is not None:
+            return Path(config.home).expanduser()
+        data = os.path.expandvars("$XDG_DATA_HOME")
+        return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "fastworker"
+    except RuntimeError:
+        return None
+
+
 def _home(config: Config) -> Path:
     """FASTWORKER_HOME, made if it is not there."""
-    if config.home is not None:
-        home = Path(config.home).expanduser()
-    else:
-        try:
-            data = os.path.expandvars("$XDG_DATA_HOME")
-            home = (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "fastworker"
-        except RuntimeError as error:
-            raise ConfigError("There is no home directory: set FASTWORKER_HOME") from error
+    home = home_path(config)
+    if home is None:
+        raise ConfigError("There is no home directory: set FASTWORKER_HOME")
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -10,6 +10,7 @@ import msgspec
 import orjson
 
 from fastworker.errors import Reason
+from fastworker.event.proof import Verdict
 from fastworker.redact import redact
 from fastworker.stream.feed import ABANDONED_MS, OURS
 from fastworker.stream.keys import CURSOR, GROUP, STREAM
@@ -35,6 +36,10 @@ class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
     silence_floor_s: float = 30.0
     """No silence shorter than this ends a connection."""
     abandoned_ms: int = ABANDONED_MS
+    verify: Literal["off", "chain", "signed", "full"] = "chain"
+    chain_bytes: int = 128 * 1024 * 1024
+    chain_folder: str | None = None
+    """None: in memory."""
 
 
 class ReaderStats(msgspec.Struct):
@@ -84,6 +89,10 @@ class ReaderStats(msgspec.Struct):
     A new connection does not end it, only data do."""
     drops: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Reason), 0))
     """Whole frames, by reason. The drops of single ops travel with their entry and are counted by the worker."""
+    verdicts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Verdict), 0))
+    """Commits by what their proofs say."""
+    unverified: int = 0
+    """Commits that wait for a key."""
 
 
 def status_json(stats: ReaderStats, url: str) -> bytes:
@@ -105,6 +114,8 @@ def figures(stats: ReaderStats) -> dict[str, str | int | float]:
     for name, value in msgspec.structs.asdict(stats).items():
         if name == "drops":
             figures.update({f"drop:{reason}": count for reason, count in value.items()})
+        elif name == "verdicts":
+            figures.update({f"verdict:{verdict}": count for verdict, count in value.items()})
         elif value is None:
             figures[name] = ""
         else:

@@ -39,6 +39,7 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:repairs",
         "fastworker:status:worker",
         "fastworker:tail",
+        "fastworker:unverified",
     }
     assert stream_of("firehose:python_cursor") == "fastworker:stream-of:firehose:python_cursor"
 
