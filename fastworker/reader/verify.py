@@ -22,12 +22,13 @@ from typing import Any, Final
 
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import Reason
 from fastworker.event import Commit, Drop, Sync
 from fastworker.event.proof import Link, Verdict, read_link
 from fastworker.reader.chain import Break, Chain
 from fastworker.reader.prove import KeysOf, Proof, prove
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.redact import redact
 from fastworker.stream.feed import Chunk
 from fastworker.table.snapshot import tid_of
@@ -140,20 +141,18 @@ class Verifier:
 
 
 @contextmanager
-def verifying(
-    settings: ReaderSettings, keys: KeysOf | None, stats: ReaderStats, deliver: Deliver
-) -> Iterator[Verifier | None]:
+def verifying(settings: Config, keys: KeysOf | None, stats: ReaderStats, deliver: Deliver) -> Iterator[Verifier | None]:
     """None at level `off`. The chain is this process's while the block lasts."""
     if settings.verify == "off":
         yield None
         return
     path = None
-    if settings.chain_folder is not None:
+    if settings.home is not None:
         stream = f"{redact(settings.redis_url)} {settings.stream_key}"
-        path = Path(settings.chain_folder) / f"chain-{blake2b(stream.encode(), digest_size=6).hexdigest()}"
+        path = Path(settings.home).expanduser() / f"chain-{blake2b(stream.encode(), digest_size=6).hexdigest()}"
     chain = Chain(path, settings.chain_bytes)
     try:
-        yield Verifier(chain, keys, stats, deliver, full=settings.verify == "full")
+        yield Verifier(chain, keys, stats, deliver, full=False)
     finally:
         chain.close()
 

@@ -19,12 +19,15 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from fastworker.errors import Reason
+from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
+from fastworker.stream.holding import Holding
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
+from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,10 @@ BURST_ENTRIES: Final = 1_000
 """What one round trip asks for when there is a backlog, in reads of BATCH_SIZE each."""
 READ_BYTES: Final = 4 * 1024 * 1024
 """Of one piece, whatever it is: a burst, what is read back, what is adopted. The last step may exceed it."""
-WINDOW: Final = 64
-"""Entries that one XREADGROUP asks for before it is known how large they are."""
+WINDOW: Final = 256
+"""Entries that one XREADGROUP asks for, at most: the price of a round trip is shared by so many."""
+REPLY_BYTES: Final = 4 * READ_BYTES
+"""Of one such reply. What is larger is read again in pieces."""
 STEP: Final = 10
 """Entries that are taken before their bytes are looked at: one may have several megabytes."""
 CONSUMERS_MAX: Final = 10_000
@@ -108,6 +113,7 @@ class WorkerStream:
         self.group = group
         self._keys = Keys(stream_key, group)
         self.backlog = False  # the last read came back full
+        self.lost_reply = False  # it may have handed us entries: they are pending in our name
         self._redis = redis
         self._consumer_id = consumer_id
         self._count = batch_size
@@ -117,9 +123,7 @@ class WorkerStream:
         self._foreign_idle_ms = foreign_idle_ms
         self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
-        self._held: dict[str, None] = {}  # ids that were read and that no ack was sent for
-        self._told = ""  # the lowest of them, as we told it last
-        self._in_order = True  # they are in the order of the stream
+        self._holding = Holding()
         self._ending = asyncio.Lock()  # an ack and a renewal never overtake each other
         # The client's parser of stream replies costs more than everything else in a read.
         redis.set_response_callback("XREADGROUP", _unparsed)
@@ -130,6 +134,7 @@ class WorkerStream:
         self._release = redis.register_script(script("release"))
         self._claim = redis.register_script(script("claim"))
         self._read = redis.register_script(script("read"))
+        self._tell_held = redis.register_script(script("tell_held"))
         self._ack_ghosts = redis.register_script(script("ack_ghosts"))
 
     # --- the consumer's life
@@ -141,6 +146,7 @@ class WorkerStream:
         """
         async with translating(self._redis):
             await self._group.ensure()
+            await self.give_skipped()
             found = await self._redis.xinfo_consumers(self.stream_key, self.group)
             at_work = {one["name"] for one in found if int(one["idle"]) < self._foreign_idle_ms}
             theirs = at_work - cast("set[bytes]", await self._redis.smembers(self._keys.consumers))
@@ -149,7 +155,14 @@ class WorkerStream:
                 if name.encode() in theirs:
                     continue
                 args: list[Any] = [self._token, self._lease_ms, name, self.group]
-                keys = [self._keys.consumer_lease(name), self._keys.consumers, self.stream_key, self._keys.held]
+                keys = [
+                    self._keys.consumer_lease(name),
+                    self._keys.consumers,
+                    self.stream_key,
+                    self._keys.held,
+                    self._keys.given,
+                    self._keys.tellers,
+                ]
                 if leased := await self._lease(keys=keys, args=args):
                     self.name = name
                     if leased > 1:
@@ -168,9 +181,12 @@ class WorkerStream:
             self.stream_key,
             self._keys.ledger,
             self._keys.held,
+            self._keys.reads,
+            self._keys.tellers,
         ]
-        async with self._ending, translating(self._redis):
-            args: list[Any] = [self._token, self._lease_ms, self.name, self.group, self._lowest(), " ".join(self._held)]
+        args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
+        async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
+            args += [lowest, " ".join(self._holding.ids), told]
             ghosts, restored = await self._renew(keys=keys, args=args)
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
@@ -178,16 +194,19 @@ class WorkerStream:
 
     async def tell_held(self) -> None:
         """What we hold for longer than a flush takes is told before the next ack or renewal does it."""
-        lowest = self._lowest()
-        if lowest and lowest != self._told:
-            async with self._ending, translating(self._redis):
-                if lowest in self._held:
-                    await self._redis.hset(self._keys.held, self.name, lowest)
-                    self._told = lowest
+        if not self._holding.is_told:
+            keys = [self.stream_key, self._keys.held, self._keys.reads]
+            async with self._ending, self._holding.telling() as told, translating(self._redis):
+                await self._tell_held(keys=keys, args=[self.group, self.name, *told])
+
+    async def give_skipped(self) -> None:
+        """Make pending what somebody moved the group past, before anybody was given it."""
+        await give_skipped(self._redis, self._keys, self.group)
 
     async def release(self) -> None:
         """Give the name back; what it still holds stays pending for the next owner. Twice is harmless."""
         keys = [self._keys.consumer_lease(self.name), self._keys.consumers, self.stream_key, self._keys.held]
+        keys.append(self._keys.tellers)
         async with translating(self._redis):
             await self._release(keys=keys, args=[self._token, self.name, self.group])
 
@@ -203,9 +222,14 @@ class WorkerStream:
                 window = self._window
                 try:
                     found, found_bytes = await self._read_window(window, block)
+                except ReplyTooLarge:
+                    self.lost_reply = self.backlog = True
+                    self._window = 1
+                    break
                 except (RedisError, OSError, RuntimeError):
                     if entries:
-                        break  # what came before must not be lost with it; the next read meets the same again
+                        self.lost_reply = True
+                        break  # what came before must not be lost with it
                     raise
                 entries += found
                 size += found_bytes
@@ -226,7 +250,7 @@ class WorkerStream:
             ghosts = [entry_id for entry_id, fields in found if not fields]
             if ghosts:
                 await self._ack_ghosts(keys=[self.stream_key, self._keys.ledger], args=[self.group, *ghosts])
-            return self._parse([[b"", found]]), found[-1][0].decode()
+            return self._take_over(found), found[-1][0].decode()
 
     async def consumers(self) -> list[Consumer]:
         """Everybody else in the group."""
@@ -253,6 +277,7 @@ class WorkerStream:
             self._keys.consumer_lease().encode() + other,
             self._keys.ledger,
             self._keys.held,
+            self._keys.given,
         ]
         async with self._group.translating():
             found, ghosts, claimed = await self._claim(
@@ -261,7 +286,7 @@ class WorkerStream:
             if ghosts < 0:
                 _tell_back(consumer)
                 return Claimed([], 0, 0)
-            return Claimed(self._parse([[b"", claimed]]), found, ghosts)
+            return Claimed(self._take_over(claimed), found, ghosts)
 
     async def time(self) -> datetime:
         """By the server's clock."""
@@ -273,21 +298,25 @@ class WorkerStream:
         """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
 
         Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
-        while the reader has to go back, too.
+        while the reader has to go back, too. Never behind what is known to have been given to somebody.
         """
         async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
             pipe.hvals(self._keys.held)
             pipe.xinfo_groups(self.stream_key)
             pipe.exists(self._keys.go_back)
-            summary, held, groups, must_go_back = await pipe.execute()
+            pipe.get(self._keys.given)
+            summary, held, groups, must_go_back, given = await pipe.execute()
         if must_go_back:
             return "0-0"
-        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
+        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._holding.lowest} - {""})
         for group in groups:
             if group["name"] == self.group.encode():
                 ms, n = id_order(group["last-delivered-id"].decode())
                 found.add(f"{ms}-{n + 1}")
+        if given:
+            ms, n = id_order(given.split(b" ")[0].decode())
+            found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     # --- entries end
@@ -302,11 +331,12 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held]
+        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held, self._keys.reads]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
-                self._let_go(ids)
-            return int(await self._ack(keys=keys, args=[self.group, self.name, self._lowest(), *args]))
+                self._holding.let_go(ids)
+            async with self._holding.telling() as told:
+                return int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
 
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:
         """Move entries to the dead letters and ack them, in one script; the number that was still pending.
@@ -316,14 +346,16 @@ class WorkerStream:
         `data` is what the entry's own payload field held, byte by byte; of unknown forms all fields, as MessagePack.
         `original_fields` is the way back.
         """
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.dead_letters, self._keys.held]
+        own = self._keys
+        keys = [self.stream_key, own.ledger, METRICS, own.dead_letters, own.held, own.reads]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
             async with self._ending, self._group.translating():
-                self._let_go([letter.entry_id for letter in piece])
-                head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, self._lowest()]
-                total += int(await self._set_aside(keys=keys, args=[*head, *args]))
+                self._holding.let_go([letter.entry_id for letter in piece])
+                async with self._holding.telling() as told:
+                    head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, *told]
+                    total += int(await self._set_aside(keys=keys, args=[*head, *args]))
         return total
 
     async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]:
@@ -337,34 +369,17 @@ class WorkerStream:
 
     # --- inside
 
-    def _hold(self, entries: Sequence[Entry]) -> None:
-        ids = [entry_id for entry_id, _ in entries]
-        newest = next(reversed(self._held), None)
-        if newest is not None and id_order(ids[0]) < id_order(newest):
-            self._in_order = False  # adopted, or read back
-        self._held.update(dict.fromkeys(ids))
-
-    def _let_go(self, ids: Sequence[str]) -> None:
-        held = self._held
-        for entry_id in ids:
-            held.pop(entry_id, None)
-        self._in_order = self._in_order or not held
-
-    def _lowest(self) -> str:
-        """Of the ids that we hold; empty: none."""
-        if self._in_order:
-            return next(iter(self._held), "")
-        return min(self._held, key=id_order, default="")
-
     async def _read_window(self, window: int, block: tuple[Any, ...]) -> tuple[list[Entry], int]:
         """A few new entries and their bytes. Large ones make the next window small; it grows again one by one."""
-        reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
-            "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
-        )
-        entries = self._parse(reply)
+        with reply_of_at_most(REPLY_BYTES):
+            reply = await self._redis.execute_command(
+                "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
+            )
+        if not (entries := _entries_of(reply)):
+            return [], 0
+        self._holding.read([entry_id for entry_id, _ in entries])
         sizes = [sum(map(len, fields.values())) for _, fields in entries]
-        if sizes:
-            self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
+        self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
 
     async def _read_piece(self, after: str, count: int) -> tuple[list[Any], bool]:
@@ -374,9 +389,9 @@ class WorkerStream:
         found, more = await self._read(keys=[self.stream_key], args=args)
         return found, bool(more)
 
-    def _parse(self, reply: Any) -> list[Entry]:
-        if entries := _entries_of(reply):
-            self._hold(entries)
+    def _take_over(self, found: list[Any]) -> list[Entry]:
+        if entries := _entries_of([[b"", found]]):
+            self._holding.take_over([entry_id for entry_id, _ in entries])
         return entries
 
 

@@ -20,15 +20,14 @@ from redis.exceptions import ResponseError
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
-from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.scripts import script
+from fastworker.stream.skipped import give_skipped
 
 OURS: Final = "fastworker"
 """What our reader says of itself there; the readers before it say nothing."""
 
 LEASE_MS: Final = 5_000
-ABANDONED_MS: Final = 600_000
-"""An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
 MARKS_MAX: Final = 10_000
@@ -323,12 +322,13 @@ class Feed:
                     self._keys.finished,
                     self._keys.held,
                     self._keys.go_back,
+                    self._keys.given,
                 ],
                 args=[self._group, self._newest, MARKS_MAX, self._unread],
             )
         self._newest, self._unread = "", unread.decode()
         self._note_finished(finished)
-        if broken:
+        if broken or (self._group and await give_skipped(self._redis, self._keys, self._group, who="reader")):
             raise StreamBroken
         if request:
             raise StoreWentBack(request)
@@ -430,10 +430,10 @@ async def trim_finished(
     entry. `keep_s`: finished entries younger than this stay, for `--reapply`, while the stream is less than nine tenths
     full.
     """
-    trim = redis.register_script(script("trim"))
+    trim, keys = redis.register_script(script("trim")), Keys(stream_key, group or GROUP)
     async with translating(redis):
         answer = await trim(
-            keys=[stream_key, Keys(stream_key, group or GROUP).held],
+            keys=[stream_key, keys.held, keys.given],
             args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups],
         )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)

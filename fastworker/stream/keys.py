@@ -54,6 +54,12 @@ class Keys:
         self.held: Final = key("fastworker:held", *of_group)
         """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
         is."""
+        self.given: Final = key("fastworker:given", *of_group)
+        """String: "id ms id": all up to the first one was given to somebody, as seen then; the group's last id then."""
+        self.reads: Final = key("fastworker:reads", *of_group)
+        """Hash: first id -> last id of each read beyond that."""
+        self.tellers: Final = key("fastworker:tellers", *of_group)
+        """Hash: consumer -> token of its lease, of those that tell what they were given."""
         self.database: Final = key("fastworker:database", *of_group)
         """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
         self.go_back: Final = key("fastworker:go-back", *of_group)

@@ -13,10 +13,11 @@ import libipld
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.cbor import cid_of
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import Clock, LiveClock, Repo, SimFrame, Write, tid
@@ -82,7 +83,7 @@ async def relay(redis: Redis) -> AsyncIterator[SimRelay]:
 @asynccontextmanager
 async def reading(redis_url: str, relay: SimRelay, **more: Any) -> AsyncIterator[ReaderStats]:
     stats, stop = ReaderStats(), asyncio.Event()
-    settings = ReaderSettings(redis_url=redis_url, relay_urls=(relay.url,), **{"stream_format": "native", **more})
+    settings = Config(redis_url=redis_url, relay_urls=(relay.url,), **{"stream_format": "native", **more})
     task = asyncio.create_task(run_reader(settings, stop, stats=stats))
     try:
         yield stats
@@ -227,7 +228,7 @@ async def test_the_next_process_goes_on_from_the_file(
     redis_url: str, redis: Redis, relay: SimRelay, tmp_path: Path
 ) -> None:
     _, frames = grown(commits=6)
-    kept = {"chain_folder": str(tmp_path), "chain_bytes": 1 << 20}
+    kept = {"home": str(tmp_path), "chain_bytes": 1 << 20}
     async with reading(redis_url, relay, **kept) as stats:
         relay.emit(*frames[:2])
         await until(lambda: stats.last_seq == frames[1].seq)
@@ -244,7 +245,7 @@ async def test_the_next_process_goes_on_from_the_file(
 
 async def test_off_costs_and_says_nothing(redis_url: str, redis: Redis, relay: SimRelay, tmp_path: Path) -> None:
     _, frames = grown(commits=3)
-    async with reading(redis_url, relay, verify="off", chain_folder=str(tmp_path)) as stats:
+    async with reading(redis_url, relay, verify="off", home=str(tmp_path)) as stats:
         relay.emit(frames[0], frames[2])
         await until(lambda: stats.last_seq == frames[2].seq)
     assert counted(stats) == {}
