@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -379,7 +379,8 @@ class Beside:
         self.settler.hold(None)
         await settle(self.flush.store)
         await settle_noted(self.pg, self.stored, self.settler.store, self.snapshots)
-        await settle(self.flush.store)
+        while await self.flush.store.maintain(owed_age_s=0, dead_commit=timedelta()):
+            pass
         return await differences(expected(self.events, self.snapshots), self.pg)
 
 
