@@ -201,7 +201,8 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
             await bulk.hold()
         if state.phase != SETTLING:
             _console.print("Loading: writers wait.")
-            load = Load(url, state.derive, told.step, is_whole=not config.collections)
+            floor = admin is not None and not config.collections and await Live(admin, config).all_are_ours()
+            load = Load(url, state.derive, told.step, floor=floor)
             if not await unless_stopped(load.all(), stop):
                 return _stopped()
             await bulk.release()
@@ -298,7 +299,9 @@ async def _settle(bulk: Bulk, settle: Settle, live: Live | None, file: File, rep
     try:
         with Repository(Path(file.file)) as repository:
             repository.check()
-            settled = await settle.settle(repository, Snapshot(file.did, file.rev, file.seq, file.taken_at))
+            floor = live is not None and await settle.may_floor() and await live.all_are_ours()
+            snapshot = Snapshot(file.did, file.rev, file.seq, file.taken_at)
+            settled = await settle.settle(repository, snapshot, floor=floor)
     except (Unproved, OSError) as error:
         await bulk.settled(file.did, str(error))
         return

@@ -28,6 +28,7 @@ from fastworker.store import derived
 from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
 from fastworker.store.staged import ALL, PRIMARY, staged_name
+from fastworker.store.statements import GONE
 from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
@@ -222,10 +223,10 @@ class Bulk:
 class Load:
     """The loading phase, on several connections. Every step may be done again."""
 
-    def __init__(self, database_url: str, derive: frozenset[str], told: Told, *, is_whole: bool) -> None:
-        """`is_whole`: no collection is left out, so that what a repository lacks is known."""
+    def __init__(self, database_url: str, derive: frozenset[str], told: Told, *, floor: bool) -> None:
+        """`floor`: snapshots are whole, of a known moment, and every worker knows floors."""
         self._url = database_url
-        self._is_whole = is_whole
+        self._floor = floor
         self._derive = derive
         self._told = told
 
@@ -234,7 +235,7 @@ class Load:
         async with _session(self._url) as connection:
             done = {row[0] for row in await connection.fetch("SELECT name FROM fastworker.bulk_steps")}
             if "new" not in done:
-                await self._step(connection, "new", partial(_only_new, is_whole=self._is_whole))
+                await self._step(connection, "new", partial(_only_new, floor=self._floor))
             sizes: dict[str, int] = {}
             for staged in ALL:
                 await connection.execute(f"ANALYZE fastworker.{staged.name}")
@@ -349,9 +350,13 @@ _MARK_KNOWN: Final = (
 )
 # Those that a settle would refuse: it says why.
 _UNWANTED: Final = (
-    "CREATE TEMP TABLE unwanted ON COMMIT DROP AS "
-    "SELECT r.did::text FROM fastworker.bulk_repos AS r JOIN fastworker.accounts AS a ON a.did = r.did "
-    "WHERE a.deleted_seq > r.seq UNION SELECT user_did::text FROM public.user_settings WHERE data_collection_forbidden "
+    "CREATE TEMP TABLE unwanted ON COMMIT DROP AS SELECT r.did::text FROM fastworker.bulk_repos AS r JOIN ("
+    f"SELECT did, {GONE} FROM fastworker.accounts WHERE deleted_seq IS NOT NULL) AS a (did, gone_rev, gone_seq) "
+    'ON a.did = r.did WHERE CASE WHEN a.gone_rev IS NOT NULL THEN r.rev COLLATE "C" < a.gone_rev '
+    "ELSE r.seq < a.gone_seq END "
+    "UNION SELECT user_did::text FROM public.user_settings WHERE data_collection_forbidden "
+    "UNION SELECT r.did::text FROM fastworker.bulk_repos AS r JOIN fastworker.floors AS f ON f.did = r.did "
+    "WHERE f.rev > r.rev "
     f"UNION SELECT r.did::text FROM ({_KNOWN}) AS k (did, rev, seq) JOIN fastworker.bulk_repos AS r ON r.did = k.did "
     'WHERE k.seq <= r.seq AND k.rev COLLATE "C" > r.rev'
 )
@@ -403,7 +408,7 @@ def _not_new(table: Table) -> str:
     )
 
 
-async def _only_new(connection: asyncpg.Connection[Any], *, is_whole: bool) -> int:
+async def _only_new(connection: asyncpg.Connection[Any], *, floor: bool) -> int:
     """Afterwards what is staged is exactly what will be loaded. Returns how many rows were taken out.
 
     Where nothing of a repository is known, and it may be stored, all of it is new: then nothing is searched. Nobody
@@ -420,7 +425,7 @@ async def _only_new(connection: asyncpg.Connection[Any], *, is_whole: bool) -> i
         # mutant: bulk loads what is known
         taken += await _execute(connection, [_not_new(table) for table in PRIMARY])
         taken += await _execute(connection, [_TWINS_OF_KNOWN, *_WITHOUT_POST, *_WITHOUT_GATE])
-    if is_whole:
+    if floor:
         await connection.execute(_FLOORS)
     return taken
 
