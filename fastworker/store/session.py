@@ -25,7 +25,6 @@ from asyncpg.protocol import protocol
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.store.refusal import Whose, sentence, whose
 from fastworker.store.schema_admin import AUTHORITY
-from fastworker.store.statements import KNOWS_FLOORS
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
 
@@ -40,6 +39,7 @@ POOLER = (
 for _name, _types in (("IterableABC", (list, tuple)), ("SizedABC", (list, tuple)), ("MappingABC", dict)):
     setattr(protocol, _name, _types)
 
+KNOWS_FLOORS = 0x66777266  # class of the advisory lock that says that a session knows floors; "fwrf"
 # For statements of ours now() is PostgreSQL's, whatever a role has first in its path, which it keeps for its triggers.
 PATH = (
     "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), false)"

@@ -8,6 +8,7 @@ per statement.
 
 from __future__ import annotations
 
+from fastworker.store.session import KNOWS_FLOORS
 from fastworker.table.schema import (
     AGGREGATIONS,
     COLLECTIONS,
@@ -176,7 +177,6 @@ FLOOR_READERS = (
     "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
 # Workers of a release that knows no floors: their sessions do not say that they do.
-KNOWS_FLOORS = 0x66777266  # class of the advisory lock that says it; "fwrf"
 WITHOUT_FLOORS = (
     "SELECT count(*) FROM pg_stat_activity AS a WHERE a.datname = current_database() "
     "AND a.application_name IN ('fastworker', 'fastworker-reapply') AND a.backend_start < now() - interval '2 seconds' "
