@@ -88,7 +88,7 @@ class Bulk:
 
     async def state(self) -> State | None:
         row = await self._row("SELECT phase, folder, derive FROM fastworker.bulk")
-        return None if row is None else State(row[0], Path(row[1]), frozenset(row[2]))
+        return None if row is None else State(row["phase"], Path(row["folder"]), frozenset(row["derive"]))
 
     async def begin(self, folder: Path, derive: frozenset[str]) -> State:
         """Staging tables and the record of it; what is there already goes on. Raises RowRejected, StoreUnavailable."""
@@ -118,7 +118,7 @@ class Bulk:
     async def refused(self) -> list[tuple[str, str]]:
         with translating():
             rows = await self._connection.fetch("SELECT did, error FROM fastworker.bulk_repos WHERE state = 'refused'")
-        return [(row[0], row[1]) for row in rows]
+        return [(did, error) for did, error in rows]
 
     async def later(self) -> list[File]:
         """What is to be settled one by one."""
