@@ -377,6 +377,15 @@ def repair(
     return _run(run())
 
 
+def _patterns(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    from fastworker.config import read_collections
+
+    try:
+        return None if text is None else read_collections(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @cli.command()
 @click.option(
     "--dids", type=click.Path(path_type=Path, allow_dash=True), help="A file of DIDs, one a line; - is stdin."
@@ -390,7 +399,12 @@ def repair(
 @click.option("--yes", is_flag=True, help="With --all: yes, the whole network.")
 @click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")
 @click.option("--status", is_flag=True, help="Only print what waits and what is done.")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Posts, likes and reposts of so many days only.")
+@click.option("--collections", metavar="NSID,...", callback=_patterns, help="Only these of each account; * for any.")
+@click.option("--again", is_flag=True, help="Also accounts that are done: after FASTWORKER_COLLECTIONS was widened.")
 @click.option("--cancel", is_flag=True, help="Forget what is queued and not begun.")
+@click.option("--pause", "is_paused", flag_value="pause", help="History waits, on all hosts. Repairs do not.")
+@click.option("--resume", "is_paused", flag_value="resume", help="It goes on.")
 @click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
 @click.option(
     "--spool",
@@ -400,7 +414,15 @@ def repair(
     help="With --bulk: where fetched repositories wait.",
 )
 def backfill(
-    *, yes: bool, estimate: bool, status: bool, cancel: bool, bulk: bool, spool: Path, **chosen: Any
+    *,
+    yes: bool,
+    estimate: bool,
+    status: bool,
+    cancel: bool,
+    is_paused: str | None,
+    bulk: bool,
+    spool: Path,
+    **chosen: Any,
 ) -> ExitCode:
     """The history of chosen accounts, from their hosts, beside the live stream.
 
@@ -418,7 +440,9 @@ def backfill(
         return _run(history.show(config))
     if cancel:
         return _run(give_up(config) if bulk else history.cancel(config))
-    if choice._replace(depth=1) == history.Choice():
+    if is_paused is not None:
+        return _run(history.pause(config, is_paused=is_paused == "pause"))
+    if not choice.is_somebody:
         raise click.UsageError("Say whose: --dids, --known, --follows-of, --host, --collection or --all.")
     if estimate:
         return _run(history.estimate(config, choice))

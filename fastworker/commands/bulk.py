@@ -34,6 +34,7 @@ from fastworker.sync.bulk import LOAD_ROWS_S, STAGED_ROW_BYTES, file_of, stage
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.many import Live, Mark, Work, opened, settle_all
 from fastworker.sync.settle import Report, Settle, duration, unless_stopped
+from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.snapshot import Snapshot, tid_moment
 
 OURS: Final = ("fastworker-bulk",)
@@ -68,7 +69,7 @@ async def load_choice(
     choice.check()
     url = await _ready(config, "backfill")
     async with open_bulk(url) as bulk:
-        state = await _begun(bulk, config, _folder(spool))
+        state = await _begun(bulk, config, _folder(spool), choice.part)
         if state.phase == STAGING:
             report = Report(dry_run=False)
             async with opened(config, "backfill", hosts, reads_only=True) as scene:
@@ -144,8 +145,8 @@ def _folder(spool: Path) -> Path:
     return spool.absolute()
 
 
-async def _begun(bulk: Bulk, config: Config, folder: Path) -> State:
-    state = await bulk.state() or await bulk.begin(folder, config.derive)
+async def _begun(bulk: Bulk, config: Config, folder: Path, part: Part) -> State:
+    state = await bulk.state() or await bulk.begin(folder, config.derive, part)
     if state.phase == STAGING and state.folder != folder:
         raise ConfigError(f"A bulk load has begun with --spool {state.folder}: go on with it, or --bulk --cancel")
     return state
@@ -191,7 +192,7 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
     try:
         told = Told(bulk)
         if state.phase == STAGING:
-            staging = stage(url, state.derive, config.collections, told.staging, crash=config.crashpoint)
+            staging = stage(url, state.derive, config.collections, state.part, told.staging, crash=config.crashpoint)
             if not await unless_stopped(staging, stop):
                 return _stopped()
             counts = await bulk.counts()
@@ -201,7 +202,8 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
             await bulk.hold()
         if state.phase != SETTLING:
             _console.print("Loading: writers wait.")
-            floor = admin is not None and not config.collections and await Live(admin, config).all_are_ours()
+            is_whole = admin is not None and not config.collections and state.part == WHOLE
+            floor = is_whole and admin is not None and await Live(admin, config).all_are_ours()
             load = Load(url, state.derive, told.step, floor=floor)
             if not await unless_stopped(load.all(), stop):
                 return _stopped()
@@ -268,6 +270,7 @@ async def _settle_later(
 ) -> ExitCode:
     """Accounts that need a comparison, one after the other, beside the stream."""
     state, later = await bulk.state(), await bulk.later()
+    part = WHOLE if state is None else state.part
     report = Report(dry_run=False)
     if later:
         _console.print(f"{len(later):,} accounts are settled one by one, beside the stream.")
@@ -277,7 +280,7 @@ async def _settle_later(
             async with open_stored(url) as stored:
                 settle = Settle(stored, store)
                 for number, file in enumerate(later, 1):
-                    if not await unless_stopped(_settle(bulk, settle, live, file, report), stop):
+                    if not await unless_stopped(_settle(bulk, settle, live, file, part, report), stop):
                         report.stopped = f"{number - 1} of {len(later)} accounts"
                         return report.end()
                     report.tell(len(later) - number)
@@ -293,7 +296,7 @@ async def _settle_later(
     return report.end() if later or report.failures else ExitCode.DONE
 
 
-async def _settle(bulk: Bulk, settle: Settle, live: Live | None, file: File, report: Report) -> None:
+async def _settle(bulk: Bulk, settle: Settle, live: Live | None, file: File, part: Part, report: Report) -> None:
     if live is not None and file.entry_id is not None:
         await live.finished(Mark(file.seq, file.entry_id, file.taken_at))
     try:
@@ -301,7 +304,7 @@ async def _settle(bulk: Bulk, settle: Settle, live: Live | None, file: File, rep
             repository.check()
             floor = live is not None and await settle.may_floor() and await live.all_are_ours()
             snapshot = Snapshot(file.did, file.rev, file.seq, file.taken_at)
-            settled = await settle.settle(repository, snapshot, floor=floor)
+            settled = await settle.settle(repository, snapshot, floor=floor, part=part)
     except (Unproved, OSError) as error:
         await bulk.settled(file.did, str(error))
         return

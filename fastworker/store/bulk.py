@@ -29,6 +29,7 @@ from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
 from fastworker.store.staged import ALL, PRIMARY, staged_name
 from fastworker.store.statements import GONE
+from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
@@ -74,6 +75,7 @@ class State(NamedTuple):
     phase: str
     folder: Path
     derive: frozenset[str]
+    part: Part
 
 
 Told = Callable[[str, int, float], None]
@@ -87,18 +89,27 @@ class Bulk:
         self._connection = connection
 
     async def state(self) -> State | None:
-        row = await self._row("SELECT phase, folder, derive FROM fastworker.bulk")
-        return None if row is None else State(row["phase"], Path(row["folder"]), frozenset(row["derive"]))
+        row = await self._row("SELECT phase, folder, derive, since_rev, collections FROM fastworker.bulk")
+        if row is None:
+            return None
+        return State(
+            row["phase"],
+            Path(row["folder"]),
+            frozenset(row["derive"]),
+            Part(row["since_rev"], None if row["collections"] is None else tuple(row["collections"])),
+        )
 
-    async def begin(self, folder: Path, derive: frozenset[str]) -> State:
+    async def begin(self, folder: Path, derive: frozenset[str], part: Part = WHOLE) -> State:
         """Staging tables and the record of it; what is there already goes on. Raises RowRejected, StoreUnavailable."""
         with translating():
             async with self._connection.transaction():
                 await self._connection.execute(
-                    "INSERT INTO fastworker.bulk (phase, folder, derive) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+                    "INSERT INTO fastworker.bulk (phase, folder, derive, since_rev, collections) "
+                    "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
                     STAGING,
                     str(folder),
                     sorted(derive),
+                    *part,
                 )
                 for staged in ALL:
                     await self._connection.execute(staged.create.replace("TABLE", "TABLE IF NOT EXISTS", 1))

@@ -20,7 +20,8 @@ from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
 from fastworker.store.bulk import File
 from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
-from fastworker.table.chosen import choose
+from fastworker.sync.settle import covered
+from fastworker.table.chosen import Part, choose
 from fastworker.table.snapshot import Snapshot, pieces
 
 CLAIM: Final = 16
@@ -42,6 +43,7 @@ async def stage(
     database_url: str,
     derive: frozenset[str],
     collections: tuple[str, ...],
+    part: Part,
     told: Callable[[], Awaitable[None]],
     *,
     crash: str | None = None,
@@ -49,7 +51,7 @@ async def stage(
     """Everything that waits, in processes of its own. Raises StoreUnavailable when one of them could not go on."""
     context = multiprocessing.get_context("spawn")  # no fork of a process that has loops and sockets
     children = [
-        context.Process(target=_child, args=(database_url, derive, collections, crash), daemon=True)
+        context.Process(target=_child, args=(database_url, derive, collections, part, crash), daemon=True)
         for _ in range(processes())
     ]
     for child in children:
@@ -66,23 +68,25 @@ async def stage(
         raise StoreUnavailable(f"Staging ended with exit code {failed[0]}: the lines above say why")
 
 
-def _child(database_url: str, derive: frozenset[str], collections: tuple[str, ...], crash: str | None) -> None:
+def _child(
+    database_url: str, derive: frozenset[str], collections: tuple[str, ...], part: Part, crash: str | None
+) -> None:
     arm(crash)
     choose(collections)
-    asyncio.run(stage_all(database_url, derive))
+    asyncio.run(stage_all(database_url, derive, part))
 
 
-async def stage_all(database_url: str, derive: frozenset[str]) -> None:
+async def stage_all(database_url: str, derive: frozenset[str], part: Part) -> None:
     """One process's share: repositories that wait, until none does."""
     staging = await open_staging(database_url)
     try:
-        while await _transaction(staging, derive):
+        while await _transaction(staging, derive, part):
             pass
     finally:
         staging.close()
 
 
-async def _transaction(staging: Staging, derive: frozenset[str]) -> bool:
+async def _transaction(staging: Staging, derive: frozenset[str], part: Part) -> bool:
     """About `ROWS` rows of whole repositories. Whether there was anything to do.
 
     A file that cannot be read costs the transaction: it is left out, and the others are read again. Rows that the
@@ -91,14 +95,14 @@ async def _transaction(staging: Staging, derive: frozenset[str]) -> bool:
     await staging.begin()
     rows = Rows(derive)
     try:
-        return await _fill(staging, rows)
+        return await _fill(staging, rows, part)
     except RowRejected as error:
         await staging.rollback()
         await staging.leave(rows.dids, f"a row was refused: {error}")
         return True
 
 
-async def _fill(staging: Staging, rows: Rows) -> bool:
+async def _fill(staging: Staging, rows: Rows, part: Part) -> bool:
     done: list[tuple[str, int, str | None]] = []
     staged = 0
     while staged < ROWS:
@@ -106,7 +110,7 @@ async def _fill(staging: Staging, rows: Rows) -> bool:
         rows.dids += [job.did for job in jobs]
         for job in jobs:
             try:
-                records, later = await _repository(staging, rows, job)
+                records, later = await _repository(staging, rows, job, part)
             except (Unproved, OSError) as error:
                 await staging.rollback()
                 await staging.refuse(job.did, str(error))
@@ -121,7 +125,7 @@ async def _fill(staging: Staging, rows: Rows) -> bool:
     return bool(done)
 
 
-async def _repository(staging: Staging, rows: Rows, job: Job) -> tuple[int, str | None]:
+async def _repository(staging: Staging, rows: Rows, job: Job, part: Part) -> tuple[int, str | None]:
     later = None
     records = 0
     snapshot = Snapshot(job.did, job.rev, job.seq, job.taken_at)
@@ -130,7 +134,7 @@ async def _repository(staging: Staging, rows: Rows, job: Job) -> tuple[int, str 
             raise OSError(f"{job.file}: not the repository that it was")
         if repository.size > GIANT_BYTES:
             return 0, "it is large"
-        for piece in pieces(repository.records(), snapshot, PIECE):
+        for piece in pieces(covered(repository.records(), part), snapshot, PIECE):
             later = rows.put(piece.changes) or later
             records += len(piece.changes)
             if rows.count >= ROWS:

@@ -245,7 +245,9 @@ class Many:
                 await self._live.first()
             async with self._one:
                 floor = await self._settle.may_floor() and await self._live.all_are_ours()
-                settled = await self._settle.settle(repository, snapshot, accept_older=work.accept_older, floor=floor)
+                settled = await self._settle.settle(
+                    repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part
+                )
             size = repository.size
         await self._settled(one, settled, snapshot, size)
 

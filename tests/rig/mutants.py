@@ -167,6 +167,14 @@ MUTANTS = [
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
+    # parts of repositories
+    _mutant("days ignored", "fastworker/table/chosen.py", "tests/integration/test_settle.py", "return True"),
+    _mutant(
+        "a partial snapshot deletes what it did not look at",
+        "fastworker/sync/settle.py",
+        "tests/integration/test_settle.py",
+        "return not is_left_out(collection)",
+    ),
     # bulk loads
     _mutant(
         "bulk loses an index",

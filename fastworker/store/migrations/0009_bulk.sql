@@ -7,6 +7,8 @@ CREATE TABLE fastworker.bulk (
     phase text COLLATE "C" NOT NULL,
     folder text NOT NULL,
     derive text[] NOT NULL,
+    since_rev text COLLATE "C",
+    collections text[],
     began_at timestamptz NOT NULL DEFAULT now()
 );
 
@@ -44,3 +46,18 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
+
+-- What of an account is compared (table/chosen.py, Part): NULL, all of it. Of one that is done: what was.
+ALTER TABLE fastworker.repos ADD COLUMN since_rev text COLLATE "C";
+ALTER TABLE fastworker.repos ADD COLUMN collections text[];
+
+-- History as a whole: whether it is paused, and what a variable of the environment has asked for, once.
+CREATE TABLE fastworker.backfill (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    is_paused boolean NOT NULL DEFAULT false,
+    asked text,
+    asked_at timestamptz,
+    fed_at timestamptz,
+    done_at timestamptz
+);
+INSERT INTO fastworker.backfill DEFAULT VALUES;
