@@ -24,7 +24,7 @@ from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.holding import Holding
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.keys import GROUP, STREAM, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
@@ -331,7 +331,7 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held, self._keys.reads]
+        keys = [self.stream_key, self._keys.ledger, self._keys.metrics, self._keys.held, self._keys.reads]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._holding.let_go(ids)
@@ -347,7 +347,7 @@ class WorkerStream:
         `original_fields` is the way back.
         """
         own = self._keys
-        keys = [self.stream_key, own.ledger, METRICS, own.dead_letters, own.held, own.reads]
+        keys = [self.stream_key, own.ledger, self._keys.metrics, own.dead_letters, own.held, own.reads]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
