@@ -82,7 +82,10 @@ class Keys:
         self._cursor: Final = key("fastworker:cursor", *of_stream)
         self.repairs: Final = key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
-        stream)."""
+        stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
+        self.unverified: Final = key("fastworker:unverified", *of_stream)
+        """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
+        (FASTWORKER_VERIFY)."""
         self.gaps: Final = key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""
