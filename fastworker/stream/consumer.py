@@ -244,7 +244,8 @@ class WorkerStream:
         Never beside an ack: what is acked meanwhile would be held for ever.
         """
         async with self._ending, self._group.translating():
-            found, _ = await self._read_piece(after, count)
+            piece: list[Any] = [self.group, self.name, after, count, READ_BYTES, min(self._count, STEP)]
+            found, _ = await self._read(keys=[self.stream_key], args=piece)
             if not found:
                 return [], None
             ghosts = [entry_id for entry_id, fields in found if not fields]
@@ -381,13 +382,6 @@ class WorkerStream:
         sizes = [sum(map(len, fields.values())) for _, fields in entries]
         self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
-
-    async def _read_piece(self, after: str, count: int) -> tuple[list[Any], bool]:
-        """Up to `count` entries or READ_BYTES in one round trip, as they come; and whether there may be more."""
-        step = min(self._count, STEP)
-        args: list[Any] = [self.group, self.name, after, count, READ_BYTES, step]
-        found, more = await self._read(keys=[self.stream_key], args=args)
-        return found, bool(more)
 
     def _take_over(self, found: list[Any]) -> list[Entry]:
         if entries := _entries_of([[b"", found]]):
