@@ -18,13 +18,6 @@ from fastworker.store.session import KNOWS_FLOORS, Connection
 LOOK_S: Final = 0.005
 WAIT_S: Final = 120.0
 """A session without its client is gone by then, and its transaction with it."""
-# Workers of a release that knows no floors: their sessions do not say that they do.
-_WITHOUT_FLOORS: Final = (
-    "SELECT count(*) FROM pg_stat_activity AS a WHERE a.datname = current_database() "
-    "AND a.application_name IN ('fastworker', 'fastworker-reapply') AND a.backend_start < now() - interval '2 seconds' "
-    "AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' "
-    f"AND l.classid = {KNOWS_FLOORS})"
-)
 
 
 async def put_floor(db: Connection, did: str, rev: str, seq: int, *, lower: bool = False) -> bool:
@@ -52,4 +45,4 @@ async def _readers(db: Connection) -> set[str]:
 
 async def all_know_floors(db: Connection) -> bool:
     """Whether no worker of a release is connected that knows no floors."""
-    return not await db.fetchval(_WITHOUT_FLOORS)
+    return not await db.fetchval(sql.WITHOUT_FLOORS, KNOWS_FLOORS)

@@ -213,7 +213,7 @@ class Queue:
                     await self._connection.execute(f"SELECT pg_advisory_xact_lock({_CLAIMS})")
                     await self._connection.execute(_FREE)
                     rows = await self._connection.fetch(_CLAIM, self._owner, priority_max, many, HOST_AT_ONCE)
-        return [Claim(*one, _part(since_rev, collections)) for *one, since_rev, collections in rows]
+        return [Claim(*tuple(row)[:6], _part(*tuple(row)[6:])) for row in rows]  # type: ignore[call-arg]
 
     async def moved(self, did: str, host: str) -> bool:
         """An account's host is known. Whether it may be fetched at once; else it waits for its turn there."""

@@ -27,6 +27,7 @@ from fastworker.store.refusal import Whose, sentence, whose
 from fastworker.store.schema_admin import AUTHORITY
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
+KNOWS_FLOORS = 0x66777266  # class of the advisory lock by which a session says that it looks at floors; "fwrf"
 
 POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
@@ -39,7 +40,6 @@ POOLER = (
 for _name, _types in (("IterableABC", (list, tuple)), ("SizedABC", (list, tuple)), ("MappingABC", dict)):
     setattr(protocol, _name, _types)
 
-KNOWS_FLOORS = 0x66777266  # class of the advisory lock that says that a session knows floors; "fwrf"
 # For statements of ours now() is PostgreSQL's, whatever a role has first in its path, which it keeps for its triggers.
 PATH = (
     "SELECT set_config('search_path', concat_ws(', ', 'pg_catalog', nullif(current_setting('search_path'), '')), false)"
