@@ -23,6 +23,7 @@ from fastworker.commands.tune import server_advice
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
 from fastworker.process.clocks import which_is_off
+from fastworker.reader.levels import require_curves
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import SchemaRefused, encoding_problem
@@ -636,6 +637,8 @@ def _print(findings: list[Finding]) -> None:
 async def preflight(config: Config, service: Service) -> None:
     """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable, and ConfigError for a role
     that lacks rights: another try would not help."""
+    if service == "reader":
+        require_curves(config)
     postgres = _worker_preflight if service == "worker" else _reader_preflight
     log.info(", ".join(await asyncio.gather(_redis_preflight(config), postgres(config.database_url))))
 
