@@ -54,8 +54,8 @@ MEASURE_EVERY: Final = 5
 STUCK_S: Final = 30.0
 """Liveness: a child's loop turns at least this often; the supervisor replaces it earlier."""
 LETTERS_SHOWN: Final = 5
-HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream")
-WORST: Final = ("oldest", "median", "99 %")
+HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream", "age")
+WORST: Final = ("oldest", "median", "99 %", "age")
 
 
 async def run_monitor(
@@ -374,6 +374,9 @@ class _WorkerMonitor:
         }
         if not fresh:
             changes["appended"] = stands["stream"] = None
+        stats = reading.reader if fresh and reading is not None else None
+        event_at = stats.last_event_at if stats is not None else None
+        stands["age"] = None if event_at is None else max(0.0, time.time() - event_at)
         self._history.add(time.time(), changes | stands)
 
 
