@@ -381,11 +381,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     verify: Annotated[
-        Literal["off", "chain"],
+        Literal["off", "chain", "signed", "full"],
         _env(
             "FASTWORKER_VERIFY",
             "reader up",
-            "What the reader asks of each commit: `chain`, that it follows the one before it (docs/proofs.md).",
+            "What the reader asks of each commit: `chain`, that it follows the one before it; `signed`, that its "
+            "account signed it; `full`, that its ops are all that happened. The last two ask FASTWORKER_PLC_URL for "
+            "the accounts' keys (docs/proofs.md).",
             read=str.lower,
         ),
     ] = "chain"
@@ -452,7 +454,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _env(
             "FASTWORKER_PLC_URL",
-            "worker up repair backfill sample",
+            "reader worker up repair backfill sample",
             "DID directory for resolving handles beside the stream, and for finding the hosts of accounts.",
             read=_http_url,
             allowed="https:// or http:// URL",

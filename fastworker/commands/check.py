@@ -23,6 +23,7 @@ from fastworker.commands.tune import server_advice
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
 from fastworker.process.clocks import which_is_off
+from fastworker.reader.levels import require_curves
 from fastworker.redact import redact
 from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import SchemaRefused, encoding_problem
@@ -639,6 +640,7 @@ async def preflight(config: Config, service: Service) -> None:
     if service == "worker":
         postgres = _worker_preflight(config.require_database_url("worker"))
     else:
+        require_curves(config)
         postgres = _reader_preflight(config.database_url)
     log.info(", ".join(await asyncio.gather(_redis_preflight(config), postgres)))
 

@@ -77,6 +77,9 @@ MUTANTS = [
     _mutant("a break is forgotten by a crash", _CHAIN, OF_CHAIN, "if verdict is Verdict.BREAK and False:"),
     _mutant("prevData is not compared", _CHAIN, OF_CHAIN, "return Verdict.OK"),
     _mutant("commits from the future", _VERIFY, OF_LEVELS, "if False:"),
+    _mutant("commits that the account did not sign", _VERIFY, OF_LEVELS, "if False:"),
+    _mutant("ops that nothing proves", _VERIFY, OF_LEVELS, "if False:"),
+    _mutant("a key that does not verify is never asked for again", "fastworker/reader/keys.py", OF_LEVELS, "if held is None:"),
     # versions
     _mutant("no version guard", _BATCH, LAW, "return True"),
     _mutant("rev order turned", _BATCH, LAW, "return a_rev < b_rev"),
