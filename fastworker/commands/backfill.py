@@ -35,7 +35,7 @@ WRITES_S: Final = 8_000.0  # records that one process compares and writes in a s
 
 
 class Choice(NamedTuple):
-    """Whose history."""
+    """Which accounts a backfill is about."""
 
     dids: Path | None = None
     known: bool = False
@@ -169,7 +169,7 @@ async def _all_hosts(scene: Scene) -> AsyncIterator[KnownHost]:
 
 
 def _pieces(path: Path) -> Iterator[list[str]]:
-    """DIDs of a file, one a line; `-` is standard input. What follows a `#` is a remark."""
+    """DIDs of a file, one a line; `-` is standard input. `#` begins a comment."""
     piece: list[str] = []
     try:
         with sys.stdin if str(path) == "-" else path.open(encoding="utf-8") as lines:

@@ -273,9 +273,9 @@ class _Reader:
                 logged, count = now, self._stats.entries
 
     async def _go_back(self, request: bytes = b"") -> None:
-        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox.
+        """Unread entries are gone from the stream: read them, and what was in the outbox, from the relay again.
 
-        `request`: they were read, and PostgreSQL lost them.
+        `request`: PostgreSQL asked for it: the entries were finished, and it lost them.
         """
         host, cursor = self._stats.relay, self._stats.last_seq
         gap: dict[str, Any] = {}
@@ -313,7 +313,7 @@ class _Reader:
                 await asyncio.sleep(backoff.next())
             else:
                 break
-        if is_done:  # else the cursor is another reader's now, or gone too: whoever reads it next sees to it
+        if is_done:  # else the cursor is another reader's, or gone too: the next reader handles it
             log.error("%s%s", what, so)
             self._stats.gaps += bool(gap)
 

@@ -260,7 +260,7 @@ class Queue:
         return max(0.0, float(await self.value(_TURN, host, every_s)))
 
     async def rest(self, host: str, seconds: float) -> None:
-        """Nobody asks it for a while."""
+        """No process sends this host a request until then."""
         await self.execute(_REST, host, seconds)
 
     # --- lists

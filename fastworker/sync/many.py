@@ -47,7 +47,7 @@ from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
 from fastworker.table.snapshot import Snapshot
 
 LOOK_S: Final = 0.3
-STALL_S: Final = 120.0  # without the worker getting on
+STALL_S: Final = 120.0  # without progress of the worker
 LIVE_S: Final = 2.0
 """While the oldest unfinished entry is older, history waits."""
 LIVE_PAUSE_S: Final = 10.0  # but never longer than this for one account
@@ -118,7 +118,7 @@ class Live:
             asked = time.monotonic() - LOOK_S / 2
 
     async def first(self) -> None:
-        """Live events go before history."""
+        """Wait while the live stream is behind: its events go before history."""
         give_up = time.monotonic() + LIVE_PAUSE_S
         while time.monotonic() < give_up:
             unfinished = await self._oldest(time.monotonic() - LOOK_S)
@@ -132,7 +132,7 @@ class Live:
         return all(one.ours or one.leased or one.idle_ms > FOREIGN_IDLE_MS for one in found)
 
     async def _oldest(self, not_before: float) -> str | None:
-        """The oldest unfinished entry, by one look for everybody who asks at the same time."""
+        """The age of the oldest unfinished entry; one question to Redis for all who ask at the same time."""
         async with self._one:
             if self._looked >= not_before:
                 return self._unfinished

@@ -129,7 +129,7 @@ class Settle:
         return None
 
     async def _floor(self, store: Store, snapshot: Snapshot, accept_older: bool) -> str | None:
-        """From now on what is older is superseded; and what may not have seen that is in the tables."""
+        """Commit the floor, and wait for the transactions that may not have seen it. Returns why not, or None."""
         async with store.connection() as db:
             # mutant: no floor
             if not await put_floor(db, snapshot.did, snapshot.rev, snapshot.seq, lower=accept_older):
@@ -292,7 +292,7 @@ def _example(result: Settled, words: str) -> None:
 
 
 async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
-    """Do it to its end, or cancel it at a stop. Whether it came to its end."""
+    """Await it, or cancel it at a stop. Whether it came to its end."""
     task = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -382,7 +382,7 @@ class Report:
         return sum(counts.total() for counts in self._kinds.values())
 
     def close(self) -> None:
-        """The bar goes."""
+        """Remove the bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None
