@@ -35,6 +35,9 @@ TARGETS = (
     Target("life", "first ack s", 1.5, at_least=False),
     Target("life", "drained s", 5, at_least=False),
     Target("growth", "share of empty tables", 0.6, where={"likes": 10_000_000}),
+    Target("backfill", "share of the floor", 0.5, where={"derive": "full", "path": "live"}),
+    Target("backfill", "share of the floor", 1.5, where={"derive": "full", "path": "bulk"}),
+    Target("backfill", "memory MB (PSS)", 300, at_least=False),
     Target("scale", "waits for locks", 0.05, at_least=False, where={"processes": 8}),
     Target("presets", "share of the best", 0.5),
 )
