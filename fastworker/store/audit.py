@@ -231,8 +231,8 @@ def _profiles(where: Where, _: frozenset[str]) -> str:
 def _handles(where: Where, _: frozenset[str]) -> str:
     """A users row whose handle is neither what its host claims nor verified, or that another one shows as well.
 
-    A claim that was never to be verified is shown (the resolver is off), unless another one has it. What an older worker
-    showed may be in capitals, and counts as verified at -infinity: with the resolver off a claim is newer than that.
+    A claim that was never to be verified is shown (the resolver is off), unless another one has it. What an older
+    worker showed may be in capitals, and counts as verified at -infinity: with the resolver off a claim is newer.
     """
     return _compare(
         "handle",

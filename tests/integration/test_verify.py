@@ -714,7 +714,7 @@ async def test_a_handle_that_an_older_worker_wrote_is_no_drift(
     for seq, did in enumerate((winner, loser), 1):
         await pg.execute(claim, [did], ["bob.test"], [""], [seq], [at])
     await pg.execute("UPDATE fastworker.identities SET resolve_pending = true")  # an event without a handle came
-    found = dict(await pg.fetch("SELECT did, handle FROM users"))
+    found = {row["did"]: row["handle"] for row in await pg.fetch("SELECT did, handle FROM users")}
     assert found == {winner: "bob.test", loser: "handle.invalid"}
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
     await pg.execute("UPDATE users SET handle = 'handle.invalid'")
