@@ -8,36 +8,28 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import platform
 import re
-import socket
 import sys
 import traceback
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar
 
 import click
-import msgspec
 
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
-from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
 from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
 from fastworker.table.chosen import choose
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
-    from fastworker.commands.up import ServiceOptions
-    from fastworker.monitor.page import HttpSettings
-    from fastworker.monitor.view import MonitorSettings
     from fastworker.reader.start import Start
-    from fastworker.reader.stats import ReaderSettings
-    from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
 
@@ -160,93 +152,6 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
     return uvloop.run(main)
 
 
-def _reader_settings(config: Config) -> ReaderSettings:
-    from fastworker.reader.stats import ReaderSettings
-
-    return ReaderSettings(
-        relay_urls=config.relay_urls,
-        redis_url=config.redis_url,
-        stream_key=config.stream_key,
-        cursor_key=config.cursor_key,
-        group=config.group,
-        max_stream_len=config.max_stream_len,
-        stream_bytes_max=config.stream_bytes_max,
-        stream_format=config.stream_format,
-        ignore_groups=config.ignore_groups,
-        dead_letter_maxlen=config.dead_letter_maxlen,
-        keep_s=config.keep_s,
-    )
-
-
-def _worker_settings(config: Config, command: str) -> WorkerSettings:
-    from fastworker.worker.worker import WorkerSettings
-
-    return WorkerSettings(
-        redis_url=config.redis_url,
-        database_url=config.require_database_url(command),
-        stream_key=config.stream_key,
-        group=config.group,
-        consumer_id=config.consumer_id,
-        batch_size=config.batch_size,
-        pool_size=config.pool_size,
-        processes=config.processes,
-        pipelines=config.pipelines,
-        derive=config.derive,
-        synchronous_commit=config.synchronous_commit,
-        trusted_verifiers=config.trusted_verifiers,
-        verified_only=config.resolve_handles,
-        dead_letter_maxlen=config.dead_letter_maxlen,
-        tracing=config.tracing,
-        dead_letters_in_a_row=config.dead_letters_in_a_row,
-        crashpoint=config.crashpoint,
-    )
-
-
-def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
-    from fastworker.monitor.view import MonitorSettings
-
-    return MonitorSettings(
-        redis_url=config.redis_url,
-        stream_key=config.stream_key,
-        group=config.group,
-        ignore_groups=config.ignore_groups,
-        max_stream_len=config.max_stream_len,
-        stream_bytes_max=config.stream_bytes_max,
-        keep_s=config.keep_s,
-        connections_max=config.pool_size,
-        with_reader=with_reader,
-        http=_http_settings(config, WORKER_PORT),
-    )
-
-
-def _plan(config: Config, command: str, *, with_reader: bool) -> ServiceOptions:
-    from fastworker.commands.up import ServiceOptions
-    from fastworker.sync.resolver import ResolverSettings
-
-    url = config.require_database_url(command)
-
-    return ServiceOptions(
-        worker=_worker_settings(config, command),
-        monitor=_monitor_settings(config, with_reader=with_reader),
-        reader=_reader_settings(config) if with_reader else None,
-        resolver=ResolverSettings(url, config.plc_url) if config.resolve_handles else None,
-        memory_max_bytes=config.memory_max_bytes,
-        notify_socket=os.environ.get("NOTIFY_SOCKET") or None,
-    )
-
-
-def _http_settings(config: Config, default: int) -> HttpSettings:
-    from fastworker.monitor.page import HttpSettings
-
-    port = default if config.http_port is None else config.http_port
-    return HttpSettings(
-        host=config.http_host,
-        port=None if port == "off" else port,
-        chosen=config.http_port is not None,
-        names=config.http_hosts,
-    )
-
-
 class _Place(click.ParamType):  # type: ignore[type-arg]
     name = "live|oldest|SEQ"
 
@@ -278,6 +183,7 @@ def reader(start: Start | None) -> ExitCode:
     received is on the stream.
     """
     from fastworker.commands.check import preflight
+    from fastworker.monitor.page import http_of
     from fastworker.monitor.reader_port import serve_reader
     from fastworker.process.signals import stop_on_signals
     from fastworker.reader.start import begin_at
@@ -287,14 +193,9 @@ def reader(start: Start | None) -> ExitCode:
     async def main() -> None:
         await preflight(config, "reader")
         if start is not None:
-            await begin_at(_reader_settings(config), start, database_url=config.database_url)
+            await begin_at(config, start)
         with stop_on_signals() as stop:
-            await serve_reader(
-                _reader_settings(config),
-                _http_settings(config, READER_PORT),
-                stop,
-                database_url=config.database_url,
-            )
+            await serve_reader(config, http_of(config, READER_PORT), stop)
 
     _run(main())
     return ExitCode.DONE
@@ -316,16 +217,15 @@ def worker(reapply: str | None) -> ExitCode:
     status.
     """
     config = _begin("worker")
-    plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
         from fastworker.commands.check import preflight
         from fastworker.commands.reapply import reapply as run_reapply
 
         _run(preflight(config, "worker"))
-        return _run(run_reapply(plan.worker, reapply))
+        return _run(run_reapply(config, reapply))
     from fastworker.commands.up import run_worker
 
-    return run_worker(config, plan)
+    return run_worker(config, notify_socket=os.environ.get("NOTIFY_SOCKET") or None)
 
 
 @cli.command()
@@ -353,7 +253,9 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     config = _operator()
     url = config.require_database_url("migrate")
     if extent is not None or untune:
-        return _tune(url, extent, only_check=only_check)
+        from fastworker.commands.tune import run_tune
+
+        return _run(run_tune(url, extent, click.echo, only_check=only_check))
     if only_check:
         problems = _run(migrations.check(url))
         click.echo("\n".join(problems) if problems else "The schema is up to date.")
@@ -361,17 +263,6 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     arm(config.crashpoint)
     done = _run(migrations.migrate(url))
     click.echo("\n".join(f"applied {name}" for name in done) if done else "The schema is up to date.")
-    return ExitCode.DONE
-
-
-def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: bool) -> ExitCode:
-    """Without an extent: undo."""
-    from fastworker.commands.tune import report, tune, untune
-
-    if only_check:
-        done = report(url, extent, click.echo) if extent else untune(url, click.echo, only_check=True)
-        return ExitCode.DONE if _run(done) else ExitCode.NO
-    _run(tune(url, extent, click.echo) if extent else untune(url, click.echo, only_check=False))
     return ExitCode.DONE
 
 
@@ -486,6 +377,15 @@ def repair(
     return _run(run())
 
 
+def _patterns(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    from fastworker.config import read_collections
+
+    try:
+        return None if text is None else read_collections(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @cli.command()
 @click.option(
     "--dids", type=click.Path(path_type=Path, allow_dash=True), help="A file of DIDs, one a line; - is stdin."
@@ -499,8 +399,31 @@ def repair(
 @click.option("--yes", is_flag=True, help="With --all: yes, the whole network.")
 @click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")
 @click.option("--status", is_flag=True, help="Only print what waits and what is done.")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Posts, likes and reposts of so many days only.")
+@click.option("--collections", metavar="NSID,...", callback=_patterns, help="Only these of each account; * for any.")
+@click.option("--again", is_flag=True, help="Also accounts that are done: after FASTWORKER_COLLECTIONS was widened.")
 @click.option("--cancel", is_flag=True, help="Forget what is queued and not begun.")
-def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen: Any) -> ExitCode:
+@click.option("--pause", "is_paused", flag_value="pause", help="History waits, on all hosts. Repairs do not.")
+@click.option("--resume", "is_paused", flag_value="resume", help="It goes on.")
+@click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
+@click.option(
+    "--spool",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("fastworker-spool"),
+    show_default=True,
+    help="With --bulk: where fetched repositories wait.",
+)
+def backfill(
+    *,
+    yes: bool,
+    estimate: bool,
+    status: bool,
+    cancel: bool,
+    is_paused: str | None,
+    bulk: bool,
+    spool: Path,
+    **chosen: Any,
+) -> ExitCode:
     """The history of chosen accounts, from their hosts, beside the live stream.
 
     Each repository is fetched, checked and compared, and only differences are written, as `fastworker repair` does it.
@@ -508,6 +431,7 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     the same command goes on where it was. Needs the extra `verify`. Exit 1 when an account could not be fetched.
     """
     from fastworker.commands import backfill as history
+    from fastworker.commands.bulk import give_up, load_choice
     from fastworker.process.signals import stop_on_signals
 
     choice = history.Choice(**chosen)
@@ -515,8 +439,10 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     if status:
         return _run(history.show(config))
     if cancel:
-        return _run(history.cancel(config))
-    if choice._replace(depth=1) == history.Choice():
+        return _run(give_up(config) if bulk else history.cancel(config))
+    if is_paused is not None:
+        return _run(history.pause(config, is_paused=is_paused == "pause"))
+    if not choice.is_somebody:
         raise click.UsageError("Say whose: --dids, --known, --follows-of, --host, --collection or --all.")
     if estimate:
         return _run(history.estimate(config, choice))
@@ -525,6 +451,8 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
+            if bulk:
+                return await load_choice(config, choice, spool, stop)
             return await history.backfill(config, choice, stop)
 
     return _run(run())
@@ -558,20 +486,26 @@ def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
     "paths", nargs=-1, required=True, metavar="FILE.car|DIR...", type=click.Path(exists=True, path_type=Path)
 )
 @click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
-def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
+@click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
+def import_(paths: tuple[Path, ...], *, dry_run: bool, bulk: bool) -> ExitCode:
     """Repositories from CAR files into the tables.
 
     Files as `com.atproto.sync.getRepo` sends them, or directories of them. Writes what is missing or different and
     deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
     repeat. Signatures are not checked. Exit 1 when a file could not be read.
     """
+    from fastworker.commands.bulk import load_files
     from fastworker.commands.imports import import_files
     from fastworker.process.signals import stop_on_signals
 
+    if bulk and dry_run:
+        raise click.UsageError("--bulk and --dry-run do not go together.")
     config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
+            if bulk:
+                return await load_files(config, paths, stop)
             return await import_files(config, paths, stop, dry_run=dry_run)
 
     return _run(run())
@@ -624,7 +558,7 @@ def grants(
         raise click.UsageError("--apply is for SQL, and --password-env goes with it")
     config = _operator()
     if is_applied:
-        return _run(_grant(config.require_database_url("grants --apply"), rights.sql(service, name), name, password))
+        return _run(rights.grant(config.require_database_url("grants --apply"), service, name, password))
     if for_redis:
         click.echo(rights.acl(service, name, (config.stream_key, config.cursor_key)))
     else:
@@ -643,15 +577,6 @@ def _secret(name: str) -> str:
     if not text:
         raise ConfigError(f"{name} is not set or empty: it has to hold the role's password")
     return text
-
-
-async def _grant(database_url: str, statements: str, role: str, password: str | None) -> ExitCode:
-    from fastworker.store.schema_admin import open_schema
-
-    async with open_schema(database_url) as admin:
-        await admin.grant(statements, role, password)
-    click.echo(f"{role} may do what its service needs.")
-    return ExitCode.DONE
 
 
 @cli.command()
@@ -781,44 +706,13 @@ def relay(
     At /xrpc/com.atproto.sync.subscribeRepos, with the cursor rules of the protocol. Prints the RELAY_URL to use.
     What is simulated is dated now.
     """
-    from itertools import chain, count
-
-    from fastworker.event.recording import FramesFile
-    from fastworker.process.signals import stop_on_signals
-    from fastworker.simulator.network import LiveClock, Network, SimFrame
-    from fastworker.simulator.relay import serve
+    from fastworker.commands.relay import RelayOptions, serve_relay
 
     _config()
-    frames: Iterable[SimFrame | bytes | str]
-    if file is not None:
-        frames = FramesFile(file, little_endian=little_endian)
-    else:
-        network = Network(seed, mix=mix, clock=LiveClock(), records_max=None if events else 60_000)
-        frames = network.frames(events) if events else chain.from_iterable(network.step() for _ in count())
-    is_endless = file is None and events is None
-
-    async def main() -> None:
-        with stop_on_signals() as stop:
-            await serve(
-                frames,
-                stop,
-                host=host,
-                port=port,
-                rate=rate,
-                start="oldest",
-                window=20_000 if is_endless else 50_000,
-                on_ready=lambda sim: click.echo(f"RELAY_URL={sim.url}"),
-            )
-
-    try:
-        _run(main())
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise Unreachable(f"Port {port} of {host} is in use: give --port another one, or 0") from error
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) or isinstance(error, socket.gaierror):
-            raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
-        raise
-    return ExitCode.DONE
+    options = RelayOptions(
+        file=file, little_endian=little_endian, host=host, port=port, rate=rate, events=events, seed=seed, mix=mix
+    )
+    return _run(serve_relay(options))
 
 
 @cli.command()
@@ -831,10 +725,7 @@ def up(start: Start | None) -> ExitCode:
     """
     from fastworker.commands.up import up as run_up
 
-    config = _begin("up")
-    if "FASTWORKER_STREAM_FORMAT" not in config.given:
-        config = msgspec.structs.replace(config, stream_format="native")
-    return run_up(config, lambda config: _plan(config, "up", with_reader=True), start)
+    return run_up(_begin("up"), notify_socket=os.environ.get("NOTIFY_SOCKET") or None, start=start)
 
 
 @cli.command()

@@ -25,9 +25,11 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
-from fastworker.stream.keys import CURSOR, GROUP, STREAM
-from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.cluster import slot
+from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM
+from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
+from fastworker.table.batch import Limits
 
 PREFIX: Final = "FASTWORKER_"
 WORKER_PORT: Final = 9400
@@ -83,7 +85,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _collections(text: str) -> tuple[str, ...]:
+def read_collections(text: str) -> tuple[str, ...]:
     words = _words(text)
     for word in words:
         if not re.fullmatch(r"\*|[a-zA-Z*][a-zA-Z0-9*-]*(\.[a-zA-Z0-9*-]+)+", word):
@@ -165,7 +167,10 @@ def _env(
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole configuration. A field that is None was not set, and its meaning says what happens then."""
+    """The whole configuration: services and commands take it as it is, so that a default is written once, here.
+
+    A field that is None was not set, and its meaning says what happens then.
+    """
 
     relay_urls: Annotated[
         tuple[str, ...],
@@ -186,7 +191,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             _REDIS,
             "Redis 6.2 or newer, or Valkey. `up` starts an embedded server when it is not set.",
             read=_redis_url,
-            allowed="redis://, rediss:// (TLS, verified) or unix:// URL",
+            allowed="redis://, rediss:// (TLS, verified), unix://, redis+sentinel:// or redis+cluster:// URL",
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
@@ -367,13 +372,38 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_HOME",
-            "up status check compare verify dlq replay migrate repair backfill sample import export grants",
-            "Directory of the embedded servers' data. Where it is set, other commands find the servers of `up` by it, "
+            "reader up status check compare verify dlq replay migrate repair backfill sample import export grants",
+            "Directory of the embedded servers' data, and of the reader's chain of commits. "
+            "Where it is set, other commands find the servers of `up` by it, "
             "unless a URL says otherwise.",
             allowed="a directory path",
             default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",
         ),
     ] = None
+    verify: Annotated[
+        Literal["off", "chain", "signed", "full"],
+        _env(
+            "FASTWORKER_VERIFY",
+            "reader up",
+            "What the reader asks of each commit: `chain`, that it follows the one before it; `signed`, that its "
+            "account signed it; `full`, that its ops are all that happened. The last two ask FASTWORKER_PLC_URL for "
+            "the accounts' keys (docs/proofs.md).",
+            read=str.lower,
+        ),
+    ] = "chain"
+    chain_bytes: Annotated[
+        int,
+        Meta(ge=64 * 1024, le=64 * 1024**3),
+        _env(
+            "FASTWORKER_CHAIN_BYTES",
+            "reader up",
+            "Size of the file in FASTWORKER_HOME that remembers the newest state of each account, 32 bytes for one. "
+            "Where it cannot be written, 16mb of memory.",
+            read=_size,
+            allowed="bytes, or a number with kb, mb or gb; from 64kb to 64gb",
+            default="128mb",
+        ),
+    ] = 128 * 1024 * 1024
     stream_bytes_max: Annotated[
         Annotated[int, Meta(ge=1024)] | None,
         _env(
@@ -424,7 +454,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         _env(
             "FASTWORKER_PLC_URL",
-            "worker up repair backfill sample",
+            "reader worker up repair backfill sample",
             "DID directory for resolving handles beside the stream, and for finding the hosts of accounts.",
             read=_http_url,
             allowed="https:// or http:// URL",
@@ -437,7 +467,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "worker up repair backfill sample import compare",
             "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
             "of accounts and handles are never left out. After widening it, see docs/history.md.",
-            read=_collections,
+            read=read_collections,
             allowed="NSIDs, in which * stands for anything, comma-separated",
             default="all",
         ),
@@ -495,15 +525,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_CRASHPOINT",
-            "worker up migrate",
+            "worker up migrate backfill import",
             "For tests: a named place at which a process kills itself.",
             allowed="a name, or name:n for the n-th time",
             default="none",
         ),
     ] = None
 
+    # Not from the environment.
     given: frozenset[str] = frozenset()
-    """Names of the variables that were set (not from the environment itself)."""
+    """Names of the variables that were set."""
+    # Nor these, which are for tests.
+    silence_floor_s: float = 30.0
+    """No silence of a relay shorter than this ends its connection."""
+    abandoned_ms: int = ABANDONED_MS
+    limits: Limits = Limits()
+    """Of one batch."""
+    drain_s: float = 4.0
+    """How long a worker that is told to stop goes on with what it has read."""
+    scan_s: float = 10.0
+    """Between two looks for dead consumers."""
+    lease_ms: int = 15_000
+    """How long a consumer's name is kept for a process that does not renew it."""
+    foreign_idle_ms: int = 60_000
+    """Idle for so long, pending entries of a worker without leases are claimed."""
 
     def require_database_url(self, command: str) -> str:
         if self.database_url is None:
@@ -554,7 +599,7 @@ def _declared() -> tuple[Variable, ...]:
         metas: tuple[Meta, ...] = getattr(hint, "__metadata__", ())
         described = next((meta for meta in metas if meta.extra), None)
         if described is None or described.extra is None:
-            continue  # `given`
+            continue  # not from the environment
         kind, extra = get_args(hint)[0], described.extra
         variables.append(
             Variable(
@@ -662,7 +707,19 @@ def parse_config(environment: Mapping[str, str]) -> Config:
         if text := texts.get(variable.name, ""):
             values[variable.field] = _value(variable, text)
             given.add(variable.name)
+    if "+cluster://" in values.get("redis_url", ""):
+        _one_slot(values)
     return Config(**values, given=frozenset(given))
+
+
+def _one_slot(values: dict[str, Any]) -> None:
+    """On a Redis Cluster stream and cursor are on one node: their names have one hash tag."""
+    stream, cursor = (values.setdefault(*pair) for pair in zip(("stream_key", "cursor_key"), CLUSTERED, strict=True))
+    if "{" not in stream or slot(stream) != slot(cursor):
+        raise ConfigError(
+            f"On a Redis Cluster REDIS_STREAM_KEY={stream!r} and REDIS_CURSOR_KEY={cursor!r} need one hash tag, as in "
+            f"{CLUSTERED[0]} and {CLUSTERED[1]}"
+        )
 
 
 def remarks(environment: Mapping[str, str]) -> list[str]:

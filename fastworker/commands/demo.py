@@ -40,7 +40,6 @@ from fastworker.process.children import ChildSpec, Patience
 from fastworker.process.outage import span
 from fastworker.process.supervisor import Supervisor
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate
@@ -48,7 +47,7 @@ from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.keys import GROUP, STREAM, USUAL
-from fastworker.worker.worker import WorkerSettings, worker_child
+from fastworker.worker.worker import worker_child
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def _run(
                 outage=is_outage,
             )
             console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
-            worker = WorkerSettings(
+            worker = Config(
                 redis_url=redis.url,
                 database_url=postgres.url,
                 consumer_id="demo",
@@ -136,6 +135,7 @@ def _run(
                 processes=config.processes,
                 pipelines=config.pipelines,
                 pool_size=config.pool_size,
+                resolve_handles=False,
             )
             supervisor = Supervisor(
                 [
@@ -238,10 +238,8 @@ async def _reader(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> Non
             return
     served = msgspec.json.decode(plan.address.read_bytes(), type=Served)
     slot.set(ready=1, state=State.RUNNING)
-    settings = ReaderSettings(
-        relay_urls=(served.url,), redis_url=plan.redis_url, stream_key=STREAM, group=GROUP, stream_format="native"
-    )
-    await run_reader(settings, stopping)
+    config = Config(relay_urls=(served.url,), redis_url=plan.redis_url, stream_format="native")
+    await run_reader(config, stopping)
 
 
 # The conductor --------------------------------------------------------------------------------------

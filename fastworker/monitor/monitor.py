@@ -1,4 +1,4 @@
-"""The monitor: one small process (or task) that looks, so that those who work need not.
+"""The monitor: one small process that watches the workers, so that they need not.
 
 It reads the children's board and Redis every second, removes what every group has finished, logs the rate, answers
 HTTP, and leaves its findings in Redis for `fastworker status`. Readiness means progress: connected, fresh, and
@@ -22,17 +22,18 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__
+from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
 from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog
 from fastworker.monitor.history import History
-from fastworker.monitor.page import listen, pss
+from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
 from fastworker.monitor.rates import Rates, Sample
 from fastworker.monitor.reader_port import left_in_redis, trouble
 from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness
-from fastworker.monitor.view import MonitorSettings, Reading, View, buckets, since_s
+from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats, Snapshot, State, now_ms
 from fastworker.process.outage import Outage, span
@@ -53,17 +54,29 @@ MEASURE_EVERY: Final = 5
 STUCK_S: Final = 30.0
 """Liveness: a child's loop turns at least this often; the supervisor replaces it earlier."""
 LETTERS_SHOWN: Final = 5
-HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream")
-WORST: Final = ("oldest", "median", "99 %")
+HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream", "age")
+WORST: Final = ("oldest", "median", "99 %", "age")
 
 
 async def run_monitor(
-    settings: MonitorSettings, heartbeats: Heartbeats, stop: asyncio.Event, *, on_ready: Callable[[], None]
+    settings: Config,
+    http: HttpSettings,
+    heartbeats: Heartbeats,
+    stop: asyncio.Event,
+    *,
+    with_reader: bool,
+    on_ready: Callable[[], None],
 ) -> None:
-    """Monitor the worker's processes until `stop`. Raises Unreachable when the chosen port is taken."""
-    redis = connect(settings.redis_url, client_name="fastworker-monitor", max_connections=2)
+    """Monitor the worker's processes until `stop`. Raises Unreachable when the chosen port is taken.
+
+    `with_reader`: the reader is one of this supervisor's children, and readiness includes it.
+    """
+    redis = connect(
+        settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-monitor", max_connections=2
+    )
+    admin = RedisAdmin(redis, settings.stream_key)
     try:
-        await _WorkerMonitor(settings, heartbeats, RedisAdmin(redis, settings.stream_key)).run(stop, on_ready)
+        await _WorkerMonitor(settings, http, heartbeats, admin, with_reader=with_reader).run(stop, on_ready)
     finally:
         await redis.aclose()
 
@@ -71,8 +84,12 @@ async def run_monitor(
 class _WorkerMonitor:
     """Also the `Source` of the HTTP answers."""
 
-    def __init__(self, settings: MonitorSettings, heartbeats: Heartbeats, admin: RedisAdmin) -> None:
+    def __init__(
+        self, settings: Config, http: HttpSettings, heartbeats: Heartbeats, admin: RedisAdmin, *, with_reader: bool
+    ) -> None:
         self._settings = settings
+        self._http = http
+        self._with_reader = with_reader
         self._heartbeats = heartbeats
         self._admin = admin
         self._owner = f"{socket.gethostname()}:{os.getppid()}"
@@ -92,7 +109,7 @@ class _WorkerMonitor:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         async with AsyncExitStack() as stack:
-            self._port = await listen(stack, self, self._settings.http)
+            self._port = await listen(stack, self, self._http)
             on_ready()
             turn = 0
             while True:
@@ -180,7 +197,7 @@ class _WorkerMonitor:
         return [snapshot for snapshot in self._children() if snapshot.name.startswith("worker")]
 
     def _judge(self) -> None:
-        """Keep what rates and readiness are told by."""
+        """Keep samples for rates and readiness."""
         snapshots = self._heartbeats.snapshot()
         now = time.monotonic()
         reading = self._reading
@@ -219,7 +236,7 @@ class _WorkerMonitor:
         return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:
-        """Whatever does not hold, in a sentence each."""
+        """Each condition that does not hold, as a sentence."""
         return readiness(self._facts())
 
     def _facts(self) -> Facts:
@@ -229,7 +246,7 @@ class _WorkerMonitor:
             facts,
             redis_s=now - reading.at if reading else now - self._started + FRESH_S,
             redis_error=self._error,
-            reader=self._reader_trouble(reading, now) if reading and self._settings.with_reader else [],
+            reader=self._reader_trouble(reading, now) if reading and self._with_reader else [],
         )
 
     def _reader_trouble(self, reading: Reading, now: float) -> list[str]:
@@ -248,7 +265,7 @@ class _WorkerMonitor:
 
     def _tell_of_outages(self) -> None:
         self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
-        if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
+        if self._error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
             return
         now, workers = now_ms(), self._workers()
         away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)
@@ -306,10 +323,11 @@ class _WorkerMonitor:
         return self._rates.full_s(settings.max_stream_len, settings.stream_bytes_max, self._bytes)
 
     def _view(self) -> View:
-        now, reading, http = time.monotonic(), self._reading, self._settings.http
+        now, reading, http = time.monotonic(), self._reading, self._http
         stream = reading.stream if reading else None
         return View(
             settings=self._settings,
+            with_reader=self._with_reader,
             owner=self._owner,
             http=f"{http.host}:{self._port}" if self._port is not None else "",
             why=self.why_not_ready(),
@@ -356,6 +374,9 @@ class _WorkerMonitor:
         }
         if not fresh:
             changes["appended"] = stands["stream"] = None
+        stats = reading.reader if fresh and reading is not None else None
+        event_at = stats.last_event_at if stats is not None else None
+        stands["age"] = None if event_at is None else max(0.0, time.time() - event_at)
         self._history.add(time.time(), changes | stands)
 
 
@@ -366,7 +387,7 @@ def _status(view: View) -> WorkerStatus:
         version=__version__,
         ready=not view.why,
         why=view.why,
-        connections_max=view.settings.connections_max,
+        connections_max=view.settings.pool_size,
         connections_open=sum(snapshot.gauges.connections for snapshot in view.workers),
         stream_full_s=view.full_s if math.isfinite(view.full_s) else None,
         processes=view.processes,

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from fastworker.config import Config
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.http import Source, ask, port_is_taken, serve
@@ -69,10 +70,21 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """`port` None: no HTTP. `chosen`: the operator named the port, so that another one will not do. `names`: more names
     that the status page answers to."""
 
-    host: str = "127.0.0.1"
-    port: int | None = None
-    chosen: bool = False
-    names: tuple[str, ...] = ()
+    host: str
+    port: int | None
+    chosen: bool
+    names: tuple[str, ...]
+
+
+def http_of(config: Config, default: int) -> HttpSettings:
+    """Of a service that is at port `default` unless the operator says otherwise."""
+    port = default if config.http_port is None else config.http_port
+    return HttpSettings(
+        host=config.http_host,
+        port=None if isinstance(port, str) else port,
+        chosen=config.http_port is not None,
+        names=config.http_hosts,
+    )
 
 
 class Card(msgspec.Struct, frozen=True):
@@ -137,7 +149,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def settle_port(http: HttpSettings) -> HttpSettings:
-    """Before anything is forked: with the port that will be served, so that all say the same one.
+    """Choose the port that will be served. Before anything is forked, so that all processes name the same one.
 
     Raises Unreachable where the operator chose one that is taken, ConfigError where there is no such address.
     """
@@ -161,7 +173,7 @@ def settle_port(http: HttpSettings) -> HttpSettings:
 
 
 def _fell_back(http: HttpSettings, port: int) -> None:
-    """The default is taken: tell the log, and `fastworker health` of this machine and user."""
+    """The default port is taken: log it, and leave a note for `fastworker health` of this machine and user."""
     log.warning("Port %d of %s is in use: this service is at port %d", http.port, http.host, port)
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -175,7 +187,7 @@ def _note(default: int) -> Path:
 
 
 def real_port(default: int) -> int:
-    """Where the service is that found its default taken, while it lives; else the default."""
+    """The port of the service that left a note (`_fell_back`), while it lives; else the default."""
     with suppress(OSError, ValueError):
         fd = os.open(_note(default), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(fd, encoding="ascii") as note:  # noqa: PTH123 - a descriptor

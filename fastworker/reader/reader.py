@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import (
     FastworkerError,
     StoreUnavailable,
@@ -32,8 +33,9 @@ from fastworker.process.outage import Outage
 from fastworker.reader.append import append_all
 from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.follow import Follower, until
+from fastworker.reader.levels import Beside, verifying
 from fastworker.reader.receive import Receiver
-from fastworker.reader.stats import ReaderSettings, ReaderStats, figures, status_json
+from fastworker.reader.stats import ReaderStats, figures, status_json
 from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
@@ -45,6 +47,8 @@ DRAIN_S: Final = 3.0
 """How long a stop waits for the outbox. What stays in it is read again from the cursor."""
 TICK_S: Final = 1.0
 LOG_S: Final = 5.0
+PAGES_S: Final = 10.0
+"""Between two times that the pages of the chain's file are given back."""
 SETTLE_S: Final = 12.0
 """A cursor that a foreign reader moved must stand still for this long; the predecessor saves it every 5 s."""
 START_S: Final = 5.0
@@ -52,7 +56,7 @@ START_S: Final = 5.0
 
 
 async def run_reader(
-    settings: ReaderSettings,
+    settings: Config,
     stop: asyncio.Event,
     *,
     stats: ReaderStats | None = None,
@@ -71,7 +75,7 @@ async def run_reader(
 class _Reader:
     def __init__(
         self,
-        settings: ReaderSettings,
+        settings: Config,
         stop: asyncio.Event,
         stats: ReaderStats,
         fallback_seq: Callable[[str], Awaitable[int | None]] | None,
@@ -83,7 +87,7 @@ class _Reader:
         self._outage = Outage("Redis")
         self._fallback_seq = fallback_seq
         self._on_tick = on_tick
-        self._redis = connect(settings.redis_url, client_name="fastworker-reader")
+        self._redis = connect(settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-reader")
         self._feed = Feed(
             self._redis,
             stream_key=settings.stream_key,
@@ -201,17 +205,23 @@ class _Reader:
     # While this reader holds the lease: three tasks.
 
     async def _serve(self) -> None:
+        async with verifying(self._settings, self._feed, self._receiver, self._stats) as beside:
+            await self._serve_with(beside)
+
+    async def _serve_with(self, beside: Beside) -> None:
+        verifier = self._receiver.verifier
         try:
             async with asyncio.TaskGroup() as tasks:
+                others = [tasks.create_task(work()) for work in beside]
                 ticking = tasks.create_task(self._tick(), name="reader-tick")
                 appending = tasks.create_task(
-                    append_all(self._settings, self._feed, self._receiver.outbox, self._stats, self._outage),
+                    append_all(self._settings, self._feed, self._receiver.outbox, self._stats, self._outage, verifier),
                     name="reader-append",
                 )
                 await self._follower.run()
                 draining = tasks.create_task(self._receiver.outbox.drained(), name="reader-drain")
                 await asyncio.wait({draining, appending}, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
-                for task in (draining, appending, ticking):
+                for task in (draining, appending, ticking, *others):
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
@@ -224,10 +234,13 @@ class _Reader:
         await self._feed.publish(status_json(self._stats, self._follower.relay.url), *shown, stats=figures(self._stats))
 
     async def _tick(self) -> None:
-        logged, count = time.monotonic(), self._stats.entries
+        logged = released = time.monotonic()
+        count = self._stats.entries
         while True:
             await asyncio.sleep(TICK_S)
             self._stats.outbox_items = self._receiver.outbox.items
+            if self._receiver.verifier is not None:
+                self._stats.unverified = self._receiver.verifier.aside
             try:
                 await self._feed.renew()
                 await self._feed.watch()
@@ -246,6 +259,9 @@ class _Reader:
             if self._on_tick is not None:
                 self._on_tick(self._stats)
             now = time.monotonic()
+            if self._receiver.verifier is not None and now - released >= PAGES_S:
+                released = now
+                self._receiver.verifier.chain.release_pages()
             if now - logged >= LOG_S and self._stats.entries != count:
                 rate = (self._stats.entries - count) / (now - logged)
                 log.info(
@@ -257,9 +273,9 @@ class _Reader:
                 logged, count = now, self._stats.entries
 
     async def _go_back(self, request: bytes = b"") -> None:
-        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox.
+        """Unread entries are gone from the stream: read them, and what was in the outbox, from the relay again.
 
-        `request`: they were read, and PostgreSQL lost them.
+        `request`: PostgreSQL asked for it: the entries were finished, and it lost them.
         """
         host, cursor = self._stats.relay, self._stats.last_seq
         gap: dict[str, Any] = {}
@@ -297,7 +313,7 @@ class _Reader:
                 await asyncio.sleep(backoff.next())
             else:
                 break
-        if is_done:  # else the cursor is another reader's now, or gone too: whoever reads it next sees to it
+        if is_done:  # else the cursor is another reader's, or gone too: the next reader handles it
             log.error("%s%s", what, so)
             self._stats.gaps += bool(gap)
 

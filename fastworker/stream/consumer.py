@@ -24,7 +24,7 @@ from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.holding import Holding
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.keys import GROUP, STREAM, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
@@ -193,14 +193,14 @@ class WorkerStream:
         return int(restored)
 
     async def tell_held(self) -> None:
-        """What we hold for longer than a flush takes is told before the next ack or renewal does it."""
+        """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""
         if not self._holding.is_told:
             keys = [self.stream_key, self._keys.held, self._keys.reads]
             async with self._ending, self._holding.telling() as told, translating(self._redis):
                 await self._tell_held(keys=keys, args=[self.group, self.name, *told])
 
     async def give_skipped(self) -> None:
-        """Make pending what somebody moved the group past, before anybody was given it."""
+        """Make entries pending that XGROUP SETID skipped before any consumer was given them."""
         await give_skipped(self._redis, self._keys, self.group)
 
     async def release(self) -> None:
@@ -244,7 +244,8 @@ class WorkerStream:
         Never beside an ack: what is acked meanwhile would be held for ever.
         """
         async with self._ending, self._group.translating():
-            found, _ = await self._read_piece(after, count)
+            piece: list[Any] = [self.group, self.name, after, count, READ_BYTES, min(self._count, STEP)]
+            found, _ = await self._read(keys=[self.stream_key], args=piece)
             if not found:
                 return [], None
             ghosts = [entry_id for entry_id, fields in found if not fields]
@@ -331,7 +332,7 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held, self._keys.reads]
+        keys = [self.stream_key, self._keys.ledger, self._keys.metrics, self._keys.held, self._keys.reads]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._holding.let_go(ids)
@@ -347,7 +348,7 @@ class WorkerStream:
         `original_fields` is the way back.
         """
         own = self._keys
-        keys = [self.stream_key, own.ledger, METRICS, own.dead_letters, own.held, own.reads]
+        keys = [self.stream_key, own.ledger, self._keys.metrics, own.dead_letters, own.held, own.reads]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
@@ -382,13 +383,6 @@ class WorkerStream:
         self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
 
-    async def _read_piece(self, after: str, count: int) -> tuple[list[Any], bool]:
-        """Up to `count` entries or READ_BYTES in one round trip, as they come; and whether there may be more."""
-        step = min(self._count, STEP)
-        args: list[Any] = [self.group, self.name, after, count, READ_BYTES, step]
-        found, more = await self._read(keys=[self.stream_key], args=args)
-        return found, bool(more)
-
     def _take_over(self, found: list[Any]) -> list[Entry]:
         if entries := _entries_of([[b"", found]]):
             self._holding.take_over([entry_id for entry_id, _ in entries])
@@ -408,7 +402,7 @@ def _entries_of(reply: Any) -> list[Entry]:
 
 
 def _letter_arguments(letter: SetAside) -> list[Any]:
-    """The nine of one letter, for the script."""
+    """The nine arguments of one letter."""
     form, kind, data, seq, relay = _letter_parts(letter.fields)
     error = letter.error[:500].encode(errors="replace")
     at = letter.fields.get(b"at", b"")
