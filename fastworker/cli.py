@@ -28,6 +28,7 @@ from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
+from fastworker.stream.limits import PARTITIONS_MAX
 from fastworker.table.chosen import choose
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
 def _reader_settings(config: Config) -> ReaderSettings:
     from fastworker.reader.stats import ReaderSettings
 
+    config.require_form()
     return ReaderSettings(
         relay_urls=config.relay_urls,
         redis_url=config.redis_url,
@@ -175,6 +177,7 @@ def _reader_settings(config: Config) -> ReaderSettings:
         ignore_groups=config.ignore_groups,
         dead_letter_maxlen=config.dead_letter_maxlen,
         keep_s=config.keep_s,
+        partitions=config.partitions,
     )
 
 
@@ -834,6 +837,8 @@ def up(start: Start | None) -> ExitCode:
     config = _begin("up")
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
+    if "FASTWORKER_STREAM_PARTITIONS" not in config.given and config.stream_format == "native":
+        config = msgspec.structs.replace(config, partitions=min(config.processes, PARTITIONS_MAX))
     return run_up(config, lambda config: _plan(config, "up", with_reader=True), start)
 
 

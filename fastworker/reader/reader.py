@@ -154,6 +154,7 @@ class _Reader:
             try:
                 if await self._feed.acquire() and (not settle or await self._cursor_stands_still()):
                     await self._feed.own_cursor()
+                    await self._feed.open_partitions(self._settings.partitions)
                     self._run_id = await self._feed.run_id()
                     self._outage.look(None)
                     self._receiver.empty()

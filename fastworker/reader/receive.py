@@ -21,6 +21,7 @@ from fastworker.reader.relay import RelayLost, Subscription
 from fastworker.reader.stats import ReaderSettings, ReaderStats
 from fastworker.stream.feed import Feed
 from fastworker.stream.keys import Keys
+from fastworker.stream.partitions import partition_of
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Receiver:
         self._feed = feed
         self._stats = stats
         self._dashboard = dashboard
+        self._partitions = settings.partitions
         self._set_aside_until = 0.0
         self._set_aside_left = 0
 
@@ -145,9 +147,9 @@ class Receiver:
                 stats.accounts += 1
             self._dashboard.note(event)
         if form == "native":
-            chunk.entry(encode_native(event))
+            chunk.entry(encode_native(event), self._partition_of(event))
         elif form == "frame":
-            chunk.entry(encode_frame_entry(data, event.relay))
+            chunk.entry(encode_frame_entry(data, event.relay), self._partition_of(event))
         elif isinstance(event, Sync):
             told = {"rev": event.rev, "seq": event.seq, "relay": event.relay, "time": event.time}
             chunk.repair(event.did, orjson.dumps(told))
@@ -155,6 +157,11 @@ class Receiver:
             fields = encode_json(event)
             assert fields is not None  # only a #sync has no JSON form
             chunk.entry(fields)
+
+    def _partition_of(self, event: Event) -> int:
+        if self._partitions == 1:
+            return 0
+        return partition_of(event.repo if isinstance(event, Commit) else event.did, self._partitions)
 
     def _put_malformed(self, data: bytes, invalid: InvalidEvent) -> None:
         self.gate.malformed()

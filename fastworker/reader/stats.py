@@ -35,6 +35,8 @@ class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
     silence_floor_s: float = 30.0
     """No silence shorter than this ends a connection."""
     abandoned_ms: int = ABANDONED_MS
+    partitions: int = 1
+    """Of the stream, by account; more than one only in forms that old workers do not read."""
 
 
 class ReaderStats(msgspec.Struct):

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -101,18 +100,20 @@ class WorkerStream:
         last_finished: Callable[[], Awaitable[str | None]] = unknown,
         lease_ms: int = LEASE_MS,
         foreign_idle_ms: int = FOREIGN_IDLE_MS,
+        partition: int = 0,
     ) -> None:
         """`last_finished`: the stream id up to which everything is settled, as PostgreSQL remembers it."""
         self.name = ""  # the consumer's, once leased
-        self.stream_key = stream_key
+        self._keys = Keys(stream_key, group, partition)
+        self.stream_key = self._keys.stream
+        self.partition = partition
         self.group = group
-        self._keys = Keys(stream_key, group)
         self.backlog = False  # the last read came back full
         self._redis = redis
         self._consumer_id = consumer_id
         self._count = batch_size
         self._dead_letter_maxlen = dead_letter_maxlen
-        self._group = Group(redis, stream_key, group, last_finished)
+        self._group = Group(redis, self._keys, group, last_finished)
         self._lease_ms = lease_ms
         self._foreign_idle_ms = foreign_idle_ms
         self._window = min(batch_size, STEP)  # of one XREADGROUP
@@ -263,12 +264,6 @@ class WorkerStream:
                 return Claimed([], 0, 0)
             return Claimed(self._parse([[b"", claimed]]), found, ghosts)
 
-    async def time(self) -> datetime:
-        """By the server's clock."""
-        async with translating(self._redis):
-            seconds, micros = await self._redis.time()
-        return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
-
     async def lowest_pending(self) -> str | None:
         """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
 
@@ -289,6 +284,19 @@ class WorkerStream:
                 ms, n = id_order(group["last-delivered-id"].decode())
                 found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
+
+    async def is_finished(self) -> bool:
+        """Whether the group has settled all that was ever appended."""
+        async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xinfo_stream(self.stream_key)
+            pipe.xinfo_groups(self.stream_key)
+            pipe.hlen(self._keys.held)
+            pipe.exists(self._keys.go_back)
+            stream, groups, held, must_go_back = await pipe.execute()
+        ours = next((group for group in groups if group["name"] == self.group.encode()), None)
+        if ours is None or ours["pending"] or held or must_go_back or self._held:
+            return False
+        return bool(ours["last-delivered-id"] == stream["last-generated-id"])
 
     # --- entries end
 

@@ -21,13 +21,13 @@ async def unknown() -> str | None:
 
 class Group:
     def __init__(
-        self, redis: Redis, stream_key: str, name: str, last_finished: Callable[[], Awaitable[str | None]]
+        self, redis: Redis, keys: Keys, name: str, last_finished: Callable[[], Awaitable[str | None]]
     ) -> None:
         """`last_finished`: the stream id up to which everything is settled, as PostgreSQL remembers it."""
         self._redis = redis
-        self._stream_key = stream_key
+        self._stream_key = keys.stream
         self._name = name
-        self._recreate_lock = Keys(stream_key, name).recreate_lock
+        self._recreate_lock = keys.recreate_lock
         self._last_finished = last_finished
 
     @asynccontextmanager

@@ -1,8 +1,9 @@
 """Every Redis key: its name, what it holds, and how it is made for a stream.
 
 The usual stream and the usual group have the keys as they are written here. Another stream, or another group, has its
-own: with its name behind a colon, as in `fastworker:ledger:staging:events`. All keys are used in scripts together, so
-Redis Cluster is not supported.
+own: with its name behind a colon, as in `fastworker:ledger:staging:events`. A stream may have partitions: the first is
+the stream itself, the others are `firehose:events:1` and so on, each with consumers of its own. All keys are used in
+scripts together, so Redis Cluster is not supported.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ _CURSOR_STREAM: Final = "fastworker:stream-of"
 
 
 class Keys:
-    """The keys of one stream and of one group on it."""
+    """The keys of one partition of a stream and of one group on it."""
 
-    def __init__(self, stream: str = STREAM, group: str = GROUP) -> None:
+    def __init__(self, stream: str = STREAM, group: str = GROUP, partition: int = 0) -> None:
         of_stream = [stream] if stream != STREAM else []
         of_group = [*of_stream, group] if group != GROUP else of_stream
+        of_partition = [f"{stream}:{partition}"] if partition else of_stream
+        of_members = [*of_partition, group] if group != GROUP else of_partition
 
         def key(name: str, *more: str) -> str:
             return ":".join([name, *more])
 
-        self.stream: Final = stream
+        self.stream: Final = f"{stream}:{partition}" if partition else stream
+        """The partition's."""
         # Of the stream, the workers'
         self.ledger: Final = key("fastworker:ledger", *of_stream)
         """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>`
@@ -47,19 +51,27 @@ class Keys:
         """Stream: entries that could not be stored, with the reason."""
         self.worker_status: Final = key("fastworker:status:worker", *of_stream)
         """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
-        self._consumer_lease: Final = key("fastworker:consumer", *of_stream)
+        self.partitions: Final = key("fastworker:partitions", *of_stream)
+        """Hash: `written`, so many partitions the reader appends to; `known`, so many it ever appended to. No such key:
+        one."""
         # Of the group
-        self.consumers: Final = key("fastworker:consumers", *of_group)
-        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
-        self.held: Final = key("fastworker:held", *of_group)
-        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
-        is."""
-        self.database: Final = key("fastworker:database", *of_group)
-        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
         self.go_back: Final = key("fastworker:go-back", *of_group)
         """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
         knows."""
-        self.recreate_lock: Final = key("firehose:stream:recreate-lock", *of_group)
+        self.members: Final = key("fastworker:members", *of_group)
+        """Sorted set: token of each worker process that reads partitions -> ms until which it lives."""
+        self.owners: Final = key("fastworker:owners", *of_group)
+        """Hash: number of a partition -> token of the process that reads it."""
+        # Of the partition, and of the group on it
+        self._consumer_lease: Final = key("fastworker:consumer", *of_partition)
+        self.consumers: Final = key("fastworker:consumers", *of_members)
+        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
+        self.held: Final = key("fastworker:held", *of_members)
+        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
+        is."""
+        self.database: Final = key("fastworker:database", *of_members)
+        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
+        self.recreate_lock: Final = key("firehose:stream:recreate-lock", *of_members)
         """String: one worker makes the group again, the others wait."""
         # Of the stream, the reader's
         self.reader_lease: Final = key("fastworker:reader", *of_stream)
@@ -77,12 +89,12 @@ class Keys:
         self.gaps: Final = key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""
-        self.tail: Final = key("fastworker:tail", *of_stream)
+        self.tail: Final = key("fastworker:tail", *of_partition)
         """String: the id of the newest entry that a reader of ours appended."""
-        self.marks: Final = key("fastworker:marks", *of_stream)
+        self.marks: Final = key("fastworker:marks", *of_partition)
         """List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached
         yet."""
-        self.finished: Final = key("fastworker:finished", *of_stream)
+        self.finished: Final = key("fastworker:finished", *of_partition)
         """String: the newest mark up to which the workers have finished the stream."""
 
     def consumer_lease(self, consumer: str = "") -> str:

@@ -6,7 +6,7 @@ import inspect
 import re
 from importlib import resources
 
-from fastworker.stream import admin, consumer, database, feed
+from fastworker.stream import admin, consumer, database, feed, members
 from fastworker.stream.keys import USUAL, Keys, stream_of
 from fastworker.stream.scripts import script
 
@@ -32,6 +32,9 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:held",
         "fastworker:ledger",
         "fastworker:marks",
+        "fastworker:members",
+        "fastworker:owners",
+        "fastworker:partitions",
         "fastworker:reader",
         "fastworker:reader:stats",
         "fastworker:relay",
@@ -54,8 +57,18 @@ def test_others_have_their_own() -> None:
     assert Keys(group="mine").ledger == USUAL.ledger
 
 
+def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
+    second = Keys(partition=1)
+    assert second.stream == "firehose:events:1"
+    own = {"stream", "_consumer_lease", "consumers", "held", "database", "recreate_lock", "tail", "marks", "finished"}
+    assert {name for name in vars(second) if vars(second)[name] != vars(USUAL)[name]} == own
+    other = Keys("staging:events", "mine", 2)
+    assert other.consumers == "fastworker:consumers:staging:events:2:mine"
+    assert other.ledger == Keys("staging:events", "mine").ledger
+
+
 def test_every_script_is_used_and_whole() -> None:
-    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed))))
+    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed, members))))
     included = {
         name
         for one in resources.files("fastworker.stream").joinpath("lua").iterdir()
