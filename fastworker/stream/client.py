@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
 from fastworker.redact import redact
+from fastworker.stream.bounded import BoundedParser
 
 __all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
 
@@ -94,6 +95,7 @@ def connect(
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "health_check_interval": HEALTH_CHECK_S,
         "client_name": client_name,
+        "parser_class": BoundedParser,
         "retry": Retry(NoBackoff(), 0),
     }
     if not url.startswith("unix://"):

@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from fastworker.errors import Reason
+from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.ids import id_order
@@ -38,8 +39,10 @@ BURST_ENTRIES: Final = 1_000
 """What one round trip asks for when there is a backlog, in reads of BATCH_SIZE each."""
 READ_BYTES: Final = 4 * 1024 * 1024
 """Of one piece, whatever it is: a burst, what is read back, what is adopted. The last step may exceed it."""
-WINDOW: Final = 64
-"""Entries that one XREADGROUP asks for before it is known how large they are."""
+WINDOW: Final = 256
+"""Entries that one XREADGROUP asks for, at most: the price of a round trip is shared by so many."""
+REPLY_BYTES: Final = 4 * READ_BYTES
+"""Of one such reply. What is larger is read again in pieces."""
 STEP: Final = 10
 """Entries that are taken before their bytes are looked at: one may have several megabytes."""
 CONSUMERS_MAX: Final = 10_000
@@ -109,6 +112,7 @@ class WorkerStream:
         self.partition = partition
         self.group = group
         self.backlog = False  # the last read came back full
+        self.lost_reply = False  # it may have handed us entries: they are pending in our name
         self._redis = redis
         self._consumer_id = consumer_id
         self._count = batch_size
@@ -204,9 +208,14 @@ class WorkerStream:
                 window = self._window
                 try:
                     found, found_bytes = await self._read_window(window, block)
+                except ReplyTooLarge:
+                    self.lost_reply = self.backlog = True
+                    self._window = 1
+                    break
                 except (RedisError, OSError, RuntimeError):
                     if entries:
-                        break  # what came before must not be lost with it; the next read meets the same again
+                        self.lost_reply = True
+                        break  # what came before must not be lost with it
                     raise
                 entries += found
                 size += found_bytes
@@ -366,9 +375,10 @@ class WorkerStream:
 
     async def _read_window(self, window: int, block: tuple[Any, ...]) -> tuple[list[Entry], int]:
         """A few new entries and their bytes. Large ones make the next window small; it grows again one by one."""
-        reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
-            "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
-        )
+        with reply_of_at_most(REPLY_BYTES):
+            reply = await self._redis.execute_command(  # type: ignore[no-untyped-call]
+                "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
+            )
         entries = self._parse(reply)
         sizes = [sum(map(len, fields.values())) for _, fields in entries]
         if sizes:

@@ -28,6 +28,9 @@ class ClaimableStream(Protocol):
     def name(self) -> str: ...
     @property
     def backlog(self) -> bool: ...
+
+    lost_reply: bool
+
     async def read(self, block_ms: int) -> list[Entry]: ...
     async def read_own(self, after: str, count: int = ...) -> tuple[list[Entry], str | None]: ...
     async def consumers(self) -> list[Consumer]: ...
@@ -60,7 +63,7 @@ class Intake:
     @property
     def backlog(self) -> bool:
         """Whether there was more than the last piece."""
-        return self._own_after is not None or bool(self._suspects) or self._stream.backlog
+        return self._own_after is not None or self._stream.lost_reply or bool(self._suspects) or self._stream.backlog
 
     def look_again(self) -> None:
         """Read our own pending entries from the start: after a reply may have been lost on its way to us."""
@@ -69,6 +72,10 @@ class Intake:
     async def next(self, block_ms: int) -> list[Entry]:
         """Entries to process; none after `block_ms` without a new one, or when a piece held only ghosts."""
         self.left_behind = True
+        # mutant: a lost reply is not read again
+        if self._stream.lost_reply:
+            self._stream.lost_reply = False
+            self.look_again()
         if self._own_after is not None:
             entries, self._own_after = await self._stream.read_own(self._own_after, PIECE)
             if entries or self._own_after is not None:

@@ -11,11 +11,21 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
+from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import ConsumerLeaseLost, SetAside, Tally, WorkerStream, original_fields
+from fastworker.stream.consumer import (
+    REPLY_BYTES,
+    ConsumerLeaseLost,
+    Entry,
+    SetAside,
+    Tally,
+    WorkerStream,
+    original_fields,
+)
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import USUAL
+from fastworker.worker.intake import Intake
 from tests.servers import counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -82,7 +92,14 @@ async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis: Any, batch_
             found += [entry_id for entry_id, _ in piece]
         return found
 
-    assert (await pieces(lambda: stream.read(block_ms=1)))[400:] == ids
+    intake = Intake(stream, Heartbeats(1)[0])
+
+    async def new() -> list[Entry]:
+        while not (piece := await intake.next(1)) and intake.backlog:
+            pass
+        return piece
+
+    assert list(dict.fromkeys(await pieces(new)))[400:] == ids
     at = "0"
 
     async def own() -> Any:
@@ -100,6 +117,21 @@ async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis: Any, batch_
         found += [entry_id for entry_id, _ in claimed.entries]
         await other.ack({COMMITTED: found[-len(claimed.entries) :]})
     assert found[400:] == ids
+
+
+async def test_a_reply_that_grows_too_large_is_given_up_and_read_again_in_pieces(redis: Any) -> None:
+    """Small entries make reads of many; what comes then may be large. Nothing of it stays pending unseen."""
+    stream = await consumer(redis, batch_size=300)
+    await add(redis, 600)
+    ids = [(await redis.xadd(KEY, {"f": b"x" * 200_000})).decode() for _ in range(300)]
+    intake = Intake(stream, Heartbeats(1)[0])
+    before = (await redis.info("stats"))["total_connections_received"]
+    found: list[str] = []
+    while (piece := await intake.next(1)) or intake.backlog:
+        assert sum(len(value) for _, fields in piece for value in fields.values()) <= REPLY_BYTES + 10 * 200_000
+        found += [entry_id for entry_id, _ in piece if entry_id not in found]
+    assert found[600:] == ids
+    assert (await redis.info("stats"))["total_connections_received"] > before, "no reply was given up"
 
 
 async def test_names_are_leased_lowest_first_and_given_back(redis: Any) -> None:

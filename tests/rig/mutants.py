@@ -139,6 +139,7 @@ MUTANTS = [
     # entries
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
+    _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "pass"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
