@@ -39,6 +39,7 @@ class _Retained:
     def __init__(self, admin: RedisAdmin, stream_key: str, after: str, last: str, stopping: asyncio.Event) -> None:
         self.name = "reapply"
         self.stream_key = stream_key
+        self.partition = 0
         self.backlog = True
         self.counts: Counter[str] = Counter()
         self._admin = admin

@@ -22,7 +22,7 @@ from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.keys import GROUP, METRICS, USUAL, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 
@@ -95,7 +95,7 @@ class WorkerStream:
         self,
         redis: Redis,
         *,
-        stream_key: str = STREAM,
+        keys: Keys = USUAL,
         group: str = GROUP,
         consumer_id: str = "worker",
         batch_size: int = BATCH_SIZE,
@@ -103,13 +103,12 @@ class WorkerStream:
         last_finished: Callable[[], Awaitable[str | None]] = unknown,
         lease_ms: int = LEASE_MS,
         foreign_idle_ms: int = FOREIGN_IDLE_MS,
-        partition: int = 0,
     ) -> None:
         """`last_finished`: the stream id up to which everything is settled, as PostgreSQL remembers it."""
         self.name = ""  # the consumer's, once leased
-        self._keys = Keys(stream_key, group, partition)
-        self.stream_key = self._keys.stream
-        self.partition = partition
+        self._keys = keys
+        self.stream_key = keys.stream
+        self.partition = keys.partition
         self.group = group
         self.backlog = False  # the last read came back full
         self.lost_reply = False  # it may have handed us entries: they are pending in our name
@@ -279,33 +278,11 @@ class WorkerStream:
         Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
         while the reader has to go back, too.
         """
-        async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.xpending(self.stream_key, self.group)
-            pipe.hvals(self._keys.held)
-            pipe.xinfo_groups(self.stream_key)
-            pipe.exists(self._keys.go_back)
-            summary, held, groups, must_go_back = await pipe.execute()
-        if must_go_back:
-            return "0-0"
-        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
-        for group in groups:
-            if group["name"] == self.group.encode():
-                ms, n = id_order(group["last-delivered-id"].decode())
-                found.add(f"{ms}-{n + 1}")
-        return min(found, key=id_order, default=None)
+        return await self._group.lowest_pending(self._lowest())
 
     async def is_finished(self) -> bool:
         """Whether the group has settled all that was ever appended."""
-        async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.xinfo_stream(self.stream_key)
-            pipe.xinfo_groups(self.stream_key)
-            pipe.hlen(self._keys.held)
-            pipe.exists(self._keys.go_back)
-            stream, groups, held, must_go_back = await pipe.execute()
-        ours = next((group for group in groups if group["name"] == self.group.encode()), None)
-        if ours is None or ours["pending"] or held or must_go_back or self._held:
-            return False
-        return bool(ours["last-delivered-id"] == stream["last-generated-id"])
+        return not self._held and await self._group.is_finished()
 
     # --- entries end
 

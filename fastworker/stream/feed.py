@@ -401,7 +401,13 @@ class Feed:
 
         How many were moved, and how many were only ids: their entries had been trimmed by somebody.
         """
-        args: list[str | int] = [self._group, abandoned_ms, abandoned_ms // 60, self._dead_letter_maxlen, int(time.time() * 1000)]
+        args: list[str | int] = [
+            self._group,
+            abandoned_ms,
+            abandoned_ms // 60,
+            self._dead_letter_maxlen,
+            int(time.time() * 1000),
+        ]
         found = [await part.set_aside_abandoned(args) for part in self._parts]
         return sum(moved for moved, _ in found), sum(ghosts for _, ghosts in found)
 

@@ -20,13 +20,12 @@ async def unknown() -> str | None:
 
 
 class Group:
-    def __init__(
-        self, redis: Redis, keys: Keys, name: str, last_finished: Callable[[], Awaitable[str | None]]
-    ) -> None:
+    def __init__(self, redis: Redis, keys: Keys, name: str, last_finished: Callable[[], Awaitable[str | None]]) -> None:
         """`last_finished`: the stream id up to which everything is settled, as PostgreSQL remembers it."""
         self._redis = redis
         self._stream_key = keys.stream
         self._name = name
+        self._keys = keys
         self._recreate_lock = keys.recreate_lock
         self._last_finished = last_finished
 
@@ -74,3 +73,33 @@ class Group:
         except ResponseError as error:
             if error_code(error) != "BUSYGROUP":
                 raise
+
+    async def lowest_pending(self, ours: str) -> str | None:
+        """As `WorkerStream.lowest_pending`; `ours`: the lowest id that the asker holds, or empty."""
+        async with self.translating(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xpending(self._stream_key, self._name)
+            pipe.hvals(self._keys.held)
+            pipe.xinfo_groups(self._stream_key)
+            pipe.exists(self._keys.go_back)
+            summary, held, groups, must_go_back = await pipe.execute()
+        if must_go_back:
+            return "0-0"
+        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({ours} - {""})
+        for group in groups:
+            if group["name"] == self._name.encode():
+                ms, n = id_order(group["last-delivered-id"].decode())
+                found.add(f"{ms}-{n + 1}")
+        return min(found, key=id_order, default=None)
+
+    async def is_finished(self) -> bool:
+        """Whether all that was ever appended was given to the group, and nobody holds any of it."""
+        async with self.translating(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xinfo_stream(self._stream_key)
+            pipe.xinfo_groups(self._stream_key)
+            pipe.hlen(self._keys.held)
+            pipe.exists(self._keys.go_back)
+            stream, groups, held, must_go_back = await pipe.execute()
+        ours = next((group for group in groups if group["name"] == self._name.encode()), None)
+        if ours is None or ours["pending"] or held or must_go_back:
+            return False
+        return bool(ours["last-delivered-id"] == stream["last-generated-id"])

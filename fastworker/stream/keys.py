@@ -29,6 +29,10 @@ BROADCAST: Final = "firehose:events:broadcast"
 _CURSOR_STREAM: Final = "fastworker:stream-of"
 
 
+def _key(name: str, *more: str) -> str:
+    return ":".join([name, *more])
+
+
 class Keys:
     """The keys of one partition of a stream and of one group on it."""
 
@@ -38,63 +42,60 @@ class Keys:
         of_partition = [f"{stream}:{partition}"] if partition else of_stream
         of_members = [*of_partition, group] if group != GROUP else of_partition
 
-        def key(name: str, *more: str) -> str:
-            return ":".join([name, *more])
-
         self.stream: Final = f"{stream}:{partition}" if partition else stream
         """The partition's."""
+        self.partition: Final = partition
         # Of the stream, the workers'
-        self.ledger: Final = key("fastworker:ledger", *of_stream)
+        self.ledger: Final = _key("fastworker:ledger", *of_stream)
         """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>`
         (ops)."""
-        self.dead_letters: Final = key("firehose:dead-letters", *of_stream)
+        self.dead_letters: Final = _key("firehose:dead-letters", *of_stream)
         """Stream: entries that could not be stored, with the reason."""
-        self.worker_status: Final = key("fastworker:status:worker", *of_stream)
+        self.worker_status: Final = _key("fastworker:status:worker", *of_stream)
         """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
-        self.partitions: Final = key("fastworker:partitions", *of_stream)
-        """Hash: `written`, so many partitions the reader appends to; `known`, so many it ever appended to. No such key:
-        one."""
+        self.partitions: Final = _key("fastworker:partitions", *of_stream)
+        """String: two numbers, how many partitions the reader appends to, and how many it ever did. None: one."""
         # Of the group
-        self.go_back: Final = key("fastworker:go-back", *of_group)
+        self.go_back: Final = _key("fastworker:go-back", *of_group)
         """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
         knows."""
-        self.members: Final = key("fastworker:members", *of_group)
-        """Sorted set: token of each worker process that reads partitions -> ms until which it lives."""
-        self.owners: Final = key("fastworker:owners", *of_group)
+        self.members: Final = _key("fastworker:members", *of_group)
+        """Hash: token of each worker process that reads partitions -> ms until which it lives."""
+        self.owners: Final = _key("fastworker:owners", *of_group)
         """Hash: number of a partition -> token of the process that reads it."""
         # Of the partition, and of the group on it
-        self._consumer_lease: Final = key("fastworker:consumer", *of_partition)
-        self.consumers: Final = key("fastworker:consumers", *of_members)
+        self._consumer_lease: Final = _key("fastworker:consumer", *of_partition)
+        self.consumers: Final = _key("fastworker:consumers", *of_members)
         """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
-        self.held: Final = key("fastworker:held", *of_members)
+        self.held: Final = _key("fastworker:held", *of_members)
         """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
         is."""
-        self.database: Final = key("fastworker:database", *of_members)
+        self.database: Final = _key("fastworker:database", *of_members)
         """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
-        self.recreate_lock: Final = key("firehose:stream:recreate-lock", *of_members)
+        self.recreate_lock: Final = _key("firehose:stream:recreate-lock", *of_members)
         """String: one worker makes the group again, the others wait."""
         # Of the stream, the reader's
-        self.reader_lease: Final = key("fastworker:reader", *of_stream)
+        self.reader_lease: Final = _key("fastworker:reader", *of_stream)
         """String: token of the reader at work."""
-        self.reader_stats: Final = key("fastworker:reader:stats", *of_stream)
+        self.reader_stats: Final = _key("fastworker:reader:stats", *of_stream)
         """Hash: figures of the reader."""
-        self.relay: Final = key("fastworker:relay", *of_stream)
+        self.relay: Final = _key("fastworker:relay", *of_stream)
         """String: the host that the main cursor belongs to."""
-        self.relays: Final = key("fastworker:relays", *of_stream)
+        self.relays: Final = _key("fastworker:relays", *of_stream)
         """Hash: host -> ms when it was first read from. Each host is a sequence space of its own."""
-        self._cursor: Final = key("fastworker:cursor", *of_stream)
-        self.repairs: Final = key("fastworker:repairs", *of_stream)
+        self._cursor: Final = _key("fastworker:cursor", *of_stream)
+        self.repairs: Final = _key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
         stream)."""
-        self.gaps: Final = key("fastworker:gaps", *of_stream)
+        self.gaps: Final = _key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""
-        self.tail: Final = key("fastworker:tail", *of_partition)
+        self.tail: Final = _key("fastworker:tail", *of_partition)
         """String: the id of the newest entry that a reader of ours appended."""
-        self.marks: Final = key("fastworker:marks", *of_partition)
+        self.marks: Final = _key("fastworker:marks", *of_partition)
         """List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached
         yet."""
-        self.finished: Final = key("fastworker:finished", *of_partition)
+        self.finished: Final = _key("fastworker:finished", *of_partition)
         """String: the newest mark up to which the workers have finished the stream."""
 
     def consumer_lease(self, consumer: str = "") -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Final, NamedTuple, cast
 
 from redis.asyncio import Redis
@@ -35,6 +36,18 @@ class Look(NamedTuple):
         """Partitions that have to be read: those that the reader appends to, and others until they are empty."""
         return [n for n in range(len(self.unfinished)) if n < self.layout.written or self.unfinished[n]]
 
+    @property
+    def empty(self) -> list[int]:
+        """The others: the reader does not append to them, and nothing of them is left."""
+        return [n for n in range(len(self.unfinished)) if n not in self.wanted]
+
+
+class Appended(NamedTuple):
+    """The reader's cursor, and an id below those of all that it does not cover."""
+
+    seq: int
+    entry_id: str
+
 
 class Members:
     """One process among the others. All methods raise StreamUnavailable while Redis cannot serve."""
@@ -58,7 +71,7 @@ class Members:
             if self._known == 1:
                 return None
         keys = self._keys
-        streams = [Keys(self._stream_key, self._group, n).stream for n in range(self._known)]
+        streams = [self.stream_of(n) for n in range(self._known)]
         async with translating(self._redis):
             members, flat, told, waiting, unfinished = await self._look(
                 keys=[keys.members, keys.owners, keys.partitions, *streams],
@@ -76,6 +89,25 @@ class Members:
             waiting=cast("list[int]", waiting),
             unfinished=cast("list[int]", unfinished),
         )
+
+    def stream_of(self, partition: int) -> str:
+        return Keys(self._stream_key, self._group, partition).stream
+
+    async def time(self) -> datetime:
+        """By the server's clock."""
+        async with translating(self._redis):
+            seconds, micros = await self._redis.time()
+        return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
+
+    async def cursor(self) -> Appended | None:
+        """Up to where everything is on the stream; None while no reader of ours has said so."""
+        async with translating(self._redis):
+            seconds, micros = await self._redis.time()
+            host = cast("bytes | None", await self._redis.get(self._keys.relay))
+            seq = await self._redis.get(self._keys.cursor_of(host.decode())) if host else None
+        if seq is None or not seq.isdigit():
+            return None
+        return Appended(int(seq), f"{seconds * 1000 + micros // 1000 - 1}-0")
 
     async def take(self, partitions: Sequence[int]) -> list[int]:
         """Those of them that nobody owned: they are ours."""

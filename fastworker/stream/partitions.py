@@ -6,17 +6,15 @@ it is empty, and stays known: its figures are part of the sums.
 
 from __future__ import annotations
 
+import re
 import zlib
-from typing import Final, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from redis.asyncio import Redis
 
 from fastworker.stream.client import translating
 from fastworker.stream.keys import Keys
 from fastworker.stream.limits import PARTITIONS_MAX
-
-
-LAYOUT: Final = ("written", "known")
 
 
 class Layout(NamedTuple):
@@ -31,9 +29,10 @@ def partition_of(did: str, count: int) -> int:
     return zlib.crc32(did.encode()) % count if count > 1 and did else 0
 
 
-def layout_of(told: list[bytes | None]) -> Layout:
-    """The two figures as they are in Redis; what cannot be understood counts as one."""
-    written, known = (int(text) if text is not None and text.isdigit() else 1 for text in told)
+def layout_of(told: bytes | None) -> Layout:
+    """As it is in Redis; what cannot be understood counts as one."""
+    found = re.fullmatch(rb"(\d{1,9}) (\d{1,9})", told or b"")
+    written, known = map(int, found.groups()) if found else (1, 1)
     written = max(1, min(written, PARTITIONS_MAX))
     return Layout(written, max(written, min(known, PARTITIONS_MAX)))
 
@@ -41,7 +40,7 @@ def layout_of(told: list[bytes | None]) -> Layout:
 async def layout(redis: Redis, stream_key: str) -> Layout:
     """As the reader said it last. Raises StreamUnavailable."""
     async with translating(redis):
-        return layout_of(cast("list[bytes | None]", await redis.hmget(Keys(stream_key).partitions, LAYOUT)))
+        return layout_of(cast("bytes | None", await redis.get(Keys(stream_key).partitions)))
 
 
 async def declare(redis: Redis, stream_key: str, written: int) -> Layout:
@@ -50,5 +49,5 @@ async def declare(redis: Redis, stream_key: str, written: int) -> Layout:
     now = Layout(written, max(written, found.known))
     if now != found:
         async with translating(redis):
-            await redis.hset(Keys(stream_key).partitions, mapping=dict(zip(LAYOUT, now, strict=True)))
+            await redis.set(Keys(stream_key).partitions, f"{now.written} {now.known}")
     return now

@@ -52,7 +52,7 @@ def _help(
     if not others:
         return None
     own = sum(look.waiting[n] for n in mine)
-    if helped in others and own < HELP_FROM and look.waiting[helped] >= HELP_UNTIL:
+    if helped is not None and helped in others and own < HELP_FROM and look.waiting[helped] >= HELP_UNTIL:
         return helped
     most = max(others, key=lambda n: look.waiting[n])
     if look.waiting[most] >= HELP_FROM and own < HELP_UNTIL:

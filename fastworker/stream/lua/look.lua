@@ -1,18 +1,25 @@
 -- KEYS members, owners, partitions, then the streams of all known partitions. ARGV token, ms that a member lives, group.
 -- Says that this process lives, and takes the partitions of those that do not from them. Answers the members, the
--- owners (number, token, ...), the two figures of the partitions, and per partition how many entries wait to be given
+-- owners (number, token, ...), what the reader says of the partitions, and per partition how many entries wait to be given
 -- to the group and how many are not finished.
 -- The first write is one that Redis lets through at maxmemory: workers make room.
 -- include ids
 redis.call('HDEL', KEYS[2], '')
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), ARGV[1])
-local owners = {}
-local flat = redis.call('HGETALL', KEYS[2])
+redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', now + tonumber(ARGV[2])))
+local members, living, owners = {}, {}, {}
+local flat = redis.call('HGETALL', KEYS[1])
 for i = 1, #flat, 2 do
-  if redis.call('ZSCORE', KEYS[1], flat[i + 1]) then
+  if tonumber(flat[i + 1]) > now then
+    members[#members + 1], living[flat[i]] = flat[i], true
+  else
+    redis.call('HDEL', KEYS[1], flat[i])
+  end
+end
+flat = redis.call('HGETALL', KEYS[2])
+for i = 1, #flat, 2 do
+  if living[flat[i + 1]] then
     owners[#owners + 1], owners[#owners + 2] = flat[i], flat[i + 1]
   else
     redis.call('HDEL', KEYS[2], flat[i])
@@ -33,5 +40,4 @@ for i = 4, #KEYS do
   end
   waiting[#waiting + 1], unfinished[#unfinished + 1] = lag, lag + pending
 end
-return {redis.call('ZRANGE', KEYS[1], 0, -1), owners, redis.call('HMGET', KEYS[3], 'written', 'known'),
-  waiting, unfinished}
+return {members, owners, redis.call('GET', KEYS[3]) or '', waiting, unfinished}

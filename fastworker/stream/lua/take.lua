@@ -2,6 +2,9 @@
 redis.call('HDEL', KEYS[1], '')
 local taken = {}
 for i = 2, #ARGV do
-  if redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[1]) == 1 then taken[#taken + 1] = tonumber(ARGV[i]) end
+  if not redis.call('HGET', KEYS[1], ARGV[i]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[1])
+    taken[#taken + 1] = tonumber(ARGV[i])
+  end
 end
 return taken
