@@ -11,7 +11,7 @@ from typing import Any, Final
 import orjson
 
 from fastworker.errors import InvalidEvent, Reason, StoppedItself
-from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
+from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown, account_of
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.reader.dashboard import Dashboard
@@ -159,9 +159,7 @@ class Receiver:
             chunk.entry(fields)
 
     def _partition_of(self, event: Event) -> int:
-        if self._partitions == 1:
-            return 0
-        return partition_of(event.repo if isinstance(event, Commit) else event.did, self._partitions)
+        return partition_of(account_of(event), self._partitions) if self._partitions > 1 else 0
 
     def _put_malformed(self, data: bytes, invalid: InvalidEvent) -> None:
         self.gate.malformed()

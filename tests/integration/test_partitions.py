@@ -131,6 +131,9 @@ class Bench:
                 total += int(ours["pending"]) + (ours["last-delivered-id"] != info["last-generated-id"])
         return total
 
+    async def appended(self, stats: ReaderStats, last_seq: int) -> None:
+        await self.until(lambda: (stats.last_seq or 0) >= last_seq)
+
     async def settled(self, stats: ReaderStats, last_seq: int, partitions: int) -> None:
         async def is_settled() -> bool:
             return (stats.last_seq or 0) >= last_seq and not await self.unfinished(partitions)
@@ -220,7 +223,7 @@ async def test_the_number_is_changed_while_everything_runs(bench: Bench) -> None
                 relay.emit(*frames[[300, 700, 1_100][number - 1] : upto])
             # the reader is replaced while what it appended is not read yet
             async with bench.reader(relay, partitions=partitions) as stats:
-                await bench.until(lambda upto=upto, stats=stats: (stats.last_seq or 0) >= last_of(frames[:upto]))
+                await bench.appended(stats, last_of(frames[:upto]))
         await bench.until(lambda: _none_left(bench, 4))
         assert (await bench.redis.get(USUAL.partitions)) == b"3 4"
         # what is not written any more is given back when it is empty
@@ -236,7 +239,7 @@ async def _none_left(bench: Bench, partitions: int) -> bool:
 
 async def _owned(bench: Bench, partitions: set[bytes]) -> bool:
     found: Any = await bench.redis.hgetall(USUAL.owners)
-    return found.keys() == partitions
+    return set(found) == partitions
 
 
 async def test_a_killed_process_is_followed_within_seconds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +277,7 @@ async def test_two_owners_cost_no_row(bench: Bench) -> None:
                     if tokens and turn % 2:
                         await bench.redis.hset(
                             USUAL.owners, mapping={n: tokens[(turn + n) % len(tokens)] for n in range(3)}
-                        )  # type: ignore[dict-item, misc]
+                        )
                     else:
                         await bench.redis.delete(USUAL.owners)
                     turn += 1
