@@ -18,6 +18,7 @@ import bench.servers
 from bench import corpus
 from bench.baseline import baseline
 from bench.decode import decode
+from bench.derived import derived
 from bench.end_to_end import end_to_end
 from bench.flush import TABLES, flush, strategies
 from bench.growth import growth
@@ -28,6 +29,8 @@ from bench.presets import PRESETS
 from bench.proof import proofs, repositories
 from bench.reader import reader
 from bench.report import RESULTS, Figures, Report, medians
+from bench.scale import scale
+from bench.scale import table as scale_table
 from bench.targets import compare
 from fastworker.commands.tune import Extent
 from fastworker.simulator.keys import Curve
@@ -41,13 +44,14 @@ class Options(NamedTuple):
     settings: dict[str, str]
     quick: bool
     tuned: Extent | None
+    processes: tuple[int, ...]
 
 
 class Session:
     """What one invocation is told, and what it knows so far."""
 
     def __init__(self, options: Options, report: Report) -> None:
-        self.seed, self.events, self.runs, self.rows, self.settings, self.quick, self.tuned = options
+        self.seed, self.events, self.runs, self.rows, self.settings, self.quick, self.tuned, self.processes = options
         self.report = report
         self.folder: Path = corpus.prepare(self.seed, self.events)
 
@@ -76,6 +80,10 @@ def _strategies(session: Session) -> None:
     for table, old in itertools.product(TABLES, (0.0, 0.01)):
         figures, text = strategies(session.folder, table=table, old=old, events=session.events)
         session.report.tell("strategies", {"table": table.name, "rows there already": old}, figures, text=text)
+
+
+def _derived(session: Session) -> None:
+    session.measure("derived", {"rows": "likes"}, functools.partial(derived, session.seed))
 
 
 def _flush(session: Session) -> None:
@@ -136,6 +144,23 @@ def _grid(session: Session) -> None:
             baseline=session.baseline,
         )
         session.measure("grid", {"processes": processes, "pipelines": pipelines}, work, runs=1)
+
+
+def _scale(session: Session) -> None:
+    for derive in ("full", "core"):
+        found: list[tuple[int, Figures]] = []
+        for processes in session.processes:
+            settings = {"FASTWORKER_DERIVE": derive, **session.settings}
+            work = functools.partial(
+                scale, session.folder, form="native", events=session.events, processes=processes, settings=settings
+            )
+            what = {"derive": derive, "processes": processes, "form": "native", **session.settings}
+            runs = session.report.run("scale", what, session.runs, work)
+            figures = medians(runs)
+            first, alone = found[0] if found else (processes, figures)
+            figures["efficiency"] = figures["events/s"] / processes / (alone["events/s"] / first)
+            found.append((processes, figures))
+            session.report.tell("scale", what, figures, runs=runs, text=scale_table(found))
 
 
 def _growth(session: Session) -> None:
@@ -203,6 +228,9 @@ BENCHES: dict[str, Bench] = {
         "ways to write rows side by side on likes and notifications, batches of 1 to 10,000, and where COPY begins to "
         "pay",
     ),
+    "derived": Bench(
+        _derived, 1, "rows that follow from likes: sent by the worker, or made by a statement in PostgreSQL"
+    ),
     "flush": Bench(_flush, 5, "the store alone, batches of 1 to 10,000 entries, full and core"),
     "end_to_end": Bench(
         _end_to_end,
@@ -221,6 +249,12 @@ BENCHES: dict[str, Bench] = {
         _proof, 1, "signatures and proofs of commits, walking and mapping whole repositories, settling one of them"
     ),
     "grid": Bench(_grid, 3, "end_to_end for processes x pipelines, 100,000 events, one run each"),
+    "scale": Bench(
+        _scale,
+        6,
+        "end_to_end with each number of --processes, full and core: what each one adds, CPU of each part, the share of "
+        "working PostgreSQL sessions that wait for locks, and with which statements",
+    ),
     "growth": Bench(
         _growth,
         16,
@@ -257,6 +291,13 @@ Also, each by itself:
 @click.option("--events", default=200_000, show_default=True, help="Of the corpus.")
 @click.option("--runs", default=3, show_default=True, help="The median of so many is told.")
 @click.option("--tuned", type=click.Choice(["tables", "indexes"]), help="end_to_end after `migrate --tune=...`.")
+@click.option(
+    "--processes",
+    default="1,2,4,8",
+    show_default=True,
+    callback=lambda _context, _option, value: tuple(int(n) for n in value.split(",")),
+    help="Of the workers of scale.",
+)
 @click.option("--seed", default=7, show_default=True, help="Of the corpus.")
 @click.option("--rows", default=10_000_000, show_default=True, help="Likes that growth puts there before.")
 @click.option("--quick", is_flag=True, help="20,000 events and rows, one run: shows that it works, measures little.")
@@ -286,6 +327,7 @@ def main(
     given: tuple[str, ...],
     python: str,
     results: Path,
+    processes: tuple[int, ...],
     *,
     quick: bool,
     tuned: Extent | None,
@@ -299,7 +341,7 @@ def main(
     bench.servers.PYTHON = python
     mix = {"mix": "production", "seed": seed, "events": events, "accounts": corpus.ACCOUNTS}
     report = Report({**mix, "environment": "its own" if python == sys.executable else "another"}, results)
-    session = Session(Options(seed, events, runs, rows, settings, quick, tuned), report)
+    session = Session(Options(seed, events, runs, rows, settings, quick, tuned, processes), report)
     failed = []
     for name in names or BENCHES:
         began = time.monotonic()

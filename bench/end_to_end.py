@@ -69,12 +69,8 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
         }
     seconds = ended - began
     written = await connection.fetchval(WAL) - wal
-    redis: Any
     async with Redis.from_url(running.redis.url) as redis:
-        ledger = {name.decode(): int(n) for name, n in (await redis.hgetall("fastworker:ledger")).items()}
-    finished = sum(n for name, n in ledger.items() if not name.startswith("drop:"))
-    if finished != total:
-        raise RuntimeError(f"{total} entries, but the ledger says {ledger}")
+        await finished(redis, total)
     drift = await connection.fetchval(
         "SELECT (SELECT sum(like_count) FROM post_aggregations) - (SELECT count(*) FROM likes)"
     )
@@ -91,3 +87,10 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
         "WAL bytes/event": written / total,
         "HOT share of counter updates": hot,
     }
+
+
+async def finished(redis: Any, total: int) -> None:
+    """The ledger has so many entries, or this raises RuntimeError."""
+    ledger = {name.decode(): int(n) for name, n in (await redis.hgetall("fastworker:ledger")).items()}
+    if sum(n for name, n in ledger.items() if not name.startswith("drop:")) != total:
+        raise RuntimeError(f"{total} entries, but the ledger says {ledger}")

@@ -73,14 +73,19 @@ class Report:
 
     def measure(self, name: str, what: dict[str, Any], runs: int, work: Callable[[], Figures]) -> Figures:
         """Run `work` so often and tell the medians. Returns them."""
+        found = self.run(name, what, runs, work)
+        figures = medians(found)
+        self.tell(name, what, figures, runs=found)
+        return figures
+
+    def run(self, name: str, what: dict[str, Any], runs: int, work: Callable[[], Figures]) -> list[Figures]:
+        """Run `work` so often, and say so."""
         found = []
         for n in range(runs):
             words = " ".join(f"{key}={value}" for key, value in what.items())
             print(f"... {name} {words}: run {n + 1} of {runs}", file=sys.stderr, flush=True)
             found.append(work())
-        figures = medians(found)
-        self.tell(name, what, figures, runs=found)
-        return figures
+        return found
 
     def tell(
         self, name: str, what: dict[str, Any], figures: Figures, *, runs: Sequence[Figures] = (), text: str = ""

@@ -35,6 +35,7 @@ TARGETS = (
     Target("life", "first ack s", 1.5, at_least=False),
     Target("life", "drained s", 5, at_least=False),
     Target("growth", "share of empty tables", 0.6, where={"likes": 10_000_000}),
+    Target("scale", "waits for locks", 0.05, at_least=False, where={"processes": 8}),
     Target("presets", "share of the best", 0.5),
 )
 

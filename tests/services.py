@@ -23,13 +23,14 @@ def environment(env: dict[str, str]) -> dict[str, str]:
     return {**usual, "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
 
 
-def run(*args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str, timeout: float | str = 60, **env: str) -> subprocess.CompletedProcess[str]:
+    """`timeout` in seconds (a text, too, since `**env` may have any name, as types go)."""
     return subprocess.run(
         [sys.executable, "-m", "fastworker", *args],
         env=environment(env),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=float(timeout),
         check=False,
     )
 

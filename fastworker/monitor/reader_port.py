@@ -17,13 +17,14 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
+from fastworker.config import Config
 from fastworker.metrics import Figures
 from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, listen, own_pss
 from fastworker.monitor.readiness import FRESH_S
 from fastworker.reader.resume import read_and_resume
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 
 RATE_TICKS: Final = 5
 CHARTS: Final = (
@@ -110,20 +111,18 @@ def put_figures(figures: Figures, stats: ReaderStats) -> None:
             figures.set(m.READER_DROPS, count, reason)
 
 
-async def serve_reader(
-    settings: ReaderSettings, http: HttpSettings, stop: asyncio.Event, *, database_url: str | None
-) -> None:
+async def serve_reader(settings: Config, http: HttpSettings, stop: asyncio.Event) -> None:
     """The reader with its own HTTP port."""
     view = _ReaderView(settings)
     async with AsyncExitStack() as stack:
         await listen(stack, view, http)
-        await read_and_resume(settings, stop, database_url=database_url, stats=view.stats, on_tick=view.tick)
+        await read_and_resume(settings, stop, stats=view.stats, on_tick=view.tick)
 
 
 class _ReaderView:
     """The `Source` of the reader's port."""
 
-    def __init__(self, settings: ReaderSettings) -> None:
+    def __init__(self, settings: Config) -> None:
         self._settings = settings
         self.stats = ReaderStats()
         self._ticked = self._moved = time.monotonic()

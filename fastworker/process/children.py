@@ -12,7 +12,7 @@ import msgspec
 from fastworker.process.board import Slot, State, now_ms
 
 FAILURE_FORGOTTEN_S: Final = 60.0  # a child that was at work for so long crashes for a new reason
-BACKOFF_S: Final = (0.5, 30.0)  # first and longest wait before a crashed child is started again
+BACKOFF_S = (0.5, 30.0)  # first and longest wait before a crashed child is started again
 
 
 class ChildSpec(msgspec.Struct, frozen=True):

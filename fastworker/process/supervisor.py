@@ -47,7 +47,7 @@ from fastworker.process.wards import Server, Wards
 log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25  # the longest wait for a signal; children are looked at this often
-MEMORY_LOOK_S: Final = 5.0
+MEMORY_LOOK_S = 5.0
 SETTLED_S: Final = 5.0  # a child that says nothing of being ready counts as ready when it has lived so long
 STACKS_S: Final = 1.0  # for a stuck child to write its stacks before it is killed
 

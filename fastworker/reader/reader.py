@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import (
     FastworkerError,
     StoreUnavailable,
@@ -33,7 +34,7 @@ from fastworker.reader.append import append_all
 from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.follow import Follower, until
 from fastworker.reader.receive import Receiver
-from fastworker.reader.stats import ReaderSettings, ReaderStats, figures, status_json
+from fastworker.reader.stats import ReaderStats, figures, status_json
 from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
@@ -52,7 +53,7 @@ START_S: Final = 5.0
 
 
 async def run_reader(
-    settings: ReaderSettings,
+    settings: Config,
     stop: asyncio.Event,
     *,
     stats: ReaderStats | None = None,
@@ -71,7 +72,7 @@ async def run_reader(
 class _Reader:
     def __init__(
         self,
-        settings: ReaderSettings,
+        settings: Config,
         stop: asyncio.Event,
         stats: ReaderStats,
         fallback_seq: Callable[[str], Awaitable[int | None]] | None,

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import InvalidEvent, Reason, StoppedItself
 from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown, account_of
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
@@ -18,9 +19,8 @@ from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.gate import SEQ_JUMP, Gate, Jump
 from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import RelayLost, Subscription
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.stream.feed import Feed
-from fastworker.stream.keys import Keys
 from fastworker.stream.partitions import partition_of
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class TooFar(Exception):
 
 
 class Receiver:
-    def __init__(self, settings: ReaderSettings, feed: Feed, stats: ReaderStats, dashboard: Dashboard) -> None:
+    def __init__(self, settings: Config, feed: Feed, stats: ReaderStats, dashboard: Dashboard) -> None:
         self.gate = Gate()
         self.outbox = Outbox(feed.chunk_items, CHUNK_BYTES)
         self.last_seq: int | None = None  # newest in the outbox or beyond it
@@ -199,11 +199,10 @@ class Receiver:
                 log.info("%s says %s: %s", host, frame.name, frame.message or "")
             return
         if frame.error == "FutureCursor" and not self.gate.skip:
-            keys = f"{self._settings.cursor_key} and {Keys(self._settings.stream_key).cursor_of(host)}"
             raise StoppedItself(
                 f"{host} says that the cursor {self.last_seq} lies in its future: is this another relay, or was it "
-                f"rebuilt? To start at its live tip, run `fastworker reader --from live` "
-                f"once, or delete {keys}"
+                "rebuilt? Run `fastworker reader --from live` once to begin at its live tip, or with `--from oldest` "
+                "for all that it still has (with `up`: the same options of `fastworker up`)"
             )
         self.gate.no_skip()
         raise RelayLost(f"{frame.error}: {frame.message or 'the relay gave no message'}")

@@ -1,42 +1,16 @@
-"""What a reader is told and what it tells."""
+"""What a reader tells."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Literal
 
 import msgspec
 import orjson
 
 from fastworker.errors import Reason
 from fastworker.redact import redact
-from fastworker.stream.feed import ABANDONED_MS, OURS
-from fastworker.stream.keys import CURSOR, GROUP, STREAM
-from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
-
-
-class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the reader needs to know; defaults are those of the environment variables."""
-
-    relay_urls: tuple[str, ...] = ("wss://bsky.network",)
-    redis_url: str = "redis://localhost:6379"
-    stream_key: str = STREAM
-    cursor_key: str = CURSOR
-    group: str = GROUP
-    """The workers' group: until it exists nothing is trimmed."""
-    max_stream_len: int = STREAM_LEN_MAX
-    stream_bytes_max: int | None = None
-    stream_format: Literal["json", "native", "frame"] = "json"
-    ignore_groups: tuple[str, ...] = ()
-    dead_letter_maxlen: int = DEAD_LETTERS_MAX
-    keep_s: float = 0.0
-    """Seconds that finished entries stay on the stream, for `worker --reapply`."""
-    silence_floor_s: float = 30.0
-    """No silence shorter than this ends a connection."""
-    abandoned_ms: int = ABANDONED_MS
-    partitions: int = 1
-    """Of the stream, by account; more than one only in forms that old workers do not read."""
+from fastworker.stream.feed import OURS
 
 
 class ReaderStats(msgspec.Struct):

@@ -1,8 +1,8 @@
 """What the derived tables must hold, asked of PostgreSQL in sets: the reading half of `fastworker verify`.
 
-It owns its own statement of the state law: nothing here is shared with the writer (table/derive.py, statements.py), so
-that an error in one is seen by the other. A check compares one derived table with the primary ones over a range of
-keys, one statement and so one snapshot for each range; store/repair.py mends what it finds.
+It owns its own statement of the state law: nothing here is shared with the writer, so that an error in one is seen by
+the other; an import contract in pyproject.toml keeps it so. A check compares one derived table with the primary ones
+over a range of keys, one statement and so one snapshot for each range; store/repair.py mends what it finds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import orjson
 
 from fastworker.event.syntax import DID
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
-from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
 from fastworker.table.schema import TABLES, VERIFICATIONS, Table, qualified
 
@@ -748,6 +747,30 @@ async def open_audit(
 
 
 _RECORDS = frozenset(table.name for table in TABLES)
+_SEVERAL_RELAYS = "(SELECT count(*) FROM fastworker.relays) >= 2"
+
+
+def first_tid(moment: str) -> str:
+    """The lowest TID of a moment: 13 digits of base 32 that sort as text, of microseconds followed by ten zero bits.
+
+    Moments outside [1970, 2200] count as the nearest end.
+    """
+    micros = f"greatest(0, least(extract(epoch FROM {moment}), {_END_S})) * 1000000"
+    digit = "mod(div(t.micros, power(32::numeric, 10 - t.place)), 32)::int"
+    return (
+        "(SELECT string_agg(substr('234567abcdefghijklmnopqrstuvwxyz', "
+        f"CASE WHEN t.place > 10 THEN 0 ELSE {digit} END + 1, 1), '' ORDER BY t.place) "
+        f"FROM (SELECT floor({micros}) AS micros, place FROM generate_series(0, 12) AS s (place)) AS t)"
+    )
+
+
+_END_S = 7_258_118_400  # 2200-01-01
+# What the deletion of an account beats: with one relay what has a lower seq; with several, whose seqs cannot be
+# compared, what has a rev of before its moment.
+_DELETED_BEFORE = (
+    f"CASE WHEN {_SEVERAL_RELAYS} THEN {first_tid('coalesce(deleted_at, event_at)')} END, "
+    f"CASE WHEN NOT {_SEVERAL_RELAYS} THEN deleted_seq END"
+)
 
 
 def _held(table: Table, *, deletes: bool = False) -> str:
@@ -770,7 +793,7 @@ def _held(table: Table, *, deletes: bool = False) -> str:
         "AND s.data_collection_forbidden) "
         f"FROM {source} LEFT JOIN {qualified(table.name)} AS f ON f.uri = e.uri "
         "LEFT JOIN fastworker.versions AS v ON v.uri = e.uri "
-        f"LEFT JOIN LATERAL (SELECT {GONE} FROM fastworker.accounts WHERE did = {_did('e.uri')} "
+        f"LEFT JOIN LATERAL (SELECT {_DELETED_BEFORE} FROM fastworker.accounts WHERE did = {_did('e.uri')} "
         "AND deleted_seq IS NOT NULL) AS a (deleted_rev, deleted_seq) ON true"
     )
 

@@ -28,12 +28,17 @@ async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
 
 
 async def write_effects(
-    writer: Writer, db: Connection, effects: Effects, progress: Progress | None = None
+    writer: Writer,
+    db: Connection,
+    effects: Effects,
+    progress: Progress | None = None,
+    floors: dict[str, Any] | None = None,
 ) -> dict[Key, datetime]:
     """Everything that follows from the rows; the counters late, because their rows are hot and locked until the commit.
 
     Last in the main transaction. Also stores how far the stream is finished. Returns the joined rows that are owed now,
-    and since when: they are recomputed after the commit, when both sides of the join can be seen.
+    and since when: they are recomputed after the commit, when both sides of the join can be seen. `floors`:
+    what the routine is to know of floors.
     """
     if effects.profiles:
         empty = (None,) * len(PROFILES.columns)
@@ -44,7 +49,7 @@ async def write_effects(
     if effects.labels_added:
         await db.execute(sql.LABEL_EVENTS, sorted(effects.labels_added))
     await _copy_items(writer, db, effects)
-    arguments = item_arguments(effects) | last_arguments(writer, effects, progress)
+    arguments = item_arguments(effects) | last_arguments(writer, effects, progress) | (floors or {})
     owed_since: Any = (await put(db, arguments))["owed_since"] if arguments else None
     if effects.recount and writer.recount is not None:  # a later statement than the one that locked these counters
         await db.execute(writer.recount, sorted(effects.recount))

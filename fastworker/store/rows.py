@@ -54,7 +54,7 @@ async def insert_new(
 
 
 async def put(db: Connection, arguments: dict[str, Any]) -> Any:
-    """`fastworker.put_2` with these arguments: (placed: uris, or None for all; owed_since: a moment, or None)."""
+    """`fastworker.put_3` with these arguments: (placed: uris, or None for all; owed_since: a moment, or None)."""
     return await db.fetchrow(sql.PUT, *(arguments.get(name) for name in sql.PUT_ARGUMENTS))
 
 

@@ -42,7 +42,7 @@ class Database:
     def __init__(self, redis: Redis, keys: Keys, group: str) -> None:
         self._redis = redis
         self._group = group
-        self._keys = [keys.database, keys.stream, keys.ledger, keys.go_back]
+        self._keys = [keys.database, keys.stream, keys.ledger, keys.go_back, keys.given]
         self._remember = redis.register_script(script("remember"))
 
     async def look(self) -> Memory:

@@ -21,16 +21,15 @@ from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
-from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.partitions import declare
 from fastworker.stream.scripts import script
+from fastworker.stream.skipped import give_skipped
 
 OURS: Final = "fastworker"
 """What our reader says of itself there; the readers before it say nothing."""
 
 LEASE_MS: Final = 5_000
-ABANDONED_MS: Final = 600_000
-"""An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
 MARKS_MAX: Final = 10_000
@@ -142,12 +141,13 @@ class _Partition:
         keys = self.keys
         async with translating(self._redis):
             broken, finished, unread, request = await self._watch(
-                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back],
+                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
                 args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
             )
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
-        return bool(broken), request
+        lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
+        return bool(broken or lost), request
 
     async def set_aside_abandoned(self, args: list[str | int]) -> tuple[int, int]:
         keys = self.keys
@@ -453,7 +453,7 @@ async def trim_finished(
         keys = Keys(stream_key, group or GROUP, number)
         async with translating(redis):
             answer = await trim(
-                keys=[keys.stream, keys.held],
+                keys=[keys.stream, keys.held, keys.given],
                 args=[int(keep_s * 1000), max_stream_len * 9 // 10 // partitions, group, *ignore_groups],
             )
         trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)

@@ -26,7 +26,6 @@ class Group:
         self._stream_key = keys.stream
         self._name = name
         self._keys = keys
-        self._recreate_lock = keys.recreate_lock
         self._last_finished = last_finished
 
     @asynccontextmanager
@@ -43,7 +42,7 @@ class Group:
 
     async def _recreate(self) -> None:
         """One of all workers creates the group again; the others wait for it."""
-        if await self._redis.set(self._recreate_lock, "1", nx=True, ex=5):
+        if await self._redis.set(self._keys.recreate_lock, "1", nx=True, ex=5):
             await self.ensure()
         else:
             await asyncio.sleep(0.1)
@@ -62,14 +61,18 @@ class Group:
             groups = []  # no such key
         if any(group["name"] == self._name.encode() for group in groups):
             return
-        start = "0"
+        start = "0-0"
         finished = await self._last_finished()
         if finished is not None and await self._redis.exists(self._stream_key):
             info = await self._redis.xinfo_stream(self._stream_key)
             if id_order(finished) <= id_order(info["last-generated-id"].decode()):
                 start = finished
+        known = "-".join(f"{part:020}" for part in id_order(start))
         try:
-            await self._redis.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
+                pipe.set(self._keys.given, f"{known} 0 {known}")
+                await pipe.execute()
         except ResponseError as error:
             if error_code(error) != "BUSYGROUP":
                 raise
@@ -81,7 +84,8 @@ class Group:
             pipe.hvals(self._keys.held)
             pipe.xinfo_groups(self._stream_key)
             pipe.exists(self._keys.go_back)
-            summary, held, groups, must_go_back = await pipe.execute()
+            pipe.get(self._keys.given)
+            summary, held, groups, must_go_back, given = await pipe.execute()
         if must_go_back:
             return "0-0"
         found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({ours} - {""})
@@ -89,6 +93,9 @@ class Group:
             if group["name"] == self._name.encode():
                 ms, n = id_order(group["last-delivered-id"].decode())
                 found.add(f"{ms}-{n + 1}")
+        if given:
+            ms, n = id_order(given.split(b" ")[0].decode())
+            found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     async def is_finished(self) -> bool:
@@ -98,8 +105,12 @@ class Group:
             pipe.xinfo_groups(self._stream_key)
             pipe.hlen(self._keys.held)
             pipe.exists(self._keys.go_back)
-            stream, groups, held, must_go_back = await pipe.execute()
+            pipe.get(self._keys.given)
+            stream, groups, held, must_go_back, given = await pipe.execute()
         ours = next((group for group in groups if group["name"] == self._name.encode()), None)
         if ours is None or ours["pending"] or held or must_go_back:
             return False
-        return bool(ours["last-delivered-id"] == stream["last-generated-id"])
+        last = stream["last-generated-id"].decode()
+        if given and id_order(given.split(b" ")[0].decode()) < id_order(last):
+            return False
+        return bool(ours["last-delivered-id"].decode() == last)

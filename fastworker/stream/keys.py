@@ -33,19 +33,12 @@ def _key(name: str, *more: str) -> str:
     return ":".join([name, *more])
 
 
-class Keys:
-    """The keys of one partition of a stream and of one group on it."""
+class _StreamKeys:
+    """Those of a stream."""
 
-    def __init__(self, stream: str = STREAM, group: str = GROUP, partition: int = 0) -> None:
+    def __init__(self, stream: str) -> None:
         of_stream = [stream] if stream != STREAM else []
-        of_group = [*of_stream, group] if group != GROUP else of_stream
-        of_partition = [f"{stream}:{partition}"] if partition else of_stream
-        of_members = [*of_partition, group] if group != GROUP else of_partition
-
-        self.stream: Final = f"{stream}:{partition}" if partition else stream
-        """The partition's."""
-        self.partition: Final = partition
-        # Of the stream, the workers'
+        # The workers'
         self.ledger: Final = _key("fastworker:ledger", *of_stream)
         """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>`
         (ops)."""
@@ -55,26 +48,7 @@ class Keys:
         """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
         self.partitions: Final = _key("fastworker:partitions", *of_stream)
         """String: two numbers, how many partitions the reader appends to, and how many it ever did. None: one."""
-        # Of the group
-        self.go_back: Final = _key("fastworker:go-back", *of_group)
-        """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
-        knows."""
-        self.members: Final = _key("fastworker:members", *of_group)
-        """Hash: token of each worker process that reads partitions -> ms until which it lives."""
-        self.owners: Final = _key("fastworker:owners", *of_group)
-        """Hash: number of a partition -> token of the process that reads it."""
-        # Of the partition, and of the group on it
-        self._consumer_lease: Final = _key("fastworker:consumer", *of_partition)
-        self.consumers: Final = _key("fastworker:consumers", *of_members)
-        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
-        self.held: Final = _key("fastworker:held", *of_members)
-        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
-        is."""
-        self.database: Final = _key("fastworker:database", *of_members)
-        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
-        self.recreate_lock: Final = _key("firehose:stream:recreate-lock", *of_members)
-        """String: one worker makes the group again, the others wait."""
-        # Of the stream, the reader's
+        # The reader's
         self.reader_lease: Final = _key("fastworker:reader", *of_stream)
         """String: token of the reader at work."""
         self.reader_stats: Final = _key("fastworker:reader:stats", *of_stream)
@@ -90,6 +64,50 @@ class Keys:
         self.gaps: Final = _key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""
+
+    def cursor_of(self, host: str) -> str:
+        """String: decimal seq, that relay's cursor, kept while another relay is read."""
+        return f"{self._cursor}:{host}"
+
+
+class Keys(_StreamKeys):
+    """Also those of one of its partitions, and of one group."""
+
+    def __init__(self, stream: str = STREAM, group: str = GROUP, partition: int = 0) -> None:
+        super().__init__(stream)
+        of_stream = [stream] if stream != STREAM else []
+        of_group = [*of_stream, group] if group != GROUP else of_stream
+        of_partition = [f"{stream}:{partition}"] if partition else of_stream
+        of_members = [*of_partition, group] if group != GROUP else of_partition
+        self.stream: Final = f"{stream}:{partition}" if partition else stream
+        """The partition's."""
+        self.partition: Final = partition
+        # Of the group
+        self.go_back: Final = _key("fastworker:go-back", *of_group)
+        """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
+        knows."""
+        self.members: Final = _key("fastworker:members", *of_group)
+        """Hash: token of each worker process that reads partitions -> ms until which it lives."""
+        self.owners: Final = _key("fastworker:owners", *of_group)
+        """Hash: number of a partition -> token of the process that reads it."""
+        # Of the partition, and of the group on it
+        self._consumer_lease: Final = _key("fastworker:consumer", *of_partition)
+        self.consumers: Final = _key("fastworker:consumers", *of_members)
+        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
+        self.held: Final = _key("fastworker:held", *of_members)
+        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
+        is."""
+        self.given: Final = _key("fastworker:given", *of_members)
+        """String: "id ms id": all up to the first one was given to somebody, as seen then; the group's last id then."""
+        self.reads: Final = _key("fastworker:reads", *of_members)
+        """Hash: first id -> last id of each read beyond that."""
+        self.tellers: Final = _key("fastworker:tellers", *of_members)
+        """Hash: consumer -> token of its lease, of those that tell what they were given."""
+        self.database: Final = _key("fastworker:database", *of_members)
+        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
+        self.recreate_lock: Final = _key("firehose:stream:recreate-lock", *of_members)
+        """String: one worker makes the group again, the others wait."""
+        # Of the partition, the reader's
         self.tail: Final = _key("fastworker:tail", *of_partition)
         """String: the id of the newest entry that a reader of ours appended."""
         self.marks: Final = _key("fastworker:marks", *of_partition)
@@ -101,10 +119,6 @@ class Keys:
     def consumer_lease(self, consumer: str = "") -> str:
         """String: token of the process that has this consumer's name. Without a name: the beginning of these keys."""
         return f"{self._consumer_lease}:{consumer}"
-
-    def cursor_of(self, host: str) -> str:
-        """String: decimal seq, that relay's cursor, kept while another relay is read."""
-        return f"{self._cursor}:{host}"
 
 
 def stream_of(cursor_key: str) -> str:

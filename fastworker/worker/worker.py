@@ -8,10 +8,10 @@ import random
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal
 
 import msgspec
 
+from fastworker.config import Config
 from fastworker.crashpoint import arm
 from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
@@ -23,13 +23,11 @@ from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
-from fastworker.stream.keys import GROUP, STREAM, Keys
-from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
+from fastworker.stream.keys import Keys
 from fastworker.stream.members import Members
 from fastworker.stream.partitions import layout
-from fastworker.table.batch import Limits, Progress
+from fastworker.table.batch import Progress
 from fastworker.table.dates import parse_date
-from fastworker.table.derive import FULL
 from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
 from fastworker.worker.limits import DeadLetterLimit, Refusals
@@ -50,34 +48,7 @@ OVERLAPS = 4  # pipelines of one process that are told apart at least
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
-class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told. `pool_size` is a ceiling for all processes and the monitor together."""
-
-    redis_url: str
-    database_url: str
-    stream_key: str = STREAM
-    group: str = GROUP
-    consumer_id: str = "python-worker"
-    batch_size: int = BATCH_SIZE
-    pool_size: int = 8
-    processes: int = 2
-    pipelines: int = 1  # per process
-    derive: frozenset[str] = FULL
-    synchronous_commit: Literal["on", "keep"] = "on"
-    trusted_verifiers: tuple[str, ...] = ()
-    verified_only: bool = False  # handles that hosts claim are not shown before they are verified
-    limits: Limits = Limits()
-    dead_letter_maxlen: int = DEAD_LETTERS_MAX
-    dead_letters_in_a_row: int = 500
-    drain_s: float = 4.0
-    tracing: bool = False
-    crashpoint: str | None = None  # tests only
-    scan_s: float = 10.0  # between two looks for dead consumers
-    lease_ms: int = 15_000
-    foreign_idle_ms: int = 60_000
-
-
-def shrunk(settings: WorkerSettings) -> WorkerSettings:
+def shrunk(settings: Config) -> Config:
     """Settings whose connections, one per pipeline and one for the monitor, fit under `pool_size`; says so once."""
     room = _room(settings)
     processes = min(settings.processes, room)
@@ -91,16 +62,16 @@ def shrunk(settings: WorkerSettings) -> WorkerSettings:
     return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
 
 
-def processes_max(settings: WorkerSettings) -> int:
+def processes_max(settings: Config) -> int:
     """How many processes with all their pipelines fit under `pool_size`: what SIGTTIN may reach."""
     return max(1, _room(settings) // settings.pipelines)
 
 
-def _room(settings: WorkerSettings) -> int:
+def _room(settings: Config) -> int:
     return max(1, settings.pool_size - 1)
 
 
-def dead_letter_limit(settings: WorkerSettings) -> DeadLetterLimit:
+def dead_letter_limit(settings: Config) -> DeadLetterLimit:
     in_a_row = settings.dead_letters_in_a_row
     return DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
 
@@ -113,20 +84,20 @@ class Shared(msgspec.Struct, frozen=True):
     suspects: Suspects = msgspec.field(default_factory=Suspects)
 
 
-def worker_child(settings: WorkerSettings) -> ChildSpec:
+def worker_child(settings: Config) -> ChildSpec:
     """A worker's children, made before the fork."""
     shared = Shared(dead_letter_limit(settings))
     target = partial(_worker_main, settings, shared)
     return ChildSpec("worker", target, count=settings.processes, died=shared.suspects.note_death)
 
 
-def _worker_main(settings: WorkerSettings, shared: Shared, slot: Slot) -> int:
+def _worker_main(settings: Config, shared: Shared, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
     return run_child(slot, partial(work, settings, shared=shared))
 
 
-async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
+async def work(settings: Config, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     failover = Failover(redis, settings.stream_key, settings.group)
@@ -134,13 +105,13 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         try:
             known = (await layout(redis, settings.stream_key)).known
             store = await Store.connect(
-                settings.database_url,
+                settings.require_database_url("worker"),
                 pool_size=_pool_size(settings, known),
                 application_name="fastworker",
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
-                verified_only=settings.verified_only,
+                verified_only=settings.resolve_handles,
                 meet=failover.meet,
             )
         except (StreamUnavailable, StoreUnavailable) as error:
@@ -157,15 +128,13 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         await redis.aclose()
 
 
-def _pool_size(settings: WorkerSettings, partitions: int) -> int:
+def _pool_size(settings: Config, partitions: int) -> int:
     """Connections of one process: one for each pipeline, as far as they fit under the ceiling of all."""
     share = -(-partitions // settings.processes)
     return max(settings.pipelines, min(share, _room(settings) // settings.processes))
 
 
-def _readers(
-    settings: WorkerSettings, shared: Shared, slot: Slot, redis: Redis, store: Store, open_span: OpenSpan
-) -> Readers:
+def _readers(settings: Config, shared: Shared, slot: Slot, redis: Redis, store: Store, open_span: OpenSpan) -> Readers:
     refusals, quiet, locks = Refusals(), Quiet(), Locks()
     at_once = settings.processes * settings.pipelines
 
@@ -213,7 +182,7 @@ def _readers(
 
 
 async def _work(
-    settings: WorkerSettings,
+    settings: Config,
     slot: Slot,
     stopping: asyncio.Event,
     store: Store,
@@ -233,7 +202,7 @@ async def _work(
 
 
 async def _run(
-    settings: WorkerSettings,
+    settings: Config,
     slot: Slot,
     stopping: asyncio.Event,
     store: Store,
@@ -317,6 +286,9 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
     """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
+        for stream in readers.streams:
+            if stream.partition in readers.owned:
+                await stream.give_skipped()
         for pipeline in readers.pipelines:
             await pipeline.note_progress()
         await _note_idle(store, readers)

@@ -12,10 +12,11 @@ from redis.asyncio import Redis
 
 from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
+from fastworker.config import Config
 from fastworker.errors import ExitCode
 from fastworker.stream.keys import USUAL
 from fastworker.table import derive
-from fastworker.worker.worker import WorkerSettings
+from tests import replies
 from tests.e2e.house import GROUP, KEY, House
 from tests.property.feeding import differences, lawful
 from tests.rig.foreign import Foreign
@@ -40,7 +41,7 @@ async def test_reapply_and_verify_make_it_right(
             nonlocal taken
             while True:
                 found = await redis.xreadgroup(GROUP, "python-worker-0", {KEY: ">"}, count=10, block=1_000)
-                for entry_id, fields in found[0][1] if found else ():
+                for entry_id, fields in replies.read(found):
                     await foreign.apply(history.events[int(fields[b"seq"]) - history.events[0]["seq"]])
                     await redis.xack(KEY, GROUP, entry_id)
                     taken += 1
@@ -50,7 +51,7 @@ async def test_reapply_and_verify_make_it_right(
             for start in range(0, len(order), 8):
                 pipe = redis.pipeline(transaction=False)
                 for position in order[start : start + 8]:
-                    pipe.xadd(KEY, to_recording(history.events[position]))
+                    pipe.xadd(KEY, replies.to_add(to_recording(history.events[position])))
                 await pipe.execute()
                 await asyncio.sleep(0.01)
             async with asyncio.timeout(90):
@@ -58,7 +59,8 @@ async def test_reapply_and_verify_make_it_right(
                     await asyncio.sleep(0.05)
             old.cancel()
             await asyncio.wait([old])
-        ours = sum(int(n) for name, n in (await redis.hgetall(USUAL.ledger)).items() if not name.startswith(b"drop:"))
+        ledger = replies.counts(await redis.hgetall(USUAL.ledger))
+        ours = sum(count for name, count in ledger.items() if not name.startswith("drop:"))
         assert taken > EVENTS / 20, "the old worker took hardly anything"
         assert ours > EVENTS / 10, "ours took hardly anything"
 
@@ -69,7 +71,7 @@ async def test_reapply_and_verify_make_it_right(
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
 
-    settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL)
+    settings = Config(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL, resolve_handles=False)
     assert await reapply(settings, "0") is ExitCode.DONE
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     # A follow of nobody ("subject": "") made the old worker a user of that name, which is nobody's to take away.

@@ -26,7 +26,7 @@ from fastworker.commands.check import check
 from fastworker.commands.compare import compare as run_compare
 from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
-from fastworker.config import parse_config
+from fastworker.config import Config, parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
 from fastworker.law import compare
@@ -34,7 +34,7 @@ from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
-from fastworker.worker.worker import WorkerSettings
+from tests import replies
 from tests.rig.foreign import OldWorker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,9 +220,9 @@ async def test_there_and_back(
 
         # every event is handled by one or the other
         theirs = set.union(*(old.handled for old in olds))
-        entries = await redis.xrange(KEY)
+        entries = replies.entries(await redis.xrange(KEY))
         info = await redis.xinfo_stream(KEY)
-        ledger = {name.decode(): int(count) for name, count in (await redis.hgetall(LEDGER)).items()}
+        ledger = replies.counts(await redis.hgetall(LEDGER))
         ours = sum(count for name, count in ledger.items() if not name.startswith("drop:"))
         assert info.get("entries-added", info["length"]) == info["length"] == len(entries) == ours + len(theirs)
         assert min(ours, len(theirs)) > 50, "one of them took hardly anything"
@@ -269,7 +269,7 @@ async def test_there_and_back(
 
     # and everything is as the law has it once the retained entries were applied again
     assert (await compared(len(entries)))["tables"] != []
-    settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url)
+    settings = Config(redis_url=redis_url, database_url=postgres_url, resolve_handles=False)
     assert await reapply(settings, "0") is ExitCode.DONE
     assert f"{len(entries):,} entries applied again" in capsys.readouterr().out
     assert (await verified(repair=True))[0] is ExitCode.DONE
@@ -283,7 +283,7 @@ def test_a_server_starts_on_a_base_backup(server_dir: Path) -> None:
     original = EmbeddedPostgres(server_dir / "original", durable=False, port=free_port())
     tools = original._bin
     with original:
-        count = [
+        count: list[str | Path] = [
             tools / "psql",
             original.url,
             "-XAtqc",
@@ -292,11 +292,18 @@ def test_a_server_starts_on_a_base_backup(server_dir: Path) -> None:
         assert subprocess.run(count, check=True, capture_output=True, text=True).stdout == "7\n"
         copy = server_dir / "copy"
         copy.mkdir()
-        backup = ["--dbname", original.url, "--pgdata", copy / "data", "--checkpoint=fast", "--wal-method=stream"]
+        backup: list[str | Path] = [
+            "--dbname",
+            original.url,
+            "--pgdata",
+            copy / "data",
+            "--checkpoint=fast",
+            "--wal-method=stream",
+        ]
         subprocess.run([tools / "pg_basebackup", *backup], check=True, capture_output=True)
     if account := original._account:
         for path in (copy, *copy.rglob("*")):
             os.chown(path, account.pw_uid, account.pw_gid)
     with EmbeddedPostgres(copy, durable=False, port=free_port()) as restored:
-        ask = [tools / "psql", restored.url, "-XAtqc", "SELECT count(*) FROM t"]
+        ask: list[str | Path] = [tools / "psql", restored.url, "-XAtqc", "SELECT count(*) FROM t"]
         assert subprocess.run(ask, check=True, capture_output=True, text=True).stdout == "7\n"

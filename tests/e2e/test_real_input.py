@@ -55,6 +55,7 @@ async def test_every_op_of_150_real_frames_is_the_right_row(
             assert await pg.fetchval("SELECT resolve_pending FROM fastworker.identities WHERE did = $1", did)
         elif event["kind"] == "account":
             row = await pg.fetchrow("SELECT active, status FROM fastworker.accounts WHERE did = $1", did)
+            assert row is not None
             assert (row["active"], row["status"]) == (event["account"]["active"], event["account"].get("status"))
         else:
             await _check_commit(pg, did, event["commit"])
@@ -71,7 +72,8 @@ async def test_every_op_of_150_real_frames_is_the_right_row(
 
 async def _check_commit(pg: asyncpg.Connection, did: str, commit: dict[str, Any]) -> None:
     """The row of one op as another implementation read it, field by field."""
-    collection, rkey, record = commit["collection"], commit["rkey"], commit.get("record")
+    collection, rkey = commit["collection"], commit["rkey"]
+    record: Any = commit.get("record")  # a delete has none
     uri = f"at://{did}/{collection}/{rkey}"
     table = {
         "app.bsky.feed.post": "posts",
@@ -91,7 +93,11 @@ async def _check_commit(pg: asyncpg.Connection, did: str, commit: dict[str, Any]
     if "createdAt" in record:
         assert row["created_at"] == moment(record["createdAt"]).replace(tzinfo=None)
     if table == "posts":
-        reply, loads = record.get("reply"), lambda name: None if row[name] is None else json.loads(row[name])
+        reply = record.get("reply")
+
+        def loads(name: str) -> Any:
+            return None if row[name] is None else json.loads(row[name])
+
         assert (row["author_did"], row["cid"], row["text"]) == (did, commit["cid"], record["text"])
         assert (loads("langs"), loads("embed"), loads("facets")) == (
             record.get("langs"),
@@ -122,12 +128,14 @@ async def test_a_whole_real_repository(real_data: Path, house: House, pg: asyncp
     assert await house.letters() == []
     model = Model()
     for frame in frames:
+        assert frame.event is not None
         model.apply(frame.event)
     differences = diff(model.tables(), await dump(pg))
     assert not differences, report(differences)
     # and by collection, without the model: every record that has a good block is in its table or in the shadow
     tables: Counter[str] = Counter()
     for frame in frames:
+        assert frame.event is not None
         for op in frame.event["ops"]:
             tables[op["path"].split("/")[0]] += 1
     assert sum(tables.values()) == len(frames)

@@ -24,6 +24,7 @@ from fastworker.law import compare
 from fastworker.store.store import Store
 from tests.e2e.house import unread
 from tests.property.feeding import clear, lawful, settle
+from tests.replies import to_add
 from tests.rig.histories import random_history, to_recording
 from tests.servers import PostgresUnderTest
 
@@ -122,7 +123,7 @@ async def same_tables(
                 for start in range(0, len(order), 2_000):
                     pipe = redis.pipeline(transaction=False)
                     for position in order[start : start + 2_000]:
-                        pipe.xadd(KEY, to_recording(history.events[position]))
+                        pipe.xadd(KEY, to_add(to_recording(history.events[position])))
                     await pipe.execute()
                 await work_off(redis, redis_url, postgres_url, way, limit_s)
                 store = await Store.connect(postgres_url)

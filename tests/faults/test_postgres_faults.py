@@ -31,6 +31,7 @@ from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
+from tests import replies
 from tests.e2e.house import House
 from tests.rig.proxy import Proxy
 from tests.servers import PostgresUnderTest
@@ -162,12 +163,12 @@ FAULTS: dict[str, tuple[PgAct, PgAct, str]] = {
 async def test_a_bad_state_is_waited_out(house: House, pg: asyncpg.Connection, name: str) -> None:
     fault, mend, told = FAULTS[name]
     async with house.worker():
-        await house.redis.xadd("firehose:events", like(1))
+        await house.redis.xadd("firehose:events", replies.to_add(like(1)))
         async with asyncio.timeout(60):
             await house.settled()
         await fault(pg)
         for number in range(2, 60):
-            await house.redis.xadd("firehose:events", like(number))
+            await house.redis.xadd("firehose:events", replies.to_add(like(number)))
         async with asyncio.timeout(60):
             while told not in house.slot.snapshot().error or house.slot.get("state") != State.WAITING_FOR_STORE:
                 await asyncio.sleep(0.01)
@@ -181,7 +182,7 @@ async def test_a_bad_state_is_waited_out(house: House, pg: asyncpg.Connection, n
     assert await pg.fetchval("SELECT like_count FROM post_aggregations WHERE post_uri = $1", POST) == 59
 
 
-FULL = {
+FULL: dict[str, dict[str, Any]] = {
     "app.bsky.feed.post": {
         "text": "hello",
         "langs": ["en"],
@@ -421,7 +422,9 @@ def batch(number: int) -> Batch:
 
     made = Batch()
     fields = {name.encode(): value.encode() for name, value in like(number).items()}
-    made.put(map_commit(decode_entry(fields), 1_700_000_000_000))
+    event = decode_entry(fields)
+    assert isinstance(event, Commit)
+    made.put(map_commit(event, 1_700_000_000_000))
     return made
 
 
@@ -436,7 +439,7 @@ async def test_backends_that_are_terminated_and_statements_that_are_cancelled(
         for _ in range(60):
             pipe = house.redis.pipeline(transaction=False)
             for number in range(added + 1, added + 21):
-                pipe.xadd("firehose:events", like(number))
+                pipe.xadd("firehose:events", replies.to_add(like(number)))
             await pipe.execute()
             added += 20
             await asyncio.sleep(r.uniform(0, 0.04))
@@ -497,14 +500,14 @@ async def test_a_failover_to_a_replica(server_dir: Path, redis_url: str) -> None
             house = House(client, redis_url, through)
             async with house.worker():
                 for number in range(1, 1_001):
-                    await client.xadd("firehose:events", like(number))
+                    await client.xadd("firehose:events", replies.to_add(like(number)))
                 async with asyncio.timeout(60):
                     while house.slot.get("committed") < 100:
                         await asyncio.sleep(0.001)
                 await asyncio.to_thread(first.kill)
                 proxy.target = ("127.0.0.1", second.port or 0)
                 for number in range(1_001, 2_001):  # there is something to write, however fast the worker was
-                    await client.xadd("firehose:events", like(number))
+                    await client.xadd("firehose:events", replies.to_add(like(number)))
                 async with asyncio.timeout(60):
                     while "25006" not in house.slot.snapshot().error:
                         await asyncio.sleep(0.01)
@@ -561,7 +564,7 @@ async def test_a_locked_row_holds_up_only_what_touches_it(
     did = "did:plc:" + "1".rjust(24, "0").replace("0", "a").replace("1", "b")
     async with house.worker():
         for number in range(1, 11):
-            await house.redis.xadd("firehose:events", like(number))
+            await house.redis.xadd("firehose:events", replies.to_add(like(number)))
         async with asyncio.timeout(60):
             await house.settled()
         by_account = how == "an account's row"
@@ -576,11 +579,11 @@ async def test_a_locked_row_holds_up_only_what_touches_it(
             if by_account
             else unlike(1)
         )
-        await house.redis.xadd("firehose:events", waiting)
+        await house.redis.xadd("firehose:events", replies.to_add(waiting))
         for number in range(11, 71):
             of = [POST, *others][number % 3] if not by_account else others[0]
             entry = like(number)
-            await house.redis.xadd("firehose:events", entry | {"data": entry["data"].replace(POST, of)})
+            await house.redis.xadd("firehose:events", replies.to_add(entry | {"data": entry["data"].replace(POST, of)}))
         async with asyncio.timeout(60):
             while await house.pending() != (1 if by_account else 21) or not house.slot.snapshot().locked:
                 await asyncio.sleep(0.02)
@@ -655,7 +658,7 @@ async def test_one_owed_key_that_cannot_be_paid_waits_alone(
         deletion.put_account(Account(9, gone, active=False, status="deleted", time=None), datetime.now(UTC))
         await store.write(deletion)
         await maintained(store)
-        assert await pg.fetch("SELECT post_uri FROM thread_contexts") == [(bad,)]
+        assert [row["post_uri"] for row in await pg.fetch("SELECT post_uri FROM thread_contexts")] == [bad]
         [left] = await pg.fetch("SELECT key, attempts, error, not_before > now() FROM fastworker.recheck")
         assert (left["key"], left["attempts"], left[3]) == (bad, 1, True)
         assert "57014" in left["error"]
@@ -716,7 +719,7 @@ async def test_a_large_thread_is_recomputed_in_pieces(postgres_url: str, pg: asy
         assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90
         await store.write(records("app.bsky.feed.post", action="delete"))
         assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90, "not in the path of an event"
-        assert await pg.fetch("SELECT kind, key FROM fastworker.recheck") == [("root", root)]
+        assert [tuple(row) for row in await pg.fetch("SELECT kind, key FROM fastworker.recheck")] == [("root", root)]
         await maintained(store)
         assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 0
         assert await pg.fetch("SELECT FROM fastworker.recheck") == []
@@ -726,7 +729,7 @@ async def test_a_large_thread_is_recomputed_in_pieces(postgres_url: str, pg: asy
         await pg.execute("DELETE FROM fastworker.versions")
         store.writer.whole_rows_max = 0
         await store.write(records("app.bsky.feed.post", first=1))  # the root comes after its replies
-        assert await pg.fetch("SELECT kind, key FROM fastworker.recheck") == [("root", root)]
+        assert [tuple(row) for row in await pg.fetch("SELECT kind, key FROM fastworker.recheck")] == [("root", root)]
         await maintained(store)
         assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 90
         assert await pg.fetch("SELECT FROM fastworker.recheck") == []
@@ -792,11 +795,11 @@ async def test_a_lease_is_not_given_back_while_a_commit_may_be_on_its_way(
         client = connect(redis_url)
         house = House(client, redis_url, f"postgresql://postgres@127.0.0.1:{proxy.port}/{database}")
         async with house.worker(drain_s=1.0):  # enough to begin the write, whatever else the machine does
-            await client.xadd("firehose:events", like(1))
+            await client.xadd("firehose:events", replies.to_add(like(1)))
             await house.settled()
             if held:
                 proxy.hold()
-                await client.xadd("firehose:events", like(2))
+                await client.xadd("firehose:events", replies.to_add(like(2)))
                 async with asyncio.timeout(60):
                     while not await house.pending():
                         await asyncio.sleep(0.01)
@@ -863,7 +866,7 @@ async def test_settings_of_a_role_change_nothing(postgres_url: str, pg: asyncpg.
     rows = await pg.fetch("SELECT DISTINCT text, created_at::text, indexed_at::text FROM posts")
     assert [tuple(row) for row in rows] == [("é 😀 it's \\\\ok", "2023-11-14 22:15:20", "2023-11-14 22:15:20")]
     counts = "SELECT like_count, reply_count FROM post_aggregations WHERE post_uri = $1"
-    assert tuple(await pg.fetchrow(counts, POST)) == (297, 300)
+    assert tuple(await pg.fetchrow(counts, POST) or ()) == (297, 300)
     assert await pg.fetchval("SELECT count(*) FROM users WHERE created_at > '2020-01-01'") == 300
 
 

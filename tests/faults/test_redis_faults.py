@@ -14,10 +14,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.stream.client import connect
@@ -26,6 +27,7 @@ from fastworker.stream.scripts import script
 from fastworker.worker import worker
 from tests.e2e.house import GROUP, KEY, House
 from tests.faults.test_postgres_faults import POST, like
+from tests.replies import to_add
 from tests.rig.proxy import Proxy
 from tests.rig.stage import Stage, is_entry
 from tests.servers import RedisUnderTest
@@ -48,7 +50,7 @@ async def house(redis_url: str, postgres_url: str, proxy: Proxy) -> AsyncIterato
 async def add(house: House, first: int, count: int) -> None:
     pipe = house.redis.pipeline(transaction=False)
     for number in range(first, first + count):
-        pipe.xadd(KEY, like(number))
+        pipe.xadd(KEY, to_add(like(number)))
     await pipe.execute()
 
 
@@ -293,7 +295,7 @@ async def test_a_reader_waits_out_a_failover(house: House, redis_url: str) -> No
         stats = ReaderStats()
         stop = asyncio.Event()
         reading = asyncio.create_task(
-            run_reader(ReaderSettings(relay_urls=(relay.url,), redis_url=redis_url), stop, stats=stats)
+            run_reader(Config(relay_urls=(relay.url,), redis_url=redis_url), stop, stats=stats)
         )
         async with asyncio.timeout(60):
             while stats.entries < 50:
@@ -319,7 +321,7 @@ async def test_a_reader_without_a_permission(house: House, redis_url: str, comma
     )
     try:
         async with SimRelay(frames, start="oldest") as relay, asyncio.timeout(60):
-            settings = ReaderSettings(relay_urls=(relay.url,), redis_url=_as_limited(redis_url))
+            settings = Config(relay_urls=(relay.url,), redis_url=_as_limited(redis_url))
             with pytest.raises(Unreachable, match="lacks a permission"):
                 await run_reader(settings, asyncio.Event())
     finally:

@@ -13,7 +13,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 
 from fastworker.commands import backfill as history
 from fastworker.commands.backfill import Choice, backfill
@@ -21,6 +20,7 @@ from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import ROOT, Service, environment
 
 RATE = 20.0
@@ -60,10 +60,11 @@ async def chosen(scene: Scene, **choice: Any) -> ExitCode:
 
 
 async def states(pg: asyncpg.Connection) -> dict[str, int]:
-    return dict(await pg.fetch("SELECT state, count(*) FROM fastworker.repos GROUP BY state"))
+    rows = await pg.fetch("SELECT state, count(*) FROM fastworker.repos GROUP BY state")
+    return {row["state"]: row["count"] for row in rows}
 
 
-async def test_killed_processes_share_the_work_and_go_on(scene: Scene, worker: Service, pg: asyncpg.Connection):
+async def test_killed_processes_share_the_work_and_go_on(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
     scene.happen(450, lose=lambda n: n % 3 == 0)
     await scene.finished()
     known = {one.did for one in scene.network.world.accounts()}
@@ -98,7 +99,7 @@ async def test_a_gap_is_closed_by_the_relays_list(
     worker: Service,
     pg: asyncpg.Connection,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     scene.happen(300)
     await scene.finished()
     after = scene.network.clock.seq
@@ -134,7 +135,7 @@ async def test_choices(
     pg: asyncpg.Connection,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
     scene.happen(400, lose=lambda n: n % 2 == 0)
     accounts = scene.network.world.accounts()
     file = tmp_path / "dids"
@@ -164,7 +165,7 @@ async def test_choices(
     assert f"accounts  {len(accounts):,}\n" in capsys.readouterr().out
 
 
-async def test_turns_of_a_host_are_shared(postgres_url: str):
+async def test_turns_of_a_host_are_shared(postgres_url: str) -> None:
     async with open_queue(postgres_url) as one, open_queue(postgres_url) as two:
         waits = [await queue.turn("a.test", 0.5) for queue in (one, two, one, two, one, two)]
         assert waits == sorted(waits)
@@ -173,7 +174,7 @@ async def test_turns_of_a_host_are_shared(postgres_url: str):
         assert await two.turn("b.test", 0.5) > 58
 
 
-async def test_claims(postgres_url: str, pg: asyncpg.Connection):
+async def test_claims(postgres_url: str, pg: asyncpg.Connection) -> None:
     async with open_queue(postgres_url) as one, open_queue(postgres_url) as two:
         await one.put([Wanted(f"did:plc:a{n}") for n in range(9)], "backfill", CHOSEN, host="a.test")
         await one.put([Wanted("did:plc:b")], "operator", 0, host="b.test")

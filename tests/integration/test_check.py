@@ -22,6 +22,7 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from fastworker.errors import ExitCode
 from fastworker.store.migrate import migrate
 from fastworker.store.tuning import Server
+from tests import replies
 from tests.rig.histories import random_history, to_entry
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
@@ -40,12 +41,12 @@ class House:
     async def begin(self) -> None:
         await self.redis.flushall()
         for event in random_history(1, 20).events:
-            await self.redis.xadd(STREAM, to_entry(event))
+            await self.redis.xadd(STREAM, replies.to_add(to_entry(event)))
         await self.redis.xgroup_create(STREAM, GROUP, id="0")
         await self.redis.set("fastworker:consumer:python-worker-0", "token")
         await self.redis.sadd("fastworker:consumers", "python-worker-0")
-        found = await self.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
-        await self.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found[0][1]))
+        found = replies.read(await self.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"}))
+        await self.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found))
         await self.redis.set("fastworker:reader", "token")
         await self.redis.set("firehose:status", json.dumps({"connected": True, "reader": "fastworker"}))
         await self.redis.hset("fastworker:reader:stats", "last_frame_at", str(time.time()))
@@ -121,10 +122,10 @@ async def test_settings_of_redis(house: House) -> None:
 async def test_a_stream_that_cannot_grow_to_its_limit(house: House) -> None:
     pipe = house.redis.pipeline(transaction=False)
     for event in random_history(2, 1_500).events:
-        pipe.xadd(STREAM, to_entry(event))
+        pipe.xadd(STREAM, replies.to_add(to_entry(event)))
     await pipe.execute()
-    found = await house.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
-    await house.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found[0][1]))
+    found = replies.read(await house.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"}))
+    await house.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found))
     await house.redis.config_set("maxmemory", "100mb")
     await house.says("warn redis", "maxmemory is 0.1 GB: set REDIS_MAX_STREAM_LEN to ")
     await house.is_well(REDIS_MAX_STREAM_LEN="50000")
@@ -197,7 +198,7 @@ async def test_a_group_that_holds_the_stream_back(house: House) -> None:
 async def test_entries_that_were_trimmed(house: House) -> None:
     """Pending ones, and ones that nobody was ever given: what a reader with MAXLEN does."""
     for event in random_history(3, 30).events:
-        await house.redis.xadd(STREAM, to_entry(event))
+        await house.redis.xadd(STREAM, replies.to_add(to_entry(event)))
     await house.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"}, count=10)
     await house.redis.xtrim(STREAM, maxlen=15, approximate=False)
     found = await house.check()
@@ -207,12 +208,12 @@ async def test_entries_that_were_trimmed(house: House) -> None:
 
 
 async def test_pending_entries_that_nobody_works_at(house: House) -> None:
-    await house.redis.xadd(STREAM, to_entry(random_history(1, 1).events[0]))
-    found = await house.redis.xreadgroup(GROUP, "worker-9-p0", {STREAM: ">"})
-    entry_id = found[0][1][0][0]
+    await house.redis.xadd(STREAM, replies.to_add(to_entry(random_history(1, 1).events[0])))
+    found = replies.read(await house.redis.xreadgroup(GROUP, "worker-9-p0", {STREAM: ">"}))
+    [(entry_id, _)] = found
     await house.redis.xclaim(STREAM, GROUP, "worker-9-p0", 0, [entry_id], idle=3_600_000, justid=True)
-    found = await house.check()
-    assert any("since 60 minutes: look at the worker's log" in one for one in found), found
+    said = await house.check()
+    assert any("since 60 minutes: look at the worker's log" in one for one in said), said
 
 
 async def test_nobody_works(house: House) -> None:
@@ -252,7 +253,9 @@ async def test_a_key_that_is_no_stream_and_a_clock_that_nobody_keeps(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time
-    monkeypatch.setattr(checks.time, "time", lambda: now() + 90)  # this machine's clock, against the server's
+    monkeypatch.setattr(
+        "fastworker.commands.check.time.time", lambda: now() + 90
+    )  # this machine's clock, against the server's
     await house.says("warn redis", "s behind this machine's: run NTP on both")
     monkeypatch.undo()
     await house.redis.set("words", "x")
@@ -374,12 +377,12 @@ async def test_settings_of_postgresql(house: House, server_dir: Path, monkeypatc
             await other.close(timeout=10)
         now = time.time
         monkeypatch.setattr("fastworker.store.admin.time.time", lambda: now() - 60)
-        found = " ".join(await house.check(DATABASE_URL=url))
-        assert re.search(r"Its clock is (59|60)\.\d s ahead of this machine's", found)  # an answer takes a while
+        heard = " ".join(await house.check(DATABASE_URL=url))
+        assert re.search(r"Its clock is (59|60)\.\d s ahead of this machine's", heard)  # an answer takes a while
         monkeypatch.undo()
         await owner.execute(rights.sql("worker", "worker"))
-        found = await house.check(DATABASE_URL=url, DB_POOL_SIZE="6")
-        assert not [one for one in found if one.startswith("fail")], "what the worker's own role sees is enough"
+        sentences = await house.check(DATABASE_URL=url, DB_POOL_SIZE="6")
+        assert not [one for one in sentences if one.startswith("fail")], "what the worker's own role sees is enough"
         await owner.execute("ALTER ROLE worker SET default_transaction_read_only = on")
         assert await said("Transactions are read-only by default")
         await owner.close(timeout=10)
@@ -401,7 +404,7 @@ async def test_a_new_servers_settings_are_named_with_what_they_cost(house: House
 
 
 def test_settings_that_fit_are_left_in_peace() -> None:
-    fit = {
+    fit: dict[str, tuple[int | str, str]] = {
         "shared_buffers": ((4 << 30) >> 13, "4GB"),
         "max_wal_size": (8_192, "8GB"),
         "checkpoint_timeout": (900, "15min"),

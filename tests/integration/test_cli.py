@@ -28,6 +28,7 @@ from fastworker.event.entry import decode_entry, received_ms
 from fastworker.event.recording import write_frames
 from fastworker.metrics import READER_METRICS, WORKER_METRICS
 from fastworker.simulator.network import Network
+from tests import replies
 from tests.servers import RedisUnderTest
 from tests.services import Service, get, run, until
 
@@ -171,7 +172,7 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
 ) -> None:
     for number in range(1, 101):
-        client.xadd(STREAM, post(number))
+        client.xadd(STREAM, replies.to_add(post(number)))
     env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "0"}
     worker = services("worker", BATCH_SIZE="10", PARALLEL_CONSUMERS="5", DB_POOL_SIZE="20", **env)
     port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
@@ -253,7 +254,7 @@ def test_a_worker_that_cannot_finish_entries_is_not_ready(
     port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
     until(lambda: get(port, "/readyz")[0] == 200)
     fetch(postgres_url, "ALTER TABLE posts RENAME TO posts_away")
-    client.xadd(STREAM, post(1))
+    client.xadd(STREAM, replies.to_add(post(1)))
     until(lambda: "waits for PostgreSQL" in get(port, "/readyz")[1])
     assert get(port, "/readyz")[0] == 503
     assert run("health", FASTWORKER_HTTP_PORT=str(port)).returncode == 1
@@ -427,7 +428,8 @@ def test_a_future_cursor_ends_the_reader_and_a_gap_is_shown(
     done = run("reader", REDIS_URL=redis_url, RELAY_URL=url, FASTWORKER_HTTP_PORT="off")
     assert done.returncode == 4, done.stderr
     assert "says that the cursor 99999999999 lies in its future" in done.stderr
-    assert "delete firehose:python_cursor" in done.stderr
+    assert "Run `fastworker reader --from live` once" in done.stderr
+    assert "delete" not in done.stderr, "PostgreSQL would give the same cursor again"
     assert "Traceback" not in done.stderr
     assert client.get("firehose:python_cursor") == b"99999999999"
     shown = run("status", REDIS_URL=redis_url).stdout
@@ -446,12 +448,21 @@ def test_the_reader_begins_where_it_is_told(
     reader = services("reader", "--from", "31000000000", **env)
     until(lambda: client.xlen(STREAM) > 20 or reader.process.poll() is not None)
     assert reader.stop() == 0, reader.lines
-    assert int(client.xrange(STREAM)[0][1][b"seq"]) > 31_000_000_000
+    assert int(replies.entries(client.xrange(STREAM))[0][1][b"seq"]) > 31_000_000_000
     assert fetch(postgres_url, "SELECT from_seq, to_seq FROM fastworker.gaps") == [(1, 30_999_999_999)]
     assert run("reader", "--from", "tip", **env).returncode == 2
 
 
 # --- one-shot commands
+
+
+@pytest.mark.parametrize(
+    "words", ["migrate", "export did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "sample", "backfill --status", "repair --recorded"]
+)
+def test_every_command_looks_for_the_servers_of_its_home(tmp_path: Path, words: str) -> None:
+    done = run(*words.split(), FASTWORKER_HOME=str(tmp_path))
+    assert done.returncode == 3, done.stderr
+    assert str(tmp_path) in done.stderr, "it asked there, and nobody answered"
 
 
 def test_settings_of_files(tmp_path: Path, redis_url: str) -> None:
@@ -490,7 +501,7 @@ def test_replay_skips_bad_frames(form: str, tmp_path: Path, client: redis.Redis,
     assert "bad_frame 2" in done.stdout
     assert "ends in the middle of a frame" in done.stderr
     assert client.xlen(STREAM) >= 55
-    for _, fields in client.xrange(STREAM):
+    for _, fields in replies.entries(client.xrange(STREAM)):
         event = decode_entry(fields)  # which is judged by its own time
         told_ms = datetime.fromisoformat(event.time or "").timestamp() * 1000
         assert received_ms("1-0", fields) == pytest.approx(told_ms, abs=1)
@@ -518,16 +529,19 @@ def test_replay_waits_while_the_stream_is_full(
 
 def test_reapply_heals_what_an_old_worker_dropped(client: redis.Redis, redis_url: str, postgres_url: str) -> None:
     half = 1_700_000_000_000
-    ids = [client.xadd(STREAM, post(n), id=f"{half}-{n}" if n < 16 else f"{half + n}-0") for n in range(1, 31)]
+    ids = [
+        replies.text(client.xadd(STREAM, replies.to_add(post(n)), id=f"{half}-{n}" if n < 16 else f"{half + n}-0"))
+        for n in range(1, 31)
+    ]
     client.xgroup_create(STREAM, GROUP, id="0")
     client.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
     client.xack(STREAM, GROUP, *ids)  # and stored nothing
     env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
-    done = run("worker", "--reapply", ids[10].decode(), **env)
+    done = run("worker", "--reapply", ids[10], **env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("20 entries applied again from ")
     assert fetch(postgres_url, "SELECT count(*) FROM posts") == [(20,)]
-    assert run("worker", "--reapply", ids[20].decode(), **env).stdout.startswith("10 entries applied again from ")
+    assert run("worker", "--reapply", ids[20], **env).stdout.startswith("10 entries applied again from ")
     assert run("worker", "--reapply", "0", **env).stdout.startswith("30 entries applied again from 0 ")
     assert fetch(postgres_url, "SELECT count(*), max(uri) FROM posts") == [
         (30, f"at://{DID}/app.bsky.feed.post/3k00000000030")
@@ -539,7 +553,7 @@ def test_reapply_heals_what_an_old_worker_dropped(client: redis.Redis, redis_url
 def test_check_on_good_servers_and_on_one_that_evicts(
     client: redis.Redis, redis_url: str, postgres_url: str, server_dir: Path
 ) -> None:
-    client.xadd(STREAM, post(1))
+    client.xadd(STREAM, replies.to_add(post(1)))
     done = run("check", REDIS_URL=redis_url, DATABASE_URL=postgres_url)
     assert done.returncode == 0, done.stdout
     assert "ok   postgresql: The schema is complete." in done.stdout
@@ -556,7 +570,7 @@ def test_check_on_good_servers_and_on_one_that_evicts(
 
 def test_check_sees_trimmed_pending_and_a_missing_table(client: redis.Redis, redis_url: str, postgres_url: str) -> None:
     for number in range(5):
-        client.xadd(STREAM, post(number + 1))
+        client.xadd(STREAM, replies.to_add(post(number + 1)))
     client.xgroup_create(STREAM, GROUP, id="0")
     client.xreadgroup(GROUP, "worker-0-p0", {STREAM: ">"})
     client.xtrim(STREAM, maxlen=1, approximate=False)
@@ -578,7 +592,7 @@ def letters(client: redis.Redis) -> dict[str, str]:
     frame = next(frame for frame in Network(3).frames(5) if frame.event and frame.event["kind"] == "commit")
     base = {"seq": "7", "origId": "1-0", "deliveries": "3"}
     ours = {"error": "why", "consumer": "python-worker-0", "setAsideAt": "1700000000000"}
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "predecessor": {"type": "commit", "data": post(1)["data"], **base, "deliveries": "10"},
         "json": {"type": "commit", "data": post(2)["data"], **base, "reason": "row_rejected", "form": "json", **ours},
         "native": {"type": "native", "data": b"\xff\x00", **base, "reason": "unknown_format", "form": "native", **ours},
@@ -605,7 +619,7 @@ def letters(client: redis.Redis) -> dict[str, str]:
             "consumer": "reader",
         },
     }
-    return {name: client.xadd(DEAD, fields).decode() for name, fields in found.items()}
+    return {name: replies.text(client.xadd(DEAD, replies.to_add(fields))) for name, fields in found.items()}
 
 
 def test_dlq_list_and_show(letters: dict[str, str], redis_url: str) -> None:
@@ -649,7 +663,7 @@ def test_dead_letters_cannot_speak_to_the_terminal(client: redis.Redis, redis_ur
     """Nor break its table, nor what reads its JSON."""
     evil = "x\n[2026-11-27 00:00:00] [CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:"
     fields = dict.fromkeys(("type", "reason", "error", "consumer", "form", "deliveries", "origId", "seq"), evil)
-    letter_id = client.xadd(DEAD, {**fields, "data": evil, "setAsideAt": "9" * 30}).decode()
+    letter_id = replies.text(client.xadd(DEAD, replies.to_add(fields | {"data": evil, "setAsideAt": "9" * 30})))
     for args in (["list"], ["list", "--json"], ["show", letter_id]):
         done = run("dlq", *args, REDIS_URL=redis_url, COLUMNS="1000")
         said = done.stdout + done.stderr
@@ -666,15 +680,15 @@ def test_dlq_retry_gives_back_what_the_entry_was(letters: dict[str, str], client
     done = run("dlq", "retry", letters["json"], "9-9", REDIS_URL=redis_url)
     assert done.returncode == 1
     assert "9-9: there is no such dead letter" in done.stderr
-    ((_, fields),) = client.xrange(STREAM)
+    ((_, fields),) = replies.entries(client.xrange(STREAM))
     data = post(2)["data"].encode()
     assert list(fields.items()) == [(b"type", b"commit"), (b"data", data), (b"seq", b"7"), (b"at", b"1")]  # of 1-0
     done = run("dlq", "retry", "--all", REDIS_URL=redis_url, FASTWORKER_STREAM_FORMAT="native")
     assert done.returncode == 1
     assert "3 dead letters went back" in done.stdout
     assert letters["broken"] in done.stderr
-    assert [letter_id.decode() for letter_id, _ in client.xrange(DEAD)] == [letters["broken"]]
-    forms = [set(fields) for _, fields in client.xrange(STREAM)][1:]
+    assert [letter_id.decode() for letter_id, _ in replies.entries(client.xrange(DEAD))] == [letters["broken"]]
+    forms = [set(fields) for _, fields in replies.entries(client.xrange(STREAM))][1:]
     assert forms == [{b"type", b"data", b"seq", b"at"}, {b"n", b"at"}, {b"n"}]
 
 
@@ -684,9 +698,9 @@ def test_a_retry_goes_through_the_version_guard_and_the_horizon(
     """Three posts are refused. One is deleted meanwhile, of one the delete was forgotten, one lives."""
     fetch(postgres_url, "ALTER TABLE posts ADD CONSTRAINT poison CHECK (text NOT LIKE '%post%')")
     days = int((time.time() - 30 * 86_400) * 1000)
-    client.xadd(STREAM, post(1), id=f"{days}-1")  # without a time of its own: its id tells
+    client.xadd(STREAM, replies.to_add(post(1)), id=f"{days}-1")  # without a time of its own: its id tells
     for number in (2, 3):
-        client.xadd(STREAM, post(number))
+        client.xadd(STREAM, replies.to_add(post(number)))
     env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "off"}
     worker = services("worker", **env)
     until(lambda: client.xlen(DEAD) == 3)
@@ -702,7 +716,7 @@ def test_a_retry_goes_through_the_version_guard_and_the_horizon(
     until(lambda: client.hget("fastworker:ledger", "committed") == b"2" and client.xlen(DEAD) == 1)
     until(lambda: client.hget("fastworker:ledger", "nothing_to_store") == b"1")
     assert worker.stop() == 0
-    ((_, letter),) = client.xrange(DEAD)
+    ((_, letter),) = replies.entries(client.xrange(DEAD))
     assert letter[b"reason"] == b"older_than_tombstones"
     assert b"3k00000000001" in letter[b"data"]
     assert fetch(postgres_url, "SELECT text FROM posts") == [("post 3",)]

@@ -15,6 +15,7 @@ from fastworker.config import parse_config
 from fastworker.errors import ExitCode, Unreachable
 from fastworker.store.store import Store
 from tests.property.feeding import batch_of, settle
+from tests.replies import read, to_add
 from tests.rig.histories import DIDS, Event, cid_of, number, to_entry
 from tests.servers import counts_reads
 
@@ -50,10 +51,10 @@ class House:
         if not await self.redis.exists(STREAM):
             await self.redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
         for event in events:
-            await self.redis.xadd(STREAM, to_entry(event))
-        found: Any = await self.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"})
+            await self.redis.xadd(STREAM, to_add(to_entry(event)))
+        found = read(await self.redis.xreadgroup(GROUP, "python-worker-0", {STREAM: ">"}))
         if acked:
-            await self.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found[0][1]))
+            await self.redis.xack(STREAM, GROUP, *(entry_id for entry_id, _ in found))
 
     async def store(self, *events: Event) -> None:
         store = await Store.connect(self.url)

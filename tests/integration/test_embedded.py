@@ -72,7 +72,7 @@ def prepare(request: pytest.FixtureRequest) -> Prepare:
 
 
 def owner(
-    server: type, data_dir: Path, *words: str, python: str = sys.executable, path: str | None = None, **popen: object
+    server: type, data_dir: Path, *words: str, python: str = sys.executable, path: str | None = None, **popen: Any
 ) -> tuple[subprocess.Popen[str], int, str]:
     process = subprocess.Popen(
         [python, "-c", OWNER, server.__name__, str(data_dir), *words],
@@ -84,6 +84,7 @@ def owner(
         start_new_session=True,
         **popen,
     )
+    assert process.stdout is not None
     pid, _, url = process.stdout.readline().strip().partition(" ")
     return process, int(pid), url
 
@@ -338,7 +339,7 @@ def test_an_interrupt_while_a_server_is_started_waits_until_it_is_known(
     server = EmbeddedPostgres(server_dir, durable=False)
     started: list[subprocess.Popen[bytes]] = []
 
-    def interrupted(*args: object, **settings: object) -> subprocess.Popen[bytes]:
+    def interrupted(*args: Any, **settings: Any) -> subprocess.Popen[bytes]:
         started.append(popen(*args, **settings))
         signal.raise_signal(signal.SIGINT)
         return started[0]

@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from fastworker.event import Commit, Op
+from fastworker.event import Action, Commit, Op
 from fastworker.event.entry import encode_native
 from fastworker.process.board import Heartbeats
 from fastworker.store.store import Store
@@ -31,7 +31,7 @@ OLD = (NOW - timedelta(days=30)).isoformat(timespec="milliseconds").replace("+00
 NEW = (NOW + timedelta(hours=1)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def commit(action: str, rkey: str, seq: int, time: str, *, rev: bool = True, relay: str = "one") -> Commit:
+def commit(action: Action, rkey: str, seq: int, time: str, *, rev: bool = True, relay: str = "one") -> Commit:
     record = None if action == "delete" else {"$type": "app.bsky.feed.post", "text": "hi", "createdAt": OLD}
     op = Op(action, "app.bsky.feed.post", rkey, None if record is None else "bafyreia", None, record)
     tid = f"3k{seq:011d}".translate(str.maketrans("0189", "2345")) if rev else None
@@ -54,7 +54,7 @@ class Bench:
         pipeline.follow(await self.store.entry_rules())
         before = self.slot.snapshot().acked
         for event in events:
-            at = int(datetime.fromisoformat(event.time).timestamp() * 1000)
+            at = int(datetime.fromisoformat(event.time or "").timestamp() * 1000)
             await self.redis.xadd(KEY, dict(encode_native(event)) | ({b"at": at} if recorded else {}))
         stopping = asyncio.Event()
         task = asyncio.create_task(pipeline.run(stopping))

@@ -19,7 +19,7 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def build(source: Path, out: Path, *words: str) -> None:
 def run(*words: str | Path, code: int = 0, **more: Any) -> str:
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **more)
     assert done.returncode == code, done.stdout
-    return done.stdout
+    return str(done.stdout)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     """The `bin` of an environment with the wheel; the dependencies are those of this one, for want of time."""
     folder = tmp_path_factory.mktemp("environment") / "opt"
     run(sys.executable, "-m", "venv", "--without-pip", folder)
-    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
     run(*pip, "install", "--quiet", "--no-deps", "--no-index", "--no-compile", built[1])
     site = Path(run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     ours = [path for path in sys.path if path.endswith("site-packages")]
@@ -356,7 +356,7 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                 path = f"{installed}:{os.environ['PATH']}"
                 return {**image_environment(), **own, "PATH": path, "HOME": "/nonexistent", "TMPDIR": "/nonexistent"}
 
-            def start(name: str) -> contextmanager[Any]:
+            def start(name: str) -> AbstractContextManager[Any]:
                 words = [*prefix, *entry, *str(file[name]["command"]).split()]
                 return service(words, environments[name])
 

@@ -12,12 +12,13 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.law.compare import Tables, diff, dump, report
 from fastworker.law.model import Model
 from fastworker.process.board import Heartbeats, Slot
 from fastworker.reader import reader as reader_module
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
@@ -25,7 +26,7 @@ from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.keys import GROUP, STREAM, USUAL, Keys
 from fastworker.worker import worker as worker_module
-from fastworker.worker.worker import WorkerSettings, work
+from fastworker.worker.worker import work
 
 MEMBER_MS = 1_000
 
@@ -52,7 +53,7 @@ def last_of(frames: list[SimFrame]) -> int:
 class Process:
     """A worker process, as a task."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: Config) -> None:
         self.slot: Slot = Heartbeats(1)[0]
         self.slot.open("worker-0")
         self.stopping = asyncio.Event()
@@ -73,10 +74,11 @@ class Bench:
     def __init__(self, redis: Redis, redis_url: str, postgres_url: str, pg: asyncpg.Connection[Any]) -> None:
         self.redis = redis
         self.pg = pg
-        self.reader_settings = ReaderSettings(redis_url=redis_url, stream_format="native")
-        self.worker_settings = WorkerSettings(
+        self.settings = Config(
             redis_url=redis_url,
             database_url=postgres_url,
+            stream_format="native",
+            resolve_handles=False,
             consumer_id="w",
             processes=2,
             pool_size=9,
@@ -87,7 +89,7 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def reader(self, relay: SimRelay, **changes: Any) -> AsyncIterator[ReaderStats]:
-        settings = msgspec.structs.replace(self.reader_settings, relay_urls=(relay.url,), **changes)
+        settings = msgspec.structs.replace(self.settings, relay_urls=(relay.url,), **changes)
         stats, stop = ReaderStats(), asyncio.Event()
         task = asyncio.create_task(run_reader(settings, stop, stats=stats))
         try:
@@ -100,7 +102,7 @@ class Bench:
             await asyncio.wait([task])
 
     def start(self, **changes: Any) -> Process:
-        process = Process(msgspec.structs.replace(self.worker_settings, **changes))
+        process = Process(msgspec.structs.replace(self.settings, **changes))
         self.processes.append(process)
         return process
 
@@ -148,7 +150,7 @@ class Bench:
             await asyncio.wait(living, timeout=30)
 
     async def assert_lawful(self, frames: list[SimFrame]) -> None:
-        store = await Store.connect(self.worker_settings.database_url)
+        store = await Store.connect(self.settings.require_database_url("test"))
         try:
             while await store.maintain(owed_age_s=0):
                 pass

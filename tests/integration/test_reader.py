@@ -22,6 +22,7 @@ import uvloop
 from aiohttp import web
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
 from fastworker.process.backoff import Backoff
@@ -30,11 +31,12 @@ from fastworker.reader import reader as reader_module
 from fastworker.reader import relay as relay_module
 from fastworker.reader import start as start_module
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.scripts import script
+from tests import replies
 from tests.rig.proxy import Proxy
 from tests.servers import RedisUnderTest
 
@@ -135,12 +137,12 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-def settings(redis_url: str, *relays: Relay, **more: Any) -> ReaderSettings:
-    return ReaderSettings(redis_url=redis_url, relay_urls=tuple(relay.url for relay in relays), **more)
+def settings(redis_url: str, *relays: Relay, **more: Any) -> Config:
+    return Config(redis_url=redis_url, relay_urls=tuple(relay.url for relay in relays), **more)
 
 
 @asynccontextmanager
-async def reading(config: ReaderSettings, **more: Any) -> AsyncIterator[ReaderStats]:
+async def reading(config: Config, **more: Any) -> AsyncIterator[ReaderStats]:
     """A reader beside the test; its end is waited for, its errors are the test's."""
     stop, stats = asyncio.Event(), ReaderStats()
     task = asyncio.create_task(run_reader(config, stop, stats=stats, **more))
@@ -164,7 +166,7 @@ async def until(true: Callable[[], Any], seconds: float = 30) -> None:
 
 
 async def seqs(redis: Redis) -> list[int]:
-    return [int(fields[b"seq"]) for _, fields in await redis.xrange(STREAM)]
+    return [int(fields[b"seq"]) for _, fields in replies.entries(await redis.xrange(STREAM))]
 
 
 def cursor_is(redis: Redis, seq: int) -> Callable[[], Awaitable[bool]]:
@@ -184,7 +186,7 @@ async def test_frames_reach_the_stream_in_order_and_the_cursor_follows(
     relay.add(*range(1, 1501))
     async with reading(settings(redis_url, relay)) as stats:
         await until(cursor_is(redis, 1500))
-    entries = await redis.xrange(STREAM)
+    entries = replies.entries(await redis.xrange(STREAM))
     assert [list(fields) for _, fields in entries] == [[b"type", b"data", b"seq"]] * 1500
     assert await seqs(redis) == list(range(1, 1501))
     assert await redis.get(USUAL.cursor_of(relay.host)) == b"1500"
@@ -202,7 +204,7 @@ async def test_the_binary_forms(relay: Relay, redis: Redis, redis_url: str, form
     )
     async with reading(settings(redis_url, relay, stream_format=form)):
         await until(cursor_is(redis, 3))
-    entries = await redis.xrange(STREAM)
+    entries = replies.entries(await redis.xrange(STREAM))
     assert [list(fields) for _, fields in entries] == [names] * 3
     if form == "frame":
         assert [fields[b"f"] for _, fields in entries] == [data for _, data in relay.frames]
@@ -266,7 +268,7 @@ async def test_malformed_frames_are_set_aside_and_good_ones_pass(relay: Relay, r
     async with reading(settings(redis_url, relay)) as stats:
         await until(cursor_is(redis, 3))
     assert await seqs(redis) == [1, 3]
-    letters = [fields for _, fields in await redis.xrange("firehose:dead-letters")]
+    letters = [fields for _, fields in replies.entries(await redis.xrange("firehose:dead-letters"))]
     assert [list(letter)[:5] for letter in letters] == [[b"type", b"data", b"seq", b"origId", b"deliveries"]] * 3
     assert base64.b64decode(letters[0][b"data"]) == b"\xff\x00"
     assert [letter[b"reason"] for letter in letters] == [b"bad_frame", b"oversized", b"bad_frame"]
@@ -368,7 +370,7 @@ async def test_a_future_cursor_stops_the_reader_and_leaves_the_cursor(
     with pytest.raises(StoppedItself, match=r"99.*delete firehose:python_cursor"):
         await asyncio.wait_for(run_reader(settings(redis_url, relay), asyncio.Event()), 30)
     assert await redis.get(CURSOR) == b"99"
-    assert json.loads(await redis.get("firehose:status"))["connected"] is False
+    assert json.loads(replies.raw(await redis.get("firehose:status")))["connected"] is False
     assert await redis.exists(USUAL.reader_lease) == 0
 
 
@@ -403,7 +405,7 @@ async def test_one_absurd_seq_is_malformed_and_costs_nothing_else(relay: Relay, 
         await until(cursor_is(redis, 5))
     assert await seqs(redis) == [2, 3, 4, 5]
     assert stats.drops["bad_frame"] == 3
-    letters = [fields[b"error"] for _, fields in await redis.xrange("firehose:dead-letters")]
+    letters = [fields[b"error"] for _, fields in replies.entries(await redis.xrange("firehose:dead-letters"))]
     assert letters[0] == b"seq 4503599627370496 between 2 and 3"
     assert len(letters) == 3
     assert await redis.llen(USUAL.gaps) == 0
@@ -482,7 +484,7 @@ async def test_a_connection_cut_at_any_byte(
     cuts = [*range(0, 500, 4), *(random.Random(4).randrange(500, 20_000) for _ in range(40))]
     async with Proxy((host, int(port))) as proxy:
         proxy.cut_after = cuts.pop(0)
-        config = ReaderSettings(redis_url=redis_url, relay_urls=(f"ws://127.0.0.1:{proxy.port}",))
+        config = Config(redis_url=redis_url, relay_urls=(f"ws://127.0.0.1:{proxy.port}",))
         async with reading(config) as stats:
             async with asyncio.timeout(60):
                 last = 4_000
@@ -507,7 +509,7 @@ async def test_a_killed_readers_last_append_arrives_after_its_death(relay: Relay
         await redis.set(CURSOR, "0")
         relay.add(*range(1, 101))
         async with Proxy(str(server.socket_dir / "redis.sock")) as proxy:
-            config = ReaderSettings(redis_url=f"redis://127.0.0.1:{proxy.port}", relay_urls=(relay.url,))
+            config = Config(redis_url=f"redis://127.0.0.1:{proxy.port}", relay_urls=(relay.url,))
             child = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(config,))
             child.start()
             assert child.pid is not None
@@ -521,7 +523,7 @@ async def test_a_killed_readers_last_append_arrives_after_its_death(relay: Relay
             await asyncio.to_thread(child.join)
             os.kill(pid, signal.SIGCONT)
             await until(lambda: _cursor_beyond(redis, 100))
-        cursor = int(await redis.get(CURSOR))
+        cursor = replies.number(await redis.get(CURSOR))
         assert await seqs(redis) == list(range(1, cursor + 1))
         async with reading(settings(server.url, relay)):
             await until(cursor_is(redis, 200))
@@ -530,7 +532,7 @@ async def test_a_killed_readers_last_append_arrives_after_its_death(relay: Relay
 
 
 async def _cursor_beyond(redis: Redis, seq: int) -> bool:
-    return int(await redis.get(CURSOR)) > seq
+    return replies.number(await redis.get(CURSOR)) > seq
 
 
 async def test_retry_after_is_honoured(relay: Relay, redis: Redis, redis_url: str) -> None:
@@ -718,7 +720,7 @@ async def test_fails_over_to_the_next_relay_with_a_cursor_of_its_own(
     assert relay.asked == [1000, 1002]
     assert await seqs(redis) == [1001, 1002, 8, 9, 1003]
     # Each entry names its sequence space, on a JSON stream, too: the worker records both in fastworker.relays.
-    relays = [decode_entry(fields).relay for _, fields in await redis.xrange(STREAM)]
+    relays = [decode_entry(fields).relay for _, fields in replies.entries(await redis.xrange(STREAM))]
     assert relays == [relay.host, relay.host, other.host, other.host, relay.host]
     assert await redis.get(USUAL.cursor_of(other.host)) == b"9"
     assert await redis.llen(USUAL.gaps) == 0
@@ -769,13 +771,14 @@ async def test_a_full_stream_holds_the_reader_back_and_loses_nothing(
     await redis.set(CURSOR, "0")
     await redis.xgroup_create(STREAM, "firehose-processors", "0", mkstream=True)
     relay.add(*range(1, count + 1))
-    longest, read = 0, []
+    longest = 0
+    read: list[int] = []
     async with reading(settings(redis_url, relay, max_stream_len=limit)) as stats:
         await until(lambda: stats.full)
         while len(read) < count:
             longest = max(longest, await redis.xlen(STREAM))
             answer = await redis.xreadgroup("firehose-processors", "c", {STREAM: ">"}, count=100, block=2000)
-            for id_, fields in answer[0][1] if answer else ():
+            for id_, fields in replies.read(answer):
                 read.append(int(fields[b"seq"]))
                 await redis.xack(STREAM, "firehose-processors", id_)
     assert read == list(range(1, count + 1))
@@ -793,22 +796,22 @@ async def test_what_the_dead_left_at_the_head_of_a_full_stream_is_set_aside(
     await redis.set(CURSOR, "0")
     await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
     relay.add(*range(1, 601))
-    read = []
+    read: list[int] = []
     async with reading(settings(redis_url, relay, max_stream_len=200, abandoned_ms=4_000)) as stats:
         await until(lambda: stats.full)
-        [[_, left]] = await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50)
+        left = replies.read(await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50))
         await redis.xdel(STREAM, left[7][0])
         await asyncio.sleep(0.5)  # the other one outlives it
         taken = len(left)  # 50, or fewer where the first chunk was smaller
         while len(read) < 600 - taken:
             answer = await redis.xreadgroup(GROUP, "python-worker-live", {STREAM: ">"}, count=100, block=500)
-            for id_, fields in answer[0][1] if answer else ():
+            for id_, fields in replies.read(answer):
                 read.append(int(fields[b"seq"]))
                 await redis.xack(STREAM, GROUP, id_)
         await until(lambda: stats.last_seq == 600)
     assert read == list(range(taken + 1, 601))
     del left[7]
-    letters = [fields for _, fields in await redis.xrange("firehose:dead-letters")]
+    letters = [fields for _, fields in replies.entries(await redis.xrange("firehose:dead-letters"))]
     assert [original_fields(letter) for letter in letters] == [fields for _, fields in left]
     assert [letter[b"origId"] for letter in letters] == [id_ for id_, _ in left]
     assert {(one[b"reason"], one[b"consumer"], one[b"deliveries"], one[b"form"]) for one in letters} == {
@@ -834,7 +837,7 @@ async def test_what_is_not_abandoned_stays(relay: Relay, redis: Redis, redis_url
         limits["dead_letter_maxlen"] = 1
     async with reading(settings(redis_url, relay, **limits)) as stats:
         await until(lambda: stats.full)
-        [[_, left]] = await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50)
+        left = replies.read(await redis.xreadgroup(GROUP, "python-worker-dead", {STREAM: ">"}, count=50))
         if why == "a worker of ours adopts":
             await redis.set("fastworker:consumer:python-worker-0", "token")
             await redis.xgroup_createconsumer(STREAM, GROUP, "python-worker-0")
@@ -867,13 +870,13 @@ async def test_an_abandoned_entrys_letter_is_what_a_worker_would_write(
     feed = feed_module.Feed(redis, stream_key=STREAM, cursor_key=CURSOR, max_stream_len=10, group=GROUP)
     worker = WorkerStream(redis, keys=Keys(STREAM, GROUP), group=GROUP)
     worker.name = "live"
-    _, second = [await redis.xadd(STREAM, fields) for _ in range(2)]  # type: ignore[arg-type]
+    _, second = [await redis.xadd(STREAM, replies.to_add(fields)) for _ in range(2)]
     await redis.execute_command("XREADGROUP", "GROUP", GROUP, "dead", "COUNT", 1, "STREAMS", STREAM, ">")
     await asyncio.sleep(0.2)
     await redis.execute_command("XREADGROUP", "GROUP", GROUP, "live", "COUNT", 1, "STREAMS", STREAM, ">")
     assert await feed.set_aside_abandoned(120) == (1, 0)
-    assert await worker.set_aside([SetAside(second.decode(), fields, Reason.ABANDONED, "")], 0) == 1
-    (_, ours), (_, theirs) = await redis.xrange("firehose:dead-letters")
+    assert await worker.set_aside([SetAside(replies.text(second), fields, Reason.ABANDONED, "")], 0) == 1
+    (_, ours), (_, theirs) = replies.entries(await redis.xrange("firehose:dead-letters"))
     its_own = {b"origId", b"error", b"consumer", b"setAsideAt"}
     assert {k: v for k, v in ours.items() if k not in its_own} == {k: v for k, v in theirs.items() if k not in its_own}
     assert ours.keys() == theirs.keys()
@@ -889,11 +892,11 @@ async def test_the_limit_in_bytes(relay: Relay, redis: Redis, redis_url: str) ->
             relay.add(*range(start, start + 500))
             await asyncio.sleep(0.02)
         await until(lambda: stats.full)
-        assert await redis.memory_usage(STREAM) < 600_000
+        assert replies.number(await redis.memory_usage(STREAM)) < 600_000
         seen = 0
         while seen < 20_000:
             answer = await redis.xreadgroup("firehose-processors", "c", {STREAM: ">"}, count=5000, block=3000)
-            ids = [id_ for id_, _ in answer[0][1]]
+            ids = [id_ for id_, _ in replies.read(answer)]
             seen += await redis.xack(STREAM, "firehose-processors", *ids)
     assert stats.last_seq == 20_000
 
@@ -1012,7 +1015,7 @@ LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little]
 async def _read(redis: Redis, count: int) -> set[int]:
     """As a worker whose entries are all stored; the seqs."""
     found = await redis.xreadgroup("firehose-processors", "w-0", {STREAM: ">"}, count=count)
-    entries = found[0][1] if found else []
+    entries = replies.read(found)
     if entries:
         await redis.xack(STREAM, "firehose-processors", *[entry_id for entry_id, _ in entries])
     return {int(fields[b"seq"]) for _, fields in entries}
@@ -1164,14 +1167,16 @@ async def test_sigkill_at_any_moment(relay: Relay, redis: Redis, redis_url: str)
         await until(lambda: not relay.open)
         await redis.delete(USUAL.reader_lease)  # it would run out in five seconds
         async with redis.pipeline(transaction=True) as both:  # its last append may be on its way
-            entries, cursor = await both.xrange(STREAM).get(CURSOR).execute()
-        assert [int(fields[b"seq"]) for _, fields in entries] == list(range(1, int(cursor) + 1))
+            both.xrange(STREAM)
+            both.get(CURSOR)
+            entries, cursor = await both.execute()
+        assert [int(fields[b"seq"]) for _, fields in replies.entries(entries)] == list(range(1, int(cursor) + 1))
     async with reading(config):
         await until(cursor_is(redis, 4000))
     assert await seqs(redis) == list(range(1, 4001))
 
 
-def _run_until_killed(config: ReaderSettings) -> None:
+def _run_until_killed(config: Config) -> None:
     uvloop.run(run_reader(config, asyncio.Event()))
 
 
@@ -1191,7 +1196,7 @@ async def test_stops_within_seconds_while_the_stream_is_full(relay: Relay, redis
 
 async def test_redis_out_of_reach_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "START_S", 0.1)
-    config = ReaderSettings(redis_url="redis://:secret@127.0.0.1:1", relay_urls=("ws://127.0.0.1:1",))
+    config = Config(redis_url="redis://:secret@127.0.0.1:1", relay_urls=("ws://127.0.0.1:1",))
     with pytest.raises(Unreachable, match=r"redis://:\*\*\*@127.0.0.1:1: Redis cannot be reached"):
         await run_reader(config, asyncio.Event())
 
@@ -1226,7 +1231,7 @@ async def test_the_operator_says_where_to_begin(
     """Whatever the cursor says; what is passed over is a gap."""
     if cursor is not None:
         await redis.set(CURSOR, cursor)
-    beginning = asyncio.create_task(start_module.begin_at(settings(redis_url, relay), where, database_url=None))
+    beginning = asyncio.create_task(start_module.begin_at(settings(redis_url, relay), where))
     if where == "live":
         async with asyncio.timeout(60):
             while not relay.open:
@@ -1250,7 +1255,7 @@ async def test_a_start_is_refused_while_another_reader_is_at_work(
     await redis.set("fastworker:reader", "another")
     monkeypatch.setattr(start_module, "LEASE_MS", 0)
     with pytest.raises(ConfigError, match="Another reader is at work"):
-        await start_module.begin_at(settings(redis_url, relay), 1, database_url=None)
+        await start_module.begin_at(settings(redis_url, relay), 1)
     assert await redis.get(CURSOR) == b"7"
 
 
@@ -1272,14 +1277,14 @@ async def test_the_dashboard(relay: Relay, redis: Redis, redis_url: str) -> None
     async with reading(settings(redis_url, relay)):
         await until(cursor_is(redis, 61))
         await until(all_told)
-        status = json.loads(await redis.get("firehose:status"))
+        status = json.loads(replies.raw(await redis.get("firehose:status")))
         assert status == {
             "connected": True,
             "url": f"ws://{relay.host}/xrpc/com.atproto.sync.subscribeRepos",
             "currentCursor": "61",
             "reader": "fastworker",
         }
-        recent = json.loads(await redis.get("firehose:recent_events"))
+        recent = json.loads(replies.raw(await redis.get("firehose:recent_events")))
         assert 0 < await redis.ttl("firehose:recent_events") <= 10
         assert 0 < await redis.ttl("firehose:status") <= 10
         figures = await redis.hgetall(USUAL.reader_stats)
@@ -1289,7 +1294,7 @@ async def test_the_dashboard(relay: Relay, redis: Redis, redis_url: str) -> None
     assert recent[0] == {"type": "#account", "lexicon": "com.atproto.account", "did": DID, "action": "inactive"}
     assert recent[1]["action"] == "\u2192 h60.test"
     assert (figures[b"entries"], figures[b"connected"], figures[b"drop:bad_frame"]) == (b"61", b"1", b"0")
-    assert json.loads(await redis.get("firehose:status"))["connected"] is False
+    assert json.loads(replies.raw(await redis.get("firehose:status")))["connected"] is False
     heard = []
     while (message := await listener.get_message(timeout=2)) is not None:
         if message["type"] == "message":

@@ -27,6 +27,7 @@ from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
 from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, trim_finished
 from fastworker.stream.keys import USUAL
+from tests import replies
 from tests.servers import RedisUnderTest
 
 STREAM, CURSOR = "firehose:events", "firehose:python_cursor"
@@ -124,11 +125,11 @@ async def test_a_command_is_never_sent_twice(redis_url: str) -> None:
     await client.set("n", 0)
     other = connect(redis_url)
     for _ in range(20):
-        sent = asyncio.create_task(client.incr("n"))
+        sent = asyncio.ensure_future(client.incr("n"))
         await asyncio.sleep(0)
         await other.client_kill_filter(_type="normal", skipme=True)
         await asyncio.gather(sent, return_exceptions=True)
-    assert int(await client.get("n")) <= 20
+    assert replies.number(await client.get("n")) <= 20
     await client.aclose()
     await other.aclose()
 
@@ -377,7 +378,7 @@ async def test_a_limit_in_bytes_is_measured_when_trimming(redis: Redis) -> None:
         if not await feed.append(chunk_of(*range(start, start + 100))):
             break
     await feed.trim()
-    assert await redis.memory_usage(STREAM) < 40_000
+    assert replies.number(await redis.memory_usage(STREAM)) < 40_000
     await redis.xtrim(STREAM, maxlen=0)
     await feed.trim()
     assert await feed.append(chunk_of(start))
@@ -429,11 +430,14 @@ async def test_a_cursor_is_never_used_on_another_relay(redis: Redis) -> None:
 
 
 async def fill(redis: Redis, count: int = 10) -> list[bytes]:
-    return [await redis.xadd(STREAM, {"n": number}, id=f"{number}-{number % 3}") for number in range(1, count + 1)]
+    return [
+        replies.raw(await redis.xadd(STREAM, {"n": number}, id=f"{number}-{number % 3}"))
+        for number in range(1, count + 1)
+    ]
 
 
 async def left(redis: Redis) -> list[bytes]:
-    return [id_ for id_, _ in await redis.xrange(STREAM)]
+    return [id_ for id_, _ in replies.entries(await redis.xrange(STREAM))]
 
 
 async def test_without_a_stream_or_a_group_nothing_is_trimmed(redis: Redis) -> None:
@@ -511,16 +515,16 @@ async def test_what_is_kept_yields_to_what_comes(redis: Redis) -> None:
         chunk = chunk_of(*range(start, start + 10))
         while not await feed.append(chunk):
             assert (await feed.trim(make_room=True)).trimmed
-        found = await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"})
-        await redis.xack(STREAM, "firehose-processors", *(entry_id for entry_id, _ in found[0][1]))
+        found = replies.read(await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}))
+        await redis.xack(STREAM, "firehose-processors", *(entry_id for entry_id, _ in found))
         assert await redis.xlen(STREAM) >= 10
     await feed.append(chunk_of(*range(101, 111)))
-    found = await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
+    await redis.xreadgroup("firehose-processors", "a", {STREAM: ">"}, noack=True)
     assert (await redis.xlen(STREAM), (await feed.trim()).trimmed, await redis.xlen(STREAM)) == (20, 2, 18)
-    found = await redis.xrange(STREAM)
+    found = replies.entries(await redis.xrange(STREAM))
     await redis.xgroup_create(STREAM, "slow", "0")
     assert (await feed.trim(make_room=True)).trimmed == 0, "what a group has not finished never goes"
-    assert await redis.xrange(STREAM) == found
+    assert replies.entries(await redis.xrange(STREAM)) == found
 
 
 async def test_errors_are_translated_around_the_scripts(redis: Redis) -> None:

@@ -15,6 +15,7 @@ import redis as sync_redis
 from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.event import Account, Commit, Identity, Sync
 from fastworker.event.entry import encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.law import compare
@@ -25,6 +26,7 @@ from fastworker.simulator.repo import SimFrame
 from fastworker.sync import many
 from fastworker.sync.hosts import Bounds, Hosts
 from tests.integration.test_settle import comparable, may_be_lost
+from tests.replies import raw, to_add
 from tests.services import Service
 
 STREAM, GROUP, CURSOR = "firehose:events", "firehose-processors", "firehose:python_cursor"
@@ -52,8 +54,9 @@ class Scene:
 
     def _append(self, frame: SimFrame, *, lost: bool) -> str:
         event = decode_frame(frame.data, "sim.test")
-        fields = [("dropped", "1")] if lost else encode_native(event)  # type: ignore[arg-type]
-        entry_id: bytes = self.client.xadd(STREAM, dict(fields))  # type: ignore[arg-type]
+        assert isinstance(event, Commit | Identity | Account | Sync)
+        fields = {b"dropped": b"1"} if lost else dict(encode_native(event))
+        entry_id = raw(self.client.xadd(STREAM, to_add(fields)))
         if lost:
             self.lost += 1
             self.client.xdel(STREAM, entry_id)
@@ -68,7 +71,7 @@ class Scene:
     async def finished(self) -> None:
         async with asyncio.timeout(60):
             while True:
-                group: dict[str, Any] = self.client.xinfo_groups(STREAM)[0]  # type: ignore[index]
+                group: dict[str, Any] = self.client.xinfo_groups(STREAM)[0]
                 if not group["pending"] and not self.client.xrange(STREAM, b"(" + group["last-delivered-id"], count=1):
                     return
                 await asyncio.sleep(0.1)

@@ -312,10 +312,10 @@ async def test_contested_handles_with_and_without_verification(postgres_url: str
         order = [*steps, *r.sample(steps, 3)]
         r.shuffle(order)
         checks = [(r.randrange(len(order)), r.choice(dids), r.choice(["one.test", "two.test"])) for _ in range(3)]
-        for at, step in enumerate(order):
+        for turn, step in enumerate(order):
             await mark(store, (step[0], step[1], step[2] + 1))
             for n, (when, did, handle) in enumerate(checks):
-                if when == at and (did in {s[0] for s in order[: at + 1]}):
+                if when == turn and (did in {s[0] for s in order[: turn + 1]}):
                     seen = NOW + timedelta(minutes=2 * n, seconds=30)
                     await pg.execute("UPDATE fastworker.identities SET resolve_pending = true, marked_at = now()")
                     mark_of = await pg.fetchval("SELECT marked_at FROM fastworker.identities WHERE did = $1", did)
@@ -451,7 +451,7 @@ async def test_redirects_end(world: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_failing_host_is_left_alone_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(identity.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("fastworker.sync.identity.time.monotonic", lambda: now[0])
     breaker = Breaker()
     for _ in range(identity.FAILURES_MAX):
         breaker.check("a.test")

@@ -27,7 +27,7 @@ async def test_differences_are_found_and_repaired(
     worker: Service,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     monkeypatch.setattr(sampling, "AGAIN_S", 0.1)
     with pytest.raises(Unreachable, match="no account"):
         await sampled(scene, capsys)

@@ -17,12 +17,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import asyncpg
 import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode
 from fastworker.event import Event
@@ -35,7 +37,8 @@ from fastworker.stream.client import connect
 from fastworker.stream.keys import USUAL
 from fastworker.worker import held, suspects
 from fastworker.worker.suspects import QUIET_DEATHS_MAX, Record, Suspects, like_it, say_trying
-from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
+from fastworker.worker.worker import shrunk, worker_child
+from tests import replies
 
 ROOT = Path(__file__).parents[2]
 KEY, GROUP = "firehose:events", "firehose-processors"
@@ -64,18 +67,18 @@ def out_of_memory(fields: dict[bytes, bytes]) -> Event:
 
 def main() -> int:
     setup_logging("INFO", "human")
-    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
+    settings = msgspec.json.decode(sys.argv[1], type=Config)
     worker = worker_child(settings)
     match sys.argv[2:]:
         case ["slow"]:
             worker = msgspec.structs.replace(worker, target=partial(slowly, worker.target))
         case ["deadly"]:
-            held.decode_entry = deadly
+            patch("fastworker.worker.held.decode_entry", deadly).start()
         case ["deadly-quiet"]:
-            held.decode_entry = deadly
+            patch("fastworker.worker.held.decode_entry", deadly).start()
             suspects.PATIENCE_MS = (300, 300)
         case ["outage"]:
-            held.decode_entry = out_of_memory
+            patch("fastworker.worker.held.decode_entry", out_of_memory).start()
     children.BACKOFF_S = (0.1, 0.2) if len(sys.argv) > 2 else children.BACKOFF_S
     return Supervisor([worker], Heartbeats(8)).run()
 
@@ -89,17 +92,18 @@ class Bench:
 
     def __init__(self, redis: Redis, redis_url: str, postgres_url: str) -> None:
         self.redis = redis
-        self.settings = WorkerSettings(
+        self.settings = Config(
             redis_url=redis_url,
             database_url=postgres_url,
             consumer_id="w",
+            resolve_handles=False,
             batch_size=10,
             lease_ms=1_500,
             scan_s=0.3,
             processes=2,
             pipelines=2,
         )
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str]
         self.seq = 0
         self.outage = Path("/nonexistent")
         self.likes = self.deletes = 0
@@ -118,6 +122,7 @@ class Bench:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        assert self.process.stdout is not None
         self.process.stdout.close()
 
     def stop(self, expected: int = 0) -> str:
@@ -163,10 +168,10 @@ class Bench:
             await asyncio.sleep(0.02)
 
     async def ledger(self) -> dict[str, int]:
-        return {name.decode(): int(value) for name, value in (await self.redis.hgetall(USUAL.ledger)).items()}
+        return replies.counts(await self.redis.hgetall(USUAL.ledger))
 
     async def pending(self) -> int:
-        return (await self.redis.xpending(KEY, GROUP))["pending"]
+        return replies.number((await self.redis.xpending(KEY, GROUP))["pending"])
 
     async def settled(self) -> bool:
         return sum((await self.ledger()).values()) == await self.redis.xlen(KEY)
@@ -274,7 +279,7 @@ async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench: 
 
     async def is_over() -> bool:
         await bench.add(5)
-        return await bench.redis.xlen("firehose:dead-letters") > 0
+        return replies.number(await bench.redis.xlen("firehose:dead-letters")) > 0
 
     await bench.until(is_over, 60)
     await bench.until(bench.settled_less_drops)
@@ -286,7 +291,7 @@ async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench: 
     assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes
 
 
-async def test_an_entry_that_kills_on_a_quiet_stream_is_set_aside_too(bench, pg):
+async def test_an_entry_that_kills_on_a_quiet_stream_is_set_aside_too(bench: Any, pg: asyncpg.Connection) -> None:
     """There are not enough others to learn from: what a process did before and without it is the control."""
     await bench.add(7)
     await bench.redis.xadd(KEY, {"type": "commit", "data": "DEADLY", "seq": "1"})
@@ -304,7 +309,9 @@ async def test_an_entry_that_kills_on_a_quiet_stream_is_set_aside_too(bench, pg)
 @pytest.mark.parametrize(
     ("lived_ms", "with_it_ms", "counts"), [(1_900, 1, 0), (2_100, 1, 1), (9_000, 3_000, 0), (50_000, 11_000, 1)]
 )
-def test_a_death_on_a_quiet_stream_counts_after_a_life_that_was_long_enough(lived_ms, with_it_ms, counts):
+def test_a_death_on_a_quiet_stream_counts_after_a_life_that_was_long_enough(
+    lived_ms: int, with_it_ms: int, counts: int
+) -> None:
     known, slot = Suspects(), Heartbeats(1)[0]
     say_trying(slot, ["7-1"], with_control=False)
     now = now_ms()
@@ -313,7 +320,7 @@ def test_a_death_on_a_quiet_stream_counts_after_a_life_that_was_long_enough(live
     assert known.records(["7-1", "8-1"]) == {"7-1": Record(deaths=1, alone=0, quiet=counts)}
 
 
-def test_the_control_of_a_quiet_stream_is_as_large_as_what_killed():
+def test_the_control_of_a_quiet_stream_is_as_large_as_what_killed() -> None:
     fields = like_it({b"type": b"commit", b"data": b"x" * 1_000_000})
     assert 1_000_000 < sum(map(len, fields.values())) < 1_001_000
     one = held.Held()
@@ -321,7 +328,9 @@ def test_the_control_of_a_quiet_stream_is_as_large_as_what_killed():
     assert not one.rejected
 
 
-async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_path):
+async def test_a_machine_that_kills_at_random_empties_no_stream(
+    bench: Any, pg: asyncpg.Connection, tmp_path: Path
+) -> None:
     bench.outage = tmp_path / "outage"
     bench.outage.touch()
     await bench.add(300)
@@ -337,7 +346,7 @@ async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_p
 
     async def is_well() -> bool:
         await bench.add(5)
-        return (await bench.ledger()).get("committed", 0) > 300
+        return replies.number((await bench.ledger()).get("committed", 0)) > 300
 
     await bench.until(is_well)
     await bench.until(bench.settled)
@@ -351,13 +360,14 @@ async def test_a_machine_that_kills_at_random_empties_no_stream(bench, pg, tmp_p
 async def claim_as_the_old_worker_does(redis: Redis, idle_ms: int) -> None:
     """One round of the TypeScript worker."""
     for one in await redis.xpending_range(KEY, GROUP, "-", "+", 100):
-        if one["time_since_delivered"] <= idle_ms:
+        if replies.number(one["time_since_delivered"]) <= idle_ms:
             continue
         entry_id = one["message_id"]
-        if one["times_delivered"] >= 10:
-            for _, fields in await redis.xrange(KEY, entry_id, entry_id):
-                more = {"origId": entry_id, "deliveries": one["times_delivered"]}
-                await redis.xadd("firehose:dead-letters", {**fields, **more})
+        deliveries = replies.number(one["times_delivered"])
+        if deliveries >= 10:
+            for _, fields in replies.entries(await redis.xrange(KEY, entry_id, entry_id)):
+                letter = {**fields, b"origId": replies.raw(entry_id), b"deliveries": b"%d" % deliveries}
+                await redis.xadd("firehose:dead-letters", replies.to_add(letter))
             await redis.xack(KEY, GROUP, entry_id)
         else:
             await redis.xclaim(KEY, GROUP, "worker-0-p0", idle_ms, [entry_id])
@@ -510,7 +520,7 @@ async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench: Any, whi
 
 
 def test_pipelines_shrink_to_the_connections() -> None:
-    settings = WorkerSettings(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
+    settings = Config(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
     fits = shrunk(settings)
     assert (fits.processes, fits.pipelines) == (4, 4)
     fits = shrunk(msgspec.structs.replace(settings, pool_size=1))
@@ -523,7 +533,7 @@ def children_of(pid: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-async def pending_entries(redis: Redis) -> list[dict]:
+async def pending_entries(redis: Redis) -> list[dict[str, Any]]:
     return await redis.xpending_range(KEY, GROUP, "-", "+", 100_000)
 
 

@@ -21,7 +21,8 @@ from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.errors import ConfigError, ExitCode, Unreachable
 from fastworker.event import Account, Commit, Op
 from fastworker.law import compare
-from fastworker.law.model import Model
+from fastworker.law.model import Model, tid_time
+from fastworker.store.audit import first_tid
 from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
@@ -678,3 +679,24 @@ async def test_what_only_postgresql_can_hold_is_no_obstacle(
     assert await pg.fetchval("SELECT count(*) FROM likes") == 0
     code, drift = await told(postgres_url, capsys, VerifyOptions(as_json=True))
     assert (code, drift) == (ExitCode.DONE, {})
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        datetime(1969, 12, 31, tzinfo=UTC),
+        datetime(1970, 1, 1, tzinfo=UTC),
+        datetime(2024, 2, 29, 23, 59, 59, 999_999, tzinfo=UTC),
+        datetime(2026, 11, 29, 12, 34, 56, 789_012, tzinfo=UTC),
+        datetime(2199, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+        datetime(2300, 1, 1, tzinfo=UTC),
+    ],
+    ids=lambda moment: f"{moment:%Y-%m-%d}",
+)
+async def test_the_first_tid_of_a_moment_is_said_twice_and_the_same(moment: datetime, pg: asyncpg.Connection) -> None:
+    """What a deleted account beats when several relays are known: the writer's words, and those of verify."""
+    row = await pg.fetchrow(f"SELECT {first_tid('$1::timestamptz')}, fastworker.tid($1)", moment)
+    assert row is not None
+    assert row[0] == row[1]
+    nearest = min(max(moment, datetime(1970, 1, 1, tzinfo=UTC)), datetime(2200, 1, 1, tzinfo=UTC))
+    assert tid_time(row[0]) == nearest.replace(tzinfo=None)

@@ -153,8 +153,9 @@ def put(batch: Batch, event: dict[str, Any]) -> None:
     at = datetime.fromisoformat(event["time"])
     if event["kind"] == "commit":
         ops = [
-            Op(op["action"], *op["path"].split("/", 1), cid=op.get("cid"), record=op.get("record"))
+            Op(op["action"], collection, rkey, op.get("cid"), None, op.get("record"))
             for op in event["ops"]
+            for collection, _, rkey in [op["path"].partition("/")]
         ]
         batch.put(map_commit(Commit(event["seq"], event["repo"], event["rev"], event["time"], ops, []), 1))
     elif event["kind"] == "identity":
@@ -218,7 +219,12 @@ async def test_the_ends_of_time_survive_a_move(time: str, postgres_url: str, pg:
             "subject": {"uri": "at://did:plc:b/app.bsky.feed.post/p", "cid": cid_of("p")},
             "createdAt": time,
         }
-        op = {"action": action, "path": f"app.bsky.feed.like/{name}", "cid": cid_of(record), "record": record}
+        op: dict[str, Any] = {
+            "action": action,
+            "path": f"app.bsky.feed.like/{name}",
+            "cid": cid_of(record),
+            "record": record,
+        }
         if action == "delete":
             op |= {"cid": None}
             del op["record"]

@@ -63,6 +63,7 @@ RACES = "tests/property/test_interleavings.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
+OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 FAULTS = "tests/faults/test_postgres_faults.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
@@ -140,6 +141,8 @@ MUTANTS = [
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "pass"),
+    _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], "")'),
+    _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
@@ -171,7 +174,7 @@ def _place(text: str, mark: str, file: str) -> tuple[int, int]:
         raise ValueError(f"{file} has {len(found)} comments `mutant: {mark}`, not one")
     lines = text.splitlines(keepends=True)
     first = text.count("\n", 0, found[0])
-    last = first if file.endswith(".sql") else _last_line(text, first + 1) - 1
+    last = first if file.endswith((".sql", ".lua")) else _last_line(text, first + 1) - 1
     start = sum(map(len, lines[:first]))
     return start, start + sum(map(len, lines[first : last + 1]))
 

@@ -33,6 +33,7 @@ from fastworker.table.dates import parse_date
 from fastworker.table.derive import Effects
 from fastworker.table.mapper import map_commit
 from fastworker.worker import pipeline, turn
+from fastworker.worker.limits import DeadLetterLimit
 
 REPO = "did:plc:" + "a" * 24
 POST = f"at://{REPO}/app.bsky.feed.post/3kabcdefghij2"
@@ -253,11 +254,15 @@ def assert_linear(make: Callable[[int], Callable[[], object]], small: int = SMAL
     )
 
 
+def _work_in(slot: tuple[str, str, Any], name: str, form: str, n: int) -> Callable[[], object]:
+    return partial(_work, _op(slot, VALUES[name](n), form))
+
+
 @pytest.mark.parametrize("form", ["cbor", "json"])
 @pytest.mark.parametrize("name", VALUES)
 def test_no_member_of_a_record_costs_more_than_its_bytes(name: str, form: str) -> None:
     for slot in SLOTS:
-        assert_linear(lambda n, slot=slot: partial(_work, _op(slot, VALUES[name](n), form)))
+        assert_linear(partial(_work_in, slot, name, form))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -290,7 +295,12 @@ def test_no_json_entry_costs_more_than_its_bytes(name: str) -> None:
 def test_few_searches_of_a_block_for_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted: how often the block is searched through does not depend on how many byte strings it has."""
     made: list[bytes] = []
-    monkeypatch.setattr(event_record, "_byte_string", lambda content: made.append(content) or b"\0nowhere")
+
+    def searched(content: bytes) -> bytes:
+        made.append(content)
+        return b"\0nowhere"
+
+    monkeypatch.setattr(event_record, "_byte_string", searched)
     for count in (100, 10_000):
         made.clear()
         op = Op("create", "com.example.thing", "self", CID, _cbor({"a": _numbered(4 * count, 3)}))
@@ -307,11 +317,14 @@ def test_no_block_is_hashed_often(monkeypatch: pytest.MonkeyPatch) -> None:
             for number in range(100)
         ]
     )
+
+    def judged(verdict: bool, _: object, block: bytes) -> bool:
+        hashed.append(len(block))
+        return verdict
+
     for verdict in (True, False):
         hashed.clear()
-        monkeypatch.setattr(
-            "fastworker.event.frame.is_block_of", lambda _, block, v=verdict: hashed.append(len(block)) or v
-        )
+        monkeypatch.setattr("fastworker.event.frame.is_block_of", partial(judged, verdict))
         decode_frame(frame.data)
         assert 0 < sum(hashed) <= 2_000_000
         assert verdict or len(hashed) == 1
@@ -324,7 +337,7 @@ async def test_the_loop_has_its_turn_after_a_heavy_entry(monkeypatch: pytest.Mon
     entries = [(f"1-{number}", {b"type": b"commit", b"data": data, b"seq": b"7"}) for number in range(20)]
     slot = Heartbeats(1)[0]
     no: Any = None
-    one = pipeline.Pipeline(no, Mock(), no, slot, limits=Limits(), dead_letters=pipeline.DeadLetterLimit())
+    one = pipeline.Pipeline(no, Mock(), no, slot, limits=Limits(), dead_letters=DeadLetterLimit())
     turns = 0
 
     async def beat() -> None:

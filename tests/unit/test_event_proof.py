@@ -16,9 +16,9 @@ from fastworker.event import proof
 from fastworker.event.proof import Flaw, Unproved, Verdict
 from fastworker.event.recording import FramesFile
 from fastworker.simulator import mst
-from fastworker.simulator.cbor import cid_bytes, cid_of, text
+from fastworker.simulator.cbor import LINK, cid_bytes, cid_of, text
 from fastworker.simulator.keys import Curve, SigningKey
-from fastworker.simulator.repo import LINK, Clock, Repo, Write, car_bytes, commit_block, read_car
+from fastworker.simulator.repo import Clock, Repo, Write, car_bytes, commit_block, read_car
 from fastworker.sync.keys import key_of, multikey_of
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"

@@ -24,6 +24,9 @@ class Quiet:
     def status_json(self) -> bytes:
         return b'{"dead_letters": []}'
 
+    def history_json(self) -> bytes:
+        return b"{}"
+
 
 @pytest.mark.parametrize(
     ("host", "ours"),

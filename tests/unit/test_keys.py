@@ -6,7 +6,7 @@ import inspect
 import re
 from importlib import resources
 
-from fastworker.stream import admin, consumer, database, feed, members
+from fastworker.stream import admin, consumer, database, feed, members, skipped
 from fastworker.stream.keys import USUAL, Keys, stream_of
 from fastworker.stream.scripts import script
 
@@ -32,6 +32,7 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:database",
         "fastworker:finished",
         "fastworker:gaps",
+        "fastworker:given",
         "fastworker:go-back",
         "fastworker:held",
         "fastworker:ledger",
@@ -41,11 +42,13 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:partitions",
         "fastworker:reader",
         "fastworker:reader:stats",
+        "fastworker:reads",
         "fastworker:relay",
         "fastworker:relays",
         "fastworker:repairs",
         "fastworker:status:worker",
         "fastworker:tail",
+        "fastworker:tellers",
     }
     assert stream_of("firehose:python_cursor") == "fastworker:stream-of:firehose:python_cursor"
 
@@ -65,16 +68,8 @@ def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
     second = Keys(partition=1)
     assert second.stream == "firehose:events:1"
     own = {
-        "stream",
-        "partition",
-        "_consumer_lease",
-        "consumers",
-        "held",
-        "database",
-        "recreate_lock",
-        "tail",
-        "marks",
-        "finished",
+        *["stream", "partition", "_consumer_lease", "consumers", "held", "given", "reads", "tellers", "database", "recreate_lock"],
+        *["tail", "marks", "finished"],
     }
     assert {name for name in vars(second) if vars(second)[name] != vars(USUAL)[name]} == own
     other = Keys("staging:events", "mine", 2)
@@ -83,7 +78,8 @@ def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
 
 
 def test_every_script_is_used_and_whole() -> None:
-    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed, members))))
+    modules = (admin, consumer, database, feed, members, skipped)
+    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, modules)))
     included = {
         name
         for one in resources.files("fastworker.stream").joinpath("lua").iterdir()

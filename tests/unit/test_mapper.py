@@ -452,7 +452,7 @@ def test_one_bad_record_never_costs_the_commit() -> None:
 def test_a_commit_of_too_many_values_costs_only_the_records_that_hold_them(form: str) -> None:
     """Two million empty arrays fit a commit, and would take ten seconds: the loop has no turn meanwhile."""
     many: list[list[Any]] = [[] for _ in range(60_000)]
-    records = [{"a": many}, {"a": many}, {"a": 1}, {"a": many * 2}, {"a": many[:39_000]}]
+    records: list[dict[str, Any]] = [{"a": many}, {"a": many}, {"a": 1}, {"a": many * 2}, {"a": many[:39_000]}]
     ops = [
         create("com.example.thing", {"$type": "com.example.thing", **record}, f"r{n}")
         for n, record in enumerate(records)
@@ -464,7 +464,9 @@ def test_a_commit_of_too_many_values_costs_only_the_records_that_hold_them(form:
             *[Op(op.action, op.collection, op.rkey, op.cid, block) for op, block in zip(ops, blocks, strict=True)]
         )
     fields = dict((encode_native if form == "block" else encode_json)(event) or ())
-    result = map_commit(decode_entry(fields), ENTRY_MS)
+    decoded = decode_entry(fields)
+    assert isinstance(decoded, Commit)
+    result = map_commit(decoded, ENTRY_MS)
     assert [change.rkey for change in result.changes] == ["r0", "r2", "r4"]
     assert [drop.reason for drop in result.drops] == [Reason.OVERSIZED] * 2
 

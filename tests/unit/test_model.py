@@ -57,7 +57,7 @@ def reply_to(parent: str, root: str | None = None) -> dict[str, Any]:
     return {"parent": {"uri": parent, "cid": "p"}, "root": {"uri": root or parent, "cid": "r"}}
 
 
-def quoting(uri: str) -> dict[str, Any]:
+def quoting(uri: object) -> dict[str, Any]:
     return {"$type": "app.bsky.embed.record", "record": {"uri": uri, "cid": "q"}}
 
 
@@ -483,7 +483,7 @@ def test_only_the_owner_puts_people_on_a_list_before_or_after_it_exists() -> Non
 
 
 def test_a_record_of_another_type_is_dropped() -> None:
-    spoof = put("app.bsky.feed.post/1", **{"$type": "app.bsky.feed.like", "subject": {"uri": POST}})
+    spoof = put("app.bsky.feed.post/1", "cid1", **{"$type": "app.bsky.feed.like", "subject": {"uri": POST}})
     assert reasons(commit(1, B, spoof)) == ["type_mismatch"]
     assert len(tables(commit(1, B, post(**{"$type": "app.bsky.feed.post"})))["posts"]) == 1
 
@@ -729,7 +729,7 @@ def test_nul_and_lone_surrogates_are_cleaned_everywhere_also_in_keys() -> None:
             1,
             A,
             post(text="a\x00b\ud800c", tags=["x\x00"]),
-            put("com.example.x/1", **{"k\x00": ["v\udc00", {"\x00": 1}]}),
+            put("com.example.x/1", "cid1", **{"k\x00": ["v\udc00", {"\x00": 1}]}),
         )
     )
     assert (only(found["posts"])["text"], only(found["posts"])["tags"]) == ("abc", ["x"])

@@ -20,9 +20,16 @@ from fastworker.simulator.adversary import ADVERSARIAL, COLLECTIONS
 from fastworker.simulator.cbor import DAG_CBOR, cid_bytes, cid_text, decode, encode
 from fastworker.simulator.hostile import good_likes
 from fastworker.simulator.network import Block, Clock, LiveClock, Lost, Network, Repo, SimFrame, hostile_frames
+from fastworker.simulator.production import Production
 from fastworker.simulator.repo import START_SEQ, error_frame, read_car, read_tree, tid
 
 MIXES = ("production", "surge", "adversarial")
+
+
+def told(frame: SimFrame) -> dict[str, Any]:
+    """What is known of a frame that is no error."""
+    assert frame.event is not None
+    return frame.event
 
 
 def message(frame: SimFrame) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,7 +69,8 @@ def load(blocks: dict[bytes, bytes], cid: bytes, layer: int | None = None) -> ms
         node = mst.Node(layer or 0, (), (None,))
     else:
         raw = decode(blocks[cid])
-        entries, subtrees, key = (), [raw["l"]], b""
+        entries: tuple[mst.Entry, ...] = ()
+        subtrees, key = [raw["l"]], b""
         for entry in raw["e"]:
             previous, key = key, key[: entry["p"]] + libipld.decode_dag_cbor(encode(entry["k"]))
             entries += (mst._entry(previous, key, cid_bytes(entry["v"]["$link"])),)
@@ -141,6 +149,7 @@ def test_repositories_are_true_chains(mix: Any) -> None:
         event = frame.event
         if event is None or event["kind"] not in {"commit", "sync"} or frame.seq in seen:
             continue
+        assert frame.seq is not None
         seen.add(frame.seq)
         _, payload = message(frame)
         blocks = blocks_of(payload["blocks"])
@@ -179,9 +188,9 @@ def test_a_repository_holds_exactly_its_live_records() -> None:
     network = Network(9, accounts=5)
     held: dict[str, dict[str, str]] = {}
     for frame in network.frames(1_500):
-        if frame.event["kind"] == "commit":
-            records = held.setdefault(frame.event["repo"], {})
-            for op in frame.event["ops"]:
+        if told(frame)["kind"] == "commit":
+            records = held.setdefault(told(frame)["repo"], {})
+            for op in told(frame)["ops"]:
                 if op["action"] == "delete":
                     del records[op["path"]]
                 else:
@@ -194,22 +203,26 @@ def test_a_repository_holds_exactly_its_live_records() -> None:
         stack = [account.repo.root]
         while stack:
             node = stack.pop()
-            whole[node.cid] = node.encode()
+            cid = node.cid
+            assert cid is not None
+            whole[cid] = node.encode()
             stack += [below for below in node.subtrees if below is not None]
         assert {p: cid_text(c) for p, c in read_tree(whole, root)} == held.get(account.did, {})
 
 
 def test_production_has_the_measured_shares() -> None:
-    ops, kinds, total = Counter(), Counter(), 0
+    ops: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    total = 0
     sizes: dict[str, list[int]] = {}
     posts: Counter[str] = Counter()
     authors = []
     for frame in Network(11).frames(8_000):
-        kinds[frame.event["kind"]] += 1
-        if frame.event["kind"] != "commit":
+        kinds[told(frame)["kind"]] += 1
+        if told(frame)["kind"] != "commit":
             continue
-        authors.append(frame.event["repo"])
-        for op in frame.event["ops"]:
+        authors.append(told(frame)["repo"])
+        for op in told(frame)["ops"]:
             total += 1
             collection = op["path"].split("/")[0]
             ops[op["action"]] += 1
@@ -239,7 +252,7 @@ def test_production_has_the_measured_shares() -> None:
 def test_surge_is_the_follow_wave() -> None:
     ops: Counter[str] = Counter()
     for frame in Network(11, mix="surge").frames(4_000):
-        ops.update(op["path"].split("/")[0] for op in frame.event.get("ops", ()) if op["action"] == "create")
+        ops.update(op["path"].split("/")[0] for op in told(frame).get("ops", ()) if op["action"] == "create")
     assert abs(ops["app.bsky.graph.follow"] / ops.total() - 0.333) < 0.03
     assert abs(ops["app.bsky.feed.like"] / ops.total() - 0.473) < 0.03
 
@@ -254,7 +267,7 @@ def test_history_makes_the_proofs_of_large_repositories() -> None:
 
 def sized(network: Network, count: int) -> Any:
     for frame in network.frames(count):
-        if frame.event["kind"] == "commit" and len(frame.event["ops"]) == 1:
+        if told(frame)["kind"] == "commit" and len(told(frame)["ops"]) == 1:
             yield frame, next(commits([frame]))
 
 
@@ -324,7 +337,7 @@ def test_pairs_have_twins_and_lose_either() -> None:
     twins = lost = 0
     for frame in Network(1, mix="adversarial", weights={"odd": 0}).frames(4_000):
         for op in (frame.event or {}).get("ops", ()):
-            uri = f"{frame.event['repo']}/{op['path']}"
+            uri = f"{told(frame)['repo']}/{op['path']}"
             if "app.bsky.feed.like" not in op["path"] or op["action"] != "create" or "record" not in op:
                 for pair in likes.values():
                     lost += op["action"] == "delete" and len(pair) > 1 and uri in pair
@@ -332,7 +345,7 @@ def test_pairs_have_twins_and_lose_either() -> None:
                 continue
             if "subject" not in op["record"]:
                 continue  # a block that is read leniently
-            pair = likes.setdefault((frame.event["repo"], op["record"]["subject"]["uri"]), set())
+            pair = likes.setdefault((told(frame)["repo"], op["record"]["subject"]["uri"]), set())
             pair.add(uri)
             twins += len(pair) > 1
     assert twins > 20
@@ -342,7 +355,7 @@ def test_pairs_have_twins_and_lose_either() -> None:
 def test_weights_switch_moves_off_and_typos_are_refused() -> None:
     quiet = dict.fromkeys(ADVERSARIAL, 0) | {"create": 1}
     frames = list(Network(1, mix="adversarial", weights=quiet).frames(300))
-    assert {op["action"] for frame in frames for op in frame.event["ops"]} == {"create"}
+    assert {op["action"] for frame in frames for op in told(frame)["ops"]} == {"create"}
     with pytest.raises(ValueError, match="updaet"):
         Network(1, mix="adversarial", weights={"updaet": 1})
 
@@ -368,7 +381,7 @@ def test_frames_made_by_hand() -> None:
     assert lost["cid"] not in blocks
     assert blocks[other["cid"]] == b"\xa0"
     assert blocks[bad["cid"]] == b"\xff"
-    assert ["record" in op for op in second.event["ops"]] == [True, False, False, False]
+    assert ["record" in op for op in told(second)["ops"]] == [True, False, False, False]
     _, payload = message(third)
     assert payload["ops"][0] | {"prev": b""} == {
         "action": "delete",
@@ -376,7 +389,7 @@ def test_frames_made_by_hand() -> None:
         "cid": None,
         "prev": b"",
     }
-    assert payload["since"] == second.event["rev"]
+    assert payload["since"] == told(second)["rev"]
 
 
 def test_a_clean_car_is_read_back() -> None:
@@ -402,7 +415,7 @@ def test_tids_sort_as_time_does() -> None:
 def test_time_and_seq_only_go_forward() -> None:
     frames = list(Network(1).frames(500))
     assert [frame.seq for frame in frames] == list(range(START_SEQ, START_SEQ + 500))
-    assert all(a.event["time"] <= b.event["time"] for a, b in itertools.pairwise(frames))
+    assert all(told(a)["time"] <= told(b)["time"] for a, b in itertools.pairwise(frames))
 
 
 def test_error_frames() -> None:
@@ -451,8 +464,8 @@ def test_nothing_under_test_is_imported() -> None:
 def test_a_live_network_dates_what_happens_now_and_time_never_stands() -> None:
     before = time.time()
     network = Network(3, accounts=20, clock=LiveClock())
-    times = [frame.event["time"] for frame in network.frames(200)]
-    revs = [frame.event["rev"] for frame in network.frames(200) if frame.event["kind"] == "commit"]
+    times = [told(frame)["time"] for frame in network.frames(200)]
+    revs = [told(frame)["rev"] for frame in network.frames(200) if told(frame)["kind"] == "commit"]
     dates = [datetime.fromisoformat(text).timestamp() for text in times]
     assert before - 0.001 <= dates[0] <= dates[-1] <= time.time() + 0.001
     assert revs == sorted(set(revs))
@@ -463,10 +476,11 @@ def test_a_network_without_end_forgets_its_busiest_accounts() -> None:
     everybody = set()
     for _ in range(3_000):
         for frame in network.step():
-            everybody.add(frame.event.get("repo") or frame.event["did"])
+            everybody.add(told(frame).get("repo") or told(frame)["did"])
         accounts = list(network.world._accounts.values())
         assert sum(len(account.live) for account in accounts) <= 400
     assert len(accounts) <= 60 < len(everybody), "others took their places"
     assert len(network.world._persons) <= 60
     kept = {id(account) for account in accounts}
+    assert isinstance(network._traffic, Production)
     assert {id(account) for account in network._traffic._writers} <= kept

@@ -1,5 +1,6 @@
--- KEYS stream, marks, finished, held, go back. ARGV the workers' group, a new mark or '', marks kept, the first unread id
--- at the last look or '', the seq and host up to which all is appended or ''. Answers whether an unread entry is gone, the newest finished mark, the first unread id, and to
+-- KEYS stream, marks, finished, held, go back, given. ARGV the workers' group, a new mark or '', marks kept, the first
+-- unread id at the last look or '', the seq and host up to which all is appended or ''. Answers whether an unread entry is
+-- gone, the newest finished mark, the first unread id, and to
 -- where the reader has to go back because PostgreSQL did.
 -- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
 -- the first entry of the stream, was removed by somebody else. What is pending they hold.
@@ -15,11 +16,15 @@ if group and group['pending'] > 0 then held = redis.call('XPENDING', KEYS[1], AR
 for _, id in ipairs(redis.call('HVALS', KEYS[4])) do
   if not held or before(id, held) then held = id end
 end
+-- What was skipped is not finished.
+-- include padded
+local given = string.match(redis.call('GET', KEYS[6]) or '', '^%S+')
+local finished = given and given < padded(read) and plain(given) or read
 local mark = redis.call('LINDEX', KEYS[2], 0)
 local function id_of(text) return string.match(text, '^%S+') end
 while mark do
   local id = id_of(mark)
-  if before(read, id) or (held and not before(id, held)) then break end
+  if before(finished, id) or (held and not before(id, held)) then break end
   redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
   mark = redis.call('LINDEX', KEYS[2], 0)
 end
@@ -30,7 +35,7 @@ local function gone(id)
 end
 local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
 -- Of the marks, too, that lie behind one which somebody holds.
-if not broken and mark and held then
+if not broken and mark and (held or finished ~= read) then
   for _, one in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
     local id = id_of(one)
     if before(read, id) then
@@ -41,7 +46,7 @@ if not broken and mark and held then
 end
 -- A partition that gets few events says how far it is by having none left.
 -- mutant: an idle partition is further than it is
-if ARGV[5] ~= '' and not (broken or mark or unread or held) then
+if ARGV[5] ~= '' and finished == read and not (broken or mark or unread or held) then
   redis.call('SET', KEYS[3], read .. ' ' .. ARGV[5])
 end
 return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or '',
