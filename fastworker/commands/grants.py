@@ -45,7 +45,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.repos": _KEEP,
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty.
-    "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ},
+    "reader": {"fastworker.progress": _APPEND, "fastworker.relays": _READ},
 }
 SEQUENCES: Final[Mapping[Service, tuple[str, ...]]] = {
     "worker": ("label_events_id_seq", "notifications_id_seq"),

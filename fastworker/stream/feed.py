@@ -22,7 +22,7 @@ from fastworker.stream.client import error_code, translating
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
 from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
-from fastworker.stream.partitions import declare
+from fastworker.stream.partitions import declare, layout
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
 
@@ -223,6 +223,11 @@ class Feed:
                     f"{self._stream} a REDIS_CURSOR_KEY of its own"
                 )
             await self._redis.set(key, self._stream)
+
+    async def new_partitions(self, count: int) -> list[str]:
+        """Streams of so many partitions that nothing was ever appended to."""
+        known = (await layout(self._redis, self._stream)).known
+        return [Keys(self._stream, partition=number).stream for number in range(known, count)]
 
     async def open_partitions(self, count: int) -> None:
         """Tell the workers how many there are, before anything is appended to them."""

@@ -12,19 +12,28 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.commands.dlq import Wanted, retry_letters
+from fastworker.commands.reapply import reapply
 from fastworker.config import Config
+from fastworker.errors import ExitCode
+from fastworker.event import Account
+from fastworker.event.entry import encode_native
 from fastworker.law.compare import Tables, diff, dump, report
 from fastworker.law.model import Model
+from fastworker.monitor.facts import collect
 from fastworker.process.board import Heartbeats, Slot
 from fastworker.reader import reader as reader_module
-from fastworker.reader.reader import run_reader
+from fastworker.reader.resume import read_and_resume
 from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
+from fastworker.stream.consumer import Entry, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM, USUAL, Keys
+from fastworker.stream.partitions import partition_of
 from fastworker.worker import worker as worker_module
 from fastworker.worker.worker import work
 
@@ -88,10 +97,12 @@ class Bench:
         self.processes: list[Process] = []
 
     @contextlib.asynccontextmanager
-    async def reader(self, relay: SimRelay, **changes: Any) -> AsyncIterator[ReaderStats]:
-        settings = msgspec.structs.replace(self.settings, relay_urls=(relay.url,), **changes)
+    async def reader(self, relay: SimRelay, *, resume: bool = True, **changes: Any) -> AsyncIterator[ReaderStats]:
+        """`resume` False: it does not know PostgreSQL."""
+        database_url = self.settings.database_url if resume else None
+        settings = msgspec.structs.replace(self.settings, relay_urls=(relay.url,), database_url=database_url, **changes)
         stats, stop = ReaderStats(), asyncio.Event()
-        task = asyncio.create_task(run_reader(settings, stop, stats=stats))
+        task = asyncio.create_task(read_and_resume(settings, stop, stats=stats))
         try:
             yield stats
             stop.set()
@@ -298,3 +309,172 @@ async def test_two_owners_cost_no_row(bench: Bench) -> None:
             assert await bench.ledger() == stats.entries
         await bench.stop()
     await bench.assert_lawful(frames)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Partitions in it are not read, by whoever owns them."""
+    partitions: set[int] = set()
+    read = WorkerStream.read
+
+    async def read_or_not(self: WorkerStream, block_ms: int) -> list[Entry]:
+        if self.partition in partitions:
+            await asyncio.sleep(block_ms / 1000)
+            return []
+        return await read(self, block_ms)
+
+    monkeypatch.setattr(WorkerStream, "read", read_or_not)
+    return partitions
+
+
+async def _progress(bench: Bench) -> dict[str, int]:
+    rows = await bench.pg.fetch("SELECT stream, max(seq) AS seq FROM fastworker.progress GROUP BY stream")
+    return {row["stream"]: row["seq"] for row in rows}
+
+
+async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Bench, stuck: set[int]) -> None:
+    """What was in one that nobody got on with is read from the relay again."""
+    frames = list(Network(12, accounts=30).frames(400))
+    behind = Keys(partition=2).stream
+    async with SimRelay(frames[:200], start="oldest", wait_for_client=True) as relay:
+        bench.start()
+        async with bench.reader(relay, partitions=4) as stats:
+            await bench.settled(stats, last_of(frames[:200]), 4)
+            stuck.add(2)
+            relay.emit(*frames[200:])
+            await bench.appended(stats, last_of(frames))
+            assert await bench.redis.xlen(behind)
+            others = [Keys(partition=number).stream for number in (0, 1, 3)]
+
+            async def are_done() -> bool:
+                told = await _progress(bench)
+                return all(told.get(stream, 0) >= last_of(frames) for stream in others)
+
+            await bench.until(are_done)
+            assert (await _progress(bench))[behind] < last_of(frames)
+        await bench.stop()
+        stuck.clear()
+        await bench.redis.flushall()
+        bench.start()
+        async with bench.reader(relay, partitions=4) as stats:
+            await bench.settled(stats, last_of(frames), 4)
+            assert 0 < stats.entries < 400  # not all of it again
+        await bench.stop()
+    await bench.assert_lawful(frames)
+
+
+async def test_a_partition_that_is_deleted_is_read_again_from_where_it_was(bench: Bench, stuck: set[int]) -> None:
+    """Without PostgreSQL: the reader's own marks, of which the lowest counts."""
+    frames = list(Network(13, accounts=30).frames(400))
+    behind = Keys(partition=2).stream
+    async with SimRelay(frames[:200], start="oldest", wait_for_client=True) as relay:
+        bench.start()
+        async with bench.reader(relay, partitions=4, resume=False) as stats:
+            await bench.settled(stats, last_of(frames[:200]), 4)
+            await asyncio.sleep(0.3)  # two looks of the reader
+            stuck.add(2)
+            relay.emit(*frames[200:])
+            await bench.appended(stats, last_of(frames))
+            assert await bench.redis.xlen(behind)
+            await asyncio.sleep(0.3)
+            await bench.redis.delete(behind)
+            stuck.clear()
+            await bench.until(lambda: (stats.last_seq or 0) < last_of(frames))
+            await bench.settled(stats, last_of(frames), 4)
+            assert stats.gaps == 0
+        await bench.stop()
+    await bench.assert_lawful(frames)
+
+
+async def test_a_raised_number_has_a_floor_before_anything_is_in_the_new_ones(bench: Bench) -> None:
+    frames = list(Network(14, accounts=30).frames(100))
+    async with SimRelay(frames[:50], start="oldest", wait_for_client=True) as relay:
+        async with bench.reader(relay) as stats:
+            await bench.appended(stats, last_of(frames[:50]))
+        relay.emit(*frames[50:])
+        async with bench.reader(relay, partitions=3) as stats:
+            await bench.appended(stats, last_of(frames))
+    told = await _progress(bench)
+    assert told == {Keys(partition=number).stream: last_of(frames[:50]) for number in (1, 2)}
+
+
+async def test_the_limit_is_that_of_the_sum(bench: Bench) -> None:
+    frames = list(Network(15, accounts=30).frames(300))
+    streams = [Keys(partition=number).stream for number in range(4)]
+    async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
+        async with bench.reader(relay, partitions=4, max_stream_len=50) as stats:
+            await bench.until(lambda: stats.full)
+            assert 25 < sum([await bench.redis.xlen(stream) for stream in streams]) <= 50
+            bench.start()
+            await bench.settled(stats, last_of(frames), 4)
+        await bench.stop()
+    await bench.assert_lawful(frames)
+
+
+async def test_one_that_lags_is_read_by_several(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can make accounts that are all in one partition."""
+    monkeypatch.setattr("fastworker.worker.share.HELP_FROM", 100)
+    monkeypatch.setattr("fastworker.worker.share.HELP_UNTIL", 25)
+    all_frames = Network(16, mix="adversarial", accounts=10).frames(1_500)
+    frames = [
+        frame
+        for frame in all_frames
+        if frame.event and partition_of(frame.event.get("repo") or frame.event["did"], 4) == 1
+    ]
+    async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
+        async with bench.reader(relay, partitions=4) as stats:
+            await bench.appended(stats, last_of(frames))
+            assert await bench.redis.xlen(Keys(partition=1).stream) == stats.entries > 200
+            processes = [bench.start(batch_size=1) for _ in range(4)]
+            most = 0
+
+            async def is_settled() -> bool:
+                nonlocal most
+                most = max(most, sum(1 in process.reads for process in processes))
+                return not await bench.unfinished(4)
+
+            await bench.until(is_settled)
+            assert most > 1
+            await bench.until(
+                lambda: sorted(number for process in processes for number in process.reads) == [0, 1, 2, 3]
+            )
+        await bench.stop()
+    await bench.assert_lawful(frames)
+
+
+async def test_what_an_operator_sees_and_does_is_of_all_partitions(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = list(Network(17, accounts=30).frames(200))
+    config = msgspec.structs.replace(bench.settings, partitions=4, keep_s=3_600)
+    admin = RedisAdmin(bench.redis, STREAM)
+    async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
+        async with bench.reader(relay, partitions=4, keep_s=3_600) as stats:
+            await bench.appended(stats, last_of(frames))
+            status, _ = await collect(admin, config)
+            assert (status.stream_entries, status.lag_entries) == (stats.entries, stats.entries)
+            assert sum(one.lag_entries for one in status.partitions) == stats.entries
+            assert len(status.partitions) == 4
+            bench.start()
+            await bench.settled(stats, last_of(frames), 4)
+        await bench.stop()
+        status, _ = await collect(admin, config)
+        assert (status.lag_entries, status.pending_entries, status.unaccounted_entries) == (0, 0, 0)
+        assert sum(status.ledger.values()) == stats.entries
+        await bench.pg.execute("TRUNCATE posts, likes, reposts, follows CASCADE")
+        assert await reapply(config, "0") is ExitCode.DONE
+    assert f"{stats.entries:,} entries applied again" in capsys.readouterr().out
+    # dead letters: one stream of them, and back to where the account's events are
+    did = next(f"did:plc:{number:024}" for number in range(100) if partition_of(f"did:plc:{number:024}", 4) == 3)
+    letter = {b"n": encode_native(Account(None, did, True, None, None))[0][1]}
+    letter_id: Any = await bench.redis.xadd(
+        USUAL.dead_letters, {b"form": b"native", b"data": letter[b"n"], b"reason": b"x"}
+    )
+    before = await bench.redis.xlen(Keys(partition=3).stream)
+    assert await retry_letters(config, Wanted(ids=frozenset([letter_id.decode()]))) is ExitCode.DONE
+    assert await bench.redis.xlen(Keys(partition=3).stream) == before + 1
+    # entries that are put there by hand
+    fields = [(b"n", letter[b"n"])]
+    assert not await admin.append_if_room([(did, fields)], stats.entries + 1)
+    assert await admin.append_if_room([(did, fields), ("", fields)], stats.entries + 3)
+    assert await bench.redis.xlen(Keys(partition=3).stream) == before + 2

@@ -68,7 +68,18 @@ def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
     second = Keys(partition=1)
     assert second.stream == "firehose:events:1"
     own = {
-        *["stream", "partition", "_consumer_lease", "consumers", "held", "given", "reads", "tellers", "database", "recreate_lock"],
+        *[
+            "stream",
+            "partition",
+            "_consumer_lease",
+            "consumers",
+            "held",
+            "given",
+            "reads",
+            "tellers",
+            "database",
+            "recreate_lock",
+        ],
         *["tail", "marks", "finished"],
     }
     assert {name for name in vars(second) if vars(second)[name] != vars(USUAL)[name]} == own
