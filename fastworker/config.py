@@ -384,13 +384,36 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_HOME",
-            "up status check compare verify dlq replay migrate repair backfill sample import export grants",
-            "Directory of the embedded servers' data. Where it is set, other commands find the servers of `up` by it, "
+            "reader up status check compare verify dlq replay migrate repair backfill sample import export grants",
+            "Directory of the embedded servers' data, and of the reader's chain of commits. "
+            "Where it is set, other commands find the servers of `up` by it, "
             "unless a URL says otherwise.",
             allowed="a directory path",
             default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",
         ),
     ] = None
+    verify: Annotated[
+        Literal["off", "chain"],
+        _env(
+            "FASTWORKER_VERIFY",
+            "reader up",
+            "What the reader asks of each commit: `chain`, that it follows the one before it (docs/proofs.md).",
+            read=str.lower,
+        ),
+    ] = "chain"
+    chain_bytes: Annotated[
+        int,
+        Meta(ge=64 * 1024, le=64 * 1024**3),
+        _env(
+            "FASTWORKER_CHAIN_BYTES",
+            "reader up",
+            "Size of the file in FASTWORKER_HOME that remembers the newest state of each account, 32 bytes for one. "
+            "Where it cannot be written, 16mb of memory.",
+            read=_size,
+            allowed="bytes, or a number with kb, mb or gb; from 64kb to 64gb",
+            default="128mb",
+        ),
+    ] = 128 * 1024 * 1024
     stream_bytes_max: Annotated[
         Annotated[int, Meta(ge=1024)] | None,
         _env(

@@ -54,7 +54,11 @@ class Reason(StrEnum):
     NOT_OWNER = "not_owner"  # a list item in another account's list
     TOO_LONG = "too_long"  # an identifier exceeds its column
     TOO_DEEP = "too_deep"
+    UNPROVED_OP = "unproved_op"  # the account's signed tree does not say so; its repair is queued
     BAD_REFERENCE = "bad_reference"  # a URI, DID or CID in the record is none: left out, the record is stored
+    # commits that are not stored (FASTWORKER_VERIFY); their accounts' repairs are queued
+    BAD_SIGNATURE = "bad_signature"  # not the account's, by the key that its DID document shows
+    FUTURE_REV = "future_rev"  # more than five minutes ahead of our clock
     # frames and events with nothing to store
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden

@@ -636,8 +636,11 @@ def _print(findings: list[Finding]) -> None:
 async def preflight(config: Config, service: Service) -> None:
     """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable, and ConfigError for a role
     that lacks rights: another try would not help."""
-    postgres = _worker_preflight if service == "worker" else _reader_preflight
-    log.info(", ".join(await asyncio.gather(_redis_preflight(config), postgres(config.database_url))))
+    if service == "worker":
+        postgres = _worker_preflight(config.require_database_url("worker"))
+    else:
+        postgres = _reader_preflight(config.database_url)
+    log.info(", ".join(await asyncio.gather(_redis_preflight(config), postgres)))
 
 
 async def _redis_preflight(config: Config) -> str:
@@ -669,8 +672,7 @@ async def _reader_preflight(database_url: str | None) -> str:
     return _with_version(database_url, found.version)
 
 
-async def _worker_preflight(database_url: str | None) -> str:
-    assert database_url is not None
+async def _worker_preflight(database_url: str) -> str:
     problems = await check_schema(database_url)
     if problems:
         more = f" And {len(problems) - 1} more: `fastworker check` tells them." if len(problems) > 1 else ""

@@ -143,6 +143,7 @@ def _with_servers(config: Config) -> Iterator[tuple[Config, list[Server]]]:
         if wants_postgres or wants_redis:
             home = _home(config)
             stack.enter_context(_only_one(home))
+            config = msgspec.structs.replace(config, home=str(home))
             if wants_redis:
                 log.info("Starting the embedded Valkey in %s", home / "redis")
                 server = stack.enter_context(EmbeddedRedis(home / "redis"))

@@ -40,7 +40,8 @@ def left_in_redis(fields: Mapping[str, str]) -> ReaderStats | None:
         return None
     names = ReaderStats.__struct_fields__
     given: dict[str, Any] = {name: text for name, text in fields.items() if name in names and text != ""}
-    given["drops"] = {name.removeprefix("drop:"): text for name, text in fields.items() if name.startswith("drop:")}
+    for counts, prefix in (("drops", "drop:"), ("verdicts", "verdict:")):
+        given[counts] = {name.removeprefix(prefix): text for name, text in fields.items() if name.startswith(prefix)}
     try:
         return msgspec.convert(given, ReaderStats, strict=False)
     except msgspec.ValidationError:
@@ -106,6 +107,10 @@ def put_figures(figures: Figures, stats: ReaderStats) -> None:
         figures.set(m.READER_CURSOR_AGE, max(0.0, now - stats.last_event_at))
     if stats.last_frame_at is not None:
         figures.set(m.READER_FRAME_AGE, max(0.0, now - stats.last_frame_at))
+    figures.set(m.UNVERIFIED, stats.unverified)
+    for verdict, count in stats.verdicts.items():
+        if verdict in m.VERIFIED.closed:
+            figures.set(m.VERIFIED, count, verdict)
     for reason, count in stats.drops.items():
         if reason in m.READER_DROPS.closed:  # else of another release, or of whoever writes to Redis
             figures.set(m.READER_DROPS, count, reason)

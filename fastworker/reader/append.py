@@ -13,6 +13,7 @@ from fastworker.process.backoff import Backoff
 from fastworker.process.outage import Outage
 from fastworker.reader.outbox import Outbox
 from fastworker.reader.stats import ReaderStats
+from fastworker.reader.verify import Verifier
 from fastworker.stream.feed import Feed
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,9 @@ LINGER_S: Final = 0.01
 """Least time between two appends: at 1,000 events/s a chunk of ten costs a tenth of ten chunks of one."""
 
 
-async def append_all(settings: Config, feed: Feed, outbox: Outbox, stats: ReaderStats, outage: Outage) -> None:
+async def append_all(
+    settings: Config, feed: Feed, outbox: Outbox, stats: ReaderStats, outage: Outage, verifier: Verifier | None = None
+) -> None:
     """Chunk by chunk. A chunk that cannot be put down now is kept and tried again: order is never broken."""
     backoff = Backoff(0.1, 5.0)
     while True:
@@ -42,6 +45,8 @@ async def append_all(settings: Config, feed: Feed, outbox: Outbox, stats: Reader
         stats.entries += chunk.entries
         if chunk.seq is not None:
             stats.last_seq = chunk.seq
+        if chunk.breaks and verifier is not None:
+            verifier.chain.settled(chunk.breaks)
         if not outbox.waiting:
             await asyncio.sleep(max(0.0, begun + LINGER_S - time.monotonic()))
 

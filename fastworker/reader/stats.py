@@ -9,6 +9,7 @@ import msgspec
 import orjson
 
 from fastworker.errors import Reason
+from fastworker.event.proof import Verdict
 from fastworker.redact import redact
 from fastworker.stream.feed import OURS
 
@@ -60,6 +61,10 @@ class ReaderStats(msgspec.Struct):
     A new connection does not end it, only data do."""
     drops: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Reason), 0))
     """Whole frames, by reason. The drops of single ops travel with their entry and are counted by the worker."""
+    verdicts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Verdict), 0))
+    """Commits by what their proofs say."""
+    unverified: int = 0
+    """Commits that wait for a key."""
 
 
 def status_json(stats: ReaderStats, url: str) -> bytes:
@@ -81,6 +86,8 @@ def figures(stats: ReaderStats) -> dict[str, str | int | float]:
     for name, value in msgspec.structs.asdict(stats).items():
         if name == "drops":
             figures.update({f"drop:{reason}": count for reason, count in value.items()})
+        elif name == "verdicts":
+            figures.update({f"verdict:{verdict}": count for verdict, count in value.items()})
         elif value is None:
             figures[name] = ""
         else:

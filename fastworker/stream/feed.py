@@ -38,6 +38,9 @@ CHUNK_ITEMS: Final = 500
 CHUNK_BYTES: Final = 2_000_000
 
 
+_Entries = list[tuple[bytes, dict[bytes, bytes]]]
+
+
 class ReaderLeaseLost(Exception):
     """Another reader is at work (or Redis came back with other data): step back, wait, look again."""
 
@@ -75,10 +78,11 @@ class Position(msgspec.Struct, frozen=True):
 class Chunk:
     """What one run of the append script puts down, in the order of the frames, and the seq after it.
 
-    `seq` None: nothing in it moves the cursor. `entries` counts what goes on the stream.
+    `seq` None: nothing in it moves the cursor. `entries` counts what goes on the stream. `breaks` is the reader's:
+    what may be written down once the repairs in here are on the way.
     """
 
-    __slots__ = ("_pieces", "bytes", "entries", "items", "seq")
+    __slots__ = ("_pieces", "breaks", "bytes", "entries", "items", "seq")
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -86,6 +90,7 @@ class Chunk:
         self.entries = 0
         self.bytes = 0
         self.seq: int | None = None
+        self.breaks: list[tuple[bytes, int]] = []
 
     @property
     def body(self) -> bytes:
@@ -100,6 +105,14 @@ class Chunk:
 
     def repair(self, did: str, text: bytes) -> None:
         self._add(b"repair", [did.encode(), text])
+
+    def unverified(self, did: str, frame: bytes, relay: str) -> None:
+        """A frame that waits for the account's newest key."""
+        self._add(b"unverified", [b"did", did.encode(), b"frame", frame, b"relay", relay.encode()])
+
+    def judged(self, entry_id: str) -> None:
+        """One of those waits no more."""
+        self._add(b"judged", [entry_id.encode()])
 
     def gap(self, text: bytes) -> None:
         self._add(b"gap", [text])
@@ -303,6 +316,7 @@ class Feed:
             keys.gaps,
             keys.relays,
             keys.tail,
+            keys.unverified,
             *[part.keys.stream for part in self._parts[1:]],
             *[part.keys.tail for part in self._parts[1:]],
         ]
@@ -339,6 +353,18 @@ class Feed:
                     part.newest = f"{newest.decode()} {after} {self._host}"
         self._bytes += chunk.bytes
         return True
+
+    async def unverified(self, after: str, count: int) -> list[tuple[str, str]]:
+        """(entry id, DID) of frames that wait for a key, the oldest first."""
+        async with translating(self._redis):
+            found = cast("_Entries", await self._redis.xrange(self._keys.unverified, f"({after}", "+", count))
+        return [(entry_id.decode(), fields[b"did"].decode()) for entry_id, fields in found]
+
+    async def unverified_frame(self, entry_id: str) -> tuple[bytes, str] | None:
+        """(frame, relay), None when it is gone."""
+        async with translating(self._redis):
+            found = cast("_Entries", await self._redis.xrange(self._keys.unverified, entry_id, entry_id, 1))
+        return (found[0][1][b"frame"], found[0][1][b"relay"].decode()) if found else None
 
     def finished_seq(self) -> int | None:
         """How far the workers had finished this relay's events, in all partitions, as far as we know."""

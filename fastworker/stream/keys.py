@@ -60,7 +60,10 @@ class _StreamKeys:
         self._cursor: Final = _key("fastworker:cursor", *of_stream)
         self.repairs: Final = _key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
-        stream)."""
+        stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
+        self.unverified: Final = _key("fastworker:unverified", *of_stream)
+        """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
+        (FASTWORKER_VERIFY)."""
         self.gaps: Final = _key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""

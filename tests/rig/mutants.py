@@ -56,18 +56,27 @@ _FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush",
 _PUT, _WHOLE, _RECOMPUTE = (f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute"))
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
+_PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
 _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
 
 LAW = "tests/property/test_law.py tests/property/test_histories.py"
 RACES = "tests/property/test_interleavings.py"
+FLOORS, _SYNC = "tests/property/test_floors.py", "fastworker/sync/settle.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 FAULTS = "tests/faults/test_postgres_faults.py"
+OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
 MUTANTS = [
+    # commits that prove themselves
+    _mutant("a commit of another account", _PROOF, OF_CHAIN, "if type(commit) is dict:"),
+    _mutant("a replay moves the chain", _CHAIN, OF_CHAIN, "if state == known:"),
+    _mutant("a break is forgotten by a crash", _CHAIN, OF_CHAIN, "if verdict is Verdict.BREAK and False:"),
+    _mutant("prevData is not compared", _CHAIN, OF_CHAIN, "return Verdict.OK"),
+    _mutant("commits from the future", _VERIFY, OF_LEVELS, "if False:"),
     # versions
     _mutant("no version guard", _BATCH, LAW, "return True"),
     _mutant("rev order turned", _BATCH, LAW, "return a_rev < b_rev"),
@@ -87,6 +96,17 @@ MUTANTS = [
     _mutant("recount without its lock", _EFFECTS, RACES, "counts.keys() - effects", "counts.keys() | effects"),
     _mutant("unsorted users", "fastworker/store/writer.py", BUGS, "list(", "sorted("),
     _mutant("unsorted rows", _FLUSH, BUGS, "for change in changes:"),
+    # floors
+    _mutant("no floor", _SYNC, FLOORS, "if False:"),
+    _mutant("a settle does not wait", _SYNC, FLOORS, "pass"),
+    _mutant("an equal row under a tombstone", _SYNC, FLOORS, "if False:"),
+    _mutant("floors not looked at", "fastworker/store/look.py", FLOORS, "if False:"),
+    _mutant("deletes pass a floor", "fastworker/store/look.py", FLOORS, "return change.row is not None and (change.rev or '') < rev"),
+    _mutant("a floor that came since the look", _PUT, FLOORS, "IF false AND EXISTS (", "IF EXISTS ("),
+    _mutant("the first floor that came since the look", _PUT, FLOORS, "ELSIF false AND", "ELSIF NOT floors AND"),
+    _mutant("a floor goes down", _STATEMENTS, FLOORS, "WHERE true OR", "WHERE $4::boolean OR"),
+    _mutant("a tombstone below a floor", _STATEMENTS, FLOORS, "AS f WHERE false AND", "AS f WHERE"),
+    _mutant("a late deletion against a floor", "fastworker/store/accounts.py", FLOORS, "pass"),
     # one call
     _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),

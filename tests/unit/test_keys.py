@@ -49,6 +49,7 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:status:worker",
         "fastworker:tail",
         "fastworker:tellers",
+        "fastworker:unverified",
     }
     assert stream_of("firehose:python_cursor") == "fastworker:stream-of:firehose:python_cursor"
 

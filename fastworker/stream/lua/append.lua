@@ -1,5 +1,5 @@
--- KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail, then the other
--- partitions, then their tails
+-- KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail, unverified, then the
+-- other partitions, then their tails
 -- ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 -- dead-letter limit, gaps kept, ms now, the chunk's body
 -- Answers a word, and for `ok` the newest id in each partition, '' where there is none.
@@ -17,9 +17,9 @@ if cursor ~= ARGV[3] then
   return {'cursor', cursor}
 end
 -- Partition p is the p-th after the stream itself.
-local others = (#KEYS - 10) / 2
-local function stream_of(p) return p == 0 and KEYS[1] or KEYS[10 + p] end
-local function tail_of(p) return p == 0 and KEYS[10] or KEYS[10 + others + p] end
+local others = (#KEYS - 11) / 2
+local function stream_of(p) return p == 0 and KEYS[1] or KEYS[11 + p] end
+local function tail_of(p) return p == 0 and KEYS[10] or KEYS[11 + others + p] end
 local entries, length, empty = tonumber(ARGV[6]), 0, {}
 for p = 0, others do
   local found = redis.call('XLEN', stream_of(p))
@@ -50,6 +50,10 @@ while at <= #body do
     newest[tonumber(what)] = redis.call('XADD', stream_of(tonumber(what)), '*', unpack(item, 2))
   elseif what == 'repair' then
     redis.call('HSET', KEYS[7], item[2], item[3])
+  elseif what == 'unverified' then
+    redis.call('XADD', KEYS[11], '*', unpack(item, 2))
+  elseif what == 'judged' then
+    redis.call('XDEL', KEYS[11], item[2])
   else
     redis.call('LPUSH', KEYS[8], item[2])
     redis.call('LTRIM', KEYS[8], 0, ARGV[9] - 1)
