@@ -35,7 +35,7 @@ class Group:
             try:
                 yield
             except ResponseError as error:
-                if error_code(error) != "NOGROUP":
+                if error_code(error) != "NOGROUP" and "no such key" not in str(error):  # nor is its stream there
                     raise
                 await self._recreate()
                 raise StreamUnavailable("the consumer group was gone; it is created again") from error
