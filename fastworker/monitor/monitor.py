@@ -54,8 +54,8 @@ MEASURE_EVERY: Final = 5
 STUCK_S: Final = 30.0
 """Liveness: a child's loop turns at least this often; the supervisor replaces it earlier."""
 LETTERS_SHOWN: Final = 5
-HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream")
-WORST: Final = ("oldest", "median", "99 %")
+HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream", "age")
+WORST: Final = ("oldest", "median", "99 %", "age")
 
 
 async def run_monitor(
@@ -71,7 +71,9 @@ async def run_monitor(
 
     `with_reader`: the reader is one of this supervisor's children, and readiness includes it.
     """
-    redis = connect(settings.redis_url, client_name="fastworker-monitor", max_connections=2)
+    redis = connect(
+        settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-monitor", max_connections=2
+    )
     admin = RedisAdmin(redis, settings.stream_key)
     try:
         await _WorkerMonitor(settings, http, heartbeats, admin, with_reader=with_reader).run(stop, on_ready)
@@ -373,6 +375,9 @@ class _WorkerMonitor:
         }
         if not fresh:
             changes["appended"] = stands["stream"] = None
+        stats = reading.reader if fresh and reading is not None else None
+        event_at = stats.last_event_at if stats is not None else None
+        stands["age"] = None if event_at is None else max(0.0, time.time() - event_at)
         self._history.add(time.time(), changes | stands)
 
 

@@ -27,7 +27,7 @@ async def read_and_resume(
     async def fallback_seq(host: str) -> int | None:
         assert database_url is not None
         try:
-            return await finished_seq(database_url, settings.stream_key, host)
+            return await finished_seq(database_url, settings.stream_key, host, settings.partitions)
         except Unreachable as error:
             raise StoreUnavailable(str(error)) from error
 

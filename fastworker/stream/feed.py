@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
+from fastworker.stream.keys import BROADCAST, GROUP, Keys, stream_of
 from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.partitions import declare, layout
 from fastworker.stream.scripts import script
@@ -167,7 +167,8 @@ class _Partition:
         async with translating(self._redis):
             try:
                 moved, ghosts = await self._set_aside_abandoned(
-                    keys=[keys.stream, keys.ledger, METRICS, keys.dead_letters], args=[*args, keys.consumer_lease()]
+                    keys=[keys.stream, keys.ledger, keys.metrics, keys.dead_letters],
+                    args=[*args, keys.consumer_lease()],
                 )
             except ResponseError as error:
                 if error_code(error) != "NOGROUP":
@@ -368,9 +369,10 @@ class Feed:
 
     def finished_seq(self) -> int | None:
         """How far the workers had finished this relay's events, in all partitions, as far as we know."""
-        known = [part.finished for part in self._parts]
+        marks = [part.finished for part in self._parts]
+        known = [mark[1] for mark in marks if mark is not None and mark[0] == self._host]
         # mutant: the furthest partition counts
-        return min((mark[1] for mark in known if mark is not None and mark[0] == self._host), default=None)
+        return min(known) if len(known) == len(marks) else None
 
     async def watch(self) -> None:
         """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
@@ -451,9 +453,9 @@ class Feed:
     ) -> None:
         """The dashboard's keys and this reader's figures, in one round trip."""
         pipe = self._redis.pipeline(transaction=False)
-        pipe.set(STATUS, status, ex=DASHBOARD_TTL_S)
+        pipe.set(self._keys.status, status, ex=DASHBOARD_TTL_S)
         if recent is not None:
-            pipe.set(RECENT, recent, ex=DASHBOARD_TTL_S)
+            pipe.set(self._keys.recent, recent, ex=DASHBOARD_TTL_S)
         for event in broadcast:
             pipe.publish(BROADCAST, event)
         if stats:

@@ -96,7 +96,6 @@ class Readers:
         for partition in share.give:
             if not any(reader.stream.partition == partition for reader in self._all):
                 await self.members.give(partition)
-        # mutant: a partition is taken from its owner
         taken = await self.members.take(share.take)
         self.owned = sorted([*share.keep, *taken])
         self._helped = share.help
