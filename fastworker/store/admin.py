@@ -204,7 +204,7 @@ def name_of(database_url: str) -> str:
     return f"PostgreSQL at {place_of(database_url)}"
 
 
-# A partition's stream is called <stream>:<number>. One that is not written any more counts until it is as far as others.
+# A partition's stream is called <stream>:<number>.
 _FINISHED = r"""
 SELECT CASE WHEN count(*) FILTER (WHERE number < $3) = $3 THEN
 -- mutant: the reader resumes from the furthest partition
@@ -212,99 +212,14 @@ SELECT CASE WHEN count(*) FILTER (WHERE number < $3) = $3 THEN
 END
 FROM (
     SELECT DISTINCT ON (number) number, seq FROM fastworker.progress,
-        LATERAL (SELECT CASE WHEN stream = $1 THEN 0
-                             WHEN left(stream, length($1) + 1) = $1 || ':'
-                             THEN substring(substr(stream, length($1) + 2) FROM '^[1-9]\d?$')::int END) AS partition (number)
+        LATERAL (SELECT CASE
+            WHEN stream = $1 THEN 0
+            WHEN left(stream, length($1) + 1) = $1 || ':'
+            THEN substring(substr(stream, length($1) + 2) FROM '^[1-9]\d?$')::int
+        END) AS partition (number)
     WHERE number IS NOT NULL AND seq IS NOT NULL
       AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
     ORDER BY number, string_to_array(entry_id, '-')::numeric[] DESC
-) AS partitions
-"""
-
-_NOTE_FLOOR, list(streams), seq)
-
-
-async def note_gap(database_url: str, relay: str, after: int, until: int) -> None:
-    """Events of a relay after `after` and up to `until` were passed over. Raises ConfigError and Unreachable."""
-    async with _connection(database_url, "fastworker-reader") as connection:
-        await connection.execute(_NOTE_GAP, relay, after, until)
-
-
-async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Facts:
-    """Look once; `rights` that are needed, by table. Raises ConfigError and Unreachable."""
-    async with _connection(database_url, "fastworker-check") as connection:
-        before = time.time()
-        row = await connection.fetchrow(_FACTS)
-        after = time.time()
-        assert row is not None
-        pairs = [(table, right) for table, some in rights.items() for right in some]
-        lacking = [
-            f"{some} on {table}"
-            for table, some in await connection.fetch(_LACKING, *map(list, zip(*pairs, strict=True)))
-        ]
-        if not row["usage"]:
-            lacking.insert(0, "USAGE on schema fastworker")
-        clients = await connection.fetch(_CLIENTS)
-        sequences = await connection.fetch(_SEQUENCES, list(rights))
-        await connection.execute("SET fastworker.probe = 'kept'")
-        kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
-    return Facts(
-        version_num=row["version_num"],
-        version=row["version"],
-        max_connections=row["max_connections"],
-        reserved_connections=row["reserved"],
-        connections=row["connections"],
-        own_connections=row["own_connections"],
-        in_recovery=row["in_recovery"],
-        read_only=row["read_only"] == "on",
-        encoding=row["encoding"],
-        role=row["role"],
-        superuser=row["superuser"],
-        synchronous_commit=row["synchronous_commit"],
-        fsync=row["fsync"],
-        autovacuum=row["autovacuum"],
-        connection_limit=row["connection_limit"],
-        clock_ahead_s=float(row["now"]) - (before + after) / 2,
-        lacking=tuple(lacking),
-        pooler=kept != "kept",
-        may_read_schema=row["usage"],
-        clients=tuple(Client(*client) for client in clients),
-        sequences=tuple(Sequence(*one) for one in sequences),
-    )
-
-
-async def writers(database_url: str, tables: Collection[str]) -> list[str]:
-    """Clients other than fastworker that were seen writing to one of these tables within about a second."""
-    seen: dict[str, None] = {}
-    async with _connection(database_url, "fastworker-check") as connection:
-        for _ in range(LOOKS):
-            seen |= dict.fromkeys(row[0] for row in await connection.fetch(_WRITERS, list(tables)))
-            await asyncio.sleep(LOOK_EVERY_S)
-    return sorted(seen)
-
-
-async def past(database_url: str, stream_key: str) -> Past:
-    """Only to be asked where the schema is complete."""
-    async with _connection(database_url, "fastworker-check") as connection:
-        cursor = await connection.fetchval(_OLD_CURSOR) if await connection.fetchval(_MAY_READ_CURSOR) else None
-        row = await connection.fetchrow(_PAST, stream_key)
-    assert row is not None
-    return Past(cursor, *row)
-
-
-def name_of(database_url: str) -> str:
-    """The server without user and password, for a sentence."""
-    return f"PostgreSQL at {place_of(database_url)}"
-
-
-# A partition's stream is called <stream>:<number>.
-# mutant: the reader resumes from the furthest partition
-_FINISHED = r"""
-SELECT min(seq) FROM (
-    SELECT DISTINCT ON (stream) seq FROM fastworker.progress
-    WHERE (stream = $1 OR left(stream, length($1) + 1) = $1 || ':' AND substr(stream, length($1) + 2) ~ '^[1-9]\d?$')
-      AND seq IS NOT NULL AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
-    ORDER BY stream, string_to_array(entry_id, '-')::numeric[] DESC
 ) AS partitions
 """
 
