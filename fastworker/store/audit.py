@@ -53,7 +53,7 @@ class Drift(msgspec.Struct, frozen=True):
 
     @property
     def row(self) -> tuple[Key, str]:
-        """What tells rows apart: the key where a row's target is found in two places."""
+        """Identifies the row: one target may be found under two keys."""
         return (self.key, self.target)
 
 

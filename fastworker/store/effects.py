@@ -94,7 +94,7 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
     arguments: dict[str, Any] = {}
     # mutant: recount without its lock
     if writer.recount is not None and (keys := sorted(effects.counts.keys() | effects.recount)):
-        none = [0, 0, 0, 0, 0]  # never a delta and a recount for one key: this locks it
+        none = [0, 0, 0, 0, 0]  # a recounted key gets no delta: zeros only lock its row
         arguments["deltas"] = [(k, *(none if k in effects.recount else effects.counts[k])) for k in keys]
     # mutant: nothing is owed
     if effects.owed:

@@ -116,7 +116,7 @@ def _order(entry_id: str) -> tuple[int, int]:
 
 
 def _what_happened(known: Known | None, found: Place) -> str:
-    """Why what was acknowledged may not be there; empty: it is."""
+    """Why acknowledged data may be missing; empty: all of it is there."""
     if known is None:
         return ""
     if known.system and found.system:

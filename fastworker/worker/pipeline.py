@@ -85,7 +85,7 @@ class Pipeline:
         self._quiet = quiet or Quiet()
         self._quiet.members.append(self)
         self._trial: list[Entry] = []  # left behind after a death: tried while this process holds nothing else
-        # Of these what has killed, where this process has not settled enough yet to learn from its own death.
+        # Those that were held when a process died: tried once this process has settled enough others (suspects.py).
         self._later: dict[str, tuple[Entry, Record]] = {}
         self._is_reading = False
         self._finished_at_start = self._finished()
@@ -124,7 +124,7 @@ class Pipeline:
 
     @property
     def is_still(self) -> bool:
-        """It holds nothing that it has looked at, and reads nothing."""
+        """Whether it holds no entry that it has decoded, and is not reading."""
         return not (self._filling or self._writing or self._postponed or self._is_reading)
 
     @property
@@ -325,7 +325,7 @@ class Pipeline:
             self._slot.add(read=len(piece))
             await settle(self._flush, self._refusals, held)
         except asyncio.CancelledError:
-            say_trying(self._slot, [], with_control=False)  # an end in good order
+            say_trying(self._slot, [], with_control=False)  # a stop, not a death
             raise
         say_trying(self._slot, [], with_control=False)
         self._writing = None

@@ -134,8 +134,8 @@ class Readers:
     async def release(self) -> None:
         """Give names and partitions back, so that a successor need not wait for the leases to end.
 
-        Whoever takes over at once would be done before a commit of ours that is still on its way, and nobody would look
-        back after it: what is not known to have ended keeps its lease, which ends by itself.
+        A commit of ours may still be on its way. A worker that took over at once could finish before it, and nobody
+        would look back after it. So a consumer whose last write has no known end keeps its lease until it expires.
         """
         for reader in self._all:
             name = f"The lease of {reader.stream.name}"

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
 FIGURES_S = 0.5
-TELL_S = 0.5  # what is held for longer than this was told: nobody trims it, whatever becomes of the pending list
+TELL_S = 0.5  # what is held longer is recorded in Redis: not trimmed even if the pending list is lost
 FOLLOW_S = 1.0  # between two looks which partitions are ours to read
 OVERLAPS = 4  # pipelines of one process that are told apart at least
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
@@ -283,7 +283,7 @@ async def _tell_held(readers: Readers) -> None:
 
 
 async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Readers) -> None:
-    """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
+    """Store how far the group has come, then do what committed transactions left owed, in bounded pieces."""
 
     async def note() -> None:
         for stream in readers.streams:
