@@ -66,8 +66,6 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_PARTITIONS = "tests/integration/test_partitions.py"
-OF_RESUME = f"{OF_PARTITIONS}::test_an_empty_redis_is_resumed_where_the_last_partition_is"
-OF_GOING_BACK = f"{OF_PARTITIONS}::test_a_partition_that_is_deleted_is_read_again_from_where_it_was"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS = "tests/faults/test_postgres_faults.py"
@@ -170,10 +168,10 @@ MUTANTS = [
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], "")'),
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
-    _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_GOING_BACK, "return max(known)"),
-    _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_RESUME, "max(seq)"),
-    _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_GOING_BACK, "if ARGV[5] ~= '' then"),
-    _mutant("progress without a look", "fastworker/worker/worker.py", OF_RESUME, "finished = [one.stream_key for one in readers.streams]"),
+    _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_PARTITIONS, "return max(known)"),
+    _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_PARTITIONS, "max(seq)"),
+    _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
+    _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.streams]"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
