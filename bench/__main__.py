@@ -18,6 +18,7 @@ import bench.servers
 from bench import corpus
 from bench.baseline import baseline
 from bench.decode import decode
+from bench.derived import derived
 from bench.end_to_end import end_to_end
 from bench.flush import TABLES, flush, strategies
 from bench.growth import growth
@@ -79,6 +80,10 @@ def _strategies(session: Session) -> None:
     for table, old in itertools.product(TABLES, (0.0, 0.01)):
         figures, text = strategies(session.folder, table=table, old=old, events=session.events)
         session.report.tell("strategies", {"table": table.name, "rows there already": old}, figures, text=text)
+
+
+def _derived(session: Session) -> None:
+    session.measure("derived", {"rows": "likes"}, functools.partial(derived, session.seed))
 
 
 def _flush(session: Session) -> None:
@@ -222,6 +227,9 @@ BENCHES: dict[str, Bench] = {
         4,
         "ways to write rows side by side on likes and notifications, batches of 1 to 10,000, and where COPY begins to "
         "pay",
+    ),
+    "derived": Bench(
+        _derived, 1, "rows that follow from likes: sent by the worker, or made by a statement in PostgreSQL"
     ),
     "flush": Bench(_flush, 5, "the store alone, batches of 1 to 10,000 entries, full and core"),
     "end_to_end": Bench(

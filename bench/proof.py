@@ -14,7 +14,6 @@ import libipld
 from bench.report import Figures
 from fastworker.edge.embedded import EmbeddedPostgres
 from fastworker.event import proof
-from fastworker.event.car import is_block_of, select_blocks
 from fastworker.event.repository import Repository
 from fastworker.simulator.keys import Curve, SigningKey
 from fastworker.simulator.network import Network
@@ -42,17 +41,13 @@ def proofs(curve: Curve, *, commits: int) -> Figures:
             writes += [("delete", _path(number), None), ("update", _path(number + 1), _like(number))]
         payload = libipld.decode_dag_cbor_multi(repo.commit(writes).data)[1]
         payloads.append((payload, key_of(key.multikey).is_signed))
-    proved = [(payload, *proof.prove_signature(payload, is_signed)) for payload, is_signed in payloads]
-
-    def commit_block() -> None:
-        for payload, _ in payloads:
-            cid = payload["commit"]
-            block = select_blocks(payload["blocks"], {cid})[0][cid]
-            assert is_block_of(cid, block)
-            proof.read_commit(block)
+    proved = [
+        (payload, proof.prove_signature(payload, is_signed), proof.read_blocks(payload["blocks"])[1])
+        for payload, is_signed in payloads
+    ]
 
     return {
-        "commit block us": _best(commit_block, commits),
+        "link us": _best(lambda: [proof.read_link(one, one["repo"], one["rev"]) for one, _ in payloads], commits),
         "signed us": _best(lambda: [proof.prove_signature(*one) for one in payloads], commits),
         "ops us": _best(lambda: [proof.prove_ops(*one) for one in proved], commits),
         "full us": _best(lambda: [proof.prove_commit(*one) for one in payloads], commits),

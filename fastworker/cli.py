@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar
 
 import click
-import msgspec
 
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
@@ -32,12 +31,7 @@ from fastworker.table.chosen import choose
 
 if TYPE_CHECKING:
     from fastworker.commands.dlq import Wanted
-    from fastworker.commands.up import ServiceOptions
-    from fastworker.monitor.page import HttpSettings
-    from fastworker.monitor.view import MonitorSettings
     from fastworker.reader.start import Start
-    from fastworker.reader.stats import ReaderSettings
-    from fastworker.worker.worker import WorkerSettings
 
 _T = TypeVar("_T")
 
@@ -160,93 +154,6 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
     return uvloop.run(main)
 
 
-def _reader_settings(config: Config) -> ReaderSettings:
-    from fastworker.reader.stats import ReaderSettings
-
-    return ReaderSettings(
-        relay_urls=config.relay_urls,
-        redis_url=config.redis_url,
-        stream_key=config.stream_key,
-        cursor_key=config.cursor_key,
-        group=config.group,
-        max_stream_len=config.max_stream_len,
-        stream_bytes_max=config.stream_bytes_max,
-        stream_format=config.stream_format,
-        ignore_groups=config.ignore_groups,
-        dead_letter_maxlen=config.dead_letter_maxlen,
-        keep_s=config.keep_s,
-    )
-
-
-def _worker_settings(config: Config, command: str) -> WorkerSettings:
-    from fastworker.worker.worker import WorkerSettings
-
-    return WorkerSettings(
-        redis_url=config.redis_url,
-        database_url=config.require_database_url(command),
-        stream_key=config.stream_key,
-        group=config.group,
-        consumer_id=config.consumer_id,
-        batch_size=config.batch_size,
-        pool_size=config.pool_size,
-        processes=config.processes,
-        pipelines=config.pipelines,
-        derive=config.derive,
-        synchronous_commit=config.synchronous_commit,
-        trusted_verifiers=config.trusted_verifiers,
-        verified_only=config.resolve_handles,
-        dead_letter_maxlen=config.dead_letter_maxlen,
-        tracing=config.tracing,
-        dead_letters_in_a_row=config.dead_letters_in_a_row,
-        crashpoint=config.crashpoint,
-    )
-
-
-def _monitor_settings(config: Config, *, with_reader: bool) -> MonitorSettings:
-    from fastworker.monitor.view import MonitorSettings
-
-    return MonitorSettings(
-        redis_url=config.redis_url,
-        stream_key=config.stream_key,
-        group=config.group,
-        ignore_groups=config.ignore_groups,
-        max_stream_len=config.max_stream_len,
-        stream_bytes_max=config.stream_bytes_max,
-        keep_s=config.keep_s,
-        connections_max=config.pool_size,
-        with_reader=with_reader,
-        http=_http_settings(config, WORKER_PORT),
-    )
-
-
-def _plan(config: Config, command: str, *, with_reader: bool) -> ServiceOptions:
-    from fastworker.commands.up import ServiceOptions
-    from fastworker.sync.resolver import ResolverSettings
-
-    url = config.require_database_url(command)
-
-    return ServiceOptions(
-        worker=_worker_settings(config, command),
-        monitor=_monitor_settings(config, with_reader=with_reader),
-        reader=_reader_settings(config) if with_reader else None,
-        resolver=ResolverSettings(url, config.plc_url) if config.resolve_handles else None,
-        memory_max_bytes=config.memory_max_bytes,
-        notify_socket=os.environ.get("NOTIFY_SOCKET") or None,
-    )
-
-
-def _http_settings(config: Config, default: int) -> HttpSettings:
-    from fastworker.monitor.page import HttpSettings
-
-    port = default if config.http_port is None else config.http_port
-    return HttpSettings(
-        host=config.http_host,
-        port=None if port == "off" else port,
-        chosen=config.http_port is not None,
-        names=config.http_hosts,
-    )
-
-
 class _Place(click.ParamType):  # type: ignore[type-arg]
     name = "live|oldest|SEQ"
 
@@ -278,6 +185,7 @@ def reader(start: Start | None) -> ExitCode:
     received is on the stream.
     """
     from fastworker.commands.check import preflight
+    from fastworker.monitor.page import http_of
     from fastworker.monitor.reader_port import serve_reader
     from fastworker.process.signals import stop_on_signals
     from fastworker.reader.start import begin_at
@@ -285,16 +193,11 @@ def reader(start: Start | None) -> ExitCode:
     config = _begin("reader")
 
     async def main() -> None:
-        await preflight(config, database_url=None)
+        await preflight(config, "reader")
         if start is not None:
-            await begin_at(_reader_settings(config), start, database_url=config.database_url)
+            await begin_at(config, start)
         with stop_on_signals() as stop:
-            await serve_reader(
-                _reader_settings(config),
-                _http_settings(config, READER_PORT),
-                stop,
-                database_url=config.database_url,
-            )
+            await serve_reader(config, http_of(config, READER_PORT), stop)
 
     _run(main())
     return ExitCode.DONE
@@ -316,16 +219,15 @@ def worker(reapply: str | None) -> ExitCode:
     status.
     """
     config = _begin("worker")
-    plan = _plan(config, "worker", with_reader=False)
     if reapply is not None:
         from fastworker.commands.check import preflight
         from fastworker.commands.reapply import reapply as run_reapply
 
-        _run(preflight(config, database_url=config.database_url))
-        return _run(run_reapply(plan.worker, reapply))
+        _run(preflight(config, "worker"))
+        return _run(run_reapply(config, reapply))
     from fastworker.commands.up import run_worker
 
-    return run_worker(config, plan)
+    return run_worker(config, notify_socket=os.environ.get("NOTIFY_SOCKET") or None)
 
 
 @cli.command()
@@ -350,7 +252,7 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     from fastworker.crashpoint import arm
     from fastworker.store import migrate as migrations
 
-    config = _config()
+    config = _operator()
     url = config.require_database_url("migrate")
     if extent is not None or untune:
         return _tune(url, extent, only_check=only_check)
@@ -477,7 +379,7 @@ def repair(
     from fastworker.commands.repairs import repair as run_repair
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
@@ -511,7 +413,7 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     from fastworker.process.signals import stop_on_signals
 
     choice = history.Choice(**chosen)
-    config = _config()
+    config = _operator()
     if status:
         return _run(history.show(config))
     if cancel:
@@ -544,7 +446,7 @@ def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
     from fastworker.commands.sample import sample as run_sample
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
@@ -568,7 +470,7 @@ def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
     from fastworker.commands.imports import import_files
     from fastworker.process.signals import stop_on_signals
 
-    config = _config()
+    config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
@@ -587,7 +489,7 @@ def export(did: str) -> ExitCode:
     """
     from fastworker.commands.export import export as run_export
 
-    return _run(run_export(_config().require_database_url("export"), did))
+    return _run(run_export(_operator().require_database_url("export"), did))
 
 
 @cli.command()
@@ -622,7 +524,7 @@ def grants(
     password = None if password_env is None else _secret(password_env)
     if (is_applied and for_redis) or (password_env is not None and not is_applied):
         raise click.UsageError("--apply is for SQL, and --password-env goes with it")
-    config = _config()
+    config = _operator()
     if is_applied:
         return _run(_grant(config.require_database_url("grants --apply"), rights.sql(service, name), name, password))
     if for_redis:
@@ -831,10 +733,7 @@ def up(start: Start | None) -> ExitCode:
     """
     from fastworker.commands.up import up as run_up
 
-    config = _begin("up")
-    if "FASTWORKER_STREAM_FORMAT" not in config.given:
-        config = msgspec.structs.replace(config, stream_format="native")
-    return run_up(config, lambda config: _plan(config, "up", with_reader=True), start)
+    return run_up(_begin("up"), notify_socket=os.environ.get("NOTIFY_SOCKET") or None, start=start)
 
 
 @cli.command()

@@ -26,8 +26,9 @@ from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
 from fastworker.stream.keys import CURSOR, GROUP, STREAM
-from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
+from fastworker.table.batch import Limits
 
 PREFIX: Final = "FASTWORKER_"
 WORKER_PORT: Final = 9400
@@ -165,7 +166,10 @@ def _env(
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole configuration. A field that is None was not set, and its meaning says what happens then."""
+    """The whole configuration: services and commands take it as it is, so that a default is written once, here.
+
+    A field that is None was not set, and its meaning says what happens then.
+    """
 
     relay_urls: Annotated[
         tuple[str, ...],
@@ -186,7 +190,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             _REDIS,
             "Redis 6.2 or newer, or Valkey. `up` starts an embedded server when it is not set.",
             read=_redis_url,
-            allowed="redis://, rediss:// (TLS, verified) or unix:// URL",
+            allowed="redis://, rediss:// (TLS, verified), unix:// or redis+sentinel:// URL",
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
@@ -367,13 +371,36 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_HOME",
-            "up status check compare verify dlq replay",
-            "Directory of the embedded servers' data. Where it is set, other commands find the servers of `up` by it, "
+            "reader up status check compare verify dlq replay migrate repair backfill sample import export grants",
+            "Directory of the embedded servers' data, and of the reader's chain of commits. "
+            "Where it is set, other commands find the servers of `up` by it, "
             "unless a URL says otherwise.",
             allowed="a directory path",
             default="$XDG_DATA_HOME/fastworker, else ~/.local/share/fastworker",
         ),
     ] = None
+    verify: Annotated[
+        Literal["off", "chain"],
+        _env(
+            "FASTWORKER_VERIFY",
+            "reader up",
+            "What the reader asks of each commit: `chain`, that it follows the one before it (docs/proofs.md).",
+            read=str.lower,
+        ),
+    ] = "chain"
+    chain_bytes: Annotated[
+        int,
+        Meta(ge=64 * 1024, le=64 * 1024**3),
+        _env(
+            "FASTWORKER_CHAIN_BYTES",
+            "reader up",
+            "Size of the file in FASTWORKER_HOME that remembers the newest state of each account, 32 bytes for one. "
+            "Where it cannot be written, 16mb of memory.",
+            read=_size,
+            allowed="bytes, or a number with kb, mb or gb; from 64kb to 64gb",
+            default="128mb",
+        ),
+    ] = 128 * 1024 * 1024
     stream_bytes_max: Annotated[
         Annotated[int, Meta(ge=1024)] | None,
         _env(
@@ -502,8 +529,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
 
+    # Not from the environment.
     given: frozenset[str] = frozenset()
-    """Names of the variables that were set (not from the environment itself)."""
+    """Names of the variables that were set."""
+    # Nor these, which are for tests.
+    silence_floor_s: float = 30.0
+    """No silence of a relay shorter than this ends its connection."""
+    abandoned_ms: int = ABANDONED_MS
+    limits: Limits = Limits()
+    """Of one batch."""
+    drain_s: float = 4.0
+    """How long a worker that is told to stop goes on with what it has read."""
+    scan_s: float = 10.0
+    """Between two looks for dead consumers."""
+    lease_ms: int = 15_000
+    """How long a consumer's name is kept for a process that does not renew it."""
+    foreign_idle_ms: int = 60_000
+    """Idle for so long, pending entries of a worker without leases are claimed."""
 
     def require_database_url(self, command: str) -> str:
         if self.database_url is None:
@@ -554,7 +596,7 @@ def _declared() -> tuple[Variable, ...]:
         metas: tuple[Meta, ...] = getattr(hint, "__metadata__", ())
         described = next((meta for meta in metas if meta.extra), None)
         if described is None or described.extra is None:
-            continue  # `given`
+            continue  # not from the environment
         kind, extra = get_args(hint)[0], described.extra
         variables.append(
             Variable(

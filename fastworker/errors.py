@@ -5,6 +5,7 @@ The type of an error decides what happens next; nobody parses messages.
 
 from __future__ import annotations
 
+import re
 import ssl
 from enum import IntEnum, StrEnum
 from typing import Final
@@ -53,7 +54,11 @@ class Reason(StrEnum):
     NOT_OWNER = "not_owner"  # a list item in another account's list
     TOO_LONG = "too_long"  # an identifier exceeds its column
     TOO_DEEP = "too_deep"
+    UNPROVED_OP = "unproved_op"  # the account's signed tree does not say so; its repair is queued
     BAD_REFERENCE = "bad_reference"  # a URI, DID or CID in the record is none: left out, the record is stored
+    # commits that are not stored (FASTWORKER_VERIFY); their accounts' repairs are queued
+    BAD_SIGNATURE = "bad_signature"  # not the account's, by the key that its DID document shows
+    FUTURE_REV = "future_rev"  # more than five minutes ahead of our clock
     # frames and events with nothing to store
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden
@@ -130,7 +135,7 @@ def words_of(error: BaseException, authority: str) -> str:
         if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
             return "this port does not speak TLS: is the URL's scheme or its port wrong?"
         cause = cause.__cause__ or cause.__context__
-    return str(error) or type(error).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from fastworker.errors import Reason
+from fastworker.event.proof import Verdict
 from fastworker.table.schema import TABLES
 
 OUTCOMES: Final = ("committed", "nothing_to_store", "set_aside", "ghosts")
@@ -139,6 +140,12 @@ READER_GAPS = _counter(
 READER_DROPS = _counter(
     "reader_drops", "Frames and ops the reader dropped, by reason.", "reason", closed=tuple(map(str, Reason))
 )
+VERIFIED = _counter(
+    "verify", "Commits by what their proofs say (docs/proofs.md).", "verdict", closed=tuple(map(str, Verdict))
+)
+UNVERIFIED = _gauge(
+    "unverified_entries", "Commits set aside in fastworker:unverified until their account's key was asked for again."
+)
 READER_CURSOR = _gauge("reader_cursor", "Newest seq that is on the stream.")
 READER_CURSOR_AGE = _gauge(
     "reader_cursor_age_seconds", "How far the reader is behind: age of the newest event, by the relay's clock."
@@ -177,7 +184,9 @@ class Figures:
         return iter(self._values.items())
 
 
-_READER_ONLY: Final = frozenset(metric for metric in METRICS if metric.name.startswith("fastworker_reader_"))
+_READER_ONLY: Final = frozenset(metric for metric in METRICS if metric.name.startswith("fastworker_reader_")) | {
+    VERIFIED, UNVERIFIED,
+}  # fmt: skip
 COMMON: Final = (BUILD, READY, MEMORY, STREAM_ENTRIES_MAX, STREAM_TRIMMED)
 READER_METRICS: Final = tuple(m for m in METRICS if m in _READER_ONLY or m in COMMON)
 WORKER_METRICS: Final = tuple(m for m in METRICS if m not in _READER_ONLY)

@@ -192,17 +192,17 @@ def place_of(url: str) -> str:
 
 
 _REDIS_SCHEMES: Final = {"valkey": "redis", "valkeys": "rediss"}
-_REDIS_USED: Final = re.compile(r"db|username|password|ssl_\w+")
+_REDIS_USED: Final = re.compile(r"db|(sentinel_)?(username|password)|ssl_\w+")
 
 
 def redis(text: str) -> Server:
-    """`redis://`, `rediss://` (TLS) or `unix://`; those of Valkey mean the same. ValueError says what is wrong."""
+    """`redis://`, `rediss://` (TLS), `unix://`, or either of the first two with `+sentinel` (stream/sentinel.py); those
+    of Valkey mean the same. ValueError says what is wrong."""
     scheme, separator, rest = text.partition("://")
-    scheme = _REDIS_SCHEMES.get(scheme.lower(), scheme.lower())
-    if "sentinel" in scheme:
-        raise ValueError("Redis Sentinel is not supported; name the server that is the master, or a proxy before it")
-    if not separator or scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("it must start with redis:// or rediss:// or unix://")
+    scheme, plus, by = scheme.lower().partition("+")
+    scheme = _REDIS_SCHEMES.get(scheme, scheme)
+    if not separator or scheme not in ("redis", "rediss", "unix") or (plus and (by != "sentinel" or scheme == "unix")):
+        raise ValueError("it must start with redis:// or rediss:// or unix:// or redis+sentinel://")
     if re.search(r"\s", rest):
         raise ValueError("it contains white space")
     before, _, query = rest.partition("?")
@@ -210,15 +210,25 @@ def redis(text: str) -> Server:
     hosts = authority.rpartition("@")[2]
     if "#" in rest or "@" in path or ("@" in query and "@" not in authority) or "@" in query.partition("=")[0]:
         raise ValueError(f"its host cannot be read ({ENCODE})")
-    if "," in hosts:
-        raise ValueError("it names several servers: Redis Cluster and Sentinel are not supported, name one")
-    if scheme == "unix":
+    if plus:
+        _sentinels(hosts, path)
+    elif "," in hosts:
+        raise ValueError("it names several servers: name one, or Sentinels by redis+sentinel://")
+    elif scheme == "unix":
         if not path.strip("/"):
             raise ValueError("it names no socket path")
     else:
         _redis_place(hosts, path)
     kept, unused = _redis_options(scheme, query)
-    return Server(f"{scheme}://{before}{'?' if kept else ''}{kept}", unused)
+    return Server(f"{scheme}{plus}{by}://{before}{'?' if kept else ''}{kept}", unused)
+
+
+def _sentinels(hosts: str, path: str) -> None:
+    master, _, database = path.partition("/")
+    for host in hosts.split(","):
+        _redis_place(host, database)
+    if not master:
+        raise ValueError("it names no master: redis+sentinel://host,host,host/MASTER")
 
 
 def _redis_place(hosts: str, path: str) -> None:

@@ -18,13 +18,13 @@ from typing import Final
 import msgspec
 from rich.text import Text
 
-from fastworker.commands.grants import TABLE_RIGHTS
+from fastworker.commands.grants import TABLE_RIGHTS, Service
 from fastworker.commands.tune import server_advice
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, Unreachable, counted
 from fastworker.process.clocks import which_is_off
 from fastworker.redact import redact
-from fastworker.store.admin import Facts, Past, facts, name_of, past, version_of, writers
+from fastworker.store.admin import Facts, Past, facts, name_of, past, writers
 from fastworker.store.migrate import SchemaRefused, encoding_problem
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.tuning import Server as PostgresServer
@@ -633,9 +633,14 @@ def _print(findings: list[Finding]) -> None:
     console.print(f"{counts[Verdict.FAIL]} to mend, {counts[Verdict.WARN]} to look at, {counts[Verdict.OK]} ok")
 
 
-async def preflight(config: Config, *, database_url: str | None) -> None:
-    """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable."""
-    log.info(", ".join(await asyncio.gather(_redis_preflight(config), _postgres_preflight(database_url))))
+async def preflight(config: Config, service: Service) -> None:
+    """Refuse what cannot work, in one sentence, before a service begins. Raises Unreachable, and ConfigError for a role
+    that lacks rights: another try would not help."""
+    if service == "worker":
+        postgres = _worker_preflight(config.require_database_url("worker"))
+    else:
+        postgres = _reader_preflight(config.database_url)
+    log.info(", ".join(await asyncio.gather(_redis_preflight(config), postgres)))
 
 
 async def _redis_preflight(config: Config) -> str:
@@ -648,9 +653,26 @@ async def _redis_preflight(config: Config) -> str:
     return f"{server.product.capitalize()} {server.version} at {redact(config.redis_url)}"
 
 
-async def _postgres_preflight(database_url: str | None) -> str:
+async def _reader_preflight(database_url: str | None) -> str:
+    """It may do without: PostgreSQL is asked when Redis has lost the cursor."""
     if database_url is None:
         return "no PostgreSQL"
+    try:
+        found = await facts(database_url, TABLE_RIGHTS["reader"])
+    except Unreachable as error:
+        log.warning("%s. The reader asks it only when Redis has lost the cursor", error)
+        return name_of(database_url)
+    if found.lacking:
+        log.warning(
+            "The role %s lacks %s: when Redis loses the cursor nobody tells the reader where it was. Run `fastworker "
+            "migrate`, then what `fastworker grants reader` prints",
+            found.role,
+            _some(list(found.lacking), 5),
+        )
+    return _with_version(database_url, found.version)
+
+
+async def _worker_preflight(database_url: str) -> str:
     problems = await check_schema(database_url)
     if problems:
         more = f" And {len(problems) - 1} more: `fastworker check` tells them." if len(problems) > 1 else ""
@@ -658,8 +680,12 @@ async def _postgres_preflight(database_url: str | None) -> str:
     found = await facts(database_url, TABLE_RIGHTS["worker"])
     for finding in postgres_rights(found):
         if finding.verdict is Verdict.FAIL:
-            raise Unreachable(f"{name_of(database_url)}: {finding.sentence}")
-    return name_of(database_url).replace("PostgreSQL", f"PostgreSQL {await version_of(database_url)}", 1)
+            raise ConfigError(f"{name_of(database_url)}: {finding.sentence}")
+    return _with_version(database_url, found.version)
+
+
+def _with_version(database_url: str, version: str) -> str:
+    return name_of(database_url).replace("PostgreSQL", f"PostgreSQL {version}", 1)
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -24,6 +24,7 @@ from typing import Any, Final
 import msgspec
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -36,9 +37,9 @@ from fastworker.law.model import COLUMNS, Model
 from fastworker.process.board import LATENCY_MS, Heartbeats, Slot, State, quantile
 from fastworker.process.child import run_child
 from fastworker.process.children import ChildSpec, Patience
+from fastworker.process.outage import span
 from fastworker.process.supervisor import Supervisor
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store.migrate import migrate
@@ -46,7 +47,7 @@ from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.keys import GROUP, STREAM, USUAL
-from fastworker.worker.worker import WorkerSettings, worker_child
+from fastworker.worker.worker import worker_child
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def _run(
                 outage=is_outage,
             )
             console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
-            worker = WorkerSettings(
+            worker = Config(
                 redis_url=redis.url,
                 database_url=postgres.url,
                 consumer_id="demo",
@@ -134,6 +135,7 @@ def _run(
                 processes=config.processes,
                 pipelines=config.pipelines,
                 pool_size=config.pool_size,
+                resolve_handles=False,
             )
             supervisor = Supervisor(
                 [
@@ -214,9 +216,12 @@ async def _relay(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> None
             temporary.rename(plan.address)
             slot.set(ready=1, state=State.RUNNING)
             await (outage.sent(relay, len(frames), stopping) if plan.outage else stopping.wait())
+            if stopping.is_set():
+                await outage.until_left(relay)
         if plan.outage:
-            await stack.enter_async_context(outage.back_again(after, port=relay.port, rate=plan.rate))
+            again = await stack.enter_async_context(outage.back_again(after, port=relay.port, rate=plan.rate))
             await stopping.wait()
+            await outage.until_left(again)
 
 
 # The reader -----------------------------------------------------------------------------------------
@@ -233,10 +238,8 @@ async def _reader(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> Non
             return
     served = msgspec.json.decode(plan.address.read_bytes(), type=Served)
     slot.set(ready=1, state=State.RUNNING)
-    settings = ReaderSettings(
-        relay_urls=(served.url,), redis_url=plan.redis_url, stream_key=STREAM, group=GROUP, stream_format="native"
-    )
-    await run_reader(settings, stopping)
+    config = Config(relay_urls=(served.url,), redis_url=plan.redis_url, stream_format="native")
+    await run_reader(config, stopping)
 
 
 # The conductor --------------------------------------------------------------------------------------
@@ -354,13 +357,28 @@ class _Conductor:
         old, new = self._looks[0], self._looks[-1]
         return (new.settled - old.settled) / (new.at - old.at) if new.at > old.at else 0.0
 
+    def _left(self, look: Look) -> str:
+        """How long it will take, at the rate of the last looks."""
+        rate, left = self._rate(), self._plan.events - look.settled
+        return f", {span(left / rate)} left" if rate and left > 0 else ""
+
     def _line(self, look: Look) -> str:
         if not self._plan.address.exists():
             return f"making events: {look.made:,} of {self._plan.events:,}"
         return (
-            f"events settled: {look.settled:,} ({self._rate():,.0f}/s), on the stream: {look.on_stream:,}, "
-            f"behind: {look.pending + look.lag:,}, rows: {look.rows:,}, memory: {look.memory_bytes >> 20} MB"
+            f"events settled: {look.settled:,} ({self._rate():,.0f}/s{self._left(look)}), on the stream: "
+            f"{look.on_stream:,}, behind: {look.pending + look.lag:,}, rows: {look.rows:,}, "
+            f"memory: {look.memory_bytes >> 20} MB"
         )
+
+    def _bar(self, look: Look) -> Table:
+        """Two stretches: the events are made, then they go through everything."""
+        is_made = self._plan.address.exists()
+        done, wanted = (look.settled if is_made else look.made), self._plan.events
+        bar = Table.grid(padding=(0, 1))
+        words = f"{min(1.0, done / wanted):4.0%} {f'{self._rate():,.0f}/s{self._left(look)}' if is_made else ''}"
+        bar.add_row("settled" if is_made else "making ", ProgressBar(wanted, min(done, wanted), width=40), words)
+        return bar
 
     def _picture(self, look: Look) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -368,7 +386,6 @@ class _Conductor:
             ("events made", f"{look.made:,} of {self._plan.events:,}"),
             ("on the stream", f"{look.on_stream:,}"),
             ("settled", f"{look.settled:,}"),
-            ("events/s", f"{self._rate():,.0f}"),
             ("behind", f"{look.pending + look.lag:,}"),
             ("rows written", f"{look.rows:,}"),
             ("memory", f"{look.memory_bytes >> 20} MB"),
@@ -380,7 +397,8 @@ class _Conductor:
         for name, count in look.tables.most_common(8):
             if count:
                 rows.add_row(name, f"{count:,}")
-        return Group(Text("fastworker demo: relay -> reader -> stream -> worker -> PostgreSQL\n"), table, Text(), rows)
+        title = Text("fastworker demo: relay -> reader -> stream -> worker -> PostgreSQL\n")
+        return Group(title, self._bar(look), Text(), table, Text(), rows)
 
     # --- the end
 
@@ -471,7 +489,8 @@ class _Conductor:
         self._console.print(
             f"events      {look.settled:,} settled, {set_aside} set aside\n"
             f"throughput  {look.settled / seconds:,.0f} events/s, relay to commit, all on this machine\n"
-            f"latency     {latency} from the stream to the ack ({flat_out})\n"
+            f"latency     {latency}, from the stream to the ack\n"
+            f"            ({flat_out})\n"
             f"memory      {self._peak_bytes >> 20} MB at most (PSS): supervisor, reader, worker processes",
             highlight=False,
             soft_wrap=True,

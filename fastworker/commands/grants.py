@@ -42,6 +42,8 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.horizon": ("SELECT", "UPDATE"),
         "fastworker.repairs": _ALL,
         "fastworker.refused": _KEEP,
+        "fastworker.floors": _ALL,
+        "fastworker.repos": _KEEP,
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty.
     "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ},

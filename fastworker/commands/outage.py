@@ -8,6 +8,7 @@ relay still has these. Then `fastworker repair --gap` runs against the simulated
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -29,6 +30,7 @@ RATE: Final = 1_000.0
 _STAYS: Final = ("app.bsky.bookmark.", "com.atproto.label.")
 _VERSION: Final = ("commit_seq", "commit_rev", "commit_time")
 _LOOK_S: Final = 0.1
+_LEAVE_S: Final = 2.0
 
 
 class Places(msgspec.Struct, frozen=True):
@@ -65,6 +67,15 @@ async def sent(relay: SimRelay, count: int, stopping: asyncio.Event) -> None:
         if relay.sent >= count or stopping.is_set():
             return
         await asyncio.sleep(_LOOK_S)
+
+
+async def until_left(relay: SimRelay) -> None:
+    """The reader is told to end at the same moment: it goes first, and does not miss us."""
+    ends = time.monotonic() + _LEAVE_S
+    while True:
+        if not relay.clients or time.monotonic() > ends:
+            return
+        await asyncio.sleep(0.01)
 
 
 def back_again(frames: list[bytes], *, port: int, rate: float | None) -> SimRelay:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, counted
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats, Slot, State
@@ -25,7 +26,6 @@ from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import Entry, SetAside, Tally
 from fastworker.worker.limits import DeadLetterLimit
 from fastworker.worker.pipeline import Pipeline
-from fastworker.worker.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class _Retained:
         return None
 
 
-async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
+async def reapply(settings: Config, from_id: str) -> ExitCode:
     """Everything from `from_id` (inclusive) on. Raises ConfigError for what is not a stream id."""
     found = re.fullmatch(r"(\d{1,16})(?:-(\d{1,16}))?", from_id)
     if not found:
@@ -94,13 +94,13 @@ async def reapply(settings: WorkerSettings, from_id: str) -> ExitCode:
             return ExitCode.DONE
         try:
             store = await Store.connect(
-                settings.database_url,
+                settings.require_database_url("worker --reapply"),
                 pool_size=1,
                 application_name="fastworker-reapply",
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
-                verified_only=settings.verified_only,
+                verified_only=settings.resolve_handles,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

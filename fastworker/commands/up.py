@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,12 @@ from pathlib import Path
 import msgspec
 
 from fastworker.commands.check import preflight
-from fastworker.config import Config
+from fastworker.config import WORKER_PORT, Config
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
 from fastworker.monitor.monitor import run_monitor
-from fastworker.monitor.page import settle_port
-from fastworker.monitor.view import MonitorSettings
+from fastworker.monitor.page import HttpSettings, http_of, settle_port
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
 from fastworker.process.children import ChildSpec
@@ -32,36 +31,26 @@ from fastworker.process.supervisor import Supervisor
 from fastworker.process.wards import Server
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
-from fastworker.reader.stats import ReaderSettings
 from fastworker.redact import redact
 from fastworker.store.migrate import migrate
 from fastworker.sync.resolver import ResolverSettings, run_resolver
-from fastworker.worker.worker import WorkerSettings, processes_max, shrunk, worker_child
+from fastworker.worker.worker import processes_max, shrunk, worker_child
 
 log = logging.getLogger(__name__)
 
 
-class ServiceOptions(msgspec.Struct, frozen=True):
-    """What a supervisor runs. `reader` None: the reader is another service; `resolver`: of handles."""
-
-    worker: WorkerSettings
-    monitor: MonitorSettings
-    reader: ReaderSettings | None = None
-    resolver: ResolverSettings | None = None
-    memory_max_bytes: int | None = None
-    notify_socket: str | None = None
-
-
-def supervise(plan: ServiceOptions, servers: Sequence[Server] = ()) -> ExitCode:
+def supervise(
+    config: Config, http: HttpSettings, *, with_reader: bool, notify_socket: str | None, servers: Sequence[Server] = ()
+) -> ExitCode:
     """Fork, and return when all is over. `servers`: started again when they end."""
     heartbeats = Heartbeats()
-    worker = shrunk(plan.worker)
+    worker = shrunk(config)
     specs = [
         worker_child(worker),
-        ChildSpec("monitor", partial(_monitor_main, plan.monitor, plan.resolver, heartbeats)),
+        ChildSpec("monitor", partial(_monitor_main, config, http, heartbeats, with_reader)),
     ]
-    if plan.reader is not None:
-        specs.append(ChildSpec("reader", partial(_reader_main, plan.reader, worker.database_url)))
+    if with_reader:
+        specs.append(ChildSpec("reader", partial(_reader_main, config)))
     log.info(
         "Starting %d processes with %d pipelines each on %s as %s",
         worker.processes,
@@ -72,61 +61,73 @@ def supervise(plan: ServiceOptions, servers: Sequence[Server] = ()) -> ExitCode:
     return Supervisor(
         specs,
         heartbeats,
-        memory_max_bytes=plan.memory_max_bytes,
+        memory_max_bytes=config.memory_max_bytes,
         workers_max=max(worker.processes, processes_max(worker)),
-        notify_socket=plan.notify_socket,
+        notify_socket=notify_socket,
         servers=servers,
     ).run()
 
 
-def _monitor_main(
-    settings: MonitorSettings, resolver: ResolverSettings | None, heartbeats: Heartbeats, slot: Slot
-) -> int:
+def _monitor_main(config: Config, http: HttpSettings, heartbeats: Heartbeats, with_reader: bool, slot: Slot) -> int:
     async def main(slot: Slot, stopping: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
-            if resolver is not None:
+            if config.resolve_handles:
+                resolver = ResolverSettings(config.require_database_url("worker"), config.plc_url)
                 tasks.create_task(run_resolver(resolver, stopping))
-            await run_monitor(settings, heartbeats, stopping, on_ready=lambda: slot.set(ready=1, state=State.RUNNING))
+            await run_monitor(
+                config,
+                http,
+                heartbeats,
+                stopping,
+                with_reader=with_reader,
+                on_ready=lambda: slot.set(ready=1, state=State.RUNNING),
+            )
 
     return run_child(slot, main)
 
 
-def _reader_main(settings: ReaderSettings, database_url: str, slot: Slot) -> int:
+def _reader_main(config: Config, slot: Slot) -> int:
     async def main(slot: Slot, stopping: asyncio.Event) -> None:
         slot.set(ready=1, state=State.RUNNING)
-        await read_and_resume(settings, stopping, database_url=database_url)
+        await read_and_resume(config, stopping)
 
     return run_child(slot, main)
 
 
 def run_worker(
-    config: Config, plan: ServiceOptions, start: Start | None = None, servers: Sequence[Server] = ()
+    config: Config,
+    *,
+    notify_socket: str | None = None,
+    with_reader: bool = False,
+    start: Start | None = None,
+    http: HttpSettings | None = None,
+    servers: Sequence[Server] = (),
 ) -> ExitCode:
     """`fastworker worker`, and its reader from `start` on. Raises FastworkerError for what an operator has to mend."""
-    if plan.worker.tracing:
+    if config.tracing:
         tracing.require()
-    plan = _with_port(plan)
+    http = http or settle_port(http_of(config, WORKER_PORT))
     # asyncio's own loop: uvloop would leave the threads that resolve names behind, and we fork.
-    asyncio.run(preflight(config, database_url=plan.worker.database_url))
-    if start is not None and plan.reader is not None:
-        asyncio.run(begin_at(plan.reader, start, database_url=plan.worker.database_url))
-    return supervise(plan, servers)
+    asyncio.run(preflight(config, "worker"))
+    if start is not None:
+        asyncio.run(begin_at(config, start))
+    return supervise(config, http, with_reader=with_reader, notify_socket=notify_socket, servers=servers)
 
 
-def up(config: Config, make_plan: Callable[[Config], ServiceOptions], start: Start | None = None) -> ExitCode:
-    """`fastworker up`. `make_plan` turns the configuration, its URLs filled in, into settings."""
+def up(config: Config, *, notify_socket: str | None = None, start: Start | None = None) -> ExitCode:
+    """`fastworker up`: with embedded servers in place of each URL that was not set."""
+    if "FASTWORKER_STREAM_FORMAT" not in config.given:
+        config = msgspec.structs.replace(config, stream_format="native")
     with ExitStack() as stack:
         config, servers = stack.enter_context(_with_servers(config))
-        plan = _with_port(make_plan(config))
-        for name in asyncio.run(migrate(plan.worker.database_url)):
+        http = settle_port(http_of(config, WORKER_PORT))
+        database_url = config.require_database_url("up")
+        for name in asyncio.run(migrate(database_url)):
             log.info("Schema: applied %s", name)
-        _say_how_to_connect(config, plan)
-        return run_worker(config, plan, start, servers)
-
-
-def _with_port(plan: ServiceOptions) -> ServiceOptions:
-    monitor = msgspec.structs.replace(plan.monitor, http=settle_port(plan.monitor.http))
-    return msgspec.structs.replace(plan, monitor=monitor)
+        _say_how_to_connect(config, http, database_url)
+        return run_worker(
+            config, notify_socket=notify_socket, with_reader=True, start=start, http=http, servers=servers
+        )
 
 
 @contextmanager
@@ -138,6 +139,7 @@ def _with_servers(config: Config) -> Iterator[tuple[Config, list[Server]]]:
         if wants_postgres or wants_redis:
             home = _home(config)
             stack.enter_context(_only_one(home))
+            config = msgspec.structs.replace(config, home=str(home))
             if wants_redis:
                 log.info("Starting the embedded Valkey in %s", home / "redis")
                 server = stack.enter_context(EmbeddedRedis(home / "redis"))
@@ -197,13 +199,12 @@ def _only_one(home: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _say_how_to_connect(config: Config, plan: ServiceOptions) -> None:
+def _say_how_to_connect(config: Config, http: HttpSettings, database_url: str) -> None:
     """For people, on standard output: the log has everything else."""
-    http = plan.monitor.http
     where = f"http://{http.host}:{http.port}/" if http.port else "off"
     words = (
         f"relay       {', '.join(config.relay_urls)}\n"
-        f"tables      psql '{redact(plan.worker.database_url)}'\n"
+        f"tables      psql '{redact(database_url)}'\n"
         f"stream      REDIS_URL='{redact(config.redis_url)}' fastworker status --watch\n"
         f"status page {where}\n"
     )

@@ -35,9 +35,30 @@ def decode_frame(data: bytes, relay: str | None = None) -> Frame:
     Required members must be there and have their type; others may be odd or absent; unknown ones are
     ignored. An op that is bad becomes a Drop in its commit, its siblings stay.
     """
+    return read_frame(*open_frame(data), relay)
+
+
+def open_frame(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(header, payload). Raises InvalidEvent (BAD_FRAME, OVERSIZED)."""
     if len(data) > FRAME_BYTES_MAX:
         raise InvalidEvent(Reason.OVERSIZED, f"a frame of {len(data)} bytes")
-    header, payload = _two_objects(data)
+    try:
+        objects = libipld.decode_dag_cbor_multi(data)
+    except (ValueError, RecursionError, MemoryError):
+        try:
+            objects = decode_sequence(data, 2) if count_values(data, VALUES_MAX) <= VALUES_MAX else []
+        except InvalidEvent as error:
+            raise InvalidEvent(Reason.BAD_FRAME, error.detail) from None
+    if len(objects) != 2:
+        raise InvalidEvent(Reason.BAD_FRAME, f"{len(objects)} objects, not 2")
+    header, payload = objects
+    if type(header) is not dict or type(payload) is not dict:
+        raise InvalidEvent(Reason.BAD_FRAME, "not two objects")
+    return header, payload
+
+
+def read_frame(header: dict[str, Any], payload: dict[str, Any], relay: str | None = None) -> Frame:
+    """As `decode_frame`, of a frame that is open."""
     kind = header.get("t")
     operation = header.get("op")
     if operation == 1:
@@ -85,22 +106,6 @@ def identity_of(did: str, handle: Any, seq: int | None, time: Any, relay: str | 
 def account_of(did: str, active: bool, status: Any, seq: int | None, time: Any, relay: str | None) -> Account:
     status = (clean_text(status)[:_DETAIL_MAX] or None) if type(status) is str else None
     return Account(seq, did, active, status, time_of(time), relay)
-
-
-def _two_objects(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        objects = libipld.decode_dag_cbor_multi(data)
-    except (ValueError, RecursionError, MemoryError):
-        try:
-            objects = decode_sequence(data, 2) if count_values(data, VALUES_MAX) <= VALUES_MAX else []
-        except InvalidEvent as error:
-            raise InvalidEvent(Reason.BAD_FRAME, error.detail) from None
-    if len(objects) != 2:
-        raise InvalidEvent(Reason.BAD_FRAME, f"{len(objects)} objects, not 2")
-    header, payload = objects
-    if type(header) is not dict or type(payload) is not dict:
-        raise InvalidEvent(Reason.BAD_FRAME, "not two objects")
-    return header, payload
 
 
 def _commit(payload: dict[str, Any], relay: str | None) -> Commit:

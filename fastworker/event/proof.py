@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Final, TypeGuard
@@ -20,7 +21,7 @@ from typing import Any, Final, TypeGuard
 import libipld
 import msgspec
 
-from fastworker.event.car import RECORD_CID, RECORD_CID_BYTES, read_header, read_varint
+from fastworker.event.car import RECORD_CID, RECORD_CID_BYTES, is_block_of, read_header, read_varint, select_blocks
 from fastworker.event.frame import BLOCKS_BYTES_MAX, OPS_MAX
 from fastworker.event.syntax import is_did, is_tid, split_path
 
@@ -36,8 +37,18 @@ IsSigned = Callable[[bytes, bytes], bool]
 
 
 class Verdict(StrEnum):
+    """What the proofs say of a commit. The values are labels of metrics; docs/proofs.md says what each gets."""
+
     OK = "ok"
-    LEGACY = "legacy"  # no prevData, as hosts before sync 1.1 wrote it: signed, but the ops cannot be undone
+    FIRST = "first"  # nothing is known of the account yet
+    REPLAY = "replay"  # not newer than what is known
+    LEGACY = "legacy"  # no prevData, as hosts before sync 1.1 wrote it: the ops cannot be undone
+    UNVERIFIED = "unverified"  # the account's key is not known yet
+    BREAK = "break"  # it does not follow what is known, or it is too big to say what it did
+    BAD_COMMIT = "bad_commit"  # the commit block is missing, broken, or another account's or revision's
+    INVERSION = "inversion"  # the ops are not what happened between the two trees
+    BAD_SIGNATURE = "bad_signature"
+    FUTURE_REV = "future_rev"  # more than five minutes ahead
 
 
 class Flaw(StrEnum):
@@ -93,6 +104,61 @@ def read_commit(block: bytes) -> SignedCommit:
     return SignedCommit(did, rev, data, signature, signed)
 
 
+class Link(msgspec.Struct, frozen=True, gc=False):
+    """Where a commit stands in its account's chain: what it says of the state before, and the root after it.
+
+    `data` None: the message does not hold the commit that it names, of this account and revision.
+    """
+
+    since: str | None
+    before: bytes | None
+    data: bytes | None
+    is_too_big: bool
+
+
+def read_link(payload: Mapping[str, Any], repo: str, rev: str) -> Link:
+    """Of a decoded `#commit` or `#sync` payload. Checks the commit block's hash, not its signature. Never raises."""
+    since, before, data = payload.get("since"), payload.get("prevData"), None
+    block = _commit_block(payload)
+    if block is not None:
+        try:
+            commit = libipld.decode_dag_cbor(block)
+        except (ValueError, RecursionError, MemoryError):
+            commit = None
+        # mutant: a commit of another account
+        if type(commit) is dict and commit.get("did") == repo and commit.get("rev") == rev:
+            data = commit.get("data")
+    return Link(
+        since if type(since) is str else None,
+        before if is_cid(before) else None,
+        data if is_cid(data) else None,
+        payload.get("tooBig") is True,
+    )
+
+
+def _commit_block(payload: Mapping[str, Any]) -> bytes | None:
+    """The block that `commit` names (a `#sync` has no such member: the CAR's root), if the CAR holds it."""
+    car = payload.get("blocks")
+    if not isinstance(car, bytes):
+        return None
+    cid = payload.get("commit")
+    if cid is None:
+        try:
+            cid, _ = read_header(car)
+        except (IndexError, ValueError):
+            return None
+    if not is_cid(cid):
+        return None
+    # Found without a walk: its length is before the CID, in two bytes as a rule. The hash says whether that was so.
+    at = car.rfind(cid)
+    if at > 1:
+        block = car[at + RECORD_CID_BYTES : at + (car[at - 1] << 7) + (car[at - 2] & 127)]
+        if is_block_of(cid, block):
+            return block
+    block = select_blocks(car, {cid})[0].get(cid, b"")
+    return block if is_block_of(cid, block) else None
+
+
 def is_cid(value: Any) -> TypeGuard[bytes]:
     """Whether it is the CID of a block of a repository: version 1, DAG-CBOR, SHA-256."""
     return isinstance(value, bytes) and len(value) == RECORD_CID_BYTES and value.startswith(RECORD_CID)
@@ -131,27 +197,58 @@ def read_blocks(car: bytes) -> tuple[bytes, dict[bytes, bytes]]:
 
 def prove_commit(payload: Mapping[str, Any], is_signed: IsSigned) -> Verdict:
     """The whole of a decoded `#commit` payload: envelope, hashes, signature, ops."""
-    commit, blocks = prove_signature(payload, is_signed)
+    commit = prove_signature(payload, is_signed)
+    root, blocks = read_blocks(payload["blocks"])
+    if root != payload["commit"]:
+        raise Unproved(Flaw.BAD_COMMIT, "the CAR has another root")
     return prove_ops(payload, commit, blocks)
 
 
-def prove_signature(payload: Mapping[str, Any], is_signed: IsSigned) -> tuple[SignedCommit, dict[bytes, bytes]]:
+def prove_signature(payload: Mapping[str, Any], is_signed: IsSigned) -> SignedCommit:
     """The commit block is there, is what the envelope says, and the account signed it."""
-    car = payload.get("blocks")
-    if not isinstance(car, bytes):
-        raise Unproved(Flaw.BAD_CAR, "no blocks")
-    root, blocks = read_blocks(car)
-    if root != payload.get("commit"):
-        raise Unproved(Flaw.BAD_COMMIT, "the CAR has another root")
-    block = blocks.get(root)
+    block = _commit_block(payload)
     if block is None:
-        raise Unproved(Flaw.MISSING_BLOCK, "the commit block")
+        raise Unproved(Flaw.MISSING_BLOCK, "no commit block")
     commit = read_commit(block)
     if commit.did != payload.get("repo") or commit.rev != payload.get("rev"):
         raise Unproved(Flaw.BAD_COMMIT, "it is another account's or another revision's")
     if not is_signed(commit.signature, commit.signed):
         raise Unproved(Flaw.BAD_SIGNATURE, "not signed with the account's key")
-    return commit, blocks
+    return commit
+
+
+def proved_paths(payload: Mapping[str, Any], commit: SignedCommit) -> frozenset[str]:
+    """Where the ops as a whole are not proved: the paths at which the signed tree holds what the op says.
+
+    Each is true by itself; what happened besides is not known.
+    """
+    root, blocks = commit.data, _sound_blocks(payload["blocks"])
+    ops = payload.get("ops")
+    proved = set()
+    for op in ops[:OPS_MAX] if type(ops) is list else ():
+        path = op.get("path") if type(op) is dict else None
+        if type(path) is not str or split_path(path) is None:
+            continue
+        cid = None if op.get("action") == "delete" else op.get("cid")
+        with suppress(Unproved):
+            if (cid is not None or op.get("action") == "delete") and find(blocks, root, path.encode()) == cid:
+                proved.add(path)
+    return frozenset(proved)
+
+
+def _sound_blocks(car: bytes) -> dict[bytes, bytes]:
+    """Of a CAR that may be broken: the blocks before the break that are what their CIDs say."""
+    blocks: dict[bytes, bytes] = {}
+    with suppress(IndexError):
+        size, position = read_varint(car, 0)
+        position += size
+        while position < len(car):
+            size, position = read_varint(car, position)
+            cid, block = car[position : position + RECORD_CID_BYTES], car[position + RECORD_CID_BYTES : position + size]
+            position += size
+            if is_cid(cid) and is_block_of(cid, block):
+                blocks[cid] = block
+    return blocks
 
 
 Step = tuple[str, bytes, bytes | None, bytes | None]

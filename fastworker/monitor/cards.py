@@ -28,7 +28,7 @@ def page_of(view: View) -> Page:
     ledger = reading.ledger if reading else {}
     return Page(
         version=__version__,
-        service="up" if view.settings.with_reader else "worker",
+        service="up" if view.with_reader else "worker",
         at=time.time(),
         uptime_s=view.uptime_s,
         age_s=view.age_s,
@@ -64,7 +64,7 @@ def _cards(view: View, reading: Reading) -> dict[str, list[Card]]:
             Card("stream", length, f"of {settings.max_stream_len:,}", bad=length > 0.8 * settings.max_stream_len),
             Card("stream is full in", full if math.isfinite(full) else "does not grow", "s", bad=full < 3_600),
             Card("stream memory", view.stream_bytes, "bytes"),
-            Card("PostgreSQL connections", busy, f"at work, at most {settings.connections_max}"),
+            Card("PostgreSQL connections", busy, f"at work, at most {settings.pool_size}"),
         ],
         "Since the stream began": [
             *(

@@ -22,17 +22,18 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__
+from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
 from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog
 from fastworker.monitor.history import History
-from fastworker.monitor.page import listen, pss
+from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
 from fastworker.monitor.rates import Rates, Sample
 from fastworker.monitor.reader_port import left_in_redis, trouble
 from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness
-from fastworker.monitor.view import MonitorSettings, Reading, View, buckets, since_s
+from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats, Snapshot, State, now_ms
 from fastworker.process.outage import Outage, span
@@ -40,7 +41,9 @@ from fastworker.redact import redact
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
+from fastworker.stream.keys import Keys
 from fastworker.stream.letters import line_of
+from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +59,22 @@ WORST: Final = ("oldest", "median", "99 %")
 
 
 async def run_monitor(
-    settings: MonitorSettings, heartbeats: Heartbeats, stop: asyncio.Event, *, on_ready: Callable[[], None]
+    settings: Config,
+    http: HttpSettings,
+    heartbeats: Heartbeats,
+    stop: asyncio.Event,
+    *,
+    with_reader: bool,
+    on_ready: Callable[[], None],
 ) -> None:
-    """Monitor the worker's processes until `stop`. Raises Unreachable when the chosen port is taken."""
+    """Monitor the worker's processes until `stop`. Raises Unreachable when the chosen port is taken.
+
+    `with_reader`: the reader is one of this supervisor's children, and readiness includes it.
+    """
     redis = connect(settings.redis_url, client_name="fastworker-monitor", max_connections=2)
+    admin = RedisAdmin(redis, settings.stream_key)
     try:
-        await _WorkerMonitor(settings, heartbeats, RedisAdmin(redis, settings.stream_key)).run(stop, on_ready)
+        await _WorkerMonitor(settings, http, heartbeats, admin, with_reader=with_reader).run(stop, on_ready)
     finally:
         await redis.aclose()
 
@@ -69,8 +82,12 @@ async def run_monitor(
 class _WorkerMonitor:
     """Also the `Source` of the HTTP answers."""
 
-    def __init__(self, settings: MonitorSettings, heartbeats: Heartbeats, admin: RedisAdmin) -> None:
+    def __init__(
+        self, settings: Config, http: HttpSettings, heartbeats: Heartbeats, admin: RedisAdmin, *, with_reader: bool
+    ) -> None:
         self._settings = settings
+        self._http = http
+        self._with_reader = with_reader
         self._heartbeats = heartbeats
         self._admin = admin
         self._owner = f"{socket.gethostname()}:{os.getppid()}"
@@ -83,7 +100,6 @@ class _WorkerMonitor:
         self._memory: dict[int, int] = {}  # pid -> PSS
         self._watch = Watch()
         self._reader_moved = (0, self._started)
-        self._logged = (self._started, 0)
         self._port: int | None = None
         self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
         self._others: dict[str, str] = {}  # what every worker on this stream last told
@@ -91,7 +107,7 @@ class _WorkerMonitor:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         async with AsyncExitStack() as stack:
-            self._port = await listen(stack, self, self._settings.http)
+            self._port = await listen(stack, self, self._http)
             on_ready()
             turn = 0
             while True:
@@ -117,6 +133,7 @@ class _WorkerMonitor:
 
     async def _read(self, turn: int) -> None:
         settings, admin = self._settings, self._admin
+        await give_skipped(admin.redis, Keys(settings.stream_key, settings.group), settings.group)
         trimmed = await trim_finished(
             admin.redis,
             settings.stream_key,
@@ -227,7 +244,7 @@ class _WorkerMonitor:
             facts,
             redis_s=now - reading.at if reading else now - self._started + FRESH_S,
             redis_error=self._error,
-            reader=self._reader_trouble(reading, now) if reading and self._settings.with_reader else [],
+            reader=self._reader_trouble(reading, now) if reading and self._with_reader else [],
         )
 
     def _reader_trouble(self, reading: Reading, now: float) -> list[str]:
@@ -261,12 +278,8 @@ class _WorkerMonitor:
 
     def _log(self) -> None:
         """The line that operators grep for; nothing while nothing happens."""
-        at, count = self._logged
-        now = time.monotonic()
-        if self._rates.total != count:
-            rate = (self._rates.total - count) / max(now - at, 1e-9)
+        if rate := self._rates.since_last_told():
             log.info("Processed %s events (~%s events/sec)", f"{self._rates.total:,}", f"{rate:,.0f}")
-        self._logged = (now, self._rates.total)
 
     def _processes(self) -> list[ProcessStatus]:
         now = now_ms()
@@ -308,10 +321,11 @@ class _WorkerMonitor:
         return self._rates.full_s(settings.max_stream_len, settings.stream_bytes_max, self._bytes)
 
     def _view(self) -> View:
-        now, reading, http = time.monotonic(), self._reading, self._settings.http
+        now, reading, http = time.monotonic(), self._reading, self._http
         stream = reading.stream if reading else None
         return View(
             settings=self._settings,
+            with_reader=self._with_reader,
             owner=self._owner,
             http=f"{http.host}:{self._port}" if self._port is not None else "",
             why=self.why_not_ready(),
@@ -368,7 +382,7 @@ def _status(view: View) -> WorkerStatus:
         version=__version__,
         ready=not view.why,
         why=view.why,
-        connections_max=view.settings.connections_max,
+        connections_max=view.settings.pool_size,
         connections_open=sum(snapshot.gauges.connections for snapshot in view.workers),
         stream_full_s=view.full_s if math.isfinite(view.full_s) else None,
         processes=view.processes,

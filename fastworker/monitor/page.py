@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from fastworker.config import Config
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.http import Source, ask, port_is_taken, serve
@@ -69,10 +70,21 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """`port` None: no HTTP. `chosen`: the operator named the port, so that another one will not do. `names`: more names
     that the status page answers to."""
 
-    host: str = "127.0.0.1"
-    port: int | None = None
-    chosen: bool = False
-    names: tuple[str, ...] = ()
+    host: str
+    port: int | None
+    chosen: bool
+    names: tuple[str, ...]
+
+
+def http_of(config: Config, default: int) -> HttpSettings:
+    """Of a service that is at port `default` unless the operator says otherwise."""
+    port = default if config.http_port is None else config.http_port
+    return HttpSettings(
+        host=config.http_host,
+        port=None if isinstance(port, str) else port,
+        chosen=config.http_port is not None,
+        names=config.http_hosts,
+    )
 
 
 class Card(msgspec.Struct, frozen=True):

@@ -19,16 +19,16 @@ LABEL_MAX: Final = 100  # characters of it
 
 def figures_of(view: View) -> Figures:
     m, settings, reading = metrics, view.settings, view.reading
-    figures = Figures(m.UP_METRICS if settings.with_reader else m.WORKER_METRICS)
+    figures = Figures(m.UP_METRICS if view.with_reader else m.WORKER_METRICS)
     figures.set(m.BUILD, 1, __version__)
     figures.set(m.READY, not view.why)
-    figures.set(m.CONNECTIONS_MAX, settings.connections_max)
+    figures.set(m.CONNECTIONS_MAX, settings.pool_size)
     figures.set(m.STREAM_ENTRIES_MAX, settings.max_stream_len)
     figures.set(m.STREAM_TRIMMED, view.trimmed)
     figures.set(m.REDIS_AGE, view.age_s)
     if reading is not None:
         _of_redis(figures, view, reading)
-        if reading.reader is not None and settings.with_reader:
+        if reading.reader is not None and view.with_reader:
             put_figures(figures, reading.reader)
     _of_processes(figures, view)
     return figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Final
@@ -40,7 +39,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Written(msgspec.Struct, frozen=True):
-    """Changes of one table. `last_hour`: less where the worker is younger."""
+    """Changes of one table. `last_hour`: less where the monitor is younger, which SIGHUP replaces."""
 
     table: str
     collections: tuple[str, ...]
@@ -52,11 +51,15 @@ class Rates:
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque(maxlen=WINDOW)
         self._lengths: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self._minutes: deque[tuple[float, Mapping[str, int]]] = deque([(time.monotonic(), {})], maxlen=60)
+        self._minutes: deque[tuple[float, Mapping[str, int]]] = deque(maxlen=60)
+
+        self._told: Sample | None = None
 
     def add(self, sample: Sample) -> None:
+        """The first one is where rates begin: its totals may be those of a monitor before this one."""
         self._samples.append(sample)
-        if sample.at - self._minutes[-1][0] > MINUTE_S:
+        self._told = self._told or sample
+        if not self._minutes or sample.at - self._minutes[-1][0] > MINUTE_S:
             self._minutes.append((sample.at, sample.tables))
 
     def add_length(self, at: float, length: int) -> None:
@@ -66,6 +69,13 @@ class Rates:
     @property
     def total(self) -> int:
         return self._samples[-1].total if self._samples else 0
+
+    def since_last_told(self) -> float:
+        """Entries finished per second since the last call; 0 where nothing was."""
+        if self._told is None or self._told is (last := self._samples[-1]):
+            return 0.0
+        before, self._told = self._told, last
+        return per_s(before.total, last.total, last.at - before.at) or 0.0
 
     def _ends(self) -> tuple[Sample, Sample] | None:
         if len(self._samples) < 2:
@@ -124,10 +134,12 @@ class Rates:
 
     def written(self) -> list[Written]:
         """By table: lately, and over the last hour; the busiest table first."""
-        now: Mapping[str, int] = self._samples[-1].tables if self._samples else {}
+        if not self._samples:
+            return []
+        now = self._samples[-1].tables
         first_at, first = self._minutes[-min(2, len(self._minutes))]
         hour_ago = self._minutes[0][1]
-        passed = max(time.monotonic() - first_at, 1.0)
+        passed = max(self._samples[-1].at - first_at, 1.0)
         of_table: dict[str, list[str]] = {}
         for collection, table in COLLECTIONS.items():
             of_table.setdefault(table.name, []).append(collection)

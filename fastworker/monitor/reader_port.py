@@ -17,13 +17,14 @@ from typing import Any, Final
 import msgspec
 
 from fastworker import __version__, metrics
+from fastworker.config import Config
 from fastworker.metrics import Figures
 from fastworker.monitor.facts import ProcessStatus
 from fastworker.monitor.history import History
 from fastworker.monitor.page import Card, Chart, HttpSettings, Page, Wait, listen, own_pss
 from fastworker.monitor.readiness import FRESH_S
 from fastworker.reader.resume import read_and_resume
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 
 RATE_TICKS: Final = 5
 CHARTS: Final = (
@@ -39,7 +40,8 @@ def left_in_redis(fields: Mapping[str, str]) -> ReaderStats | None:
         return None
     names = ReaderStats.__struct_fields__
     given: dict[str, Any] = {name: text for name, text in fields.items() if name in names and text != ""}
-    given["drops"] = {name.removeprefix("drop:"): text for name, text in fields.items() if name.startswith("drop:")}
+    for counts, prefix in (("drops", "drop:"), ("verdicts", "verdict:")):
+        given[counts] = {name.removeprefix(prefix): text for name, text in fields.items() if name.startswith(prefix)}
     try:
         return msgspec.convert(given, ReaderStats, strict=False)
     except msgspec.ValidationError:
@@ -105,25 +107,27 @@ def put_figures(figures: Figures, stats: ReaderStats) -> None:
         figures.set(m.READER_CURSOR_AGE, max(0.0, now - stats.last_event_at))
     if stats.last_frame_at is not None:
         figures.set(m.READER_FRAME_AGE, max(0.0, now - stats.last_frame_at))
+    figures.set(m.UNVERIFIED, stats.unverified)
+    for verdict, count in stats.verdicts.items():
+        if verdict in m.VERIFIED.closed:
+            figures.set(m.VERIFIED, count, verdict)
     for reason, count in stats.drops.items():
         if reason in m.READER_DROPS.closed:  # else of another release, or of whoever writes to Redis
             figures.set(m.READER_DROPS, count, reason)
 
 
-async def serve_reader(
-    settings: ReaderSettings, http: HttpSettings, stop: asyncio.Event, *, database_url: str | None
-) -> None:
+async def serve_reader(settings: Config, http: HttpSettings, stop: asyncio.Event) -> None:
     """The reader with its own HTTP port."""
     view = _ReaderView(settings)
     async with AsyncExitStack() as stack:
         await listen(stack, view, http)
-        await read_and_resume(settings, stop, database_url=database_url, stats=view.stats, on_tick=view.tick)
+        await read_and_resume(settings, stop, stats=view.stats, on_tick=view.tick)
 
 
 class _ReaderView:
     """The `Source` of the reader's port."""
 
-    def __init__(self, settings: ReaderSettings) -> None:
+    def __init__(self, settings: Config) -> None:
         self._settings = settings
         self.stats = ReaderStats()
         self._ticked = self._moved = time.monotonic()

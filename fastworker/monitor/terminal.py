@@ -35,7 +35,7 @@ def render(status: Status, trend: Trend | None = None) -> RenderableType:
     """With `trend`: the live view, with a heading and lines."""
     parts: list[RenderableType] = [_overview(status)]
     if trend is not None:
-        parts = [_heading(status), *parts, *_lines(trend)]
+        parts = [_heading(status), Text(), *parts, *_lines(trend)]
     if status.workers:
         parts.append(_processes(status))
     else:
@@ -59,7 +59,7 @@ def _heading(status: Status) -> RenderableType:
     is_well = bool(status.workers) and all(worker.ready for worker in status.workers) and status.reader.connected
     state = Text("well", style="green") if is_well else Text("not well", style="bold red")
     return Text.assemble(
-        ("fastworker status", "bold"), f" {status.version}  {clock}  ", state, f"  {status.stream_key}\n"
+        ("fastworker status", "bold"), f" {status.version}  {clock}  ", state, f"  {status.stream_key}"
     )
 
 

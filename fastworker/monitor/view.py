@@ -6,27 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from fastworker.config import Config
 from fastworker.monitor.facts import Backlog, ProcessStatus
-from fastworker.monitor.page import HttpSettings
 from fastworker.monitor.rates import Written
 from fastworker.process.board import HISTOGRAMS, Snapshot, State
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream.admin import Stream
 from fastworker.stream.letters import Letter
-
-
-class MonitorSettings(msgspec.Struct, frozen=True, kw_only=True):
-    redis_url: str
-    stream_key: str
-    group: str
-    ignore_groups: tuple[str, ...]
-    max_stream_len: int
-    stream_bytes_max: int | None
-    keep_s: float
-    connections_max: int
-    with_reader: bool
-    """The reader is one of this supervisor's children: readiness includes it."""
-    http: HttpSettings
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +32,9 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    settings: MonitorSettings
+    settings: Config
+    with_reader: bool
+    """The reader is one of this supervisor's children: readiness includes it."""
     owner: str
     http: str  # address of the port; empty: none
     why: list[str]  # it is not ready

@@ -7,11 +7,13 @@ import logging
 import time
 from typing import Final
 
+from fastworker.config import Config
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff
 from fastworker.process.outage import Outage
 from fastworker.reader.outbox import Outbox
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
+from fastworker.reader.verify import Verifier
 from fastworker.stream.feed import Feed
 
 log = logging.getLogger(__name__)
@@ -20,7 +22,9 @@ LINGER_S: Final = 0.01
 """Least time between two appends: at 1,000 events/s a chunk of ten costs a tenth of ten chunks of one."""
 
 
-async def append_all(settings: ReaderSettings, feed: Feed, outbox: Outbox, stats: ReaderStats, outage: Outage) -> None:
+async def append_all(
+    settings: Config, feed: Feed, outbox: Outbox, stats: ReaderStats, outage: Outage, verifier: Verifier | None = None
+) -> None:
     """Chunk by chunk. A chunk that cannot be put down now is kept and tried again: order is never broken."""
     backoff = Backoff(0.1, 5.0)
     while True:
@@ -41,11 +45,13 @@ async def append_all(settings: ReaderSettings, feed: Feed, outbox: Outbox, stats
         stats.entries += chunk.entries
         if chunk.seq is not None:
             stats.last_seq = chunk.seq
+        if chunk.breaks and verifier is not None:
+            verifier.chain.settled(chunk.breaks)
         if not outbox.waiting:
             await asyncio.sleep(max(0.0, begun + LINGER_S - time.monotonic()))
 
 
-async def _make_room(settings: ReaderSettings, feed: Feed, stats: ReaderStats) -> None:
+async def _make_room(settings: Config, feed: Feed, stats: ReaderStats) -> None:
     """The stream is full: trim what is finished; when nothing is, wait. The outbox fills and receiving stops.
 
     What dead workers left at its head, while others read on, would hold it full for ever: that is set aside first.

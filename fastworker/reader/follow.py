@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC
 from typing import Final, TypeVar
 
+from fastworker.config import Config
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.reader.dashboard import Dashboard
@@ -16,7 +17,7 @@ from fastworker.reader.gate import SEQ_JUMP
 from fastworker.reader.receive import Receiver, TooFar
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.reader.silence import SilenceWatch
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.stream.feed import Feed, Position
 from fastworker.table.dates import parse_date
 
@@ -35,7 +36,7 @@ BEHIND_FRAMES: Final = 10
 class Follower:
     def __init__(
         self,
-        settings: ReaderSettings,
+        settings: Config,
         stop: asyncio.Event,
         feed: Feed,
         stats: ReaderStats,

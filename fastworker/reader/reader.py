@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import (
     FastworkerError,
     StoreUnavailable,
@@ -33,7 +34,8 @@ from fastworker.reader.append import append_all
 from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.follow import Follower, until
 from fastworker.reader.receive import Receiver
-from fastworker.reader.stats import ReaderSettings, ReaderStats, figures, status_json
+from fastworker.reader.stats import ReaderStats, figures, status_json
+from fastworker.reader.verify import verifying
 from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
@@ -45,6 +47,8 @@ DRAIN_S: Final = 3.0
 """How long a stop waits for the outbox. What stays in it is read again from the cursor."""
 TICK_S: Final = 1.0
 LOG_S: Final = 5.0
+PAGES_S: Final = 10.0
+"""Between two times that the pages of the chain's file are given back."""
 SETTLE_S: Final = 12.0
 """A cursor that a foreign reader moved must stand still for this long; the predecessor saves it every 5 s."""
 START_S: Final = 5.0
@@ -52,7 +56,7 @@ START_S: Final = 5.0
 
 
 async def run_reader(
-    settings: ReaderSettings,
+    settings: Config,
     stop: asyncio.Event,
     *,
     stats: ReaderStats | None = None,
@@ -71,7 +75,7 @@ async def run_reader(
 class _Reader:
     def __init__(
         self,
-        settings: ReaderSettings,
+        settings: Config,
         stop: asyncio.Event,
         stats: ReaderStats,
         fallback_seq: Callable[[str], Awaitable[int | None]] | None,
@@ -201,11 +205,17 @@ class _Reader:
     # While this reader holds the lease: three tasks.
 
     async def _serve(self) -> None:
+        receiver = self._receiver
+        with verifying(self._settings, None, self._stats, receiver.deliver) as receiver.verifier:
+            await self._serve_on()
+
+    async def _serve_on(self) -> None:
+        verifier = self._receiver.verifier
         try:
             async with asyncio.TaskGroup() as tasks:
                 ticking = tasks.create_task(self._tick(), name="reader-tick")
                 appending = tasks.create_task(
-                    append_all(self._settings, self._feed, self._receiver.outbox, self._stats, self._outage),
+                    append_all(self._settings, self._feed, self._receiver.outbox, self._stats, self._outage, verifier),
                     name="reader-append",
                 )
                 await self._follower.run()
@@ -224,7 +234,8 @@ class _Reader:
         await self._feed.publish(status_json(self._stats, self._follower.relay.url), *shown, stats=figures(self._stats))
 
     async def _tick(self) -> None:
-        logged, count = time.monotonic(), self._stats.entries
+        logged = released = time.monotonic()
+        count = self._stats.entries
         while True:
             await asyncio.sleep(TICK_S)
             self._stats.outbox_items = self._receiver.outbox.items
@@ -246,6 +257,9 @@ class _Reader:
             if self._on_tick is not None:
                 self._on_tick(self._stats)
             now = time.monotonic()
+            if self._receiver.verifier is not None and now - released >= PAGES_S:
+                released = now
+                self._receiver.verifier.chain.release_pages()
             if now - logged >= LOG_S and self._stats.entries != count:
                 rate = (self._stats.entries - count) / (now - logged)
                 log.info(

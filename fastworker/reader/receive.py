@@ -10,17 +10,18 @@ from typing import Any, Final
 
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import InvalidEvent, Reason, StoppedItself
 from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
-from fastworker.event.frame import decode_frame
+from fastworker.event.frame import open_frame, read_frame
 from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.gate import SEQ_JUMP, Gate, Jump
 from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import RelayLost, Subscription
-from fastworker.reader.stats import ReaderSettings, ReaderStats
-from fastworker.stream.feed import Feed
-from fastworker.stream.keys import Keys
+from fastworker.reader.stats import ReaderStats
+from fastworker.reader.verify import Verifier
+from fastworker.stream.feed import Chunk, Feed
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,13 @@ class TooFar(Exception):
 
 
 class Receiver:
-    def __init__(self, settings: ReaderSettings, feed: Feed, stats: ReaderStats, dashboard: Dashboard) -> None:
+    def __init__(self, settings: Config, feed: Feed, stats: ReaderStats, dashboard: Dashboard) -> None:
         self.gate = Gate()
         self.outbox = Outbox(feed.chunk_items, CHUNK_BYTES)
         self.last_seq: int | None = None  # newest in the outbox or beyond it
         self.gap: dict[str, Any] | None = None  # to be recorded with the next seq
         self.events = 0  # frames with a seq: what else comes is no sign of life
+        self.verifier: Verifier | None = None
         self._settings = settings
         self._feed = feed
         self._stats = stats
@@ -71,7 +73,8 @@ class Receiver:
             stats.frames += 1
             stats.bytes += len(data)
             try:
-                frame = decode_frame(data, host)
+                header, payload = open_frame(data)
+                frame = read_frame(header, payload, host)
                 if isinstance(frame, Info | ErrorFrame):
                     self._told(frame, host)
                     continue
@@ -91,7 +94,7 @@ class Receiver:
                 if isinstance(frame, Unknown):
                     self.drop(Reason.UNKNOWN_KIND)
                 else:
-                    self._put_event(frame, data)
+                    self._put_event(frame, payload, data)
             except InvalidEvent as invalid:
                 self._put_malformed(data, invalid)
                 seq = None
@@ -120,34 +123,49 @@ class Receiver:
         self.note_gap("seq_jump")
         self.outbox.filling.gap(orjson.dumps({**(self.gap or {}), "resumed": high}))
         self.gap = None
-        frame = decode_frame(waited, host)
+        header, payload = open_frame(waited)
+        frame = read_frame(header, payload, host)
         assert not isinstance(frame, Info | ErrorFrame)
         if isinstance(frame, Unknown):
             self.drop(Reason.UNKNOWN_KIND)
         else:
-            self._put_event(frame, waited)
+            self._put_event(frame, payload, waited)
 
-    def _put_event(self, event: Event, data: bytes) -> None:
-        stats, chunk, form = self._stats, self.outbox.filling, self._settings.stream_format
+    def _put_event(self, event: Event, payload: dict[str, Any], data: bytes) -> None:
+        stats, verifier = self._stats, self.verifier
         if isinstance(event, Commit):
             stats.commits += 1
+            if verifier is not None:
+                verifier.put(self.outbox.filling, event, payload, data)
+                return
+        elif isinstance(event, Sync):
+            stats.syncs += 1
+            if verifier is not None:
+                verifier.sync(event, payload)
+        elif isinstance(event, Identity):
+            stats.identities += 1
+        else:
+            stats.accounts += 1
+        self.deliver(self.outbox.filling, event, data)
+
+    def deliver(self, chunk: Chunk, event: Event, data: bytes | None) -> None:
+        """Into the chunk, in the stream's form. `data`: its frame; None where the event is not all that the frame says.
+
+        Such an event has the native form beside frames: all who read the one read the other.
+        """
+        form = self._settings.stream_format
+        if isinstance(event, Commit):
             if not event.ops and not event.drops:
-                stats.empty += 1
+                self._stats.empty += 1
                 return
             if event.ops:
                 self._dashboard.note(event)
-        elif isinstance(event, Sync):
-            stats.syncs += 1
-        else:
-            if isinstance(event, Identity):
-                stats.identities += 1
-            else:
-                stats.accounts += 1
+        elif not isinstance(event, Sync):
             self._dashboard.note(event)
-        if form == "native":
-            chunk.entry(encode_native(event))
-        elif form == "frame":
+        if form == "frame" and data is not None:
             chunk.entry(encode_frame_entry(data, event.relay))
+        elif form != "json":
+            chunk.entry(encode_native(event))
         elif isinstance(event, Sync):
             told = {"rev": event.rev, "seq": event.seq, "relay": event.relay, "time": event.time}
             chunk.repair(event.did, orjson.dumps(told))
@@ -194,11 +212,10 @@ class Receiver:
                 log.info("%s says %s: %s", host, frame.name, frame.message or "")
             return
         if frame.error == "FutureCursor" and not self.gate.skip:
-            keys = f"{self._settings.cursor_key} and {Keys(self._settings.stream_key).cursor_of(host)}"
             raise StoppedItself(
                 f"{host} says that the cursor {self.last_seq} lies in its future: is this another relay, or was it "
-                f"rebuilt? To start at its live tip, run `fastworker reader --from live` "
-                f"once, or delete {keys}"
+                "rebuilt? Run `fastworker reader --from live` once to begin at its live tip, or with `--from oldest` "
+                "for all that it still has (with `up`: the same options of `fastworker up`)"
             )
         self.gate.no_skip()
         raise RelayLost(f"{frame.error}: {frame.message or 'the relay gave no message'}")

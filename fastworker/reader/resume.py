@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from fastworker.config import Config
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.store.admin import finished_seq
 
 
 async def read_and_resume(
-    settings: ReaderSettings,
+    settings: Config,
     stop: asyncio.Event,
     *,
-    database_url: str | None,
     stats: ReaderStats | None = None,
     on_tick: Callable[[ReaderStats], None] | None = None,
 ) -> None:
     """`run_reader`, which asks PostgreSQL for the cursor if there is one to ask and Redis has none."""
+
+    database_url = settings.database_url
 
     async def fallback_seq(host: str) -> int | None:
         assert database_url is not None

@@ -13,10 +13,10 @@ from typing import Any, Final, Literal
 
 import orjson
 
+from fastworker.config import Config
 from fastworker.errors import ConfigError, InvalidEvent, Unreachable
 from fastworker.event.frame import decode_frame
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
-from fastworker.reader.stats import ReaderSettings
 from fastworker.store.admin import note_gap
 from fastworker.stream.client import connect
 from fastworker.stream.feed import LEASE_MS, Chunk, Feed, Position, ReaderLeaseLost
@@ -30,7 +30,7 @@ Start = int | Literal["live", "oldest"]
 """A seq, which is read itself."""
 
 
-async def begin_at(settings: ReaderSettings, start: Start, *, database_url: str | None) -> None:
+async def begin_at(settings: Config, start: Start) -> None:
     """Raises Unreachable, and ConfigError while another reader is at work."""
     host, cursor = await _place(RelayAddress.parse(settings.relay_urls[0]), start)
     redis = connect(settings.redis_url, client_name="fastworker-reader")
@@ -55,9 +55,9 @@ async def begin_at(settings: ReaderSettings, start: Start, *, database_url: str 
     finally:
         await redis.aclose()
     log.info("The cursor of %s was %s and is %d now", host, before.seq, cursor)
-    if gap and before.seq is not None and database_url is not None:
+    if gap and before.seq is not None and settings.database_url is not None:
         try:
-            await note_gap(database_url, host, before.seq, cursor)
+            await note_gap(settings.database_url, host, before.seq, cursor)
         except (ConfigError, Unreachable) as error:
             log.warning("The gap is recorded in Redis only: %s", error)
 

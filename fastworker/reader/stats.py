@@ -1,40 +1,17 @@
-"""What a reader is told and what it tells."""
+"""What a reader tells."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Literal
 
 import msgspec
 import orjson
 
 from fastworker.errors import Reason
+from fastworker.event.proof import Verdict
 from fastworker.redact import redact
-from fastworker.stream.feed import ABANDONED_MS, OURS
-from fastworker.stream.keys import CURSOR, GROUP, STREAM
-from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
-
-
-class ReaderSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the reader needs to know; defaults are those of the environment variables."""
-
-    relay_urls: tuple[str, ...] = ("wss://bsky.network",)
-    redis_url: str = "redis://localhost:6379"
-    stream_key: str = STREAM
-    cursor_key: str = CURSOR
-    group: str = GROUP
-    """The workers' group: until it exists nothing is trimmed."""
-    max_stream_len: int = STREAM_LEN_MAX
-    stream_bytes_max: int | None = None
-    stream_format: Literal["json", "native", "frame"] = "json"
-    ignore_groups: tuple[str, ...] = ()
-    dead_letter_maxlen: int = DEAD_LETTERS_MAX
-    keep_s: float = 0.0
-    """Seconds that finished entries stay on the stream, for `worker --reapply`."""
-    silence_floor_s: float = 30.0
-    """No silence shorter than this ends a connection."""
-    abandoned_ms: int = ABANDONED_MS
+from fastworker.stream.feed import OURS
 
 
 class ReaderStats(msgspec.Struct):
@@ -84,6 +61,10 @@ class ReaderStats(msgspec.Struct):
     A new connection does not end it, only data do."""
     drops: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Reason), 0))
     """Whole frames, by reason. The drops of single ops travel with their entry and are counted by the worker."""
+    verdicts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Verdict), 0))
+    """Commits by what their proofs say."""
+    unverified: int = 0
+    """Commits that wait for a key."""
 
 
 def status_json(stats: ReaderStats, url: str) -> bytes:
@@ -105,6 +86,8 @@ def figures(stats: ReaderStats) -> dict[str, str | int | float]:
     for name, value in msgspec.structs.asdict(stats).items():
         if name == "drops":
             figures.update({f"drop:{reason}": count for reason, count in value.items()})
+        elif name == "verdicts":
+            figures.update({f"verdict:{verdict}": count for verdict, count in value.items()})
         elif value is None:
             figures[name] = ""
         else:

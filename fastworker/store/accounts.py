@@ -31,7 +31,9 @@ async def put_accounts(db: Connection, accounts: dict[str, list[TimedAccount]]) 
             before = deleted.get(did, (did, seq, at))
             deleted[did] = (did, max(seq, before[1]), max(at, before[2]))
     if deleted:
-        await db.execute(sql.ACCOUNTS_DELETED, *columns(deleted.values()))
+        arrays = columns(deleted.values())
+        await db.execute(sql.ACCOUNTS_DELETED, *arrays)
+        await db.execute(sql.SETTLE_AGAIN, *arrays)
 
 
 async def put_identities(writer: Writer, db: Connection, identities: dict[str, list[TimedIdentity]]) -> None:

@@ -191,12 +191,6 @@ async def past(database_url: str, stream_key: str) -> Past:
     return Past(cursor, *row)
 
 
-async def version_of(database_url: str) -> str:
-    """Raises ConfigError and Unreachable."""
-    async with _connection(database_url, "fastworker-check") as connection:
-        return str(await connection.fetchval("SHOW server_version"))
-
-
 def name_of(database_url: str) -> str:
     """The server without user and password, for a sentence."""
     return f"PostgreSQL at {place_of(database_url)}"

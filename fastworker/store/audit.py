@@ -455,6 +455,7 @@ def _aggregations(where: Where, derive: frozenset[str]) -> str:
         "GROUP BY key",
         f"SELECT post_uri AS k1, post_uri AS target, {sums}, {ours} AS is_ours FROM ("
         f"SELECT {told} FROM public.post_aggregations WHERE {where('post_uri')} UNION ALL "
+        # mutant: a debt is drift
         f"SELECT {told} FROM (SELECT d.* FROM fastworker.debts, unnest(deltas) AS d) AS d WHERE {where('post_uri')}"
         ") AS t GROUP BY post_uri",
         unless="AND NOT (e.target IS NULL AND NOT f.is_ours) AND NOT EXISTS (SELECT FROM fastworker.debts AS o "

@@ -34,11 +34,17 @@ async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
         await put(db, arguments)
 
 
-async def write_effects(writer: Writer, db: Connection, effects: Effects, progress: Progress | None = None) -> Owed:
+async def write_effects(
+    writer: Writer,
+    db: Connection,
+    effects: Effects,
+    progress: Progress | None = None,
+    floors: dict[str, Any] | None = None,
+) -> Owed:
     """Everything that follows from the rows; the counters late, because nobody else pays them until the commit.
 
     Last in the main transaction. Also stores how far the stream is finished. Returns what is owed now: it is paid after
-    the commit, when both sides of a join can be seen.
+    the commit, when both sides of a join can be seen. `floors`: what the routine is to know of floors.
     """
     if effects.profiles:
         empty = (None,) * len(PROFILES.columns)
@@ -49,7 +55,7 @@ async def write_effects(writer: Writer, db: Connection, effects: Effects, progre
     if effects.labels_added:
         await db.execute(sql.LABEL_EVENTS, sorted(effects.labels_added))
     await _copy_items(writer, db, effects)
-    arguments = item_arguments(effects) | last_arguments(writer, effects, progress)
+    arguments = item_arguments(effects) | last_arguments(writer, effects, progress) | (floors or {})
     if not arguments:
         return Owed({}, counters=False)
     done = await put(db, arguments)

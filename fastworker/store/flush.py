@@ -13,14 +13,16 @@ may be repeated: a crash anywhere means that the entries are delivered again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from asyncpg.exceptions import PostgresError
 
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.accounts import put_accounts, put_identities
 from fastworker.store.effects import Owed, write_effects, write_items
 from fastworker.store.joined import recompute, recompute_joined
-from fastworker.store.look import Seen, look, look_back
+from fastworker.store.look import Seen, look, look_back, lowest
 from fastworker.store.rows import insert_new
 from fastworker.store.session import Connection
 from fastworker.store.settle import settle_cold, settle_existing
@@ -31,10 +33,14 @@ from fastworker.table.derive import Effects
 FEW_USERS = 50  # new users of a small flush are inserted with its rows; more would make other writers wait too long
 
 
+class FloorCame(Exception):
+    """A snapshot's floor was committed since the look of this flush: nothing of this transaction is written."""
+
+
 class Written(NamedTuple):
     """What a flush did: rows inserted, changed or removed in the primary tables; ops that were not the newest.
 
-    `beaten`: uris of upserts that a tombstone or a deleted account had beaten.
+    `beaten`: uris of upserts that a tombstone, a deleted account or a floor had beaten.
     """
 
     rows: int
@@ -52,23 +58,37 @@ class Plan(NamedTuple):
 
 
 class First(NamedTuple):
-    """What was committed before the rows. `users`: so few that they go with the rows instead. `is_durable`: what was
-    committed is on disk; else the flush must not end without a later commit that is."""
+    """What was committed before the rows. Of the users that this process does not know `early` are committed, `users`
+    are so few that they go with the rows. `is_durable`: it is on disk; else the flush must not end without a later
+    commit that is."""
 
+    early: Sequence[str]
     users: Sequence[str]
     is_durable: bool
 
 
 async def write(writer: Writer, db: Connection, batch: Batch) -> Written:
     """Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
+    while True:
+        try:
+            return await _write(writer, db, batch)
+        except FloorCame:  # what it supersedes is known at the next look
+            continue
+
+
+async def _write(writer: Writer, db: Connection, batch: Batch) -> Written:
     plan = await _plan(db, batch)
     await writer.reach(Step.LOOKED)
     first = await commit_first(writer, db, batch, plan)
-    rows = await write_rows(writer, db, plan.changes, plan.seen.waiting, progress=batch.progress, users=first.users)
+    rows = await write_rows(
+        writer, db, plan.changes, plan.seen.waiting, progress=batch.progress, users=first.users, looked=plan.seen
+    )
     # mutant: users that no later commit makes durable
     if not (first.is_durable or rows or batch.progress):
         await db.execute(sql.DURABLE)
-    return await finish(writer, db, plan, rows, forbidden=len(batch.changes) - len(plan.changes))
+    writer.remember(first.early)
+    forbidden = len(batch.changes) - len(plan.changes) - len(plan.seen.superseded)
+    return await finish(writer, db, plan, rows, forbidden=forbidden)
 
 
 async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
@@ -82,14 +102,15 @@ async def note_relays(writer: Writer, db: Connection, batch: Batch) -> None:
 
 
 async def _plan(db: Connection, batch: Batch) -> Plan:
-    upserts = [c for c in batch.changes.values() if c.row is not None]
-    seen = await look(db, upserts, batch.dids)
-    beaten, forbidden = seen.beaten, seen.forbidden
+    seen = await look(db, batch.changes.values(), batch.dids)
+    beaten, forbidden, superseded = seen.beaten, seen.forbidden, seen.superseded
+    current = [c for c in batch.changes.values() if c.uri not in superseded] if superseded else batch.changes.values()
+    upserts = [c for c in current if c.row is not None]
     if forbidden:
         upserts = [c for c in upserts if c.repo not in forbidden]
         beaten = {uri: delete for uri, delete in beaten.items() if delete.repo not in forbidden}
     # mutant: opt-out ignored
-    changes = [beaten.get(c.uri, c) for c in batch.changes.values() if c.row is None or c.repo not in forbidden]
+    changes = [beaten.get(c.uri, c) for c in current if c.row is None or c.repo not in forbidden]
     return Plan(changes, upserts, seen._replace(beaten=beaten))
 
 
@@ -103,7 +124,12 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
     # mutant: opt-out of identities ignored
     identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
     tombstones = sorted(
-        ((c.uri, c.rev, c.seq) for c in batch.changes.values() if c.row is None and c.table.hot), key=lambda t: t[0]
+        (
+            (c.uri, c.rev, c.seq)
+            for c in batch.changes.values()
+            if c.row is None and c.table.hot and c.uri not in plan.seen.superseded
+        ),
+        key=lambda t: t[0],
     )
     users = writer.unknown(did for did in batch.dids if did not in forbidden)
 
@@ -124,7 +150,6 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
     is_first = more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH
     if users and is_first:
         await writer.retry(lambda: db.execute(sql.USERS_FIRST, users))
-        writer.remember(users)
     if more:
         await writer.retry(transaction)
     # mutant: tombstones not written (2)
@@ -132,7 +157,7 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
         await writer.retry(lambda: db.execute(sql.TOMBSTONES, *columns(tombstones)))
     await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
     is_durable = bool(tombstones or batch.accounts or batch.syncs) or not (users and is_first)
-    return First([] if is_first else users, is_durable)
+    return First(users, [], is_durable) if is_first else First([], users, is_durable)
 
 
 async def write_rows(
@@ -143,14 +168,16 @@ async def write_rows(
     *,
     progress: Progress | None = None,
     users: Sequence[str] = (),
+    looked: Seen | None = None,
 ) -> int:
     """The main transaction, begun again where another writer came first. Returns how many rows changed.
 
-    What it leaves owed, counters and joined rows, is paid after its commit.
+    What it leaves owed, counters and joined rows, is paid after its commit. `looked`: what the first look found; None
+    where floors do not matter, because rows are removed for what is known already. Raises FloorCame.
     """
     if not changes and progress is None:
         return 0
-    rows, owed = await writer.retry(lambda: _main_transaction(writer, db, changes, waiting, progress, users))
+    rows, owed = await writer.retry(lambda: _main_transaction(writer, db, changes, waiting, progress, users, looked))
     writer.remember(users)
     writer.copying.committed()
     await pay_owed(writer, db, owed)
@@ -183,17 +210,35 @@ async def _main_transaction(
     waiting: set[str],
     progress: Progress | None,
     users: Sequence[str],
+    looked: Seen | None,
 ) -> tuple[int, Owed]:
     effects = Effects(writer.derive)
-    async with db.transaction():
-        if users:
-            await db.execute(sql.USERS, users)
-        rows = await put_rows(writer, db, changes, waiting, effects)
-        await writer.reach(Step.ROWS_WRITTEN)
-        owed = await write_effects(writer, db, effects, progress)
-        await writer.reach(Step.BEFORE_MAIN_COMMIT)
+    try:
+        async with db.transaction():
+            if users:
+                await db.execute(sql.USERS, users)
+            rows = await put_rows(writer, db, changes, waiting, effects)
+            await writer.reach(Step.ROWS_WRITTEN)
+            owed = await write_effects(writer, db, effects, progress, _floors(changes, looked))
+            await writer.reach(Step.BEFORE_MAIN_COMMIT)
+    except PostgresError as error:
+        if error.sqlstate == sql.FLOOR_CAME:
+            raise FloorCame from error
+        raise
     await writer.reach(Step.AFTER_MAIN_COMMIT)
     return rows, owed
+
+
+def _floors(changes: list[Change], looked: Seen | None) -> dict[str, Any]:
+    """What `fastworker.put` is to know, so that a floor that came since the look is seen before the commit."""
+    if looked is None or not changes:
+        return {}
+    if looked.floors is None:
+        return {"floors": False}
+    rev, seq = lowest(changes)
+    known = [f"{did} {floor_rev} {floor_seq}" for did, (floor_rev, floor_seq) in looked.floors.items()]
+    repos = list({c.repo for c in changes})
+    return {"floors": True, "repos": repos, "lowest_rev": rev, "lowest_seq": seq, "known_floors": known}
 
 
 async def put_rows(writer: Writer, db: Connection, changes: list[Change], waiting: set[str], effects: Effects) -> int:
@@ -228,9 +273,11 @@ async def finish(writer: Writer, db: Connection, plan: Plan, rows: int, *, forbi
     # mutant: no look back
     if overtaken or back.waiting:
         again = [overtaken.get(c.uri, c) for c in written if c.uri in overtaken or c.uri in back.waiting]
-        rows += await write_rows(writer, db, again, back.waiting)
+        rows += await write_rows(writer, db, again, back.waiting, looked=plan.seen)
         back = await look_back(writer, db, written, upserts)
     await writer.reach(Step.AFTER_LOOK_BACK)
     # mutant: joined rows never recomputed
     await recompute_joined(writer, db, upserts, back.joined)
-    return Written(rows, superseded + len(beaten) + len(overtaken), forbidden, frozenset((*beaten, *overtaken)))
+    older = plan.seen.superseded
+    count = superseded + len(beaten) + len(overtaken) + len(older)
+    return Written(rows, count, forbidden, frozenset((*beaten, *overtaken, *older)))

@@ -15,7 +15,7 @@ from fastworker.store.session import Connection
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Change, is_gone, newer
 from fastworker.table.rows import LIKE
-from fastworker.table.schema import LIKES, POSTS
+from fastworker.table.schema import BOOKMARKS, LABELS, LIKES, POSTS
 
 Key = tuple[str, str]  # kind and key of a joined row
 
@@ -24,22 +24,50 @@ class Seen(NamedTuple):
     """What was found about a batch's upserts."""
 
     beaten: dict[str, Change]  # by uri, deletes of those that a tombstone or a deleted account beats
+    superseded: set[str]  # uris of upserts and deletes that are older than their account's floor; only before the flush
+    floors: dict[str, tuple[str, int]] | None  # by DID, of those that may matter; None: there are none; only before it
     waiting: set[str]  # uris that are among the twins
     forbidden: set[str]  # DIDs that may not be stored; only before the flush
     joined: set[Key]  # joined rows that may have changed; only after it
 
 
-async def look(db: Connection, upserts: list[Change], dids: Iterable[str]) -> Seen:
+def nothing() -> Seen:
+    return Seen({}, set(), None, set(), set(), set())
+
+
+async def look(db: Connection, changes: Iterable[Change], dids: Iterable[str]) -> Seen:
     """What is beaten already, which records are among the twins, and which of `dids` may not be stored.
 
-    Reads versions, accounts, twins and user_settings; locks nothing. Without it beaten records would be written and
-    removed again, and records of people who forbade it would be stored.
+    Reads versions, accounts, floors, twins and user_settings; locks nothing. Without it beaten records would be written
+    and removed again, what a snapshot superseded would come back, and records of people who forbade it would be stored.
     """
-    dids = list(dids)
-    if not upserts and not dids:
-        return Seen({}, set(), set(), set())
+    changes, dids = list(changes), list(dids)
+    if not changes and not dids:
+        return nothing()
+    upserts = [c for c in changes if c.row is not None]
     hot = [c.uri for c in upserts if c.table.hot]
-    return _seen(upserts, await db.fetch(sql.LOOK, hot, list({c.repo for c in upserts}), dids))
+    found = await db.fetch(sql.LOOK, hot, list({c.repo for c in changes}), *lowest(changes), dids)
+    seen = _seen(upserts, found)
+    if seen.floors:
+        for change in changes:
+            floor = seen.floors.get(change.repo)
+            if floor is not None and _is_below(change, *floor):
+                seen.superseded.add(change.uri)
+                seen.beaten.pop(change.uri, None)
+    return seen
+
+
+def lowest(changes: Iterable[Change]) -> tuple[str | None, int | None]:
+    """The lowest rev; and the lowest seq of what has none."""
+    rev = min((c.rev for c in changes if c.rev is not None), default=None)
+    return rev, min((c.seq or 0 for c in changes if c.rev is None), default=None)
+
+
+def _is_below(change: Change, rev: str, seq: int) -> bool:
+    """Whether a change is older than a floor: a delete as much as an upsert."""
+    if change.table is BOOKMARKS or change.table is LABELS:
+        return False
+    return change.rev < rev if change.rev is not None else (change.seq or 0) <= seq
 
 
 async def look_back(writer: Writer, db: Connection, written: list[Change], upserts: list[Change]) -> Seen:
@@ -49,7 +77,7 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
     ours. Without it a delete that committed between look and commit would leave its record in the table.
     """
     if not upserts:
-        return Seen({}, set(), set(), set())
+        return nothing()
     likes = [c.row for c in upserts if c.table is LIKES and c.row is not None]
     arguments = {
         "uris": [c.uri for c in written if c.table.hot],
@@ -80,9 +108,11 @@ def joins(derive: frozenset[str]) -> dict[str, bool]:
 
 def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
     """What the rows of a look, (kind, key, rev, seq), say about these upserts."""
-    seen = Seen({}, set(), set(), set())
+    seen = nothing()
     tombstones: dict[str, tuple[str | None, int | None]] = {}
     accounts: dict[str, tuple[str | None, int | None]] = {}
+    floors: dict[str, tuple[str, int]] = {}
+    has_floors = False
     for kind, key, rev, seq in rows:
         if kind == "tombstone":
             tombstones[key] = (rev, seq)
@@ -92,6 +122,10 @@ def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
             seen.waiting.add(key)
         elif kind == "forbidden":
             seen.forbidden.add(key)
+        elif kind == "floor":
+            floors[key] = (rev, seq)
+        elif kind == "floors":
+            has_floors = True
         else:
             seen.joined.add((kind, key))
     if tombstones or accounts:
@@ -102,7 +136,7 @@ def _seen(upserts: list[Change], rows: list[Any]) -> Seen:
             # mutant: deleted accounts not looked at
             elif (gone := accounts.get(change.repo)) is not None and is_gone(change.rev, change.seq, *gone):
                 seen.beaten[change.uri] = _delete(change, change.rev, change.seq)  # at one version a delete wins
-    return seen
+    return seen._replace(floors=floors) if has_floors else seen
 
 
 def _delete(change: Change, rev: str | None, seq: int | None) -> Change:

@@ -16,7 +16,7 @@ import msgspec
 
 from fastworker.crashpoint import Step, crashpoint
 from fastworker.store import routines
-from fastworker.store.schema_admin import Applied, Schema, SchemaRefused, open_schema
+from fastworker.store.schema_admin import Applied, NotAllowed, Schema, SchemaRefused, open_schema
 
 __all__ = ["Migration", "SchemaRefused", "check", "encoding_problem", "migrate", "packaged"]
 
@@ -96,12 +96,17 @@ def encoding_problem(encoding: str) -> str | None:
 
 
 async def check(database_url: str, migrations: Sequence[Migration] | None = None) -> list[str]:
-    """Every reason why a worker cannot use this database yet, as sentences; changes nothing."""
+    """Every reason why a worker cannot use this database yet, as sentences; changes nothing.
+
+    Raises ConfigError, Unreachable and NotAllowed.
+    """
     known = packaged() if migrations is None else migrations
     try:
         async with open_schema(database_url) as admin:
             schema = await admin.read()
         pending = _pending(known, schema)
+    except NotAllowed:
+        raise
     except SchemaRefused as refusal:
         return [str(refusal)]
     problem = encoding_problem(schema.encoding)

@@ -76,7 +76,7 @@ def _cure(error: PostgresError) -> str:
     if state in ("22001", "42804", "42P10", "42703", "42704", "42883", "42P01", "42809"):
         return "The schema is not what ingestion needs: `fastworker check` names what differs."
     if state == "42501":
-        return "`fastworker grants worker` prints the rights that are needed."
+        return "The worker needs what `fastworker grants worker` prints; commands run as the owner of the tables."
     return ""
 
 

@@ -42,6 +42,11 @@ def why_lost(error: Exception) -> str:
     )
 
 
+def in_one_line(error: asyncpg.PostgresError) -> str:
+    """The server's words, without the full stop: its message, and DETAIL and HINT where it has them."""
+    return "; ".join(line.partition(":  ")[2] or line for line in str(error).splitlines()).rstrip(".")
+
+
 def not_connected(database_url: str, error: Exception) -> ConfigError | Unreachable:
     """What an error of a connection that was begun means to an operator."""
     if isinstance(error, asyncpg.PostgresError) and error.sqlstate in OPTION_REFUSED:
@@ -55,6 +60,12 @@ class SchemaRefused(FastworkerError):
     """The database is not what this release can work with; nothing was changed."""
 
     exit_code = ExitCode.NO
+
+
+class NotAllowed(SchemaRefused):
+    """The role of DATABASE_URL may not do it: another role or more rights, not another try."""
+
+    exit_code = ExitCode.USAGE
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -170,12 +181,12 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
     except LOST as error:
         raise Unreachable(f"PostgreSQL at {where} was lost: {why_lost(error)}") from error
     except asyncpg.InsufficientPrivilegeError as error:
-        raise SchemaRefused(
-            f"PostgreSQL refused it, and nothing was changed: {error}. Migrate as the owner of the tables; a worker's "
-            "own role needs what `fastworker grants worker` prints."
+        raise NotAllowed(
+            f"PostgreSQL at {where}: {in_one_line(error)}. What a service's own role needs is what `fastworker grants "
+            "worker` or `grants reader` prints; every other command runs as the owner of the tables."
         ) from error
     except asyncpg.PostgresError as error:
-        raise SchemaRefused(f"PostgreSQL refused it, and nothing was changed: {error}") from error
+        raise SchemaRefused(f"PostgreSQL refused it, and nothing was changed: {in_one_line(error)}") from error
     finally:
         connection.terminate()
 

@@ -25,6 +25,7 @@ from asyncpg.protocol import protocol
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.store.refusal import Whose, sentence, whose
 from fastworker.store.schema_admin import AUTHORITY
+from fastworker.store.statements import KNOWS_FLOORS
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
 
@@ -59,7 +60,8 @@ SESSION = (
     "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "
     "SET IntervalStyle = postgres; SET bytea_output = hex; SET standard_conforming_strings = on; SET array_nulls = on; "
     "SET transform_null_equals = off; SET quote_all_identifiers = off; SET row_security = on; "
-    "SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off; " + PATH
+    "SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off; "
+    f"SELECT pg_advisory_lock_shared({KNOWS_FLOORS}, 1); " + PATH
 )
 # What was acknowledged must be on disk. Where it is `local` or more, somebody has chosen what that means.
 DURABLE = "; SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"

@@ -152,6 +152,41 @@ BEATS = (
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
     "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
 )
+# Floors: what is older than one is superseded by a snapshot of its repository ---------------------------
+# A deletion that is older than the account's floor, and comes late, takes away what the snapshot left as it was.
+SETTLE_AGAIN = (
+    "INSERT INTO fastworker.repos AS r (did, reason, priority) SELECT f.did, 'deletion', 1 "
+    "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
+    "JOIN fastworker.floors AS f ON f.did = u.did "
+    f"WHERE CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(u.at) <= f.rev ELSE u.seq <= f.seq END "
+    "ON CONFLICT (did) DO UPDATE SET state = 'waiting', reason = excluded.reason, "
+    "priority = least(r.priority, excluded.priority), attempts = 0, next_at = '-infinity', error = NULL, "
+    "owner = NULL, queued_at = now()"
+)
+FLOOR_PUT = (
+    "INSERT INTO fastworker.floors AS f (did, rev, seq) VALUES ($1, $2, $3) "
+    "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, written_at = now() "
+    "WHERE $4::boolean OR excluded.rev > f.rev OR (excluded.rev = f.rev AND excluded.seq >= f.seq) RETURNING true"
+)
+# Transactions that have read floors and may not have seen the newest.
+FLOOR_READERS = (
+    "SELECT l.virtualtransaction FROM pg_locks AS l WHERE l.locktype = 'relation' AND l.granted "
+    "AND l.relation = 'fastworker.floors'::regclass AND l.pid <> pg_backend_pid() "
+    "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+# Workers of a release that knows no floors: their sessions do not say that they do.
+KNOWS_FLOORS = 0x66777266  # class of the advisory lock that says it; "fwrf"
+WITHOUT_FLOORS = (
+    "SELECT count(*) FROM pg_stat_activity AS a WHERE a.datname = current_database() "
+    "AND a.application_name IN ('fastworker', 'fastworker-reapply') AND a.backend_start < now() - interval '2 seconds' "
+    "AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' "
+    f"AND l.classid = {KNOWS_FLOORS})"
+)
+FLOORS_PRUNE = (
+    "DELETE FROM fastworker.floors AS f USING fastworker.horizon AS h WHERE f.written_at <= h.pruned_until "
+    "AND h.announced_at < now() - $1::interval"
+)
+
 # The next piece of tombstones for a second look, (after, until): those written more than $1 ago, about $2 of them
 LOOK_AGAIN_PIECE = (
     "SELECT h.looked_until, p.until FROM fastworker.horizon AS h, LATERAL (SELECT max(t.written_at) AS until FROM ("
@@ -185,6 +220,8 @@ AMONG_TWINS = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
     "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
+    "WHERE NOT EXISTS (SELECT FROM fastworker.floors AS f WHERE f.did = split_part(u.uri, '/', 3) "
+    'AND CASE WHEN u.rev IS NULL THEN u.seq <= f.seq ELSE u.rev COLLATE "C" < f.rev END) '
     "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, deleted = true, written_at = now() "
     f"WHERE fastworker.newer(excluded.rev, excluded.seq, v.rev, {_seq('v', 'excluded')})"
 )
@@ -413,7 +450,8 @@ def _named(*names: str) -> str:
     return ", ".join(f"{name} => ${n}" for n, name in enumerate(names, 1))
 
 
-LOOK = f"SELECT * FROM fastworker.look_2({_named('uris', 'repos', 'dids')})"
+_LOWEST = ("repos", "lowest_rev", "lowest_seq")
+LOOK = f"SELECT * FROM fastworker.look_3({_named('uris', *_LOWEST, 'dids')}, tell => true)"
 LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", "crowd", *_DERIVED)
 LOOK_BACK = f"SELECT * FROM fastworker.look_back_2({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
@@ -423,19 +461,21 @@ PUT_ARGUMENTS = (
     *UNSEEN,
     *("new_viewers", "deltas", "recounts", *COUNTED, "owed_kinds", "owed_keys"),
     *_PROGRESS,
+    *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_3({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_4({_named(*PUT_ARGUMENTS)})"
 WHOLE_ARGUMENTS = (
     *_USERS_AND_ROWS,
     *(f"new_{table.name}" for table in _ITEMS),
     *("new_viewers", "deltas"),
     *_PROGRESS,
-    *("uris", "repos", "dids", "crowd"),
+    *("uris", *_LOWEST, "dids", "crowd"),
     *_DERIVED,
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_3({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_4({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
 NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
+FLOOR_CAME = "FW002"  # SQLSTATE of a transaction that must begin again with its look
 JOINED = {  # kind of a joined row -> the argument that takes its keys
     "context": "contexts",
     "gate": "gates",

@@ -145,6 +145,7 @@ def _delete(table: Table, uri: str, did: str, rev: str | None, seq: int | None) 
 async def prune(db: Connection, keep: timedelta, notice: timedelta, now: datetime | None) -> int:
     """Forget tombstones that nothing can need any more: one bounded piece. Returns how many went."""
     gone = await db.execute(sql.PRUNE, notice, PRUNE_PIECE)
+    await db.execute(sql.FLOORS_PRUNE, notice)
     await db.execute(sql.ANNOUNCE, keep, ANNOUNCE_PIECE, now)
     return int(gone.rpartition(" ")[2])
 

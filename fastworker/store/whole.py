@@ -10,8 +10,8 @@ from asyncpg.exceptions import PostgresError
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.effects import item_arguments, last_arguments
-from fastworker.store.flush import FEW_USERS, Plan, Written, finish
-from fastworker.store.look import Seen, joins
+from fastworker.store.flush import FEW_USERS, FloorCame, Plan, Written, finish
+from fastworker.store.look import joins, lowest, nothing
 from fastworker.store.rows import by_table
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer
@@ -21,7 +21,7 @@ from fastworker.table.derive import Effects
 
 
 async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written | None:
-    """None: there is more to do than to insert new rows, and nothing was written: go step by step."""
+    """None: there is more to do than to insert new rows: go step by step."""
     if not _may_be_whole(writer, batch) or len(users := writer.unknown(batch.dids)) > FEW_USERS:
         return None
     effects = Effects(writer.derive)
@@ -30,6 +30,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
     for table, mine in by_table(upserts):
         derive.add(effects, table, mine)
         new["new_" + table.name] = [c.row for c in mine]
+    lowest_rev, lowest_seq = lowest(upserts)
     arguments = {
         "new_users": users or None,
         **new,
@@ -37,6 +38,8 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
         **last_arguments(writer, effects, batch.progress),
         "uris": [c.uri for c in upserts],
         "repos": list({c.repo for c in upserts}),
+        "lowest_rev": lowest_rev,
+        "lowest_seq": lowest_seq,
         "dids": list(batch.dids),
         "crowd": writer.crowd,
         **joins(writer.derive),
@@ -53,7 +56,10 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
     await writer.reach(Step.AFTER_MAIN_COMMIT)
     writer.remember(users)
     if is_late:
-        return await finish(writer, db, Plan(upserts, upserts, Seen({}, set(), set(), set())), len(upserts))
+        try:
+            return await finish(writer, db, Plan(upserts, upserts, nothing()), len(upserts))
+        except FloorCame:
+            return None
     await writer.reach(Step.AFTER_LOOK_BACK)
     return Written(len(upserts), 0, 0)
 

@@ -16,11 +16,13 @@ from typing import Any, Final
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import NoBackoff
 
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
 from fastworker.redact import redact
 from fastworker.stream.bounded import BoundedParser
+from fastworker.stream.sentinel import MasterPool, master_pool
 
 __all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
 
@@ -30,7 +32,7 @@ SOCKET_TIMEOUT_S: Final = 10.0
 HEALTH_CHECK_S: Final = 15.0
 """A connection that was idle for longer is pinged before it is used."""
 
-_SCHEMES: Final = ("redis://", "rediss://", "unix://")
+_SCHEMES: Final = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
 
 # Error codes that pass by themselves or when the server is mended, and what they mean to an operator.
 _PASSING: Final = {
@@ -83,12 +85,15 @@ def connect(
     socket_timeout: float = SOCKET_TIMEOUT_S,
     max_connections: int | None = None,
 ) -> Redis:
-    """A client for `redis://`, `rediss://` (verified) or `unix://`; the first command connects.
+    """A client for `redis://`, `rediss://` (verified), `unix://` or a master that Sentinel names; the first command
+    connects.
 
     Replies are bytes, in the RESP2 shapes on every server. `max_connections` None: no ceiling.
     """
     if not url.startswith(_SCHEMES):
-        raise ConfigError(f"{redact(url)!r} is not a Redis URL: it must start with redis://, rediss:// or unix://")
+        raise ConfigError(
+            f"{redact(url)!r} is not a Redis URL: it must start with redis://, rediss://, unix:// or redis+sentinel://"
+        )
     options: dict[str, Any] = {
         "protocol": 2,
         "socket_timeout": socket_timeout,
@@ -103,7 +108,7 @@ def connect(
     if max_connections is not None:
         options["max_connections"] = max_connections
     try:
-        pool = ConnectionPool.from_url(url, **options)
+        pool = master_pool(url, options) if "+sentinel://" in url else ConnectionPool.from_url(url, **options)
     except (ValueError, TypeError):  # its text may quote a piece of the password
         raise ConfigError(f"{redact(url)!r} is not a Redis URL: its port or an option cannot be read") from None
     pool.connection_kwargs["decode_responses"] = False  # whatever the URL's options say
@@ -124,7 +129,10 @@ def error_code(error: exceptions.RedisError) -> str:
 
 def _place_of(redis: Redis) -> str:
     """Where the server is, without user and password."""
-    told = redis.connection_pool.connection_kwargs
+    pool = redis.connection_pool
+    if isinstance(pool, MasterPool):
+        return pool.place
+    told = pool.connection_kwargs
     return str(told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}")
 
 
@@ -141,6 +149,8 @@ def translate(error: Exception, place: str = "") -> Exception:
             f"this server lacks a command that is needed ({redact(str(error))[:60]}): REDIS_URL must name a Redis or "
             "Valkey, 6.2 or newer, not Sentinel's port (26379 as a rule) or a proxy"
         )
+    if isinstance(error, MasterNotFoundError):
+        return StreamUnavailable(f"Redis{at}: no Sentinel can be reached that knows a master of this name which is up")
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StreamUnavailable("Redis did not answer in time")
     if isinstance(error, RuntimeError):

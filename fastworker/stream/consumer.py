@@ -22,10 +22,12 @@ from fastworker.errors import Reason
 from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
+from fastworker.stream.holding import Holding
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
+from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +123,7 @@ class WorkerStream:
         self._foreign_idle_ms = foreign_idle_ms
         self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
-        self._held: dict[str, None] = {}  # ids that were read and that no ack was sent for
-        self._told = ""  # the lowest of them, as we told it last
-        self._in_order = True  # they are in the order of the stream
+        self._holding = Holding()
         self._ending = asyncio.Lock()  # an ack and a renewal never overtake each other
         # The client's parser of stream replies costs more than everything else in a read.
         redis.set_response_callback("XREADGROUP", _unparsed)
@@ -134,6 +134,7 @@ class WorkerStream:
         self._release = redis.register_script(script("release"))
         self._claim = redis.register_script(script("claim"))
         self._read = redis.register_script(script("read"))
+        self._tell_held = redis.register_script(script("tell_held"))
         self._ack_ghosts = redis.register_script(script("ack_ghosts"))
 
     # --- the consumer's life
@@ -145,6 +146,7 @@ class WorkerStream:
         """
         async with translating(self._redis):
             await self._group.ensure()
+            await self.give_skipped()
             found = await self._redis.xinfo_consumers(self.stream_key, self.group)
             at_work = {one["name"] for one in found if int(one["idle"]) < self._foreign_idle_ms}
             theirs = at_work - cast("set[bytes]", await self._redis.smembers(self._keys.consumers))
@@ -153,7 +155,14 @@ class WorkerStream:
                 if name.encode() in theirs:
                     continue
                 args: list[Any] = [self._token, self._lease_ms, name, self.group]
-                keys = [self._keys.consumer_lease(name), self._keys.consumers, self.stream_key, self._keys.held]
+                keys = [
+                    self._keys.consumer_lease(name),
+                    self._keys.consumers,
+                    self.stream_key,
+                    self._keys.held,
+                    self._keys.given,
+                    self._keys.tellers,
+                ]
                 if leased := await self._lease(keys=keys, args=args):
                     self.name = name
                     if leased > 1:
@@ -172,9 +181,12 @@ class WorkerStream:
             self.stream_key,
             self._keys.ledger,
             self._keys.held,
+            self._keys.reads,
+            self._keys.tellers,
         ]
-        async with self._ending, translating(self._redis):
-            args: list[Any] = [self._token, self._lease_ms, self.name, self.group, self._lowest(), " ".join(self._held)]
+        args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
+        async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
+            args += [lowest, " ".join(self._holding.ids), told]
             ghosts, restored = await self._renew(keys=keys, args=args)
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
@@ -182,16 +194,19 @@ class WorkerStream:
 
     async def tell_held(self) -> None:
         """What we hold for longer than a flush takes is told before the next ack or renewal does it."""
-        lowest = self._lowest()
-        if lowest and lowest != self._told:
-            async with self._ending, translating(self._redis):
-                if lowest in self._held:
-                    await self._redis.hset(self._keys.held, self.name, lowest)
-                    self._told = lowest
+        if not self._holding.is_told:
+            keys = [self.stream_key, self._keys.held, self._keys.reads]
+            async with self._ending, self._holding.telling() as told, translating(self._redis):
+                await self._tell_held(keys=keys, args=[self.group, self.name, *told])
+
+    async def give_skipped(self) -> None:
+        """Make pending what somebody moved the group past, before anybody was given it."""
+        await give_skipped(self._redis, self._keys, self.group)
 
     async def release(self) -> None:
         """Give the name back; what it still holds stays pending for the next owner. Twice is harmless."""
         keys = [self._keys.consumer_lease(self.name), self._keys.consumers, self.stream_key, self._keys.held]
+        keys.append(self._keys.tellers)
         async with translating(self._redis):
             await self._release(keys=keys, args=[self._token, self.name, self.group])
 
@@ -235,7 +250,7 @@ class WorkerStream:
             ghosts = [entry_id for entry_id, fields in found if not fields]
             if ghosts:
                 await self._ack_ghosts(keys=[self.stream_key, self._keys.ledger], args=[self.group, *ghosts])
-            return self._parse([[b"", found]]), found[-1][0].decode()
+            return self._take_over(found), found[-1][0].decode()
 
     async def consumers(self) -> list[Consumer]:
         """Everybody else in the group."""
@@ -262,6 +277,7 @@ class WorkerStream:
             self._keys.consumer_lease().encode() + other,
             self._keys.ledger,
             self._keys.held,
+            self._keys.given,
         ]
         async with self._group.translating():
             found, ghosts, claimed = await self._claim(
@@ -270,7 +286,7 @@ class WorkerStream:
             if ghosts < 0:
                 _tell_back(consumer)
                 return Claimed([], 0, 0)
-            return Claimed(self._parse([[b"", claimed]]), found, ghosts)
+            return Claimed(self._take_over(claimed), found, ghosts)
 
     async def time(self) -> datetime:
         """By the server's clock."""
@@ -282,21 +298,25 @@ class WorkerStream:
         """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
 
         Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
-        while the reader has to go back, too.
+        while the reader has to go back, too. Never behind what is known to have been given to somebody.
         """
         async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xpending(self.stream_key, self.group)
             pipe.hvals(self._keys.held)
             pipe.xinfo_groups(self.stream_key)
             pipe.exists(self._keys.go_back)
-            summary, held, groups, must_go_back = await pipe.execute()
+            pipe.get(self._keys.given)
+            summary, held, groups, must_go_back, given = await pipe.execute()
         if must_go_back:
             return "0-0"
-        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._lowest()} - {""})
+        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._holding.lowest} - {""})
         for group in groups:
             if group["name"] == self.group.encode():
                 ms, n = id_order(group["last-delivered-id"].decode())
                 found.add(f"{ms}-{n + 1}")
+        if given:
+            ms, n = id_order(given.split(b" ")[0].decode())
+            found.add(f"{ms}-{n + 1}")
         return min(found, key=id_order, default=None)
 
     # --- entries end
@@ -311,11 +331,12 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held]
+        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held, self._keys.reads]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
-                self._let_go(ids)
-            return int(await self._ack(keys=keys, args=[self.group, self.name, self._lowest(), *args]))
+                self._holding.let_go(ids)
+            async with self._holding.telling() as told:
+                return int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
 
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:
         """Move entries to the dead letters and ack them, in one script; the number that was still pending.
@@ -325,14 +346,16 @@ class WorkerStream:
         `data` is what the entry's own payload field held, byte by byte; of unknown forms all fields, as MessagePack.
         `original_fields` is the way back.
         """
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.dead_letters, self._keys.held]
+        own = self._keys
+        keys = [self.stream_key, own.ledger, METRICS, own.dead_letters, own.held, own.reads]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
             async with self._ending, self._group.translating():
-                self._let_go([letter.entry_id for letter in piece])
-                head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, self._lowest()]
-                total += int(await self._set_aside(keys=keys, args=[*head, *args]))
+                self._holding.let_go([letter.entry_id for letter in piece])
+                async with self._holding.telling() as told:
+                    head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, *told]
+                    total += int(await self._set_aside(keys=keys, args=[*head, *args]))
         return total
 
     async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]:
@@ -346,35 +369,17 @@ class WorkerStream:
 
     # --- inside
 
-    def _hold(self, entries: Sequence[Entry]) -> None:
-        ids = [entry_id for entry_id, _ in entries]
-        newest = next(reversed(self._held), None)
-        if newest is not None and id_order(ids[0]) < id_order(newest):
-            self._in_order = False  # adopted, or read back
-        self._held.update(dict.fromkeys(ids))
-
-    def _let_go(self, ids: Sequence[str]) -> None:
-        held = self._held
-        for entry_id in ids:
-            held.pop(entry_id, None)
-        self._in_order = self._in_order or not held
-
-    def _lowest(self) -> str:
-        """Of the ids that we hold; empty: none."""
-        if self._in_order:
-            return next(iter(self._held), "")
-        return min(self._held, key=id_order, default="")
-
     async def _read_window(self, window: int, block: tuple[Any, ...]) -> tuple[list[Entry], int]:
         """A few new entries and their bytes. Large ones make the next window small; it grows again one by one."""
         with reply_of_at_most(REPLY_BYTES):
             reply = await self._redis.execute_command(
                 "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
             )
-        entries = self._parse(reply)
+        if not (entries := _entries_of(reply)):
+            return [], 0
+        self._holding.read([entry_id for entry_id, _ in entries])
         sizes = [sum(map(len, fields.values())) for _, fields in entries]
-        if sizes:
-            self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
+        self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
 
     async def _read_piece(self, after: str, count: int) -> tuple[list[Any], bool]:
@@ -384,9 +389,9 @@ class WorkerStream:
         found, more = await self._read(keys=[self.stream_key], args=args)
         return found, bool(more)
 
-    def _parse(self, reply: Any) -> list[Entry]:
-        if entries := _entries_of(reply):
-            self._hold(entries)
+    def _take_over(self, found: list[Any]) -> list[Entry]:
+        if entries := _entries_of([[b"", found]]):
+            self._holding.take_over([entry_id for entry_id, _ in entries])
         return entries
 
 

@@ -43,7 +43,7 @@ class Database:
         self._redis = redis
         self._group = group
         keys = Keys(stream_key, group)
-        self._keys = [keys.database, stream_key, keys.ledger, keys.go_back]
+        self._keys = [keys.database, stream_key, keys.ledger, keys.go_back, keys.given]
         self._remember = redis.register_script(script("remember"))
 
     async def look(self) -> Memory:

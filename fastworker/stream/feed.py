@@ -20,21 +20,23 @@ from redis.exceptions import ResponseError
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
-from fastworker.stream.limits import DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.scripts import script
+from fastworker.stream.skipped import give_skipped
 
 OURS: Final = "fastworker"
 """What our reader says of itself there; the readers before it say nothing."""
 
 LEASE_MS: Final = 5_000
-ABANDONED_MS: Final = 600_000
-"""An entry is abandoned when its consumer gave no sign for so long; a worker of ours would have adopted it long ago."""
 DASHBOARD_TTL_S: Final = 10
 GAPS_KEPT: Final = 100
 MARKS_MAX: Final = 10_000
 
 CHUNK_ITEMS: Final = 500
 CHUNK_BYTES: Final = 2_000_000
+
+
+_Entries = list[tuple[bytes, dict[bytes, bytes]]]
 
 
 class ReaderLeaseLost(Exception):
@@ -74,10 +76,11 @@ class Position(msgspec.Struct, frozen=True):
 class Chunk:
     """What one run of the append script puts down, in the order of the frames, and the seq after it.
 
-    `seq` None: nothing in it moves the cursor. `entries` counts what goes on the stream.
+    `seq` None: nothing in it moves the cursor. `entries` counts what goes on the stream. `breaks` is the reader's:
+    what may be written down once the repairs in here are on the way.
     """
 
-    __slots__ = ("_pieces", "bytes", "entries", "items", "seq")
+    __slots__ = ("_pieces", "breaks", "bytes", "entries", "items", "seq")
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -85,6 +88,7 @@ class Chunk:
         self.entries = 0
         self.bytes = 0
         self.seq: int | None = None
+        self.breaks: list[tuple[bytes, int]] = []
 
     @property
     def body(self) -> bytes:
@@ -99,6 +103,14 @@ class Chunk:
 
     def repair(self, did: str, text: bytes) -> None:
         self._add(b"repair", [did.encode(), text])
+
+    def unverified(self, did: str, frame: bytes, relay: str) -> None:
+        """A frame that waits for the account's newest key."""
+        self._add(b"unverified", [b"did", did.encode(), b"frame", frame, b"relay", relay.encode()])
+
+    def judged(self, entry_id: str) -> None:
+        """One of those waits no more."""
+        self._add(b"judged", [entry_id.encode()])
 
     def gap(self, text: bytes) -> None:
         self._add(b"gap", [text])
@@ -244,6 +256,7 @@ class Feed:
             keys.gaps,
             keys.relays,
             keys.tail,
+            keys.unverified,
         ]
         arguments: list[bytes | str | int] = [
             self._token,
@@ -278,6 +291,18 @@ class Feed:
         self._bytes += chunk.bytes
         return True
 
+    async def unverified(self, after: str, count: int) -> list[tuple[str, str]]:
+        """(entry id, DID) of frames that wait for a key, the oldest first."""
+        async with translating(self._redis):
+            found = cast("_Entries", await self._redis.xrange(self._keys.unverified, f"({after}", "+", count))
+        return [(entry_id.decode(), fields[b"did"].decode()) for entry_id, fields in found]
+
+    async def unverified_frame(self, entry_id: str) -> tuple[bytes, str] | None:
+        """(frame, relay), None when it is gone."""
+        async with translating(self._redis):
+            found = cast("_Entries", await self._redis.xrange(self._keys.unverified, entry_id, entry_id, 1))
+        return (found[0][1][b"frame"], found[0][1][b"relay"].decode()) if found else None
+
     def finished_seq(self) -> int | None:
         """How far the workers had finished this relay's events, as far as we know."""
         return self._finished[1] if self._finished is not None and self._finished[0] == self._host else None
@@ -297,12 +322,13 @@ class Feed:
                     self._keys.finished,
                     self._keys.held,
                     self._keys.go_back,
+                    self._keys.given,
                 ],
                 args=[self._group, self._newest, MARKS_MAX, self._unread],
             )
         self._newest, self._unread = "", unread.decode()
         self._note_finished(finished)
-        if broken:
+        if broken or (self._group and await give_skipped(self._redis, self._keys, self._group, who="reader")):
             raise StreamBroken
         if request:
             raise StoreWentBack(request)
@@ -404,10 +430,10 @@ async def trim_finished(
     entry. `keep_s`: finished entries younger than this stay, for `--reapply`, while the stream is less than nine tenths
     full.
     """
-    trim = redis.register_script(script("trim"))
+    trim, keys = redis.register_script(script("trim")), Keys(stream_key, group or GROUP)
     async with translating(redis):
         answer = await trim(
-            keys=[stream_key, Keys(stream_key, group or GROUP).held],
+            keys=[stream_key, keys.held, keys.given],
             args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups],
         )
     trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)

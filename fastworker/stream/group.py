@@ -27,7 +27,8 @@ class Group:
         self._redis = redis
         self._stream_key = stream_key
         self._name = name
-        self._recreate_lock = Keys(stream_key, name).recreate_lock
+        keys = Keys(stream_key, name)
+        self._recreate_lock, self._given = keys.recreate_lock, keys.given
         self._last_finished = last_finished
 
     @asynccontextmanager
@@ -63,14 +64,18 @@ class Group:
             groups = []  # no such key
         if any(group["name"] == self._name.encode() for group in groups):
             return
-        start = "0"
+        start = "0-0"
         finished = await self._last_finished()
         if finished is not None and await self._redis.exists(self._stream_key):
             info = await self._redis.xinfo_stream(self._stream_key)
             if id_order(finished) <= id_order(info["last-generated-id"].decode()):
                 start = finished
+        known = "-".join(f"{part:020}" for part in id_order(start))
         try:
-            await self._redis.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
+                pipe.set(self._given, f"{known} 0 {known}")
+                await pipe.execute()
         except ResponseError as error:
             if error_code(error) != "BUSYGROUP":
                 raise

@@ -54,6 +54,12 @@ class Keys:
         self.held: Final = key("fastworker:held", *of_group)
         """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
         is."""
+        self.given: Final = key("fastworker:given", *of_group)
+        """String: "id ms id": all up to the first one was given to somebody, as seen then; the group's last id then."""
+        self.reads: Final = key("fastworker:reads", *of_group)
+        """Hash: first id -> last id of each read beyond that."""
+        self.tellers: Final = key("fastworker:tellers", *of_group)
+        """Hash: consumer -> token of its lease, of those that tell what they were given."""
         self.database: Final = key("fastworker:database", *of_group)
         """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
         self.go_back: Final = key("fastworker:go-back", *of_group)
@@ -73,7 +79,10 @@ class Keys:
         self._cursor: Final = key("fastworker:cursor", *of_stream)
         self.repairs: Final = key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
-        stream)."""
+        stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
+        self.unverified: Final = key("fastworker:unverified", *of_stream)
+        """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
+        (FASTWORKER_VERIFY)."""
         self.gaps: Final = key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""

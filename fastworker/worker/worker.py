@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal
 
 import msgspec
 
+from fastworker.config import Config
 from fastworker.crashpoint import arm
 from fastworker.edge.tracing import OpenSpan, spans
 from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, Unreachable
@@ -23,11 +24,7 @@ from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
-from fastworker.stream.keys import GROUP, STREAM
-from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
-from fastworker.table.batch import Limits
 from fastworker.table.dates import parse_date
-from fastworker.table.derive import FULL
 from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
 from fastworker.worker.limits import DeadLetterLimit, Refusals
@@ -46,34 +43,7 @@ TELL_S = 0.5  # what is held for longer than this was told: nobody trims it, wha
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
-class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told. `pool_size` is a ceiling for all processes and the monitor together."""
-
-    redis_url: str
-    database_url: str
-    stream_key: str = STREAM
-    group: str = GROUP
-    consumer_id: str = "python-worker"
-    batch_size: int = BATCH_SIZE
-    pool_size: int = 8
-    processes: int = 2
-    pipelines: int = 1  # per process
-    derive: frozenset[str] = FULL
-    synchronous_commit: Literal["on", "keep"] = "on"
-    trusted_verifiers: tuple[str, ...] = ()
-    verified_only: bool = False  # handles that hosts claim are not shown before they are verified
-    limits: Limits = Limits()
-    dead_letter_maxlen: int = DEAD_LETTERS_MAX
-    dead_letters_in_a_row: int = 500
-    drain_s: float = 4.0
-    tracing: bool = False
-    crashpoint: str | None = None  # tests only
-    scan_s: float = 10.0  # between two looks for dead consumers
-    lease_ms: int = 15_000
-    foreign_idle_ms: int = 60_000
-
-
-def shrunk(settings: WorkerSettings) -> WorkerSettings:
+def shrunk(settings: Config) -> Config:
     """Settings whose connections, one per pipeline and one for the monitor, fit under `pool_size`; says so once."""
     room = _room(settings)
     processes = min(settings.processes, room)
@@ -87,16 +57,16 @@ def shrunk(settings: WorkerSettings) -> WorkerSettings:
     return msgspec.structs.replace(settings, processes=processes, pipelines=pipelines)
 
 
-def processes_max(settings: WorkerSettings) -> int:
+def processes_max(settings: Config) -> int:
     """How many processes with all their pipelines fit under `pool_size`: what SIGTTIN may reach."""
     return max(1, _room(settings) // settings.pipelines)
 
 
-def _room(settings: WorkerSettings) -> int:
+def _room(settings: Config) -> int:
     return max(1, settings.pool_size - 1)
 
 
-def dead_letter_limit(settings: WorkerSettings) -> DeadLetterLimit:
+def dead_letter_limit(settings: Config) -> DeadLetterLimit:
     in_a_row = settings.dead_letters_in_a_row
     return DeadLetterLimit(run_max=in_a_row, window=8 * in_a_row)
 
@@ -109,33 +79,33 @@ class Shared(msgspec.Struct, frozen=True):
     suspects: Suspects = msgspec.field(default_factory=Suspects)
 
 
-def worker_child(settings: WorkerSettings) -> ChildSpec:
+def worker_child(settings: Config) -> ChildSpec:
     """A worker's children, made before the fork."""
     shared = Shared(dead_letter_limit(settings))
     target = partial(_worker_main, settings, shared)
     return ChildSpec("worker", target, count=settings.processes, died=shared.suspects.note_death)
 
 
-def _worker_main(settings: WorkerSettings, shared: Shared, slot: Slot) -> int:
+def _worker_main(settings: Config, shared: Shared, slot: Slot) -> int:
     if slot.get("starts") == 1:  # a test kills the first process of each slot; its successors must recover
         arm(settings.crashpoint)
     return run_child(slot, partial(work, settings, shared=shared))
 
 
-async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
+async def work(settings: Config, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
     redis = connect(settings.redis_url, client_name="fastworker-worker")
     failover = Failover(redis, settings.stream_key, settings.group)
     try:
         try:
             store = await Store.connect(
-                settings.database_url,
+                settings.require_database_url("worker"),
                 pool_size=settings.pipelines,
                 application_name="fastworker",
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
                 trusted_verifiers=settings.trusted_verifiers,
-                verified_only=settings.verified_only,
+                verified_only=settings.resolve_handles,
                 meet=failover.meet,
             )
         except StoreUnavailable as error:
@@ -158,7 +128,7 @@ async def work(settings: WorkerSettings, slot: Slot, stopping: asyncio.Event, *,
         await redis.aclose()
 
 
-def _streams(settings: WorkerSettings, redis: Redis, store: Store) -> list[WorkerStream]:
+def _streams(settings: Config, redis: Redis, store: Store) -> list[WorkerStream]:
     """One for each pipeline."""
 
     async def last_finished() -> str | None:
@@ -182,7 +152,7 @@ def _streams(settings: WorkerSettings, redis: Redis, store: Store) -> list[Worke
 
 
 async def _work(
-    settings: WorkerSettings,
+    settings: Config,
     shared: Shared,
     slot: Slot,
     stopping: asyncio.Event,
@@ -241,7 +211,7 @@ async def _work(
 
 
 async def _run(
-    settings: WorkerSettings,
+    settings: Config,
     slot: Slot,
     stopping: asyncio.Event,
     store: Store,
@@ -296,8 +266,10 @@ async def _renew(streams: list[WorkerStream]) -> None:
 
 
 async def _pay(slot: Slot, store: Store) -> None:
-    """Counters that are owed still. A flush pays after its commit, or leaves it to one that is paying just then: who may
-    have looked already. Not while nothing was written."""
+    """Counters that are owed still: a flush leaves them to another that pays just then, and may have looked already.
+
+    Not while nothing was written.
+    """
     before = -1
     while True:
         flushes = slot.get("flushes")
@@ -322,6 +294,7 @@ async def _maintain(
     """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
 
     async def note() -> None:
+        await stream.give_skipped()
         for pipeline in pipelines:
             await pipeline.note_progress()
         await failover.note(store)

@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.process.board import Heartbeats
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.keys import USUAL
-from fastworker.worker.worker import WorkerSettings, work
+from fastworker.worker.worker import work
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 Form = Literal["json", "native", "frame"]
@@ -38,9 +39,7 @@ class House:
     async def ingest(self, frames: Iterable[SimFrame | bytes], *, form: Form = "json", last_seq: int) -> None:
         """Serve the frames until `last_seq` is on the stream and every entry is settled."""
         async with SimRelay(frames, start="oldest", wait_for_client=True) as relay, self.worker():
-            settings = ReaderSettings(
-                relay_urls=(relay.url,), redis_url=self.redis_url, stream_format=form, keep_s=3_600.0
-            )
+            settings = Config(relay_urls=(relay.url,), redis_url=self.redis_url, stream_format=form, keep_s=3_600)
             stop = asyncio.Event()
             reader = asyncio.create_task(run_reader(settings, stop, stats=self.stats))
             try:
@@ -68,12 +67,13 @@ class House:
     @contextlib.asynccontextmanager
     async def worker(self, **settings_: Any) -> AsyncIterator[None]:
         """`settings_`: other than the usual ones."""
-        settings = WorkerSettings(
+        settings = Config(
             redis_url=self.redis_url,
             database_url=self.postgres_url,
             batch_size=300,
             pipelines=2,
             consumer_id="e2e",
+            resolve_handles=False,
             **settings_,
         )
         if not await self.redis.exists(KEY):

@@ -12,10 +12,10 @@ from redis.asyncio import Redis
 
 from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
+from fastworker.config import Config
 from fastworker.errors import ExitCode
 from fastworker.stream.keys import USUAL
 from fastworker.table import derive
-from fastworker.worker.worker import WorkerSettings
 from tests import replies
 from tests.e2e.house import GROUP, KEY, House
 from tests.property.feeding import differences, lawful
@@ -71,7 +71,7 @@ async def test_reapply_and_verify_make_it_right(
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
 
-    settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL)
+    settings = Config(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL, resolve_handles=False)
     assert await reapply(settings, "0") is ExitCode.DONE
     assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     # A follow of nobody ("subject": "") made the old worker a user of that name, which is nobody's to take away.

@@ -26,7 +26,7 @@ from fastworker.commands.check import check
 from fastworker.commands.compare import compare as run_compare
 from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
-from fastworker.config import parse_config
+from fastworker.config import Config, parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import ExitCode
 from fastworker.law import compare
@@ -34,7 +34,6 @@ from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
-from fastworker.worker.worker import WorkerSettings
 from tests import replies
 from tests.rig.foreign import OldWorker
 
@@ -270,7 +269,7 @@ async def test_there_and_back(
 
     # and everything is as the law has it once the retained entries were applied again
     assert (await compared(len(entries)))["tables"] != []
-    settings = WorkerSettings(redis_url=redis_url, database_url=postgres_url)
+    settings = Config(redis_url=redis_url, database_url=postgres_url, resolve_handles=False)
     assert await reapply(settings, "0") is ExitCode.DONE
     assert f"{len(entries):,} entries applied again" in capsys.readouterr().out
     assert (await verified(repair=True))[0] is ExitCode.DONE

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
 from fastworker.reader import reader as reader_module
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings
 from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import Clock, Repo, SimFrame
 from fastworker.store.migrate import migrate
@@ -96,7 +96,7 @@ async def running(redis_url: str, postgres: EmbeddedPostgres) -> AsyncIterator[P
     async with SimRelay(start="oldest") as relay:
         one = Pipeline(redis, redis_url, postgres, relay)
         stop = asyncio.Event()
-        settings = ReaderSettings(relay_urls=(relay.url,), redis_url=redis_url)
+        settings = Config(relay_urls=(relay.url,), redis_url=redis_url)
         async with one.house.worker():
             reader = asyncio.create_task(run_reader(settings, stop))
             try:

@@ -14,10 +14,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from fastworker.config import Config
 from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Unreachable
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.stream.client import connect
@@ -294,7 +295,7 @@ async def test_a_reader_waits_out_a_failover(house: House, redis_url: str) -> No
         stats = ReaderStats()
         stop = asyncio.Event()
         reading = asyncio.create_task(
-            run_reader(ReaderSettings(relay_urls=(relay.url,), redis_url=redis_url), stop, stats=stats)
+            run_reader(Config(relay_urls=(relay.url,), redis_url=redis_url), stop, stats=stats)
         )
         async with asyncio.timeout(60):
             while stats.entries < 50:
@@ -320,7 +321,7 @@ async def test_a_reader_without_a_permission(house: House, redis_url: str, comma
     )
     try:
         async with SimRelay(frames, start="oldest") as relay, asyncio.timeout(60):
-            settings = ReaderSettings(relay_urls=(relay.url,), redis_url=_as_limited(redis_url))
+            settings = Config(relay_urls=(relay.url,), redis_url=_as_limited(redis_url))
             with pytest.raises(Unreachable, match="lacks a permission"):
                 await run_reader(settings, asyncio.Event())
     finally:

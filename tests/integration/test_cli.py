@@ -428,7 +428,8 @@ def test_a_future_cursor_ends_the_reader_and_a_gap_is_shown(
     done = run("reader", REDIS_URL=redis_url, RELAY_URL=url, FASTWORKER_HTTP_PORT="off")
     assert done.returncode == 4, done.stderr
     assert "says that the cursor 99999999999 lies in its future" in done.stderr
-    assert "delete firehose:python_cursor" in done.stderr
+    assert "Run `fastworker reader --from live` once" in done.stderr
+    assert "delete" not in done.stderr, "PostgreSQL would give the same cursor again"
     assert "Traceback" not in done.stderr
     assert client.get("firehose:python_cursor") == b"99999999999"
     shown = run("status", REDIS_URL=redis_url).stdout
@@ -453,6 +454,15 @@ def test_the_reader_begins_where_it_is_told(
 
 
 # --- one-shot commands
+
+
+@pytest.mark.parametrize(
+    "words", ["migrate", "export did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "sample", "backfill --status", "repair --recorded"]
+)
+def test_every_command_looks_for_the_servers_of_its_home(tmp_path: Path, words: str) -> None:
+    done = run(*words.split(), FASTWORKER_HOME=str(tmp_path))
+    assert done.returncode == 3, done.stderr
+    assert str(tmp_path) in done.stderr, "it asked there, and nobody answered"
 
 
 def test_settings_of_files(tmp_path: Path, redis_url: str) -> None:

@@ -69,6 +69,10 @@ def test_it_verifies_every_table_and_leaves_nothing(folder: Path) -> None:
     assert "Verified: every row and every counter is as it must be." in said
     assert re.search(r"likes +│? *[1-9]", said), said
     assert re.search(r"^throughput .* relay to commit, all on this machine$", said, re.MULTILINE), said
+    assert said.splitlines()[-1].startswith("Verified"), "nothing that ends is worth a warning"
+    assert re.search(r"settled: [\d,]+ \([\d,]+/s, [\d.]+ (s|min) left\)", said), said
+    _, _, summary = said.partition("Comparing every table")
+    assert max(map(len, summary.splitlines())) <= 80, summary
     assert_nothing_is_left(folder, process.pid)
 
 

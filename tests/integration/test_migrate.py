@@ -16,7 +16,7 @@ import pytest
 from fastworker.commands import check as checks
 from fastworker.commands import grants as rights
 from fastworker.edge.embedded import EmbeddedPostgres
-from fastworker.errors import ConfigError, ExitCode, Unreachable
+from fastworker.errors import ConfigError, ExitCode, FastworkerError, Unreachable
 from fastworker.store import migrate as module
 from fastworker.store import routines
 from fastworker.store.migrate import Migration, SchemaRefused, check, migrate, packaged
@@ -271,7 +271,7 @@ async def test_another_encoding_is_refused_before_anything_is_made(postgres_serv
             await migrate(url)
         assert (await check(url))[0] == "The database's encoding is LATIN1: create it with ENCODING 'UTF8'."
         with pytest.raises(Unreachable, match="LATIN1"):
-            await checks._postgres_preflight(url)
+            await checks._worker_preflight(url)
         assert await fetch(url, "SELECT 1 FROM pg_namespace WHERE nspname = 'fastworker'") == []
     finally:
         await execute(admin, "DROP DATABASE latin WITH (FORCE)")
@@ -284,7 +284,7 @@ async def test_wider_columns_are_as_good_and_others_are_not(postgres_url: str) -
         await execute(postgres_url, f"ALTER TABLE {table} ALTER {name} TYPE {type_}")
     assert await check(postgres_url) == []
     assert await migrate(postgres_url) == []
-    await checks._postgres_preflight(postgres_url)
+    await checks._worker_preflight(postgres_url)
     for odd in ("timestamptz", "date", "text"):
         await execute(postgres_url, f"ALTER TABLE likes ALTER created_at TYPE {odd}")
         words = "likes.created_at is .*ALTER TABLE likes ALTER COLUMN created_at TYPE timestamp without time zone"
@@ -292,7 +292,7 @@ async def test_wider_columns_are_as_good_and_others_are_not(postgres_url: str) -
         with pytest.raises(SchemaRefused, match=words):
             await migrate(postgres_url)
         with pytest.raises(Unreachable, match=words):
-            await checks._postgres_preflight(postgres_url)
+            await checks._worker_preflight(postgres_url)
         await execute(postgres_url, "ALTER TABLE likes ALTER created_at TYPE timestamp USING now()")
 
 
@@ -301,7 +301,7 @@ async def test_what_migrate_cannot_mend_is_not_sent_to_migrate(postgres_url: str
     with pytest.raises(SchemaRefused, match="twins.pair .* restore it from a backup"):
         await migrate(postgres_url)
     with pytest.raises(Unreachable) as refused:
-        await checks._postgres_preflight(postgres_url)
+        await checks._worker_preflight(postgres_url)
     assert "twins.pair" in str(refused.value)
     assert "migrate" not in str(refused.value)
 
@@ -313,8 +313,9 @@ async def test_a_worker_without_a_right_is_told_which(postgres_url: str, without
     role = "lacking"
     await execute(postgres_url, rights.sql("worker", role), f"REVOKE {without} FROM {role}")
     try:
-        with pytest.raises(Unreachable, match="fastworker grants worker") as refused:
-            await checks._postgres_preflight(postgres_url.replace("postgres@", f"{role}@"))
+        with pytest.raises(FastworkerError, match="fastworker grants worker") as refused:
+            await checks._worker_preflight(postgres_url.replace("postgres@", f"{role}@"))
+        assert refused.value.exit_code == 2, "systemd does not try again"
         for word in without.split(" ON ")[1].removeprefix("SCHEMA ").split():
             assert word.removeprefix("fastworker.") in str(refused.value)
         assert "migrate`" not in str(refused.value)

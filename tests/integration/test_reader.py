@@ -22,6 +22,7 @@ import uvloop
 from aiohttp import web
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.errors import ConfigError, Reason, StoppedItself, StoreUnavailable, Unreachable
 from fastworker.event.entry import decode_entry
 from fastworker.process.backoff import Backoff
@@ -30,7 +31,7 @@ from fastworker.reader import reader as reader_module
 from fastworker.reader import relay as relay_module
 from fastworker.reader import start as start_module
 from fastworker.reader.reader import run_reader
-from fastworker.reader.stats import ReaderSettings, ReaderStats
+from fastworker.reader.stats import ReaderStats
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.stream.keys import USUAL
@@ -136,12 +137,12 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-def settings(redis_url: str, *relays: Relay, **more: Any) -> ReaderSettings:
-    return ReaderSettings(redis_url=redis_url, relay_urls=tuple(relay.url for relay in relays), **more)
+def settings(redis_url: str, *relays: Relay, **more: Any) -> Config:
+    return Config(redis_url=redis_url, relay_urls=tuple(relay.url for relay in relays), **more)
 
 
 @asynccontextmanager
-async def reading(config: ReaderSettings, **more: Any) -> AsyncIterator[ReaderStats]:
+async def reading(config: Config, **more: Any) -> AsyncIterator[ReaderStats]:
     """A reader beside the test; its end is waited for, its errors are the test's."""
     stop, stats = asyncio.Event(), ReaderStats()
     task = asyncio.create_task(run_reader(config, stop, stats=stats, **more))
@@ -483,7 +484,7 @@ async def test_a_connection_cut_at_any_byte(
     cuts = [*range(0, 500, 4), *(random.Random(4).randrange(500, 20_000) for _ in range(40))]
     async with Proxy((host, int(port))) as proxy:
         proxy.cut_after = cuts.pop(0)
-        config = ReaderSettings(redis_url=redis_url, relay_urls=(f"ws://127.0.0.1:{proxy.port}",))
+        config = Config(redis_url=redis_url, relay_urls=(f"ws://127.0.0.1:{proxy.port}",))
         async with reading(config) as stats:
             async with asyncio.timeout(60):
                 last = 4_000
@@ -508,7 +509,7 @@ async def test_a_killed_readers_last_append_arrives_after_its_death(relay: Relay
         await redis.set(CURSOR, "0")
         relay.add(*range(1, 101))
         async with Proxy(str(server.socket_dir / "redis.sock")) as proxy:
-            config = ReaderSettings(redis_url=f"redis://127.0.0.1:{proxy.port}", relay_urls=(relay.url,))
+            config = Config(redis_url=f"redis://127.0.0.1:{proxy.port}", relay_urls=(relay.url,))
             child = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(config,))
             child.start()
             assert child.pid is not None
@@ -1175,7 +1176,7 @@ async def test_sigkill_at_any_moment(relay: Relay, redis: Redis, redis_url: str)
     assert await seqs(redis) == list(range(1, 4001))
 
 
-def _run_until_killed(config: ReaderSettings) -> None:
+def _run_until_killed(config: Config) -> None:
     uvloop.run(run_reader(config, asyncio.Event()))
 
 
@@ -1195,7 +1196,7 @@ async def test_stops_within_seconds_while_the_stream_is_full(relay: Relay, redis
 
 async def test_redis_out_of_reach_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "START_S", 0.1)
-    config = ReaderSettings(redis_url="redis://:secret@127.0.0.1:1", relay_urls=("ws://127.0.0.1:1",))
+    config = Config(redis_url="redis://:secret@127.0.0.1:1", relay_urls=("ws://127.0.0.1:1",))
     with pytest.raises(Unreachable, match=r"redis://:\*\*\*@127.0.0.1:1: Redis cannot be reached"):
         await run_reader(config, asyncio.Event())
 
@@ -1230,7 +1231,7 @@ async def test_the_operator_says_where_to_begin(
     """Whatever the cursor says; what is passed over is a gap."""
     if cursor is not None:
         await redis.set(CURSOR, cursor)
-    beginning = asyncio.create_task(start_module.begin_at(settings(redis_url, relay), where, database_url=None))
+    beginning = asyncio.create_task(start_module.begin_at(settings(redis_url, relay), where))
     if where == "live":
         async with asyncio.timeout(60):
             while not relay.open:
@@ -1254,7 +1255,7 @@ async def test_a_start_is_refused_while_another_reader_is_at_work(
     await redis.set("fastworker:reader", "another")
     monkeypatch.setattr(start_module, "LEASE_MS", 0)
     with pytest.raises(ConfigError, match="Another reader is at work"):
-        await start_module.begin_at(settings(redis_url, relay), 1, database_url=None)
+        await start_module.begin_at(settings(redis_url, relay), 1)
     assert await redis.get(CURSOR) == b"7"
 
 

@@ -267,9 +267,10 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     words = {name: f" /* {body} */" for name, body in bodies.items()}
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
-    yield sql.PUT + words["put_3"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
-    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True)
-    yield sql.PUT_WHOLE + words["put_whole_3"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
+    yield sql.PUT + words["put_4"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
+    yield sql.PUT_WHOLE + words["put_whole_4"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
@@ -377,6 +378,47 @@ async def test_the_command_applies_it_and_sets_the_password(
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "NOWHERE is not set" in said
+
+
+@pytest.mark.parametrize(
+    "words", ["worker", "verify", "migrate", "repair did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "grants worker --apply"]
+)
+async def test_a_role_without_rights_is_told_in_one_sentence(
+    postgres_url: str, pg: asyncpg.Connection, redis_url: str, words: str
+) -> None:
+    """And not as if another try would help: exit code 2."""
+    role = f"nobody_{os.getpid()}"
+    await pg.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        url = postgres_url.replace("postgres@", f"{role}@", 1)
+        with fastworker(*words.split(), DATABASE_URL=url, REDIS_URL=redis_url) as process:
+            said, _ = process.communicate(timeout=60)
+        assert process.returncode == 2, said
+        [sentence] = [line for line in said.splitlines() if line.startswith("fastworker: ")]
+        assert "permission denied" in sentence
+        assert "`fastworker grants worker`" in sentence
+        assert not re.search(r"\\n|migration|DETAIL|\.\.", sentence), sentence
+    finally:
+        await pg.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_a_reader_without_rights_reads_and_says_what_it_lacks(
+    postgres_url: str, pg: asyncpg.Connection, redis_url: str
+) -> None:
+    role = f"nobody_{os.getpid()}"
+    await pg.execute(f"CREATE ROLE {role} LOGIN")
+    url = postgres_url.replace("postgres@", f"{role}@", 1)
+    try:
+        with fastworker("reader", DATABASE_URL=url, REDIS_URL=redis_url, RELAY_URL="ws://127.0.0.1:9") as process:
+            assert process.stdout is not None
+            first = [process.stdout.readline() for _ in range(3)]
+            process.terminate()
+            process.communicate(timeout=60)
+    finally:
+        await pg.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    assert "USAGE on schema fastworker" in first[1]
+    assert "`fastworker grants reader`" in first[1]
+    assert re.search(r"(Redis|Valkey) [\d.]+ at .*, PostgreSQL [\d.]+ at ", first[2])
 
 
 def is_password_of(stored: str, password: str) -> bool:

@@ -25,6 +25,7 @@ from fastworker.stream.consumer import (
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import USUAL
+from fastworker.stream.skipped import CONSUMER, give_skipped
 from fastworker.worker.intake import Intake
 from tests import replies
 from tests.servers import counts_reads
@@ -332,6 +333,7 @@ async def test_a_deleted_consumer_that_dies_at_once_loses_nothing(redis: Any, su
     await stream.read(block_ms=1)
     await stream.ack({COMMITTED: ids[:3]})
     await redis.xgroup_delconsumer(KEY, GROUP, stream.name)
+    await stream.give_skipped()
     await trim_finished(redis, KEY, group=GROUP)
     assert [e.decode() for e, _ in await redis.xrange(KEY)] == ids[3:]
     assert await stream.lowest_pending() == ids[3]
@@ -347,6 +349,7 @@ async def test_a_deleted_consumer_that_dies_at_once_loses_nothing(redis: Any, su
         assert other.name == stream.name
     assert [e for e, _ in await other.read(block_ms=1)] == ids[3:]
     assert await other.ack({COMMITTED: ids[3:]}) == 7
+    await other.give_skipped()
     await trim_finished(redis, KEY, group=GROUP)
     assert await redis.xlen(KEY) == 0
 
@@ -438,8 +441,10 @@ async def test_lowest_pending(redis: Any) -> None:
     ids = await add(redis, 3)
     await stream.read(block_ms=1)
     await stream.ack({COMMITTED: [ids[0]]})
+    await stream.give_skipped()
     assert await stream.lowest_pending() == ids[1]
     await stream.ack({COMMITTED: ids[1:]})
+    await stream.give_skipped()
     assert id_order(await stream.lowest_pending() or "") > id_order(ids[2])
     await redis.xgroup_setid(KEY, GROUP, ids[0])  # it goes back: what is delivered again is not settled
     assert id_order(ids[0]) < id_order(await stream.lowest_pending() or "") <= id_order(ids[1])
@@ -469,3 +474,95 @@ async def test_a_key_of_the_wrong_type_is_for_the_operator(redis: Any) -> None:
     await redis.set(KEY, "text")
     with pytest.raises(Unreachable, match="wrong type"):
         await consumer(redis)
+
+
+async def _set_id(redis: Redis) -> None:
+    await redis.xgroup_setid(KEY, GROUP, "$")
+
+
+async def _make_again(redis: Redis) -> None:
+    await redis.xgroup_destroy(KEY, GROUP)
+    await redis.xgroup_create(KEY, GROUP, id="$")
+
+
+async def _both(redis: Redis) -> None:
+    await _make_again(redis)
+    await redis.xgroup_setid(KEY, GROUP, "0")
+    await _set_id(redis)
+
+
+async def worked_off(stream: WorkerStream) -> list[str]:
+    """Ids in the order in which they are given, until there are no more; acked one flush after the other."""
+    done: list[str] = []
+    while True:
+        for _ in range(2):  # what was read a moment ago may not be told yet: it is judged by the look after that
+            await stream.give_skipped()
+        found = await stream.read(block_ms=1)
+        for other in await stream.consumers():
+            found += (await stream.claim(other.name, idle_ms=0)).entries
+        if not found:
+            return done
+        done += [entry_id for entry_id, _ in found]
+        await stream.ack({COMMITTED: [entry_id for entry_id, _ in found]})
+
+
+@pytest.mark.parametrize("skip", [_set_id, _make_again, _both])
+async def test_what_somebody_moves_the_group_past_is_given_all_the_same(
+    redis: Any, skip: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = await consumer(redis)
+    ids = await add(redis, 1_200)
+    held = [entry_id for entry_id, _ in await stream.read(block_ms=1)]
+    await stream.ack({COMMITTED: held[:90]})
+    await stream.tell_held()
+    await skip(redis)
+    more = await add(redis, 50, first=1_200)
+    await stream.read(block_ms=1)
+    await trim_finished(redis, KEY, group=GROUP)
+    await stream.renew()
+    await stream.ack({COMMITTED: [*held[90:], *more]})
+    again = await worked_off(stream)
+    assert sorted(again, key=id_order) == ids[len(held) :]
+    assert "were given to nobody" in caplog.text
+    assert await ledger(redis) == {"committed": 1_250}
+    assert CONSUMER not in {one.name for one in await stream.consumers()}
+
+
+async def test_a_group_that_an_operator_made_is_given_what_waits(redis: Any) -> None:
+    """With `$`, before the first worker: nothing of it was read, and a reader's trim leaves it."""
+    ids = await add(redis, 30)
+    await redis.xgroup_create(KEY, GROUP, id="$")
+    for _ in range(2):
+        await give_skipped(redis, USUAL, GROUP, who="reader")
+        await trim_finished(redis, KEY, group=GROUP)
+    assert await redis.xlen(KEY) == 30
+    assert sorted(await worked_off(await consumer(redis)), key=id_order) == ids
+
+
+async def test_what_workers_read_that_do_not_tell_is_not_given_again(redis: Any) -> None:
+    """Older releases and others, beside ours, and under a name that one of ours had."""
+    stream = await consumer(redis)
+    await add(redis, 30)
+    for name in ("theirs", stream.name):
+        if name == stream.name:
+            await redis.set(f"fastworker:consumer:{name}", "another token")
+        found = await redis.xreadgroup(GROUP, name, {KEY: ">"}, count=10)
+        await redis.xack(KEY, GROUP, *[entry_id for entry_id, _ in found[0][1]])
+        await stream.give_skipped()
+        await trim_finished(redis, KEY, group=GROUP)
+    assert await pending(redis) == 0
+    assert await redis.xlen(KEY) == 10
+
+
+async def test_what_was_skipped_and_trimmed_is_told_to_the_reader(redis: Any) -> None:
+    stream = await consumer(redis)
+    ids = await add(redis, 30)
+    await redis.rpush(USUAL.marks, f"{ids[9]} 10 relay.test", f"{ids[19]} 20 relay.test")
+    await redis.set(USUAL.reader_lease, "a reader's")
+    await _make_again(redis)
+    assert not await give_skipped(redis, USUAL, GROUP, who="reader")
+    await redis.xtrim(KEY, maxlen=8, approximate=False)
+    assert await give_skipped(redis, USUAL, GROUP, who="reader")
+    await stream.give_skipped()  # a worker leaves it to the reader
+    assert await give_skipped(redis, USUAL, GROUP, who="reader")
+    assert await pending(redis) == 0

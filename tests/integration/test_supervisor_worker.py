@@ -24,6 +24,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.config import Config
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode
 from fastworker.event import Event
@@ -36,7 +37,7 @@ from fastworker.stream.client import connect
 from fastworker.stream.keys import USUAL
 from fastworker.worker import held, suspects
 from fastworker.worker.suspects import QUIET_DEATHS_MAX, Record, Suspects, like_it, say_trying
-from fastworker.worker.worker import WorkerSettings, shrunk, worker_child
+from fastworker.worker.worker import shrunk, worker_child
 from tests import replies
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def out_of_memory(fields: dict[bytes, bytes]) -> Event:
 
 def main() -> int:
     setup_logging("INFO", "human")
-    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
+    settings = msgspec.json.decode(sys.argv[1], type=Config)
     worker = worker_child(settings)
     match sys.argv[2:]:
         case ["slow"]:
@@ -91,10 +92,11 @@ class Bench:
 
     def __init__(self, redis: Redis, redis_url: str, postgres_url: str) -> None:
         self.redis = redis
-        self.settings = WorkerSettings(
+        self.settings = Config(
             redis_url=redis_url,
             database_url=postgres_url,
             consumer_id="w",
+            resolve_handles=False,
             batch_size=10,
             lease_ms=1_500,
             scan_s=0.3,
@@ -518,7 +520,7 @@ async def test_an_unreachable_server_at_the_start_is_exit_code_3(bench: Any, whi
 
 
 def test_pipelines_shrink_to_the_connections() -> None:
-    settings = WorkerSettings(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
+    settings = Config(redis_url="", database_url="", processes=4, pipelines=5, pool_size=20)
     fits = shrunk(settings)
     assert (fits.processes, fits.pipelines) == (4, 4)
     fits = shrunk(msgspec.structs.replace(settings, pool_size=1))

@@ -131,7 +131,7 @@ async def test_everything_runs_over_tls(
 
 async def runs(redis_url: str, postgres_url: str, pg: asyncpg.Connection) -> None:
     config = parse_config({"REDIS_URL": redis_url, "DATABASE_URL": postgres_url})
-    await preflight(config, database_url=config.database_url)
+    await preflight(config, "worker")
     frames = list(Network(3, accounts=50).frames(300))
     async with connect(redis_url) as client:
         await House(client, redis_url, postgres_url).ingest(frames, last_seq=max(frame.seq or 0 for frame in frames))
@@ -158,9 +158,9 @@ async def test_a_certificate_that_is_not_right_is_refused(
     trusted = {"another authority": stranger.ca, "another name": authority.ca}.get(case)
     async with both(redis_url, postgres_url, authority, trusted, name=name) as (redis_tls, postgres_tls):
         with pytest.raises(Unreachable) as of_redis:
-            await preflight(parse_config({"REDIS_URL": redis_tls}), database_url=None)
+            await preflight(parse_config({"REDIS_URL": redis_tls}), "reader")
         with pytest.raises(Unreachable if trusted else ConfigError) as of_postgres:
-            await preflight(parse_config({"REDIS_URL": redis_url}), database_url=postgres_tls)
+            await preflight(parse_config({"REDIS_URL": redis_url, "DATABASE_URL": postgres_tls}), "worker")
         store = Store.connect(postgres_tls)
         if trusted:
             with pytest.raises(StoreUnavailable, match="sslrootcert=FILE"):
@@ -188,7 +188,7 @@ async def test_a_port_that_speaks_no_tls_is_called_that() -> None:
         with pytest.raises(RelayRefused, match=f"localhost:{port}: this port does not speak TLS"):
             await subscribe(RelayAddress.parse(f"wss://localhost:{port}"), None)
         with pytest.raises(Unreachable, match="this port does not speak TLS"):
-            await preflight(parse_config({"REDIS_URL": f"rediss://localhost:{port}"}), database_url=None)
+            await preflight(parse_config({"REDIS_URL": f"rediss://localhost:{port}"}), "reader")
 
 
 async def test_servers_of_their_own(server_dir: Path, authority: Authority) -> None:

@@ -53,9 +53,12 @@ def _mutant(name: str, file: str, tests: str, new: str, old: str = "", *more: Ed
 
 _STATEMENTS, _DERIVE = "fastworker/store/statements.py", "fastworker/table/derive.py"
 _FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush", "settle", "effects"))
-_PUT, _WHOLE, _RECOMPUTE = (f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute"))
+_PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY = (
+    f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute", "recount", "pay_bucket")
+)
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
+_PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
 _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
 
 LAW = "tests/property/test_law.py tests/property/test_histories.py"
@@ -63,10 +66,18 @@ RACES = "tests/property/test_interleavings.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
-FAULTS = "tests/faults/test_postgres_faults.py"
+OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
+FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
+OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
 MUTANTS = [
+    # commits that prove themselves
+    _mutant("a commit of another account", _PROOF, OF_CHAIN, "if type(commit) is dict:"),
+    _mutant("a replay moves the chain", _CHAIN, OF_CHAIN, "if state == known:"),
+    _mutant("a break is forgotten by a crash", _CHAIN, OF_CHAIN, "if verdict is Verdict.BREAK and False:"),
+    _mutant("prevData is not compared", _CHAIN, OF_CHAIN, "return Verdict.OK"),
+    _mutant("commits from the future", _VERIFY, OF_LEVELS, "if False:"),
     # versions
     _mutant("no version guard", _BATCH, LAW, "return True"),
     _mutant("rev order turned", _BATCH, LAW, "return a_rev < b_rev"),
@@ -94,6 +105,16 @@ MUTANTS = [
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, '"put", "put_whole"', '"put", "recompute", "put_whole"'),
+    # debts
+    _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
+    _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
+    _mutant("a debt is paid twice", _PAY, DEBTS, "WITH gone AS (SELECT deltas FROM fastworker.debts WHERE id = ANY(ids))"),
+    _mutant("an owed recount is forgotten", _PAY, DEBTS, "IF false THEN"),
+    _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
+    _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
+    _mutant("counters are not paid after the commit", _FLUSH, DEBTS, "if False:"),
+    _mutant("users that no later commit makes durable", _FLUSH, DEBTS, "if False:"),
+    _mutant("a debt is drift", "fastworker/store/audit.py", DEBTS, "AS d WHERE false) AS d", "AS d) AS d"),
     # unique pairs
     _mutant("pair refused without lock", _STATEMENTS, RACES, "return select(table)"),
     _mutant("highest rkey wins", "fastworker/table/pairs.py", f"{OF_PAIRS} {LAW}", "max(", "min("),
@@ -140,6 +161,8 @@ MUTANTS = [
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "pass"),
+    _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], "")'),
+    _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
@@ -171,7 +194,7 @@ def _place(text: str, mark: str, file: str) -> tuple[int, int]:
         raise ValueError(f"{file} has {len(found)} comments `mutant: {mark}`, not one")
     lines = text.splitlines(keepends=True)
     first = text.count("\n", 0, found[0])
-    last = first if file.endswith(".sql") else _last_line(text, first + 1) - 1
+    last = first if file.endswith((".sql", ".lua")) else _last_line(text, first + 1) - 1
     start = sum(map(len, lines[:first]))
     return start, start + sum(map(len, lines[first : last + 1]))
 

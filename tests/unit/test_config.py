@@ -126,7 +126,7 @@ def test_refused_with_name_value_and_what_is_allowed(name: str, text: str, allow
 def test_an_unknown_name_of_ours_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"FASTWORKER_PROCESES='4'.*did you mean FASTWORKER_PROCESSES\?"):
         parse_config({"FASTWORKER_PROCESES": "4"})
-    with pytest.raises(ConfigError, match=r"QQQQ='1'.*the known ones are FASTWORKER_COLLECTIONS, "):
+    with pytest.raises(ConfigError, match=r"QQQQ='1'.*the known ones are FASTWORKER_CHAIN_BYTES, "):
         parse_config({"FASTWORKER_QQQQ": "1"})
     with pytest.raises(ConfigError) as refusal:
         parse_config({"FASTWORKER_DB_PASSWORD": "hunter2"})

@@ -41,7 +41,7 @@ def test_a_rate_is_never_negative_and_may_be_unknown(before: Any, now: Any, seco
 
 
 def sample(at: float, finished: int) -> Sample:
-    return Sample(at, {"worker-0": finished}, (0,) * (len(LATENCY_MS) + 1), None, {})
+    return Sample(at, {"worker-0": finished}, (0,) * (len(LATENCY_MS) + 1), None, {"likes": 2 * finished})
 
 
 def test_rates_without_a_sample_are_known_to_be_unknown() -> None:
@@ -51,6 +51,20 @@ def test_rates_without_a_sample_are_known_to_be_unknown() -> None:
     rates.add(sample(1.0, 10))
     rates.add(sample(3.0, 30))
     assert rates.finished_per_s() == rates.finished_per_s("worker-0") == 10.0
+
+
+def test_what_was_done_before_the_monitor_began_is_in_no_rate() -> None:
+    """A monitor that SIGHUP replaced finds the totals of years on the board."""
+    rates = Rates()
+    assert rates.since_last_told() == 0.0
+    assert rates.written() == []
+    rates.add(sample(100.0, 1_000_000))
+    assert rates.since_last_told() == 0.0
+    rates.add(sample(104.0, 1_000_040))
+    assert rates.since_last_told() == 10.0
+    assert rates.since_last_told() == 0.0
+    [likes] = rates.written()
+    assert (likes.table, likes.per_s, likes.last_hour) == ("likes", 20.0, 80)
 
 
 def test_a_stream_is_full_in_what_its_growth_says() -> None:

@@ -6,7 +6,7 @@ import inspect
 import re
 from importlib import resources
 
-from fastworker.stream import admin, consumer, database, feed
+from fastworker.stream import admin, consumer, database, feed, skipped
 from fastworker.stream.keys import USUAL, Keys, stream_of
 from fastworker.stream.scripts import script
 
@@ -28,17 +28,21 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:database",
         "fastworker:finished",
         "fastworker:gaps",
+        "fastworker:given",
         "fastworker:go-back",
         "fastworker:held",
         "fastworker:ledger",
         "fastworker:marks",
         "fastworker:reader",
         "fastworker:reader:stats",
+        "fastworker:reads",
         "fastworker:relay",
         "fastworker:relays",
         "fastworker:repairs",
         "fastworker:status:worker",
         "fastworker:tail",
+        "fastworker:tellers",
+        "fastworker:unverified",
     }
     assert stream_of("firehose:python_cursor") == "fastworker:stream-of:firehose:python_cursor"
 
@@ -55,7 +59,7 @@ def test_others_have_their_own() -> None:
 
 
 def test_every_script_is_used_and_whole() -> None:
-    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed))))
+    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed, skipped))))
     included = {
         name
         for one in resources.files("fastworker.stream").joinpath("lua").iterdir()

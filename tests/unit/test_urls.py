@@ -135,6 +135,8 @@ def test_where_it_leads(text: str, place: str) -> None:
         ("redis://h?family=0&protocol=3&decode_responses=yes", "redis://h", ("family", "protocol", "decode_responses")),
         ("rediss://h?ssl_cert_reqs=CERT_NONE", "rediss://h?ssl_cert_reqs=none", ()),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1", ()),
+        ("valkey+sentinel://u:p@a,b:1,c/main/2", "redis+sentinel://u:p@a,b:1,c/main/2", ()),
+        ("rediss+Sentinel://a/m?sentinel_password=x&hz=1", "rediss+sentinel://a/m?sentinel_password=x", ("hz",)),
     ],
 )
 def test_redis(text: str, url: str, unused: tuple[str, ...]) -> None:
@@ -145,7 +147,10 @@ def test_redis(text: str, url: str, unused: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("redis+sentinel://h:26379/mymaster", "Sentinel is not supported"),
+        ("redis+sentinel://h:26379", "names no master"),
+        ("redis+sentinel://h:26379/main/x", "number of a database"),
+        ("redis+sentinel://h:26379,/main", "names no host"),
+        ("unix+sentinel://h/main", "must start with redis://"),
         ("redis://a:1,b:2", "several servers"),
         ("redis://:p#w@h", "percent-encoded"),
         ("redis://u:12/w@h", "percent-encoded"),

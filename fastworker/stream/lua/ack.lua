@@ -1,10 +1,11 @@
--- KEYS stream, ledger, metrics, held. ARGV group, consumer, the lowest id that it holds then, then per tally: outcome,
--- metrics field, number of drops, number of ids, drops..., ids... A tally without ids counts its drops once if anything
+-- KEYS stream, ledger, metrics, held, reads. ARGV group, consumer, the lowest id that it holds then, what it was given since
+-- it told last, then per tally: outcome, metrics field, number of drops, number of ids, drops..., ids... A tally without ids counts its drops once if anything
 -- before it was acked.
 -- include begin_writing
 -- include hold
-hold(KEYS[4], ARGV[2], ARGV[3])
-local at, total = 4, 0
+-- mutant: an ack that does not tell what was read
+hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], ARGV[4])
+local at, total = 5, 0
 while at <= #ARGV do
   local outcome, kind = ARGV[at], ARGV[at + 1]
   local drop_count, id_count = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])

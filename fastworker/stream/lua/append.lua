@@ -1,4 +1,4 @@
--- KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail
+-- KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail, unverified
 -- ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 -- dead-letter limit, gaps kept, ms now, the chunk's body
 -- The body is one argument, because the client packs every argument in Python: per item a count, then so many strings,
@@ -34,6 +34,10 @@ while at <= #body do
     redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(item, 2))
   elseif what == 'repair' then
     redis.call('HSET', KEYS[7], item[2], item[3])
+  elseif what == 'unverified' then
+    redis.call('XADD', KEYS[11], '*', unpack(item, 2))
+  elseif what == 'judged' then
+    redis.call('XDEL', KEYS[11], item[2])
   else
     redis.call('LPUSH', KEYS[8], item[2])
     redis.call('LTRIM', KEYS[8], 0, ARGV[9] - 1)

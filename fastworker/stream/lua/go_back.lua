@@ -1,6 +1,7 @@
 -- For scripts that take over a dead consumer. What it held is pending for somebody, unless somebody deleted the consumer
 -- (XGROUP DELCONSUMER) before it died: then the group goes back there, and whatever is on the stream is given again.
-local function go_back(stream, held, group, consumer)
+-- include given_up_to
+local function go_back(stream, held, given, group, consumer)
   local id = redis.call('HGET', held, consumer)
   if not id then return 0 end
   redis.call('HDEL', held, consumer)
@@ -9,5 +10,6 @@ local function go_back(stream, held, group, consumer)
   local ms = tonumber(string.match(id, '^%d+'))
   local before = ms > 0 and string.format('%.0f-18446744073709551615', ms - 1) or '0-0'
   redis.call('XGROUP', 'SETID', stream, group, before)
+  given_up_to(given, before)
   return 1
 end

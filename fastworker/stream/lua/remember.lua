@@ -1,8 +1,9 @@
--- KEYS database, stream, ledger, go back. ARGV what it was, what it is, group, the entry up to which all is stored ('':
+-- KEYS database, stream, ledger, go back, given. ARGV what it was, what it is, group, the entry up to which all is stored ('':
 -- not back), JSON for the reader. Answers -1 (somebody else changed it), or how many finished entries are given again.
 -- The ledger counts each entry once: those that come again had ended, or are taken from who holds them. Of more than
 -- 20,000 the rest is not looked at.
 -- include ids
+-- include given_up_to
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return -1 end
 redis.call('SET', KEYS[1], ARGV[2])
 if ARGV[4] == '' then return 0 end
@@ -19,6 +20,7 @@ if group and before(at, group['last-delivered-id']) then
     again = again + #found - #pending
   end
   redis.call('XGROUP', 'SETID', KEYS[2], ARGV[3], at)
+  given_up_to(KEYS[5], at)
   if again > 0 then redis.call('HINCRBY', KEYS[3], 'committed', -again) end
 end
 local first, info = exists and redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1], {}

@@ -1,4 +1,5 @@
--- KEYS lease, consumers, stream, ledger, held. ARGV token, ttl, name, group, the lowest id that we hold, all of them.
+-- KEYS lease, consumers, stream, ledger, held, reads, tellers. ARGV token, ttl, name, group, the lowest id that we hold, all of
+-- them, what we were given since we told last.
 -- Also restores a lease that Redis lost, and what left the pending list without us: whoever deletes our consumer (XGROUP
 -- DELCONSUMER) takes what it holds out of it, and nobody would get that again if we died now. What another consumer took
 -- over is its own. XPENDING fails where the group is gone: the next read finds that out and mends it.
@@ -11,7 +12,8 @@ if holder and holder ~= ARGV[1] then return {-1, 0} end
 redis.pcall('XACK', KEYS[3], ARGV[4], '0-0')
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SADD', KEYS[2], ARGV[3])
-hold(KEYS[5], ARGV[3], ARGV[5])
+redis.call('HSET', KEYS[7], ARGV[3], ARGV[1])
+hold(KEYS[5], KEYS[6], ARGV[3], ARGV[5], ARGV[7])
 local ours, missing, ghosts = {}, {}, 0
 local function renew()
   if #ours == 0 then return end

@@ -1,7 +1,14 @@
--- KEYS stream, held; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a
+-- KEYS stream, held, given; ARGV ms that finished entries are kept, how many entries may be on the stream for their sake, a
 -- group without which nothing is removed, then the groups that do not count.
--- What a group has finished ends before its smallest pending id, or with its last delivered one.
+-- What a group has finished ends before its smallest pending id, or with its last delivered one; the workers' also with
+-- what is known to have been given to somebody.
 -- include ids
+-- include padded
+local function after(id)
+  local ms, seq = parts(id)
+  if #seq < 16 then seq = string.format('%.0f', tonumber(seq) + 1) end
+  return ms .. '-' .. seq
+end
 if redis.call('EXISTS', KEYS[1]) == 0 then return {0, '', ''} end
 local ignored, missing = {}, ARGV[3] ~= ''
 for i = 4, #ARGV do ignored[ARGV[i]] = true end
@@ -14,11 +21,12 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
     local upto
     if group['pending'] > 0 then upto = redis.call('XPENDING', KEYS[1], group['name'])[2] end
     if not upto then
-      local ms, seq = parts(group['last-delivered-id'])
-      if #seq < 16 then seq = string.format('%.0f', tonumber(seq) + 1) end
-      upto = ms .. '-' .. seq
+      upto = after(group['last-delivered-id'])
     end
     if group['name'] == ARGV[3] then
+      local given = string.match(redis.call('GET', KEYS[3]) or '', '^%S+')
+      -- mutant: what was skipped is trimmed
+      if given and given < padded(upto) then upto = after(plain(given)) end
       for _, id in ipairs(redis.pcall('HVALS', KEYS[2])) do
         if before(id, upto) then upto = id end
       end

@@ -1,4 +1,4 @@
--- KEYS stream, marks, finished, held, go back. ARGV the workers' group, a new mark or '', marks kept, the first unread id
+-- KEYS stream, marks, finished, held, go back, given. ARGV the workers' group, a new mark or '', marks kept, the first unread id
 -- at the last look or ''. Answers whether an unread entry is gone, the newest finished mark, the first unread id, and to
 -- where the reader has to go back because PostgreSQL did.
 -- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
@@ -15,11 +15,15 @@ if group and group['pending'] > 0 then held = redis.call('XPENDING', KEYS[1], AR
 for _, id in ipairs(redis.call('HVALS', KEYS[4])) do
   if not held or before(id, held) then held = id end
 end
+-- What was skipped is not finished.
+-- include padded
+local given = string.match(redis.call('GET', KEYS[6]) or '', '^%S+')
+local finished = given and given < padded(read) and plain(given) or read
 local mark = redis.call('LINDEX', KEYS[2], 0)
 local function id_of(text) return string.match(text, '^%S+') end
 while mark do
   local id = id_of(mark)
-  if before(read, id) or (held and not before(id, held)) then break end
+  if before(finished, id) or (held and not before(id, held)) then break end
   redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
   mark = redis.call('LINDEX', KEYS[2], 0)
 end
@@ -29,7 +33,7 @@ local function gone(id)
 end
 local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
 -- Of the marks, too, that lie behind one which somebody holds.
-if not broken and mark and held then
+if not broken and mark and (held or finished ~= read) then
   for _, one in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
     local id = id_of(one)
     if before(read, id) then

@@ -1,0 +1,168 @@
+"""What becomes of commits that prove themselves, or do not. The level says how much is asked of them.
+
+chain    the commit follows the newest state that is known of its account, and is not from the future
+signed   and its account signed it
+full     and its ops are what happened between the two trees
+
+Nothing waits here and nothing is held back per account: the tables do not depend on order. What is lost, or only
+claimed, queues a repair of its account on the way to the stream. A commit that another key has signed is set aside in
+Redis until the account's key has been asked for again. docs/proofs.md has the verdicts and what each costs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from fastworker.config import Config
+from fastworker.errors import Reason
+from fastworker.event import Commit, Drop, Sync
+from fastworker.event.proof import Link, Verdict, read_link
+from fastworker.reader.chain import Break, Chain
+from fastworker.reader.prove import KeysOf, Proof, prove
+from fastworker.reader.stats import ReaderStats
+from fastworker.redact import redact
+from fastworker.stream.feed import Chunk
+from fastworker.table.snapshot import tid_of
+
+log = logging.getLogger(__name__)
+
+AHEAD: Final = timedelta(minutes=5)
+TELL_S: Final = 60.0
+ASIDE_MAX: Final = 1_000
+"""Commits that wait for a key; beyond, they are dropped, and their accounts' repairs queued."""
+
+_PASSING: Final = frozenset((Verdict.OK, Verdict.FIRST, Verdict.REPLAY, Verdict.LEGACY, Verdict.UNVERIFIED))
+
+Deliver = Callable[[Chunk, Commit, bytes | None], None]
+"""Puts a commit into a chunk: with its frame, or None where it is not all that the frame says."""
+
+
+class Verifier:
+    """`keys` None: only the chain is looked at."""
+
+    def __init__(self, chain: Chain, keys: KeysOf | None, stats: ReaderStats, deliver: Deliver, *, full: bool) -> None:
+        self.chain = chain
+        self.keys = keys
+        self.aside = 0  # commits set aside
+        self._stats = stats
+        self._deliver = deliver
+        self._full = full
+        self._latest = ""  # the newest revision that is not from the future
+        self._told_at = float("-inf")
+
+    def put(self, chunk: Chunk, commit: Commit, payload: Mapping[str, Any], data: bytes) -> None:
+        """A commit on its way to the stream."""
+        assert commit.rev is not None
+        proof = None
+        if self.keys is not None and (key := self.keys.key(commit.repo)) is not None:
+            proof = prove(payload, key, full=self._full)
+        self.judge(chunk, commit, read_link(payload, commit.repo, commit.rev), proof, data)
+
+    def sync(self, event: Sync, payload: Mapping[str, Any]) -> None:
+        """Its repair is queued in any case; the next commit follows this state."""
+        link = read_link(payload, event.did, event.rev or "")
+        if link.data is not None and event.rev is not None and not self._is_future(event.rev):
+            self.chain.replace(event.did, event.rev, link.data)
+
+    def judge(self, chunk: Chunk, commit: Commit, link: Link, proof: Proof | None, data: bytes) -> None:
+        verdict, broke = self._verdict(commit, link, proof)
+        if verdict in _PASSING:
+            self._stats.verdicts[verdict] += 1
+            self._deliver(chunk, commit, data)
+            return
+        if broke is not None:
+            chunk.breaks.append(broke)
+        self._unusual(chunk, verdict, commit, proof, data)
+
+    def _verdict(self, commit: Commit, link: Link, proof: Proof | None) -> tuple[Verdict, Break | None]:
+        rev = commit.rev
+        assert rev is not None
+        # mutant: commits from the future
+        if rev > self._latest and self._is_future(rev):
+            return Verdict.FUTURE_REV, None
+        if proof is not None and not proof.is_signed and link.data is not None and not proof.is_bad_commit:
+            return Verdict.BAD_SIGNATURE, None
+        if (link.data is None or (proof is not None and proof.is_bad_commit)) and not link.is_too_big:
+            return Verdict.BAD_COMMIT, None
+        verdict, broke = self.chain.follow(commit.repo, rev, link)
+        if verdict is not Verdict.BREAK:
+            if proof is not None and proof.proved is not None:
+                return Verdict.INVERSION, None
+            if proof is None and self.keys is not None:
+                return Verdict.UNVERIFIED, None
+        return verdict, broke
+
+    def _is_future(self, rev: str) -> bool:
+        if rev > self._latest:
+            self._latest = tid_of(datetime.now(UTC).replace(tzinfo=None) + AHEAD)
+        return rev > self._latest
+
+    def _unusual(self, chunk: Chunk, verdict: Verdict, commit: Commit, proof: Proof | None, data: bytes) -> None:
+        if verdict is Verdict.BAD_SIGNATURE and self.aside < ASIDE_MAX:
+            self.aside += 1
+            chunk.unverified(commit.repo, data, commit.relay or "")
+            return
+        self._stats.verdicts[verdict] += 1
+        self.repair(chunk, commit, verdict)
+        if verdict is Verdict.BAD_SIGNATURE or verdict is Verdict.FUTURE_REV:
+            self.drop(verdict, commit)
+        elif proof is not None and proof.proved is not None:
+            self._deliver(chunk, only_proved(commit, proof.proved), None)
+        else:
+            self._deliver(chunk, commit, data)
+
+    def repair(self, chunk: Chunk, commit: Commit, verdict: Verdict) -> None:
+        told = {"rev": commit.rev, "seq": commit.seq, "relay": commit.relay, "time": commit.time, "reason": verdict}
+        chunk.repair(commit.repo, orjson.dumps(told))
+
+    def drop(self, verdict: Verdict, commit: Commit) -> None:
+        """All of it; its repair is queued."""
+        self._stats.drops[Reason.BAD_SIGNATURE if verdict is Verdict.BAD_SIGNATURE else Reason.FUTURE_REV] += 1
+        now = time.monotonic()
+        if now - self._told_at < TELL_S:
+            return
+        self._told_at = now
+        if verdict is Verdict.FUTURE_REV:
+            log.error(
+                "A commit of %s is from the future (revision %s) and is dropped, its repair is queued: if these are "
+                "many, is this machine's clock behind?", commit.repo, commit.rev,
+            )  # fmt: skip
+        else:
+            log.error("A commit of %s is not signed by the account and is dropped, its repair is queued", commit.repo)
+
+
+@contextmanager
+def verifying(settings: Config, keys: KeysOf | None, stats: ReaderStats, deliver: Deliver) -> Iterator[Verifier | None]:
+    """None at level `off`. The chain is this process's while the block lasts."""
+    if settings.verify == "off":
+        yield None
+        return
+    path = None
+    if settings.home is not None:
+        stream = f"{redact(settings.redis_url)} {settings.stream_key}"
+        path = Path(settings.home).expanduser() / f"chain-{blake2b(stream.encode(), digest_size=6).hexdigest()}"
+    chain = Chain(path, settings.chain_bytes)
+    try:
+        yield Verifier(chain, keys, stats, deliver, full=False)
+    finally:
+        chain.close()
+
+
+def only_proved(commit: Commit, proved: frozenset[str]) -> Commit:
+    """The others become drops."""
+    ops, drops = [], list(commit.drops)
+    for op in commit.ops:
+        if f"{op.collection}/{op.rkey}" in proved:
+            ops.append(op)
+        else:
+            drops.append(Drop(Reason.UNPROVED_OP, op.collection, f"{op.collection}/{op.rkey}"[:200]))
+    return Commit(commit.seq, commit.repo, commit.rev, commit.time, ops, drops, commit.relay)

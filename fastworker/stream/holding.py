@@ -1,0 +1,61 @@
+"""What one consumer was given: what of it is not settled, and what of it nobody was told yet."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastworker.stream.ids import id_order
+
+
+class Holding:
+    def __init__(self) -> None:
+        self.ids: dict[str, None] = {}  # that were read and that no ack was sent for
+        self._in_order = True  # they are in the order of the stream
+        self._lowest_told = ""
+        self._reads: list[str] = []  # first and last id of each read that was not told yet
+
+    def read(self, ids: Sequence[str]) -> None:
+        """A read gave us these, and whatever is between them."""
+        self._reads += [ids[0], ids[-1]]
+        self._hold(ids)
+
+    def take_over(self, ids: Sequence[str]) -> None:
+        """Somebody was given these before, or we were without hearing of it."""
+        self._reads += [one for one in ids for _ in ("first", "last")]
+        self._hold(ids)
+
+    def let_go(self, ids: Sequence[str]) -> None:
+        for entry_id in ids:
+            self.ids.pop(entry_id, None)
+        self._in_order = self._in_order or not self.ids
+
+    @property
+    def lowest(self) -> str:
+        """Of the ids that we hold; empty: none."""
+        if self._in_order:
+            return next(iter(self.ids), "")
+        return min(self.ids, key=id_order, default="")
+
+    @property
+    def is_told(self) -> bool:
+        """There is nothing to tell, except that what was told is settled."""
+        return not self._reads and self.lowest in ("", self._lowest_told)
+
+    @asynccontextmanager
+    async def telling(self) -> AsyncIterator[tuple[str, str]]:
+        """The lowest id that we hold, and what was read: kept for the next time where it could not be told."""
+        reads, self._reads = self._reads, []
+        lowest = self.lowest
+        try:
+            yield lowest, " ".join(reads)
+        except BaseException:
+            self._reads = reads + self._reads
+            raise
+        self._lowest_told = lowest
+
+    def _hold(self, ids: Sequence[str]) -> None:
+        newest = next(reversed(self.ids), None)
+        if newest is not None and id_order(ids[0]) < id_order(newest):
+            self._in_order = False  # adopted, or read back
+        self.ids.update(dict.fromkeys(ids))

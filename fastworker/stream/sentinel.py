@@ -1,0 +1,60 @@
+"""Redis behind Sentinel: who is the master is asked at each new connection.
+
+URL: `redis+sentinel://[user:password@]host[:26379],host,.../MASTER[/DATABASE]`; user and password are of the servers,
+`?sentinel_username=` and `?sentinel_password=` of the Sentinels. `rediss+sentinel://` is TLS to all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import parse_url
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+
+PORT: Final = 26_379
+ANSWER_S: Final = 1.0
+"""That a Sentinel may take: the next one is asked then."""
+
+
+class MasterPool(SentinelConnectionPool):
+    """Connections to the master; its Sentinels' are closed with them, and open again when they are needed."""
+
+    sentinel_manager: Sentinel
+    service_name: str
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            await self.sentinel_manager.aclose()
+
+    @property
+    def place(self) -> str:
+        """The server that was the master when it was asked last, and who said so."""
+        address = f"{self.master_address[0]}:{self.master_address[1]}, " if self.master_address else ""
+        return f"{address}the master {self.service_name} of Sentinel"
+
+
+def master_pool(url: str, options: dict[str, Any]) -> ConnectionPool:
+    """Of a URL that urls.redis accepted. `options`: of each connection to a server. ValueError for a bad option."""
+    scheme, rest = url.split("+sentinel://", 1)
+    before, _, query = rest.partition("?")
+    authority, _, path = before.partition("/")
+    user, at, hosts = authority.rpartition("@")
+    master, _, database = path.partition("/")
+    told = dict(parse_url(f"{scheme}://{user}{at}sentinel/{database}?{query}"))
+    for name in ("host", "port", "connection_class"):
+        told.pop(name, None)
+    sentinels = {name.removeprefix("sentinel_"): told.pop(name) for name in list(told) if name.startswith("sentinel_")}
+    if scheme == "rediss":
+        told["ssl"] = sentinels["ssl"] = True
+        sentinels |= {name: value for name, value in told.items() if name.startswith("ssl_")}
+    waits = {"socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S, "retry": options["retry"]}
+    manager = Sentinel(
+        [(place.hostname or "", place.port or PORT) for place in (urlsplit(f"//{host}") for host in hosts.split(","))],
+        sentinel_kwargs={"protocol": options["protocol"], **waits, **sentinels},
+    )
+    return MasterPool(  # type: ignore[no-untyped-call]
+        unquote(master), manager, **{**told, **options}
+    )

@@ -1,0 +1,253 @@
+"""The reader's levels of verification, from a relay's WebSocket to what lies in Redis, verdict by verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import libipld
+import pytest
+from redis.asyncio import Redis
+
+from fastworker.config import Config
+from fastworker.event import Commit
+from fastworker.event.entry import decode_entry
+from fastworker.reader.reader import run_reader
+from fastworker.reader.stats import ReaderStats
+from fastworker.simulator.cbor import cid_of
+from fastworker.simulator.relay import SimRelay
+from fastworker.simulator.repo import Clock, LiveClock, Repo, SimFrame, Write, tid
+
+DID = "did:plc:" + "a" * 24
+STREAM, REPAIRS, CURSOR = "firehose:events", "fastworker:repairs", "firehose:python_cursor"
+
+
+def like(number: int) -> dict[str, Any]:
+    subject = {"uri": f"at://{DID}/app.bsky.feed.post/{number}", "cid": "bafyreid"}
+    return {"$type": "app.bsky.feed.like", "subject": subject, "createdAt": "2026-07-04T00:00:00Z"}
+
+
+def create(number: int) -> Write:
+    return "create", f"app.bsky.feed.like/{tid(1_780_000_000_000_000 + number)}", like(number)
+
+
+def changed(frame: SimFrame | bytes, **members: Any) -> bytes:
+    """Another message with these members; None takes one away."""
+    data = frame if isinstance(frame, bytes) else frame.data
+    header, payload = libipld.decode_dag_cbor_multi(data)
+    payload = {name: value for name, value in {**payload, **members}.items() if value is not None}
+    linked = {name: _Link(payload[name]) for name in ("commit", "prevData") if name in payload}
+    return libipld.encode_dag_cbor(header) + _encoded({**payload, **linked})
+
+
+class _Link(bytes):
+    pass
+
+
+def _encoded(value: Any) -> bytes:
+    """DAG-CBOR in which CIDs stay links: libipld reads both as bytes."""
+    if isinstance(value, _Link):
+        return b"\xd8\x2a\x58\x25\x00" + bytes(value)
+    if isinstance(value, dict):
+        head = libipld.encode_dag_cbor({str(n): 0 for n in range(len(value))})
+        size = 1 if len(value) < 24 else 2
+        parts = [head[:size]]
+        for key in sorted(value, key=lambda key: (len(key), key)):
+            member = value[key]
+            is_link = key in ("cid", "prev") and isinstance(member, bytes)
+            parts += [libipld.encode_dag_cbor(key), _encoded(_Link(member) if is_link else member)]
+        return b"".join(parts)
+    if isinstance(value, list):
+        head = libipld.encode_dag_cbor([0] * len(value))
+        return head[: len(head) - len(value)] + b"".join(map(_encoded, value))
+    return libipld.encode_dag_cbor(value)
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis_url, protocol=2) as redis:
+        yield redis
+
+
+@pytest.fixture
+async def relay(redis: Redis) -> AsyncIterator[SimRelay]:
+    await redis.set(CURSOR, "0")
+    async with SimRelay((), start="oldest") as relay:
+        yield relay
+
+
+@asynccontextmanager
+async def reading(redis_url: str, relay: SimRelay, **more: Any) -> AsyncIterator[ReaderStats]:
+    stats, stop = ReaderStats(), asyncio.Event()
+    settings = Config(redis_url=redis_url, relay_urls=(relay.url,), **{"stream_format": "native", **more})
+    task = asyncio.create_task(run_reader(settings, stop, stats=stats))
+    try:
+        yield stats
+    finally:
+        stop.set()
+        async with asyncio.timeout(60):
+            await task
+
+
+async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            came = condition()
+            if came if isinstance(came, bool) else await came:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def commits(redis: Redis) -> list[Commit]:
+    entries: Any = await redis.xrange(STREAM)
+    events = [decode_entry(fields) for _, fields in entries]
+    return [event for event in events if isinstance(event, Commit)]
+
+
+async def repairs(redis: Redis) -> dict[str, Any]:
+    found: Any = await redis.hgetall(REPAIRS)
+    return {did.decode(): json.loads(text) for did, text in found.items()}
+
+
+def counted(stats: ReaderStats) -> dict[str, int]:
+    return {verdict: count for verdict, count in stats.verdicts.items() if count}
+
+
+def grown(did: str = DID, commits: int = 3) -> tuple[Repo, list[SimFrame]]:
+    repo = Repo(did, LiveClock())
+    return repo, [repo.commit([create(number)]) for number in range(commits)]
+
+
+@pytest.mark.parametrize("form", ["json", "native", "frame"])
+async def test_what_follows_passes(form: str, redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    repo, frames = grown()
+    empty = repo.commit([])
+    frames += [empty, repo.commit([create(9)])]
+    async with reading(redis_url, relay, stream_format=form) as stats:
+        relay.emit(*frames)
+        await until(lambda: stats.last_seq == frames[-1].seq)
+    assert counted(stats) == {"first": 1, "ok": 4}
+    assert (len(await commits(redis)), stats.empty) == (4, 1)
+    assert await repairs(redis) == {}
+    left: Any = await redis.hgetall("fastworker:reader:stats")
+    assert left[b"verdict:ok"] == b"4"
+
+
+@pytest.mark.parametrize("form", ["json", "native", "frame"])
+async def test_a_lost_commit_queues_a_repair(form: str, redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    _, frames = grown(commits=5)
+    async with reading(redis_url, relay, stream_format=form) as stats:
+        relay.emit(frames[0], frames[1], *frames[3:])
+        await until(lambda: stats.last_seq == frames[-1].seq)
+    assert counted(stats) == {"first": 1, "ok": 2, "break": 1}
+    assert len(await commits(redis)) == 4, "it passes all the same"
+    told = (await repairs(redis))[DID]
+    assert (told["reason"], told["seq"]) == ("break", frames[3].seq)
+
+
+async def test_a_reordered_commit(redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    _, frames = grown(commits=4)
+    late = changed(frames[1], seq=(frames[3].seq or 0) + 1)
+    async with reading(redis_url, relay) as stats:
+        relay.emit(frames[0], frames[2], frames[3], late)
+        await until(lambda: stats.frames == 4 and not stats.outbox_items)
+        await until(lambda: stats.last_seq == (frames[3].seq or 0) + 1)
+    assert counted(stats) == {"first": 1, "break": 1, "ok": 1, "replay": 1}
+    assert len(await commits(redis)) == 4
+
+
+@pytest.mark.parametrize("odd", [{"prevData": cid_of(b"another tree")}, {"since": tid(1)}], ids=["tree", "revision"])
+async def test_another_state_before(odd: dict[str, Any], redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    _, frames = grown(commits=3)
+    async with reading(redis_url, relay) as stats:
+        relay.emit(frames[0], changed(frames[1], **odd), frames[2])
+        await until(lambda: stats.last_seq == frames[2].seq)
+    assert counted(stats) == {"first": 1, "break": 1, "ok": 1}
+    assert set(await repairs(redis)) == {DID}
+
+
+async def test_a_commit_of_an_old_host(redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    _, frames = grown(commits=4)
+    async with reading(redis_url, relay) as stats:
+        relay.emit(frames[0], changed(frames[1], prevData=None), changed(frames[3], prevData=None))
+        await until(lambda: stats.last_seq == frames[3].seq)
+    assert counted(stats) == {"first": 1, "legacy": 1, "break": 1}
+    assert len(await commits(redis)) == 3
+
+
+@pytest.mark.parametrize("form", ["json", "native", "frame"])
+async def test_a_commit_that_is_too_big(form: str, redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    _, frames = grown(commits=3)
+    async with reading(redis_url, relay, stream_format=form) as stats:
+        relay.emit(frames[0], changed(frames[1], tooBig=True, blocks=b"", ops=[]), frames[2])
+        await until(lambda: stats.last_seq == frames[2].seq)
+    assert counted(stats) == {"first": 1, "break": 1, "ok": 1}
+    assert (await repairs(redis))[DID]["reason"] == "break"
+
+
+async def test_another_accounts_commit(redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    """The blocks of one account in a message of another one."""
+    _, frames = grown(commits=2)
+    stranger = "did:plc:" + "b" * 24
+    async with reading(redis_url, relay) as stats:
+        relay.emit(frames[0], changed(frames[1], repo=stranger))
+        await until(lambda: stats.last_seq == frames[1].seq)
+    assert counted(stats) == {"first": 1, "bad_commit": 1}
+    assert (await repairs(redis))[stranger]["reason"] == "bad_commit"
+
+
+async def test_a_commit_from_the_future(redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    _, frames = grown()
+    ahead = Repo("did:plc:" + "b" * 24, Clock((frames[-1].seq or 0) + 1, gap_us=86_400_000_000 * 2))
+    frame = ahead.commit([create(1)])
+    async with reading(redis_url, relay) as stats:
+        relay.emit(*frames, frame)
+        await until(lambda: stats.last_seq == frame.seq)
+    assert counted(stats) == {"first": 1, "ok": 2, "future_rev": 1}
+    assert {one.repo for one in await commits(redis)} == {DID}
+    assert stats.drops["future_rev"] == 1
+    assert (await repairs(redis))[ahead.did]["reason"] == "future_rev"
+
+
+async def test_a_sync_is_where_the_chain_goes_on(redis_url: str, redis: Redis, relay: SimRelay) -> None:
+    repo, frames = grown(commits=2)
+    repo.commit([create(50)])  # nobody was told
+    frames += [repo.sync(), repo.commit([create(51)])]
+    async with reading(redis_url, relay, stream_format="json") as stats:
+        relay.emit(*frames)
+        await until(lambda: stats.last_seq == frames[-1].seq)
+    assert counted(stats) == {"first": 1, "ok": 2}
+    assert (await repairs(redis))[DID]["seq"] == frames[2].seq
+
+
+async def test_the_next_process_goes_on_from_the_file(
+    redis_url: str, redis: Redis, relay: SimRelay, tmp_path: Path
+) -> None:
+    _, frames = grown(commits=6)
+    kept = {"home": str(tmp_path), "chain_bytes": 1 << 20}
+    async with reading(redis_url, relay, **kept) as stats:
+        relay.emit(*frames[:2])
+        await until(lambda: stats.last_seq == frames[1].seq)
+    async with reading(redis_url, relay, **kept) as stats:
+        relay.emit(frames[2], frames[4])
+        await until(lambda: stats.last_seq == frames[4].seq)
+    assert counted(stats) == {"ok": 1, "break": 1}
+    await redis.set(CURSOR, frames[0].seq or 0)  # as after a crash: the file is ahead of the cursor
+    async with reading(redis_url, relay, **kept) as stats:
+        relay.emit(frames[5])
+        await until(lambda: stats.last_seq == frames[5].seq)
+    assert counted(stats) == {"replay": 3, "ok": 1}
+
+
+async def test_off_costs_and_says_nothing(redis_url: str, redis: Redis, relay: SimRelay, tmp_path: Path) -> None:
+    _, frames = grown(commits=3)
+    async with reading(redis_url, relay, verify="off", home=str(tmp_path)) as stats:
+        relay.emit(frames[0], frames[2])
+        await until(lambda: stats.last_seq == frames[2].seq)
+    assert counted(stats) == {}
+    assert await repairs(redis) == {}
+    assert not list(tmp_path.iterdir())
