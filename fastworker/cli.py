@@ -8,15 +8,13 @@ in one sentence on standard error and its exit code; anything else is our bug: a
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import platform
 import re
-import socket
 import sys
 import traceback
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar
 
@@ -24,7 +22,7 @@ import click
 
 import fastworker
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT, Config, parse_config, remarks
-from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, FastworkerError, StoreUnavailable, StreamUnavailable
 from fastworker.log import open_standard_descriptors, setup_logging, tell
 from fastworker.redact import printable, printable_lines, redact
 from fastworker.table.chosen import choose
@@ -255,7 +253,9 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     config = _operator()
     url = config.require_database_url("migrate")
     if extent is not None or untune:
-        return _tune(url, extent, only_check=only_check)
+        from fastworker.commands.tune import run_tune
+
+        return _run(run_tune(url, extent, click.echo, only_check=only_check))
     if only_check:
         problems = _run(migrations.check(url))
         click.echo("\n".join(problems) if problems else "The schema is up to date.")
@@ -263,17 +263,6 @@ def migrate(*, only_check: bool, extent: Literal["tables", "indexes"] | None, un
     arm(config.crashpoint)
     done = _run(migrations.migrate(url))
     click.echo("\n".join(f"applied {name}" for name in done) if done else "The schema is up to date.")
-    return ExitCode.DONE
-
-
-def _tune(url: str, extent: Literal["tables", "indexes"] | None, *, only_check: bool) -> ExitCode:
-    """Without an extent: undo."""
-    from fastworker.commands.tune import report, tune, untune
-
-    if only_check:
-        done = report(url, extent, click.echo) if extent else untune(url, click.echo, only_check=True)
-        return ExitCode.DONE if _run(done) else ExitCode.NO
-    _run(tune(url, extent, click.echo) if extent else untune(url, click.echo, only_check=False))
     return ExitCode.DONE
 
 
@@ -526,7 +515,7 @@ def grants(
         raise click.UsageError("--apply is for SQL, and --password-env goes with it")
     config = _operator()
     if is_applied:
-        return _run(_grant(config.require_database_url("grants --apply"), rights.sql(service, name), name, password))
+        return _run(rights.grant(config.require_database_url("grants --apply"), service, name, password))
     if for_redis:
         click.echo(rights.acl(service, name, (config.stream_key, config.cursor_key)))
     else:
@@ -545,15 +534,6 @@ def _secret(name: str) -> str:
     if not text:
         raise ConfigError(f"{name} is not set or empty: it has to hold the role's password")
     return text
-
-
-async def _grant(database_url: str, statements: str, role: str, password: str | None) -> ExitCode:
-    from fastworker.store.schema_admin import open_schema
-
-    async with open_schema(database_url) as admin:
-        await admin.grant(statements, role, password)
-    click.echo(f"{role} may do what its service needs.")
-    return ExitCode.DONE
 
 
 @cli.command()
@@ -683,44 +663,13 @@ def relay(
     At /xrpc/com.atproto.sync.subscribeRepos, with the cursor rules of the protocol. Prints the RELAY_URL to use.
     What is simulated is dated now.
     """
-    from itertools import chain, count
-
-    from fastworker.event.recording import FramesFile
-    from fastworker.process.signals import stop_on_signals
-    from fastworker.simulator.network import LiveClock, Network, SimFrame
-    from fastworker.simulator.relay import serve
+    from fastworker.commands.relay import RelayOptions, serve_relay
 
     _config()
-    frames: Iterable[SimFrame | bytes | str]
-    if file is not None:
-        frames = FramesFile(file, little_endian=little_endian)
-    else:
-        network = Network(seed, mix=mix, clock=LiveClock(), records_max=None if events else 60_000)
-        frames = network.frames(events) if events else chain.from_iterable(network.step() for _ in count())
-    is_endless = file is None and events is None
-
-    async def main() -> None:
-        with stop_on_signals() as stop:
-            await serve(
-                frames,
-                stop,
-                host=host,
-                port=port,
-                rate=rate,
-                start="oldest",
-                window=20_000 if is_endless else 50_000,
-                on_ready=lambda sim: click.echo(f"RELAY_URL={sim.url}"),
-            )
-
-    try:
-        _run(main())
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise Unreachable(f"Port {port} of {host} is in use: give --port another one, or 0") from error
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) or isinstance(error, socket.gaierror):
-            raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}") from error
-        raise
-    return ExitCode.DONE
+    options = RelayOptions(
+        file=file, little_endian=little_endian, host=host, port=port, rate=rate, events=events, seed=seed, mix=mix
+    )
+    return _run(serve_relay(options))
 
 
 @cli.command()

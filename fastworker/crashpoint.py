@@ -32,6 +32,8 @@ class Step(StrEnum):
     """As AFTER_MAIN_COMMIT, and the joined rows that the transaction left owed are recomputed."""
     AFTER_LOOK_BACK = "after_look_back"
     """Everything is written, nothing is acked. Deliver again: nothing changes, then the ack."""
+    FLOOR_COMMITTED = "floor_committed"
+    """A settle's floor is there, nothing is compared. Its account is free again: whoever claims it settles it anew."""
     BEFORE_ACK = "before_ack"
     """As AFTER_LOOK_BACK, seen from the pipeline: also for entries with nothing to store and for halves of a batch."""
     BETWEEN_DEAD_LETTER_AND_ACK = "between_dead_letter_and_ack"

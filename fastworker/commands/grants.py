@@ -6,9 +6,12 @@ both services with exactly this and shows of each single right that something ne
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Final, Literal
 
+from fastworker.errors import ExitCode
+from fastworker.store.schema_admin import open_schema
 from fastworker.stream.keys import BROADCAST
 from fastworker.table.schema import DERIVED, TABLES, qualified
 
@@ -45,8 +48,9 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.floors": _ALL,
         "fastworker.repos": _KEEP,
     },
-    # It may do without PostgreSQL: only to find its place again when Redis comes back empty.
-    "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ},
+    # It may do without PostgreSQL: only to find its place again when Redis comes back empty, and to note what `--from`
+    # passes over.
+    "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ, "fastworker.gaps": _KEEP},
 }
 SEQUENCES: Final[Mapping[Service, tuple[str, ...]]] = {
     "worker": ("label_events_id_seq", "notifications_id_seq"),
@@ -61,11 +65,11 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
         *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer", "xgroup|setid"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
-        *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember"),
+        *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember", "lrange"),
     ),
     "reader": (
         *_CONNECTION,
-        *("xadd", "xlen", "xtrim", "xrange", "xpending", "xack", "memory|usage"),
+        *("xadd", "xdel", "xlen", "xtrim", "xrange", "xpending", "xack", "memory|usage"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "publish"),
         *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
@@ -112,3 +116,11 @@ def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
     if service == "reader":
         words.append(f"&{BROADCAST}")
     return " ".join([*words, *(f"+{command}" for command in COMMANDS[service])])
+
+
+async def grant(database_url: str, service: Service, role: str, password: str | None) -> ExitCode:
+    """Run `sql` as the owner of the tables; the role gets the password, if there is one."""
+    async with open_schema(database_url) as admin:
+        await admin.grant(sql(service, role), role, password)
+    sys.stdout.write(f"{role} may do what its service needs.\n")
+    return ExitCode.DONE

@@ -13,6 +13,7 @@ from typing import Final, Literal
 import msgspec
 from rich.filesize import decimal
 
+from fastworker.errors import ExitCode
 from fastworker.store.schema_admin import SchemaRefused
 from fastworker.store.tuning import (
     Index,
@@ -123,6 +124,15 @@ class Drop(msgspec.Struct, frozen=True):
     index: Index
     why: str
     costs: str
+
+
+async def run_tune(database_url: str, extent: Extent | None, say: Say, *, only_check: bool) -> ExitCode:
+    """`migrate --tune` and, without an extent, `migrate --untune`. NO: `only_check`, and there is something to do."""
+    if only_check:
+        is_done = await (report(database_url, extent, say) if extent else untune(database_url, say, only_check=True))
+        return ExitCode.DONE if is_done else ExitCode.NO
+    await (tune(database_url, extent, say) if extent else untune(database_url, say, only_check=False))
+    return ExitCode.DONE
 
 
 async def report(database_url: str, extent: Extent, say: Say) -> bool:

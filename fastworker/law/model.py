@@ -10,6 +10,9 @@ An event is a plain dict, its records are lexicon JSON (`{"$link"}`, `{"$bytes"}
     {"kind": "identity", "seq", "did", "handle" or None, "time"}
     {"kind": "account", "seq", "did", "active", "status" or None, "time"}
     {"kind": "sync", "seq", "did", "rev", "time"}
+    {"kind": "snapshot", "seq", "did", "rev", "time", "records": {path: {"cid", "record"}}}
+
+The last is a whole repository at `rev`; what happened up to `seq` had happened before it was taken, at `time`.
 
 Each may say by which "relay" it came: seq orders nothing between two of them.
 
@@ -662,6 +665,9 @@ COLLECTIONS: dict[str, tuple[str, Callable[[Source, Row], Row]]] = {
 """Collection to (table, function). Names with a space, and `profiles`, are not tables: others follow from them.
 Every other collection goes to `generic_records`."""
 
+UNTOUCHED = {"bookmarks", "labels"}
+"""Others write these, too: a snapshot says nothing about them."""
+
 NEW_USERS = {"follows": "following_did", "blocks": "blocked_did", "list_items": "subject_did"}
 """Columns whose DID gets a users row."""
 
@@ -753,6 +759,7 @@ class Model:
         self._accounts: dict[str, dict[str, Told]] = {}  # did -> relay -> the newest that it told
         self._deleted: dict[str, tuple[int, datetime]] = {}  # did -> highest seq and latest time of a deletion
         self._relays: set[str] = set()
+        self._floors: dict[str, tuple[str, int]] = {}  # did -> rev and seq of its newest snapshot
 
     # What happens
 
@@ -767,6 +774,8 @@ class Model:
                 self._identity(event, entry_ms)
             case "account":
                 self._account(event, entry_ms)
+            case "snapshot":
+                self._snapshot(event)
             case _:  # a #sync is recorded for repair, no table shows it
                 pass
 
@@ -781,11 +790,39 @@ class Model:
             except Dropped as reason:
                 self.drops[event["seq"], index] = str(reason)
                 continue
-            if held.row is not None and held.table in NEW_USERS:
-                self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
-            key = (held.source.uri, held.source.rev is not None)
-            if key not in self._records or beats(held, self._records[key]):
-                self._records[key] = held
+            self._keep(held)
+
+    def _snapshot(self, event: Event) -> None:
+        """For every path of the repository one operation: an upsert of what it holds, a delete of what it lacks.
+
+        What cannot be stored is not there either. Labels and bookmarks are not touched.
+        """
+        did, taken_at = event["did"], parse_time(event["time"])
+        assert taken_at is not None
+        if did in self.forbidden:
+            return
+        self._floors[did] = max(self._floors.get(did, ("", 0)), (event["rev"], event["seq"]))
+        for path, one in event["records"].items():
+            rkey = path.partition("/")[2]
+            is_tid = len(rkey) == 13 and set(rkey) <= set("234567abcdefghijklmnopqrstuvwxyz") and rkey[0] <= "j"
+            time = tid_time(rkey) if is_tid else taken_at
+            if not datetime(2022, 1, 1) <= time <= taken_at + CLOCK_SKEW:  # noqa: DTZ001
+                time = taken_at
+            told = {"repo": did, "rev": event["rev"], "seq": event["seq"], "time": time.isoformat()}
+            try:
+                held = self._read(told, 0, {"action": "create", "path": path, **one}, None)
+            except Dropped:
+                continue
+            if held.table not in UNTOUCHED:
+                self._meet(did)
+                self._keep(held)
+
+    def _keep(self, held: Held) -> None:
+        if held.row is not None and held.table in NEW_USERS:
+            self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
+        key = (held.source.uri, held.source.rev is not None)
+        if key not in self._records or beats(held, self._records[key]):
+            self._records[key] = held
 
     def _read(self, event: Event, index: int, op: Row, entry_ms: int | None) -> Held:
         collection, slash, rkey = op["path"].partition("/")
@@ -885,10 +922,19 @@ class Model:
 
     def _winners(self) -> Iterable[Held]:
         """Of each record the highest version. With two relays one with a rev beats one without: seqs say nothing."""
-        for (uri, has_rev), held in self._records.items():
-            other = self._records.get((uri, not has_rev))
+        standing = {key: held for key, held in self._records.items() if not self._is_superseded(held)}
+        for (uri, has_rev), held in standing.items():
+            other = standing.get((uri, not has_rev))
             if other is None or (has_rev if len(self._relays) > 1 else beats(held, other)):
                 yield held
+
+    def _is_superseded(self, held: Held) -> bool:
+        """Whether it is older than a snapshot of its repository."""
+        source = held.source
+        if source.repo not in self._floors or held.table in UNTOUCHED:
+            return False
+        rev, seq = self._floors[source.repo]
+        return source.rev < rev if source.rev is not None else source.seq <= seq
 
     def _before(self, source: Source, seq: int, time: datetime) -> bool:
         """Whether a record was written before its account's deletion: by seq in one relay, else by its rev's time."""

@@ -33,6 +33,7 @@ async def put_accounts(db: Connection, accounts: dict[str, list[TimedAccount]]) 
     if deleted:
         arrays = columns(deleted.values())
         await db.execute(sql.ACCOUNTS_DELETED, *arrays)
+        # mutant: a late deletion against a floor
         await db.execute(sql.SETTLE_AGAIN, *arrays)
 
 

@@ -51,6 +51,7 @@ async def look(db: Connection, changes: Iterable[Change], dids: Iterable[str]) -
     if seen.floors:
         for change in changes:
             floor = seen.floors.get(change.repo)
+            # mutant: floors not looked at
             if floor is not None and _is_below(change, *floor):
                 seen.superseded.add(change.uri)
                 seen.beaten.pop(change.uri, None)
@@ -67,6 +68,7 @@ def _is_below(change: Change, rev: str, seq: int) -> bool:
     """Whether a change is older than a floor: a delete as much as an upsert."""
     if change.table is BOOKMARKS or change.table is LABELS:
         return False
+    # mutant: deletes pass a floor
     return change.rev < rev if change.rev is not None else (change.seq or 0) <= seq
 
 

@@ -166,6 +166,7 @@ SETTLE_AGAIN = (
 FLOOR_PUT = (
     "INSERT INTO fastworker.floors AS f (did, rev, seq) VALUES ($1, $2, $3) "
     "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, written_at = now() "
+    # mutant: a floor goes down
     "WHERE $4::boolean OR excluded.rev > f.rev OR (excluded.rev = f.rev AND excluded.seq >= f.seq) RETURNING true"
 )
 # Transactions that have read floors and may not have seen the newest.
@@ -175,12 +176,10 @@ FLOOR_READERS = (
     "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
 # Workers of a release that knows no floors: their sessions do not say that they do.
-KNOWS_FLOORS = 0x66777266  # class of the advisory lock that says it; "fwrf"
 WITHOUT_FLOORS = (
     "SELECT count(*) FROM pg_stat_activity AS a WHERE a.datname = current_database() "
     "AND a.application_name IN ('fastworker', 'fastworker-reapply') AND a.backend_start < now() - interval '2 seconds' "
-    "AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' "
-    f"AND l.classid = {KNOWS_FLOORS})"
+    "AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' AND l.classid = $1)"
 )
 FLOORS_PRUNE = (
     "DELETE FROM fastworker.floors AS f USING fastworker.horizon AS h WHERE f.written_at <= h.pruned_until "
@@ -220,6 +219,7 @@ AMONG_TWINS = "SELECT uri FROM fastworker.twins WHERE uri = ANY($1::text[])"
 TOMBSTONES = (
     "INSERT INTO fastworker.versions AS v (uri, rev, seq, deleted) "
     "SELECT u.uri, u.rev, u.seq, true FROM unnest($1::text[], $2::text[], $3::bigint[]) AS u (uri, rev, seq) "
+    # mutant: a tombstone below a floor
     "WHERE NOT EXISTS (SELECT FROM fastworker.floors AS f WHERE f.did = split_part(u.uri, '/', 3) "
     'AND CASE WHEN u.rev IS NULL THEN u.seq <= f.seq ELSE u.rev COLLATE "C" < f.rev END) '
     "ON CONFLICT (uri) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, deleted = true, written_at = now() "

@@ -52,9 +52,10 @@ _FOREIGN: Final = " UNION ALL ".join(
 )
 _STANDING: Final = f"""SELECT * FROM ({_VERSIONED} UNION ALL {_FOREIGN}) AS s ORDER BY uri COLLATE "C" """
 _ACCOUNT_STATE: Final = (
-    f'SELECT (SELECT max(rev COLLATE "C") FROM ({_VERSIONED}) AS s WHERE seq <= $2), '
-    "(SELECT deleted_seq FROM fastworker.accounts WHERE did = $1), "
-    "EXISTS (SELECT 1 FROM public.user_settings WHERE user_did = $1 AND data_collection_forbidden)"
+    f'SELECT (SELECT max(rev COLLATE "C") FROM ({_VERSIONED}) AS s WHERE seq <= $2), d.*, '
+    "EXISTS (SELECT 1 FROM public.user_settings WHERE user_did = $1 AND data_collection_forbidden) "
+    f"FROM (SELECT) AS one LEFT JOIN (SELECT {merge.GONE} FROM fastworker.accounts WHERE did = $1 "
+    "AND deleted_seq IS NOT NULL) AS d (deleted_rev, deleted_seq) ON true"
 )
 
 
@@ -68,9 +69,10 @@ class Standing(NamedTuple):
 
 
 class AccountState(NamedTuple):
-    """`newest_rev`: of what was stored up to a seq."""
+    """`newest_rev`: of what was stored up to a seq. What a deletion of the account beats: see table.batch.is_gone."""
 
     newest_rev: str | None
+    deleted_rev: str | None
     deleted_seq: int | None
     is_forbidden: bool
 

@@ -39,6 +39,7 @@ from fastworker.store.repos import (
 from fastworker.store.store import Store
 from fastworker.store.stored import Stored, open_stored
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
+from fastworker.stream.consumer import FOREIGN_IDLE_MS
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
@@ -124,6 +125,11 @@ class Live:
                 return
             await asyncio.sleep(LOOK_S)
 
+    async def all_are_ours(self) -> bool:
+        """Whether nobody but fastworkers has worked in the group lately: others know no floors."""
+        found = await self._admin.consumers(self._config.group)
+        return all(one.ours or one.leased or one.idle_ms > FOREIGN_IDLE_MS for one in found)
+
     async def _oldest(self, not_before: float) -> str | None:
         """The oldest unfinished entry, by one look for everybody who asks at the same time."""
         async with self._one:
@@ -163,6 +169,7 @@ class Many:
         self._folder = folder
         self._report = report
         self._repaired = repaired
+        self._at_work: set[str] = set()
         self._one = asyncio.Lock()  # one account is compared at a time, while others are fetched
 
     async def all(self, work: Work, at_once: int, feed: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -194,10 +201,16 @@ class Many:
             await self._waiting.renew()
 
     async def _account(self, one: Claim, work: Work) -> None:
+        if one.did in self._at_work:  # asked for once more while it is being settled
+            await self._waiting.again(one.did, 1.0, "", spends=False)
+            return
+        self._at_work.add(one.did)
         try:
             await self._one_account(one, work)
         except NotFetched as error:
             await self._not_fetched(one, work, error)
+        finally:
+            self._at_work.discard(one.did)
 
     async def _one_account(self, one: Claim, work: Work) -> None:
         document = None
@@ -217,7 +230,8 @@ class Many:
                 await self._live.first()
             snapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)
             async with self._one:
-                settled = await self._settle.settle(repository, snapshot, accept_older=work.accept_older)
+                floor = await self._settle.may_floor() and await self._live.all_are_ours()
+                settled = await self._settle.settle(repository, snapshot, accept_older=work.accept_older, floor=floor)
             size = repository.size
         await self._settled(one, settled, snapshot, size)
 

@@ -4,7 +4,8 @@ The walk of the repository and the stored rows of the account come in the same o
 in one pass: what is missing or different is written at the snapshot's version, and what is stored, absent and older is
 deleted at it. Nothing is written twice: a second settle of the same snapshot finds no difference.
 
-Without a floor (invariants.md): the caller has waited until the worker has finished what was read before the snapshot.
+The caller has waited until the worker has finished what was read before the snapshot. What is older and comes later
+all the same is kept away by a floor (store/floors.py), where every worker knows of floors.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
+from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode, Reason, RowRejected
 from fastworker.event.repository import Repository
 from fastworker.store.audit import StoredRecord
+from fastworker.store.floors import all_know_floors, put_floor, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
-from fastworker.table.batch import Batch, Change, Mapped, Row, newer
+from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone, newer
 from fastworker.table.chosen import is_left_out
 from fastworker.table.derive import FULL, Effects, add
 from fastworker.table.schema import Table, collection_table
@@ -73,16 +76,17 @@ class Settle:
         self._stored = stored
         self._store = store
 
-    async def settle(self, repository: Repository, snapshot: Snapshot, *, accept_older: bool = False) -> Settled:
-        """The repository was walked before (`check`), so that it is known to be whole."""
+    async def settle(
+        self, repository: Repository, snapshot: Snapshot, *, accept_older: bool = False, floor: bool = False
+    ) -> Settled:
+        """The repository was walked before (`check`), so that it is known to be whole.
+
+        `floor`: it is the whole repository at S0, and every worker knows floors.
+        """
         result = Settled(snapshot.did)
-        account = await self._stored.account_state(snapshot.did, snapshot.seq)
-        if account.is_forbidden:
-            result.refused = "the account does not want its data collected"
-        elif account.deleted_seq is not None and snapshot.seq < account.deleted_seq:
-            result.refused = f"the account was deleted at seq {account.deleted_seq}, and the snapshot may be older"
-        elif account.newest_rev is not None and account.newest_rev > snapshot.rev and not accept_older:
-            result.refused = f"its revision {snapshot.rev} is older than what is stored ({account.newest_rev})"
+        result.refused = await self._refusal(snapshot, accept_older)
+        if result.refused is None and floor and self._store is not None:
+            result.refused = await self._floor(self._store, snapshot, accept_older)
         if result.refused:
             return result
         told = time.monotonic() + TELL_S
@@ -99,11 +103,39 @@ class Settle:
             result.drops["bad_path"] += repository.bad_paths
         return result
 
+    async def may_floor(self) -> bool:
+        """Whether every fastworker that is connected to PostgreSQL knows floors."""
+        if self._store is None:
+            return False
+        async with self._store.connection() as db:
+            return await all_know_floors(db)
+
+    async def _refusal(self, snapshot: Snapshot, accept_older: bool) -> str | None:
+        account = await self._stored.account_state(snapshot.did, snapshot.seq)
+        if account.is_forbidden:
+            return "the account does not want its data collected"
+        if is_gone(snapshot.rev, snapshot.seq, account.deleted_rev, account.deleted_seq):
+            return "the account was deleted, and the snapshot may be older"
+        if account.newest_rev is not None and account.newest_rev > snapshot.rev and not accept_older:
+            return f"its revision {snapshot.rev} is older than what is stored ({account.newest_rev})"
+        return None
+
+    async def _floor(self, store: Store, snapshot: Snapshot, accept_older: bool) -> str | None:
+        """From now on what is older is superseded; and what may not have seen that is in the tables."""
+        async with store.connection() as db:
+            # mutant: no floor
+            if not await put_floor(db, snapshot.did, snapshot.rev, snapshot.seq, lower=accept_older):
+                return f"its revision {snapshot.rev} is older than one that was settled"
+            await store.writer.reach(Step.FLOOR_COMMITTED)
+            # mutant: a settle does not wait
+            await readers_are_through(db)
+        return await self._refusal(snapshot, accept_older)
+
     async def _stored_of(
         self, piece: Piece, standing: StandingRows, last: str | None, snapshot: Snapshot, result: Settled
     ) -> dict[str, Standing]:
         """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
-        present = set(piece.uris)
+        present = piece.present
         there: dict[str, Standing] = {}
         extra: list[Change] = []
         async for one in standing.up_to(last):
@@ -195,8 +227,9 @@ def _judge(change: Change, held: StoredRecord, standing: Standing | None, snapsh
     is_ours = held.rev is not None or held.seq is not None
     if differs and (is_ours or standing is None or not _is_young(standing, snapshot)):
         return f"different in {', '.join(differs)}"
-    if held.deleted_seq is not None and (held.seq is None or held.seq < held.deleted_seq):
+    if is_gone(held.rev, held.seq, held.deleted_rev, held.deleted_seq):
         return "different in its version"  # the account was deleted since: what is older is taken away
+    # mutant: an equal row under a tombstone
     if held.is_gone and not newer(held.rev, held.seq, held.gone_rev, held.gone_seq):
         return "different in its tombstone"  # which would take the row away at the next look
     return ""

@@ -48,10 +48,12 @@ class Snapshot(msgspec.Struct, frozen=True):
 class Piece(msgspec.Struct):
     """Records of consecutive keys. `uris`: of all of them, also of those that cannot be stored, which are in `drops`.
 
+    `present`: those that may be in the tables. What cannot be stored is not there, except where only its block is bad.
     `dids` and `moments` are by URI: users that a record needs, and what its dates were judged by.
     """
 
     uris: list[str] = []
+    present: set[str] = set()
     changes: list[Change] = []
     dids: dict[str, list[str]] = {}
     moments: dict[str, datetime] = {}
@@ -75,6 +77,7 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
     uri = f"at://{snapshot.did}/{collection}/{rkey}"
     piece.uris.append(uri)
     if block is None:
+        piece.present.add(uri)
         piece.drops[str(Reason.BAD_HASH)] += 1
         return
     moment = moment_of(rkey, snapshot.taken_at)
@@ -84,6 +87,7 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
     for drop in mapped.drops:
         piece.drops[str(drop.reason)] += 1
     for change in mapped.changes:
+        piece.present.add(uri)
         if change.table.name not in UNTOUCHED:
             piece.changes.append(change)
             piece.dids[uri] = mapped.dids

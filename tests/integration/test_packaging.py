@@ -163,6 +163,17 @@ def test_the_version_comes_from_one_place(installed: Path) -> None:
     assert re.findall(r"^version\b.*", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) == []
 
 
+def test_the_changelog_has_each_release_and_what_comes_next() -> None:
+    """Unreleased on top, then releases with their dates, newest first; this version among them."""
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads[0] == "Unreleased"
+    found = [re.fullmatch(r"(\d+)\.(\d+)\.(\d+) - \d{4}-\d\d-\d\d", head) for head in heads[1:]]
+    assert all(found), heads
+    versions = [tuple(map(int, one.groups())) for one in found if one is not None]
+    assert versions == sorted(versions, reverse=True)
+    assert heads[1].startswith(f"{fastworker.__version__} - ")
+
+
 @pytest.mark.extended
 @pytest.mark.timeout(600)
 def test_the_declared_dependencies_are_enough(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -218,7 +229,8 @@ def _is_unset(name: str, given: dict[str, str]) -> bool:
 @pytest.mark.parametrize("service", ["python-worker", "python-firehose", "migrate"])
 def test_compose_passes_every_setting_from_the_environment(service: str) -> None:
     word = {"python-worker": "worker", "python-firehose": "reader"}.get(service, service)
-    settings = [one.name for one in VARIABLES if one.is_used_by(word) and one.name != "FASTWORKER_CRASHPOINT"]
+    of_no_image = {"FASTWORKER_CRASHPOINT", "FASTWORKER_HOME"}
+    settings = [one.name for one in VARIABLES if one.is_used_by(word) and one.name not in of_no_image]
     given = {name: f"the {name}" for name in settings}
     if service == "migrate":  # the owner of the tables is somebody else than the worker's role
         given["OWNER_DATABASE_URL"] = given["DATABASE_URL"]
@@ -231,12 +243,19 @@ def test_compose_passes_every_setting_from_the_environment(service: str) -> None
 def test_a_password_may_have_any_character() -> None:
     """It is no part of a URL, so it needs no encoding and no message quotes a piece of it."""
     password = "p@ss/w#rd:%20"
-    services = compose(POSTGRES_PASSWORD=password, WORKER_PASSWORD=password)["services"]
+    services = compose(POSTGRES_PASSWORD=password, WORKER_PASSWORD=password, READER_PASSWORD=password)["services"]
     assert services["db"]["environment"]["POSTGRES_PASSWORD"] == password
-    for name, role in (("migrate", "postgres"), ("grants", "postgres"), ("python-worker", "fastworker_worker")):
+    for name, role in (
+        ("migrate", "postgres"),
+        ("grants", "postgres"),
+        ("grants-reader", "postgres"),
+        ("python-worker", "fastworker_worker"),
+        ("python-firehose", "fastworker_reader"),
+    ):
         assert services[name]["environment"]["PGPASSWORD"] == password
         assert services[name]["environment"]["DATABASE_URL"] == f"postgresql://{role}@db:5432/atproto"
-    assert services["grants"]["environment"]["WORKER_PASSWORD"] == password
+    for name in ("grants", "grants-reader"):
+        assert services[name]["environment"][services[name]["command"].split()[-1]] == password
 
 
 def test_secrets_from_files_reach_every_service_and_replace_what_was_set() -> None:
@@ -249,7 +268,7 @@ def test_secrets_from_files_reach_every_service_and_replace_what_was_set() -> No
         assert named == set(changed["secrets"]), name
         for key in merged:
             assert not (key.endswith("_FILE") and merged.get(key.removesuffix("_FILE"))), f"{name}: {key} twice"
-    assert set(over["services"]) == {"db", "migrate", "grants", "python-worker", "python-firehose"}
+    assert set(over["services"]) == {"db", "migrate", "grants", "grants-reader", "python-worker", "python-firehose"}
 
 
 def test_the_names_that_the_guide_s_commands_use() -> None:
@@ -269,8 +288,14 @@ def test_the_names_that_the_guide_s_commands_use() -> None:
     for name in ("python-firehose", "python-worker"):
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
-        assert services[name]["depends_on"]["grants"] == {"condition": "service_completed_successfully"}
-    assert services["grants"]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+    done = {"condition": "service_completed_successfully"}
+    for name, before in (
+        ("python-worker", "grants"),
+        ("python-firehose", "grants-reader"),
+        ("grants", "migrate"),
+        ("grants-reader", "migrate"),
+    ):
+        assert services[name]["depends_on"][before] == done
     for name, service in services.items():
         assert ("profiles" in service) == (name in {"prometheus", "grafana"})
         assert service["read_only"] is True
@@ -360,9 +385,9 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                 words = [*prefix, *entry, *str(file[name]["command"]).split()]
                 return service(words, environments[name])
 
-            names = ("migrate", "grants", "python-worker", "python-firehose")
+            names = ("migrate", "grants", "grants-reader", "python-worker", "python-firehose")
             environments = {name: environment(name) for name in names}
-            for name in names[:2]:
+            for name in names[:3]:
                 with start(name) as once:
                     said, _ = await asyncio.to_thread(once.communicate, timeout=60)
                     assert once.returncode == 0, said
@@ -407,7 +432,9 @@ def test_docker_compose_reads_the_file(profile: str) -> None:
     if words is None:
         pytest.skip("neither `docker compose` nor docker-compose (Debian's package of that name) is installed")
     profiles = ["--profile", profile] if profile else []
-    run(*words, "-f", str(ROOT / "docker-compose.yml"), *profiles, "config", "-q", cwd=ROOT)
+    file = ["-f", str(ROOT / "docker-compose.yml")]
+    run(*words, *file, *profiles, "config", "-q", cwd=ROOT)
+    run(*words, *file, "-f", str(ROOT / "deploy" / "compose.secrets.yml"), *profiles, "config", "-q", cwd=ROOT)
 
 
 def test_a_linter_reads_the_dockerfile() -> None:

@@ -256,6 +256,10 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     ]
 
 
+def reader_statements() -> list[tuple[str, list[Any] | None]]:
+    return [(postgres_admin._FINISHED, None), (postgres_admin._NOTE_GAP, None)]
+
+
 POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generator", "at://labeler"
 
 
@@ -312,7 +316,7 @@ async def denied(connection: asyncpg.Connection, statement: str, arguments: list
 
 @pytest.mark.parametrize("service", ["worker", "reader"])
 async def test_every_right_is_needed_and_no_other(pg: asyncpg.Connection, service: rights.Service) -> None:
-    statements = worker_statements() if service == "worker" else [(postgres_admin._FINISHED, None)]
+    statements = worker_statements() if service == "worker" else reader_statements()
     role = f"needs_{service}_{os.getpid()}"
     await pg.execute("REVOKE EXECUTE ON ALL ROUTINES IN SCHEMA fastworker FROM PUBLIC")  # as a careful owner may
     await pg.execute(rights.sql(service, role))

@@ -63,6 +63,7 @@ _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", 
 
 LAW = "tests/property/test_law.py tests/property/test_histories.py"
 RACES = "tests/property/test_interleavings.py"
+FLOORS, _SYNC = "tests/property/test_floors.py", "fastworker/sync/settle.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
@@ -97,6 +98,17 @@ MUTANTS = [
     _mutant("recount without its lock", _EFFECTS, RACES, "counts.keys() - effects", "counts.keys() | effects"),
     _mutant("unsorted users", "fastworker/store/writer.py", BUGS, "list(", "sorted("),
     _mutant("unsorted rows", _FLUSH, BUGS, "for change in changes:"),
+    # floors
+    _mutant("no floor", _SYNC, FLOORS, "if False:"),
+    _mutant("a settle does not wait", _SYNC, FLOORS, "pass"),
+    _mutant("an equal row under a tombstone", _SYNC, FLOORS, "if False:"),
+    _mutant("floors not looked at", "fastworker/store/look.py", FLOORS, "if False:"),
+    _mutant("deletes pass a floor", "fastworker/store/look.py", FLOORS, "return change.row is not None and (change.rev or '') < rev"),
+    _mutant("a floor that came since the look", _PUT, FLOORS, "IF false AND EXISTS (", "IF EXISTS ("),
+    _mutant("the first floor that came since the look", _PUT, FLOORS, "ELSIF false AND", "ELSIF NOT floors AND"),
+    _mutant("a floor goes down", _STATEMENTS, FLOORS, "WHERE true OR", "WHERE $4::boolean OR"),
+    _mutant("a tombstone below a floor", _STATEMENTS, FLOORS, "AS f WHERE false AND", "AS f WHERE"),
+    _mutant("a late deletion against a floor", "fastworker/store/accounts.py", FLOORS, "pass"),
     # one call
     _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
@@ -160,7 +172,7 @@ MUTANTS = [
     # entries
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
-    _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "pass"),
+    _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], "")'),
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import fastworker
 from fastworker.cli import cli
 from fastworker.config import READER_PORT, VARIABLES, WORKER_PORT
 
@@ -39,7 +43,32 @@ def test_every_file_is_a_resource() -> None:
     assert {path.name for path in BASE.iterdir()} == {*KUSTOMIZATION["resources"], "kustomization.yaml"}
     assert [doc["kind"] for doc in DOCUMENTS] == [
         "ConfigMap", "Job", "Deployment", "Service", "Deployment", "Service", "PodDisruptionBudget", "ServiceMonitor",
+        "NetworkPolicy", "NetworkPolicy",
     ]  # fmt: skip
+
+
+def test_kustomize_builds_them() -> None:
+    """Where kubectl is installed: what it makes is what the other tests look at, with our label everywhere."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run([kubectl, "kustomize", str(BASE)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = list(yaml.safe_load_all(done.stdout))
+    assert sorted((doc["kind"], doc["metadata"]["name"]) for doc in made) == sorted(
+        (doc["kind"], doc["metadata"]["name"]) for doc in DOCUMENTS
+    )
+    for document in made:
+        assert document["metadata"]["labels"]["app.kubernetes.io/part-of"] == "fastworker"
+        if document["kind"] in {"Job", "Deployment"}:
+            template = document["spec"]["template"]
+            assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "fastworker"
+            for container in containers(template["spec"]):
+                assert container["image"] == f"registry.example/fastworker:{fastworker.__version__}"
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod.get("initContainers", ()), *pod["containers"]]
 
 
 @pytest.mark.parametrize("name", list(PODS))
@@ -48,16 +77,42 @@ def test_pods_run_as_nobody_and_write_nothing(name: str) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False, "FASTWORKER_READER_PORT=tcp://... is no setting of ours"
-    [container] = pod["containers"]
-    assert container["image"] == KUSTOMIZATION["images"][0]["name"]
-    assert container["args"][0] in cli.commands
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
-    assert "memory" in container["resources"]["limits"]
+    assert len(pod["containers"]) == 1
+    for container in containers(pod):
+        assert container["image"] == KUSTOMIZATION["images"][0]["name"]
+        assert container["args"][0] in cli.commands
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+        assert "memory" in container["resources"]["limits"]
+
+
+def test_the_job_makes_the_schema_and_then_the_roles() -> None:
+    steps = [container["args"] for container in containers(PODS["fastworker-migrate"])]
+    assert [step[:2] for step in steps] == [["migrate"], ["grants", "worker"], ["grants", "reader"]]
+    assert [step[2:] for step in steps[1:]] == [
+        ["--apply", "--password-env", f"{service}_PASSWORD"] for service in ("WORKER", "READER")
+    ]
+
+
+def test_the_network_is_open_for_what_is_asked_and_for_public_addresses_only() -> None:
+    inside, outside = one("NetworkPolicy", "fastworker")["spec"], one("NetworkPolicy", "fastworker-outside")["spec"]
+    assert KUSTOMIZATION["labels"][0]["includeTemplates"] is True, "the policies choose pods by it"
+    for spec in (inside, outside):
+        assert spec["podSelector"]["matchLabels"].items() <= KUSTOMIZATION["labels"][0]["pairs"].items()
+    assert [port["port"] for port in inside["ingress"][0]["ports"]] == [WORKER_PORT, READER_PORT]
+    assert [[port["port"] for port in rule["ports"]] for rule in inside["egress"]] == [[53, 53], [6379, 5432]]
+    [rule] = outside["egress"]
+    assert rule["ports"] == [{"port": 443}]
+    closed = [ipaddress.ip_network(text) for to in rule["to"] for text in to["ipBlock"]["except"]]
+    for address in ("10.0.0.1", "127.0.0.1", "169.254.169.254", "192.168.1.1", "100.64.0.1", "fd00::1"):
+        assert any(ipaddress.ip_address(address) in network for network in closed), address
+    [who] = outside["podSelector"]["matchExpressions"]
+    deployments = {doc["metadata"]["name"] for doc in DOCUMENTS if doc["kind"] == "Deployment"}
+    assert set(who["values"]) == deployments
 
 
 @pytest.mark.parametrize(("name", "port"), [("fastworker-reader", READER_PORT), ("fastworker-worker", WORKER_PORT)])
@@ -88,12 +143,15 @@ def test_settings_are_settings() -> None:
     known = {variable.name for variable in VARIABLES}
     assert one("ConfigMap", "fastworker")["data"].keys() <= known
     for pod in PODS.values():
-        [container] = pod["containers"]
-        assert {entry["name"] for entry in container.get("env", ())} <= known
-        assert container["envFrom"][0] == {"configMapRef": {"name": "fastworker"}}
-    owners = {name: pod["containers"][0]["envFrom"][1]["secretRef"]["name"] for name, pod in PODS.items()}
+        for container in containers(pod):
+            assert {entry["name"] for entry in container.get("env", ())} <= known
+            assert container["envFrom"][0] == {"configMapRef": {"name": "fastworker"}}
+    owners = {
+        name: {container["envFrom"][1]["secretRef"]["name"] for container in containers(pod)}
+        for name, pod in PODS.items()
+    }
     assert owners == {
-        "fastworker-migrate": "fastworker-owner",
-        "fastworker-reader": "fastworker",
-        "fastworker-worker": "fastworker",
+        "fastworker-migrate": {"fastworker-owner"},
+        "fastworker-reader": {"fastworker-reader"},
+        "fastworker-worker": {"fastworker-worker"},
     }

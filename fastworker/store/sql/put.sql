@@ -135,11 +135,13 @@ BEGIN
     END IF;
     -- A floor that came since the look: nothing is written. One that comes later waits for this transaction.
     IF floors THEN
+        -- mutant: a floor that came since the look
         IF EXISTS (SELECT FROM fastworker.floors AS f WHERE f.did = ANY(repos)
                 AND (f.rev > lowest_rev COLLATE "C" OR f.seq >= lowest_seq)
                 AND f.did || ' ' || f.rev || ' ' || f.seq <> ALL(known_floors)) THEN
             RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
         END IF;
+    -- mutant: the first floor that came since the look
     ELSIF NOT floors AND EXISTS (SELECT FROM fastworker.floors) THEN
         RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
     END IF;
