@@ -21,7 +21,6 @@ from fastworker.store import statements
 from fastworker.table.schema import DERIVED, TABLES, Table
 
 # mutant: a routine is not listed
-# mutant: a routine is not listed
 ORDER = (
     "look",
     "look_back",
