@@ -205,7 +205,7 @@ def _entry(letter: Fields, form: Literal["json", "native", "frame"]) -> Fields:
 
 
 def _received(letter: Fields) -> Fields:
-    """When the first entry was received: the new id would make it young, and dates and the horizon would believe it."""
+    """When the first entry was received: by its new id it would look young, to the rule of dates and to the horizon."""
     at = letter.get(b"at") or letter.get(b"origId", b"").partition(b"-")[0]
     return {b"at": at} if at.isdigit() else {}
 

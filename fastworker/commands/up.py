@@ -29,6 +29,7 @@ from fastworker.process.child import run_child
 from fastworker.process.children import ChildSpec
 from fastworker.process.supervisor import Supervisor
 from fastworker.process.wards import Server
+from fastworker.reader.levels import require_curves
 from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
 from fastworker.redact import redact
@@ -116,6 +117,7 @@ def run_worker(
 
 def up(config: Config, *, notify_socket: str | None = None, start: Start | None = None) -> ExitCode:
     """`fastworker up`: with embedded servers in place of each URL that was not set."""
+    require_curves(config)
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
     with ExitStack() as stack:

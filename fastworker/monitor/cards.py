@@ -103,6 +103,7 @@ def _charts(max_stream_len: int) -> tuple[Chart, ...]:
         Chart(title="Not finished", unit="entries", lines=("to be taken", "in work")),
         Chart(title="Oldest unfinished", unit="s", lines=("oldest",)),
         Chart(title="Stream", unit="entries", lines=("stream",), limit=max_stream_len),
+        Chart(title="Cursor's age", unit="s", lines=("age",)),
     )
 
 

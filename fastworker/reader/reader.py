@@ -33,9 +33,9 @@ from fastworker.process.outage import Outage
 from fastworker.reader.append import append_all
 from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.follow import Follower, until
+from fastworker.reader.levels import Beside, verifying
 from fastworker.reader.receive import Receiver
 from fastworker.reader.stats import ReaderStats, figures, status_json
-from fastworker.reader.verify import verifying
 from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
@@ -205,14 +205,14 @@ class _Reader:
     # While this reader holds the lease: three tasks.
 
     async def _serve(self) -> None:
-        receiver = self._receiver
-        with verifying(self._settings, None, self._stats, receiver.deliver) as receiver.verifier:
-            await self._serve_on()
+        async with verifying(self._settings, self._feed, self._receiver, self._stats) as beside:
+            await self._serve_with(beside)
 
-    async def _serve_on(self) -> None:
+    async def _serve_with(self, beside: Beside) -> None:
         verifier = self._receiver.verifier
         try:
             async with asyncio.TaskGroup() as tasks:
+                others = [tasks.create_task(work()) for work in beside]
                 ticking = tasks.create_task(self._tick(), name="reader-tick")
                 appending = tasks.create_task(
                     append_all(self._settings, self._feed, self._receiver.outbox, self._stats, self._outage, verifier),
@@ -221,7 +221,7 @@ class _Reader:
                 await self._follower.run()
                 draining = tasks.create_task(self._receiver.outbox.drained(), name="reader-drain")
                 await asyncio.wait({draining, appending}, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
-                for task in (draining, appending, ticking):
+                for task in (draining, appending, ticking, *others):
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
@@ -239,6 +239,8 @@ class _Reader:
         while True:
             await asyncio.sleep(TICK_S)
             self._stats.outbox_items = self._receiver.outbox.items
+            if self._receiver.verifier is not None:
+                self._stats.unverified = self._receiver.verifier.aside
             try:
                 await self._feed.renew()
                 await self._feed.watch()
@@ -271,9 +273,9 @@ class _Reader:
                 logged, count = now, self._stats.entries
 
     async def _go_back(self, request: bytes = b"") -> None:
-        """Unread entries are gone from the stream: the relay may still have them, and what was in the outbox.
+        """Unread entries are gone from the stream: read them, and what was in the outbox, from the relay again.
 
-        `request`: they were read, and PostgreSQL lost them.
+        `request`: PostgreSQL asked for it: the entries were finished, and it lost them.
         """
         host, cursor = self._stats.relay, self._stats.last_seq
         gap: dict[str, Any] = {}
@@ -311,7 +313,7 @@ class _Reader:
                 await asyncio.sleep(backoff.next())
             else:
                 break
-        if is_done:  # else the cursor is another reader's now, or gone too: whoever reads it next sees to it
+        if is_done:  # else the cursor is another reader's, or gone too: the next reader handles it
             log.error("%s%s", what, so)
             self._stats.gaps += bool(gap)
 

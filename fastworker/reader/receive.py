@@ -144,6 +144,8 @@ class Receiver:
                 verifier.sync(event, payload)
         elif isinstance(event, Identity):
             stats.identities += 1
+            if verifier is not None and verifier.keys is not None:
+                verifier.keys.changed(event.did)
         else:
             stats.accounts += 1
         self.deliver(self.outbox.filling, event, data)

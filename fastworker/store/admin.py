@@ -67,7 +67,7 @@ class Facts(msgspec.Struct, frozen=True):
     clients: tuple[Client, ...] = ()
     """Who else is connected, the one with the most sessions first."""
     sequences: tuple[Sequence, ...] = ()
-    """Of the tables on which there are rights to need."""
+    """Of those tables in which the role needs rights."""
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -100,7 +100,7 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
     except NOT_CONNECTED as error:
         raise not_connected(database_url, error) from error
     try:
-        # Not where it is usual: a pooler would give it to others.
+        # Only where the server has an unusually short one: a pooler would pass the setting on to other clients.
         await connection.execute(
             "SELECT set_config('statement_timeout', '60s', false) WHERE current_setting('statement_timeout') LIKE '%ms'"
         )
@@ -124,7 +124,7 @@ async def finished_seq(database_url: str, stream_key: str, host: str) -> int | N
 
 
 async def note_gap(database_url: str, relay: str, after: int, until: int) -> None:
-    """Events of a relay after `after` and up to `until` were passed over. Raises ConfigError and Unreachable."""
+    """Record a gap: a relay's events after `after`, up to `until`. Raises ConfigError and Unreachable."""
     async with _connection(database_url, "fastworker-reader") as connection:
         await connection.execute(_NOTE_GAP, relay, after, until)
 

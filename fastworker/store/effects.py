@@ -100,7 +100,7 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
     arguments: dict[str, Any] = {}
     # mutant: recount without its lock
     if "counts" in writer.derive and (keys := sorted(effects.counts.keys() | effects.recount)):
-        none = [0, 0, 0, 0, 0]  # never a delta and a recount for one key: this locks it
+        none = [0, 0, 0, 0, 0]  # a recounted key gets no delta: zeros only lock its row
         arguments["deltas"] = [(k, *(none if k in effects.recount else effects.counts[k])) for k in keys]
         arguments["recounts"] = sorted(effects.recount) or None
         arguments.update(zip(sql.COUNTED, writer.counted, strict=True))

@@ -23,7 +23,7 @@ SELECT (SELECT system_identifier::text FROM pg_catalog.pg_control_system()),
        pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint,
        pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint
 """
-_MANAGED: Final = (  # some managed servers do not tell
+_MANAGED: Final = (  # some managed servers do not allow the question
     FeatureNotSupportedError,
     InsufficientPrivilegeError,
     ObjectNotInPrerequisiteStateError,

@@ -16,7 +16,7 @@ from fastworker.table.batch import Change
 from fastworker.table.derive import Effects
 from fastworker.table.schema import TABLES, Table
 
-Pending = dict[str, Change]  # by uri: changes that go by the rows that are there
+Pending = dict[str, Change]  # by uri: changes that depend on a row that exists
 
 
 async def insert_new(
@@ -97,7 +97,7 @@ async def _copy_new(
 
 
 def divide(changes: list[Change], waiting: set[str]) -> tuple[list[Change], Pending]:
-    """Upserts that may be new; and what goes by the rows that are there: deletes, and what is among the twins."""
+    """Upserts that may be new; and what depends on a row that exists: deletes, and records among the twins."""
     new: list[Change] = []
     pending: Pending = {}
     for change in changes:

@@ -1,4 +1,4 @@
-"""SQL text: functions of a table, and the statements of the derived tables. Pure; golden-tested.
+"""SQL text: functions of a table, and the statements of the derived tables. Pure.
 
 Every statement takes arrays and touches many rows. The caller passes keys sorted, and `unnest` keeps
 their order, so that every writer locks in the same order. A statement whose result depends on waiting

@@ -218,16 +218,17 @@ class Store:
             await db.execute(sql.REPAIRED, did, until_seq)
 
     async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:
-        """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
+        """(did, marked at) of identities without a known handle whose next attempt is due."""
         async with self.connection() as db:
             return await accounts.unresolved(db, limit)
 
     async def resolved(self, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
-        """(did, its handle or None, asked at, marked at). Not taken where an event came meanwhile; how many were."""
+        """Store looked-up handles: (did, handle or None, asked at, marked at). One is left out when a newer event came
+        meanwhile. Returns how many were stored."""
         async with self.connection() as db:
             return await accounts.resolved(self.writer, db, rows)
 
     async def unresolvable(self, dids: list[str]) -> None:
-        """Ask later, ever more rarely: from half a minute to a day."""
+        """Put off the next attempt: half a minute, then longer after each failure, a day at most."""
         async with self.connection() as db:
             await accounts.unresolvable(db, dids)

@@ -333,7 +333,7 @@ class RedisAdmin:
             return cast("list[bytes]", gaps)
 
     async def forget_gap(self, text: bytes) -> None:
-        """It is closed."""
+        """Remove a gap from the list: it is in PostgreSQL."""
         async with translating(self._redis):
             await self._redis.lrem(self._keys.gaps, 1, cast("str", text))
 
@@ -344,7 +344,7 @@ class RedisAdmin:
         return {_text(did): record for did, record in found.items()}
 
     async def forget_repair(self, did: str, record: bytes) -> None:
-        """Unless another #sync was recorded meanwhile."""
+        """Remove the record of a #sync, unless a newer one has replaced it."""
         async with translating(self._redis):
             await self._forget(keys=[self._keys.repairs], args=[did, record])
 

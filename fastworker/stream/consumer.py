@@ -193,14 +193,14 @@ class WorkerStream:
         return int(restored)
 
     async def tell_held(self) -> None:
-        """What we hold for longer than a flush takes is told before the next ack or renewal does it."""
+        """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""
         if not self._holding.is_told:
             keys = [self.stream_key, self._keys.held, self._keys.reads]
             async with self._ending, self._holding.telling() as told, translating(self._redis):
                 await self._tell_held(keys=keys, args=[self.group, self.name, *told])
 
     async def give_skipped(self) -> None:
-        """Make pending what somebody moved the group past, before anybody was given it."""
+        """Make entries pending that XGROUP SETID skipped before any consumer was given them."""
         await give_skipped(self._redis, self._keys, self.group)
 
     async def release(self) -> None:
@@ -402,7 +402,7 @@ def _entries_of(reply: Any) -> list[Entry]:
 
 
 def _letter_arguments(letter: SetAside) -> list[Any]:
-    """The nine of one letter, for the script."""
+    """The nine arguments of one letter."""
     form, kind, data, seq, relay = _letter_parts(letter.fields)
     error = letter.error[:500].encode(errors="replace")
     at = letter.fields.get(b"at", b"")

@@ -25,7 +25,7 @@ from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
 
 OURS: Final = "fastworker"
-"""What our reader says of itself there; the readers before it say nothing."""
+"""Value of `reader` in `firehose:status`. The readers before this one do not write that member."""
 
 LEASE_MS: Final = 5_000
 DASHBOARD_TTL_S: Final = 10
@@ -109,7 +109,7 @@ class Chunk:
         self._add(b"unverified", [b"did", did.encode(), b"frame", frame, b"relay", relay.encode()])
 
     def judged(self, entry_id: str) -> None:
-        """One of those waits no more."""
+        """Remove a frame that waited: it has been judged."""
         self._add(b"judged", [entry_id.encode()])
 
     def gap(self, text: bytes) -> None:
@@ -334,8 +334,8 @@ class Feed:
             raise StoreWentBack(request)
 
     async def go_back(self, seq: int | None, gap: bytes, request: bytes = b"") -> bool:
-        """After StreamBroken or StoreWentBack, which has a request: move the cursor back to `seq`, or leave it and
-        record a gap. False: it is not ours."""
+        """After StreamBroken or StoreWentBack (`request`): move the cursor back to `seq`; None: leave it, and record a
+        gap. False: the cursor is no longer this reader's."""
         keys = [
             self._cursor_key,
             self._keys.reader_lease,

@@ -37,7 +37,7 @@ class Failover:
         try:
             async with asyncio.timeout(REDIS_S):
                 for _ in range(ATTEMPTS_MAX):
-                    memory = await self._database.look()  # before the server is asked: it must have got further
+                    memory = await self._database.look()  # read first: the server must be at least that far
                     found = await place_of(connection, self._stream_key)
                     why = _what_happened(memory.known, found)
                     if why and await self._go_back(memory, found, why):
@@ -91,7 +91,7 @@ def _order(entry_id: str) -> tuple[int, int]:
 
 
 def _what_happened(known: Known | None, found: Place) -> str:
-    """Why what was acknowledged may not be there; empty: it is."""
+    """Why acknowledged data may be missing; empty: all of it is there."""
     if known is None:
         return ""
     if known.system and found.system:

@@ -97,7 +97,7 @@ class Intake:
         return await self._stream.read(block_ms)
 
     async def _scan(self) -> None:
-        """Who may be dead. Whether one is, the claim decides: only it can look at the lease and take in one step."""
+        """Consumers that may be dead. The claim decides it: it looks at the lease and takes the entries in one step."""
         self._scan_at = time.monotonic() + self._scan_s * random.uniform(0.8, 1.2)
         ours = await self._stream.known_names()
         consumers = await self._stream.consumers()

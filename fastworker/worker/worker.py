@@ -39,7 +39,7 @@ RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
 PAY_S = 0.5  # after a flush: counters that its payer had not seen yet
 FIGURES_S = 0.5
-TELL_S = 0.5  # what is held for longer than this was told: nobody trims it, whatever becomes of the pending list
+TELL_S = 0.5  # what is held longer is recorded in Redis: not trimmed even if the pending list is lost
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
@@ -202,8 +202,8 @@ async def _work(
             raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, failover, streams, pipelines)
     finally:
-        # Whoever takes over at once would be done before a commit of ours that is still on its way, and nobody would
-        # look back after it: what is not known to have ended keeps its lease, which ends by itself.
+        # A commit of ours may still be on its way. A worker that took over at once could finish before it, and nobody
+        # would look back after it. So a consumer whose last write has no known end keeps its lease until it expires.
         unsure = {pipeline.stream.name for pipeline in pipelines if pipeline.is_unsure}
         for name in sorted(unsure):
             log.warning("The lease of %s ends by itself: it is not known how its last write ended", name)
@@ -291,7 +291,7 @@ async def _tell_held(streams: list[WorkerStream]) -> None:
 async def _maintain(
     slot: Slot, store: Store, failover: Failover, stream: WorkerStream, pipelines: list[Pipeline]
 ) -> None:
-    """Store how far the group has come, and do what committed transactions left to be done later, in bounded pieces."""
+    """Store how far the group has come, then do what committed transactions left owed, in bounded pieces."""
 
     async def note() -> None:
         await stream.give_skipped()
@@ -321,7 +321,7 @@ async def _maintain(
 
 
 async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
-    """Only while the clocks agree, and by the earliest: a delete forgotten too soon sets all new records aside."""
+    """Prune tombstones, only while the clocks agree, and by the earliest: too early would set new records aside."""
     clocks = {"PostgreSQL": await store.now(), "Redis": await stream.time(), "this machine": datetime.now(UTC)}
     off = which_is_off(clocks)
     if off:
@@ -360,7 +360,7 @@ async def _look_for(store: Store, slot: Slot, failover: Failover) -> None:
 
 
 async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
-    """What the pipelines know, into the slot. Running is an effort of all: the slowest one is what is shown."""
+    """Copy the pipelines' figures into the slot. The state shown is that of the slowest pipeline."""
 
     def finished() -> int:
         return slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")

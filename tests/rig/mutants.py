@@ -68,6 +68,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
+_BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
@@ -79,6 +80,9 @@ MUTANTS = [
     _mutant("a break is forgotten by a crash", _CHAIN, OF_CHAIN, "if verdict is Verdict.BREAK and False:"),
     _mutant("prevData is not compared", _CHAIN, OF_CHAIN, "return Verdict.OK"),
     _mutant("commits from the future", _VERIFY, OF_LEVELS, "if False:"),
+    _mutant("commits that the account did not sign", _VERIFY, OF_LEVELS, "if False:"),
+    _mutant("ops that nothing proves", _VERIFY, OF_LEVELS, "if False:"),
+    _mutant("a key that does not verify is never asked for again", "fastworker/reader/keys.py", OF_LEVELS, "if held is None:"),
     # versions
     _mutant("no version guard", _BATCH, LAW, "return True"),
     _mutant("rev order turned", _BATCH, LAW, "return a_rev < b_rev"),
@@ -178,6 +182,24 @@ MUTANTS = [
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
+    # parts of repositories
+    _mutant("days ignored", "fastworker/table/chosen.py", "tests/integration/test_settle.py", "return True"),
+    _mutant(
+        "a partial snapshot deletes what it did not look at",
+        "fastworker/sync/settle.py",
+        "tests/integration/test_settle.py",
+        "return not is_left_out(collection)",
+    ),
+    # bulk loads
+    _mutant(
+        "bulk loses an index",
+        _BULK,
+        OF_BULK,
+        "await build(connection, self.table, indexes[:-1])",
+        "await build(connection, self.table, indexes)",
+    ),
+    _mutant("bulk loads what is known", _BULK, OF_BULK, "[]", "[_not_new(table) for table in PRIMARY]"),
+    _mutant("bulk without versions", _BULK, OF_BULK, "return (rows,)"),
 ]  # fmt: skip
 
 
