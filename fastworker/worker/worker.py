@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
+PAY_S = 0.5  # after a flush: counters that its payer had not seen yet
 FIGURES_S = 0.5
 TELL_S = 0.5  # what is held longer is recorded in Redis: not trimmed even if the pending list is lost
 FOLLOW_S = 1.0  # between two looks which partitions are ours to read
@@ -216,6 +218,7 @@ async def _run(
             group.create_task(_every(renew_s, partial(_renew, readers)), name="renew leases"),
             group.create_task(_every(TELL_S, partial(_tell_held, readers)), name="tell what is held"),
             group.create_task(_every(MAINTAIN_S, partial(_maintain, slot, store, failover, readers)), name="maintain"),
+            group.create_task(_pay(slot, store), name="pay what is owed"),
             group.create_task(_figures(slot, store, readers), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot, failover)), name="look for PostgreSQL"),
         ]
@@ -272,6 +275,21 @@ async def _renew(readers: Readers) -> None:
         pass  # the pipelines wait for Redis, and say so
     except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
+
+
+async def _pay(slot: Slot, store: Store) -> None:
+    """Counters that are owed still: a flush leaves them to another that pays just then, and may have looked already.
+
+    Not while nothing was written.
+    """
+    before = -1
+    while True:
+        flushes = slot.get("flushes")
+        if flushes != before:
+            with contextlib.suppress(StoreUnavailable):  # `maintain` tells
+                await store.pay()
+                before = flushes
+        await asyncio.sleep(PAY_S)
 
 
 async def _tell_held(readers: Readers) -> None:
