@@ -105,6 +105,14 @@ def _whose(text: str) -> str:
     raise ValueError("it is none of them")
 
 
+def _accounts(text: str) -> str:
+    if text.startswith("follows-of:"):
+        return "follows-of:" + ",".join(_dids(text.removeprefix("follows-of:")))
+    if not Path(text).is_file():
+        raise ValueError("there is no such file")
+    return text
+
+
 def _relay_urls(text: str) -> tuple[str, ...]:
     relays = _words(text)
     if not relays:
@@ -497,6 +505,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="all",
         ),
     ] = ()
+    accounts: Annotated[
+        str | None,
+        _env(
+            "FASTWORKER_ACCOUNTS",
+            "worker up repair backfill sample import",
+            "Accounts whose records are kept; those of others are left out, and counted as `filtered_account`. A file "
+            "of DIDs, one a line, or `follows-of:DID,...`: these and whom they follow, as far as the tables know. Read "
+            "twice a minute. Deletes and events of accounts and handles are never left out. See docs/history.md.",
+            read=_accounts,
+            allowed="a file's path, or follows-of:DID,...",
+            default="all",
+        ),
+    ] = None
     backfill_days: Annotated[
         Annotated[int, Meta(ge=-1, le=36_500)] | None,
         _env(

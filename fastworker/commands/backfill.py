@@ -12,7 +12,7 @@ from yarl import URL
 from fastworker.config import Config
 from fastworker.errors import ExitCode, Unreachable
 from fastworker.store.repos import CHOSEN, EVERYBODY
-from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, followed, pieces_of
+from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, pieces_of
 from fastworker.sync.hosts import HostError, Hosts, rate_of
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
@@ -84,7 +84,7 @@ async def _count(scene: Scene, choice: Choice) -> tuple[int, float]:
         return int(await scene.queue.value("SELECT count(*) FROM public.users")), directory
     level, seen = list(choice.follows_of), set(choice.follows_of)
     for _ in range(choice.depth):
-        level = [did for did in await followed(scene, level) if did not in seen]
+        level = [did for did in await scene.queue.followed(level) if did not in seen]
         seen.update(level)
     return len(seen), directory
 

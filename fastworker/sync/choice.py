@@ -16,7 +16,7 @@ from fastworker.sync.hosts import HostError, KnownHost
 from fastworker.sync.lists import read_host, read_repos, relay_of
 from fastworker.sync.many import Scene
 from fastworker.sync.settle import Report
-from fastworker.table.chosen import Part
+from fastworker.table.chosen import Part, is_account_left_out
 from fastworker.table.snapshot import tid_of
 
 PIECE: Final = 5_000
@@ -95,7 +95,7 @@ class _Feed:
                     self._report.failed(host.hostname, str(error))
 
     async def _put(self, dids: list[str]) -> None:
-        wanted = [Wanted(did) for did in dids]
+        wanted = [Wanted(did) for did in dids if not is_account_left_out(did)]
         await self._scene.queue.put(wanted, REASON, CHOSEN, again=self._choice.again, part=self._part)
 
     async def _follows(self, roots: list[str], depth: int) -> None:
@@ -107,7 +107,7 @@ class _Feed:
             if number == depth:
                 return
             await self._ended(level)
-            level = [did for did in await followed(self._scene, level) if did not in seen]
+            level = [did for did in await self._scene.queue.followed(level) if did not in seen]
             seen.update(level)
 
     async def _ended(self, dids: list[str]) -> None:
@@ -118,11 +118,6 @@ class _Feed:
             if not open_ones:
                 return
             await asyncio.sleep(_LOOK_S)
-
-
-async def followed(scene: Scene, dids: list[str]) -> list[str]:
-    select = "SELECT DISTINCT following_did FROM public.follows WHERE follower_did = ANY($1)"
-    return [row[0] for row in await scene.queue.rows(select, dids)]
 
 
 async def known(scene: Scene) -> AsyncIterator[list[str]]:
