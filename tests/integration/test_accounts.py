@@ -12,9 +12,10 @@ import pytest
 
 from fastworker.errors import ConfigError, Reason
 from fastworker.event import Commit, Op
+from fastworker.store import chosen_accounts
 from fastworker.store.chosen_accounts import read_accounts
 from fastworker.store.store import Store
-from fastworker.table.chosen import choose_accounts
+from fastworker.table.chosen import choose_accounts, is_account_left_out
 from fastworker.table.mapper import map_commit
 from tests.integration.test_repairs import Scene, scene  # noqa: F401 - a fixture
 from tests.services import Service
@@ -35,16 +36,15 @@ async def authors(pg: asyncpg.Connection) -> set[str]:
     return {row[0] for row in await pg.fetch(AUTHORS)}
 
 
-async def test_a_file_that_changes_while_the_worker_runs(
+async def test_a_worker_keeps_the_records_of_a_file(
     scene: Scene,
     services: Callable[..., Service],
     pg: asyncpg.Connection,
     tmp_path: Path,
     redis_url: str,
     postgres_url: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first, second = (one.did for one in scene.network.world.accounts()[:2])
+    first = scene.network.world.account(0).did
     file = tmp_path / "accounts"
     file.write_text(f"# one of them\n{first}\n")
     scene.client.xgroup_create("firehose:events", "firehose-processors", "0", mkstream=True)
@@ -62,7 +62,6 @@ async def test_a_file_that_changes_while_the_worker_runs(
     counted = scene.client.hgetall("fastworker:ledger")
     assert int(counted[b"drop:filtered_account"]) > 100
     assert worker.process.poll() is None
-    assert second
 
 
 async def test_whom_somebody_follows(pg: asyncpg.Connection, postgres_url: str, everybody_again: None) -> None:
@@ -82,6 +81,30 @@ async def test_whom_somebody_follows(pg: asyncpg.Connection, postgres_url: str, 
         assert [one.row for one in map_commit(Commit(1, did, "3k", None, [gone], []), 0).changes] == [None]
 
 
+async def test_a_file_that_changes(
+    tmp_path: Path, everybody_again: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def nobody(_: object) -> list[str]:
+        return []
+
+    monkeypatch.setattr(chosen_accounts, "READ_S", 0.01)
+    file = tmp_path / "accounts"
+    file.write_text("did:plc:a\n")
+    await read_accounts(str(file), nobody)
+    assert is_account_left_out("did:plc:b")
+    reading = asyncio.create_task(chosen_accounts.keep_reading(str(file), nobody))
+    async with asyncio.timeout(20):
+        file.write_text("did:plc:b\n")
+        while is_account_left_out("did:plc:b"):
+            await asyncio.sleep(0.01)
+        file.write_text("nobody\n")
+        while "is not read again" not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert not is_account_left_out("did:plc:b")
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
 async def test_a_file_that_is_none(tmp_path: Path, everybody_again: None) -> None:
     async def nobody(_: object) -> list[str]:
         return []
@@ -92,4 +115,3 @@ async def test_a_file_that_is_none(tmp_path: Path, everybody_again: None) -> Non
         await read_accounts(str(file), nobody)
     with pytest.raises(ConfigError, match="cannot be read"):
         await read_accounts(str(tmp_path / "none"), nobody)
-    await asyncio.sleep(0)
