@@ -19,6 +19,7 @@ from fastworker.config import Config
 from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
+from fastworker.sync.told import Mended, RepairStatus, TableTruth
 
 GAPS_SHOWN: Final = 3
 
@@ -164,6 +165,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     groups: Annotated[list[GroupStatus], _is("Every consumer group on the stream.")]
     reader: Annotated[ReaderStatus, _is("The reader.")]
     workers: Annotated[list[WorkerStatus], _is("Workers that reported within the last 15 seconds.")]
+    repair: Annotated[RepairStatus | None, _is("The syncer; null when none told anything within an hour.")] = None
 
 
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
@@ -269,6 +271,7 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         groups=groups,
         reader=await _reader(admin, config),
         workers=told_workers(await admin.statuses()),
+        repair=told_repairs(await admin.repairs_told()),
     ), reading
 
 
@@ -303,6 +306,14 @@ def _gaps(texts: list[bytes]) -> list[Gap]:
     return found
 
 
+def told_repairs(text: bytes | None) -> RepairStatus | None:
+    """What a syncer told lately. What is not understood is of another release."""
+    try:
+        return None if text is None else msgspec.json.decode(text, type=RepairStatus)
+    except msgspec.MsgspecError:
+        return None
+
+
 def told_workers(statuses: Mapping[str, str]) -> list[WorkerStatus]:
     """Workers that told something lately, by owner. What is not understood is of another release and is left out."""
     workers = []
@@ -327,13 +338,25 @@ def markdown() -> str:
         "another meaning. Ages and lags are seconds, sizes bytes; rates are per second, over the last half second or,",
         "with `--watch`, over the last five.",
     ]
-    for struct in (Status, ReaderStatus, Gap, GroupStatus, WorkerStatus, ProcessStatus):
+    for struct in (
+        Status,
+        ReaderStatus,
+        Gap,
+        GroupStatus,
+        WorkerStatus,
+        ProcessStatus,
+        RepairStatus,
+        Mended,
+        TableTruth,
+    ):
         assert struct.__doc__ is not None
         lines += ["", f"## {struct.__name__}", "", struct.__doc__, "", "| member | type | meaning |", "|---|---|---|"]
         for name, hint in get_type_hints(struct, include_extras=True).items():
             kind, meta = get_args(hint)
-            words = (kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)).replace(
-                f"{__name__}.", ""
+            words = (
+                (kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind))
+                .replace(f"{__name__}.", "")
+                .replace(f"{RepairStatus.__module__}.", "")
             )
             lines.append(f"| `{name}` | {words.replace(' | ', ' or ').replace('None', 'null')} | {meta.description} |")
     return "\n".join([*lines, ""])

@@ -26,7 +26,7 @@ from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
-from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog
+from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, told_repairs
 from fastworker.monitor.history import History
 from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
@@ -163,6 +163,7 @@ class _WorkerMonitor:
             newest_letters=[line_of(*letter) for letter in letters],
             reader=left_in_redis(left),
             reader_age_s=max(0.0, time.time() - int(left.get("at") or 0) / 1000),
+            repair=told_repairs(await admin.repairs_told()),
         )
         self._rates.add_length(self._reading.at, stream.length if stream else 0)
         if measure:

@@ -336,6 +336,15 @@ class RedisAdmin:
         async with translating(self._redis):
             await self._redis.lrem(self._keys.gaps, 1, cast("str", text))
 
+    async def tell_repairs(self, text: bytes) -> None:
+        """What the syncer has to tell, for an hour."""
+        async with translating(self._redis):
+            await self._redis.set(self._keys.repair_status, text, ex=3_600)
+
+    async def repairs_told(self) -> bytes | None:
+        async with translating(self._redis):
+            return cast("bytes | None", await self._redis.get(self._keys.repair_status))
+
     async def recorded_repairs(self) -> dict[str, bytes]:
         """DIDs whose #sync the reader recorded here, with what it wrote (JSON form only)."""
         async with translating(self._redis):

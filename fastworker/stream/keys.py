@@ -80,6 +80,8 @@ class Keys:
         self.repairs: Final = key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
         stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
+        self.repair_status: Final = key("fastworker:repair", *of_stream)
+        """String: JSON of what the syncer last told: gaps, repairs, samples; for an hour."""
         self.unverified: Final = key("fastworker:unverified", *of_stream)
         """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
         (FASTWORKER_VERIFY)."""

@@ -60,6 +60,7 @@ def fastworker(*words: str, **env: str) -> subprocess.Popen[str]:
             "PYTHONPATH": str(ROOT),
             "FASTWORKER_HTTP_PORT": "off",
             "FASTWORKER_RESOLVE_HANDLES": "off",
+            "FASTWORKER_SYNC": "off",
             **env,
         },
         stdout=subprocess.PIPE,

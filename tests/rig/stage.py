@@ -216,6 +216,7 @@ class Stage:
             "RELAY_URL": str(urls["relay"]),
             "FASTWORKER_HTTP_PORT": "off",
             "FASTWORKER_RESOLVE_HANDLES": "off",
+            "FASTWORKER_SYNC": "off",
             **self._env,
         }
         self.redis = Redis.from_url(
