@@ -25,7 +25,8 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
-from fastworker.stream.keys import CURSOR, GROUP, STREAM
+from fastworker.stream.cluster import slot
+from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM
 from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 from fastworker.table.batch import Limits
@@ -190,7 +191,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             _REDIS,
             "Redis 6.2 or newer, or Valkey. `up` starts an embedded server when it is not set.",
             read=_redis_url,
-            allowed="redis://, rediss:// (TLS, verified), unix:// or redis+sentinel:// URL",
+            allowed="redis://, rediss:// (TLS, verified), unix://, redis+sentinel:// or redis+cluster:// URL",
             in_file="allowed",
         ),
     ] = "redis://localhost:6379"
@@ -727,7 +728,19 @@ def parse_config(environment: Mapping[str, str]) -> Config:
         if text := texts.get(variable.name, ""):
             values[variable.field] = _value(variable, text)
             given.add(variable.name)
+    if "+cluster://" in values.get("redis_url", ""):
+        _one_slot(values)
     return Config(**values, given=frozenset(given))
+
+
+def _one_slot(values: dict[str, Any]) -> None:
+    """On a Redis Cluster stream and cursor are on one node: their names have one hash tag."""
+    stream, cursor = (values.setdefault(*pair) for pair in zip(("stream_key", "cursor_key"), CLUSTERED, strict=True))
+    if "{" not in stream or slot(stream) != slot(cursor):
+        raise ConfigError(
+            f"On a Redis Cluster REDIS_STREAM_KEY={stream!r} and REDIS_CURSOR_KEY={cursor!r} need one hash tag, as in "
+            f"{CLUSTERED[0]} and {CLUSTERED[1]}"
+        )
 
 
 def remarks(environment: Mapping[str, str]) -> list[str]:

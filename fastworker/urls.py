@@ -196,13 +196,17 @@ _REDIS_USED: Final = re.compile(r"db|(sentinel_)?(username|password)|ssl_\w+")
 
 
 def redis(text: str) -> Server:
-    """`redis://`, `rediss://` (TLS), `unix://`, or either of the first two with `+sentinel` (stream/sentinel.py); those
-    of Valkey mean the same. ValueError says what is wrong."""
+    """`redis://`, `rediss://` (TLS), `unix://`, or either of the first two with `+sentinel` (stream/sentinel.py)
+    or `+cluster` (stream/cluster.py); those of Valkey mean the same. ValueError says what is wrong."""
     scheme, separator, rest = text.partition("://")
     scheme, plus, by = scheme.lower().partition("+")
     scheme = _REDIS_SCHEMES.get(scheme, scheme)
-    if not separator or scheme not in ("redis", "rediss", "unix") or (plus and (by != "sentinel" or scheme == "unix")):
-        raise ValueError("it must start with redis:// or rediss:// or unix:// or redis+sentinel://")
+    if (
+        not separator
+        or scheme not in ("redis", "rediss", "unix")
+        or (plus and (by not in ("sentinel", "cluster") or scheme == "unix"))
+    ):
+        raise ValueError("it must start with redis:// or rediss:// or unix:// or redis+sentinel:// or redis+cluster://")
     if re.search(r"\s", rest):
         raise ValueError("it contains white space")
     before, _, query = rest.partition("?")
@@ -210,10 +214,15 @@ def redis(text: str) -> Server:
     hosts = authority.rpartition("@")[2]
     if "#" in rest or "@" in path or ("@" in query and "@" not in authority) or "@" in query.partition("=")[0]:
         raise ValueError(f"its host cannot be read ({ENCODE})")
-    if plus:
+    if by == "sentinel":
         _sentinels(hosts, path)
+    elif by == "cluster":
+        for host in hosts.split(","):
+            _redis_place(host, "")
+        if path.strip("/0"):
+            raise ValueError("a cluster has no other database than 0")
     elif "," in hosts:
-        raise ValueError("it names several servers: name one, or Sentinels by redis+sentinel://")
+        raise ValueError("it names several servers: name one, or use redis+sentinel:// or redis+cluster://")
     elif scheme == "unix":
         if not path.strip("/"):
             raise ValueError("it names no socket path")

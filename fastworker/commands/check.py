@@ -93,7 +93,7 @@ def redis_role(server: Server) -> Iterator[Finding]:
     if server.role != "master":
         yield _fail("redis", "This is a replica: set REDIS_URL to the master.")
     if server.cluster:
-        yield _fail("redis", "Redis Cluster is not supported yet: use one server, with a replica if you like.")
+        yield _fail("redis", "This is a node of a Redis Cluster: set REDIS_URL to redis+cluster://host,host.")
 
 
 def redis_eviction(server: Server) -> Iterator[Finding]:

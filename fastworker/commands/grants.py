@@ -64,7 +64,7 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
         *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer", "xgroup|setid"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
-        *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember"),
+        *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember", "lrange"),
     ),
     "reader": (
         *_CONNECTION,

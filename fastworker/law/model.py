@@ -790,11 +790,7 @@ class Model:
             except Dropped as reason:
                 self.drops[event["seq"], index] = str(reason)
                 continue
-            if held.row is not None and held.table in NEW_USERS:
-                self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
-            key = (held.source.uri, held.source.rev is not None)
-            if key not in self._records or beats(held, self._records[key]):
-                self._records[key] = held
+            self._keep(held)
 
     def _snapshot(self, event: Event) -> None:
         """For every path of the repository one operation: an upsert of what it holds, a delete of what it lacks.
@@ -817,14 +813,16 @@ class Model:
                 held = self._read(told, 0, {"action": "create", "path": path, **one}, None)
             except Dropped:
                 continue
-            if held.table in UNTOUCHED:
-                continue
-            self._meet(did)
-            if held.row is not None and held.table in NEW_USERS:
-                self._meet(held.row[NEW_USERS[held.table]])
-            key = (held.source.uri, True)
-            if key not in self._records or beats(held, self._records[key]):
-                self._records[key] = held
+            if held.table not in UNTOUCHED:
+                self._meet(did)
+                self._keep(held)
+
+    def _keep(self, held: Held) -> None:
+        if held.row is not None and held.table in NEW_USERS:
+            self._meet(held.row[NEW_USERS[held.table]])  # even if this operation loses
+        key = (held.source.uri, held.source.rev is not None)
+        if key not in self._records or beats(held, self._records[key]):
+            self._records[key] = held
 
     def _read(self, event: Event, index: int, op: Row, entry_ms: int | None) -> Held:
         collection, slash, rkey = op["path"].partition("/")

@@ -71,7 +71,9 @@ async def run_monitor(
 
     `with_reader`: the reader is one of this supervisor's children, and readiness includes it.
     """
-    redis = connect(settings.redis_url, client_name="fastworker-monitor", max_connections=2)
+    redis = connect(
+        settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-monitor", max_connections=2
+    )
     admin = RedisAdmin(redis, settings.stream_key)
     try:
         await _WorkerMonitor(settings, http, heartbeats, admin, with_reader=with_reader).run(stop, on_ready)

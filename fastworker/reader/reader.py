@@ -87,7 +87,7 @@ class _Reader:
         self._outage = Outage("Redis")
         self._fallback_seq = fallback_seq
         self._on_tick = on_tick
-        self._redis = connect(settings.redis_url, client_name="fastworker-reader")
+        self._redis = connect(settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-reader")
         self._feed = Feed(
             self._redis,
             stream_key=settings.stream_key,

@@ -33,7 +33,7 @@ Start = int | Literal["live", "oldest"]
 async def begin_at(settings: Config, start: Start) -> None:
     """Raises Unreachable, and ConfigError while another reader is at work."""
     host, cursor = await _place(RelayAddress.parse(settings.relay_urls[0]), start)
-    redis = connect(settings.redis_url, client_name="fastworker-reader")
+    redis = connect(settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-reader")
     feed = Feed(
         redis, stream_key=settings.stream_key, cursor_key=settings.cursor_key, max_stream_len=settings.max_stream_len
     )

@@ -13,7 +13,7 @@ from typing import Final
 
 from fastworker.errors import StoreUnavailable
 from fastworker.store import statements as sql
-from fastworker.store.session import Connection
+from fastworker.store.session import KNOWS_FLOORS, Connection
 
 LOOK_S: Final = 0.005
 WAIT_S: Final = 120.0
@@ -45,4 +45,4 @@ async def _readers(db: Connection) -> set[str]:
 
 async def all_know_floors(db: Connection) -> bool:
     """Whether no worker of a release is connected that knows no floors."""
-    return not await db.fetchval(sql.WITHOUT_FLOORS)
+    return not await db.fetchval(sql.WITHOUT_FLOORS, KNOWS_FLOORS)

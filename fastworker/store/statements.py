@@ -176,12 +176,10 @@ FLOOR_READERS = (
     "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
 # Workers of a release that knows no floors: their sessions do not say that they do.
-KNOWS_FLOORS = 0x66777266  # class of the advisory lock that says it; "fwrf"
 WITHOUT_FLOORS = (
     "SELECT count(*) FROM pg_stat_activity AS a WHERE a.datname = current_database() "
     "AND a.application_name IN ('fastworker', 'fastworker-reapply') AND a.backend_start < now() - interval '2 seconds' "
-    "AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' "
-    f"AND l.classid = {KNOWS_FLOORS})"
+    "AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' AND l.classid = $1)"
 )
 FLOORS_PRUNE = (
     "DELETE FROM fastworker.floors AS f USING fastworker.horizon AS h WHERE f.written_at <= h.pruned_until "

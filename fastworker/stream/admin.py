@@ -20,7 +20,8 @@ from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translating
-from fastworker.stream.keys import METRICS, STATUS, Keys
+from fastworker.stream.cluster import SlotPool
+from fastworker.stream.keys import Keys
 from fastworker.stream.scripts import script
 
 STATUS_STALE_S: Final = 15.0
@@ -37,7 +38,7 @@ class Server(msgspec.Struct, frozen=True):
     version: str
     product: str  # redis or valkey
     role: str  # master or slave
-    cluster: bool
+    cluster: bool  # and REDIS_URL does not say so
     used_memory_bytes: int
     maxmemory_bytes: int  # 0: no limit
     machine_memory_bytes: int  # 0: not told
@@ -152,7 +153,7 @@ class RedisAdmin:
             version=str(info.get("valkey_version") or info.get("redis_version") or "0"),
             product="valkey" if "valkey_version" in info else "redis",
             role=str(info.get("role", "master")),
-            cluster=bool(info.get("cluster_enabled", 0)),
+            cluster=bool(info.get("cluster_enabled", 0)) and not isinstance(self._redis.connection_pool, SlotPool),
             used_memory_bytes=int(info.get("used_memory", 0)),
             maxmemory_bytes=int(info.get("maxmemory", 0)),
             machine_memory_bytes=int(info.get("total_system_memory", 0)),
@@ -304,7 +305,7 @@ class RedisAdmin:
 
     async def event_counts(self) -> dict[str, int]:
         """`cluster:metrics`: totalEvents, #commit, #identity, #account, errors."""
-        counts = await self._hash(METRICS)
+        counts = await self._hash(self._keys.metrics)
         return {field: int(value) for field, value in counts.items() if value.lstrip("-").isdigit()}
 
     async def reader_stats(self) -> dict[str, str]:
@@ -317,7 +318,7 @@ class RedisAdmin:
     async def reader_status(self) -> dict[str, Any]:
         """`firehose:status`, empty when no reader wrote it within ten seconds."""
         async with translating(self._redis):
-            text = await self._redis.get(STATUS)
+            text = await self._redis.get(self._keys.status)
         return cast("dict[str, Any]", msgspec.json.decode(text)) if text else {}
 
     async def gaps(self) -> int:
@@ -449,7 +450,7 @@ async def _settings(redis: Redis, *names: str) -> dict[str, str]:
 @asynccontextmanager
 async def open_redis(url: str, stream_key: str, *, client_name: str) -> AsyncIterator[RedisAdmin]:
     """Connect for the length of one command; Unreachable, in one sentence, when the server is not there now."""
-    redis = connect(url, client_name=client_name)
+    redis = connect(url, stream_key=stream_key, client_name=client_name)
     admin = RedisAdmin(redis, stream_key)
     try:
         try:

@@ -22,6 +22,8 @@ from redis.backoff import NoBackoff
 from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
 from fastworker.redact import redact
 from fastworker.stream.bounded import BoundedParser
+from fastworker.stream.cluster import SlotPool, slot_pool
+from fastworker.stream.keys import STREAM
 from fastworker.stream.sentinel import MasterPool, master_pool
 
 __all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
@@ -32,7 +34,8 @@ SOCKET_TIMEOUT_S: Final = 10.0
 HEALTH_CHECK_S: Final = 15.0
 """A connection that was idle for longer is pinged before it is used."""
 
-_SCHEMES: Final = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
+_KINDS: Final = ("sentinel", "cluster")  # of servers that one URL names together
+_SCHEMES: Final = ("redis://", "rediss://", "unix://", *(f"redis{s}+{kind}://" for s in ("", "s") for kind in _KINDS))
 
 # Error codes that pass by themselves or when the server is mended, and what they mean to an operator.
 _PASSING: Final = {
@@ -53,10 +56,11 @@ _PASSING: Final = {
 _LASTING: Final = {
     "NOPERM": "the user lacks a permission",
     "WRONGTYPE": "a key has the wrong type",
-    "MOVED": "Redis Cluster is not supported yet",
-    "ASK": "Redis Cluster is not supported yet",
-    "CROSSSLOT": "Redis Cluster is not supported yet",
+    "MOVED": "it is a node of a cluster, which REDIS_URL=redis+cluster://host,host means",
+    "ASK": "it is a node of a cluster, which REDIS_URL=redis+cluster://host,host means",
+    "CROSSSLOT": "it is a node of a cluster, which REDIS_URL=redis+cluster://host,host means",
 }
+_MOVING: Final = ("MOVED", "ASK")
 _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
     # The client strips the code from the messages of these classes.
     (exceptions.BusyLoadingError, "LOADING"),
@@ -81,18 +85,20 @@ _NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executin
 def connect(
     url: str,
     *,
+    stream_key: str = STREAM,
     client_name: str = "fastworker",
     socket_timeout: float = SOCKET_TIMEOUT_S,
     max_connections: int | None = None,
 ) -> Redis:
-    """A client for `redis://`, `rediss://` (verified), `unix://` or a master that Sentinel names; the first command
-    connects.
+    """A client for `redis://`, `rediss://` (verified), `unix://`, the master that Sentinel names, or the node of a
+    cluster that has `stream_key`; the first command connects.
 
     Replies are bytes, in the RESP2 shapes on every server. `max_connections` None: no ceiling.
     """
     if not url.startswith(_SCHEMES):
         raise ConfigError(
-            f"{redact(url)!r} is not a Redis URL: it must start with redis://, rediss://, unix:// or redis+sentinel://"
+            f"{redact(url)!r} is not a Redis URL: it must start with redis://, rediss://, unix://, "
+            "redis+sentinel:// or redis+cluster://"
         )
     options: dict[str, Any] = {
         "protocol": 2,
@@ -108,7 +114,12 @@ def connect(
     if max_connections is not None:
         options["max_connections"] = max_connections
     try:
-        pool = master_pool(url, options) if "+sentinel://" in url else ConnectionPool.from_url(url, **options)
+        if "+sentinel://" in url:
+            pool = master_pool(url, options)
+        elif "+cluster://" in url:
+            pool = slot_pool(url, stream_key, options)
+        else:
+            pool = ConnectionPool.from_url(url, **options)
     except (ValueError, TypeError):  # its text may quote a piece of the password
         raise ConfigError(f"{redact(url)!r} is not a Redis URL: its port or an option cannot be read") from None
     pool.connection_kwargs["decode_responses"] = False  # whatever the URL's options say
@@ -130,10 +141,21 @@ def error_code(error: exceptions.RedisError) -> str:
 def _place_of(redis: Redis) -> str:
     """Where the server is, without user and password."""
     pool = redis.connection_pool
-    if isinstance(pool, MasterPool):
+    if isinstance(pool, MasterPool | SlotPool):
         return pool.place
     told = pool.connection_kwargs
     return str(told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}")
+
+
+def _of_several(error: Exception, redis: Redis) -> Exception | None:
+    """What an error means where the server was to be found among several."""
+    pool = redis.connection_pool
+    if isinstance(pool, MasterPool | SlotPool):
+        if isinstance(error, MasterNotFoundError):
+            return StreamUnavailable(f"Redis at {pool.place}: {pool.nobody}")
+        if isinstance(error, exceptions.RedisError) and isinstance(pool, SlotPool) and error_code(error) in _MOVING:
+            return StreamUnavailable(f"Redis at {pool.place}: the slot moves to another node")
+    return None
 
 
 def translate(error: Exception, place: str = "") -> Exception:
@@ -149,8 +171,6 @@ def translate(error: Exception, place: str = "") -> Exception:
             f"this server lacks a command that is needed ({redact(str(error))[:60]}): REDIS_URL must name a Redis or "
             "Valkey, 6.2 or newer, not Sentinel's port (26379 as a rule) or a proxy"
         )
-    if isinstance(error, MasterNotFoundError):
-        return StreamUnavailable(f"Redis{at}: no Sentinel can be reached that knows a master of this name which is up")
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StreamUnavailable("Redis did not answer in time")
     if isinstance(error, RuntimeError):
@@ -166,7 +186,7 @@ def translate(error: Exception, place: str = "") -> Exception:
 async def translating(redis: Redis) -> AsyncIterator[None]:
     """Run Redis commands with their errors translated.
 
-    After READONLY the idle connections are closed, so that the next attempt finds the new master.
+    After READONLY or MOVED the idle connections are closed, so that the next attempt finds the new master.
     A cancellation that arrives while a command is sent is not lost: on Python 3.11 the client's
     `asyncio.wait_for` swallows it when the bytes have just left, and a loop of commands would go on for ever.
     """
@@ -182,9 +202,9 @@ async def translating(redis: Redis) -> AsyncIterator[None]:
             raise asyncio.CancelledError from error
         if isinstance(error, RuntimeError) and "handler is closed" not in str(error):  # uvloop's, of a lost socket
             raise
-        if isinstance(error, exceptions.RedisError) and error_code(error) == "READONLY":
+        if isinstance(error, exceptions.RedisError) and error_code(error) in ("READONLY", *_MOVING):
             await redis.connection_pool.disconnect(inuse_connections=False)
-        translated = translate(error, _place_of(redis))
+        translated = _of_several(error, redis) or translate(error, _place_of(redis))
         if translated is error:
             raise
         raise translated from error

@@ -24,7 +24,7 @@ from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.holding import Holding
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import GROUP, METRICS, STREAM, Keys
+from fastworker.stream.keys import GROUP, STREAM, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
@@ -244,7 +244,8 @@ class WorkerStream:
         Never beside an ack: what is acked meanwhile would be held for ever.
         """
         async with self._ending, self._group.translating():
-            found, _ = await self._read_piece(after, count)
+            piece: list[Any] = [self.group, self.name, after, count, READ_BYTES, min(self._count, STEP)]
+            found, _ = await self._read(keys=[self.stream_key], args=piece)
             if not found:
                 return [], None
             ghosts = [entry_id for entry_id, fields in found if not fields]
@@ -331,7 +332,7 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, METRICS, self._keys.held, self._keys.reads]
+        keys = [self.stream_key, self._keys.ledger, self._keys.metrics, self._keys.held, self._keys.reads]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._holding.let_go(ids)
@@ -347,7 +348,7 @@ class WorkerStream:
         `original_fields` is the way back.
         """
         own = self._keys
-        keys = [self.stream_key, own.ledger, METRICS, own.dead_letters, own.held, own.reads]
+        keys = [self.stream_key, own.ledger, self._keys.metrics, own.dead_letters, own.held, own.reads]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
@@ -381,13 +382,6 @@ class WorkerStream:
         sizes = [sum(map(len, fields.values())) for _, fields in entries]
         self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
-
-    async def _read_piece(self, after: str, count: int) -> tuple[list[Any], bool]:
-        """Up to `count` entries or READ_BYTES in one round trip, as they come; and whether there may be more."""
-        step = min(self._count, STEP)
-        args: list[Any] = [self.group, self.name, after, count, READ_BYTES, step]
-        found, more = await self._read(keys=[self.stream_key], args=args)
-        return found, bool(more)
 
     def _take_over(self, found: list[Any]) -> list[Entry]:
         if entries := _entries_of([[b"", found]]):

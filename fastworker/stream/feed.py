@@ -19,7 +19,7 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
-from fastworker.stream.keys import BROADCAST, GROUP, METRICS, RECENT, STATUS, Keys, stream_of
+from fastworker.stream.keys import BROADCAST, GROUP, Keys, stream_of
 from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
@@ -379,7 +379,7 @@ class Feed:
         async with translating(self._redis):
             try:
                 moved, ghosts = await self._set_aside_abandoned(
-                    keys=[self._stream, self._keys.ledger, METRICS, self._keys.dead_letters],
+                    keys=[self._stream, self._keys.ledger, self._keys.metrics, self._keys.dead_letters],
                     args=[
                         self._group,
                         abandoned_ms,
@@ -404,9 +404,9 @@ class Feed:
     ) -> None:
         """The dashboard's keys and this reader's figures, in one round trip."""
         pipe = self._redis.pipeline(transaction=False)
-        pipe.set(STATUS, status, ex=DASHBOARD_TTL_S)
+        pipe.set(self._keys.status, status, ex=DASHBOARD_TTL_S)
         if recent is not None:
-            pipe.set(RECENT, recent, ex=DASHBOARD_TTL_S)
+            pipe.set(self._keys.recent, recent, ex=DASHBOARD_TTL_S)
         for event in broadcast:
             pipe.publish(BROADCAST, event)
         if stats:

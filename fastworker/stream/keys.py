@@ -2,7 +2,7 @@
 
 The usual stream and the usual group have the keys as they are written here. Another stream, or another group, has its
 own: with its name behind a colon, as in `fastworker:ledger:staging:events`. All keys are used in scripts together, so
-Redis Cluster is not supported.
+on a Redis Cluster the stream's name has a hash tag, as in `{firehose}:events`: then all of its keys have it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,8 @@ GROUP: Final = "firehose-processors"
 CURSOR: Final = "firehose:python_cursor"
 """String: decimal seq up to which the reader has put events on the stream (`REDIS_CURSOR_KEY`)."""
 
-# One for a server: the API and the readers before ours know them by these names.
-METRICS: Final = "cluster:metrics"
-"""Hash: totalEvents, errors, and events by kind."""
-STATUS: Final = "firehose:status"
-"""String: JSON of what the reader does, for ten seconds."""
-RECENT: Final = "firehose:recent_events"
-"""String: JSON of the newest events, for ten seconds."""
+CLUSTERED: Final = ("{firehose}:events", "{firehose}:python_cursor")
+"""Stream and cursor on a Redis Cluster, unless others are named."""
 BROADCAST: Final = "firehose:events:broadcast"
 """Channel: JSON of some of the events."""
 _CURSOR_STREAM: Final = "fastworker:stream-of"
@@ -39,6 +34,14 @@ class Keys:
             return ":".join([name, *more])
 
         self.stream: Final = stream
+        # One for a server: the API and the readers before ours know them by these names.
+        tagged = [stream] if "{" in stream else []
+        self.metrics: Final = key("cluster:metrics", *tagged)
+        """Hash: totalEvents, errors, and events by kind."""
+        self.status: Final = key("firehose:status", *tagged)
+        """String: JSON of what the reader does, for ten seconds."""
+        self.recent: Final = key("firehose:recent_events", *tagged)
+        """String: JSON of the newest events, for ten seconds."""
         # Of the stream, the workers'
         self.ledger: Final = key("fastworker:ledger", *of_stream)
         """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>`

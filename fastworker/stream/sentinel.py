@@ -7,11 +7,11 @@ URL: `redis+sentinel://[user:password@]host[:26379],host,.../MASTER[/DATABASE]`;
 from __future__ import annotations
 
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import ConnectionPool
-from redis.asyncio.connection import parse_url
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+
+from fastworker.stream.places import split
 
 PORT: Final = 26_379
 ANSWER_S: Final = 1.0
@@ -23,6 +23,7 @@ class MasterPool(SentinelConnectionPool):
 
     sentinel_manager: Sentinel
     service_name: str
+    nobody: Final = "no Sentinel can be reached that knows a master of this name which is up"
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         await super().disconnect(inuse_connections)
@@ -38,23 +39,10 @@ class MasterPool(SentinelConnectionPool):
 
 def master_pool(url: str, options: dict[str, Any]) -> ConnectionPool:
     """Of a URL that urls.redis accepted. `options`: of each connection to a server. ValueError for a bad option."""
-    scheme, rest = url.split("+sentinel://", 1)
-    before, _, query = rest.partition("?")
-    authority, _, path = before.partition("/")
-    user, at, hosts = authority.rpartition("@")
-    master, _, database = path.partition("/")
-    told = dict(parse_url(f"{scheme}://{user}{at}sentinel/{database}?{query}"))
-    for name in ("host", "port", "connection_class"):
-        told.pop(name, None)
+    found = split(url, PORT)
+    told = found.options
     sentinels = {name.removeprefix("sentinel_"): told.pop(name) for name in list(told) if name.startswith("sentinel_")}
-    if scheme == "rediss":
-        told["ssl"] = sentinels["ssl"] = True
-        sentinels |= {name: value for name, value in told.items() if name.startswith("ssl_")}
+    sentinels |= {name: value for name, value in told.items() if name.startswith("ssl")}
     waits = {"socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S, "retry": options["retry"]}
-    manager = Sentinel(
-        [(place.hostname or "", place.port or PORT) for place in (urlsplit(f"//{host}") for host in hosts.split(","))],
-        sentinel_kwargs={"protocol": options["protocol"], **waits, **sentinels},
-    )
-    return MasterPool(  # type: ignore[no-untyped-call]
-        unquote(master), manager, **{**told, **options}
-    )
+    manager = Sentinel(found.hosts, sentinel_kwargs={"protocol": options["protocol"], **waits, **sentinels})
+    return MasterPool(found.name, manager, **{**told, **options})  # type: ignore[no-untyped-call]

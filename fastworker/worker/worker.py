@@ -92,7 +92,7 @@ def _worker_main(settings: Config, shared: Shared, slot: Slot) -> int:
 
 async def work(settings: Config, slot: Slot, stopping: asyncio.Event, *, shared: Shared | None = None) -> None:
     """Connect, lease, run until `stopping` and drained. Raises Unreachable where it cannot begin."""
-    redis = connect(settings.redis_url, client_name="fastworker-worker")
+    redis = connect(settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-worker")
     failover = Failover(redis, settings.stream_key, settings.group)
     try:
         try:

@@ -148,7 +148,7 @@ async def test_a_cluster(server_dir: Path, capsys: pytest.CaptureFixture[str]) -
             async with asyncio.timeout(60):
                 while (await redis.cluster("info"))["cluster_state"] != "ok":
                     await asyncio.sleep(0.05)
-            await House(redis, server.url, capsys).says("fail redis", "Redis Cluster is not supported")
+            await House(redis, server.url, capsys).says("fail redis", "set REDIS_URL to redis+cluster://")
 
 
 async def test_a_save_that_fails(server_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

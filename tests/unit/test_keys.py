@@ -7,12 +7,16 @@ import re
 from importlib import resources
 
 from fastworker.stream import admin, consumer, database, feed, skipped
-from fastworker.stream.keys import USUAL, Keys, stream_of
+from fastworker.stream.cluster import slot
+from fastworker.stream.keys import CLUSTERED, USUAL, Keys, stream_of
 from fastworker.stream.scripts import script
+
+FOR_ALL = {"cluster:metrics", "firehose:status", "firehose:recent_events"}
+"""Of the server: the API and the readers before ours know them by these names."""
 
 
 def names(keys: Keys) -> set[str]:
-    return {*vars(keys).values(), keys.consumer_lease("w-0"), keys.cursor_of("a.test")}
+    return {*vars(keys).values()} - FOR_ALL | {keys.consumer_lease("w-0"), keys.cursor_of("a.test")}
 
 
 def test_the_usual_stream_and_group() -> None:
@@ -56,6 +60,14 @@ def test_others_have_their_own() -> None:
     assert other.held == "fastworker:held:staging:events:mine"
     assert Keys(group="mine").consumers == "fastworker:consumers:mine"
     assert Keys(group="mine").ledger == USUAL.ledger
+    assert (other.metrics, other.status, other.recent) == (USUAL.metrics, USUAL.status, USUAL.recent)
+
+
+def test_on_a_cluster_all_keys_share_a_slot() -> None:
+    stream, cursor = CLUSTERED
+    keys = Keys(stream, "mine")
+    every = {*vars(keys).values(), keys.consumer_lease("w-0"), keys.cursor_of("a.test"), cursor, stream_of(cursor)}
+    assert {slot(key) for key in every} == {slot(stream)}
 
 
 def test_every_script_is_used_and_whole() -> None:

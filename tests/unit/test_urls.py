@@ -136,6 +136,7 @@ def test_where_it_leads(text: str, place: str) -> None:
         ("rediss://h?ssl_cert_reqs=CERT_NONE", "rediss://h?ssl_cert_reqs=none", ()),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1", ()),
         ("valkey+sentinel://u:p@a,b:1,c/main/2", "redis+sentinel://u:p@a,b:1,c/main/2", ()),
+        ("redis+cluster://u:p@a,b:1/0", "redis+cluster://u:p@a,b:1/0", ()),
         ("rediss+Sentinel://a/m?sentinel_password=x&hz=1", "rediss+sentinel://a/m?sentinel_password=x", ("hz",)),
     ],
 )
@@ -151,6 +152,8 @@ def test_redis(text: str, url: str, unused: tuple[str, ...]) -> None:
         ("redis+sentinel://h:26379/main/x", "number of a database"),
         ("redis+sentinel://h:26379,/main", "names no host"),
         ("unix+sentinel://h/main", "must start with redis://"),
+        ("redis+cluster://a,b/1", "no other database than 0"),
+        ("redis+cluster://a:1,,b", "names no host"),
         ("redis://a:1,b:2", "several servers"),
         ("redis://:p#w@h", "percent-encoded"),
         ("redis://u:12/w@h", "percent-encoded"),

@@ -1,0 +1,88 @@
+"""Redis Cluster: the keys of a stream share a hash tag, so one node has them. Which, is asked at each connection.
+
+URL: `redis+cluster://[user:password@]host[:6379],host,...`, any nodes; `rediss+cluster://` is TLS. The client library's
+cluster client is not used: it repeats commands by itself, which only their caller may do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
+from redis.crc import key_slot
+from redis.exceptions import RedisError
+
+from fastworker.stream.places import split
+
+PORT: Final = 6_379
+ANSWER_S: Final = 1.0
+"""That a node may take to say who has a slot: the next one is asked then."""
+
+Address = tuple[str, int]
+
+
+def slot(key: str) -> int:
+    """0 to 16383; of the hash tag, where the key has one (Redis Cluster specification, Hash tags)."""
+    return int(key_slot(key.encode()))
+
+
+class _Nodes:
+    """Who has a slot. What it learns of other nodes is kept: those of the URL may be gone one day."""
+
+    def __init__(self, seeds: list[Address], options: dict[str, Any]) -> None:
+        self._options = options
+        self._nodes = {seed: self._client(seed) for seed in seeds}
+
+    async def discover_master(self, key: str) -> Address:
+        """The master that has the key's slot. Raises MasterNotFoundError."""
+        wanted = slot(key)
+        for asked, client in list(self._nodes.items()):
+            try:
+                ranges: Any = await client.execute_command("CLUSTER SLOTS")
+            except (RedisError, OSError):
+                continue
+            self._nodes[asked] = self._nodes.pop(asked)  # the others are asked first when it fails
+            found = None
+            for first, last, *nodes in ranges:
+                addresses = [(node[0].decode() or asked[0], int(node[1])) for node in nodes]
+                for address in addresses:
+                    self._nodes.setdefault(address, self._client(address))
+                if first <= wanted <= last:
+                    found = addresses[0]
+            if found is not None:
+                return found
+        raise MasterNotFoundError(f"nobody has slot {wanted}")
+
+    async def aclose(self) -> None:
+        for client in self._nodes.values():
+            await client.aclose()
+
+    def _client(self, address: Address) -> Redis:
+        return Redis(host=address[0], port=address[1], **self._options)
+
+
+class SlotPool(SentinelConnectionPool):
+    """Connections to the node that has the stream's slot, as Sentinel's pool has them to the master."""
+
+    sentinel_manager: _Nodes
+    service_name: str
+    nobody: Final = "no node of the cluster can be reached that says who has it"
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            await self.sentinel_manager.aclose()
+
+    @property
+    def place(self) -> str:
+        address = f"{self.master_address[0]}:{self.master_address[1]}, " if self.master_address else ""
+        return f"{address}the node of the cluster that has {self.service_name}"
+
+
+def slot_pool(url: str, stream_key: str, options: dict[str, Any]) -> ConnectionPool:
+    """Of a URL that urls.redis accepted. `options`: of each connection. ValueError for a bad option of the URL."""
+    found = split(url, PORT)
+    waits = {"socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S, "retry": options["retry"]}
+    nodes = _Nodes(found.hosts, {"protocol": options["protocol"], **found.options, **waits})
+    return SlotPool(stream_key, nodes, **{**found.options, **options})  # type: ignore[no-untyped-call]
