@@ -19,6 +19,7 @@ from fastworker.config import Config
 from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
+from fastworker.stream.repairs import repairs_told
 from fastworker.sync.told import Mended, RepairStatus, TableTruth
 
 GAPS_SHOWN: Final = 3
@@ -271,7 +272,7 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         groups=groups,
         reader=await _reader(admin, config),
         workers=told_workers(await admin.statuses()),
-        repair=told_repairs(await admin.repairs_told()),
+        repair=told_repairs(await repairs_told(admin)),
     ), reading
 
 

@@ -43,6 +43,7 @@ from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.keys import Keys
 from fastworker.stream.letters import line_of
+from fastworker.stream.repairs import repairs_told
 from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class _WorkerMonitor:
             newest_letters=[line_of(*letter) for letter in letters],
             reader=left_in_redis(left),
             reader_age_s=max(0.0, time.time() - int(left.get("at") or 0) / 1000),
-            repair=told_repairs(await admin.repairs_told()),
+            repair=told_repairs(await repairs_told(admin)),
         )
         self._rates.add_length(self._reading.at, stream.length if stream else 0)
         if measure:

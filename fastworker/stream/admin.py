@@ -133,7 +133,7 @@ class RedisAdmin:
     def __init__(self, redis: Redis, stream_key: str) -> None:
         self.redis = self._redis = redis
         self._key = stream_key
-        self._keys = Keys(stream_key)
+        self.keys = self._keys = Keys(stream_key)
         self._retry = redis.register_script(script("retry"))
         self._append = redis.register_script(script("append_if_room"))
         self._forget = redis.register_script(script("forget"))
@@ -336,15 +336,6 @@ class RedisAdmin:
         """It is closed."""
         async with translating(self._redis):
             await self._redis.lrem(self._keys.gaps, 1, cast("str", text))
-
-    async def tell_repairs(self, text: bytes) -> None:
-        """What the syncer has to tell, for an hour."""
-        async with translating(self._redis):
-            await self._redis.set(self._keys.repair_status, text, ex=3_600)
-
-    async def repairs_told(self) -> bytes | None:
-        async with translating(self._redis):
-            return cast("bytes | None", await self._redis.get(self._keys.repair_status))
 
     async def recorded_repairs(self) -> dict[str, bytes]:
         """DIDs whose #sync the reader recorded here, with what it wrote (JSON form only)."""

@@ -19,6 +19,7 @@ from fastworker.process.backoff import Backoff, pause
 from fastworker.redact import redact
 from fastworker.store.repos import REPAIR, SAMPLE, Queue, Wanted, open_queue
 from fastworker.stream.admin import RedisAdmin, open_redis
+from fastworker.stream.repairs import repairs_told, tell_repairs
 from fastworker.sync.gaps import close_gaps, read_gaps
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import relay_of
@@ -205,15 +206,15 @@ async def _keep(scene: Scene, did: str, looked: Looked) -> None:
 
 
 async def _tell(admin: RedisAdmin, queue: Queue, resting: list[str]) -> None:
-    await admin.tell_repairs(msgspec.json.encode(await repair_status(queue, resting)))
+    await tell_repairs(admin, msgspec.json.encode(await repair_status(queue, resting)))
 
 
 async def _tell_error(config: Config, why: str) -> None:
     """PostgreSQL may be away: what was told last stays, with the reason."""
     try:
         async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-sync") as admin:
-            told = await admin.repairs_told()
+            told = await repairs_told(admin)
             if told is not None:
-                await admin.tell_repairs(msgspec.json.encode(msgspec.json.decode(told) | {"error": why[:300]}))
+                await tell_repairs(admin, msgspec.json.encode(msgspec.json.decode(told) | {"error": why[:300]}))
     except (Unreachable, StreamUnavailable):
         return

@@ -29,12 +29,13 @@ from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store import admin as postgres_admin
-from fastworker.store import routines, schema_admin
+from fastworker.store import repos, routines, schema_admin
 from fastworker.store import statements as sql
 from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
 from fastworker.stream import feed
 from fastworker.stream.scripts import script
+from fastworker.sync import gaps, syncer, tell
 from fastworker.table import derive
 from fastworker.table.schema import (
     DERIVED,
@@ -239,6 +240,9 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found = [
         text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
     ]
+    for module in (repos, gaps, tell, syncer):  # of the syncer
+        mine = [value for name, value in vars(module).items() if name.startswith("_") and isinstance(value, str)]
+        found += [text for text in mine if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)]
     found += [*sql.CIDS.values(), sql.recount(derive.FULL)]
     for table in TABLES:
         found += [make(table) for make in (sql.insert, sql.lock, sql.update, sql.delete, sql.absent)]

@@ -128,7 +128,7 @@ async def test_samples_say_how_true_the_tables_are(scene: Scene, worker: Service
         await until(some_repaired)
 
         async def is_told() -> bool:
-            return told(scene).get("samples", 0) >= 3
+            return bool(told(scene).get("samples", 0) >= 3)
 
         await until(is_told)
     finally:
