@@ -95,6 +95,7 @@ async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyn
         "at": 1,
     }
     scene.client.lpush("fastworker:gaps", json.dumps(gap))
+    scene.happen(50)
     await scene.finished()
     assert await scene.differences(pg) != "no difference"
     async with syncing(scene, relay_urls=(scene.sim.relay.url.replace("http", "ws"),)):
