@@ -70,6 +70,11 @@ GROUP_LAG = _gauge(
     "As lag_entries, for the 20 groups with the most; a group that does not read keeps the stream from being trimmed.",
     "group",
 )
+PARTITION_LAG = _gauge(
+    "partition_lag_entries",
+    "As lag_entries, by partition of the stream, where it has several; one alone: an account writes very much.",
+    "partition",
+)
 PENDING = _gauge("pending_entries", "Entries that a consumer of the group has read and not acknowledged yet.")
 PENDING_AGE = _gauge(
     "oldest_pending_seconds",
@@ -207,6 +212,7 @@ UP_METRICS: Final = METRICS
 
 OF_STREAM: Final = _READER_ONLY | {
     STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, STREAM_FULL_SECONDS, LAG_ENTRIES, LAG_SECONDS, GROUP_LAG,
+    PARTITION_LAG,
     PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED, GAPS_OPEN, REPAIRS_WAITING,
     REPAIR_OLDEST, REPAIRS_REFUSED, REPAIRS_MENDED, TRUTH, TRUTH_LOW, TRUTH_SAMPLES,
 }  # fmt: skip

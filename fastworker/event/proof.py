@@ -117,7 +117,7 @@ class Link(msgspec.Struct, frozen=True, gc=False):
 
 
 def read_link(payload: Mapping[str, Any], repo: str, rev: str) -> Link:
-    """Of a decoded `#commit` or `#sync` payload. Checks the commit block's hash, not its signature. Never raises."""
+    """Of a decoded `#commit` payload. Checks the commit block's hash, not its signature. Never raises."""
     since, before, data = payload.get("since"), payload.get("prevData"), None
     block = _commit_block(payload)
     if block is not None:
@@ -136,18 +136,19 @@ def read_link(payload: Mapping[str, Any], repo: str, rev: str) -> Link:
     )
 
 
-def _commit_block(payload: Mapping[str, Any]) -> bytes | None:
-    """The block that `commit` names (a `#sync` has no such member: the CAR's root), if the CAR holds it."""
-    car = payload.get("blocks")
-    if not isinstance(car, bytes):
+def read_sync(payload: Mapping[str, Any], did: str, rev: str) -> bytes | None:
+    """The tree's root in a decoded `#sync` payload, whose CAR has the commit as its root. Never raises."""
+    try:
+        commit, _ = read_header(payload["blocks"])
+    except (KeyError, TypeError, IndexError, ValueError):
         return None
-    cid = payload.get("commit")
-    if cid is None:
-        try:
-            cid, _ = read_header(car)
-        except (IndexError, ValueError):
-            return None
-    if not is_cid(cid):
+    return read_link({**payload, "commit": commit}, did, rev).data
+
+
+def _commit_block(payload: Mapping[str, Any]) -> bytes | None:
+    """The block that `commit` names, if the CAR holds it."""
+    car, cid = payload.get("blocks"), payload.get("commit")
+    if not isinstance(car, bytes) or not is_cid(cid):
         return None
     # Found without a walk: its length is before the CID, in two bytes as a rule. The hash says whether that was so.
     at = car.rfind(cid)

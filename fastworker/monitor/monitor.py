@@ -1,4 +1,4 @@
-"""The monitor: one small process (or task) that looks, so that those who work need not.
+"""The monitor: one small process that watches the workers, so that they need not.
 
 It reads the children's board and Redis every second, removes what every group has finished, logs the rate, answers
 HTTP, and leaves its findings in Redis for `fastworker status`. Readiness means progress: connected, fresh, and
@@ -55,8 +55,8 @@ MEASURE_EVERY: Final = 5
 STUCK_S: Final = 30.0
 """Liveness: a child's loop turns at least this often; the supervisor replaces it earlier."""
 LETTERS_SHOWN: Final = 5
-HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream")
-WORST: Final = ("oldest", "median", "99 %")
+HISTORY: Final = ("finished", "appended", "to be taken", "in work", "oldest", "median", "99 %", "stream", "age")
+WORST: Final = ("oldest", "median", "99 %", "age")
 
 
 async def run_monitor(
@@ -144,6 +144,7 @@ class _WorkerMonitor:
             group=settings.group,
             keep_s=settings.keep_s,
             max_stream_len=settings.max_stream_len,
+            partitions=(await admin.layout()).known,
         )
         self._trimmed += trimmed.trimmed
         measure = turn % MEASURE_EVERY == 0
@@ -199,7 +200,7 @@ class _WorkerMonitor:
         return [snapshot for snapshot in self._children() if snapshot.name.startswith("worker")]
 
     def _judge(self) -> None:
-        """Keep what rates and readiness are told by."""
+        """Keep samples for rates and readiness."""
         snapshots = self._heartbeats.snapshot()
         now = time.monotonic()
         reading = self._reading
@@ -238,7 +239,7 @@ class _WorkerMonitor:
         return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:
-        """Whatever does not hold, in a sentence each."""
+        """Each condition that does not hold, as a sentence."""
         return readiness(self._facts())
 
     def _facts(self) -> Facts:
@@ -267,7 +268,7 @@ class _WorkerMonitor:
 
     def _tell_of_outages(self) -> None:
         self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
-        if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
+        if self._error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
             return
         now, workers = now_ms(), self._workers()
         away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)
@@ -376,6 +377,9 @@ class _WorkerMonitor:
         }
         if not fresh:
             changes["appended"] = stands["stream"] = None
+        stats = reading.reader if fresh and reading is not None else None
+        event_at = stats.last_event_at if stats is not None else None
+        stands["age"] = None if event_at is None else max(0.0, time.time() - event_at)
         self._history.add(time.time(), changes | stands)
 
 

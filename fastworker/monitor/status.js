@@ -71,8 +71,10 @@ function showFigures(status) {
 
 // --- charts
 
-let history = [], chosen = 0;
+const SOON_S = 900; // a service that is younger is shown by ten minutes, until somebody chooses
+let history = [], chosen = 1, isChosen = false;
 const charts = new Map(); // title -> its elements and what it shows
+const pointsOf = (spec) => history[chosen]?.series[spec.lines[0] ?? spec.band?.[0]]?.length ?? 0;
 function chartOf(spec, explained) {
   let chart = charts.get(spec.title);
   if (chart) { chart.spec = spec; return chart; }
@@ -91,7 +93,7 @@ function chartOf(spec, explained) {
   box.setAttribute("role", "img");
   box.setAttribute("aria-describedby", tip.id);
   box.addEventListener("keydown", (event) => {
-    const points = history[chosen]?.series[spec.lines[0] ?? spec.band?.[0]]?.length ?? 0;
+    const points = pointsOf(spec);
     const step = { ArrowLeft: -1, ArrowRight: 1, Home: -points, End: points }[event.key];
     if (!step || !points) return;
     event.preventDefault();
@@ -99,7 +101,8 @@ function chartOf(spec, explained) {
     showChart(chart);
   });
   plot.addEventListener("pointermove", (event) => {
-    const area = svg.getBoundingClientRect(), points = WIDTH;
+    const area = svg.getBoundingClientRect(), points = pointsOf(spec);
+    if (!points) return;
     chart.at = Math.max(0, Math.min(points - 1, Math.round((event.clientX - area.left) / area.width * (points - 1))));
     showChart(chart);
   });
@@ -147,7 +150,7 @@ function showChart(chart) {
   // The newest point is the mean of a few seconds only, or still empty: then the one before it is the present.
   const shown = (points) => points[at] ?? (chart.at == null ? points[at - 1] : null);
   const words = spec.band ? [`${short(shown(series[0]))} to ${quantity(shown(series[1]), spec.unit)}`]
-    : series.map((points) => quantity(shown(points), spec.unit));
+    : series.map((points) => spec.unit === "entries" ? short(shown(points)) : quantity(shown(points), spec.unit));
   const time = chart.at == null ? "" : clock(when) + " ";
   chart.keys.forEach((key, n) => say(key, `${time}${chart.names[n]} ${words[n]}`));
   say(chart.top, known.length ? quantity(high, spec.unit) + (nearLimit && high === spec.limit ? ", the limit" : "") : "nothing yet");
@@ -223,8 +226,19 @@ function show(s) {
   if ($("why").textContent !== s.why.join("")) $("why").replaceChildren(...s.why.map((reason) => make("li", reason)));
   stale(s.age_s > s.stale_s ? `Redis has not answered for ${span(s.age_s)}: these figures are as old.` : "");
   for (const spec of s.charts) chartOf(spec, s.explained[spec.title]);
+  if (!isChosen && chosen !== (s.uptime_s < SOON_S ? 0 : 1)) choose(s.uptime_s < SOON_S ? 0 : 1);
   showFigures(s);
   showTables(s);
+}
+function withTenMinutes([hour, ...others]) { // the end of the hour
+  const series = Object.entries(hour.series).map(([name, points]) => [name, points.slice(-600 / hour.step_s)]);
+  return [{ ...hour, series: Object.fromEntries(series) }, hour, ...others];
+}
+function choose(span) {
+  chosen = span;
+  for (const chart of charts.values()) chart.at = null;
+  document.querySelector(`input[name=span][value="${span}"]`).checked = true;
+  for (const chart of charts.values()) showChart(chart);
 }
 async function ask(path) {
   const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(5000) });
@@ -235,7 +249,7 @@ let turn = 0;
 async function tick() {
   try {
     show(await ask("status.json"));
-    if (turn++ % HISTORY_EVERY === 0) history = await ask("history.json");
+    if (turn++ % HISTORY_EVERY === 0) history = withTenMinutes(await ask("history.json"));
     latest = Date.now();
     for (const chart of charts.values()) showChart(chart);
   } catch (error) {
@@ -247,5 +261,5 @@ async function tick() {
   say($("age"), latest ? "latest answer " + span((Date.now() - latest) / 1000) + " ago" : "no answer yet");
   setTimeout(tick, EVERY_MS);
 }
-$("spans").addEventListener("change", (event) => { chosen = Number(event.target.value); for (const chart of charts.values()) showChart(chart); });
+$("spans").addEventListener("change", (event) => { isChosen = true; choose(Number(event.target.value)); });
 tick();

@@ -105,7 +105,7 @@ class Chain:
         return verdict, None
 
     def replace(self, did: str, rev: str, data: bytes) -> None:
-        """A `#sync`: this is the state, however it came about."""
+        """After a `#sync`: take this as the state, whatever was known before."""
         tag = blake2b(did.encode(), digest_size=_TAG).digest()
         at = _HEADER + int.from_bytes(tag[:4], "big") % self._sets * _SET
         four = self._map[at : at + _SET]
@@ -117,7 +117,7 @@ class Chain:
             self._map[at + slot + _TAG : at + slot + _SLOT] = state
 
     def settled(self, breaks: list[Break]) -> None:
-        """Their repairs are on the way."""
+        """The repairs of these breaks are on the stream: their accounts go on from the newest state."""
         for tag, number in breaks:
             state, newest = self._held.get(tag, (b"", 0))
             if newest != number:
@@ -130,7 +130,7 @@ class Chain:
                 self._map[at + slot + _TAG : at + slot + _SLOT] = state
 
     def forget_breaks(self) -> None:
-        """What is on its way is thrown away, and comes again."""
+        """The outbox was thrown away: its breaks will be found again."""
         self._held.clear()
 
     def release_pages(self) -> None:

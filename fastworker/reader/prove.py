@@ -20,6 +20,9 @@ class KeysOf(Protocol):
     def key(self, did: str) -> str | None:
         """The account's multikey, empty where its document shows none; None: not known yet."""
 
+    def changed(self, did: str) -> None:
+        """It may be another one."""
+
 
 class Proof(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """`is_bad_commit`: there is no signature to check. `proved` None: all that was asked for is; else the paths of

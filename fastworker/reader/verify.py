@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +24,7 @@ import orjson
 from fastworker.config import Config
 from fastworker.errors import Reason
 from fastworker.event import Commit, Drop, Sync
-from fastworker.event.proof import Link, Verdict, read_link
+from fastworker.event.proof import Link, Verdict, read_link, read_sync
 from fastworker.reader.chain import Break, Chain
 from fastworker.reader.prove import KeysOf, Proof, prove
 from fastworker.reader.stats import ReaderStats
@@ -69,9 +68,9 @@ class Verifier:
 
     def sync(self, event: Sync, payload: Mapping[str, Any]) -> None:
         """Its repair is queued in any case; the next commit follows this state."""
-        link = read_link(payload, event.did, event.rev or "")
-        if link.data is not None and event.rev is not None and not self._is_future(event.rev):
-            self.chain.replace(event.did, event.rev, link.data)
+        root = read_sync(payload, event.did, event.rev or "")
+        if root is not None and event.rev is not None and not self._is_future(event.rev):
+            self.chain.replace(event.did, event.rev, root)
 
     def judge(self, chunk: Chunk, commit: Commit, link: Link, proof: Proof | None, data: bytes) -> None:
         verdict, broke = self._verdict(commit, link, proof)
@@ -89,7 +88,8 @@ class Verifier:
         # mutant: commits from the future
         if rev > self._latest and self._is_future(rev):
             return Verdict.FUTURE_REV, None
-        if proof is not None and not proof.is_signed and link.data is not None and not proof.is_bad_commit:
+        # mutant: commits that the account did not sign
+        if proof is not None and not proof.is_signed and not proof.is_bad_commit:
             return Verdict.BAD_SIGNATURE, None
         if (link.data is None or (proof is not None and proof.is_bad_commit)) and not link.is_too_big:
             return Verdict.BAD_COMMIT, None
@@ -110,51 +110,47 @@ class Verifier:
         if verdict is Verdict.BAD_SIGNATURE and self.aside < ASIDE_MAX:
             self.aside += 1
             chunk.unverified(commit.repo, data, commit.relay or "")
-            return
-        self._stats.verdicts[verdict] += 1
-        self.repair(chunk, commit, verdict)
-        if verdict is Verdict.BAD_SIGNATURE or verdict is Verdict.FUTURE_REV:
-            self.drop(verdict, commit)
-        elif proof is not None and proof.proved is not None:
-            self._deliver(chunk, only_proved(commit, proof.proved), None)
+        elif verdict is Verdict.BAD_SIGNATURE or verdict is Verdict.FUTURE_REV:
+            self.refuse(chunk, verdict, commit)
         else:
-            self._deliver(chunk, commit, data)
+            self._stats.verdicts[verdict] += 1
+            self._repair(chunk, verdict, commit)
+            # mutant: ops that nothing proves
+            if proof is not None and proof.proved is not None:
+                self._deliver(chunk, only_proved(commit, proof.proved), None)
+            else:
+                self._deliver(chunk, commit, data)
 
-    def repair(self, chunk: Chunk, commit: Commit, verdict: Verdict) -> None:
-        told = {"rev": commit.rev, "seq": commit.seq, "relay": commit.relay, "time": commit.time, "reason": verdict}
-        chunk.repair(commit.repo, orjson.dumps(told))
-
-    def drop(self, verdict: Verdict, commit: Commit) -> None:
-        """All of it; its repair is queued."""
+    def refuse(self, chunk: Chunk, verdict: Verdict, commit: Commit) -> None:
+        """Nothing of it is stored; the account's repair is queued."""
+        self._stats.verdicts[verdict] += 1
         self._stats.drops[Reason.BAD_SIGNATURE if verdict is Verdict.BAD_SIGNATURE else Reason.FUTURE_REV] += 1
+        self._repair(chunk, verdict, commit)
         now = time.monotonic()
         if now - self._told_at < TELL_S:
             return
         self._told_at = now
-        if verdict is Verdict.FUTURE_REV:
-            log.error(
-                "A commit of %s is from the future (revision %s) and is dropped, its repair is queued: if these are "
-                "many, is this machine's clock behind?", commit.repo, commit.rev,
-            )  # fmt: skip
+        if verdict is Verdict.BAD_SIGNATURE:
+            log.error("A commit of %s is not signed by the account and is dropped; its repair is queued", commit.repo)
         else:
-            log.error("A commit of %s is not signed by the account and is dropped, its repair is queued", commit.repo)
+            log.error(
+                "A commit of %s is from the future (revision %s) and is dropped; its repair is queued. If these are "
+                "many, is this machine's clock behind?",
+                commit.repo,
+                commit.rev,
+            )
+
+    def _repair(self, chunk: Chunk, verdict: Verdict, commit: Commit) -> None:
+        told = {"rev": commit.rev, "seq": commit.seq, "relay": commit.relay, "time": commit.time, "reason": verdict}
+        chunk.repair(commit.repo, orjson.dumps(told))
 
 
-@contextmanager
-def verifying(settings: Config, keys: KeysOf | None, stats: ReaderStats, deliver: Deliver) -> Iterator[Verifier | None]:
-    """None at level `off`. The chain is this process's while the block lasts."""
-    if settings.verify == "off":
-        yield None
-        return
-    path = None
-    if settings.home is not None:
-        stream = f"{redact(settings.redis_url)} {settings.stream_key}"
-        path = Path(settings.home).expanduser() / f"chain-{blake2b(stream.encode(), digest_size=6).hexdigest()}"
-    chain = Chain(path, settings.chain_bytes)
-    try:
-        yield Verifier(chain, keys, stats, deliver, full=False)
-    finally:
-        chain.close()
+def state_file(settings: Config, what: str) -> Path | None:
+    """Of this stream's reader, in FASTWORKER_HOME; None where that is not set."""
+    if settings.home is None:
+        return None
+    stream = f"{redact(settings.redis_url)} {settings.stream_key}"
+    return Path(settings.home).expanduser() / f"{what}-{blake2b(stream.encode(), digest_size=6).hexdigest()}"
 
 
 def only_proved(commit: Commit, proved: frozenset[str]) -> Commit:

@@ -164,7 +164,7 @@ class PublicResolver(AbstractResolver):
 
 
 class _Turns:
-    """What one host is asked, and when: bucket, slots, pauses."""
+    """The limits of requests to one host: token bucket, slots, pauses."""
 
     def __init__(self, rate: float, at_once: int) -> None:
         self.slots = asyncio.Semaphore(at_once)
@@ -277,7 +277,7 @@ class Hosts:
         await self._session.close()
 
     def share(self, turns: SharedTurns) -> None:
-        """From now on others ask the same hosts."""
+        """Share the counts of requests with other processes from now on."""
         self._shared = turns
 
     def origin(self, authority: str) -> str:
@@ -347,7 +347,7 @@ class Hosts:
             raise HostError(HostFault.BAD_ANSWER, url.authority, "a document of somebody else")
         return document
 
-    # How
+    # How it is asked
 
     async def _json(self, url: URL, kind: type[_T], bytes_max: int = JSON_BYTES_MAX) -> _T:
         body = await self._read(url, bytes_max)

@@ -19,11 +19,15 @@ from fastworker.event.entry import decode_entry
 from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.simulator.cbor import cid_of
+from fastworker.simulator.hosts import SimHosts
+from fastworker.simulator.keys import SigningKey
+from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
-from fastworker.simulator.repo import Clock, LiveClock, Repo, SimFrame, Write, tid
+from fastworker.simulator.repo import Clock, LiveClock, Repo, SimFrame, Write, identity_frame, tid
 
 DID = "did:plc:" + "a" * 24
 STREAM, REPAIRS, CURSOR = "firehose:events", "fastworker:repairs", "firehose:python_cursor"
+ASIDE = "fastworker:unverified"
 
 
 def like(number: int) -> dict[str, Any]:
@@ -251,3 +255,224 @@ async def test_off_costs_and_says_nothing(redis_url: str, redis: Redis, relay: S
     assert counted(stats) == {}
     assert await repairs(redis) == {}
     assert not list(tmp_path.iterdir())
+
+
+# What the account signed
+
+
+@pytest.fixture
+async def sim() -> AsyncIterator[SimHosts]:
+    async with SimHosts(Network(1, accounts=1, signed=True).world, count=1) as sim:
+        yield sim
+
+
+def shows(sim: SimHosts, did: str, key: SigningKey | None) -> None:
+    method = {"id": f"{did}#atproto", "type": "Multikey", "publicKeyMultibase": key.multikey if key else ""}
+    sim.documents[did] = {"id": did, "verificationMethod": [method] if key else []}
+
+
+def asked(sim: SimHosts, did: str = DID) -> int:
+    return sim.counts[f"/{did}"]
+
+
+def signing(sim: SimHosts, did: str = DID, *, name: str = "one") -> tuple[Repo, SigningKey]:
+    key = SigningKey(name)
+    shows(sim, did, key)
+    return Repo(did, LiveClock(), key=key), key
+
+
+async def known(stats: ReaderStats, relay: SimRelay, sim: SimHosts, repo: Repo) -> None:
+    """The account's key is at hand: a commit of it was verified."""
+    relay.emit(repo.commit([create(100_000)]))
+    await until(lambda: asked(sim, repo.did) > 0)
+    number = 100_001
+    async with asyncio.timeout(60):
+        while not stats.verdicts["ok"]:
+            relay.emit(repo.commit([create(number)]))
+            number += 1
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("level", ["signed", "full"])
+async def test_an_unknown_key_is_asked_for_beside_the_stream(
+    level: str, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts, tmp_path: Path
+) -> None:
+    repo, _ = signing(sim)
+    kept = {"verify": level, "plc_url": sim.directory.url, "home": str(tmp_path), "chain_bytes": 1 << 20}
+    async with reading(redis_url, relay, **kept) as stats:
+        first, second = repo.commit([create(1)]), repo.commit([create(2)])
+        relay.emit(first, second)
+        await until(lambda: stats.last_seq == second.seq)
+        assert counted(stats) == {"unverified": 2}
+        await known(stats, relay, sim, repo)
+    assert asked(sim) == 1
+    before = len(await commits(redis))
+    async with reading(redis_url, relay, **kept) as stats:  # the next process has kept it
+        relay.emit(repo.commit([create(3)]))
+        await until(lambda: stats.commits > 1 or stats.verdicts["ok"] == 1)
+    assert asked(sim) == 1
+    assert len(await commits(redis)) == before + 1
+    assert await repairs(redis) == {}
+
+
+@pytest.mark.parametrize("form", ["json", "native", "frame"])
+async def test_what_the_account_did_not_sign_is_set_aside_and_dropped(
+    form: str, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts
+) -> None:
+    repo, key = signing(sim)
+    async with reading(redis_url, relay, verify="signed", plc_url=sim.directory.url, stream_format=form) as stats:
+        await known(stats, relay, sim, repo)
+        before = asked(sim)
+        repo.key = SigningKey("a stranger")
+        forged = repo.commit([create(7)])
+        relay.emit(forged)
+        await until(lambda: stats.verdicts["bad_signature"] == 1 and stats.last_seq == forged.seq)
+        await until(lambda: not stats.outbox_items and not stats.unverified)
+        assert asked(sim) == before, "it was asked for within the hour"
+        assert stats.drops["bad_signature"] == 1
+        repo.key = key
+    assert "app.bsky.feed.like/" + create(7)[1].rpartition("/")[2] not in {
+        f"{op.collection}/{op.rkey}" for one in await commits(redis) for op in one.ops
+    }
+    told = (await repairs(redis))[DID]
+    assert (told["reason"], told["seq"]) == ("bad_signature", forged.seq)
+    assert await redis.xlen(ASIDE) == 0
+
+
+async def test_a_rotated_key(redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts, tmp_path: Path) -> None:
+    """The first commit that the new key signed waits until the directory was asked, and is on the stream then."""
+    repo, _ = signing(sim)
+    kept = {"verify": "full", "plc_url": sim.directory.url, "home": str(tmp_path), "chain_bytes": 1 << 20}
+    async with reading(redis_url, relay, **kept) as stats:
+        await known(stats, relay, sim, repo)
+    new = repo.key = SigningKey("another", "p256")
+    rotated = repo.commit([create(8)])
+    async with reading(redis_url, relay, **kept) as stats:  # a key of the file: it was not asked for within the hour
+        relay.emit(rotated)
+        await until(lambda: stats.last_seq == rotated.seq and stats.unverified == 1)
+        await until(lambda: asked(sim) == 2)
+        await until(lambda: stats.verdicts["bad_signature"] == 1)  # the directory shows the old one yet
+    shows(sim, DID, new)
+    again = repo.commit([create(9)])
+    async with reading(redis_url, relay, **kept) as stats:
+        relay.emit(again)
+        await until(lambda: stats.verdicts["ok"] + stats.verdicts["break"] == 1)
+    assert asked(sim) == 3
+    assert (await commits(redis))[-1].rev == again_rev(again)
+    assert await redis.xlen(ASIDE) == 0
+
+
+def again_rev(frame: SimFrame) -> str:
+    assert frame.event is not None
+    rev: str = frame.event["rev"]
+    return rev
+
+
+async def test_an_identity_event_makes_a_key_old(redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts) -> None:
+    repo, _ = signing(sim)
+    async with reading(redis_url, relay, verify="signed", plc_url=sim.directory.url) as stats:
+        await known(stats, relay, sim, repo)
+        new = SigningKey("another")
+        shows(sim, DID, new)
+        repo.key = new
+        relay.emit(identity_frame(repo.clock.tick(), DID, "a.test"))
+        await until(lambda: asked(sim) == 2)
+        before = stats.verdicts["ok"]
+        async with asyncio.timeout(60):
+            while stats.verdicts["ok"] == before:
+                relay.emit(repo.commit([create(stats.frames)]))
+                await asyncio.sleep(0.1)
+    assert stats.verdicts["bad_signature"] == 0
+    assert await redis.xlen(ASIDE) == 0
+
+
+async def test_while_the_directory_is_away_it_waits(
+    redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts, tmp_path: Path
+) -> None:
+    """Also over a restart: what waits is in Redis."""
+    repo, _ = signing(sim)
+    kept = {"verify": "signed", "plc_url": sim.directory.url, "home": str(tmp_path), "chain_bytes": 1 << 20}
+    async with reading(redis_url, relay, **kept) as stats:
+        await known(stats, relay, sim, repo)
+    new = repo.key = SigningKey("another")
+    shown, sim.documents[DID] = sim.documents[DID], 503
+    frame = repo.commit([create(8)])
+    async with reading(redis_url, relay, **kept) as stats:
+        relay.emit(frame)
+        await until(lambda: stats.unverified == 1 and asked(sim) == 2)
+    assert await redis.xlen(ASIDE) == 1
+    assert shown != sim.documents[DID]
+    shows(sim, DID, new)
+    async with reading(redis_url, relay, **kept) as stats:
+        await until(lambda: stats.verdicts["ok"] == 1)
+    assert (await commits(redis))[-1].rev == again_rev(frame)
+    assert await redis.xlen(ASIDE) == 0
+
+
+async def test_no_more_than_so_many_wait(
+    redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fastworker.reader.verify.ASIDE_MAX", 2)
+    repo, _ = signing(sim)
+    kept = {"verify": "signed", "plc_url": sim.directory.url, "home": str(tmp_path), "chain_bytes": 1 << 20}
+    async with reading(redis_url, relay, **kept) as stats:
+        await known(stats, relay, sim, repo)
+    sim.documents[DID] = 503
+    repo.key = SigningKey("a stranger")
+    frames = [repo.commit([create(number)]) for number in range(5)]
+    async with reading(redis_url, relay, **kept) as stats:
+        relay.emit(*frames)
+        await until(lambda: stats.last_seq == frames[-1].seq)
+    assert (stats.verdicts["bad_signature"], await redis.xlen(ASIDE)) == (3, 2)
+    assert DID in await repairs(redis)
+
+
+# What the tree says
+
+
+@pytest.mark.parametrize("form", ["json", "native", "frame"])
+async def test_ops_that_are_invented_are_dropped_and_hidden_ones_repaired(
+    form: str, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts
+) -> None:
+    repo, _ = signing(sim)
+    async with reading(redis_url, relay, verify="full", plc_url=sim.directory.url, stream_format=form) as stats:
+        await known(stats, relay, sim, repo)
+        before = len(await commits(redis))
+        hides = repo.commit([create(21), create(22)])
+        ops = libipld.decode_dag_cbor_multi(hides.data)[1]["ops"]
+        relay.emit(changed(hides, ops=ops[:1]))
+        await until(lambda: stats.verdicts["inversion"] == 1)
+        invents = repo.commit([create(23), create(24)])
+        ops = libipld.decode_dag_cbor_multi(invents.data)[1]["ops"]
+        gone = {"action": "delete", "path": create(23)[1], "cid": None, "prev": ops[0]["cid"]}
+        relay.emit(changed(invents, ops=[gone, ops[1]]))
+        await until(lambda: stats.verdicts["inversion"] == 2 and stats.last_seq == invents.seq)
+    first, second = (await commits(redis))[before:]
+    assert ([op.rkey for op in first.ops], first.drops) == ([create(21)[1].rpartition("/")[2]], [])
+    assert [op.rkey for op in second.ops] == [create(24)[1].rpartition("/")[2]]
+    assert [drop.reason for drop in second.drops] == ["unproved_op"]
+    assert (await repairs(redis))[DID]["reason"] == "inversion"
+
+
+@pytest.mark.parametrize("level", ["chain", "signed", "full"])
+@pytest.mark.parametrize("how", ["too big", "another's"])
+async def test_ops_without_a_signed_commit(
+    how: str, level: str, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts
+) -> None:
+    """Whoever can send a delete without a proof could empty an account."""
+    repo, _ = signing(sim)
+    async with reading(redis_url, relay, verify=level, plc_url=sim.directory.url) as stats:
+        if level == "chain":
+            relay.emit(repo.commit([create(1)]), repo.commit([create(2)]))
+            await until(lambda: stats.verdicts["ok"] == 1)
+        else:
+            await known(stats, relay, sim, repo)
+        frame = repo.commit([("delete", create(100_000)[1], None)])
+        odd = {"tooBig": True, "blocks": b""} if how == "too big" else {"rev": tid(repo.clock.now_us + 1)}
+        relay.emit(changed(frame, **odd))
+        await until(lambda: stats.last_seq == frame.seq)
+    verdict = "break" if how == "too big" else "bad_commit"
+    assert stats.verdicts[verdict] == 1
+    (last,) = (await commits(redis))[-1:]
+    assert (len(last.ops), len(last.drops)) == ((1, 0) if level == "chain" else (0, 1))
+    assert (await repairs(redis))[DID]["reason"] == verdict

@@ -3,99 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
-import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 import redis
 
+from tests.rig.browser import CARD, Browser, browsing, chromium
 from tests.services import ROOT, Service, until
 
 RATE = 60
 SIZES = {"wall": (1920, 1080), "laptop": (1280, 800), "phone": (390, 844)}
-CHARTS = ["Events", "Latency", "Not finished", "Oldest unfinished", "Stream"]
-CARD = "[...document.querySelectorAll('dl div')].find(d => d.querySelector('dt').textContent === {!r})"
-
-
-class Browser:
-    """One tab of headless Chromium, driven over its debugging socket."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._socket = socket
-        self._ids = itertools.count(1)
-        self.complaints: list[str] = []
-
-    async def send(self, method: str, **params: Any) -> Any:
-        number = next(self._ids)
-        await self._socket.send_json({"id": number, "method": method, "params": params})
-        async with asyncio.timeout(60):
-            while True:
-                said = await self._socket.receive_json()
-                if said.get("method") in {"Runtime.exceptionThrown", "Log.entryAdded"}:
-                    self.complaints.append(json.dumps(said["params"]))
-                if said.get("id") == number:
-                    assert "error" not in said, said
-                    return said["result"]
-
-    async def value(self, expression: str) -> Any:
-        result = await self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    async def card(self, title: str) -> str:
-        text: str = await self.value(f"{CARD.format(title)}.querySelector('dd').textContent.trim()")
-        return text
-
-    async def number(self, title: str) -> float:
-        """-1: it is not known yet."""
-        shown = await self.card(title)
-        return -1.0 if shown.startswith("unknown") else float(shown.split()[0].replace(",", ""))
-
-    async def shoot(self, path: Path) -> None:
-        shot = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
+CHARTS = ["Events", "Latency", "Not finished", "Oldest unfinished", "Stream", "Cursor's age"]
 
 
 @pytest.fixture
 async def browser(tmp_path: Path) -> AsyncIterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    program = chromium()
+    if program is None:
         pytest.skip("chromium is not there: apt-get install chromium")
-    profile = tmp_path / "profile"
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
-    process = subprocess.Popen(
-        [chromium, *flags, f"--user-data-dir={profile}", "about:blank"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        told = profile / "DevToolsActivePort"
-        async with asyncio.timeout(60):
-            while not told.exists() or not told.read_text().strip():
-                assert process.poll() is None
-                await asyncio.sleep(0.1)
-        port = told.read_text().split()[0]
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                [tab] = [one for one in await answer.json() if one["type"] == "page"]
-            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                made = Browser(socket)
-                for domain in ("Runtime", "Log", "Page"):
-                    await made.send(f"{domain}.enable")
-                await made.send("Emulation.setFocusEmulationEnabled", enabled=True)
-                yield made
-    finally:
-        process.terminate()
-        process.wait(30)
+    async with browsing(program, tmp_path / "profile") as made:
+        yield made
 
 
 @pytest.mark.timeout(300)
@@ -142,11 +76,7 @@ async def test_the_status_page(
     await assert_it_explains_itself(browser)
     await assert_it_remembers(browser, port)
     for dark, (name, (width, height)) in itertools.product((False, True), SIZES.items()):
-        await browser.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        await browser.send("Emulation.setEmulatedMedia", features=[scheme])
+        await browser.look_like(width, height, dark=dark)
         assert await browser.value("document.documentElement.scrollWidth") <= width, "nothing is cut"
         cut = (
             "[...document.querySelectorAll('td, dd, figcaption')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
@@ -198,7 +128,8 @@ async def assert_it_remembers(browser: Browser, port: int) -> None:
     for key in ("ArrowLeft", "Home", "End"):
         await browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
     assert re.match(r"Events, \d\d:\d\d", await browser.value(label)), "the arrow keys go through time"
-    await browser.value("document.querySelector('input[name=span][value=\"1\"]').click()")
+    assert await browser.value("document.querySelector('input[name=span]:checked').value") == "0", "it is young"
+    await browser.value("document.querySelector('input[name=span][value=\"2\"]').click()")
     async with asyncio.timeout(60):
         while await browser.value(lines) < 6:
             await asyncio.sleep(0.2)

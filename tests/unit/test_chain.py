@@ -11,7 +11,7 @@ from typing import Any
 import libipld
 import pytest
 
-from fastworker.event.proof import Link, Verdict, read_link
+from fastworker.event.proof import Link, Verdict, read_link, read_sync
 from fastworker.reader import chain as chain_module
 from fastworker.reader.chain import Chain
 from fastworker.simulator.cbor import cid_of
@@ -208,7 +208,8 @@ def test_what_a_message_says_of_its_place() -> None:
     assert (found.since, found.before) == (before, read_link(first, DID, first["rev"]).data)
     assert found.data is not None
     sync = payload_of(repo.sync().data)
-    assert read_link(sync, DID, sync["rev"]).data == found.data
+    assert read_sync(sync, DID, sync["rev"]) == found.data
+    assert read_sync(sync, OTHER, sync["rev"]) is None
     assert read_link(second, OTHER, second["rev"]).data is None
     assert read_link(second, DID, first["rev"]).data is None
     assert read_link({**second, "blocks": b""}, DID, second["rev"]).data is None
@@ -219,6 +220,8 @@ def test_what_a_message_says_of_its_place() -> None:
     for odd in (None, 5, b"", "x", [], {}):
         found = read_link(dict.fromkeys(("blocks", "commit", "since", "prevData", "tooBig"), odd), DID, "x")
         assert found.data is None
+        assert read_sync({"blocks": odd}, DID, "x") is None
+    assert read_sync({}, DID, "x") is None
 
 
 def payload_of(frame: bytes) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Verdicts of single commits at the level `full`: what is covered by signature, tree or chain cannot change unseen."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from fastworker.errors import InvalidEvent
+from fastworker.event import Commit
+from fastworker.event.frame import open_frame, read_frame
+from fastworker.event.recording import FramesFile
+from fastworker.reader.chain import Chain
+from fastworker.reader.stats import ReaderStats
+from fastworker.reader.verify import Verifier, only_proved
+from fastworker.simulator.keys import SigningKey
+from fastworker.simulator.repo import Clock, Repo, Write, tid
+from fastworker.stream.feed import Chunk
+from fastworker.sync.keys import multikey_of
+
+DID = "did:plc:" + "a" * 24
+
+
+class Known(dict[str, str]):
+    """Keys by DID."""
+
+    def key(self, did: str) -> str | None:
+        return self.get(did)
+
+    def changed(self, did: str) -> None:
+        pass
+
+
+def verdict(frame: bytes, keys: Known, *, since: str, before: bytes) -> str | None:
+    """At level `full`, after that state; None where it is no commit at all."""
+    try:
+        header, payload = open_frame(frame)
+        commit = read_frame(header, payload, "relay.test")
+    except InvalidEvent:
+        return None
+    if not isinstance(commit, Commit):
+        return None
+    chain = Chain(None, 1 << 16)
+    for did in keys:
+        chain.replace(did, since, before)
+    stats = ReaderStats()
+    Verifier(chain, keys, stats, lambda *_: None, full=True).put(Chunk(), commit, payload, frame)
+    chain.close()
+    return next((name for name, count in stats.verdicts.items() if count), "aside")
+
+
+def said(payload: dict[str, Any]) -> tuple[Any, ...]:
+    """What a commit says, less `seq` and `time`, which nothing covers. A member that is absent is as good as null."""
+    ops = [tuple(op.get(name) for name in ("action", "path", "cid", "prev")) for op in payload["ops"]]
+    return ops, *(payload.get(name) for name in ("repo", "rev", "commit", "blocks", "prevData", "since"))
+
+
+def flipped(frame: bytes, positions: list[int], chance: random.Random) -> list[bytes]:
+    found = []
+    for position in positions:
+        changed = bytearray(frame)
+        changed[position] ^= 1 << chance.randrange(8)
+        found.append(bytes(changed))
+    return found
+
+
+def like(number: int) -> dict[str, Any]:
+    subject = {"uri": f"at://{DID}/app.bsky.feed.post/{number}", "cid": "bafyreid"}
+    return {"$type": "app.bsky.feed.like", "subject": subject, "createdAt": "2026-07-04T00:00:00Z"}
+
+
+def path(number: int) -> str:
+    return f"app.bsky.feed.like/{tid(1_780_000_000_000_000 + number)}"
+
+
+def test_no_flipped_bit_is_ever_ok() -> None:
+    chance = random.Random(1)
+    key = SigningKey("one")
+    repo = Repo(DID, Clock(), key=key)
+    repo.commit([("create", path(number), like(number)) for number in range(60)])
+    writes: list[Write] = [("create", path(900), like(1)), ("update", path(7), like(99)), ("delete", path(8), None)]
+    frame = repo.commit(writes).data
+    payload = open_frame(frame)[1]
+    state = {"since": payload["since"], "before": payload["prevData"]}
+    assert verdict(frame, Known({DID: key.multikey}), **state) == "ok"
+    seen: Counter[str | None] = Counter()
+    for changed in flipped(frame, list(range(len(frame))), chance):
+        found = verdict(changed, Known({DID: key.multikey}), **state)
+        seen[found] += 1
+        if found == "ok":
+            assert said(open_frame(changed)[1]) == said(payload)
+    assert seen["ok"] < 100, "seq, time and the empty lists"
+    assert min(seen[name] for name in ("inversion", "bad_commit", "break")) > 0, seen
+    assert seen["legacy"] <= 8 * len(b"prevData"), "its name is another one: as a host of before sync 1.1 says it"
+
+
+@pytest.mark.real_data
+def test_every_real_commit_is_ok_and_no_changed_one_is(real_data: Path, tmp_path: Path) -> None:
+    def unpacked(name: str) -> bytes:
+        return zstandard.ZstdDecompressor().decompressobj().decompress((real_data / "frames" / name).read_bytes())
+
+    (tmp_path / "frames").write_bytes(unpacked("frames.bin.zst"))
+    documents = json.loads(unpacked("did_docs.json.zst"))
+    chance = random.Random(2)
+    seen: Counter[str | None] = Counter()
+    proved = 0
+    for frame in FramesFile(tmp_path / "frames", little_endian=True):
+        header, payload = open_frame(frame)
+        if header["t"] != "#commit":
+            continue
+        keys = Known({payload["repo"]: multikey_of(documents[payload["repo"]]) or ""})
+        state = {"since": payload["since"], "before": payload["prevData"]}
+        assert verdict(frame, keys, **state) == "ok"
+        proved += 1
+        for changed in flipped(frame, chance.sample(range(len(frame)), 40), chance):
+            found = verdict(changed, keys, **state)
+            seen[found] += 1
+            if found == "ok":
+                assert said(open_frame(changed)[1]) == said(payload)
+    assert proved == 148
+    assert seen["ok"] < 148 * 3
+
+
+def test_what_is_not_proved_becomes_a_drop() -> None:
+    frame = Repo(DID, Clock()).commit([("create", path(1), like(1)), ("create", path(2), like(2))]).data
+    commit = read_frame(*open_frame(frame))
+    assert isinstance(commit, Commit)
+    left = only_proved(commit, frozenset((path(2),)))
+    assert [op.rkey for op in left.ops] == [path(2).rpartition("/")[2]]
+    assert [(drop.reason, drop.detail) for drop in left.drops] == [("unproved_op", path(1))]
+    assert only_proved(commit, frozenset()).ops == []
