@@ -17,11 +17,11 @@ from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store.repos import EVERYBODY, Queue
 from fastworker.sync.choice import REASON, Choice, feed_of
 from fastworker.sync.many import Scene, Work, settle_all
-from fastworker.sync.settle import Report
+from fastworker.sync.settle import Report, unless_stopped
 
 log = logging.getLogger(__name__)
 
-TURN_S: Final = 300.0
+TURN_S: Final = 60.0
 """Of history at a time; then repairs and samples have theirs."""
 TRIES: Final = 5
 _ASK: Final = """
@@ -83,6 +83,10 @@ async def fetch_some(scene: Scene, report: Report, stop: asyncio.Event) -> None:
     if not row["is_fed"]:
         log.info("History begins: %s", row["asked"])
         feed = _fed(scene, feed_of(scene, choice, report))
+        if not choice.follows_of:  # they are only put into the queue
+            if not await unless_stopped(_awaited(feed), stop):
+                return
+            feed = None
     turn = asyncio.Event()
     ending = asyncio.create_task(_end_turn(stop, turn))
     try:
@@ -105,6 +109,10 @@ def _fed(scene: Scene, everybody: Callable[[], Awaitable[None]]) -> Callable[[],
         await scene.queue.execute("UPDATE fastworker.backfill SET fed_at = now()")
 
     return feed
+
+
+async def _awaited(feed: Callable[[], Awaitable[None]]) -> None:
+    await feed()
 
 
 async def _end_turn(stop: asyncio.Event, turn: asyncio.Event) -> None:
