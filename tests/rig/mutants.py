@@ -67,6 +67,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
 )
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 FAULTS = "tests/faults/test_postgres_faults.py"
+CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
@@ -134,8 +135,8 @@ MUTANTS = [
     _mutant("context without its like", _RECOMPUTE, LAW, "p.root_uri)", "p.uri)"),
     _mutant("gate flags mixed up", _RECOMPUTE, LAW, "'thread') AS post", "'post') AS post"),
     _mutant("empty aggregates stay", _RECOMPUTE, LAW, "AND false;"),
-    _mutant("no crowd bound", "fastworker/store/look.py", FAULTS, "if crowded := []:"),
-    _mutant("a crowd at once", "fastworker/store/joined.py", FAULTS, "crowded = set()"),
+    _mutant("no crowd bound", "fastworker/store/look.py", CROWDS, "if crowded := []:"),
+    _mutant("a crowd at once", "fastworker/store/joined.py", CROWDS, "crowded = set()"),
     # accounts, relays, handles
     _mutant("deleted accounts not looked at", "fastworker/store/look.py", BUGS, "False", "is_gone(change.rev, change.seq, *gone)"),
     _mutant("purge never begins", _STATEMENTS, LAW, "", ", purge_pending = true, purged_at = NULL"),
