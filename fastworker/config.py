@@ -85,7 +85,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _collections(text: str) -> tuple[str, ...]:
+def read_collections(text: str) -> tuple[str, ...]:
     words = _words(text)
     for word in words:
         if not re.fullmatch(r"\*|[a-zA-Z*][a-zA-Z0-9*-]*(\.[a-zA-Z0-9*-]+)+", word):
@@ -467,7 +467,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             "worker up repair backfill sample import compare",
             "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
             "of accounts and handles are never left out. After widening it, see docs/history.md.",
-            read=_collections,
+            read=read_collections,
             allowed="NSIDs, in which * stands for anything, comma-separated",
             default="all",
         ),
@@ -525,7 +525,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_CRASHPOINT",
-            "worker up migrate",
+            "worker up migrate backfill import",
             "For tests: a named place at which a process kills itself.",
             allowed="a name, or name:n for the n-th time",
             default="none",

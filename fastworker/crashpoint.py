@@ -48,6 +48,16 @@ class Step(StrEnum):
     """The migration's transaction rolls back; the next `fastworker migrate` runs it again, whole."""
     IN_ACCOUNT_DELETION = "in_account_deletion"
     """Some of the account's records are gone; `purge_pending` is still set: the next purge goes on."""
+    BULK_STAGING = "bulk_staging"
+    """Repositories are claimed and their rows copied, not committed. PostgreSQL rolls back; they are staged again."""
+    BULK_HELD = "bulk_held"
+    """Nobody else may write. The same command goes on loading; until then live events wait on the stream."""
+    BULK_IN_STEP = "bulk_in_step"
+    """A table is loaded and its indexes are built, not committed. PostgreSQL rolls back: it is as it was before."""
+    BULK_AFTER_STEP = "bulk_after_step"
+    """A table is loaded and that is recorded. The same command goes on with the next one."""
+    BULK_RELEASED = "bulk_released"
+    """All is loaded, everybody may write. The same command settles what is left, one by one."""
 
 
 _armed: Step | None = None

@@ -231,12 +231,14 @@ def _profiles(where: Where, _: frozenset[str]) -> str:
 def _handles(where: Where, _: frozenset[str]) -> str:
     """A users row whose handle is neither what its host claims nor verified, or that another one shows as well.
 
-    A claim that was never to be verified is shown (the resolver is off), unless another one has it.
+    A claim that was never to be verified is shown (the resolver is off), unless another one has it. What an older
+    worker showed may be in capitals, and counts as verified at -infinity: with the resolver off a claim is newer.
     """
     return _compare(
         "handle",
         "SELECT i.did AS k1, i.did AS target, CASE WHEN CASE WHEN u.handle = 'handle.invalid' THEN "
-        "w.handle IS NULL OR EXISTS (SELECT 1 FROM public.users AS o WHERE o.handle = w.handle) "
+        "w.handle IS NULL OR EXISTS (SELECT 1 FROM public.users AS o WHERE o.handle IN (lower(w.handle), "
+        "CASE WHEN i.verified_at = '-infinity' THEN i.handle END)) "
         "ELSE coalesce(u.handle IN (i.handle, i.verified_handle), false) AND NOT EXISTS ("
         "SELECT 1 FROM public.users AS o WHERE o.handle = u.handle AND o.did <> u.did) END THEN u.handle "
         "ELSE coalesce(w.handle, 'handle.invalid') END AS handle FROM fastworker.identities AS i "

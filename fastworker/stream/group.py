@@ -71,11 +71,9 @@ class Group:
             if id_order(finished) <= id_order(info["last-generated-id"].decode()):
                 start = finished
         known = "-".join(f"{part:020}" for part in id_order(start))
-        try:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
-                pipe.set(self._given, f"{known} 0 {known}")
-                await pipe.execute()
-        except ResponseError as error:
-            if error_code(error) != "BUSYGROUP":
-                raise
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
+            pipe.set(self._given, f"{known} 0 {known}")
+            made, _ = await pipe.execute(raise_on_error=False)
+        if isinstance(made, ResponseError) and error_code(made) != "BUSYGROUP":
+            raise made

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from typing import Protocol
 
 from fastworker.edge.tracing import OpenSpan, no_span
@@ -94,7 +93,7 @@ class Pipeline:
         self._writing: Held | None = None
         self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
         self._flush_at = 0.0  # when the latest flush began
-        self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
+        self._marks: list[tuple[str, int | None]] = []
 
     # --- what others look at
 
@@ -147,6 +146,7 @@ class Pipeline:
         newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
         if newest is not None:
             self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0], sessions)
+            self._marks = [mark for mark in self._marks if id_order(mark[0]) > id_order(newest[0])]
 
     def follow(self, rules: EntryRules) -> None:
         """Rules for the entries that are read from now on."""
@@ -259,6 +259,8 @@ class Pipeline:
         if taken:
             self._slot.add(read=taken)
             if filling.mark is not None:
+                if len(self._marks) >= MARKS_MAX:
+                    del self._marks[1::2]  # the oldest stays: the group may come to it only after others came
                 self._marks.append(filling.mark)
                 self.told = filling.told or self.told
 

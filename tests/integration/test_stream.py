@@ -566,3 +566,11 @@ async def test_what_was_skipped_and_trimmed_is_told_to_the_reader(redis: Any) ->
     await stream.give_skipped()  # a worker leaves it to the reader
     assert await give_skipped(redis, USUAL, GROUP, who="reader")
     assert await pending(redis) == 0
+
+
+async def test_a_group_that_two_make_at_once_is_made_once(redis: Any) -> None:
+    streams = [WorkerStream(redis, consumer_id="w") for _ in range(8)]
+    for _ in range(5):
+        await redis.flushall()
+        await asyncio.gather(*(stream.acquire() for stream in streams))
+        assert len(await redis.xinfo_groups(KEY)) == 1

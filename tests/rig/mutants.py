@@ -66,6 +66,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
+_BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS = "tests/faults/test_postgres_faults.py"
 CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
@@ -170,6 +171,24 @@ MUTANTS = [
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
+    # parts of repositories
+    _mutant("days ignored", "fastworker/table/chosen.py", "tests/integration/test_settle.py", "return True"),
+    _mutant(
+        "a partial snapshot deletes what it did not look at",
+        "fastworker/sync/settle.py",
+        "tests/integration/test_settle.py",
+        "return not is_left_out(collection)",
+    ),
+    # bulk loads
+    _mutant(
+        "bulk loses an index",
+        _BULK,
+        OF_BULK,
+        "await build(connection, self.table, indexes[:-1])",
+        "await build(connection, self.table, indexes)",
+    ),
+    _mutant("bulk loads what is known", _BULK, OF_BULK, "[]", "[_not_new(table) for table in PRIMARY]"),
+    _mutant("bulk without versions", _BULK, OF_BULK, "return (rows,)"),
 ]  # fmt: skip
 
 
