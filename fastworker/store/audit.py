@@ -437,7 +437,7 @@ _COUNTS = (
 
 
 def _aggregations(where: Where, derive: frozenset[str]) -> str:
-    """A row for every live post and every subject.
+    """A row for every live post and every subject. What committed flushes owe for counters is no drift.
 
     Counters that FASTWORKER_DERIVE leaves out belong to others: a row that has one of them set is not removed.
     """
@@ -449,14 +449,19 @@ def _aggregations(where: Where, derive: frozenset[str]) -> str:
         rows.append(f"SELECT {column}, {counts} FROM public.{table} WHERE {where(column)} GROUP BY {column}")
     sums = ", ".join(f"sum({name})::int AS {name}" for name in names)
     others = "".join(f" AND {name} <= 0" for name, *_ in _COUNTS if name not in names)
-    ours = f"true{others}"
+    ours = f"bool_and(true{others})"
+    told = ", ".join(["post_uri", *(name for name, *_ in _COUNTS)])
     return _compare(
         " ".join(names),
         f"SELECT key AS k1, key AS target, {sums} FROM ({' UNION ALL '.join(rows)}) AS s (key, {', '.join(names)}) "
         "GROUP BY key",
-        f"SELECT post_uri AS k1, post_uri AS target, {', '.join(names)}, ({ours}) AS is_ours "
-        f"FROM public.post_aggregations WHERE {where('post_uri')}",
-        unless="AND NOT (e.target IS NULL AND NOT f.is_ours)",
+        f"SELECT post_uri AS k1, post_uri AS target, {sums}, {ours} AS is_ours FROM ("
+        f"SELECT {told} FROM public.post_aggregations WHERE {where('post_uri')} UNION ALL "
+        # mutant: a debt is drift
+        f"SELECT {told} FROM (SELECT d.* FROM fastworker.debts, unnest(deltas) AS d) AS d WHERE {where('post_uri')}"
+        ") AS t GROUP BY post_uri",
+        unless="AND NOT (e.target IS NULL AND NOT f.is_ours) AND NOT EXISTS (SELECT FROM fastworker.debts AS o "
+        "WHERE coalesce(e.target, f.target) = ANY(o.recounts))",
     )
 
 

@@ -138,15 +138,16 @@ class Store:
             return await blame.still_locked(db, rows)
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
-        """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
+        """What is still owed (counters, joined rows, purges of deleted accounts, second looks), in one bounded piece.
 
         Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
-        writer is at work, both ages may be 0. Each of the three is tried whatever became of the others; an error is
+        writer is at work, both ages may be 0. Each of the four is tried whatever became of the others; an error is
         raised when nothing else is left to do.
         """
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
+            partial(flush.pay, self.writer),
             partial(upkeep.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
@@ -160,6 +161,11 @@ class Store:
         if failure is not None and not done:
             raise StoreUnavailable(str(failure)) from failure
         return done
+
+    async def pay(self) -> int:
+        """Counters that flushes owe who died before they paid, or whose payer had looked already. For a quick tick."""
+        async with self.connection() as db:
+            return await flush.pay(self.writer, db)
 
     async def keep(self, refused: Sequence[Refused]) -> None:
         """Remember these records by name: their entries will be in no dead letter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
+PAY_S = 0.5  # after a flush: counters that its payer had not seen yet
 FIGURES_S = 0.5
 TELL_S = 0.5  # what is held longer is recorded in Redis: not trimmed even if the pending list is lost
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
@@ -226,6 +228,7 @@ async def _run(
             group.create_task(
                 _every(MAINTAIN_S, partial(_maintain, slot, store, failover, streams[0], pipelines)), name="maintain"
             ),
+            group.create_task(_pay(slot, store), name="pay what is owed"),
             group.create_task(_figures(slot, store, pipelines), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot, failover)), name="look for PostgreSQL"),
         ]
@@ -260,6 +263,21 @@ async def _renew(streams: list[WorkerStream]) -> None:
         pass  # the pipelines wait for Redis, and say so
     except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
+
+
+async def _pay(slot: Slot, store: Store) -> None:
+    """Counters that are owed still: a flush leaves them to another that pays just then, and may have looked already.
+
+    Not while nothing was written.
+    """
+    before = -1
+    while True:
+        flushes = slot.get("flushes")
+        if flushes != before:
+            with contextlib.suppress(StoreUnavailable):  # `maintain` tells
+                await store.pay()
+                before = flushes
+        await asyncio.sleep(PAY_S)
 
 
 async def _tell_held(streams: list[WorkerStream]) -> None:

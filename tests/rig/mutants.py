@@ -53,7 +53,9 @@ def _mutant(name: str, file: str, tests: str, new: str, old: str = "", *more: Ed
 
 _STATEMENTS, _DERIVE = "fastworker/store/statements.py", "fastworker/table/derive.py"
 _FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush", "settle", "effects"))
-_PUT, _WHOLE, _RECOMPUTE = (f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute"))
+_PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY = (
+    f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute", "recount", "pay_bucket")
+)
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
 _PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
@@ -67,7 +69,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
 )
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
-FAULTS = "tests/faults/test_postgres_faults.py"
+FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
 CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
@@ -119,7 +121,17 @@ MUTANTS = [
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
-    _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, '"put", "put_whole"', '"put", "recompute", "put_whole"'),
+    _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
+    # debts
+    _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
+    _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
+    _mutant("a debt is paid twice", _PAY, DEBTS, "WITH gone AS (SELECT deltas FROM fastworker.debts WHERE id = ANY(ids))"),
+    _mutant("an owed recount is forgotten", _PAY, DEBTS, "IF false THEN"),
+    _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
+    _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
+    _mutant("counters are not paid after the commit", _FLUSH, DEBTS, "if False:"),
+    _mutant("users that no later commit makes durable", _FLUSH, DEBTS, "if False:"),
+    _mutant("a debt is drift", "fastworker/store/audit.py", DEBTS, "AS d WHERE false) AS d", "AS d) AS d"),
     # unique pairs
     _mutant("pair refused without lock", _STATEMENTS, RACES, "return select(table)"),
     _mutant("highest rkey wins", "fastworker/table/pairs.py", f"{OF_PAIRS} {LAW}", "max(", "min("),
