@@ -550,7 +550,7 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
         consumers = seen.consumers = await admin.consumers(config.group)
         exists = stream.group(config.group) is not None
         oldest = await admin.pending(config.group, PENDING_LOOKED_AT) if exists else []
-        missing = await admin.missing([one.entry_id for one in oldest])
+        missing = await admin.missing(oldest)
         newest = await admin.newest_fields(20)
         found += [
             *redis_holds_a_full_stream(server, stream, config),

@@ -24,7 +24,7 @@ from fastworker.stream.consumer import (
 )
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import USUAL
+from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.skipped import CONSUMER, give_skipped
 from fastworker.worker.intake import Intake
 from tests import replies
@@ -453,7 +453,7 @@ async def test_lowest_pending(redis: Any) -> None:
 
 @pytest.mark.parametrize(("key", "group"), [("staging:events", GROUP), (KEY, "others")])
 async def test_every_stream_and_group_has_its_own_keys(redis: Any, key: Any, group: Any) -> None:
-    usual, other = await consumer(redis), WorkerStream(redis, consumer_id="v", stream_key=key, group=group)
+    usual, other = await consumer(redis), WorkerStream(redis, consumer_id="v", keys=Keys(key, group), group=group)
     await other.acquire()
     await add(redis, 2)
     await redis.xadd("staging:events", {"type": "commit", "data": "{", "seq": "1"})
