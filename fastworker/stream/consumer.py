@@ -182,6 +182,7 @@ class WorkerStream:
             self._keys.held,
             self._keys.reads,
             self._keys.tellers,
+            self._keys.given,
         ]
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
@@ -194,7 +195,7 @@ class WorkerStream:
     async def tell_held(self) -> None:
         """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""
         if not self._holding.is_told:
-            keys = [self.stream_key, self._keys.held, self._keys.reads]
+            keys = [self.stream_key, self._keys.held, self._keys.reads, self._keys.given]
             async with self._ending, self._holding.telling() as told, translating(self._redis):
                 await self._tell_held(keys=keys, args=[self.group, self.name, *told])
 
@@ -312,7 +313,8 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, self._keys.metrics, self._keys.held, self._keys.reads]
+        own = self._keys
+        keys = [self.stream_key, own.ledger, own.metrics, own.held, own.reads, own.given]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._holding.let_go(ids)
@@ -328,7 +330,7 @@ class WorkerStream:
         `original_fields` is the way back.
         """
         own = self._keys
-        keys = [self.stream_key, own.ledger, self._keys.metrics, own.dead_letters, own.held, own.reads]
+        keys = [self.stream_key, own.ledger, own.metrics, own.dead_letters, own.held, own.reads, own.given]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
