@@ -325,8 +325,8 @@ def partitions_are_read(stream: Stream, config: Config) -> Iterator[Finding]:
     if unread and len(unread) < len(stream.partitions):
         yield _fail(
             "stream",
-            f"Nobody reads {_some(unread)}: a worker of a release that does not know partitions reads the first one only: "
-            "replace it.",
+            f"Nobody reads {_some(unread)}: a worker of a release that does not know partitions reads the first one "
+            "only. Replace it.",
         )
 
 
