@@ -216,6 +216,11 @@ class Store:
         async with self.connection() as db:
             return await accounts.unresolved(db, limit)
 
+    async def claimed_before(self, after: str, limit: int) -> tuple[str | None, int]:
+        """Queue handles that were claimed while the resolver was off, a piece of the DIDs: (the last, how many)."""
+        async with self.connection() as db:
+            return await accounts.claimed_before(db, after, limit)
+
     async def resolved(self, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
         """(did, its handle or None, asked at, marked at). Not taken where an event came meanwhile; how many were."""
         async with self.connection() as db:
