@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,11 @@ class Servers(NamedTuple):
 
 @contextlib.contextmanager
 def servers(
-    *, schema: bool = True, preload: Callable[[str], None] | None = None, tuned: Extent | None = None
+    *,
+    schema: bool = True,
+    preload: Callable[[str], None] | None = None,
+    tuned: Extent | None = None,
+    postgres_settings: Mapping[str, str] = SETTINGS,
 ) -> Iterator[Servers]:
     """PostgreSQL (fsync on) and Redis (append-only file, every second), empty or with what `preload` put there.
 
@@ -66,7 +70,7 @@ def servers(
                 preload(postgres.url)
             os.sync()
         with (
-            EmbeddedPostgres(folder / "postgres", settings=SETTINGS) as postgres,
+            EmbeddedPostgres(folder / "postgres", settings=postgres_settings) as postgres,
             EmbeddedRedis(folder / "redis") as redis,
         ):
             if schema:

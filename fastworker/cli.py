@@ -189,6 +189,7 @@ def reader(start: Start | None) -> ExitCode:
     from fastworker.reader.start import begin_at
 
     config = _begin("reader")
+    config.require_form()
 
     async def main() -> None:
         await preflight(config, "reader")
@@ -377,6 +378,15 @@ def repair(
     return _run(run())
 
 
+def _patterns(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    from fastworker.config import read_collections
+
+    try:
+        return None if text is None else read_collections(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @cli.command()
 @click.option(
     "--dids", type=click.Path(path_type=Path, allow_dash=True), help="A file of DIDs, one a line; - is stdin."
@@ -390,8 +400,31 @@ def repair(
 @click.option("--yes", is_flag=True, help="With --all: yes, the whole network.")
 @click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")
 @click.option("--status", is_flag=True, help="Only print what waits and what is done.")
+@click.option("--days", type=click.IntRange(1, 36_500), help="Posts, likes and reposts of so many days only.")
+@click.option("--collections", metavar="NSID,...", callback=_patterns, help="Only these of each account; * for any.")
+@click.option("--again", is_flag=True, help="Also accounts that are done: after FASTWORKER_COLLECTIONS was widened.")
 @click.option("--cancel", is_flag=True, help="Forget what is queued and not begun.")
-def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen: Any) -> ExitCode:
+@click.option("--pause", "is_paused", flag_value="pause", help="History waits, on all hosts. Repairs do not.")
+@click.option("--resume", "is_paused", flag_value="resume", help="It goes on.")
+@click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
+@click.option(
+    "--spool",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("fastworker-spool"),
+    show_default=True,
+    help="With --bulk: where fetched repositories wait.",
+)
+def backfill(
+    *,
+    yes: bool,
+    estimate: bool,
+    status: bool,
+    cancel: bool,
+    is_paused: str | None,
+    bulk: bool,
+    spool: Path,
+    **chosen: Any,
+) -> ExitCode:
     """The history of chosen accounts, from their hosts, beside the live stream.
 
     Each repository is fetched, checked and compared, and only differences are written, as `fastworker repair` does it.
@@ -399,6 +432,7 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     the same command goes on where it was. Needs the extra `verify`. Exit 1 when an account could not be fetched.
     """
     from fastworker.commands import backfill as history
+    from fastworker.commands.bulk import give_up, load_choice
     from fastworker.process.signals import stop_on_signals
 
     choice = history.Choice(**chosen)
@@ -406,8 +440,10 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
     if status:
         return _run(history.show(config))
     if cancel:
-        return _run(history.cancel(config))
-    if choice._replace(depth=1) == history.Choice():
+        return _run(give_up(config) if bulk else history.cancel(config))
+    if is_paused is not None:
+        return _run(history.pause(config, is_paused=is_paused == "pause"))
+    if not choice.is_somebody:
         raise click.UsageError("Say whose: --dids, --known, --follows-of, --host, --collection or --all.")
     if estimate:
         return _run(history.estimate(config, choice))
@@ -416,6 +452,8 @@ def backfill(*, yes: bool, estimate: bool, status: bool, cancel: bool, **chosen:
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
+            if bulk:
+                return await load_choice(config, choice, spool, stop)
             return await history.backfill(config, choice, stop)
 
     return _run(run())
@@ -449,20 +487,26 @@ def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
     "paths", nargs=-1, required=True, metavar="FILE.car|DIR...", type=click.Path(exists=True, path_type=Path)
 )
 @click.option("--dry-run", is_flag=True, help="Only show what differs; exit 1 when anything does.")
-def import_(paths: tuple[Path, ...], *, dry_run: bool) -> ExitCode:
+@click.option("--bulk", is_flag=True, help="For an empty or nearly empty database: by COPY, with writers stopped.")
+def import_(paths: tuple[Path, ...], *, dry_run: bool, bulk: bool) -> ExitCode:
     """Repositories from CAR files into the tables.
 
     Files as `com.atproto.sync.getRepo` sends them, or directories of them. Writes what is missing or different and
     deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
     repeat. Signatures are not checked. Exit 1 when a file could not be read.
     """
+    from fastworker.commands.bulk import load_files
     from fastworker.commands.imports import import_files
     from fastworker.process.signals import stop_on_signals
 
+    if bulk and dry_run:
+        raise click.UsageError("--bulk and --dry-run do not go together.")
     config = _operator()
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
+            if bulk:
+                return await load_files(config, paths, stop)
             return await import_files(config, paths, stop, dry_run=dry_run)
 
     return _run(run())

@@ -37,7 +37,7 @@ class Reason(StrEnum):
     AMBIGUOUS_SEQ = "ambiguous_seq"  # no rev, and a second relay is known: seq alone orders nothing
     OLDER_THAN_TOMBSTONES = "older_than_tombstones"  # before the horizon: its delete may be forgotten
     ROW_REJECTED = "row_rejected"  # PostgreSQL refused the data
-    KILLS_WORKER = "kills_worker"  # three processes died that held nothing else
+    KILLS_WORKER = "kills_worker"  # three processes died while they held only this entry
     ABANDONED = "abandoned"  # at the head of a full stream, its consumer long gone
     OVERSIZED = "oversized"  # beyond the size limits of the protocol, or more values than can be decoded at a stretch
     # ops (dropped; the siblings are stored)
@@ -54,7 +54,7 @@ class Reason(StrEnum):
     NOT_OWNER = "not_owner"  # a list item in another account's list
     TOO_LONG = "too_long"  # an identifier exceeds its column
     TOO_DEEP = "too_deep"
-    UNPROVED_OP = "unproved_op"  # the account's signed tree does not say so; its repair is queued
+    UNPROVED_OP = "unproved_op"  # the account's signed tree does not hold it; its repair is queued
     BAD_REFERENCE = "bad_reference"  # a URI, DID or CID in the record is none: left out, the record is stored
     # commits that are not stored (FASTWORKER_VERIFY); their accounts' repairs are queued
     BAD_SIGNATURE = "bad_signature"  # not the account's, by the key that its DID document shows

@@ -214,13 +214,13 @@ def tell(text: str) -> None:
 
 
 def descriptor() -> int:
-    """Where code that cannot use a handler writes: does not block, where that can be had."""
+    """A descriptor for code that cannot use a handler; it does not block, where that is possible."""
     handler = _ours()
     return handler.descriptor if handler is not None else 2
 
 
 def open_standard_descriptors() -> None:
-    """Whoever starts us with one of them closed gets the null device there: or the next file opened would be it."""
+    """Open the null device for each that is closed: else the next file that is opened would get its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +21,8 @@ from fastworker.sync.hosts import HostError, Hosts, KnownHost, rate_of
 from fastworker.sync.lists import read_host, read_repos, relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.settle import Report, duration
+from fastworker.table.chosen import Part
+from fastworker.table.snapshot import tid_of
 
 PIECE: Final = 5_000
 TRIES: Final = 5
@@ -32,7 +35,7 @@ WRITES_S: Final = 8_000.0  # records that one process compares and writes in a s
 
 
 class Choice(NamedTuple):
-    """Whose history."""
+    """Which accounts a backfill is about."""
 
     dids: Path | None = None
     known: bool = False
@@ -41,6 +44,20 @@ class Choice(NamedTuple):
     host: str | None = None
     collection: str | None = None
     everybody: bool = False
+    days: int | None = None
+    collections: tuple[str, ...] | None = None
+    again: bool = False
+
+    @property
+    def part(self) -> Part:
+        """What of each account: the last `days`, by the clock of this process, and `collections`."""
+        if self.days is None:
+            return Part(None, self.collections)
+        return Part(tid_of(datetime.now(UTC).replace(tzinfo=None) - timedelta(days=self.days)), self.collections)
+
+    @property
+    def is_somebody(self) -> bool:
+        return self._replace(depth=1, days=None, collections=None, again=False) != Choice()
 
     def check(self) -> None:
         for did in self.follows_of:
@@ -53,8 +70,13 @@ async def backfill(config: Config, choice: Choice, stop: asyncio.Event, *, hosts
     choice.check()
     report = Report(dry_run=False)
     async with opened(config, "backfill", hosts, reads_only=False) as scene:
-        feeding = _Feed(scene, choice, report)
-        return await settle_all(scene, report, Work(priority_max=EVERYBODY, tries=TRIES), stop, feed=feeding.everybody)
+        work = Work(priority_max=EVERYBODY, tries=TRIES)
+        return await settle_all(scene, report, work, stop, feed=feed_of(scene, choice, report))
+
+
+def feed_of(scene: Scene, choice: Choice, report: Report) -> Callable[[], Awaitable[None]]:
+    """What puts the chosen accounts into the queue."""
+    return _Feed(scene, choice, report).everybody
 
 
 class _Feed:
@@ -64,6 +86,7 @@ class _Feed:
     def __init__(self, scene: Scene, choice: Choice, report: Report) -> None:
         self._scene = scene
         self._choice = choice
+        self._part = choice.part
         self._report = report
 
     async def everybody(self) -> None:
@@ -77,19 +100,22 @@ class _Feed:
         if choice.follows_of:
             await self._follows(list(choice.follows_of), choice.depth)
         if choice.host is not None:
-            await read_host(scene, choice.host, _REASON, CHOSEN)
+            await read_host(scene, choice.host, _REASON, CHOSEN, again=choice.again, part=self._part)
         if choice.collection is not None:
             relay = relay_of(scene.config.relay_urls[0])
-            await read_repos(scene, relay, _REASON, CHOSEN, collection=choice.collection)
+            await read_repos(
+                scene, relay, _REASON, CHOSEN, collection=choice.collection, again=choice.again, part=self._part
+            )
         if choice.everybody:
             async for host in _all_hosts(scene):
                 try:
-                    await read_host(scene, host.hostname, _REASON, EVERYBODY)
+                    await read_host(scene, host.hostname, _REASON, EVERYBODY, again=choice.again, part=self._part)
                 except Unreachable as error:
                     self._report.failed(host.hostname, str(error))
 
     async def _put(self, dids: list[str]) -> None:
-        await self._scene.queue.put([Wanted(did) for did in dids], _REASON, CHOSEN)
+        wanted = [Wanted(did) for did in dids]
+        await self._scene.queue.put(wanted, _REASON, CHOSEN, again=self._choice.again, part=self._part)
 
     async def _follows(self, roots: list[str], depth: int) -> None:
         """The accounts, whom they follow as soon as that is known, and so on."""
@@ -143,7 +169,7 @@ async def _all_hosts(scene: Scene) -> AsyncIterator[KnownHost]:
 
 
 def _pieces(path: Path) -> Iterator[list[str]]:
-    """DIDs of a file, one a line; `-` is standard input. What follows a `#` is a remark."""
+    """DIDs of a file, one a line; `-` is standard input. `#` begins a comment."""
     piece: list[str] = []
     try:
         with sys.stdin if str(path) == "-" else path.open(encoding="utf-8") as lines:
@@ -257,6 +283,7 @@ async def show(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
         states, rate = await scene.queue.rows(_STATES), (await scene.queue.rows(_RATE))[0]
         gaps = await scene.queue.rows(_GAPS)
+        is_paused = await scene.queue.value("SELECT is_paused FROM fastworker.backfill")
     grid = Table(box=None, pad_edge=False, header_style="bold")
     names = ("queued by", "waiting", "fetching", "done", "gone", "refused", "records", "differences")
     for name in names:
@@ -268,6 +295,8 @@ async def show(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
     if rate[0]:
         left = f", {duration(waiting / rate[0])} left" if waiting else ""
         console.print(f"In the last five minutes {rate[0]:.1f} accounts/s, {rate[1]:,.0f} records/s{left}.")
+    if is_paused:
+        console.print("History is paused: `fastworker backfill --resume` lets it go on.")
     for gap in gaps:
         console.print(_gap_words(gap), markup=False)
     return ExitCode.DONE
@@ -290,4 +319,13 @@ async def cancel(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
             "DELETE FROM fastworker.repos WHERE state = 'waiting' AND priority >= $1", CHOSEN
         )
     Console(highlight=False).print(f"{int(tag.rpartition(' ')[2]):,} accounts are not fetched any more.")
+    return ExitCode.DONE
+
+
+async def pause(config: Config, *, is_paused: bool, hosts: Hosts | None = None) -> ExitCode:
+    """History waits, on every host, until it is told to go on. Repairs do not."""
+    async with opened(config, "backfill", hosts, reads_only=True) as scene:
+        await scene.queue.execute("UPDATE fastworker.backfill SET is_paused = $1", is_paused)
+    words = "History waits. `fastworker backfill --resume` lets it go on." if is_paused else "History goes on."
+    Console(highlight=False).print(words)
     return ExitCode.DONE

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 REDIS_MIN: Final = (6, 2)
 POSTGRES_MIN: Final = 140_000
 ACTIVE_MS: Final = 60_000
-"""A consumer that gave a sign within this time is at work."""
+"""A consumer that ran a command within this time is at work."""
 SKEW_S: Final = 2.0
 """Clamping of dates allows two minutes; more than this is a clock that nobody keeps."""
 PENDING_LOOKED_AT: Final = 100
@@ -448,7 +448,7 @@ def postgres_settings(server: PostgresServer) -> Iterator[Finding]:
 
 
 def second_writer(writing: list[str], consumers: Iterable[ConsumerState]) -> Iterator[Finding]:
-    """Somebody writes what only ingestion writes, and is no consumer of the group."""
+    """Another client writes tables that only ingestion writes, and is no consumer of the group."""
     if writing and not any(not one.ours and one.idle_ms < ACTIVE_MS for one in consumers):
         yield _fail(
             "postgresql",
@@ -517,7 +517,7 @@ def configuration(config: Config) -> Iterator[Finding]:
 
 
 class _Seen(msgspec.Struct):
-    """What Redis told that judging PostgreSQL needs."""
+    """Facts from Redis that the checks of PostgreSQL need."""
 
     consumers: list[ConsumerState] = []
     cursor: str | None = None
@@ -550,7 +550,7 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
         consumers = seen.consumers = await admin.consumers(config.group)
         exists = stream.group(config.group) is not None
         oldest = await admin.pending(config.group, PENDING_LOOKED_AT) if exists else []
-        missing = await admin.missing([one.entry_id for one in oldest])
+        missing = await admin.missing(oldest)
         newest = await admin.newest_fields(20)
         found += [
             *redis_holds_a_full_stream(server, stream, config),
@@ -656,7 +656,7 @@ async def _redis_preflight(config: Config) -> str:
 
 
 async def _reader_preflight(database_url: str | None) -> str:
-    """It may do without: PostgreSQL is asked when Redis has lost the cursor."""
+    """The reader may do without PostgreSQL: it is asked only when Redis has lost the cursor."""
     if database_url is None:
         return "no PostgreSQL"
     try:

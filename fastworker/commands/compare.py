@@ -52,7 +52,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hand(msgspec.Struct, frozen=True, kw_only=True):
-    """One consumer. `seen`: different entries seen in its hands, at least so many were given to it."""
+    """One consumer. `seen`: different entries that were pending for it; it was given at least so many."""
 
     name: str
     who: str  # fastworker or other

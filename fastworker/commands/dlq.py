@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, InvalidEvent, Reason, counted
-from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown
+from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown, account_of
 from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_bytes, load_record
@@ -146,7 +146,7 @@ async def retry_letters(config: Config, wanted: Wanted) -> ExitCode:
             except (InvalidEvent, ValueError) as error:
                 refused.append(f"{letter_id}: {error}")
                 continue
-            retried += await admin.retry_letter(letter_id, fields)
+            retried += await admin.retry_letter(letter_id, fields, _account(letter))
     sys.stdout.write(f"{counted(retried, 'dead letter')} went back to {config.stream_key}.\n")
     return _end(wanted, found, refused)
 
@@ -191,6 +191,14 @@ def _event(letter: Fields) -> Event:
     return decode_entry(original_fields(letter))
 
 
+def _account(letter: Fields) -> str:
+    """Whose event it is; empty: nobody can tell."""
+    try:
+        return account_of(_event(letter))
+    except (InvalidEvent, ValueError):
+        return ""
+
+
 def _entry(letter: Fields, form: Literal["json", "native", "frame"]) -> Fields:
     """The fields to append. What the reader set aside never was an entry: it becomes one of the configured form."""
     if not _from_reader(letter):
@@ -205,7 +213,7 @@ def _entry(letter: Fields, form: Literal["json", "native", "frame"]) -> Fields:
 
 
 def _received(letter: Fields) -> Fields:
-    """When the first entry was received: the new id would make it young, and dates and the horizon would believe it."""
+    """When the first entry was received: by its new id it would look young, to the rule of dates and to the horizon."""
     at = letter.get(b"at") or letter.get(b"origId", b"").partition(b"-")[0]
     return {b"at": at} if at.isdigit() else {}
 

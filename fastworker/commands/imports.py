@@ -25,7 +25,7 @@ from fastworker.table.snapshot import Snapshot, tid_moment
 
 async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Event, *, dry_run: bool) -> ExitCode:
     """DONE when everything is in the tables (or was there), NO when a file could not be read or, dry, differs."""
-    files = list(_files(paths))
+    files = list(files_of(paths))
     if not files:
         raise ConfigError("There is no .car file to import")
     url = config.require_database_url("import")
@@ -70,7 +70,8 @@ async def _import(settle: Settle, path: Path, report: Report) -> None:
         report.failed(str(path), settled.refused)
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
+def files_of(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files themselves, and every `.car` in the directories."""
     for path in paths:
         if path.is_dir():
             yield from sorted(one for one in path.iterdir() if one.suffix == ".car")

@@ -62,7 +62,7 @@ async def places_of(network: Network) -> AsyncIterator[Places]:
 
 
 async def sent(relay: SimRelay, count: int, stopping: asyncio.Event) -> None:
-    """Until the reader has what was there before the outage."""
+    """Wait until the reader has been sent what came before the outage."""
     while True:
         if relay.sent >= count or stopping.is_set():
             return
@@ -70,7 +70,7 @@ async def sent(relay: SimRelay, count: int, stopping: asyncio.Event) -> None:
 
 
 async def until_left(relay: SimRelay) -> None:
-    """The reader is told to end at the same moment: it goes first, and does not miss us."""
+    """Wait until the reader has gone: it is stopped at the same moment, and must not see the relay end."""
     ends = time.monotonic() + _LEAVE_S
     while True:
         if not relay.clients or time.monotonic() > ends:

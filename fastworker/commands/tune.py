@@ -320,7 +320,7 @@ def _server(found: Tunable) -> Iterator[str]:
 
 
 def server_advice(server: Server) -> Iterator[str]:
-    """Which server setting costs what, and what to set on its machine. Ours to say, not to set."""
+    """Which server setting costs what, and what to set. Only said: fastworker changes no server setting."""
     number = {name: value for name, (value, _) in server.settings.items() if isinstance(value, int)}
     shown = {name: text for name, (_, text) in server.settings.items()}
     buffers, of_memory = _quarter(server.memory_bytes, 8 << 30)

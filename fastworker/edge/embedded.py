@@ -188,7 +188,7 @@ class _Server(ABC):
             self._process = None
 
     def lost(self, code: int) -> None:
-        """Somebody who waits for all processes saw it end."""
+        """Note that the server has ended: the supervisor reaped its process."""
         if self._process is not None:
             self._process.returncode = code
             self._process = None

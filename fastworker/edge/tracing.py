@@ -28,7 +28,7 @@ OpenSpan = Callable[[str], AbstractContextManager[Span]]
 
 class _NoSpan:
     def set_attribute(self, key: str, value: int | str) -> None:
-        """Nobody looks."""
+        """A span that records nothing: tracing is off."""
 
 
 _NO_SPAN: Final = _NoSpan()

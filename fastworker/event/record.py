@@ -207,7 +207,7 @@ def _bytes(content: bytes) -> dict[str, str]:
 
 
 def _slow_json(value: Any, block: bytes | None, lost: list[str] | None) -> bytes:
-    """Cleaned where `lost` is given: what was left out is told there."""
+    """Cleaned where `lost` is given: what was left out is noted there."""
     if nesting_exceeds(value, DEPTH_MAX):
         raise InvalidEvent(Reason.TOO_DEEP, f"more than {DEPTH_MAX} levels")
     links: set[bytes] = set()

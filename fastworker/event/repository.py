@@ -53,6 +53,7 @@ class Repository:
     """
 
     def __init__(self, path: Path, *, bytes_max: int = FILE_BYTES_MAX, in_memory_max: int = IN_MEMORY_MAX) -> None:
+        self.path = path
         self.bad_paths = 0
         self._held: bytes | None = None  # the file, while it is small
         self._blocks: dict[bytes, bytes] = {}  # of a small one, by CID

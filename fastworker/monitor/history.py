@@ -30,7 +30,7 @@ class History:
 
 
 class _Ring:
-    """The point of a moment has its place by the clock: so a stretch in which nobody looked is empty."""
+    """Points by the clock: a stretch without readings stays empty."""
 
     def __init__(self, step_s: int, points: int, names: Sequence[str], worst: frozenset[str]) -> None:
         self._step_s = step_s

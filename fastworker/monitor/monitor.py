@@ -1,4 +1,4 @@
-"""The monitor: one small process (or task) that looks, so that those who work need not.
+"""The monitor: one small process that watches the workers, so that they need not.
 
 It reads the children's board and Redis every second, removes what every group has finished, logs the rate, answers
 HTTP, and leaves its findings in Redis for `fastworker status`. Readiness means progress: connected, fresh, and
@@ -143,6 +143,7 @@ class _WorkerMonitor:
             group=settings.group,
             keep_s=settings.keep_s,
             max_stream_len=settings.max_stream_len,
+            partitions=(await admin.layout()).known,
         )
         self._trimmed += trimmed.trimmed
         measure = turn % MEASURE_EVERY == 0
@@ -197,7 +198,7 @@ class _WorkerMonitor:
         return [snapshot for snapshot in self._children() if snapshot.name.startswith("worker")]
 
     def _judge(self) -> None:
-        """Keep what rates and readiness are told by."""
+        """Keep samples for rates and readiness."""
         snapshots = self._heartbeats.snapshot()
         now = time.monotonic()
         reading = self._reading
@@ -236,7 +237,7 @@ class _WorkerMonitor:
         return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:
-        """Whatever does not hold, in a sentence each."""
+        """Each condition that does not hold, as a sentence."""
         return readiness(self._facts())
 
     def _facts(self) -> Facts:
@@ -265,7 +266,7 @@ class _WorkerMonitor:
 
     def _tell_of_outages(self) -> None:
         self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
-        if self._error:  # nobody asks PostgreSQL meanwhile: its silence says nothing
+        if self._error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
             return
         now, workers = now_ms(), self._workers()
         away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)

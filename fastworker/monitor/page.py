@@ -149,7 +149,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def settle_port(http: HttpSettings) -> HttpSettings:
-    """Before anything is forked: with the port that will be served, so that all say the same one.
+    """Choose the port that will be served. Before anything is forked, so that all processes name the same one.
 
     Raises Unreachable where the operator chose one that is taken, ConfigError where there is no such address.
     """
@@ -173,7 +173,7 @@ def settle_port(http: HttpSettings) -> HttpSettings:
 
 
 def _fell_back(http: HttpSettings, port: int) -> None:
-    """The default is taken: tell the log, and `fastworker health` of this machine and user."""
+    """The default port is taken: log it, and leave a note for `fastworker health` of this machine and user."""
     log.warning("Port %d of %s is in use: this service is at port %d", http.port, http.host, port)
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -187,7 +187,7 @@ def _note(default: int) -> Path:
 
 
 def real_port(default: int) -> int:
-    """Where the service is that found its default taken, while it lives; else the default."""
+    """The port of the service that left a note (`_fell_back`), while it lives; else the default."""
     with suppress(OSError, ValueError):
         fd = os.open(_note(default), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(fd, encoding="ascii") as note:  # noqa: PTH123 - a descriptor

@@ -1,4 +1,4 @@
-"""What changes: rates, latency and growth, told from samples that are taken once a second. No I/O."""
+"""What changes: rates, latency and growth, from samples that are taken once a second. No I/O."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Rates:
     def full_s(self, max_len: int, bytes_max: int | None, stream_bytes: int | None) -> float:
         """Until the stream meets its limit, in entries or in bytes, if it goes on as in the last minute.
 
-        Not from a few samples: whoever starts or catches up moves the stream in leaps.
+        Not from a few samples: at a start, or while a worker catches up, the length changes in leaps.
         """
         if len(self._lengths) < WINDOW // 2:
             return math.inf

@@ -47,7 +47,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     state: State = State.RUNNING
     error: str = ""
     store_s: float = 0.0  # since PostgreSQL answered
-    judged_by_answer: bool = True  # it is idle, or its latest news are bad ones: a flush may take its time
+    judged_by_answer: bool = True  # an answer is expected: the process is idle, or its latest attempt failed
     has_bad_news: bool = False  # an attempt failed since PostgreSQL answered
     held_s: float | None = None
     maintained_s: float | None = None

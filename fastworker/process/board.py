@@ -1,4 +1,4 @@
-"""What each child tells about itself, in memory that all processes share: the parent and the monitor look, never ask.
+"""What each child reports about itself, in memory that all processes share; parent and monitor only read it.
 
 One anonymous mapping, made before the first fork; one fixed slot per child, written by that child alone. Figures are
 aligned 64-bit words, so a look without a lock sees whole numbers; texts may be seen half written, which a person can
@@ -40,11 +40,11 @@ class State(IntEnum):
 
 
 class Gauges(msgspec.Struct):
-    """What is so now; starts anew with each child. Times are `now_ms()`, 0 for never."""
+    """Current values; they begin anew with each child. Times are `now_ms()`, 0 for never."""
 
     pid: int = 0
     state: int = 0
-    ready: int = 0  # 1: at work, or would be if there were any
+    ready: int = 0  # 1: connected, and working whenever there is something to do
     started_ms: int = 0
     tick_ms: int = 0  # when the child's loop last turned
     progress_ms: int = 0  # when its slowest pipeline last got on: a read, a flush, an attempt
@@ -56,8 +56,8 @@ class Gauges(msgspec.Struct):
     connections: int = 0  # to PostgreSQL, open
     connections_busy: int = 0
     error_ms: int = 0  # when `error` was written
-    maintained_ms: int = 0  # when what is owed was last looked after; 0: it does not do that
-    tried_first_ms: int = 0  # ids of what it tries by itself just now: see worker/suspects.py
+    maintained_ms: int = 0  # when owed rows were last recomputed; 0: this process does not do it
+    tried_first_ms: int = 0  # ids of the entries that it is trying alone (worker/suspects.py)
     tried_first_n: int = 0
     tried_last_ms: int = 0
     tried_last_n: int = 0
@@ -105,8 +105,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     error: str
     consumers: str  # names, separated by spaces
     maintain_error: str
-    clocks: str  # which is off
-    locked: str = ""  # what is said of a row that somebody else has locked
+    clocks: str  # which clock is off; empty: they agree
+    locked: str = ""  # a sentence about a row that another transaction has locked
 
     @property
     def acked(self) -> int:
@@ -123,7 +123,7 @@ _BUCKETS: Final = dict(
     zip(
         HISTOGRAMS,
         accumulate((len(bounds) + 1 for bounds in HISTOGRAMS.values()), initial=_BUCKETS_AT),
-        strict=False,  # the last sum is where the words end
+        strict=False,  # accumulate() yields one more: the end of the last one
     )
 )
 _WORDS: Final = _BUCKETS_AT + sum(len(bounds) + 1 for bounds in HISTOGRAMS.values())
@@ -252,7 +252,7 @@ class Heartbeats:
 
     @property
     def missing(self) -> int:
-        """Processes that are wanted and not there; the parent's to say."""
+        """Processes that should run and do not; written by the parent."""
         return self._parents[0]
 
     @missing.setter
@@ -261,7 +261,7 @@ class Heartbeats:
 
     @property
     def crashes(self) -> int:
-        """Events in which processes ended by themselves, however many at once; the parent's to count."""
+        """Events in which processes ended by themselves, however many at once; written by the parent."""
         return self._parents[1]
 
     @crashes.setter

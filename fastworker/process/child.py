@@ -1,4 +1,4 @@
-"""The life of one child process: its loop, its signals, its pulse. What it does is handed in.
+"""The life of one child process: its loop, its signals, its pulse. What it does is a parameter.
 
 A child stops when it is told to (SIGTERM, also sent by the kernel when the parent dies) or when it notices that its
 parent is gone. SIGINT is the parent's business: a terminal sends it to the whole group.
@@ -89,7 +89,7 @@ async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
 
 
 def dump_stacks_on(number: signal.Signals) -> None:
-    """On this signal: all threads, which needs no loop that turns; then, if it does turn, what each task waits for."""
+    """On this signal print the stacks of all threads, also while the loop hangs; if it runs, those of all tasks too."""
     signal.signal(number, _dump_tasks)
     faulthandler.register(number, file=descriptor(), all_threads=True, chain=True)
 

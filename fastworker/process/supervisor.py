@@ -151,7 +151,7 @@ class Supervisor:
     def _step(self) -> None:
         now = time.monotonic()
         if now - self._looked_at > 2.0:
-            # We stood still (a stopped terminal, a frozen container): so did the children, and need a moment.
+            # This process was stopped (a terminal, a frozen container), and the children too: give them time.
             self._judge_from = now + self._patience.tick_s
         self._looked_at = now
         flush_waiting()
@@ -208,13 +208,13 @@ class Supervisor:
             return
         if self._replacement is not None and child is self._replacement[1] and child.ready_at is None:
             log.error("%s (pid %d) %s before it was ready: keeping the old ones", child.name, child.pid, ended)
-            return  # _replace gives up
+            return  # _replace notices, and gives up
         if child.ready_at is None and not kind.was_ready and code in _NO_START:
             log.error("%s could not start (%s): stopping all", child.name, ended)
             self._stop(ExitCode(code))
             return
         child.slot.add(restarts=1)
-        if now >= kind.start_at:  # else another one ended a moment ago: one event, however many it took
+        if now >= kind.start_at:  # else another one ended a moment ago: counted as the same crash
             if child.ready_at is not None and now - child.ready_at > FAILURE_FORGOTTEN_S:
                 kind.failures = 0
             kind.start_at = now + backoff_s(kind.failures)
@@ -282,7 +282,7 @@ class Supervisor:
             if successor is not None:
                 self._replacement = (child, successor)
             else:
-                self._to_replace.appendleft(child)  # it works on; later
+                self._to_replace.appendleft(child)  # no process can be forked now: it goes on, and is replaced later
         else:
             self._retire_replaced(child, now)
 
@@ -341,7 +341,7 @@ class Supervisor:
         return child
 
     def _retire(self, child: Child, now: float) -> None:
-        """Tell it to drain and stop, and see to it that it does."""
+        """Tell it to drain and stop; it is killed when its budget is over."""
         child.retiring = True
         self._signal(child, signal.SIGTERM)
         if child.kill_at is None:

@@ -111,7 +111,7 @@ class Chain:
         return _OK if verdict is _OK[0] else (verdict, None)
 
     def replace(self, did: str, rev: str, data: bytes) -> None:
-        """A `#sync`: this is the state, however it came about."""
+        """After a `#sync`: take this as the state, whatever was known before."""
         tag, at = self._place(did)
         four = self._map[at : at + _SET]
         slot = _find(four, tag)
@@ -122,7 +122,7 @@ class Chain:
             self._map[at + slot + _TAG : at + slot + _SLOT] = state
 
     def settled(self, breaks: list[Break]) -> None:
-        """Their repairs are on the way."""
+        """The repairs of these breaks are on the stream: their accounts go on from the newest state."""
         for did, number in breaks:
             tag, at = self._place(did)
             state, newest = self._held.get(tag, (b"", 0))
@@ -135,7 +135,7 @@ class Chain:
                 self._map[at + slot + _TAG : at + slot + _SLOT] = state
 
     def forget_breaks(self) -> None:
-        """What is on its way is thrown away, and comes again."""
+        """The outbox was thrown away: its breaks will be found again."""
         self._held.clear()
 
     def release_pages(self) -> None:

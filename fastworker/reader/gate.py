@@ -14,11 +14,11 @@ MALFORMED_IN_A_ROW: Final = 50
 class Jump(Enum):
     """What becomes of frames where a seq jumps."""
 
-    BELIEVED = 1  # this one: the relay, or we ourselves, have said that something is missing
-    DOUBTED = 2  # this one waits for the next one
-    MALFORMED = 3  # the one that waited; this one is believed
-    BOTH_WRONG = 4  # the one that waited is malformed, and this one waits
-    GAP = 5  # the one that waited is believed, and this one: they go on from there
+    BELIEVED = 1  # this frame is believed: the relay, or this reader, has said that something is missing
+    DOUBTED = 2  # this frame waits for the next one
+    MALFORMED = 3  # the frame that waited is malformed; this one is believed
+    BOTH_WRONG = 4  # the frame that waited is malformed; this one waits
+    GAP = 5  # both are believed: this frame goes on where the one that waited left off
 
 
 class Gate:

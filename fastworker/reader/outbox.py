@@ -34,7 +34,7 @@ class Outbox:
         return self._sealed_items + self.filling.items
 
     async def put(self) -> None:
-        """To be called after something was added to `filling`; waits while there is no room for more."""
+        """Call after adding to `filling`; waits while the outbox is full."""
         chunk = self.filling
         if not self._wake.is_set():
             self._wake.set()
@@ -68,9 +68,9 @@ class Outbox:
 
     @property
     def waiting(self) -> bool:
-        """A whole chunk is ready."""
+        """Whether a full chunk is ready."""
         return bool(self._sealed)
 
     async def drained(self) -> None:
-        """Until everything that was put has been taken and `take` was called again."""
+        """Wait until everything that was put has been taken and `take` was called again."""
         await self._idle.wait()

@@ -54,7 +54,7 @@ async def put_identities(writer: Writer, db: Connection, identities: dict[str, l
 
 
 async def unresolved(db: Connection, limit: int) -> list[tuple[str, datetime]]:
-    """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
+    """(did, marked at) of identities without a known handle whose next attempt is due."""
     return [(r[0], r[1]) for r in await db.fetch(sql.UNRESOLVED, limit)]
 
 
@@ -66,7 +66,8 @@ async def claimed_before(db: Connection, after: str, limit: int) -> tuple[str | 
 
 
 async def resolved(writer: Writer, db: Connection, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
-    """(did, its handle or None, asked at, marked at). Not taken where an event came meanwhile; how many were."""
+    """Store looked-up handles: (did, handle or None, asked at, marked at). One is left out when a newer event came
+    meanwhile. Returns how many were stored."""
     if not rows:
         return 0
 
@@ -82,5 +83,5 @@ async def resolved(writer: Writer, db: Connection, rows: list[tuple[str, str | N
 
 
 async def unresolvable(db: Connection, dids: list[str]) -> None:
-    """Ask later, ever more rarely: from half a minute to a day."""
+    """Put off the next attempt: half a minute, then longer after each failure, a day at most."""
     await db.execute(sql.UNRESOLVABLE, sorted(dids))

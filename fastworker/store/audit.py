@@ -53,7 +53,7 @@ class Drift(msgspec.Struct, frozen=True):
 
     @property
     def row(self) -> tuple[Key, str]:
-        """What tells rows apart: the key where a row's target is found in two places."""
+        """Identifies the row: one target may be found under two keys."""
         return (self.key, self.target)
 
 
@@ -231,12 +231,14 @@ def _profiles(where: Where, _: frozenset[str]) -> str:
 def _handles(where: Where, _: frozenset[str]) -> str:
     """A users row whose handle is neither what its host claims nor verified, or that another one shows as well.
 
-    A claim that was never to be verified is shown (the resolver is off), unless another one has it.
+    A claim that was never to be verified is shown (the resolver is off), unless another one has it. What an older
+    worker showed may be in capitals, and counts as verified at -infinity: with the resolver off a claim is newer.
     """
     return _compare(
         "handle",
         "SELECT i.did AS k1, i.did AS target, CASE WHEN CASE WHEN u.handle = 'handle.invalid' THEN "
-        "w.handle IS NULL OR EXISTS (SELECT 1 FROM public.users AS o WHERE o.handle = w.handle) "
+        "w.handle IS NULL OR EXISTS (SELECT 1 FROM public.users AS o WHERE o.handle IN (lower(w.handle), "
+        "CASE WHEN i.verified_at = '-infinity' THEN i.handle END)) "
         "ELSE coalesce(u.handle IN (i.handle, i.verified_handle), false) AND NOT EXISTS ("
         "SELECT 1 FROM public.users AS o WHERE o.handle = u.handle AND o.did <> u.did) END THEN u.handle "
         "ELSE coalesce(w.handle, 'handle.invalid') END AS handle FROM fastworker.identities AS i "
@@ -435,7 +437,7 @@ _COUNTS = (
 
 
 def _aggregations(where: Where, derive: frozenset[str]) -> str:
-    """A row for every live post and every subject.
+    """A row for every live post and every subject. What committed flushes owe for counters is no drift.
 
     Counters that FASTWORKER_DERIVE leaves out belong to others: a row that has one of them set is not removed.
     """
@@ -447,14 +449,19 @@ def _aggregations(where: Where, derive: frozenset[str]) -> str:
         rows.append(f"SELECT {column}, {counts} FROM public.{table} WHERE {where(column)} GROUP BY {column}")
     sums = ", ".join(f"sum({name})::int AS {name}" for name in names)
     others = "".join(f" AND {name} <= 0" for name, *_ in _COUNTS if name not in names)
-    ours = f"true{others}"
+    ours = f"bool_and(true{others})"
+    told = ", ".join(["post_uri", *(name for name, *_ in _COUNTS)])
     return _compare(
         " ".join(names),
         f"SELECT key AS k1, key AS target, {sums} FROM ({' UNION ALL '.join(rows)}) AS s (key, {', '.join(names)}) "
         "GROUP BY key",
-        f"SELECT post_uri AS k1, post_uri AS target, {', '.join(names)}, ({ours}) AS is_ours "
-        f"FROM public.post_aggregations WHERE {where('post_uri')}",
-        unless="AND NOT (e.target IS NULL AND NOT f.is_ours)",
+        f"SELECT post_uri AS k1, post_uri AS target, {sums}, {ours} AS is_ours FROM ("
+        f"SELECT {told} FROM public.post_aggregations WHERE {where('post_uri')} UNION ALL "
+        # mutant: a debt is drift
+        f"SELECT {told} FROM (SELECT d.* FROM fastworker.debts, unnest(deltas) AS d) AS d WHERE {where('post_uri')}"
+        ") AS t GROUP BY post_uri",
+        unless="AND NOT (e.target IS NULL AND NOT f.is_ours) AND NOT EXISTS (SELECT FROM fastworker.debts AS o "
+        "WHERE coalesce(e.target, f.target) = ANY(o.recounts))",
     )
 
 

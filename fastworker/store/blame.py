@@ -51,7 +51,7 @@ class RowLocked(StoreUnavailable):
 
 
 class _RolledBack(Exception):
-    """What the transaction did shall not be."""
+    """Raised to roll a transaction back."""
 
 
 def is_lock_timeout(error: StoreUnavailable) -> bool:
@@ -74,7 +74,7 @@ async def locked_row(connect: Connect, error: StoreUnavailable) -> LockedRow | N
 
 
 async def still_locked(db: Connection, rows: list[LockedRow]) -> set[LockedRow]:
-    """Those of them that nobody else can lock now."""
+    """Which of these rows another transaction still has locked."""
     locked = set()
     for row in rows:
         key = sql.KEY_AT.format(table=row.table, column=row.column, place=row.place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastworker.store import statements as sql
 from fastworker.store.look import Key
@@ -15,6 +15,13 @@ from fastworker.table.batch import Progress, Row
 from fastworker.table.derive import Effects
 from fastworker.table.rows import GATE, PROFILE
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, PROFILES, QUOTES, Table
+
+
+class Owed(NamedTuple):
+    """What a main transaction leaves to be done after its commit: joined rows, and since when; counters or not."""
+
+    joined: dict[Key, datetime]
+    counters: bool
 
 
 async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
@@ -33,12 +40,11 @@ async def write_effects(
     effects: Effects,
     progress: Progress | None = None,
     floors: dict[str, Any] | None = None,
-) -> dict[Key, datetime]:
-    """Everything that follows from the rows; the counters late, because their rows are hot and locked until the commit.
+) -> Owed:
+    """Everything that follows from the rows; the counters late, because nobody else pays them until the commit.
 
-    Last in the main transaction. Also stores how far the stream is finished. Returns the joined rows that are owed now,
-    and since when: they are recomputed after the commit, when both sides of the join can be seen. `floors`:
-    what the routine is to know of floors.
+    Last in the main transaction. Also stores how far the stream is finished. Returns what is owed now: it is paid after
+    the commit, when both sides of a join can be seen. `floors`: what the routine is to know of floors.
     """
     if effects.profiles:
         empty = (None,) * len(PROFILES.columns)
@@ -50,11 +56,11 @@ async def write_effects(
         await db.execute(sql.LABEL_EVENTS, sorted(effects.labels_added))
     await _copy_items(writer, db, effects)
     arguments = item_arguments(effects) | last_arguments(writer, effects, progress) | (floors or {})
-    owed_since: Any = (await put(db, arguments))["owed_since"] if arguments else None
-    if effects.recount and writer.recount is not None:  # a later statement than the one that locked these counters
-        await db.execute(writer.recount, sorted(effects.recount))
+    if not arguments:
+        return Owed({}, counters=False)
+    done = await put(db, arguments)
     # mutant: nothing is owed (2)
-    return dict.fromkeys(effects.owed, owed_since)
+    return Owed(dict.fromkeys(effects.owed, done["owed_since"]), counters=bool(done["is_owing"]))
 
 
 async def _copy_items(writer: Writer, db: Connection, effects: Effects) -> None:
@@ -93,9 +99,11 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
     """Arguments of `fastworker.put`: counters, what is owed, how far the group has come."""
     arguments: dict[str, Any] = {}
     # mutant: recount without its lock
-    if writer.recount is not None and (keys := sorted(effects.counts.keys() | effects.recount)):
-        none = [0, 0, 0, 0, 0]  # never a delta and a recount for one key: this locks it
+    if "counts" in writer.derive and (keys := sorted(effects.counts.keys() | effects.recount)):
+        none = [0, 0, 0, 0, 0]  # a recounted key gets no delta: zeros only lock its row
         arguments["deltas"] = [(k, *(none if k in effects.recount else effects.counts[k])) for k in keys]
+        arguments["recounts"] = sorted(effects.recount) or None
+        arguments.update(zip(sql.COUNTED, writer.counted, strict=True))
     # mutant: nothing is owed
     if effects.owed:
         arguments["owed_kinds"], arguments["owed_keys"] = columns(sorted(effects.owed))

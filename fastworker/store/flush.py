@@ -13,7 +13,6 @@ may be repeated: a crash anywhere means that the entries are delivered again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from asyncpg.exceptions import PostgresError
@@ -21,9 +20,9 @@ from asyncpg.exceptions import PostgresError
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.accounts import put_accounts, put_identities
-from fastworker.store.effects import write_effects, write_items
+from fastworker.store.effects import Owed, write_effects, write_items
 from fastworker.store.joined import recompute, recompute_joined
-from fastworker.store.look import Key, Seen, look, look_back, lowest
+from fastworker.store.look import Seen, look, look_back, lowest
 from fastworker.store.rows import insert_new
 from fastworker.store.session import Connection
 from fastworker.store.settle import settle_cold, settle_existing
@@ -58,6 +57,16 @@ class Plan(NamedTuple):
     seen: Seen
 
 
+class First(NamedTuple):
+    """What was committed before the rows. Of the users that this process does not know `early` are committed, `users`
+    are so few that they go with the rows. `is_durable`: it is on disk; else the flush must not end without a later
+    commit that is."""
+
+    early: Sequence[str]
+    users: Sequence[str]
+    is_durable: bool
+
+
 async def write(writer: Writer, db: Connection, batch: Batch) -> Written:
     """Raises StoreUnavailable (write the same batch again later) or RowRejected (write it in halves)."""
     while True:
@@ -70,10 +79,14 @@ async def write(writer: Writer, db: Connection, batch: Batch) -> Written:
 async def _write(writer: Writer, db: Connection, batch: Batch) -> Written:
     plan = await _plan(db, batch)
     await writer.reach(Step.LOOKED)
-    users = await commit_first(writer, db, batch, plan)
+    first = await commit_first(writer, db, batch, plan)
     rows = await write_rows(
-        writer, db, plan.changes, plan.seen.waiting, progress=batch.progress, users=users, looked=plan.seen
+        writer, db, plan.changes, plan.seen.waiting, progress=batch.progress, users=first.users, looked=plan.seen
     )
+    # mutant: users that no later commit makes durable
+    if not (first.is_durable or rows or batch.progress):
+        await db.execute(sql.DURABLE)
+    writer.remember(first.early)
     forbidden = len(batch.changes) - len(plan.changes) - len(plan.seen.superseded)
     return await finish(writer, db, plan, rows, forbidden=forbidden)
 
@@ -101,11 +114,11 @@ async def _plan(db: Connection, batch: Batch) -> Plan:
     return Plan(changes, upserts, seen._replace(beaten=beaten))
 
 
-async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan) -> Sequence[str]:
-    """Commit what others must see before our rows: tombstones, users, accounts, identities, repairs.
+async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan) -> First:
+    """Commit what others must see before our rows: users, tombstones, accounts, identities, repairs.
 
     A tombstone that is committed before the delete is what a late create of another writer finds when it looks back.
-    Locks are taken in the order of their keys. Returns users that are so few that they go with the rows instead.
+    Locks are taken in the order of their keys.
     """
     forbidden = plan.seen.forbidden
     # mutant: opt-out of identities ignored
@@ -125,8 +138,6 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
             # mutant: tombstones not written
             if tombstones:
                 await db.execute(sql.TOMBSTONES, *columns(tombstones))
-            if users:
-                await db.execute(sql.USERS, users)
             if batch.accounts:
                 await put_accounts(db, batch.accounts)
             if identities:
@@ -136,15 +147,17 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
                 await db.execute(sql.REPAIRS, *columns((s.did, s.rev, s.seq) for _, s in sorted(newest.items())))
 
     more = bool(batch.accounts or identities or batch.syncs)
-    if more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH:
+    is_first = more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH
+    if users and is_first:
+        await writer.retry(lambda: db.execute(sql.USERS_FIRST, users))
+    if more:
         await writer.retry(transaction)
-        writer.remember(users)
-        users = []
     # mutant: tombstones not written (2)
     elif tombstones:
         await writer.retry(lambda: db.execute(sql.TOMBSTONES, *columns(tombstones)))
     await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
-    return users
+    is_durable = bool(tombstones or batch.accounts or batch.syncs) or not (users and is_first)
+    return First(users, [], is_durable) if is_first else First([], users, is_durable)
 
 
 async def write_rows(
@@ -159,18 +172,35 @@ async def write_rows(
 ) -> int:
     """The main transaction, begun again where another writer came first. Returns how many rows changed.
 
-    Joined rows that it leaves owed are recomputed after its commit. `looked`: what the first look found; None where
-    floors do not matter, because rows are removed for what is known already. Raises FloorCame.
+    What it leaves owed, counters and joined rows, is paid after its commit. `looked`: what the first look found; None
+    where floors do not matter, because rows are removed for what is known already. Raises FloorCame.
     """
     if not changes and progress is None:
         return 0
     rows, owed = await writer.retry(lambda: _main_transaction(writer, db, changes, waiting, progress, users, looked))
     writer.remember(users)
     writer.copying.committed()
-    if owed:
-        await recompute(writer, db, owed, set(), wait=False)
+    await pay_owed(writer, db, owed)
     await writer.reach(Step.OWED_RECOMPUTED)
     return rows
+
+
+async def pay_owed(writer: Writer, db: Connection, owed: Owed) -> None:
+    """After the commit that left it owed: both sides of a join can be seen."""
+    # mutant: counters are not paid after the commit
+    if owed.counters:
+        await pay(writer, db)
+    if owed.joined:
+        await recompute(writer, db, owed.joined, set(), wait=False)
+
+
+async def pay(writer: Writer, db: Connection) -> int:
+    """Counters that committed flushes owe, ours and others'; what another one is paying is left to him.
+
+    In transactions of its own, in which no other lock is held: nobody waits for it. Returns how many debts were paid.
+    """
+    paid: int = await writer.retry(lambda: db.fetchval(sql.PAY, *writer.counted))
+    return paid
 
 
 async def _main_transaction(
@@ -181,7 +211,7 @@ async def _main_transaction(
     progress: Progress | None,
     users: Sequence[str],
     looked: Seen | None,
-) -> tuple[int, dict[Key, datetime]]:
+) -> tuple[int, Owed]:
     effects = Effects(writer.derive)
     try:
         async with db.transaction():

@@ -56,7 +56,7 @@ async def recompute(
         if kind != "root" or key not in crowded:
             by_kind[kind].append(key)
     done = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
-    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *done, wait))
+    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *done, wait, *writer.counted))
 
 
 async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:
@@ -68,7 +68,7 @@ async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:
         while piece := [r[0] for r in await db.fetch(sql.CROWD_PIECE.format(count=writer.crowd))]:
             piece.sort()
             owed = (["context"] * len(piece), piece, [NEVER] * len(piece))
-            await writer.retry(partial(db.execute, sql.RECOMPUTE, piece, [], [], [], [], *owed, True))
+            await writer.retry(partial(db.execute, sql.RECOMPUTE, piece, [], [], [], [], *owed, True, *writer.counted))
     finally:
         if not db.is_closed():
             await db.execute(f"{STATEMENT_TIMEOUT}; CLOSE ALL")

@@ -100,7 +100,7 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
 
 
 def joins(derive: frozenset[str]) -> dict[str, bool]:
-    """Which joined rows there are, as the routines want to be told."""
+    """The joined rows' keys, as arguments of the routines."""
     return {
         "with_contexts": "thread_contexts" in derive,
         "with_gates": "gate_flags" in derive,

@@ -8,15 +8,13 @@ every cause that was committed before the lock; one that commits later writes it
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import datetime
 from functools import partial
 
 from fastworker.store import statements as sql
 from fastworker.store.audit import Check, Drift
-from fastworker.store.effects import write_effects, write_gates
-from fastworker.store.flush import write_rows
+from fastworker.store.effects import Owed, write_effects, write_gates
+from fastworker.store.flush import pay_owed, write_rows
 from fastworker.store.joined import NEVER, recompute
-from fastworker.store.look import Key
 from fastworker.store.session import Connection
 from fastworker.store.settle import cids_of, settle, thaw
 from fastworker.store.store import Store
@@ -81,7 +79,7 @@ async def _mend_twins(writer: Writer, db: Connection, drifts: Sequence[Drift]) -
     """Settle the pairs of these twins once more: whoever has the lowest rkey takes the row."""
     uris = sorted({drift.target for drift in drifts})
 
-    async def transaction() -> dict[Key, datetime]:
+    async def transaction() -> Owed:
         effects = Effects(writer.derive)
         async with db.transaction():
             await db.fetch(_VERSIONS_LOCK, uris)  # the gate of the cold tables
@@ -91,8 +89,7 @@ async def _mend_twins(writer: Writer, db: Connection, drifts: Sequence[Drift]) -
                     await settle(writer, db, table, {change.uri: change for change in mine}, effects)
             return await write_effects(writer, db, effects)
 
-    if owed := await writer.retry(transaction):
-        await recompute(writer, db, owed, set(), wait=False)
+    await pay_owed(writer, db, await writer.retry(transaction))
 
 
 async def _twins(db: Connection, uris: list[str]) -> list[Change]:
@@ -288,7 +285,7 @@ async def _mend_aggregates(writer: Writer, db: Connection, drifts: Sequence[Drif
     async def transaction() -> None:
         async with db.transaction():
             await db.execute(sql.AGGREGATES, [(key, 0, 0, 0, 0, 0) for key in keys])
-            await db.execute(sql.recount(writer.derive), keys)
+            await db.execute(sql.RECOUNT, keys, *writer.counted)
             await db.execute(sql.AGGREGATES_DROP, keys)
 
     await writer.retry(transaction)

@@ -17,6 +17,7 @@ import asyncpg
 
 from fastworker.errors import StoreUnavailable
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
+from fastworker.table.chosen import WHOLE, Part
 
 CLAIM_S: Final = 120
 RENEW_S: Final = 30.0
@@ -40,6 +41,7 @@ class Claim(NamedTuple):
     priority: int
     want_rev: str | None
     attempts: int
+    part: Part = WHOLE
 
 
 class Wanted(NamedTuple):
@@ -88,12 +90,13 @@ WITH RECURSIVE hosts (host) AS (
     SELECT r.did FROM open AS o, LATERAL (
         SELECT w.did, w.priority, w.next_at FROM fastworker.repos AS w
         WHERE w.state = 'waiting' AND w.host = o.host AND w.priority <= $2 AND w.next_at <= now()
+            AND (w.priority < {CHOSEN} OR NOT (SELECT is_paused FROM fastworker.backfill))
         ORDER BY w.priority, w.next_at LIMIT greatest(o.room, 0) FOR UPDATE SKIP LOCKED
     ) AS r ORDER BY r.priority, r.next_at LIMIT $3::int
 )
 UPDATE fastworker.repos AS r SET state = 'fetching', owner = $1, claimed_until = now() + interval '{CLAIM_S} seconds'
 FROM chosen AS c WHERE r.did = c.did AND r.state = 'waiting'
-RETURNING r.did, r.host, r.reason, r.priority, r.want_rev, r.attempts
+RETURNING r.did, r.host, r.reason, r.priority, r.want_rev, r.attempts, r.since_rev, r.collections
 """
 _FREE: Final = f"""
 UPDATE fastworker.repos SET state = 'waiting', owner = NULL
@@ -115,19 +118,28 @@ UPDATE fastworker.repos SET state = 'waiting', error = $4, attempts = attempts +
     next_at = now() + make_interval(secs => $3::float8)
 WHERE did = $1 AND owner = $2 AND state = 'fetching'
 """
-# What is fetched just now may be older than what is asked for: it is done once more.
-_PUT: Final = """
-INSERT INTO fastworker.repos AS r (did, host, reason, priority, sweep, want_rev)
-SELECT DISTINCT ON (w.did) w.did, $3::text, $4::text, $5::smallint, $6::bigint, nullif(w.rev, '')
+# What is fetched just now may be older than what is asked for: it is done once more. Who is asked for in part ($8 the
+# oldest key of what is dated, $9 collections), and then for more, is looked at for both.
+_WIDER: Final = (
+    "(r.since_rev IS NOT NULL AND (excluded.since_rev IS NULL OR excluded.since_rev < r.since_rev) "
+    "OR r.collections IS NOT NULL AND NOT coalesce(excluded.collections <@ r.collections, false))"
+)
+_PUT: Final = f"""
+INSERT INTO fastworker.repos AS r (did, host, reason, priority, sweep, want_rev, since_rev, collections)
+SELECT DISTINCT ON (w.did) w.did, $3::text, $4::text, $5::smallint, $6::bigint, nullif(w.rev, ''), $8::text, $9::text[]
 FROM unnest($1::varchar[], $2::text[]) AS w (did, rev) ORDER BY w.did, w.rev DESC
 ON CONFLICT (did) DO UPDATE SET reason = excluded.reason, sweep = coalesce(excluded.sweep, r.sweep),
     priority = CASE WHEN r.state IN ('waiting', 'fetching') THEN least(r.priority, excluded.priority)
         ELSE excluded.priority END,
     host = coalesce(nullif(excluded.host, ''), r.host), want_rev = greatest(r.want_rev, excluded.want_rev),
+    since_rev = CASE WHEN excluded.since_rev IS NOT NULL AND r.since_rev IS NOT NULL
+        THEN least(r.since_rev, excluded.since_rev) END,
+    collections = CASE WHEN excluded.collections IS NOT NULL AND r.collections IS NOT NULL
+        THEN ARRAY(SELECT DISTINCT c FROM unnest(r.collections || excluded.collections) AS u (c) ORDER BY c) END,
     state = 'waiting', attempts = 0, next_at = '-infinity', error = NULL, owner = NULL, queued_at = now()
-WHERE $7::boolean OR CASE r.state WHEN 'done' THEN coalesce(excluded.want_rev > r.rev, false) WHEN 'refused' THEN true
-    WHEN 'gone' THEN r.ended_at < now() - interval '1 day'
-    ELSE excluded.priority < r.priority OR excluded.sweep IS DISTINCT FROM r.sweep END
+WHERE $7::boolean OR CASE r.state WHEN 'done' THEN coalesce(excluded.want_rev > r.rev, false) OR {_WIDER}
+    WHEN 'refused' THEN true WHEN 'gone' THEN r.ended_at < now() - interval '1 day'
+    ELSE excluded.priority < r.priority OR excluded.sweep IS DISTINCT FROM r.sweep OR {_WIDER} END
 """
 _LEFT: Final = """
 SELECT count(*) FILTER (WHERE state = 'waiting'), count(*) FILTER (WHERE state = 'fetching'),
@@ -180,12 +192,14 @@ class Queue:
         host: str = "",
         sweep: int | None = None,
         again: bool = False,
+        part: Part = WHOLE,
     ) -> int:
-        """How many are to be fetched. `again`: also those that were done; else only those that have changed since."""
+        """How many are to be fetched. `again`: also those that were done; else only those that have changed since, or
+        of which less was looked at."""
         if not wanted:
             return 0
         dids, revs = [one.did for one in wanted], [one.rev or "" for one in wanted]
-        return _count(await self.execute(_PUT, dids, revs, host, reason, priority, sweep, again))
+        return _count(await self.execute(_PUT, dids, revs, host, reason, priority, sweep, again, *part))
 
     async def put_selected(self, select: str, arguments: Sequence[Any], reason: str, sweep: int | None = None) -> int:
         """The accounts that a statement finds, as one transaction. It gives one column."""
@@ -199,7 +213,7 @@ class Queue:
                     await self._connection.execute(f"SELECT pg_advisory_xact_lock({_CLAIMS})")
                     await self._connection.execute(_FREE)
                     rows = await self._connection.fetch(_CLAIM, self._owner, priority_max, many, HOST_AT_ONCE)
-        return [Claim(*row) for row in rows]
+        return [Claim(*tuple(row)[:6], _part(*tuple(row)[6:])) for row in rows]  # type: ignore[call-arg]
 
     async def moved(self, did: str, host: str) -> bool:
         """An account's host is known. Whether it may be fetched at once; else it waits for its turn there."""
@@ -246,7 +260,7 @@ class Queue:
         return max(0.0, float(await self.value(_TURN, host, every_s)))
 
     async def rest(self, host: str, seconds: float) -> None:
-        """Nobody asks it for a while."""
+        """No process sends this host a request until then."""
         await self.execute(_REST, host, seconds)
 
     # --- lists
@@ -260,7 +274,16 @@ class Queue:
         return Sweep(*(await self.rows(_SWEEP + where, source, collection, reason))[0])
 
     async def page(
-        self, sweep: Sweep, wanted: Sequence[Wanted], listed: int, cursor: str | None, reason: str, priority: int
+        self,
+        sweep: Sweep,
+        wanted: Sequence[Wanted],
+        listed: int,
+        cursor: str | None,
+        reason: str,
+        priority: int,
+        *,
+        again: bool = False,
+        part: Part = WHOLE,
     ) -> Sweep:
         """A page of the list, and where it goes on. Nothing when another process was faster."""
         async with self._one:
@@ -270,7 +293,7 @@ class Queue:
                     if _count(moved) and wanted:
                         dids, revs = [one.did for one in wanted], [one.rev or "" for one in wanted]
                         put = await self._connection.execute(
-                            _PUT, dids, revs, sweep.host, reason, priority, sweep.id, False
+                            _PUT, dids, revs, sweep.host, reason, priority, sweep.id, again, *part
                         )
                         await self._connection.execute(
                             "UPDATE fastworker.sweeps SET queued = queued + $2 WHERE id = $1", sweep.id, _count(put)
@@ -325,6 +348,10 @@ class Listed:
 
     async def left(self, priority_max: int) -> Left:  # noqa: ARG002
         return Left(len(self._waiting), 0, 0.0)
+
+
+def _part(since_rev: str | None, collections: Sequence[str] | None) -> Part:
+    return Part(since_rev, None if collections is None else tuple(collections))
 
 
 def _count(tag: str) -> int:

@@ -21,7 +21,16 @@ from fastworker.store import statements
 from fastworker.table.schema import DERIVED, TABLES, Table
 
 # mutant: a routine is not listed
-ORDER = ("look", "look_back", "put", "recompute", "put_whole")  # a routine comes after those that it uses
+ORDER = (
+    "look",
+    "look_back",
+    "recount",
+    "pay_bucket",
+    "pay",
+    "put",
+    "recompute",
+    "put_whole",
+)  # a routine comes after those that it uses
 _HOT = tuple(table for table in TABLES if table.hot)
 _DERIVED = {table.name: table for table in DERIVED}
 
@@ -93,6 +102,7 @@ _OF_TABLE: dict[str, Callable[[Table], str]] = {
 }
 _WORDS: dict[str, Callable[[], str]] = {
     "beats": lambda: statements.BEATS,
+    "counters": lambda: str(statements.COUNTERS),
     "insert_new_rows": lambda: "".join(map(_insert_new, _HOT)).removeprefix("\n"),
     "new_rows_arguments": lambda: "\n    ".join(f"new_{table.name} {table.row_type}[]," for table in _HOT),
     "new_rows_passed": lambda: ", ".join(f"new_{table.name} => new_{table.name}" for table in _HOT),

@@ -16,7 +16,7 @@ from fastworker.table.batch import Change
 from fastworker.table.derive import Effects
 from fastworker.table.schema import TABLES, Table
 
-Pending = dict[str, Change]  # by uri: changes that go by the rows that are there
+Pending = dict[str, Change]  # by uri: changes that depend on a row that exists
 
 
 async def insert_new(
@@ -54,7 +54,10 @@ async def insert_new(
 
 
 async def put(db: Connection, arguments: dict[str, Any]) -> Any:
-    """`fastworker.put_3` with these arguments: (placed: uris, or None for all; owed_since: a moment, or None)."""
+    """The routine `put` with these arguments.
+
+    (placed: uris, or None for all; owed_since: a moment, or None; is_owing: somebody owes counters)
+    """
     return await db.fetchrow(sql.PUT, *(arguments.get(name) for name in sql.PUT_ARGUMENTS))
 
 
@@ -94,7 +97,7 @@ async def _copy_new(
 
 
 def divide(changes: list[Change], waiting: set[str]) -> tuple[list[Change], Pending]:
-    """Upserts that may be new; and what goes by the rows that are there: deletes, and what is among the twins."""
+    """Upserts that may be new; and what depends on a row that exists: deletes, and records among the twins."""
     new: list[Change] = []
     pending: Pending = {}
     for change in changes:

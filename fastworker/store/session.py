@@ -68,7 +68,7 @@ DURABLE = "; SELECT set_config('synchronous_commit', 'on', false) WHERE current_
 
 
 class Contended(Exception):
-    """Another writer committed what this transaction had read otherwise, and part of it is written: begin again."""
+    """Another writer has changed what this transaction had read, and part of it is written: roll back, begin again."""
 
 
 RETRYABLE = (DeadlockDetectedError, SerializationError, Contended)

@@ -253,7 +253,7 @@ async def _write(
             if member.uri in placed:
                 derive.added(effects, table, member.row, member.cid)
             elif pair in found.winners:
-                raise Contended(f"{table.name}: another writer put {member.uri} elsewhere")  # begin again, and see it
+                raise Contended(f"{table.name}: another writer put {member.uri} elsewhere")
             else:
                 new.refused(pair)
     puts = sorted(((m, pair) for pair, members in new.twin_puts.items() for m in members), key=lambda put: put[0].uri)

@@ -1,4 +1,4 @@
-"""SQL text: functions of a table, and the statements of the derived tables. Pure; golden-tested.
+"""SQL text: functions of a table, and the statements of the derived tables. Pure.
 
 Every statement takes arrays and touches many rows. The caller passes keys sorted, and `unnest` keeps
 their order, so that every writer locks in the same order. A statement whose result depends on waiting
@@ -293,6 +293,15 @@ USERS = (
     "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest($1::varchar[]) AS u (did) "
     "ON CONFLICT (did) DO NOTHING"
 )
+# In a transaction of its own that waits for no disk: whoever makes the same users waits for this one statement only.
+# What is committed later in the same session, and waits for its disk, makes it durable: WAL is written in order.
+USERS_FIRST = (
+    "WITH early AS (SELECT set_config('synchronous_commit', 'off', true)) "
+    "INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM early, unnest($1::varchar[]) AS u (did) "
+    "ON CONFLICT (did) DO NOTHING"
+)
+# A commit that waits for its disk although no row is written.
+DURABLE = "SELECT pg_logical_emit_message(true, 'fastworker', '')"
 _AFTER = "now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12))"
 # $1 dids, $2 relays, $3 seqs, $4 moments, then what the events say
 _OF_EVENTS = "unnest($1::varchar[], $2::text[], $3::bigint[], $4::timestamptz[], $5::boolean[], $6::text[])"
@@ -394,7 +403,11 @@ REFUSED = (
     "reason = excluded.reason, detail = excluded.detail, refused_at = now() "
     "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
 )
-FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
+FINISHED = "SELECT stream, seq, entry_id FROM fastworker.progress WHERE stream = ANY ($1::text[])"
+NOTE_PROGRESS = (
+    "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "
+    "ON CONFLICT (stream, consumer) DO UPDATE SET seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now()"
+)
 
 # Derived tables -----------------------------------------------------------------------------------
 VIEWERS = upsert(
@@ -434,28 +447,14 @@ AGGREGATES = (
 )
 
 
-def recount(derive: frozenset[str]) -> str:
-    """Counts of $1 post_uris whose aggregate rows the transaction has locked in an earlier statement."""
-    counts = [
-        ("like_count", "likes", "post_uri", "counts"),
-        ("repost_count", "reposts", "post_uri", "counts"),
-        ("bookmark_count", "bookmarks", "post_uri", "counts"),
-        ("reply_count", "posts", "parent_uri", "reply_counts"),
-        ("quote_count", "quotes", "quoted_uri", "quotes"),
-    ]
-    sets = ", ".join(
-        f"{column} = (SELECT count(*) FROM public.{table} AS r WHERE r.{key} = a.post_uri)"
-        for column, table, key, name in counts
-        if name in derive
-    )
-    return f"UPDATE public.post_aggregations AS a SET {sets}, updated_at = now() WHERE a.post_uri = ANY($1::varchar[])"
-
+COUNTERS = 0x66776374  # "fwct": class of the advisory locks that say who pays the counters of a bucket
 
 # The routines of the flush (store/sql), called by the names of their arguments -------------------------
 _USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in TABLES if table.hot))
 _PROGRESS = ("of_stream", "of_consumer", "until_seq", "until_entry")
 _ITEMS = (QUOTES, FEED_ITEMS, NOTIFICATIONS)
 _DERIVED = ("with_contexts", "with_gates", "with_services")
+COUNTED = ("with_replies", "with_quotes")
 UNSEEN = ("unseen_posts", "unseen_viewers", "unseen_likes", "unseen_reposts", "unseen_bookmarks")
 
 
@@ -473,11 +472,11 @@ PUT_ARGUMENTS = (
     "whole",
     *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
     *UNSEEN,
-    *("new_viewers", "deltas", "owed_kinds", "owed_keys"),
+    *("new_viewers", "deltas", "recounts", *COUNTED, "owed_kinds", "owed_keys"),
     *_PROGRESS,
     *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_3({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_4({_named(*PUT_ARGUMENTS)})"
 WHOLE_ARGUMENTS = (
     *_USERS_AND_ROWS,
     *(f"new_{table.name}" for table in _ITEMS),
@@ -485,8 +484,9 @@ WHOLE_ARGUMENTS = (
     *_PROGRESS,
     *("uris", *_LOWEST, "dids", "crowd"),
     *_DERIVED,
+    *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_3({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_4({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
 NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
 FLOOR_CAME = "FW002"  # SQLSTATE of a transaction that must begin again with its look
 JOINED = {  # kind of a joined row -> the argument that takes its keys
@@ -496,9 +496,10 @@ JOINED = {  # kind of a joined row -> the argument that takes its keys
     "like_count": "services",
     "aggregate": "aggregates",
 }
-RECOMPUTE = (
-    f"SELECT fastworker.recompute_2({_named(*JOINED.values(), 'owed_kinds', 'owed_keys', 'owed_times', 'patient')})"
-)
+RECOMPUTE_ARGUMENTS = (*JOINED.values(), "owed_kinds", "owed_keys", "owed_times", "patient", *COUNTED)
+RECOMPUTE = f"SELECT fastworker.recompute_3({_named(*RECOMPUTE_ARGUMENTS)})"
+RECOUNT = f"SELECT fastworker.recount_1({_named('keys', *COUNTED)})"
+PAY = f"CALL fastworker.pay_1({_named(*COUNTED)}, paid => NULL)"
 
 # Rows that join two records: recomputed after both sides have committed ------------------------------
 OWED = (

@@ -138,15 +138,16 @@ class Store:
             return await blame.still_locked(db, rows)
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
-        """What is still owed (joined rows, purges of deleted accounts, second looks), in one bounded piece.
+        """What is still owed (counters, joined rows, purges of deleted accounts, second looks), in one bounded piece.
 
         Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
-        writer is at work, both ages may be 0. Each of the three is tried whatever became of the others; an error is
+        writer is at work, both ages may be 0. Each of the four is tried whatever became of the others; an error is
         raised when nothing else is left to do.
         """
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
+            partial(flush.pay, self.writer),
             partial(upkeep.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
@@ -160,6 +161,11 @@ class Store:
         if failure is not None and not done:
             raise StoreUnavailable(str(failure)) from failure
         return done
+
+    async def pay(self) -> int:
+        """Counters that flushes owe who died before they paid, or whose payer had looked already. For a quick tick."""
+        async with self.connection() as db:
+            return await flush.pay(self.writer, db)
 
     async def keep(self, refused: Sequence[Refused]) -> None:
         """Remember these records by name: their entries will be in no dead letter."""
@@ -200,6 +206,13 @@ class Store:
         async with self.connection() as db:
             return await upkeep.finished(db, stream)
 
+    async def note_progress(self, progress: Progress) -> None:
+        """Of a stream on which nothing is left. Not noted where a session is newer than what was seen."""
+        async with self.connection() as db:
+            if progress.session in (None, self.sessions):
+                mark = progress.stream, progress.consumer, progress.seq, progress.entry_id
+                await self.writer.retry(lambda: db.execute(sql.NOTE_PROGRESS, *mark))
+
     async def mark_read(self, uris: Sequence[str]) -> None:
         """Notifications that are older than what the user has seen long ago (`is_read` is not the state law's)."""
         if uris:
@@ -212,7 +225,7 @@ class Store:
             await db.execute(sql.REPAIRED, did, until_seq)
 
     async def unresolved(self, limit: int) -> list[tuple[str, datetime]]:
-        """(did, marked at) of identities whose handle nobody told, those that may be asked for now."""
+        """(did, marked at) of identities without a known handle whose next attempt is due."""
         async with self.connection() as db:
             return await accounts.unresolved(db, limit)
 
@@ -222,11 +235,12 @@ class Store:
             return await accounts.claimed_before(db, after, limit)
 
     async def resolved(self, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
-        """(did, its handle or None, asked at, marked at). Not taken where an event came meanwhile; how many were."""
+        """Store looked-up handles: (did, handle or None, asked at, marked at). One is left out when a newer event came
+        meanwhile. Returns how many were stored."""
         async with self.connection() as db:
             return await accounts.resolved(self.writer, db, rows)
 
     async def unresolvable(self, dids: list[str]) -> None:
-        """Ask later, ever more rarely: from half a minute to a day."""
+        """Put off the next attempt: half a minute, then longer after each failure, a day at most."""
         async with self.connection() as db:
             await accounts.unresolvable(db, dids)

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import asyncpg
 
-from fastworker.store import statements as merge
+from fastworker.store import statements as sql
 from fastworker.store.audit import Audit, StoredRecord
 from fastworker.store.session import translating
 from fastworker.store.settle import thaw
@@ -54,7 +54,7 @@ _STANDING: Final = f"""SELECT * FROM ({_VERSIONED} UNION ALL {_FOREIGN}) AS s OR
 _ACCOUNT_STATE: Final = (
     f'SELECT (SELECT max(rev COLLATE "C") FROM ({_VERSIONED}) AS s WHERE seq <= $2), d.*, '
     "EXISTS (SELECT 1 FROM public.user_settings WHERE user_did = $1 AND data_collection_forbidden) "
-    f"FROM (SELECT) AS one LEFT JOIN (SELECT {merge.GONE} FROM fastworker.accounts WHERE did = $1 "
+    f"FROM (SELECT) AS one LEFT JOIN (SELECT {sql.GONE} FROM fastworker.accounts WHERE did = $1 "
     "AND deleted_seq IS NOT NULL) AS d (deleted_rev, deleted_seq) ON true"
 )
 
@@ -128,7 +128,7 @@ class Stored:
         found = []
         for table, mine in by_table.values():
             with translating():
-                rows = [tuple(row) for row in await self._connection.fetch(merge.select(table), mine)]
+                rows = [tuple(row) for row in await self._connection.fetch(sql.select(table), mine)]
             there = {row[0] for row in rows}
             rows += [row for uri, (row, _, _) in (await self.twin_rows(table, mine)).items() if uri not in there]
             found += [(table.name, dict(zip(table.columns, row, strict=True))) for row in rows]

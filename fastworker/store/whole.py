@@ -43,6 +43,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
         "dids": list(batch.dids),
         "crowd": writer.crowd,
         **joins(writer.derive),
+        **dict(zip(sql.COUNTED, writer.counted, strict=True)),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]
     await writer.reach(Step.BEFORE_MAIN_COMMIT)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from fastworker.crashpoint import Step, crashpoint
 from fastworker.errors import StoreUnavailable
-from fastworker.store import statements as sql
 from fastworker.store.session import RETRYABLE
 
 ATTEMPTS_MAX = 20  # deadlocks and serialisation failures of one transaction; each resolves one writer
@@ -63,7 +62,7 @@ class Writer:
         self.known: dict[str, None] = {}  # DIDs whose users row is committed
         self.relays: set[str] = set()  # hosts that are in fastworker.relays
         self.conflicts = 0  # transactions begun again because another writer came first
-        self.recount = sql.recount(derive) if "counts" in derive else None
+        self.counted = ("reply_counts" in derive, "quotes" in derive)  # counters beside those of likes, as routines ask
         self.on_step: Callable[[Step], Awaitable[None]] | None = None  # for tests that hold a writer at a step
 
     async def reach(self, step: Step) -> None:

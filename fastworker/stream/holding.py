@@ -1,4 +1,4 @@
-"""What one consumer was given: what of it is not settled, and what of it nobody was told yet."""
+"""What one consumer was given: what of it is not settled, and what of it is not recorded in Redis yet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Holding:
         self.ids: dict[str, None] = {}  # that were read and that no ack was sent for
         self._in_order = True  # they are in the order of the stream
         self._lowest_told = ""
-        self._reads: list[str] = []  # first and last id of each read that was not told yet
+        self._reads: list[str] = []  # first and last id of each read that is not recorded yet
 
     def read(self, ids: Sequence[str]) -> None:
-        """A read gave us these, and whatever is between them."""
+        """A read returned these entries; all between the first and the last are ours."""
         self._reads += [ids[0], ids[-1]]
         self._hold(ids)
 
     def take_over(self, ids: Sequence[str]) -> None:
-        """Somebody was given these before, or we were without hearing of it."""
+        """These were delivered before: to another consumer, or to us in a reply that was lost."""
         self._reads += [one for one in ids for _ in ("first", "last")]
         self._hold(ids)
 
@@ -39,7 +39,7 @@ class Holding:
 
     @property
     def is_told(self) -> bool:
-        """There is nothing to tell, except that what was told is settled."""
+        """Nothing is to be recorded, except that what was recorded is settled."""
         return not self._reads and self.lowest in ("", self._lowest_told)
 
     @asynccontextmanager

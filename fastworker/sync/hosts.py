@@ -167,7 +167,7 @@ class PublicResolver(AbstractResolver):
 
 
 class _Turns:
-    """What one host is asked, and when: bucket, slots, pauses."""
+    """The limits of requests to one host: token bucket, slots, pauses."""
 
     def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...] = CLOSED_S) -> None:
         self._closed_s = closed_s
@@ -287,7 +287,7 @@ class Hosts:
         await self._session.close()
 
     def share(self, turns: SharedTurns) -> None:
-        """From now on others ask the same hosts."""
+        """Share the counts of requests with other processes from now on."""
         self._shared = turns
 
     def origin(self, authority: str) -> str:
@@ -364,7 +364,7 @@ class Hosts:
         body = await self._read(self._file(handle, "atproto-did"), NAME_BYTES_MAX, shared_by=domain_of(handle))
         return body.decode("ascii", "replace").strip()
 
-    # How
+    # How it is asked
 
     def _file(self, host: str, name: str) -> URL:
         return URL(f"{self._well_known.format(host=host)}/{name}")

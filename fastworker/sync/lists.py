@@ -14,6 +14,7 @@ from fastworker.errors import Unreachable
 from fastworker.event.syntax import is_did
 from fastworker.store.repos import Sweep, Wanted
 from fastworker.sync.hosts import HostError, HostFault, RepoHead
+from fastworker.table.chosen import WHOLE, Part
 
 if TYPE_CHECKING:
     from fastworker.sync.many import Scene
@@ -31,18 +32,29 @@ def relay_of(url: str) -> str:
     return str(given.with_scheme(scheme).origin())
 
 
-async def read_host(scene: Scene, host: str, reason: str, priority: int) -> None:
+async def read_host(
+    scene: Scene, host: str, reason: str, priority: int, *, again: bool = False, part: Part = WHOLE
+) -> None:
     """Every account of a host that has changed since it was settled."""
     origin = scene.hosts.origin(host)
     try:
         authority = URL(origin).authority
     except ValueError:
         raise Unreachable(f"{host[:100]!r} is not the name of a host") from None
-    await read_repos(scene, origin, reason, priority, host=authority)
+    await read_repos(scene, origin, reason, priority, host=authority, again=again, part=part)
 
 
 async def read_repos(
-    scene: Scene, source: str, reason: str, priority: int, *, host: str = "", since_rev: str = "", collection: str = ""
+    scene: Scene,
+    source: str,
+    reason: str,
+    priority: int,
+    *,
+    host: str = "",
+    since_rev: str = "",
+    collection: str = "",
+    again: bool = False,
+    part: Part = WHOLE,
 ) -> Sweep:
     """Everything that `source` lists, less what is as new here. `host`: of all of them, where it is known."""
     sweep = await scene.queue.sweep(source, reason, priority, collection=collection, host=host, since_rev=since_rev)
@@ -55,7 +67,7 @@ async def read_repos(
         ]
         if cursor is not None and (cursor == sweep.cursor or not repos):
             cursor = None  # a list that goes nowhere is at its end
-        sweep = await scene.queue.page(sweep, wanted, len(repos), cursor, reason, priority)
+        sweep = await scene.queue.page(sweep, wanted, len(repos), cursor, reason, priority, again=again, part=part)
         await _room(scene, priority)
     return sweep
 

@@ -25,6 +25,7 @@ import msgspec
 
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.event.repository import Repository
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import (
     AGAIN_S,
@@ -46,7 +47,7 @@ from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
 from fastworker.table.snapshot import Snapshot
 
 LOOK_S: Final = 0.3
-STALL_S: Final = 120.0  # without the worker getting on
+STALL_S: Final = 120.0  # without progress of the worker
 LIVE_S: Final = 2.0
 """While the oldest unfinished entry is older, history waits."""
 LIVE_PAUSE_S: Final = 10.0  # but never longer than this for one account
@@ -117,7 +118,7 @@ class Live:
             asked = time.monotonic() - LOOK_S / 2
 
     async def first(self) -> None:
-        """Live events go before history."""
+        """Wait while the live stream is behind: its events go before history."""
         give_up = time.monotonic() + LIVE_PAUSE_S
         while time.monotonic() < give_up:
             unfinished = await self._oldest(time.monotonic() - LOOK_S)
@@ -131,7 +132,7 @@ class Live:
         return all(one.ours or one.leased or one.idle_ms > FOREIGN_IDLE_MS for one in found)
 
     async def _oldest(self, not_before: float) -> str | None:
-        """The oldest unfinished entry, by one look for everybody who asks at the same time."""
+        """The age of the oldest unfinished entry; one question to Redis for all who ask at the same time."""
         async with self._one:
             if self._looked >= not_before:
                 return self._unfinished
@@ -149,8 +150,12 @@ def _order(entry_id: str) -> list[int]:
     return [int(part) for part in entry_id.split("-")]
 
 
+Keep = Callable[[str, Repository, Snapshot, str], Awaitable[None]]
+"""What to do with a repository instead of comparing it: DID, repository, its snapshot, what was on the stream then."""
+
+
 class Many:
-    """The engine. `repaired` is told of each account that is equal now, with its S0."""
+    """The engine. `repaired` is told of each account that is equal now, with its S0. `keep`: see Keep."""
 
     def __init__(
         self,
@@ -161,7 +166,9 @@ class Many:
         folder: Path,
         report: Report,
         repaired: Callable[[str, int], Awaitable[None]],
+        keep: Keep | None = None,
     ) -> None:
+        self._keep = keep
         self._waiting = waiting
         self._hosts = hosts
         self._live = live
@@ -220,18 +227,27 @@ class Many:
             if not await self._waiting.moved(one.did, host):
                 return
         async with fetched(self._hosts, one.did, self._folder, document=document) as repository:
-            await self._live.finished(mark)
+            if self._keep is None:
+                await self._live.finished(mark)
             commit = repository.commit
             if one.want_rev is not None and commit.rev < one.want_rev:
                 raise NotFetched(
                     Refusal.STALE, f"its revision {commit.rev} is older than {one.want_rev}, as was listed"
                 )
+            snapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)
+            if self._keep is not None:
+                async with self._one:
+                    await self._keep(one.did, repository, snapshot, mark.entry_id)
+                await self._waiting.ended(one.did, "spooled", "")
+                self._report.kept()
+                return
             if one.priority >= CHOSEN:
                 await self._live.first()
-            snapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)
             async with self._one:
                 floor = await self._settle.may_floor() and await self._live.all_are_ours()
-                settled = await self._settle.settle(repository, snapshot, accept_older=work.accept_older, floor=floor)
+                settled = await self._settle.settle(
+                    repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part
+                )
             size = repository.size
         await self._settled(one, settled, snapshot, size)
 
@@ -309,8 +325,9 @@ async def settle_all(
     feed: Callable[[], Awaitable[None]] | None = None,
     only: list[str] | None = None,
     repaired: Callable[[str, int], Awaitable[None]] | None = None,
+    keep: Keep | None = None,
 ) -> ExitCode:
-    """What is in the queue; `only`: just look at these."""
+    """What is in the queue; `only`: just look at these. `keep`: see Keep."""
 
     async def forget(did: str, seq: int) -> None:
         if scene.store is not None and only is None:
@@ -320,7 +337,7 @@ async def settle_all(
 
     waiting: Waiting = scene.queue if only is None else Listed(only)
     settle = Settle(scene.stored, scene.store if only is None else None)
-    many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget)
+    many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget, keep)
     try:
         if not await unless_stopped(many.all(work, scene.config.fetch_at_once, feed), stop):
             report.stop()

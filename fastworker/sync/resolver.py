@@ -43,7 +43,7 @@ class ResolverSettings(msgspec.Struct, frozen=True):
 
 
 async def run_resolver(settings: ResolverSettings, stop: asyncio.Event) -> None:
-    """Until `stop`. Never raises: whatever happens here must not disturb the process that it lives in."""
+    """Run until `stop`. Never raises: it must not disturb the process that it runs in."""
     backoff = Backoff(1.0, 60.0)
     while not stop.is_set():
         try:
@@ -104,7 +104,7 @@ async def _directory(settings: ResolverSettings, stack: AsyncExitStack) -> Direc
 
 
 async def resolve_once(directory: Directory, store: Store, waiting: list[tuple[str, datetime]]) -> None:
-    """Ask for these, and write down what was found."""
+    """Look these up, and store what was found."""
     from fastworker.sync.identity import Unresolved, gather  # noqa: PLC0415 - as above
 
     asked_at = datetime.now(UTC)

@@ -29,13 +29,13 @@ from rich.text import Text
 
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode, Reason, RowRejected
-from fastworker.event.repository import Repository
+from fastworker.event.repository import Repository, TreeRecord
 from fastworker.store.audit import StoredRecord
 from fastworker.store.floors import all_know_floors, put_floor, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone, newer
-from fastworker.table.chosen import is_left_out
+from fastworker.table.chosen import WHOLE, Part, is_choosing, is_left_out
 from fastworker.table.derive import FULL, Effects, add
 from fastworker.table.schema import Table, collection_table
 from fastworker.table.snapshot import Piece, Snapshot, is_judged_date, pieces
@@ -77,28 +77,36 @@ class Settle:
         self._store = store
 
     async def settle(
-        self, repository: Repository, snapshot: Snapshot, *, accept_older: bool = False, floor: bool = False
+        self,
+        repository: Repository,
+        snapshot: Snapshot,
+        *,
+        accept_older: bool = False,
+        floor: bool = False,
+        part: Part = WHOLE,
     ) -> Settled:
         """The repository was walked before (`check`), so that it is known to be whole.
 
-        `floor`: it is the whole repository at S0, and every worker knows floors.
+        `floor`: it was so at S0, and every worker knows floors. `part`: what is compared; where that is not all of it
+        there is no floor.
         """
         result = Settled(snapshot.did)
         result.refused = await self._refusal(snapshot, accept_older)
-        if result.refused is None and floor and self._store is not None:
+        is_whole = part == WHOLE and not is_choosing()
+        if result.refused is None and floor and is_whole and self._store is not None:
             result.refused = await self._floor(self._store, snapshot, accept_older)
         if result.refused:
             return result
         told = time.monotonic() + TELL_S
         async with self._stored.standing(snapshot.did) as standing:
-            for piece in pieces(repository.records(), snapshot, PIECE):
+            for piece in pieces(covered(repository.records(), part), snapshot, PIECE):
                 if piece.uris:
-                    there = await self._stored_of(piece, standing, piece.uris[-1], snapshot, result)
+                    there = await self._stored_of(piece, standing, piece.uris[-1], snapshot, result, part)
                     await self._piece(piece, there, snapshot, result)
                 if time.monotonic() > told:
                     told = time.monotonic() + TELL_S
                     log.info("%s: %s records, %s differences", snapshot.did, result.records, result.differences)
-            await self._stored_of(Piece(), standing, None, snapshot, result)
+            await self._stored_of(Piece(), standing, None, snapshot, result, part)
         if repository.bad_paths:
             result.drops["bad_path"] += repository.bad_paths
         return result
@@ -121,7 +129,7 @@ class Settle:
         return None
 
     async def _floor(self, store: Store, snapshot: Snapshot, accept_older: bool) -> str | None:
-        """From now on what is older is superseded; and what may not have seen that is in the tables."""
+        """Commit the floor, and wait for the transactions that may not have seen it. Returns why not, or None."""
         async with store.connection() as db:
             # mutant: no floor
             if not await put_floor(db, snapshot.did, snapshot.rev, snapshot.seq, lower=accept_older):
@@ -132,7 +140,13 @@ class Settle:
         return await self._refusal(snapshot, accept_older)
 
     async def _stored_of(
-        self, piece: Piece, standing: StandingRows, last: str | None, snapshot: Snapshot, result: Settled
+        self,
+        piece: Piece,
+        standing: StandingRows,
+        last: str | None,
+        snapshot: Snapshot,
+        result: Settled,
+        part: Part,
     ) -> dict[str, Standing]:
         """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
         present = piece.present
@@ -141,7 +155,7 @@ class Settle:
         async for one in standing.up_to(last):
             if one.uri in present:
                 there.setdefault(one.uri, one)
-            elif _is_extra(one, snapshot) and not is_left_out(one.uri.split("/")[3]):
+            elif _is_extra(one, snapshot) and _is_covered(one.uri, part):
                 table, rkey = collection_table(one.uri), one.uri.rpartition("/")[2]
                 extra.append(
                     Change(table, one.uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None)
@@ -200,6 +214,16 @@ class Settle:
             half = len(changes) // 2
             await self._write(changes[:half], piece, result)
             await self._write(changes[half:], piece, result)
+
+
+def covered(records: Iterable[TreeRecord], part: Part) -> Iterable[TreeRecord]:
+    return records if part == WHOLE else (one for one in records if part.covers(one.collection, one.rkey))
+
+
+def _is_covered(uri: str, part: Part) -> bool:
+    collection, rkey = uri.split("/", 4)[3:]
+    # mutant: a partial snapshot deletes what it did not look at
+    return not is_left_out(collection) and part.covers(collection, rkey)
 
 
 def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
@@ -268,7 +292,7 @@ def _example(result: Settled, words: str) -> None:
 
 
 async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
-    """Do it to its end, or cancel it at a stop. Whether it came to its end."""
+    """Await it, or cancel it at a stop. Whether it came to its end."""
     task = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -307,6 +331,10 @@ class Report:
             counts.update(getattr(settled, kind))
         self._drops.update(settled.drops)
         self._examples += settled.examples[: EXAMPLES - len(self._examples)]
+
+    def kept(self) -> None:
+        """A repository is on disk, to be loaded."""
+        self._accounts += 1
 
     def failed(self, name: str, why: str) -> None:
         self.failures += 1
@@ -354,7 +382,7 @@ class Report:
         return sum(counts.total() for counts in self._kinds.values())
 
     def close(self) -> None:
-        """The bar goes."""
+        """Remove the bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None

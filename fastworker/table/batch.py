@@ -110,7 +110,7 @@ class Progress(msgspec.Struct, frozen=True, gc=False):
     consumer: str
     seq: int | None
     entry_id: str
-    session: int | None = None  # the newest of its process when this was found out; of a newer one nothing is known
+    session: int | None = None  # the process's newest session when this was read; a newer one may be on another server
 
 
 def beats(a: Change, b: Change) -> bool:

@@ -1,4 +1,5 @@
-"""Which collections are kept at all, where an operator has chosen some. Decided once, when a process starts.
+"""Which collections are kept at all, where an operator has chosen some. Decided once, when a process starts. And what
+of a repository is looked at, where only a part of it is wanted.
 
 Only what a record says is left out: deletes, `#account` and `#identity` are always taken, so that nothing outlives its
 end when the choice was wider before.
@@ -8,16 +9,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Final, NamedTuple
 
+from fastworker.event.syntax import is_tid
+
+DATED: Final = frozenset(f"app.bsky.feed.{name}" for name in ("post", "like", "repost", "threadgate", "postgate"))
+"""Collections of which old records may be left out; the graph and the profile are always whole."""
 _is_chosen: Callable[[str], object] | None = None
 
 
 def choose(patterns: Sequence[str]) -> None:
     """NSIDs, in which `*` stands for anything; none: all of them."""
     global _is_chosen  # noqa: PLW0603 - the choice of the whole process, made before its first event
-    words = "|".join(re.escape(one).replace(r"\*", ".*") for one in patterns)
-    _is_chosen = re.compile(words).fullmatch if patterns else None
+    _is_chosen = _matching(tuple(patterns)) if patterns else None
 
 
 def is_left_out(collection: str) -> bool:
     return _is_chosen is not None and not _is_chosen(collection)
+
+
+def is_choosing() -> bool:
+    """Whether any collection is left out."""
+    return _is_chosen is not None
+
+
+@cache
+def _matching(patterns: tuple[str, ...]) -> Callable[[str], object]:
+    words = "|".join(re.escape(one).replace(r"\*", ".*") for one in patterns)
+    return re.compile(words).fullmatch
+
+
+class Part(NamedTuple):
+    """A part of a repository: what lies outside of it is not looked at, neither written nor deleted.
+
+    `since_rev`: a TID; of DATED records those whose key is older are outside. `collections`: NSIDs in which `*` stands
+    for anything; None: all.
+    """
+
+    since_rev: str | None = None
+    collections: tuple[str, ...] | None = None
+
+    def covers(self, collection: str, rkey: str) -> bool:
+        if self.collections is not None and not _matching(self.collections)(collection):
+            return False
+        # mutant: days ignored
+        return self.since_rev is None or collection not in DATED or not is_tid(rkey) or rkey >= self.since_rev
+
+
+WHOLE: Final = Part()

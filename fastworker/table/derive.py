@@ -93,7 +93,7 @@ class Effects:
         self.gates_set: dict[str, Row] = {}  # gate uri -> GATES row
         self.gates_removed: dict[str, str] = {}  # gate uri -> post_uri
         self.labels_added: list[str] = []
-        self.labels_removed: set[str] = set()  # replaced ones keep the event they have
+        self.labels_removed: set[str] = set()  # a label that is replaced keeps its row in label_events
         self.owed: set[tuple[str, str]] = set()  # (kind, key) to recompute after the commit
 
     def count(self, uri: str, which: int, delta: int) -> None:

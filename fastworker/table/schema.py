@@ -129,7 +129,7 @@ PROFILES = _table(
     "uri did display_name description:text avatar_url:text banner_url:text profile_record:jsonb pinned_post:jsonb",
 )
 
-# Derived tables that follow from high traffic. The others are written by statements of their own (merge.py).
+# Derived tables that follow from high traffic. The others are written by statements of their own (store/statements.py).
 FEED_ITEMS = _table("feed_items", "uri post_uri originator_did type sort_at:timestamp cid created_at:timestamp")
 QUOTES = _table("quotes", "uri cid post_uri quoted_uri quoted_cid created_at:timestamp")
 NOTIFICATIONS = _table("notifications", "uri recipient_did author_did reason reason_subject cid created_at:timestamp")

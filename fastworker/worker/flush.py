@@ -39,6 +39,8 @@ class Stream(Protocol):
     def name(self) -> str: ...
     @property
     def stream_key(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
     async def ack(self, tallies: Mapping[Tally, Sequence[str]], more_drops: Sequence[str] = ...) -> int: ...
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int: ...
     async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]: ...
@@ -91,7 +93,7 @@ class Half:
 
 
 class Flush:
-    """What it takes to settle what a pipeline holds."""
+    """Writes and acknowledges what one pipeline holds."""
 
     def __init__(
         self,
@@ -116,8 +118,8 @@ class Flush:
     async def settle(self, held: Held, span: Span, *, patient: bool = False) -> RowRejected | RowLocked | None:
         """Write, then ack. Cancelled or killed anywhere, it can be done again.
 
-        Where PostgreSQL refuses a value, its refusal; where another transaction has locked a row, which (`patient`:
-        that is waited for). The batch is neither written nor acked then.
+        Returns the error, and then nothing is written or acked: RowRejected where PostgreSQL refuses a value,
+        RowLocked where another transaction has locked a row (`patient`: that is waited for instead).
         """
         if held.before_horizon:
             await self._judge(held)
@@ -170,10 +172,10 @@ class Flush:
         started = time.perf_counter()
 
         async def attempt() -> Written:
-            # known already, also because another pipeline found it while this one waited
+            # another pipeline may have found the locked row while this one waited
             if held is not None and (locked := self.waiting.first_of(held)) is not None:
                 raise _GoAround(locked)
-            del batch.drops[drops:]  # an earlier attempt's
+            del batch.drops[drops:]  # drops that an earlier attempt added
             self.is_unsure = True
             try:
                 written = await self.store.write(batch)
@@ -243,17 +245,17 @@ class Flush:
             log.debug("Set aside %s: %s (%s)", letter.entry_id, letter.reason, letter.error)
 
     async def look_at_locks(self) -> None:
-        """Which rows are locked still."""
+        """Forget the rows that are locked no more."""
         locks = self.waiting.locks
         if locks.rows:
             try:
                 locks.keep(await self.store.still_locked(list(locks.rows)))
             except StoreUnavailable:
-                return  # a flush finds out
+                return  # the next flush finds it out
         self.slot.text("locked", redact(str(next(iter(locks.rows.values()), ""))))
 
     async def persist(self, waiting: State, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        """Try until it works: whoever stops us cancels us. Reading pauses meanwhile."""
+        """Try until it works; a stop cancels it. Reading pauses meanwhile."""
         backoff = Backoff()
         while True:
             try:

@@ -132,11 +132,11 @@ class Held:
         return True
 
     def uncount(self) -> None:
-        """Entries of which nothing was stored, since all of it had been deleted, are not counted as committed."""
+        """Count entries whose records had all been deleted as `nothing_to_store`, not as `committed`."""
         beaten = self.batch.beaten
         for tally, ids in list(self.tallies.items()) if beaten else ():
             if tally.kind == _COMMIT.kind and tally.outcome == _COMMIT.outcome:
-                # Nearly all entries are told apart by their first record.
+                # Usually the first record shows it already.
                 some = [one for one in ids if (of := self.changes[one]) and of[0].uri in beaten]
                 gone = {one for one in some if all(c.uri in beaten for c in self.changes[one])}
                 if gone:
@@ -166,7 +166,7 @@ def _moment(event: Event, entry_ms: int) -> datetime:
 
 
 def names_of(event: Event, changes: Sequence[Change], reason: str, detail: str) -> list[Refused]:
-    """What remembers an event without its content: its records, or its account."""
+    """An event's records, or its account, by name: what is kept of it when its content is not."""
     did = event.repo if isinstance(event, Commit) else event.did
     rev = event.rev if isinstance(event, Commit | Sync) else None
     seq = event.seq if event.seq is None or abs(event.seq) < 2**63 else None
@@ -175,7 +175,7 @@ def names_of(event: Event, changes: Sequence[Change], reason: str, detail: str) 
 
 
 def names_of_letter(letter: dict[bytes, bytes]) -> list[Refused]:
-    """Of a letter that goes; nothing of one that no release understands: it names no record."""
+    """The same of a dead letter that is pushed out; empty where it cannot be decoded."""
     reason, error = (letter.get(name, b"").decode(errors="replace") for name in (b"reason", b"error"))
     try:
         event = decode_entry(original_fields(letter))

@@ -20,11 +20,14 @@ from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
 
-LETTERS_OF_ACCOUNT_MAX = 20  # a process; what more of its content is refused is kept by name
+LETTERS_OF_ACCOUNT_MAX = 20  # in each process; of what is refused beyond that only the names are kept
 
 
 async def settle(flush: Flush, refusals: Refusals, held: Held, rows_locked: int = 0) -> None:
-    """All of it: stored and acked, set aside, or put by until a row is free. `rows_locked`: found by it already."""
+    """Settle all entries: stored and acked, set aside, or put by until a locked row is free.
+
+    `rows_locked`: how many locked rows this flush has found so far.
+    """
     with flush.open_span("flush") as span:
         error = await flush.settle(held, span, patient=rows_locked == ROWS_MAX)
         if isinstance(error, RowRejected):

@@ -66,7 +66,7 @@ class Refusals:
         self._counts: Counter[str] = Counter()
 
     def add(self, did: str) -> int:
-        """How many it are now."""
+        """Count one more; how many there are now."""
         if len(self._counts) >= REFUSING_ACCOUNTS_MAX:
             self._counts.clear()
         # mutant: letters of one account not counted

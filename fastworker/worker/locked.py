@@ -36,13 +36,13 @@ class Locks:
         self.rows[error.row] = error
 
     def keep(self, locked: Iterable[LockedRow]) -> None:
-        """The others are free."""
+        """Keep only these: the other rows are free."""
         for row in self.rows.keys() - set(locked):
             log.info("%s of %s is no longer locked", row.key, row.table)
             del self.rows[row]
 
     def touched_by(self, entry_id: str, held: Held) -> RowLocked | None:
-        """The first of them that an entry may touch. Of a delete nobody knows what it touches."""
+        """The first of the locked rows that an entry may touch. What a delete touches is not known."""
         if not self.rows:
             return None
         changes = held.changes.get(entry_id, ())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from typing import Protocol
 
 from fastworker.edge.tracing import OpenSpan, no_span
@@ -28,7 +27,7 @@ from fastworker.worker.isolate import settle
 from fastworker.worker.limits import DeadLetterLimit, Refusals
 from fastworker.worker.locked import Locks, Waiting
 from fastworker.worker.overlap import Overlap
-from fastworker.worker.suspects import CONTROL_ENTRIES, Quiet, Record, Suspects, like_it, say_trying
+from fastworker.worker.suspects import CONTROL_ENTRIES, Quiet, Record, Suspects, like_it, name_of, say_trying
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class Pipeline:
         self._quiet = quiet or Quiet()
         self._quiet.members.append(self)
         self._trial: list[Entry] = []  # left behind after a death: tried while this process holds nothing else
-        # Of these what has killed, where this process has not settled enough yet to learn from its own death.
+        # Those that were held when a process died: tried once this process has settled enough others (suspects.py).
         self._later: dict[str, tuple[Entry, Record]] = {}
         self._is_reading = False
         self._finished_at_start = self._finished()
@@ -94,7 +93,7 @@ class Pipeline:
         self._writing: Held | None = None
         self._postponed: dict[str, tuple[dict[bytes, bytes], int]] = {}  # id -> fields, since when; the oldest first
         self._flush_at = 0.0  # when the latest flush began
-        self._marks: deque[tuple[str, int | None]] = deque(maxlen=MARKS_MAX)
+        self._marks: list[tuple[str, int | None]] = []
 
     # --- what others look at
 
@@ -124,7 +123,7 @@ class Pipeline:
 
     @property
     def is_still(self) -> bool:
-        """It holds nothing that it has looked at, and reads nothing."""
+        """Whether it holds no entry that it has decoded, and is not reading."""
         return not (self._filling or self._writing or self._postponed or self._is_reading)
 
     @property
@@ -147,6 +146,7 @@ class Pipeline:
         newest = max(marks, key=lambda mark: id_order(mark[0]), default=None)
         if newest is not None:
             self._flush.progress = Progress(self.stream.stream_key, self.stream.name, newest[1], newest[0], sessions)
+            self._marks = [mark for mark in self._marks if id_order(mark[0]) > id_order(newest[0])]
 
     def follow(self, rules: EntryRules) -> None:
         """Rules for the entries that are read from now on."""
@@ -259,6 +259,8 @@ class Pipeline:
         if taken:
             self._slot.add(read=taken)
             if filling.mark is not None:
+                if len(self._marks) >= MARKS_MAX:
+                    del self._marks[1::2]  # the oldest stays: the group may come to it only after others came
                 self._marks.append(filling.mark)
                 self.told = filling.told or self.told
 
@@ -289,7 +291,9 @@ class Pipeline:
     async def _try(self, stopping: asyncio.Event) -> None:
         """First those that nobody is known to have died with, all at once; the others one by one."""
         async with self._quiet.alone(self):
-            records = self._suspects.records(entry_id for entry_id, _ in self._trial)
+            names = {entry_id: name_of(entry_id, self.stream.partition) for entry_id, _ in self._trial}
+            told = self._suspects.records(names.values())
+            records = {entry_id: told[name] for entry_id, name in names.items() if name in told}
             fresh = [entry for entry in self._trial if entry[0] not in records]
             known = sorted((one for one in self._trial if one[0] in records), key=lambda one: records[one[0]])
             if fresh:
@@ -310,7 +314,8 @@ class Pipeline:
         held.since_ms = now_ms()
         if len(piece) == 1 and not self._has_control():
             Held().apply("1-1", like_it(piece[0][1]))
-        say_trying(self._slot, [entry_id for entry_id, _ in piece], with_control=self._has_control())
+        names = [name_of(entry_id, self.stream.partition) for entry_id, _ in piece]
+        say_trying(self._slot, names, with_control=self._has_control())
         try:
             for entry_id, fields in piece:
                 if poison is not None:
@@ -322,11 +327,11 @@ class Pipeline:
             self._slot.add(read=len(piece))
             await settle(self._flush, self._refusals, held)
         except asyncio.CancelledError:
-            say_trying(self._slot, [], with_control=False)  # an end in good order
+            say_trying(self._slot, [], with_control=False)  # a stop, not a death
             raise
         say_trying(self._slot, [], with_control=False)
         self._writing = None
         if self._overlap is not None:
             self._overlap.give_back(held.keys)
         if len(piece) == 1:
-            self._suspects.forget(piece[0][0])
+            self._suspects.forget(names[0])

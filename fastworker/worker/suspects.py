@@ -41,6 +41,7 @@ TICK_S: Final = 0.02
 _CELLS: Final = 256
 _WORDS: Final = 7  # of a cell: first and last id, two words each; all deaths, those that count, those on a quiet stream
 _MAX: Final = (1 << 63) - 1
+_PARTITION_BITS: Final = 48  # above the numbers of one millisecond
 
 
 class Record(NamedTuple):
@@ -109,7 +110,7 @@ class Suspects:
         return found
 
     def forget(self, entry_id: str) -> None:
-        """It was settled."""
+        """The entry was settled: it is no suspect."""
         ids = [*_id_words(entry_id)] * 2
         for at in range(2, len(self._words), _WORDS):
             if self._words[at : at + 4].tolist() == ids:
@@ -118,14 +119,22 @@ class Suspects:
 
 
 def like_it(fields: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """An entry of ours that takes as much memory: whoever dies of it dies of any."""
+    """A harmless entry of the same size: a process that dies of it would die of any."""
     record = {"$type": "control.invalid", "text": "a" * sum(map(len, fields.values()))}
     op = Op("create", "invalid.control.record", "self", None, None, record)
     return dict(encode_json(Commit(1, "did:plc:" + "a" * 24, None, None, [op], [])) or ())
 
 
+def name_of(entry_id: str, partition: int) -> str:
+    """Of an entry among those of all partitions: ids of two of them may be equal."""
+    if not partition:
+        return entry_id
+    ms, n = id_order(entry_id)
+    return f"{ms}-{n + (partition << _PARTITION_BITS)}"
+
+
 def say_trying(slot: Slot, entry_ids: list[str], *, with_control: bool) -> None:
-    """What a process is at: the parent reads it when the process is dead. Nothing: an empty list."""
+    """Note which entries this process tries; the parent reads it when the process is dead. Empty: none."""
     first, last = (_id_words(entry_ids[n]) if entry_ids else (0, 0) for n in (0, -1))
     slot.set(tried_first_ms=first[0], tried_first_n=first[1], tried_last_ms=last[0], tried_last_n=last[1])
     slot.set(tried_with_control=int(with_control), tried_at_ms=now_ms())
@@ -137,13 +146,13 @@ def _id_words(entry_id: str) -> tuple[int, int]:
 
 
 class Member(Protocol):
-    """A pipeline, to the others of its process."""
+    """What the pipelines of one process need of each other."""
 
     def got_on(self) -> None: ...
 
     @property
     def is_still(self) -> bool:
-        """It holds nothing, and reads nothing."""
+        """Whether it holds no entry, and is not reading."""
 
 
 class Quiet:
@@ -155,7 +164,7 @@ class Quiet:
 
     @property
     def wanted(self) -> bool:
-        """No new entries: somebody waits until all are still, or is at it."""
+        """Whether pipelines should read nothing now: one of them wants to be alone, or is."""
         return self._holder is not None
 
     @asynccontextmanager
@@ -171,6 +180,6 @@ class Quiet:
             self._holder = None
 
     async def tick(self, member: Member) -> None:
-        """Waiting for one of us is no standstill: whoever stands still is told by its own progress."""
+        """Waiting for another pipeline counts as progress: if that one is stuck, its own progress shows it."""
         member.got_on()
         await asyncio.sleep(TICK_S)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastworker.crashpoint import Step
+from tests.rig import operator
 from tests.rig.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
 
 
@@ -28,6 +29,25 @@ async def test_a_minute_of_faults(server_dir: Path) -> None:
     assert outcome.problems == [], outcome.report()
     assert outcome.entries > 1_000
     assert sum(outcome.faults.values()) == 20
+
+
+@pytest.mark.timeout(300)
+async def test_what_people_do(server_dir: Path) -> None:
+    """A few of their acts, with small limits: what the relay sent is in the tables, whatever they removed."""
+    faults = plan(5, 15, with_operator=True)
+    assert {fault.kind for fault in faults} == set(operator.WEIGHTS) - set(operator.SERVERS) | {faults[0].kind}
+    async with chaos(server_dir, seed=5, with_operator=True) as started:
+        outcome = await started.run([fault for fault in faults if fault.kind in operator.WEIGHTS][:5], recovery_s=2.0)
+    assert outcome.problems == [], outcome.report()
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(7_200)
+async def test_a_thousand_faults_with_people_at_work(server_dir: Path) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", "42"))
+    async with chaos(server_dir, seed=seed, with_operator=True) as started:
+        outcome = await started.run(plan(seed, 1_000, with_operator=True), limit_s=300)
+    assert outcome.problems == [], outcome.report()
 
 
 @pytest.mark.extended

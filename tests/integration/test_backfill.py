@@ -20,6 +20,7 @@ from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from fastworker.table.chosen import Part
 from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import ROOT, Service, environment
 
@@ -163,6 +164,40 @@ async def test_choices(
     assert await scene.differences(pg) == "no difference"
     assert (await history.estimate(config_of(scene), Choice(everybody=True), hosts=scene.hosts)) == ExitCode.DONE
     assert f"accounts  {len(accounts):,}\n" in capsys.readouterr().out
+
+
+async def test_more_than_before_is_looked_at_again(postgres_url: str, pg: asyncpg.Connection) -> None:
+    did = [Wanted("did:plc:a")]
+
+    async def part() -> tuple[Any, ...]:
+        row = await pg.fetchrow("SELECT state, since_rev, collections FROM fastworker.repos")
+        assert row is not None
+        return tuple(row)
+
+    async with open_queue(postgres_url) as queue:
+        assert await queue.put(did, "backfill", CHOSEN, part=Part("3k", ("a.b.*",))) == 1
+        assert (await queue.claim(1, CHOSEN))[0].part == Part("3k", ("a.b.*",))
+        await queue.done("did:plc:a", "3z", 5, 1, 1, 0)
+        assert await queue.put(did, "backfill", CHOSEN, part=Part("3l", ("a.b.*",))) == 0
+        assert await queue.put(did, "backfill", CHOSEN, part=Part("3l", ("a.c",))) == 1
+        assert await part() == ("waiting", "3k", ["a.b.*", "a.c"])
+        await queue.claim(1, CHOSEN)
+        await queue.done("did:plc:a", "3z", 5, 1, 1, 0)
+        assert await queue.put(did, "operator", 0) == 1
+        assert await part() == ("waiting", None, None)
+        await queue.claim(1, CHOSEN)
+        await queue.done("did:plc:a", "3z", 5, 1, 1, 0)
+        assert await queue.put(did, "backfill", CHOSEN, part=Part("3k", None)) == 0
+
+
+async def test_history_that_is_paused_waits_and_repairs_do_not(scene: Scene, pg: asyncpg.Connection) -> None:
+    assert await history.pause(config_of(scene), is_paused=True, hosts=scene.hosts) == ExitCode.DONE
+    async with open_queue(scene.config.database_url or "") as queue:
+        await queue.put([Wanted("did:plc:a")], "backfill", CHOSEN)
+        await queue.put([Wanted("did:plc:b")], "operator", 0)
+        assert [one.did for one in await queue.claim(5, CHOSEN)] == ["did:plc:b"]
+        assert await history.pause(config_of(scene), is_paused=False, hosts=scene.hosts) == ExitCode.DONE
+        assert [one.did for one in await queue.claim(5, CHOSEN)] == ["did:plc:a"]
 
 
 async def test_turns_of_a_host_are_shared(postgres_url: str) -> None:

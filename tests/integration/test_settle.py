@@ -30,7 +30,7 @@ from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync.settle import Settle, Settled
 from fastworker.table.batch import Batch
-from fastworker.table.chosen import choose
+from fastworker.table.chosen import WHOLE, Part, choose
 from fastworker.table.mapper import map_commit
 from fastworker.table.snapshot import Snapshot, tid_moment
 from tests.services import run
@@ -94,14 +94,14 @@ class Scene:
         assert taken_at is not None
         return path, Snapshot(account.did, rev, self.network.clock.seq if seq is None else seq, taken_at + HOUR)
 
-    async def settle(self, *, dry_run: bool = False) -> list[Settled]:
+    async def settle(self, *, dry_run: bool = False, part: Part = WHOLE) -> list[Settled]:
         async with open_stored(self.url) as stored:
             settle = Settle(stored, None if dry_run else self.store)
             found = []
             for account in self.network.world.accounts():
                 path, snapshot = self.snapshot(account)
                 with Repository(path) as repository:
-                    found.append(await settle.settle(repository, snapshot))
+                    found.append(await settle.settle(repository, snapshot, part=part))
             return found
 
     def expected(self) -> compare.Tables:
@@ -153,6 +153,27 @@ async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection) -> N
     assert await differences(scene, pg) == "no difference"
     again = await scene.settle()
     assert sum(one.differences for one in again) == 0, [one.examples for one in again if one.examples]
+
+
+async def test_a_part_of_a_repository_touches_nothing_else(scene: Scene, pg: asyncpg.Connection) -> None:
+    """Neither written nor deleted; what is left is found by a whole one."""
+    await scene.deliver(0.4)
+    whole = await scene.settle(dry_run=True)
+    of_likes = sum(one.missing["likes"] + one.different["likes"] + one.extra["likes"] for one in whole)
+    likes = await scene.settle(part=Part(None, ("app.bsky.feed.l*",)))
+    assert sum(one.differences for one in likes) == of_likes > 50
+    tids = sorted(row[0] for row in await pg.fetch("SELECT split_part(uri, '/', 5) FROM posts"))
+    middle = tids[len(tids) // 2]
+    old = {row[0] for row in await pg.fetch("SELECT uri FROM posts WHERE split_part(uri, '/', 5) < $1", middle)}
+    dated = await scene.settle(part=Part(middle, None))
+    assert sum(one.missing["posts"] for one in dated) > 10
+    assert sum(one.missing["follows"] for one in dated) > 10
+    found = {row[0] for row in await pg.fetch("SELECT uri FROM posts WHERE split_part(uri, '/', 5) < $1", middle)}
+    assert found == old
+    left = await scene.settle()
+    assert {table for one in left for table in (*one.missing, *one.extra)} <= {"posts", "reposts", "fastworker.gates"}
+    assert sum(one.differences for one in left) > 10
+    assert await differences(scene, pg) == "no difference"
 
 
 async def test_lost_events_of_an_adversarial_network(

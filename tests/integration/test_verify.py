@@ -700,3 +700,22 @@ async def test_the_first_tid_of_a_moment_is_said_twice_and_the_same(moment: date
     assert row[0] == row[1]
     nearest = min(max(moment, datetime(1970, 1, 1, tzinfo=UTC)), datetime(2200, 1, 1, tzinfo=UTC))
     assert tid_time(row[0]) == nearest.replace(tzinfo=None)
+
+
+@pytest.mark.parametrize("shown", ["Bob.Test", "carol.test"])
+async def test_a_handle_that_an_older_worker_wrote_is_no_drift(
+    postgres_url: str, pg: asyncpg.Connection, shown: str
+) -> None:
+    """It counts as verified, in its own letters; a claim that is newer than it wants another one, and has to share."""
+    winner, loser = "did:plc:aaaaaaaaaaa2222222222222", "did:plc:aaaaaaaaaaa2222222222223"
+    await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid'), ($2, $3)", winner, loser, shown)
+    claim = "SELECT fastworker.claim_handles($1, $2, $3, $4, $5, false)"
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    for seq, did in enumerate((winner, loser), 1):
+        await pg.execute(claim, [did], ["bob.test"], [""], [seq], [at])
+    await pg.execute("UPDATE fastworker.identities SET resolve_pending = true")  # an event without a handle came
+    found = {row["did"]: row["handle"] for row in await pg.fetch("SELECT did, handle FROM users")}
+    assert found == {winner: "bob.test", loser: "handle.invalid"}
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
+    await pg.execute("UPDATE users SET handle = 'handle.invalid'")
+    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.NO

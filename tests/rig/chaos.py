@@ -4,12 +4,18 @@ Real Valkey with its append-only file, real PostgreSQL, the simulated relay, `fa
 with two processes, each connection through a proxy. The seed fixes the plan of faults; when exactly each of them hits
 is the machine's business. Afterwards the tables must equal the model of the state law, every entry must have ended
 exactly once, nothing may be pending, and only the poison that was put there may be in the dead letters.
+
+`--operator`: people are at work as well (`rig/operator.py`), with limits that the seed draws (`rig/shrunk.py`). They remove
+entries and counts, so that the ledger says little; what the relay sent must be in the tables all the same, since the
+relay still has all of it, and no gap may be recorded. After each step /readyz may not say that all is well when an
+outsider sees that it is not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -28,8 +34,10 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import Fault as RelayFault
 from fastworker.simulator.repo import SimFrame
+from tests.rig import operator, shrunk
+from tests.rig.operator import Operator
 from tests.rig.proxy import Proxy
-from tests.rig.stage import GROUP, KEY, Stage, ended_in, is_entry
+from tests.rig.stage import GAPS, GROUP, KEY, LETTERS, Stage, ended_in, is_entry
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.
 WEIGHTS = {
@@ -56,14 +64,17 @@ WEIGHTS = {
     "postgres_kill": 4,
     "redis_kill": 4,
 }
-SERVERS = ("postgres_kill", "redis_kill")
+SERVERS = ("postgres_kill", "redis_kill", *operator.SERVERS)
 # What the pipeline passes; the migration's is tested with the migration.
 PLACES = [place for place in Step if place is not Step.IN_MIGRATION]
 ON_TOP = 0.2  # faults of a smaller amount leave no time to recover: the next one comes on top
 RECOVERY_S = 15.0
+OPERATOR_RATE = 40.0  # events a second: most of them are given several times
+LOST = ("stream_lost", "store_lost")  # other gaps are the relay's word, which it gives now and then to confuse
 CRASH_S = 13.0  # owed rows are looked at every ten seconds
 # Passed once in a while only; `Chaos._provoked` brings it about.
 RARE = (Step.IN_CLAIM, Step.IN_RECHECK, Step.BETWEEN_DEAD_LETTER_AND_ACK, Step.IN_ACCOUNT_DELETION)
+_DEADLY = ("child_kill", "child_stop", "crashpoint", "postgres_kill", "redis_kill")
 RELAY_FAULTS = ("drop", "torn", "silence", "too_slow", "close")
 
 
@@ -79,18 +90,22 @@ class Fault(NamedTuple):
         return f"{self.kind}{':' + self.detail if self.detail else ''} ({self.amount:.2f})"
 
 
-def plan(seed: int, count: int) -> list[Fault]:
-    """The faults of this seed: each kind once, as far as `count` goes, then by weight."""
+def plan(seed: int, count: int, *, with_operator: bool = False) -> list[Fault]:
+    """The faults of this seed: each kind once, as far as `count` goes, then by weight. An operator's come first."""
     r = random.Random(f"chaos {seed}")
-    kinds = list(WEIGHTS)
+    weights = WEIGHTS | (operator.WEIGHTS if with_operator else {})
+    kinds = list(weights)
     r.shuffle(kinds)
+    kinds.sort(key=lambda kind: with_operator and kind not in operator.WEIGHTS)
     most = max(1, count // 10)
     servers = [kind for kind in kinds if kind in SERVERS][:most]
     kinds = [kind for kind in kinds if kind not in SERVERS or kind in servers][:count]
     while len(kinds) < count:
-        kind = r.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kind = r.choices(list(weights), list(weights.values()))[0]
         if kind not in SERVERS or sum(one in SERVERS for one in kinds) < most:
             kinds.append(kind)
+    if with_operator:
+        r.shuffle(kinds)
     places: list[Step] = []
     faults = []
     for kind in kinds:
@@ -124,19 +139,26 @@ class Outcome(NamedTuple):
             "crash points that were hit: " + (", ".join(f"{n} {p}" for p, n in sorted(self.crashes.items())) or "none"),
             f"{self.events:,} events, {self.entries:,} entries; ledger {self.ledger}",
         ]
-        return "\n".join(lines + (self.problems or ["The tables equal the model; every entry ended once."]))
+        return "\n".join(lines + (self.problems or ["The tables equal the model."]))
 
 
 class Chaos:
     """Does the damage on a stage, and says what came of it."""
 
-    def __init__(self, seed: int, folder: Path | None, *, rate: float = 150.0, accounts: int = 40) -> None:
+    def __init__(
+        self, seed: int, folder: Path | None, *, rate: float = 150.0, accounts: int = 40, with_operator: bool = False
+    ) -> None:
         self._done = False
         self._served: list[SimFrame] = []
         self._poison = 0
         self._network = Network(seed, mix="adversarial", accounts=accounts)
         env = {"FASTWORKER_PROCESSES": "2", "PARALLEL_CONSUMERS": "2", "BATCH_SIZE": "50"}
+        if with_operator:
+            rate = min(rate, OPERATOR_RATE)
+            env |= shrunk.drawn(seed)
+            sys.stderr.write(f"limits: {env}\n")
         self.stage = Stage(self._frames(), rate=rate, window=10_000_000, folder=folder, proxied=True, env=env)
+        self._operator = Operator(self.stage, seed) if with_operator else None
 
     def _frames(self) -> Iterator[SimFrame]:
         while not self._done:
@@ -150,16 +172,20 @@ class Chaos:
         stage = self.stage
         problems: list[str] = []
         started = time.monotonic()
+        if self._operator is not None:
+            await stage.has_progress()
         for number, fault in enumerate(faults, 1):
             await asyncio.sleep(fault.pause_s)
             sys.stderr.write(f"{time.monotonic() - started:7.1f} s  {number:4}/{len(faults)}  {fault}\n")
             await self._do(fault)
             done[fault.kind] += 1
             problems += await stage.keep_running()
+            problems += await stage.not_well(sum(kind in _DEADLY for kind in done.elements()))
             if fault.amount > ON_TOP:
                 problems += await self._recovered(recovery_s)
         self._done = True
-        problems += await stage.settle(lambda: max((f.seq or 0 for f in self._served), default=0), limit_s)
+        settle = stage.settle if self._operator is None else stage.settle_somehow
+        problems += await settle(lambda: max((f.seq or 0 for f in self._served), default=0), limit_s)
         problems += await stage.stop()
         for command in (stage.worker, stage.reader):
             problems += command.bugs()
@@ -169,7 +195,14 @@ class Chaos:
             if frame.seq is not None and frame.seq > newest:  # the relay repeats some
                 newest = frame.seq
                 expected += is_entry(frame)
-        problems += await stage.unbalanced(expected, {"bad_json": self._poison} if self._poison else {})
+        if self._operator is None:
+            problems += await stage.unbalanced(expected, {"bad_json": self._poison} if self._poison else {})
+        else:
+            gaps: Any = await stage.redis.lrange(GAPS, 0, -1)
+            lost = [gap.decode() for gap in gaps if json.loads(gap)["reason"] in LOST]
+            problems += [f"A gap is recorded, and the relay has it all: {gap}" for gap in lost]
+            letters: Any = await stage.redis.xlen(LETTERS)
+            problems += [f"{letters} dead letters for {self._poison} poisons"] * (letters > 2 * self._poison)
         problems += await stage.different(frame.event for frame in self._served if frame.event is not None)
         return Outcome(len(self._served), entries, ledger, done, stage.worker.crashes, problems)
 
@@ -225,6 +258,8 @@ class Chaos:
                 await self._server_killed(self.stage.postgres, signal.SIGQUIT if amount < 0.5 else signal.SIGKILL)
             case "redis_kill":
                 await self._server_killed(self.stage.redis_server, signal.SIGKILL)
+            case _ if self._operator is not None and kind in operator.WEIGHTS:
+                await self._operator.act(kind)
             case _:
                 await self._misled(self.stage.proxies[target], what, amount)
 
@@ -311,18 +346,18 @@ class Chaos:
 
 
 @contextlib.asynccontextmanager
-async def chaos(folder: Path | None, seed: int) -> AsyncIterator[Chaos]:
+async def chaos(folder: Path | None, seed: int, *, with_operator: bool = False) -> AsyncIterator[Chaos]:
     """Everything in `folder`, which is kept; or in a temporary one, which is not."""
-    one = Chaos(seed, folder)
+    one = Chaos(seed, folder, with_operator=with_operator)
     async with one.stage as stage:
         await stage.worker.start()
         await stage.reader.start()
         yield one
 
 
-async def _main(faults: int, seed: int, folder: Path | None) -> int:
-    async with chaos(folder, seed) as started:
-        outcome = await started.run(plan(seed, faults))
+async def _main(faults: int, seed: int, folder: Path | None, *, with_operator: bool) -> int:
+    async with chaos(folder, seed, with_operator=with_operator) as started:
+        outcome = await started.run(plan(seed, faults, with_operator=with_operator))
     sys.stdout.write(outcome.report() + "\n")
     return 1 if outcome.problems else 0
 
@@ -330,10 +365,11 @@ async def _main(faults: int, seed: int, folder: Path | None) -> int:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--faults", default=50, show_default=True, help="How many.")
 @click.option("--seed", default=1, show_default=True, help="Fixes the plan and the traffic.")
+@click.option("--operator", "with_operator", is_flag=True, help="People are at work, too, and limits are small.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep servers' files and logs here.")
-def main(faults: int, seed: int, folder: Path | None) -> None:
+def main(faults: int, seed: int, folder: Path | None, with_operator: bool) -> None:
     """Run the pipeline on servers of its own, break everything FAULTS times, and check that nothing was lost."""
-    sys.exit(asyncio.run(_main(faults, seed, folder)))
+    sys.exit(asyncio.run(_main(faults, seed, folder, with_operator=with_operator)))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def _mutant(name: str, file: str, tests: str, new: str, old: str = "", *more: Ed
 
 _STATEMENTS, _DERIVE = "fastworker/store/statements.py", "fastworker/table/derive.py"
 _FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush", "settle", "effects"))
-_PUT, _WHOLE, _RECOMPUTE = (f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute"))
+_PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY = (
+    f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute", "recount", "pay_bucket")
+)
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
 _PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
@@ -65,8 +67,11 @@ FLOORS, _SYNC = "tests/property/test_floors.py", "fastworker/sync/settle.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
+OF_PARTITIONS = "tests/integration/test_partitions.py"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
-FAULTS = "tests/faults/test_postgres_faults.py"
+_BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
+FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
+CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
 OF_HOSTS = "tests/integration/test_hosts.py"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
@@ -121,7 +126,17 @@ MUTANTS = [
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
-    _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, '"put", "put_whole"', '"put", "recompute", "put_whole"'),
+    _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
+    # debts
+    _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
+    _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
+    _mutant("a debt is paid twice", _PAY, DEBTS, "WITH gone AS (SELECT deltas FROM fastworker.debts WHERE id = ANY(ids))"),
+    _mutant("an owed recount is forgotten", _PAY, DEBTS, "IF false THEN"),
+    _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
+    _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
+    _mutant("counters are not paid after the commit", _FLUSH, DEBTS, "if False:"),
+    _mutant("users that no later commit makes durable", _FLUSH, DEBTS, "if False:"),
+    _mutant("a debt is drift", "fastworker/store/audit.py", DEBTS, "AS d WHERE false) AS d", "AS d) AS d"),
     # unique pairs
     _mutant("pair refused without lock", _STATEMENTS, RACES, "return select(table)"),
     _mutant("highest rkey wins", "fastworker/table/pairs.py", f"{OF_PAIRS} {LAW}", "max(", "min("),
@@ -138,8 +153,8 @@ MUTANTS = [
     _mutant("context without its like", _RECOMPUTE, LAW, "p.root_uri)", "p.uri)"),
     _mutant("gate flags mixed up", _RECOMPUTE, LAW, "'thread') AS post", "'post') AS post"),
     _mutant("empty aggregates stay", _RECOMPUTE, LAW, "AND false;"),
-    _mutant("no crowd bound", "fastworker/store/look.py", FAULTS, "if crowded := []:"),
-    _mutant("a crowd at once", "fastworker/store/joined.py", FAULTS, "crowded = set()"),
+    _mutant("no crowd bound", "fastworker/store/look.py", CROWDS, "if crowded := []:"),
+    _mutant("a crowd at once", "fastworker/store/joined.py", CROWDS, "crowded = set()"),
     # accounts, relays, handles
     _mutant("deleted accounts not looked at", "fastworker/store/look.py", BUGS, "False", "is_gone(change.rev, change.seq, *gone)"),
     _mutant("purge never begins", _STATEMENTS, LAW, "", ", purge_pending = true, purged_at = NULL"),
@@ -168,11 +183,33 @@ MUTANTS = [
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
-    _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], "")'),
+    _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
+    _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_PARTITIONS, "return max(known)"),
+    _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_PARTITIONS, "max(seq)"),
+    _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
+    _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.streams]"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
+    # parts of repositories
+    _mutant("days ignored", "fastworker/table/chosen.py", "tests/integration/test_settle.py", "return True"),
+    _mutant(
+        "a partial snapshot deletes what it did not look at",
+        "fastworker/sync/settle.py",
+        "tests/integration/test_settle.py",
+        "return not is_left_out(collection)",
+    ),
+    # bulk loads
+    _mutant(
+        "bulk loses an index",
+        _BULK,
+        OF_BULK,
+        "await build(connection, self.table, indexes[:-1])",
+        "await build(connection, self.table, indexes)",
+    ),
+    _mutant("bulk loads what is known", _BULK, OF_BULK, "[]", "[_not_new(table) for table in PRIMARY]"),
+    _mutant("bulk without versions", _BULK, OF_BULK, "return (rows,)"),
 ]  # fmt: skip
 
 

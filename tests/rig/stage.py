@@ -40,8 +40,11 @@ from tests.rig.proxy import Proxy
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 LEDGER, LETTERS, CURSOR = "fastworker:ledger", "firehose:dead-letters", "firehose:python_cursor"
+GAPS = "fastworker:gaps"
 _UNEXPECTED = re.compile(r"^Traceback|\bCRITICAL\b|our bug", re.MULTILINE)
 _PORT = re.compile(r"HTTP on http://127\.0\.0\.1:(\d+)")
+_DIED = re.compile(r"was killed by SIG\w+|ended with exit code [1-9]")
+UNFINISHED_S_MAX, DEATHS_MAX = 320.0, 3
 _READY = re.compile(r"(\S+) \(pid (\d+)\) is ready")
 
 
@@ -77,7 +80,7 @@ class Command:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "fastworker",
+                "tests.rig.shrunk" if "CHAOS_LIMITS" in env else "fastworker",
                 self.name,
                 env=env,
                 stdout=log,
@@ -119,6 +122,10 @@ class Command:
     def has_crashed(self) -> bool:
         """Whether this life's crash point was passed."""
         return bool(self._crashpoint) and self._died() > self._kills
+
+    def deaths(self) -> int:
+        """Of children in this life, whoever killed them."""
+        return len(_DIED.findall(self.log.read_text(errors="replace"))) if self.log.exists() else 0
 
     def _died(self) -> int:
         return self.log.read_text(errors="replace").count("was killed by SIGKILL")
@@ -175,6 +182,7 @@ class Stage:
         self.postgres = EmbeddedPostgres(self.folder / "postgres", port=free_port())
         self.redis_server = EmbeddedRedis(self.folder / "redis", port=free_port())
         self.relay = SimRelay(source, rate=rate, window=window, start="oldest", wait_for_client=True)
+        self.clock = self.folder / "clock"  # tests/rig/shrunk.py
         self._is_ours = folder is None
         self._proxied = proxied
         self._env = env or {}
@@ -216,6 +224,8 @@ class Stage:
             "RELAY_URL": str(urls["relay"]),
             "FASTWORKER_HTTP_PORT": "off",
             "FASTWORKER_RESOLVE_HANDLES": "off",
+            "CHAOS_CLOCK": str(self.clock),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             **self._env,
         }
         self.redis = Redis.from_url(
@@ -253,6 +263,48 @@ class Stage:
                 raise
             return -1
 
+    async def unfinished_s(self) -> float:
+        """Age of the oldest entry that the group has not finished; 0 while there is none, or no group."""
+        try:
+            found: Any = [one for one in await self.redis.xinfo_groups(KEY) if one["name"] == GROUP.encode()]
+            if not found:
+                return 0.0
+            lowest: Any = (await self.redis.xpending(KEY, GROUP))["min"]
+        except ResponseError:
+            return 0.0
+        if not lowest:
+            unread: Any = await self.redis.xrange(KEY, b"(" + found[0]["last-delivered-id"], count=1)
+            lowest = unread[0][0] if unread else None
+        seconds, micros = await self.redis.time()
+        return seconds + micros / 1e6 - int(lowest.split(b"-")[0]) / 1000 if lowest else 0.0
+
+    async def is_read(self) -> bool:
+        """The group was given all that is on the stream, and nothing is pending. By what Redis says now."""
+        try:
+            last = (await self.redis.xinfo_stream(KEY))["last-generated-id"]
+            groups: Any = await self.redis.xinfo_groups(KEY)
+        except ResponseError:
+            return False
+        return any(one["name"] == GROUP.encode() and one["last-delivered-id"] == last for one in groups) and (
+            await self.pending() == 0
+        )
+
+    async def not_well(self, deaths: int) -> list[str]:
+        """What an outsider sees that is not well while the worker says that all is. `deaths`: more than these are ours."""
+        why = []
+        if (age := await self.unfinished_s()) > UNFINISHED_S_MAX:
+            why.append(f"the oldest entry is {age:.0f} s old")
+        if (died := self.worker.deaths() - deaths) > DEATHS_MAX:
+            why.append(f"{died} children died by themselves")
+        letters: Any = await self.redis.xrange(LETTERS)
+        if strange := {fields[b"reason"].decode() for _, fields in letters} - {"bad_json"}:
+            return [f"Set aside: {strange}"]
+        ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
+        if not why or not ports:
+            return []
+        well, words = await asyncio.to_thread(_ask, int(ports[-1]))
+        return [f"/readyz says {words!r}, but {'; '.join(why)}: {self.worker.log}"] if well else []
+
     async def wrongly_green(self, since_s: float) -> list[str]:
         """Nothing ended for so long: whether /readyz of the worker says that all is well all the same."""
         ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
@@ -260,6 +312,16 @@ class Stage:
             return []
         well, words = await asyncio.to_thread(_ask, int(ports[-1]))
         return [f"Nothing ended for {since_s:g} s, and /readyz says {words!r}: {self.worker.log}"] if well else []
+
+    async def has_progress(self) -> None:
+        """Wait until PostgreSQL knows how far the stream is stored."""
+        connection = await asyncpg.connect(self.postgres.url, timeout=10)
+        try:
+            async with asyncio.timeout(120):
+                while not await connection.fetchval("SELECT count(*) FROM fastworker.progress WHERE seq IS NOT NULL"):
+                    await asyncio.sleep(0.1)
+        finally:
+            await connection.close(timeout=10)
 
     async def keep_running(self) -> list[str]:
         """Start what has ended; what is wrong with how it did."""
@@ -293,6 +355,29 @@ class Stage:
                     if ended > most:
                         most = ended
                         limit.reschedule(loop.time() + limit_s)
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            problems += await self.wrongly_green(limit_s)
+            return [*problems, f"Not settled, and nothing ended for {limit_s:g} s: {state}"]
+
+    async def settle_somehow(self, last_seq: Callable[[], int], limit_s: float, still_s: float = 6.0) -> list[str]:
+        """As `settle`, where keys were removed and counts say little: all is read, and stays so for a while."""
+        loop = asyncio.get_running_loop()
+        problems: list[str] = []
+        state, before, since = "", "", loop.time()
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                while True:
+                    problems += await self.keep_running()
+                    last, cursor = last_seq(), int(await self.redis.get(CURSOR) or 0)
+                    is_done = self.relay.exhausted and cursor >= last and await self.is_read()
+                    ended = ended_in(await self.ledger())
+                    state = f"cursor {cursor} of {last}, {ended} ended, {await self.pending()} pending"
+                    if state != before:
+                        before, since = state, loop.time()
+                        limit.reschedule(loop.time() + limit_s)
+                    if is_done and loop.time() - since > still_s:
+                        return problems
                     await asyncio.sleep(0.1)
         except TimeoutError:
             problems += await self.wrongly_green(limit_s)

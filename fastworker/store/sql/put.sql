@@ -1,9 +1,10 @@
 -- New rows of the hot tables and what follows from them; NULL where there is nothing. `placed`: the uris of the new rows
 -- that were inserted, NULL if all of them were. `whole`: all of them or nothing, else SQLSTATE FW001.
--- `owed_since`: when the keys that are owed were written. `floors`: whether the look found
+-- `owed_since`: when the keys that are owed were written. Counters whose bucket nobody else is paying are written, else they
+-- are owed (fastworker.debts); `is_owing`: something is owed for counters, by us or by others. `floors`: whether the look found
 -- any floor; NULL where it does not matter. If so: `repos` of all changes, the lowest rev and, of what has none, the
 -- lowest seq of them, and the floors above those that are known.
-CREATE OR REPLACE FUNCTION fastworker.put_3(
+CREATE OR REPLACE FUNCTION fastworker.put_4(
     new_users varchar[],
     {{new_rows_arguments}}
     whole boolean,
@@ -20,6 +21,9 @@ CREATE OR REPLACE FUNCTION fastworker.put_3(
     unseen_bookmarks boolean[],
     new_viewers fastworker.post_viewer_states_row[],
     deltas fastworker.post_aggregations_row[],
+    recounts varchar[],
+    with_replies boolean,
+    with_quotes boolean,
     owed_kinds text[],
     owed_keys text[],
     of_stream text,
@@ -32,7 +36,8 @@ CREATE OR REPLACE FUNCTION fastworker.put_3(
     lowest_seq bigint,
     known_floors text[],
     OUT placed varchar[],
-    OUT owed_since timestamptz
+    OUT owed_since timestamptz,
+    OUT is_owing boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
     got varchar[];
@@ -98,12 +103,29 @@ BEGIN
             AND NOT (t.bookmarked OR t.thread_muted OR t.reply_disabled OR t.embedding_disabled OR t.pinned);
     END IF;
 
-    -- Counters late: hot rows stay locked until the commit. DO UPDATE locks the row even where its WHERE is false.
+    -- Counters late: their buckets are ours until the commit. DO UPDATE locks the row even where its WHERE is false, for
+    -- writers that know no buckets.
     IF deltas IS NOT NULL THEN
-        INSERT INTO public.post_aggregations AS t ({{columns post_aggregations}})
-        SELECT * FROM unnest(deltas) ON CONFLICT (post_uri) DO UPDATE SET
-            {{add post_aggregations}}, updated_at = now()
-        WHERE {{moves post_aggregations}};
+        is_owing := NOT (
+            SELECT bool_and(pg_try_advisory_xact_lock({{counters}}, b.bucket))
+            FROM (SELECT DISTINCT fastworker.bucket(d.post_uri) AS bucket FROM unnest(deltas) AS d) AS b);
+        -- A later statement than the one that locks: what was owed before that is seen.
+        -- mutant: counters beside a debt
+        is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts);
+        -- mutant: a busy counter is not owed
+        IF is_owing THEN
+            INSERT INTO fastworker.debts (bucket, deltas, recounts)
+            SELECT fastworker.bucket(d.post_uri), array_agg(d), array_agg(d.post_uri) FILTER (WHERE d.post_uri = ANY(recounts))
+            FROM unnest(deltas) AS d GROUP BY 1;
+        ELSE
+            INSERT INTO public.post_aggregations AS t ({{columns post_aggregations}})
+            SELECT * FROM unnest(deltas) ON CONFLICT (post_uri) DO UPDATE SET
+                {{add post_aggregations}}, updated_at = now()
+            WHERE {{moves post_aggregations}};
+            IF recounts IS NOT NULL THEN
+                PERFORM fastworker.recount_1(recounts, with_replies, with_quotes);
+            END IF;
+        END IF;
     END IF;
     -- After the counters: a writer that notes or deletes the same key waits for us, and would hold its counters meanwhile.
     IF owed_keys IS NOT NULL THEN

@@ -1,6 +1,7 @@
 -- Rows that join two records, under the lock of the row that carries them; the owed keys (kinds, keys, owed_at) are paid
--- with it. Not `patient`: a post that another flush has locked is left owed instead.
-CREATE OR REPLACE FUNCTION fastworker.recompute_2(
+-- with it. Not `patient`: a post that another flush has locked is left owed instead, and so is what reads counters that
+-- another one is paying.
+CREATE OR REPLACE FUNCTION fastworker.recompute_3(
     contexts varchar[],
     gates varchar[],
     roots varchar[],
@@ -9,13 +10,18 @@ CREATE OR REPLACE FUNCTION fastworker.recompute_2(
     owed_kinds text[],
     owed_keys text[],
     owed_times timestamptz[],
-    patient boolean
+    patient boolean,
+    with_replies boolean,
+    with_quotes boolean
 ) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     stale varchar[] := ARRAY(SELECT k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE kind = 'context');
     got varchar[];
     missing varchar[];
     busy varchar[] := '{}';
+    mine int[];
+    one int;
+    unpaid varchar[] := '{}'; -- services and aggregates whose counters another flush is paying
 BEGIN
     IF cardinality(roots) > 0 THEN
         got := ARRAY(SELECT uri FROM public.posts WHERE root_uri = ANY(roots) AND uri <> root_uri);
@@ -78,6 +84,26 @@ BEGIN
             FROM unnest(gates) AS u (uri)) AS f
         WHERE p.uri = f.uri AND (p.has_thread_gate, p.has_post_gate) IS DISTINCT FROM (f.thread, f.post);
     END IF;
+    -- What reads counters, or removes their row, holds their bucket, and all that is owed in it is paid.
+    IF cardinality(services || aggregates) > 0 THEN
+        mine := ARRAY(SELECT b.bucket FROM (
+            SELECT DISTINCT fastworker.bucket(k) AS bucket FROM unnest(services || aggregates) AS k ORDER BY 1) AS b
+            WHERE CASE WHEN patient THEN pg_advisory_xact_lock({{counters}}, b.bucket) IS NOT NULL
+                ELSE pg_try_advisory_xact_lock({{counters}}, b.bucket) END);
+        FOREACH one IN ARRAY mine LOOP
+            -- mutant: an aggregate goes before it is paid
+            WHILE fastworker.pay_bucket_1(one, with_replies, with_quotes) > 0 LOOP END LOOP;
+        END LOOP;
+        unpaid := ARRAY(SELECT k FROM unnest(services || aggregates) AS k WHERE fastworker.bucket(k) <> ALL(mine));
+    END IF;
+    IF cardinality(unpaid) > 0 THEN
+        INSERT INTO fastworker.recheck (kind, key)
+        SELECT 'like_count', k FROM (SELECT DISTINCT unnest(services) INTERSECT SELECT unnest(unpaid)) AS s (k)
+        WHERE NOT EXISTS (SELECT 1 FROM unnest(owed_kinds, owed_keys) AS o (kind, key) WHERE o.kind = 'like_count' AND o.key = k)
+        ORDER BY k COLLATE "C" ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
+        services := ARRAY(SELECT unnest(services) EXCEPT SELECT unnest(unpaid));
+        aggregates := ARRAY(SELECT unnest(aggregates) EXCEPT SELECT unnest(unpaid));
+    END IF;
     IF cardinality(services) > 0 THEN
         PERFORM uri FROM public.feed_generators WHERE uri = ANY(services) ORDER BY uri COLLATE "C" FOR NO KEY UPDATE;
         IF FOUND THEN
@@ -105,6 +131,7 @@ BEGIN
     IF cardinality(owed_keys) > 0 THEN
         DELETE FROM fastworker.recheck AS r USING unnest(owed_kinds, owed_keys, owed_times) AS u (kind, key, owed_at)
         WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at
-            AND NOT (u.kind IN ('context', 'gate') AND u.key = ANY(busy));
+            AND NOT (u.kind IN ('context', 'gate') AND u.key = ANY(busy))
+            AND NOT (u.kind IN ('like_count', 'aggregate') AND u.key = ANY(unpaid));
     END IF;
 END $$;

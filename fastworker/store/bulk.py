@@ -1,0 +1,496 @@
+"""Loading staged history into the tables: `backfill --bulk`. Read `Load.all` top to bottom.
+
+Each table is one transaction: its indexes go, its rows come from the staging table, its indexes are built again. So a
+process that dies at any moment leaves every table whole, either as it was or loaded, and `fastworker.bulk_steps` says
+which; the same command goes on. Between the first and the last table the derived ones are behind the primary ones,
+and a trigger on every table keeps everybody else from writing: live events wait on the stream.
+
+Staged rows are new by then: what has a row, a twin, a tombstone or a version already was taken out, and so was what
+belongs to an account that may not be stored. Those accounts are compared one by one afterwards, beside the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+
+from fastworker.crashpoint import Step, crashpoint
+from fastworker.errors import Unreachable
+from fastworker.store import derived
+from fastworker.store.indexes import build, put_off
+from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
+from fastworker.store.staged import ALL, PRIMARY, staged_name
+from fastworker.store.statements import GONE
+from fastworker.table.chosen import WHOLE, Part
+from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
+
+STAGING, LOADING, SETTLING = "staging", "loading", "settling"
+CONNECTIONS: Final = 2
+_GUARDED: Final = (
+    *(table.qualified for table in (*TABLES, *DERIVED)),
+    *(f"public.{name}" for name in ("users", "thread_contexts", "thread_gates", "post_gates", "label_events")),
+    *(f"fastworker.{name}" for name in ("versions", "twins", "accounts", "identities")),
+)
+_SESSION: Final = (
+    f"{NO_TRANSACTION_TIMEOUT}SET statement_timeout = 0; SET lock_timeout = '60s'; SET TIME ZONE 'UTC'; SET jit = off; "
+    "SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET work_mem = '128MB'; "
+    "SET maintenance_work_mem = '256MB'; SET client_connection_check_interval = '10s'; "
+    "SET fastworker.loading = 'on'; " + PATH
+)
+_CONNECT_S: Final = 10.0
+_LOCK: Final = 0x6677626C  # "fwbl"
+_HOT_SEQ: Final = "CASE WHEN commit_seq ~ '^[0-9]{1,18}$' THEN commit_seq::bigint END"
+
+
+class File(NamedTuple):
+    """A repository on disk, as it was fetched."""
+
+    did: str
+    file: str
+    rev: str
+    seq: int
+    entry_id: str | None
+    taken_at: datetime
+    size: int
+
+
+class Counts(NamedTuple):
+    waiting: int
+    staged: int
+    refused: int
+    later: int
+    records: int
+    size: int
+
+
+class State(NamedTuple):
+    phase: str
+    folder: Path
+    derive: frozenset[str]
+    part: Part
+
+
+Told = Callable[[str, int, float], None]
+"""A step, its rows and its seconds."""
+
+
+class Bulk:
+    """The record of a bulk load, by one connection."""
+
+    def __init__(self, connection: asyncpg.Connection[Any]) -> None:
+        self._connection = connection
+
+    async def state(self) -> State | None:
+        row = await self._row("SELECT phase, folder, derive, since_rev, collections FROM fastworker.bulk")
+        if row is None:
+            return None
+        return State(
+            row["phase"],
+            Path(row["folder"]),
+            frozenset(row["derive"]),
+            Part(row["since_rev"], None if row["collections"] is None else tuple(row["collections"])),
+        )
+
+    async def begin(self, folder: Path, derive: frozenset[str], part: Part = WHOLE) -> State:
+        """Staging tables and the record of it; what is there already goes on. Raises RowRejected, StoreUnavailable."""
+        with translating():
+            async with self._connection.transaction():
+                await self._connection.execute(
+                    "INSERT INTO fastworker.bulk (phase, folder, derive, since_rev, collections) "
+                    "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+                    STAGING,
+                    str(folder),
+                    sorted(derive),
+                    *part,
+                )
+                for staged in ALL:
+                    await self._connection.execute(staged.create.replace("TABLE", "TABLE IF NOT EXISTS", 1))
+        state = await self.state()
+        assert state is not None
+        return state
+
+    async def add(self, files: Sequence[File]) -> None:
+        """Repositories to stage. Of one account the newest counts, unless it is staged already."""
+        with translating():
+            await self._connection.executemany(_ADD, [tuple(file) for file in files])
+
+    async def counts(self) -> Counts:
+        row = await self._row(_COUNTS)
+        return Counts(*row)
+
+    async def refused(self) -> list[tuple[str, str]]:
+        with translating():
+            rows = await self._connection.fetch("SELECT did, error FROM fastworker.bulk_repos WHERE state = 'refused'")
+        return [(did, error) for did, error in rows]
+
+    async def later(self) -> list[File]:
+        """What is to be settled one by one."""
+        with translating():
+            rows = await self._connection.fetch(
+                "SELECT did, file, rev, seq, entry_id, taken_at, bytes FROM fastworker.bulk_repos "
+                "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did"
+            )
+        return [File(*row) for row in rows]
+
+    async def settled(self, did: str, error: str | None) -> None:
+        with translating():
+            await self._connection.execute(
+                "UPDATE fastworker.bulk_repos SET state = CASE WHEN $2::text IS NULL THEN 'done' ELSE 'refused' END, "
+                "error = $2 WHERE did = $1",
+                did,
+                error,
+            )
+
+    async def others(self, ours: Sequence[str]) -> list[str]:
+        """Who else is connected to this database, in words."""
+        with translating():
+            rows = await self._connection.fetch(_OTHERS, list(ours))
+        return [row[0] for row in rows]
+
+    async def rows_there(self) -> int:
+        """About how many records the tables hold."""
+        row = await self._row(
+            "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class "
+            "WHERE oid = ANY($1::text[]::regclass[])",
+            [table.qualified for table in PRIMARY],
+        )
+        return int(row[0])
+
+    async def hold(self) -> None:
+        """From here on nobody else writes. Waits for transactions that are open."""
+        with translating():
+            async with self._connection.transaction():
+                for table in _GUARDED:
+                    await self._connection.execute(
+                        f"CREATE OR REPLACE TRIGGER fastworker_loading BEFORE INSERT OR UPDATE OR DELETE ON {table} "
+                        "FOR EACH STATEMENT EXECUTE FUNCTION fastworker.refuse_while_loading()"
+                    )
+                await self._connection.execute("UPDATE fastworker.bulk SET phase = $1", LOADING)
+        crashpoint(Step.BULK_HELD)
+
+    async def release(self) -> None:
+        """Everybody may write again; what was staged goes; who was loaded is done."""
+        with translating():
+            async with self._connection.transaction():
+                await self._release()
+                await self._connection.execute(_DONE)
+        crashpoint(Step.BULK_RELEASED)
+
+    async def give_up(self) -> str:
+        """Undo what can be undone. Returns the phase that it was in.
+
+        What is loaded stays: then every account is settled one by one, and `verify --repair` does the rest.
+        """
+        state = await self.state()
+        if state is None:
+            return ""
+        with translating():
+            async with self._connection.transaction():
+                if state.phase == LOADING:
+                    await self._connection.execute(
+                        "UPDATE fastworker.bulk_repos SET later = coalesce(later, 'the load was given up') "
+                        "WHERE state = 'staged'"
+                    )
+                    await self._release()
+                elif state.phase == STAGING:
+                    await self._drop_staged()
+                    await self._connection.execute(_AGAIN)
+                    await self._forget()
+        return state.phase
+
+    async def end(self) -> None:
+        with translating():
+            async with self._connection.transaction():
+                await self._connection.execute(_SETTLED)
+                await self._forget()
+
+    async def _release(self) -> None:
+        for table in _GUARDED:
+            await self._connection.execute(f"DROP TRIGGER IF EXISTS fastworker_loading ON {table}")
+        await self._drop_staged()
+        await self._connection.execute("UPDATE fastworker.bulk SET phase = $1", SETTLING)
+
+    async def _drop_staged(self) -> None:
+        for staged in ALL:
+            await self._connection.execute(f"DROP TABLE IF EXISTS fastworker.{staged.name}")
+
+    async def _forget(self) -> None:
+        for table in ("bulk_repos", "bulk_steps", "bulk"):
+            await self._connection.execute(f"DELETE FROM fastworker.{table}")
+
+    async def _row(self, statement: str, *arguments: Any) -> Any:
+        with translating():
+            return await self._connection.fetchrow(statement, *arguments)
+
+
+class Load:
+    """The loading phase, on several connections. Every step may be done again."""
+
+    def __init__(self, database_url: str, derive: frozenset[str], told: Told, *, floor: bool) -> None:
+        """`floor`: snapshots are whole, of a known moment, and every worker knows floors."""
+        self._url = database_url
+        self._floor = floor
+        self._derive = derive
+        self._told = told
+
+    async def all(self) -> None:
+        """Raises StoreUnavailable, RowRejected: then the same again, or `Bulk.give_up`."""
+        async with _session(self._url) as connection:
+            done = {row[0] for row in await connection.fetch("SELECT name FROM fastworker.bulk_steps")}
+            if "new" not in done:
+                await self._step(connection, "new", partial(_only_new, floor=self._floor))
+            sizes: dict[str, int] = {}
+            for staged in ALL:
+                await connection.execute(f"ANALYZE fastworker.{staged.name}")
+                sizes[staged.name] = await connection.fetchval(
+                    "SELECT reltuples::bigint FROM pg_class WHERE oid = $1::text::regclass", f"fastworker.{staged.name}"
+                )
+        steps = [_Step("fastworker.twins", _TWINS)]
+        steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if sizes[staged_name(table)]]
+        fills = derived.fills(self._derive)
+        steps += [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if not fill.is_joined]
+        steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", _LARGE.get(step.table, 0)))
+        await self._steps([step for step in steps if step.table not in done])
+        joined = [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if fill.is_joined]
+        await self._steps([step for step in joined if step.table not in done])
+        async with _session(self._url) as connection:
+            for name, statements in derived.updates(self._derive):
+                if name not in done:
+                    await self._step(connection, name, lambda db, s=statements: _execute(db, s))
+
+    async def _steps(self, steps: list[_Step]) -> None:
+        """The largest first, from several connections."""
+        left = list(reversed(steps))
+
+        async def work() -> None:
+            async with _session(self._url) as connection:
+                while left:
+                    step = left.pop()
+                    await self._step(connection, step.table, step.run)
+                    await connection.execute(f"ANALYZE {step.table}")
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(CONNECTIONS, len(steps))):
+                tasks.create_task(work())
+
+    async def _step(self, connection: asyncpg.Connection[Any], name: str, run: Any) -> None:
+        began = time.monotonic()
+        async with connection.transaction():
+            rows = await run(connection)
+            seconds = time.monotonic() - began
+            await connection.execute(
+                "INSERT INTO fastworker.bulk_steps (name, rows, seconds) VALUES ($1, $2, $3)", name, rows, seconds
+            )
+            crashpoint(Step.BULK_IN_STEP)
+        crashpoint(Step.BULK_AFTER_STEP)
+        self._told(name, rows, seconds)
+
+
+class _Step(NamedTuple):
+    table: str
+    inserts: tuple[str, ...]
+    first: tuple[str, ...] = ()
+
+    async def run(self, connection: asyncpg.Connection[Any]) -> int:
+        if self.first and await connection.fetchval(f"SELECT EXISTS (SELECT FROM {self.table})"):
+            await _execute(connection, self.first)
+        indexes = await put_off(connection, self.table)
+        rows = await _execute(connection, self.inserts)
+        # mutant: bulk loses an index
+        await build(connection, self.table, indexes)
+        return rows
+
+
+async def _execute(connection: asyncpg.Connection[Any], statements: Sequence[str]) -> int:
+    return sum([int((await connection.execute(one)).rpartition(" ")[2]) for one in statements])
+
+
+_VERSION: Final = "INSERT INTO fastworker.versions (uri, rev, seq, cid, deleted) SELECT {} FROM fastworker.{}"
+
+
+def _inserts(table: Table) -> tuple[str, ...]:
+    """A row and its version are one transaction: the version alone would say that nothing is missing."""
+    columns = ", ".join(table.columns)
+    staged = staged_name(table)
+    rows = f"INSERT INTO {table.qualified} ({columns}) SELECT {columns} FROM fastworker.{staged}"
+    if table.hot:
+        return (rows,)
+    # mutant: bulk without versions
+    return rows, _VERSION.format("uri, version_rev, version_seq, record_cid, false", staged)
+
+
+_COLD: Final = tuple(table for table in PRIMARY if not table.hot)
+_LARGE: Final = {  # places in the order of tables that nothing is staged for by that name
+    "public.notifications": 1 << 62,
+    "public.feed_items": 1 << 60,
+    "public.post_viewer_states": 1 << 61,
+    "public.post_aggregations": 1 << 61,
+}
+_COLD_NAMES: Final = ", ".join(f"'{table.name}'" for table in _COLD)
+_TWIN: Final = "uri, table_name, pair, rkey, rev, seq, cid, row_values"
+_TWINS: Final = (
+    f"INSERT INTO fastworker.twins ({_TWIN}) SELECT {_TWIN} FROM fastworker.staged_twins",
+    _VERSION.format("uri, rev, seq, cid, false", f"staged_twins WHERE table_name IN ({_COLD_NAMES})"),
+)
+
+
+# What is new ---------------------------------------------------------------------------------------------
+
+_AUTHOR: Final = "split_part(uri COLLATE \"default\", '/', 3)"
+# Whatever is stored of an account: by the author of hot rows, by the URI of everything else.
+_KNOWN: Final = " UNION ALL ".join(
+    [
+        f'SELECT {table.author}, commit_rev COLLATE "C", {_HOT_SEQ} FROM {table.qualified}'
+        for table in PRIMARY
+        if table.hot and table.author
+    ]
+    + [f"SELECT {_AUTHOR}, NULL, NULL FROM {table.qualified}" for table in (*_COLD, VERIFICATIONS)]
+    + [f"SELECT {_AUTHOR}, rev, seq FROM fastworker.{name}" for name in ("versions", "twins")]
+)
+_MARK_KNOWN: Final = (
+    "UPDATE fastworker.bulk_repos AS r SET later = coalesce(later, 'something of it was stored before') "
+    f"FROM (SELECT DISTINCT did FROM ({_KNOWN}) AS k (did, rev, seq)) AS k WHERE k.did = r.did AND r.state = 'staged'"
+)
+# Those that a settle would refuse: it says why.
+_UNWANTED: Final = (
+    "CREATE TEMP TABLE unwanted ON COMMIT DROP AS SELECT r.did::text FROM fastworker.bulk_repos AS r JOIN ("
+    f"SELECT did, {GONE} FROM fastworker.accounts WHERE deleted_seq IS NOT NULL) AS a (did, gone_rev, gone_seq) "
+    'ON a.did = r.did WHERE CASE WHEN a.gone_rev IS NOT NULL THEN r.rev COLLATE "C" < a.gone_rev '
+    "ELSE r.seq < a.gone_seq END "
+    "UNION SELECT user_did::text FROM public.user_settings WHERE data_collection_forbidden "
+    "UNION SELECT r.did::text FROM fastworker.bulk_repos AS r JOIN fastworker.floors AS f ON f.did = r.did "
+    "WHERE f.rev > r.rev "
+    f"UNION SELECT r.did::text FROM ({_KNOWN}) AS k (did, rev, seq) JOIN fastworker.bulk_repos AS r ON r.did = k.did "
+    'WHERE k.seq <= r.seq AND k.rev COLLATE "C" > r.rev'
+)
+_MARK_UNWANTED: Final = (
+    "UPDATE fastworker.bulk_repos AS r SET later = 'it may not be stored' FROM unwanted AS u "
+    "WHERE u.did = r.did AND r.state = 'staged'"
+)
+_FLOORS: Final = (
+    "INSERT INTO fastworker.floors AS f (did, rev, seq) SELECT r.did, r.rev, r.seq FROM fastworker.bulk_repos AS r "
+    "WHERE r.state = 'staged' AND NOT EXISTS (SELECT FROM unwanted AS u WHERE u.did = r.did) "
+    "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, written_at = now() "
+    "WHERE excluded.rev > f.rev OR (excluded.rev = f.rev AND excluded.seq >= f.seq)"
+)
+_OF_UNWANTED: Final = "DELETE FROM fastworker.{} AS s USING unwanted AS u WHERE split_part(s.uri, '/', 3) = u.did"
+_TWINS_OF_KNOWN: Final = (
+    "DELETE FROM fastworker.staged_twins AS s USING fastworker.bulk_repos AS r "
+    "WHERE r.did = s.did AND r.later IS NOT NULL"
+)
+_WITHOUT_POST: Final = tuple(
+    f"DELETE FROM fastworker.staged_{name} AS s WHERE NOT EXISTS ("
+    f"SELECT FROM fastworker.staged_posts AS p WHERE p.uri = {post})"
+    for name, post in (("quotes", "s.post_uri"), ("notifications", "split_part(s.uri, '#', 1)"))
+)
+_WITHOUT_GATE: Final = tuple(
+    f"DELETE FROM fastworker.staged_{kind}_gates AS s WHERE NOT EXISTS (SELECT FROM fastworker.staged_gates AS g "
+    f"WHERE g.post_uri = s.post_uri AND g.kind = '{kind}')"
+    for kind in ("thread", "post")
+)
+
+
+def _not_new(table: Table) -> str:
+    """Takes out staged rows whose URI or pair is known."""
+    known = [
+        f"SELECT FROM {table.qualified} AS t WHERE t.uri = s.uri",
+        'SELECT FROM fastworker.versions AS v WHERE v.uri = s.uri COLLATE "C"',
+        'SELECT FROM fastworker.twins AS w WHERE w.uri = s.uri COLLATE "C"',
+    ]
+    if table.pair:
+        on = " AND ".join(f"t.{column} = s.{column}" for column in table.pair)
+        pair = " || E'\\n' || ".join(f"s.{column}" for column in table.pair)
+        known.append(f"SELECT FROM {table.qualified} AS t WHERE {on}")
+        known.append(
+            f"SELECT FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.pair = ({pair}) COLLATE \"C\""
+        )
+    conditions = " OR ".join(f"EXISTS ({one})" for one in known)
+    return (
+        f"DELETE FROM fastworker.{staged_name(table)} AS s WHERE split_part(s.uri, '/', 3) IN ("
+        f"SELECT did FROM fastworker.bulk_repos WHERE later IS NOT NULL) AND ({conditions})"
+    )
+
+
+async def _only_new(connection: asyncpg.Connection[Any], *, floor: bool) -> int:
+    """Afterwards what is staged is exactly what will be loaded. Returns how many rows were taken out.
+
+    Where nothing of a repository is known, and it may be stored, all of it is new: then nothing is searched. Nobody
+    else has a transaction open, so that floors need not be waited for.
+    """
+    await _execute(connection, [_MARK_KNOWN])
+    await connection.execute(_UNWANTED)
+    taken = 0
+    if await connection.fetchval("SELECT EXISTS (SELECT FROM unwanted)"):
+        await _execute(connection, [_MARK_UNWANTED])
+        for table in PRIMARY:
+            taken += await _execute(connection, [_OF_UNWANTED.format(staged_name(table))])
+    if await connection.fetchval("SELECT EXISTS (SELECT FROM fastworker.bulk_repos WHERE later IS NOT NULL)"):
+        # mutant: bulk loads what is known
+        taken += await _execute(connection, [_not_new(table) for table in PRIMARY])
+        taken += await _execute(connection, [_TWINS_OF_KNOWN, *_WITHOUT_POST, *_WITHOUT_GATE])
+    if floor:
+        await connection.execute(_FLOORS)
+    return taken
+
+
+# The record ----------------------------------------------------------------------------------------------
+
+_ADD: Final = (
+    "INSERT INTO fastworker.bulk_repos AS r (did, file, rev, seq, entry_id, taken_at, bytes) "
+    "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (did) DO UPDATE SET file = excluded.file, rev = excluded.rev, "
+    "seq = excluded.seq, entry_id = excluded.entry_id, taken_at = excluded.taken_at, bytes = excluded.bytes, "
+    "state = 'waiting', error = NULL WHERE r.state <> 'staged' AND excluded.rev >= r.rev"
+)
+_COUNTS: Final = (
+    "SELECT count(*) FILTER (WHERE state = 'waiting'), count(*) FILTER (WHERE state = 'staged'), "
+    "count(*) FILTER (WHERE state = 'refused'), count(*) FILTER (WHERE state = 'staged' AND later IS NOT NULL), "
+    "coalesce(sum(records), 0)::bigint, coalesce(sum(bytes), 0)::bigint FROM fastworker.bulk_repos"
+)
+_OTHERS: Final = (
+    "SELECT 'PID ' || pid || coalesce(' (' || nullif(application_name, '') || ')', '') || ' as ' || usename "
+    "FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend' "
+    "AND pid <> pg_backend_pid() AND application_name <> ALL($1::text[]) ORDER BY pid"
+)
+_DONE: Final = "UPDATE fastworker.bulk_repos SET state = 'done' WHERE state = 'staged' AND later IS NULL"
+_SETTLED: Final = (
+    "UPDATE fastworker.repos AS q SET state = CASE b.state WHEN 'done' THEN 'done' ELSE 'refused' END, rev = b.rev, "
+    "seq = b.seq, records = b.records, bytes = b.bytes, differences = b.records, error = b.error, ended_at = now() "
+    "FROM fastworker.bulk_repos AS b WHERE b.did = q.did AND q.state = 'spooled'"
+)
+_AGAIN: Final = (
+    "UPDATE fastworker.repos SET state = 'waiting', next_at = '-infinity', attempts = 0 WHERE state = 'spooled'"
+)
+
+
+@asynccontextmanager
+async def _session(database_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Plans for sets, not for keys."""
+    with translating():
+        connection = await asyncpg.connect(
+            database_url,
+            timeout=_CONNECT_S,
+            command_timeout=None,
+            server_settings={"application_name": "fastworker-bulk"},
+        )
+        try:
+            await connection.execute(_SESSION)
+            yield connection
+        finally:
+            connection.terminate()
+
+
+@asynccontextmanager
+async def open_bulk(database_url: str) -> AsyncIterator[Bulk]:
+    """One at a time. Raises StoreUnavailable, and Unreachable while another one is at work."""
+    async with _session(database_url) as connection:
+        if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK):
+            raise Unreachable("Another `backfill --bulk` or `import --bulk` is at work on this database")
+        yield Bulk(connection)

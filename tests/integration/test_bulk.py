@@ -1,0 +1,208 @@
+"""`import --bulk` and `backfill --bulk`: tables equal to the model and to what the live path writes, whole after any kill."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from fastworker.crashpoint import Step
+from fastworker.errors import ExitCode, StoreUnavailable
+from fastworker.law import compare
+from fastworker.simulator.network import Network
+from fastworker.store.store import Store
+from tests.integration.test_settle import Scene, batch_of, comparable, may_be_lost
+from tests.services import run
+
+INDEXES = (
+    "SELECT schemaname || '.' || tablename || ': ' || indexdef AS it FROM pg_indexes "
+    "WHERE schemaname IN ('public', 'fastworker') UNION ALL "
+    "SELECT conrelid::regclass || ': ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint "
+    "WHERE contype IN ('p', 'u', 'f', 'x') AND connamespace IN ('public'::regnamespace, 'fastworker'::regnamespace) "
+    "ORDER BY 1"
+)
+OPERATORS = (
+    "CREATE INDEX theirs ON likes (created_at DESC) WHERE via IS NOT NULL; COMMENT ON INDEX theirs IS 'it''s ours'; "
+    "CREATE INDEX lower_handle ON users (lower(handle)) WITH (fillfactor = 70); "
+    "ALTER TABLE posts ADD CONSTRAINT posts_cid_uri UNIQUE (cid, uri) INCLUDE (author_did)"
+)
+
+
+async def asked(url: str, statement: str) -> list[Any]:
+    connection = await asyncpg.connect(url)
+    try:
+        return [row[0] for row in await connection.fetch(statement)]
+    finally:
+        await connection.close()
+
+
+async def found(url: str) -> compare.Tables:
+    connection = await asyncpg.connect(url)
+    try:
+        return await compare.dump(connection)
+    finally:
+        await connection.close()
+
+
+class Bulk(Scene):
+    """The scene of a settle, whose snapshots are loaded in bulk instead."""
+
+    def cars(self) -> Path:
+        for account in self.network.world.accounts():
+            self.snapshot(account)
+        return self.folder
+
+    def load(self, **env: str) -> Any:
+        return run("import", "--bulk", str(self.folder), DATABASE_URL=self.url, timeout=120, **env)
+
+    async def differences(self) -> str:
+        store = await Store.connect(self.url)
+        while await store.maintain(owed_age_s=0):
+            pass
+        await store.close()
+        return compare.report(compare.diff(self.expected(), comparable(await found(self.url))))
+
+
+@pytest.fixture
+async def bulk(postgres_url: str, tmp_path: Path) -> AsyncIterator[Bulk]:
+    network = Network(7, accounts=14, signed=True)
+    store = await Store.connect(postgres_url)
+    yield Bulk(network, list(network.frames(500)), tmp_path, store, postgres_url)
+    await store.close()
+
+
+async def deliver(bulk: Bulk, share: int) -> None:
+    """What a snapshot cannot mend, and every so manieth commit; then nobody is connected."""
+    kept = [f for n, f in enumerate(bulk.frames) if not may_be_lost(f) or (share and n % share == 0)]
+    for start in range(0, len(kept), 500):
+        await bulk.store.write(batch_of(kept[start : start + 500]))
+    while await bulk.store.maintain(owed_age_s=0):
+        pass
+    await bulk.store.close()
+
+
+@pytest.mark.parametrize("share", [0, 40, 2])
+async def test_it_ends_as_the_model_says(bulk: Bulk, share: int) -> None:
+    """Into tables that hold little, and into some where most accounts have something already."""
+    connection = await asyncpg.connect(bulk.url)
+    await connection.execute(OPERATORS)
+    before = [row[0] for row in await connection.fetch(INDEXES)]
+    await connection.close()
+    await deliver(bulk, share)
+    bulk.cars()
+    done = bulk.load()
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert "Loaded: writers may go on." in done.stdout
+    assert await bulk.differences() == "no difference"
+    assert await asked(bulk.url, INDEXES) == before
+    assert await asked(bulk.url, "SELECT obj_description('theirs'::regclass)") == ["it's ours"]
+    assert await asked(bulk.url, "SELECT count(*) FROM pg_trigger WHERE tgname = 'fastworker_loading'") == [0]
+    assert await asked(bulk.url, "SELECT relname::text FROM pg_class WHERE relname LIKE 'staged%'") == []
+    assert await asked(bulk.url, "SELECT count(*) FROM fastworker.bulk_repos") == [0]
+    await verified(bulk.url)
+
+
+async def verified(url: str) -> None:
+    done = await asyncio.to_thread(run, "verify", DATABASE_URL=url, timeout=120)
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+
+
+async def test_pairs_and_records_that_come_again(postgres_url: str, tmp_path: Path) -> None:
+    """Twins, churn: what is written is exactly what a settle would write, so that it finds no difference."""
+    weights = dict.fromkeys(("account", "lost", "bad_block", "bad_action", "bad_path", "odd"), 0.0)
+    network = Network(5, mix="adversarial", accounts=8, history=0, signed=True, weights=weights)
+    store = await Store.connect(postgres_url)
+    bulk = Bulk(network, list(network.frames(1_200)), tmp_path, store, postgres_url)
+    await deliver(bulk, 30)
+    bulk.cars()
+    done = bulk.load()
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert await asked(postgres_url, "SELECT count(*) > 0 FROM fastworker.twins") == [True]
+    again = run("import", "--dry-run", str(tmp_path), DATABASE_URL=postgres_url)
+    assert again.returncode == ExitCode.DONE, again.stdout + again.stderr
+    await verified(postgres_url)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Step.BULK_STAGING,
+        Step.BULK_HELD,
+        f"{Step.BULK_IN_STEP}:1",
+        f"{Step.BULK_IN_STEP}:9",
+        f"{Step.BULK_AFTER_STEP}:12",
+        Step.BULK_RELEASED,
+    ],
+)
+async def test_a_kill_leaves_every_table_whole(bulk: Bulk, place: str) -> None:
+    before = await asked(bulk.url, INDEXES)
+    await deliver(bulk, 5)
+    bulk.cars()
+    killed = bulk.load(FASTWORKER_CRASHPOINT=place)
+    is_in_child = place == Step.BULK_STAGING
+    assert killed.returncode == (ExitCode.UNREACHABLE if is_in_child else -signal.SIGKILL), killed.stdout
+    async with asyncio.timeout(30):  # the server may still be at the last statement
+        while await asked(
+            bulk.url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'fastworker-bulk'"
+        ) != [0]:
+            await asyncio.sleep(0.1)
+    now = await asked(bulk.url, INDEXES)
+    assert [one for one in now if "bulk" not in one] == [one for one in before if "bulk" not in one]
+    if await asked(bulk.url, "SELECT phase FROM fastworker.bulk") == ["loading"]:
+        with pytest.raises(StoreUnavailable, match="history is being loaded"):
+            await write_one(bulk)
+    done = bulk.load()
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    await write_one(bulk)
+    assert await bulk.differences() == "no difference"
+    await verified(bulk.url)
+
+
+async def write_one(bulk: Bulk) -> None:
+    store = await Store.connect(bulk.url)
+    try:
+        await store.write(batch_of(bulk.frames[:1]))
+    finally:
+        await store.close()
+
+
+async def test_it_waits_for_others_to_go_and_may_be_given_up(bulk: Bulk) -> None:
+    await deliver(bulk, 10)
+    bulk.cars()
+    connection = await asyncpg.connect(bulk.url, server_settings={"application_name": "an API"})
+    refused = bulk.load()
+    assert refused.returncode == ExitCode.NO
+    assert "(an API) as" in refused.stdout
+    await connection.close()
+    cancelled = run("backfill", "--bulk", "--cancel", DATABASE_URL=bulk.url)
+    assert cancelled.returncode == ExitCode.DONE, cancelled.stdout + cancelled.stderr
+    assert await asked(bulk.url, "SELECT relname::text FROM pg_class WHERE relname LIKE 'staged%'") == []
+    killed = bulk.load(FASTWORKER_CRASHPOINT=f"{Step.BULK_AFTER_STEP}:6")
+    assert killed.returncode == -signal.SIGKILL
+    given_up = run("backfill", "--bulk", "--cancel", DATABASE_URL=bulk.url)
+    assert "given up" in given_up.stdout
+    await write_one(bulk)
+    done = bulk.load()
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    run("verify", "--repair", DATABASE_URL=bulk.url)
+    await verified(bulk.url)
+    differences = compare.diff(bulk.expected(), comparable(await found(bulk.url)))
+    assert {one.column for one in differences} <= {"cid"}  # of notifications: no table of records has them
+
+
+async def test_files_that_cannot_be_read_cost_themselves(bulk: Bulk) -> None:
+    await deliver(bulk, 0)
+    folder = bulk.cars()
+    whole = folder / "0.car"
+    (folder / "cut.car").write_bytes(whole.read_bytes()[:-40])
+    (folder / "none.car").write_bytes(b"no CAR")
+    done = bulk.load()
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert "none.car: " in done.stdout
+    assert "cut.car: " in done.stdout
+    assert await bulk.differences() == "no difference"
