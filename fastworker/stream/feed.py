@@ -90,7 +90,7 @@ class Chunk:
         self.entries = 0
         self.bytes = 0
         self.seq: int | None = None
-        self.breaks: list[tuple[bytes, int]] = []
+        self.breaks: list[tuple[str, int]] = []
 
     @property
     def body(self) -> bytes:
