@@ -40,6 +40,9 @@ TARGETS = (
     Target("backfill", "memory MB (PSS)", 300, at_least=False),
     Target("scale", "waits for locks", 0.05, at_least=False, where={"processes": 8}),
     Target("presets", "share of the best", 0.5),
+    Target("verify", "chain us", 3, at_least=False),
+    Target("verify", "signed us", 65, at_least=False),
+    Target("verify", "full us", 120, at_least=False),
 )
 
 
