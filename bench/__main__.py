@@ -31,6 +31,7 @@ from bench.reader import reader
 from bench.report import RESULTS, Figures, Report, medians
 from bench.scale import scale
 from bench.scale import table as scale_table
+from bench.settings import CHANGES, has_huge_pages, of_change
 from bench.targets import compare
 from fastworker.commands.tune import Extent
 from fastworker.simulator.keys import Curve
@@ -127,6 +128,18 @@ def _presets(session: Session) -> None:
         figures = medians(found)
         figures["share of the best"] = figures["events/s"] / best
         session.report.tell("presets", {"preset": name, **PRESETS[name]}, figures, runs=found)
+
+
+def _settings(session: Session) -> None:
+    runs: dict[str, list[Figures]] = {name: [] for name in CHANGES if name != "huge_pages" or has_huge_pages()}
+    for n, name in itertools.product(range(session.runs), runs):  # in turns: a slow minute meets all of them
+        print(f"... settings {name}: run {n + 1} of {session.runs}", flush=True)
+        runs[name].append(of_change(session.folder, name, events=session.events))
+    new = medians(runs["a new server"])["events/s"]
+    for name, found in runs.items():
+        figures = medians(found)
+        figures["multiple of a new server"] = figures["events/s"] / new
+        session.report.tell("settings", {"setting": name, **CHANGES[name].server}, figures, runs=found)
 
 
 def _grid(session: Session) -> None:
@@ -239,6 +252,12 @@ BENCHES: dict[str, Bench] = {
         "share of the floor, multiple of the baseline; full and core, all forms",
     ),
     "presets": Bench(_presets, 6, "the same with the guide's presets and an old environment file"),
+    "settings": Bench(
+        _settings,
+        20,
+        "end_to_end with PostgreSQL's settings changed one at a time, against a new server's; huge pages only where "
+        "the machine has some (sysctl vm.nr_hugepages=600)",
+    ),
     "reader": Bench(_reader, 3, "frames from a local WebSocket into Redis, each form"),
     "latency": Bench(
         _latency, 6, "relay, reader and worker at 100, 1,000 and 5,000 events/s: append to commit, and CPU"

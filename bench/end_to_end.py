@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from bench.corpus import entries
 from bench.floor import floor_s
-from bench.servers import Servers, command, cpu_s, environment, fill, pss_mb, servers, settled
+from bench.servers import SETTINGS, Servers, command, cpu_s, environment, fill, pss_mb, servers, settled
 from fastworker.commands.tune import Extent
 
 HOT = "SELECT n_tup_hot_upd / nullif(n_tup_upd, 0)::float8 FROM pg_stat_user_tables WHERE relname = 'post_aggregations'"
@@ -30,9 +30,10 @@ def end_to_end(
     settings: dict[str, Any],
     baseline: float = 0,
     tuned: Extent | None = None,
+    postgres_settings: Mapping[str, str] = SETTINGS,
 ) -> dict[str, Any]:
     """`settings` are the worker's; what is not among them has the product's default. `baseline`: events/s."""
-    with servers(tuned=tuned) as running:
+    with servers(tuned=tuned, postgres_settings=postgres_settings) as running:
         figures = uvloop.run(drain(running, folder, form, events, settings))
         took = uvloop.run(floor_s(running.postgres.url))
         figures["floor events/s"] = figures["events"] / took

@@ -189,6 +189,7 @@ def reader(start: Start | None) -> ExitCode:
     from fastworker.reader.start import begin_at
 
     config = _begin("reader")
+    config.require_form()
 
     async def main() -> None:
         await preflight(config, "reader")

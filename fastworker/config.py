@@ -27,7 +27,7 @@ from fastworker.event.syntax import is_did
 from fastworker.redact import redact
 from fastworker.stream.cluster import slot
 from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM
-from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, PARTITIONS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 from fastworker.table.batch import Limits
 
@@ -312,6 +312,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="json (up: native)",
         ),
     ] = "json"
+    partitions: Annotated[
+        int,
+        Meta(ge=1, le=PARTITIONS_MAX),
+        _env(
+            "FASTWORKER_STREAM_PARTITIONS",
+            "reader up check",
+            "Partitions of the stream, by account, so that worker processes seldom wait for each other in PostgreSQL: "
+            "one for each process. Not with `json`, which old workers read from one stream. It may be changed at any "
+            "time (docs/operations.md).",
+            read=_integer,
+            default="1 (up: worker processes, in the form native)",
+        ),
+    ] = 1
     derive: Annotated[
         frozenset[str],
         _env(
@@ -549,6 +562,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """How long a consumer's name is kept for a process that does not renew it."""
     foreign_idle_ms: int = 60_000
     """Idle for so long, pending entries of a worker without leases are claimed."""
+
+    def require_form(self) -> None:
+        """Raises ConfigError where the entries' form does not allow partitions."""
+        if self.partitions > 1 and self.stream_format == "json":
+            raise ConfigError(self.partitions_need_another_form)
+
+    @property
+    def partitions_need_another_form(self) -> str:
+        return (
+            f"FASTWORKER_STREAM_PARTITIONS={self.partitions} needs FASTWORKER_STREAM_FORMAT=native (or frame): old "
+            "workers, for whom json is, read one stream only"
+        )
 
     def require_database_url(self, command: str) -> str:
         if self.database_url is None:

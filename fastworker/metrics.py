@@ -70,6 +70,11 @@ GROUP_LAG = _gauge(
     "As lag_entries, for the 20 groups with the most; a group that does not read keeps the stream from being trimmed.",
     "group",
 )
+PARTITION_LAG = _gauge(
+    "partition_lag_entries",
+    "As lag_entries, by partition of the stream, where it has several; one alone: an account writes very much.",
+    "partition",
+)
 PENDING = _gauge("pending_entries", "Entries that a consumer of the group has read and not acknowledged yet.")
 PENDING_AGE = _gauge(
     "oldest_pending_seconds",
@@ -194,7 +199,7 @@ UP_METRICS: Final = METRICS
 
 OF_STREAM: Final = _READER_ONLY | {
     STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, STREAM_FULL_SECONDS, LAG_ENTRIES, LAG_SECONDS, GROUP_LAG,
-    PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED,
+    PARTITION_LAG, PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED,
 }  # fmt: skip
 """Every worker on one stream reports these of the whole stream: over several workers their `max`, never their sum."""
 

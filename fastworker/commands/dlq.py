@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, InvalidEvent, Reason, counted
-from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown
+from fastworker.event import Commit, ErrorFrame, Event, Frame, Info, Unknown, account_of
 from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_bytes, load_record
@@ -146,7 +146,7 @@ async def retry_letters(config: Config, wanted: Wanted) -> ExitCode:
             except (InvalidEvent, ValueError) as error:
                 refused.append(f"{letter_id}: {error}")
                 continue
-            retried += await admin.retry_letter(letter_id, fields)
+            retried += await admin.retry_letter(letter_id, fields, _account(letter))
     sys.stdout.write(f"{counted(retried, 'dead letter')} went back to {config.stream_key}.\n")
     return _end(wanted, found, refused)
 
@@ -189,6 +189,14 @@ def _event(letter: Fields) -> Event:
     if _from_reader(letter):
         return _frame_of(letter)
     return decode_entry(original_fields(letter))
+
+
+def _account(letter: Fields) -> str:
+    """Whose event it is; empty: nobody can tell."""
+    try:
+        return account_of(_event(letter))
+    except (InvalidEvent, ValueError):
+        return ""
 
 
 def _entry(letter: Fields, form: Literal["json", "native", "frame"]) -> Fields:

@@ -48,9 +48,9 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.floors": _ALL,
         "fastworker.repos": _KEEP,
     },
-    # It may do without PostgreSQL: only to find its place again when Redis comes back empty, and to note what `--from`
-    # passes over.
-    "reader": {"fastworker.progress": _READ, "fastworker.relays": _READ, "fastworker.gaps": _KEEP},
+    # It may do without PostgreSQL: only to find its place again when Redis comes back empty, to say where new
+    # partitions begin, and to note what `--from` passes over.
+    "reader": {"fastworker.progress": _APPEND, "fastworker.relays": _READ, "fastworker.gaps": _KEEP},
 }
 SEQUENCES: Final[Mapping[Service, tuple[str, ...]]] = {
     "worker": ("label_events_id_seq", "notifications_id_seq"),

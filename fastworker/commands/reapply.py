@@ -24,6 +24,7 @@ from fastworker.process.outage import Outage
 from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import Entry, SetAside, Tally
+from fastworker.stream.keys import Keys
 from fastworker.worker.limits import DeadLetterLimit
 from fastworker.worker.pipeline import Pipeline
 
@@ -36,18 +37,27 @@ PROGRESS_S: Final = 5.0
 class _Retained:
     """Where the pipeline's entries come from, and where they end: the stream without its group."""
 
-    def __init__(self, admin: RedisAdmin, stream_key: str, after: str, last: str, stopping: asyncio.Event) -> None:
+    def __init__(
+        self,
+        admin: RedisAdmin,
+        keys: Keys,
+        after: str,
+        last: str,
+        stopping: asyncio.Event,
+        counts: Counter[str],
+    ) -> None:
         self.name = "reapply"
-        self.stream_key = stream_key
+        self.stream_key = keys.stream
+        self.partition = keys.partition
         self.backlog = True
-        self.counts: Counter[str] = Counter()
+        self.counts = counts
         self._admin = admin
         self._after = after
         self._last = last
         self._stopping = stopping
 
     async def next(self, block_ms: int) -> list[Entry]:  # noqa: ARG002 - nothing new is waited for
-        entries = await self._admin.entries(self._after, self._last, PIECE)
+        entries = await self._admin.entries(self._after, self._last, PIECE, partition=self.partition)
         if not entries:
             self._stopping.set()
             return []
@@ -83,9 +93,8 @@ async def reapply(settings: Config, from_id: str) -> ExitCode:
     found = re.fullmatch(r"(\d{1,16})(?:-(\d{1,16}))?", from_id)
     if not found:
         raise ConfigError(f"--reapply {from_id!r}: a stream id is milliseconds, or milliseconds-number, such as 0")
-    stopping = asyncio.Event()
-    slot = Heartbeats(1)[0]
-    slot.open("reapply")
+    after = _before(int(found[1]), int(found[2] or 0))
+    counts: Counter[str] = Counter()
     started = time.monotonic()
     async with open_redis(settings.redis_url, settings.stream_key, client_name="fastworker-reapply") as admin:
         stream = await admin.stream()
@@ -104,21 +113,16 @@ async def reapply(settings: Config, from_id: str) -> ExitCode:
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
-        after = _before(int(found[1]), int(found[2] or 0))
-        source = _Retained(admin, settings.stream_key, after, stream.last_id, stopping)
-        pipeline = Pipeline(source, source, store, slot, limits=settings.limits, dead_letters=DeadLetterLimit())
         try:
-            async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(_tell(source, slot, stopping))
-                await pipeline.run(stopping)
-                while await store.maintain():
-                    pass
-                telling.cancel()
-        except* (StoreUnavailable, Unreachable) as group:
-            raise Unreachable(str(group.exceptions[0])) from group
+            for number in range((await admin.layout()).known):  # ids of two partitions may be equal
+                keys = Keys(settings.stream_key, settings.group, number)
+                await _apply(settings, store, admin, keys, after, stream.last_id, counts)
+            while await store.maintain():
+                pass
+        except StoreUnavailable as error:
+            raise Unreachable(str(error)) from error
         finally:
             await store.close()
-    counts = source.counts
     applied = counted(counts["committed"] + counts["nothing_to_store"], "entry", "entries")
     sys.stdout.write(
         f"{applied} applied again from {from_id} to "
@@ -126,6 +130,30 @@ async def reapply(settings: Config, from_id: str) -> ExitCode:
         f"{time.monotonic() - started:.1f} s\n"
     )
     return ExitCode.DONE
+
+
+async def _apply(
+    settings: Config,
+    store: Store,
+    admin: RedisAdmin,
+    keys: Keys,
+    after: str,
+    last: str,
+    counts: Counter[str],
+) -> None:
+    """One partition."""
+    stopping = asyncio.Event()
+    slot = Heartbeats(1)[0]
+    slot.open("reapply")
+    source = _Retained(admin, keys, after, last, stopping, counts)
+    pipeline = Pipeline(source, source, store, slot, limits=settings.limits, dead_letters=DeadLetterLimit())
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(_tell(source, slot, stopping))
+            await pipeline.run(stopping)
+            telling.cancel()
+    except* (StoreUnavailable, Unreachable) as group:
+        raise Unreachable(str(group.exceptions[0])) from group
 
 
 def _before(ms: int, n: int) -> str:

@@ -18,12 +18,12 @@ from typing import Final
 
 from fastworker.config import Config
 from fastworker.errors import ExitCode, InvalidEvent, Reason, StreamUnavailable, counted
-from fastworker.event import ErrorFrame, Event, Info, Unknown
+from fastworker.event import ErrorFrame, Event, Info, Unknown, account_of
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import decode_frame
 from fastworker.event.recording import FramesFile
 from fastworker.process.backoff import Backoff
-from fastworker.stream.admin import RedisAdmin, open_redis
+from fastworker.stream.admin import Addressed, RedisAdmin, open_redis
 from fastworker.table.dates import EPOCH, parse_date
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ async def replay(config: Config, path: Path, *, little_endian: bool) -> ExitCode
     return ExitCode.DONE
 
 
-def _entries(file: FramesFile, form: str, skipped: Counter[str]) -> Iterator[Entry]:
+def _entries(file: FramesFile, form: str, skipped: Counter[str]) -> Iterator[Addressed]:
     for data in file:
         try:
             event = decode_frame(data, None)
@@ -77,7 +77,7 @@ def _entries(file: FramesFile, form: str, skipped: Counter[str]) -> Iterator[Ent
         if entry is None:
             skipped["sync_on_json"] += 1
         else:
-            yield entry + _received(event)
+            yield account_of(event), entry + _received(event)
 
 
 def _received(event: Event) -> Entry:
@@ -89,12 +89,12 @@ def _received(event: Event) -> Entry:
     return [(b"at", b"%d" % min(max(0, told_ms), time.time_ns() // 1_000_000))]
 
 
-def _chunks(entries: Iterator[Entry], entries_max: int) -> Iterator[list[Entry]]:
-    chunk: list[Entry] = []
+def _chunks(entries: Iterator[Addressed], entries_max: int) -> Iterator[list[Addressed]]:
+    chunk: list[Addressed] = []
     size = 0
     for entry in entries:
         chunk.append(entry)
-        size += sum(len(value) for _, value in entry)
+        size += sum(len(value) for _, value in entry[1])
         if len(chunk) >= entries_max or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -102,7 +102,7 @@ def _chunks(entries: Iterator[Entry], entries_max: int) -> Iterator[list[Entry]]
         yield chunk
 
 
-async def _append(admin: RedisAdmin, chunk: list[Entry], max_stream_len: int) -> None:
+async def _append(admin: RedisAdmin, chunk: list[Addressed], max_stream_len: int) -> None:
     """Until there is room, and while Redis is away. A chunk whose reply was lost goes twice, which is harmless."""
     backoff = Backoff(0.1, 5.0)
     told = False

@@ -34,6 +34,7 @@ from fastworker.reader.resume import read_and_resume
 from fastworker.reader.start import Start, begin_at
 from fastworker.redact import redact
 from fastworker.store.migrate import migrate
+from fastworker.stream.limits import PARTITIONS_MAX
 from fastworker.sync.resolver import ResolverSettings, run_resolver
 from fastworker.worker.worker import processes_max, shrunk, worker_child
 
@@ -120,6 +121,9 @@ def up(config: Config, *, notify_socket: str | None = None, start: Start | None 
     require_curves(config)
     if "FASTWORKER_STREAM_FORMAT" not in config.given:
         config = msgspec.structs.replace(config, stream_format="native")
+    if "FASTWORKER_STREAM_PARTITIONS" not in config.given and config.stream_format == "native":
+        config = msgspec.structs.replace(config, partitions=min(config.processes, PARTITIONS_MAX))
+    config.require_form()
     with ExitStack() as stack:
         config, servers = stack.enter_context(_with_servers(config))
         http = settle_port(http_of(config, WORKER_PORT))

@@ -113,3 +113,8 @@ class Unknown(msgspec.Struct, frozen=True, gc=False):
 
 Event = Commit | Identity | Account | Sync
 Frame = Event | Info | ErrorFrame | Unknown
+
+
+def account_of(event: Event) -> str:
+    """DID of the account that it is about."""
+    return event.repo if isinstance(event, Commit) else event.did

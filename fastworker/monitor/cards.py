@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from fastworker import __version__
-from fastworker.monitor.facts import told_workers
+from fastworker.monitor.facts import partitions_of, told_workers
 from fastworker.monitor.page import Card, Chart, Page, Wait, Worker
 from fastworker.monitor.reader_port import cards as reader_cards
 from fastworker.monitor.readiness import FRESH_S
@@ -89,6 +89,9 @@ def _waiting(view: View, reading: Reading) -> list[Wait]:
             Wait(f"entries to be taken{whose}", one.lag, one.undelivered_s, bad=one.undelivered_s > LONG_S),
             Wait(f"entries in work{whose}", one.pending, one.pending_s, bad=one.pending_s > LONG_S),
         ]
+    partitions = partitions_of(reading.stream, view.settings.group, reading.time_ms)
+    if worst := max(partitions, key=lambda one: one.lag_entries, default=None):
+        waits.append(Wait(f"of these in {worst.stream}, the most", worst.lag_entries, worst.lag_seconds))
     if reading.reader is not None:
         waits.append(Wait("entries that the reader has to append", reading.reader.outbox_items, None))
     letters = reading.newest_letters

@@ -91,6 +91,16 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     holds_stream: Annotated[bool, _is("It has the oldest unfinished entry: trimming waits for it.")] = False
 
 
+class PartitionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One partition of the stream."""
+
+    stream: Annotated[str, _is("Its key.")]
+    entries: Annotated[int, _is("Entries in it.")]
+    lag_entries: Annotated[int, _is("Entries not delivered to the group yet.")]
+    lag_seconds: Annotated[float, _is("Age of the oldest entry that the group has not finished.")]
+    pending_entries: Annotated[int, _is("Entries delivered and not acknowledged.")]
+
+
 class Gap(msgspec.Struct, frozen=True, kw_only=True):
     """A stretch that a relay did not give us."""
 
@@ -164,6 +174,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     groups: Annotated[list[GroupStatus], _is("Every consumer group on the stream.")]
     reader: Annotated[ReaderStatus, _is("The reader.")]
     workers: Annotated[list[WorkerStatus], _is("Workers that reported within the last 15 seconds.")]
+    partitions: Annotated[
+        list[PartitionStatus], _is("Of the stream, where it has several; the other members are their sums.")
+    ] = []
 
 
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +206,20 @@ def backlog(stream: Stream | None, name: str, now_ms: int | None) -> Backlog:
         pending_s=age_s(group.oldest_pending_id if group else None, now_ms),
         unfinished_s=age_s(group.unfinished_id if group else first_id, now_ms),
     )
+
+
+def partitions_of(stream: Stream | None, group: str, now_ms: int | None) -> list[PartitionStatus]:
+    """Empty where the stream has one only."""
+    return [
+        PartitionStatus(
+            stream=key,
+            entries=one.length,
+            lag_entries=(ours := backlog(one, group, now_ms)).lag,
+            lag_seconds=ours.unfinished_s,
+            pending_entries=ours.pending,
+        )
+        for key, one in (stream.partitions.items() if stream else ())
+    ]
 
 
 class RatePoint(msgspec.Struct, frozen=True):
@@ -269,6 +296,7 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         groups=groups,
         reader=await _reader(admin, config),
         workers=told_workers(await admin.statuses()),
+        partitions=partitions_of(stream, config.group, server.time_ms),
     ), reading
 
 
@@ -327,7 +355,7 @@ def markdown() -> str:
         "another meaning. Ages and lags are seconds, sizes bytes; rates are per second, over the last half second or,",
         "with `--watch`, over the last five.",
     ]
-    for struct in (Status, ReaderStatus, Gap, GroupStatus, WorkerStatus, ProcessStatus):
+    for struct in (Status, ReaderStatus, Gap, GroupStatus, PartitionStatus, WorkerStatus, ProcessStatus):
         assert struct.__doc__ is not None
         lines += ["", f"## {struct.__name__}", "", struct.__doc__, "", "| member | type | meaning |", "|---|---|---|"]
         for name, hint in get_type_hints(struct, include_extras=True).items():

@@ -143,6 +143,7 @@ class _WorkerMonitor:
             group=settings.group,
             keep_s=settings.keep_s,
             max_stream_len=settings.max_stream_len,
+            partitions=(await admin.layout()).known,
         )
         self._trimmed += trimmed.trimmed
         measure = turn % MEASURE_EVERY == 0

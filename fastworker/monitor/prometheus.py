@@ -8,6 +8,7 @@ from typing import Final
 
 from fastworker import __version__, metrics
 from fastworker.metrics import Figures
+from fastworker.monitor.facts import partitions_of
 from fastworker.monitor.reader_port import put_figures
 from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.board import FLUSH_ENTRIES, FLUSH_MS, LATENCY_MS, State, now_ms
@@ -51,6 +52,8 @@ def _of_redis(figures: Figures, view: View, reading: Reading) -> None:
         figures.set(m.UNACCOUNTED, reading.unaccounted)
     for one in sorted(view.groups, key=lambda one: (one.group != ours.group, -one.lag))[:GROUPS_SHOWN]:
         figures.set(m.GROUP_LAG, one.lag, one.group[:LABEL_MAX])
+    for partition in partitions_of(stream, ours.group, reading.time_ms):
+        figures.set(m.PARTITION_LAG, partition.lag_entries, partition.stream[-LABEL_MAX:])
     figures.set(m.LAG_ENTRIES, ours.lag)
     figures.set(m.LAG_SECONDS, ours.unfinished_s)
     figures.set(m.PENDING, ours.pending)

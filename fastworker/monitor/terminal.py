@@ -108,6 +108,10 @@ def _overview(status: Status) -> RenderableType:
         table.add_row("", Text(f"held back by group {status.held_by}", style="yellow"))
     about = "" if status.lag_is_exact else "about "
     table.add_row("lag", f"{about}{status.lag_entries:,} entries, {_seconds(status.lag_seconds)}")
+    if status.partitions:
+        worst = max(status.partitions, key=lambda one: (one.lag_entries, one.lag_seconds))
+        much = f"most in {worst.stream}: {worst.lag_entries:,} entries, {_seconds(worst.lag_seconds)}"
+        table.add_row("partitions", f"{len(status.partitions)}, {much}")
     table.add_row("pending", f"{status.pending_entries:,} entries, oldest {_seconds(status.oldest_pending_seconds)}")
     table.add_row("rate", f"{_rate(status.appended_per_s)} in, {_rate(status.finished_per_s)} out")
     ledger = status.ledger

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -61,15 +61,17 @@ async def run_reader(
     *,
     stats: ReaderStats | None = None,
     fallback_seq: Callable[[str], Awaitable[int | None]] | None = None,
+    note_floor: Callable[[Iterable[str], int], Awaitable[None]] | None = None,
     on_tick: Callable[[ReaderStats], None] | None = None,
 ) -> None:
     """Read until `stop` is set. Raises FastworkerError when going on is impossible or would do harm.
 
     `fallback_seq(host)` says, from PostgreSQL, how far that relay's events were stored; it is asked when Redis has no
     cursor, and asked again while it raises StoreUnavailable: to begin at the relay's tip instead would lose what came
-    since. `on_tick` is called about every second.
+    since. `note_floor(streams, seq)` tells PostgreSQL of partitions that begin after this seq. `on_tick` is called
+    about every second.
     """
-    await _Reader(settings, stop, stats or ReaderStats(), fallback_seq, on_tick).run()
+    await _Reader(settings, stop, stats or ReaderStats(), fallback_seq, note_floor, on_tick).run()
 
 
 class _Reader:
@@ -79,6 +81,7 @@ class _Reader:
         stop: asyncio.Event,
         stats: ReaderStats,
         fallback_seq: Callable[[str], Awaitable[int | None]] | None,
+        note_floor: Callable[[Iterable[str], int], Awaitable[None]] | None,
         on_tick: Callable[[ReaderStats], None] | None,
     ) -> None:
         self._settings = settings
@@ -86,6 +89,7 @@ class _Reader:
         self._stats = stats
         self._outage = Outage("Redis")
         self._fallback_seq = fallback_seq
+        self._note_floor = note_floor
         self._on_tick = on_tick
         self._redis = connect(settings.redis_url, stream_key=settings.stream_key, client_name="fastworker-reader")
         self._feed = Feed(
@@ -158,6 +162,7 @@ class _Reader:
             try:
                 if await self._feed.acquire() and (not settle or await self._cursor_stands_still()):
                     await self._feed.own_cursor()
+                    await self._open_partitions()
                     self._run_id = await self._feed.run_id()
                     self._outage.look(None)
                     self._receiver.empty()
@@ -173,6 +178,20 @@ class _Reader:
                 self._outage.look(str(error), "the reader waits")
                 await backoff.wait(self._stop)
         return False
+
+    async def _open_partitions(self) -> None:
+        """New ones are known to PostgreSQL before anything is in them: it says from where to resume."""
+        partitions = self._settings.partitions
+        new, cursor = await self._feed.new_partitions(partitions), await self._feed.peek_cursor()
+        if new and cursor.isdigit() and self._note_floor is not None:
+            try:
+                await self._note_floor(new, int(cursor))
+            except StoreUnavailable as error:
+                log.warning(
+                    "PostgreSQL does not know of the new partitions yet (%s): if Redis is lost in the next seconds, "
+                    "what is in them is not found", error,
+                )  # fmt: skip
+        await self._feed.open_partitions(partitions)
 
     async def _cursor_stands_still(self) -> bool:
         """True when no foreign reader (one that takes no lease) moves the cursor.

@@ -12,7 +12,7 @@ import orjson
 
 from fastworker.config import Config
 from fastworker.errors import InvalidEvent, Reason, StoppedItself
-from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown
+from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Unknown, account_of
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import open_frame, read_frame
 from fastworker.reader.dashboard import Dashboard
@@ -22,6 +22,7 @@ from fastworker.reader.relay import RelayLost, Subscription
 from fastworker.reader.stats import ReaderStats
 from fastworker.reader.verify import Verifier
 from fastworker.stream.feed import Chunk, Feed
+from fastworker.stream.partitions import partition_of
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Receiver:
         self._feed = feed
         self._stats = stats
         self._dashboard = dashboard
+        self._partitions = settings.partitions
         self._set_aside_until = 0.0
         self._set_aside_left = 0
 
@@ -165,9 +167,9 @@ class Receiver:
         elif not isinstance(event, Sync):
             self._dashboard.note(event)
         if form == "frame" and data is not None:
-            chunk.entry(encode_frame_entry(data, event.relay))
+            chunk.entry(encode_frame_entry(data, event.relay), self._partition_of(event))
         elif form != "json":
-            chunk.entry(encode_native(event))
+            chunk.entry(encode_native(event), self._partition_of(event))
         elif isinstance(event, Sync):
             told = {"rev": event.rev, "seq": event.seq, "relay": event.relay, "time": event.time}
             chunk.repair(event.did, orjson.dumps(told))
@@ -175,6 +177,9 @@ class Receiver:
             fields = encode_json(event)
             assert fields is not None  # only a #sync has no JSON form
             chunk.entry(fields)
+
+    def _partition_of(self, event: Event) -> int:
+        return partition_of(account_of(event), self._partitions) if self._partitions > 1 else 0
 
     def _put_malformed(self, data: bytes, invalid: InvalidEvent) -> None:
         self.gate.malformed()

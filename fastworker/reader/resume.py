@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fastworker.config import Config
 from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.store.admin import finished_seq
+from fastworker.store.admin import note_floor as store_floor
 
 
 async def read_and_resume(
@@ -26,10 +27,22 @@ async def read_and_resume(
     async def fallback_seq(host: str) -> int | None:
         assert database_url is not None
         try:
-            return await finished_seq(database_url, settings.stream_key, host)
+            return await finished_seq(database_url, settings.stream_key, host, settings.partitions)
+        except Unreachable as error:
+            raise StoreUnavailable(str(error)) from error
+
+    async def note_floor(streams: Iterable[str], seq: int) -> None:
+        assert database_url is not None
+        try:
+            await store_floor(database_url, streams, seq)
         except Unreachable as error:
             raise StoreUnavailable(str(error)) from error
 
     await run_reader(
-        settings, stop, stats=stats, on_tick=on_tick, fallback_seq=fallback_seq if database_url is not None else None
+        settings,
+        stop,
+        stats=stats,
+        on_tick=on_tick,
+        fallback_seq=fallback_seq if database_url is not None else None,
+        note_floor=note_floor if database_url is not None else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -111,16 +111,24 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
         connection.terminate()
 
 
-async def finished_seq(database_url: str, stream_key: str, host: str) -> int | None:
+async def finished_seq(database_url: str, stream_key: str, host: str, partitions: int = 1) -> int | None:
     """Up to which seq of `host` everything is in the tables; None when nobody knows.
 
-    None also when the tables were fed from another relay: its numbers mean nothing here.
+    Of several partitions the lowest, if all `partitions` are known. None also when the tables were fed from another
+    relay: its numbers mean nothing here.
     """
     async with _connection(database_url, "fastworker-reader") as connection:
         if await connection.fetchval("SELECT to_regnamespace('fastworker')") is None:
             return None
-        seq: int | None = await connection.fetchval(_FINISHED, stream_key, host)
+        seq: int | None = await connection.fetchval(_FINISHED, stream_key, host, partitions)
         return seq
+
+
+async def note_floor(database_url: str, streams: Iterable[str], seq: int) -> None:
+    """Nothing up to `seq` was ever on these streams, which begin now. Raises ConfigError and Unreachable."""
+    async with _connection(database_url, "fastworker-reader") as connection:
+        if await connection.fetchval("SELECT to_regnamespace('fastworker')") is not None:
+            await connection.execute(_NOTE_FLOOR, list(streams), seq)
 
 
 async def note_gap(database_url: str, relay: str, after: int, until: int) -> None:
@@ -196,10 +204,30 @@ def name_of(database_url: str) -> str:
     return f"PostgreSQL at {place_of(database_url)}"
 
 
-_FINISHED = """
-SELECT seq FROM fastworker.progress
-WHERE stream = $1 AND seq IS NOT NULL AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
-ORDER BY string_to_array(entry_id, '-')::numeric[] DESC LIMIT 1
+# A partition's stream is called <stream>:<number>.
+_FINISHED = r"""
+SELECT CASE WHEN count(*) FILTER (WHERE number < $3) = $3 THEN
+-- mutant: the reader resumes from the furthest partition
+    min(seq)
+END
+FROM (
+    SELECT DISTINCT ON (number) number, seq FROM fastworker.progress,
+        LATERAL (SELECT CASE
+            WHEN stream = $1 THEN 0
+            WHEN left(stream, length($1) + 1) = $1 || ':'
+            THEN substring(substr(stream, length($1) + 2) FROM '^[1-9]\d?$')::int
+        END) AS partition (number)
+    WHERE number IS NOT NULL AND seq IS NOT NULL
+      AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
+    ORDER BY number, string_to_array(entry_id, '-')::numeric[] DESC
+) AS partitions
+"""
+
+_NOTE_FLOOR = """
+INSERT INTO fastworker.progress (stream, consumer, seq, entry_id)
+SELECT stream, 'reader', $2, '0-1' FROM unnest($1::text[]) AS stream
+WHERE NOT EXISTS (SELECT FROM fastworker.progress AS p WHERE p.stream = stream.stream)
+ON CONFLICT DO NOTHING
 """
 
 _NOTE_GAP = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import asyncpg
@@ -50,8 +51,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     relay: str = ""
 
 
-async def place_of(connection: Connection | NewConnection, stream: str) -> Place:
-    """Raises StoreUnavailable, also of a standby."""
+async def places_of(connection: Connection | NewConnection, streams: Sequence[str]) -> list[Place]:
+    """One for each stream. Raises StoreUnavailable, also of a standby."""
     with translating():
         if await connection.fetchval("SELECT pg_is_in_recovery()"):
             raise StoreUnavailable("PostgreSQL: this server is a standby, which is read-only (SQLSTATE 25006)")
@@ -59,16 +60,21 @@ async def place_of(connection: Connection | NewConnection, stream: str) -> Place
             told = await connection.fetchrow(_SERVER)
         except _MANAGED:
             told = None
-        marks = await connection.fetch(sql.FINISHED, stream)
+        marks = await connection.fetch(sql.FINISHED, list(streams))
         hosts = [row[0] for row in await connection.fetch("SELECT host FROM fastworker.relays LIMIT 2")]
-    newest = max(marks, key=lambda mark: [int(part) for part in mark[2].split("-")], default=None)
     system, timeline, flushed, inserted = told or ("", 0, 0, 0)
-    return Place(
-        system=system,
-        timeline=timeline,
-        flushed=flushed,
-        inserted=inserted,
-        entry_id=newest[2] if newest else "",
-        seq=newest[1] if newest and len(hosts) < 2 else None,
-        relay=hosts[0] if len(hosts) == 1 else "",
-    )
+    newest: dict[str, Any] = {}
+    for mark in sorted(marks, key=lambda mark: [int(part) for part in mark["entry_id"].split("-")]):
+        newest[mark["stream"]] = mark
+    return [
+        Place(
+            system=system,
+            timeline=timeline,
+            flushed=flushed,
+            inserted=inserted,
+            entry_id=mark["entry_id"] if mark else "",
+            seq=mark["seq"] if mark and len(hosts) < 2 else None,
+            relay=hosts[0] if len(hosts) == 1 else "",
+        )
+        for mark in map(newest.get, streams)
+    ]

@@ -402,7 +402,11 @@ REFUSED = (
     "reason = excluded.reason, detail = excluded.detail, refused_at = now() "
     "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
 )
-FINISHED = "SELECT consumer, seq, entry_id FROM fastworker.progress WHERE stream = $1"
+FINISHED = "SELECT stream, seq, entry_id FROM fastworker.progress WHERE stream = ANY ($1::text[])"
+NOTE_PROGRESS = (
+    "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "
+    "ON CONFLICT (stream, consumer) DO UPDATE SET seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now()"
+)
 
 # Derived tables -----------------------------------------------------------------------------------
 VIEWERS = upsert(

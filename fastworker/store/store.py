@@ -206,6 +206,13 @@ class Store:
         async with self.connection() as db:
             return await upkeep.finished(db, stream)
 
+    async def note_progress(self, progress: Progress) -> None:
+        """Of a stream on which nothing is left. Not noted where a session is newer than what was seen."""
+        async with self.connection() as db:
+            if progress.session in (None, self.sessions):
+                mark = progress.stream, progress.consumer, progress.seq, progress.entry_id
+                await self.writer.retry(lambda: db.execute(sql.NOTE_PROGRESS, *mark))
+
     async def mark_read(self, uris: Sequence[str]) -> None:
         """Notifications that are older than what the user has seen long ago (`is_read` is not the state law's)."""
         if uris:

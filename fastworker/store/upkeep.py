@@ -168,5 +168,5 @@ async def absent(db: Connection, changes: list[Change]) -> set[str]:
 
 async def finished(db: Connection, stream: str) -> Progress | None:
     """The furthest that any consumer saw the stream's group finished: where reader and worker resume."""
-    marks = [Progress(stream, r[0], r[1], r[2]) for r in await db.fetch(sql.FINISHED, stream)]
+    marks = [Progress(stream, "", r[1], r[2]) for r in await db.fetch(sql.FINISHED, [stream])]
     return max(marks, key=lambda mark: [int(part) for part in mark.entry_id.split("-")], default=None)

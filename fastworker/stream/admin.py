@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
@@ -21,7 +21,9 @@ from fastworker.metrics import OUTCOMES
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translating
 from fastworker.stream.cluster import SlotPool
+from fastworker.stream.ids import id_order
 from fastworker.stream.keys import Keys
+from fastworker.stream.partitions import Layout, layout, partition_of
 from fastworker.stream.scripts import script
 
 STATUS_STALE_S: Final = 15.0
@@ -70,7 +72,7 @@ class Group(msgspec.Struct, frozen=True):
     @property
     def unfinished_id(self) -> str | None:
         """The oldest entry that this group has not finished."""
-        return self.oldest_pending_id or self.next_id
+        return _lowest(self.oldest_pending_id, self.next_id)
 
 
 class GroupCount(msgspec.Struct, frozen=True):
@@ -104,7 +106,10 @@ class ConsumerState(msgspec.Struct, frozen=True):
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """`entries_added`: ever, from Redis 7 on. `bytes` None: not measured."""
+    """`entries_added`: ever, from Redis 7 on. `bytes` None: not measured.
+
+    `partitions`: by key, where there are several; the other members are then sums, and the lowest and highest ids.
+    """
 
     length: int
     entries_added: int | None
@@ -112,6 +117,7 @@ class Stream(msgspec.Struct, frozen=True):
     first_id: str | None
     last_id: str
     groups: tuple[Group, ...]
+    partitions: Mapping[str, Stream] = {}
 
     def group(self, name: str) -> Group | None:
         return next((group for group in self.groups if group.name == name), None)
@@ -122,9 +128,112 @@ class Pending(msgspec.Struct, frozen=True):
     consumer: str
     idle_ms: int
     deliveries: int
+    partition: int = 0
 
 
 Fields = dict[bytes, bytes]
+Addressed = tuple[str, Sequence[tuple[bytes, bytes]]]
+"""An account, or nothing, and the fields of an entry that is its."""
+
+
+class _Part:
+    """One partition."""
+
+    def __init__(self, redis: Redis, stream_key: str, number: int) -> None:
+        self.key: Final = Keys(stream_key, partition=number).stream
+        self._redis = redis
+        self._stream_key = stream_key
+        self._number = number
+
+    async def kind(self) -> str:
+        """Type of the stream's key; `none` when there is none."""
+        async with translating(self._redis):
+            return _text(await self._redis.type(self.key))
+
+    async def stream(self, *, measure: bool = False) -> Stream | None:
+        """The stream and its groups; None when there is none. `measure` asks for its memory too."""
+        async with translating(self._redis):
+            try:
+                found = await self._redis.xinfo_stream(self.key)
+            except ResponseError as error:
+                if "no such key" in str(error).lower():
+                    return None
+                raise
+            length = int(found["length"])
+            last_id = _text(found["last-generated-id"])
+            first = found.get("first-entry")
+            first_id = _text(first[0]) if first else None
+            groups = [
+                await self._group(group, length, first_id, last_id)
+                for group in await self._redis.xinfo_groups(self.key)
+            ]
+            size = int(await self._redis.memory_usage(self.key, samples=5) or 0) if measure else None
+        return Stream(length, _optional(found.get("entries-added")), size, first_id, last_id, tuple(groups))
+
+    async def _group(self, found: dict[str, Any], length: int, first_id: str | None, last_id: str) -> Group:
+        name = _text(found["name"])
+        delivered = _text(found["last-delivered-id"])
+        pending = int(found["pending"])
+        summary = await self._redis.xpending(self.key, name) if pending else {}
+        following = await _range(self._redis, self.key, f"({delivered}", 1)
+        lag, exact = found.get("lag"), True
+        if not following:
+            lag = 0
+        elif lag is None:
+            # Redis 6.2 does not count; newer ones give up after a deletion in the middle.
+            ids = await _range(self._redis, self.key, f"({delivered}", COUNTED_MAX)
+            exact = len(ids) < COUNTED_MAX
+            lag = len(ids) if exact else max(len(ids), _share(first_id, delivered, last_id, length))
+        return Group(
+            name=name,
+            consumers=int(found["consumers"]),
+            pending=pending,
+            last_delivered_id=delivered,
+            entries_read=_entries_read(found),
+            lag=int(lag),
+            lag_is_exact=exact,
+            oldest_pending_id=_text(summary["min"]) if summary.get("min") else None,
+            next_id=following[0][0] if following else None,
+        )
+
+    async def consumers(self, group: str) -> list[ConsumerState]:
+        """Everybody in the group, by name; empty when there is no such group."""
+        async with translating(self._redis):
+            try:
+                found = await self._redis.xinfo_consumers(self.key, group)
+            except ResponseError as error:
+                if error_code(error) == "NOGROUP" or "no such key" in str(error).lower():
+                    return []
+                raise
+            keys = Keys(self._stream_key, group, self._number)
+            ours = {_text(name) for name in await self._redis.smembers(keys.consumers)}
+            names = [_text(one["name"]) for one in found]
+            leases = await self._redis.mget([keys.consumer_lease(name) for name in names]) if names else []
+        consumers = [
+            ConsumerState(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
+            for name, one, lease in zip(names, found, leases, strict=True)
+        ]
+        return sorted(consumers, key=lambda consumer: consumer.name)
+
+    async def pending(self, group: str, count: int) -> list[Pending]:
+        """The oldest pending entries of the group."""
+        async with translating(self._redis):
+            try:
+                found = await self._redis.xpending_range(self.key, group, "-", "+", count)
+            except ResponseError as error:
+                if self._number and error_code(error) == "NOGROUP":  # the workers have not come to it yet
+                    return []
+                raise
+        return [
+            Pending(
+                _text(one["message_id"]),
+                _text(one["consumer"]),
+                int(one["time_since_delivered"]),
+                int(one["times_delivered"]),
+                self._number,
+            )
+            for one in found
+        ]
 
 
 class RedisAdmin:
@@ -171,113 +280,72 @@ class RedisAdmin:
             seconds, micros = await self._redis.time()
         return int(seconds * 1000 + micros // 1000)
 
+    async def layout(self) -> Layout:
+        return await layout(self._redis, self._key)
+
+    async def _parts(self) -> list[_Part]:
+        known = (await self.layout()).known
+        return [_Part(self._redis, self._key, number) for number in range(known)]
+
     async def kind(self) -> str:
-        """Type of the stream's key; `none` when there is none."""
-        async with translating(self._redis):
-            return _text(await self._redis.type(self._key))
+        """Type of the stream's key; `none` when there is none. Of several partitions the first that is no stream."""
+        kinds = [await part.kind() for part in await self._parts()]
+        wrong = [kind for kind in kinds if kind not in ("none", "stream")]
+        return wrong[0] if wrong else max(kinds, key=lambda kind: kind == "stream")
 
     async def stream(self, *, measure: bool = False) -> Stream | None:
         """The stream and its groups; None when there is none. `measure` asks for its memory too."""
-        async with translating(self._redis):
-            try:
-                found = await self._redis.xinfo_stream(self._key)
-            except ResponseError as error:
-                if "no such key" in str(error).lower():
-                    return None
-                raise
-            length = int(found["length"])
-            last_id = _text(found["last-generated-id"])
-            first = found.get("first-entry")
-            first_id = _text(first[0]) if first else None
-            groups = [
-                await self._group(group, length, first_id, last_id)
-                for group in await self._redis.xinfo_groups(self._key)
-            ]
-            size = int(await self._redis.memory_usage(self._key, samples=5) or 0) if measure else None
-        return Stream(length, _optional(found.get("entries-added")), size, first_id, last_id, tuple(groups))
-
-    async def _group(self, found: dict[str, Any], length: int, first_id: str | None, last_id: str) -> Group:
-        name = _text(found["name"])
-        delivered = _text(found["last-delivered-id"])
-        pending = int(found["pending"])
-        summary = await self._redis.xpending(self._key, name) if pending else {}
-        following = await self._range(self._key, f"({delivered}", 1)
-        lag, exact = found.get("lag"), True
-        if not following:
-            lag = 0
-        elif lag is None:
-            # Redis 6.2 does not count; newer ones give up after a deletion in the middle.
-            ids = await self._range(self._key, f"({delivered}", COUNTED_MAX)
-            exact = len(ids) < COUNTED_MAX
-            lag = len(ids) if exact else max(len(ids), _share(first_id, delivered, last_id, length))
-        return Group(
-            name=name,
-            consumers=int(found["consumers"]),
-            pending=pending,
-            last_delivered_id=delivered,
-            entries_read=_entries_read(found),
-            lag=int(lag),
-            lag_is_exact=exact,
-            oldest_pending_id=_text(summary["min"]) if summary.get("min") else None,
-            next_id=following[0][0] if following else None,
-        )
+        parts = await self._parts()
+        found = {part.key: stream for part in parts if (stream := await part.stream(measure=measure)) is not None}
+        return _sum(found) if len(parts) > 1 and found else found.get(self._key)
 
     async def consumers(self, group: str) -> list[ConsumerState]:
         """Everybody in the group, by name; empty when there is no such group."""
-        async with translating(self._redis):
-            try:
-                found = await self._redis.xinfo_consumers(self._key, group)
-            except ResponseError as error:
-                if error_code(error) == "NOGROUP" or "no such key" in str(error).lower():
-                    return []
-                raise
-            ours = {_text(name) for name in await self._redis.smembers(Keys(self._key, group).consumers)}
-            names = [_text(one["name"]) for one in found]
-            leases = await self._redis.mget([self._keys.consumer_lease(name) for name in names]) if names else []
-        consumers = [
-            ConsumerState(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
-            for name, one, lease in zip(names, found, leases, strict=True)
-        ]
-        return sorted(consumers, key=lambda consumer: consumer.name)
+        found: dict[str, ConsumerState] = {}
+        for part in await self._parts():
+            for one in await part.consumers(group):
+                same = found.get(one.name, one)  # each partition counts from 0
+                found[one.name] = ConsumerState(
+                    one.name,
+                    one.pending + (same.pending if same is not one else 0),
+                    min(one.idle_ms, same.idle_ms),
+                    one.leased or same.leased,
+                    one.ours or same.ours,
+                )
+        return sorted(found.values(), key=lambda consumer: consumer.name)
 
     async def pending(self, group: str, count: int) -> list[Pending]:
         """The oldest pending entries of the group."""
-        async with translating(self._redis):
-            found = await self._redis.xpending_range(self._key, group, "-", "+", count)
-        return [
-            Pending(
-                _text(one["message_id"]),
-                _text(one["consumer"]),
-                int(one["time_since_delivered"]),
-                int(one["times_delivered"]),
-            )
-            for one in found
-        ]
+        found = [one for part in await self._parts() for one in await part.pending(group, count)]
+        return sorted(found, key=lambda one: id_order(one.entry_id))[:count]
 
-    async def missing(self, entry_ids: Sequence[str]) -> list[str]:
+    async def missing(self, pending: Sequence[Pending]) -> list[str]:
         """Which of these entries are not on the stream (trimmed while pending)."""
         async with translating(self._redis), self._redis.pipeline(transaction=False) as pipe:
-            for entry_id in entry_ids:
-                pipe.xrange(self._key, entry_id, entry_id)
+            for one in pending:
+                pipe.xrange(Keys(self._key, partition=one.partition).stream, one.entry_id, one.entry_id)
             found = await pipe.execute()
-        return [entry_id for entry_id, entry in zip(entry_ids, found, strict=True) if not entry]
+        return [one.entry_id for one, entry in zip(pending, found, strict=True) if not entry]
 
-    async def entries(self, after: str, last: str, count: int) -> list[tuple[str, Fields]]:
-        """Entries beyond `after`, up to and including `last`."""
+    async def entries(self, after: str, last: str, count: int, *, partition: int = 0) -> list[tuple[str, Fields]]:
+        """Entries of one partition beyond `after`, up to and including `last`."""
         async with translating(self._redis):
-            return await self._range(self._key, f"({after}", count, last)
+            return await _range(self._redis, Keys(self._key, partition=partition).stream, f"({after}", count, last)
 
     async def newest(self, last: str, count: int) -> list[tuple[str, Fields]]:
-        """The newest entries up to and including `last`, the oldest of them first."""
+        """The newest entries of the first partition up to and including `last`, the oldest of them first."""
         async with translating(self._redis):
             found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._key, last, "-", count=count))
         return [(_text(entry_id), fields) for entry_id, fields in reversed(found)]
 
     async def newest_fields(self, count: int) -> list[Fields]:
         """Fields of the newest entries: they tell in which form the stream is written."""
-        async with translating(self._redis):
-            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._key, count=count))
-        return [fields for _, fields in found]
+        parts = await self._parts()
+        async with translating(self._redis), self._redis.pipeline(transaction=False) as pipe:
+            for part in parts:
+                pipe.xrevrange(part.key, count=count)
+            found = await pipe.execute()
+        return [fields for entries in found for _, fields in entries]
 
     async def ledger(self) -> dict[str, int]:
         """Outcomes and `drop:<reason>`, as the ack scripts counted them."""
@@ -285,21 +353,21 @@ class RedisAdmin:
 
     async def count(self, group: str) -> GroupCount:
         """Who finished how much: the group's counters and the ledger, which must be of one moment to be compared."""
+        parts = await self._parts()
         async with translating(self._redis), self._redis.pipeline(transaction=True) as pipe:
-            pipe.xinfo_stream(self._key)
-            pipe.xinfo_groups(self._key)
+            for part in parts:
+                pipe.xinfo_stream(part.key)
+                pipe.xinfo_groups(part.key)
             pipe.hgetall(self._keys.ledger)
-            stream, groups, ledger = await pipe.execute(raise_on_error=False)
-            if isinstance(stream, ResponseError) and "no such key" in str(stream).lower():
-                stream, groups = {}, []
-            for answer in (stream, groups, ledger):
-                if isinstance(answer, Exception):
-                    raise answer
-        found: dict[str, Any] = next((one for one in groups if _text(one["name"]) == group), {})
+            *answers, ledger = await pipe.execute(raise_on_error=False)
+        if isinstance(ledger, Exception):
+            raise ledger
+        counts = [_count(*pair, group) for pair in zip(answers[::2], answers[1::2], strict=True)]
+        known = [one for one in counts if one is not None]
         return GroupCount(
-            appended=_optional(stream.get("entries-added")),
-            given=_entries_read(found) if found else None,
-            pending=int(found.get("pending", 0)),
+            appended=_total([appended for appended, _, _ in known]) if known else None,
+            given=_total([given for _, given, _ in known]) if known else None,
+            pending=sum(pending for _, _, pending in known),
             ledger={_text(field): int(value) for field, value in ledger.items()},
         )
 
@@ -353,10 +421,6 @@ class RedisAdmin:
             value = await self._redis.get(key)
         return None if value is None else _text(value)
 
-    async def _range(self, key: str, start: str, count: int, end: str = "+") -> list[tuple[str, Fields]]:
-        found = cast("list[tuple[bytes, Fields]]", await self._redis.xrange(key, start, end, count=count))
-        return [(_text(entry_id), fields) for entry_id, fields in found]
-
     async def _hash(self, key: str) -> dict[str, str]:
         async with translating(self._redis):
             found = await self._redis.hgetall(key)
@@ -385,7 +449,7 @@ class RedisAdmin:
         """Dead letters in the order they were written, those beyond `after`."""
         start = "-" if after is None else f"({after}"
         async with translating(self._redis):
-            return await self._range(self._keys.dead_letters, start, count)
+            return await _range(self._redis, self._keys.dead_letters, start, count)
 
     async def newest_letters(self, count: int) -> list[tuple[str, Fields]]:
         async with translating(self._redis):
@@ -396,16 +460,21 @@ class RedisAdmin:
 
     async def letter(self, letter_id: str) -> Fields | None:
         async with translating(self._redis):
-            found = await self._range(self._keys.dead_letters, letter_id, 1, letter_id)
+            found = await _range(self._redis, self._keys.dead_letters, letter_id, 1, letter_id)
         return found[0][1] if found else None
 
-    async def retry_letter(self, letter_id: str, fields: Fields) -> bool:
-        """Move a letter to the stream as an entry of these fields; False when it was gone already."""
+    async def retry_letter(self, letter_id: str, fields: Fields, did: str = "") -> bool:
+        """Move a letter to the stream as an entry of these fields; False when it was gone already.
+
+        `did`: whose it is, which says in which partition it belongs.
+        """
         args: list[Any] = [letter_id]
         for name, value in fields.items():
             args += [name, value]
+        partition = partition_of(did, (await self.layout()).written)
         async with translating(self._redis):
-            return bool(await self._retry(keys=[self._keys.dead_letters, self._key], args=args))
+            keys = [self._keys.dead_letters, Keys(self._key, partition=partition).stream]
+            return bool(await self._retry(keys=keys, args=args))
 
     async def purge_letters(self, letter_ids: Sequence[str]) -> int:
         if not letter_ids:
@@ -415,15 +484,75 @@ class RedisAdmin:
 
     # --- replay
 
-    async def append_if_room(self, entries: Sequence[Sequence[tuple[bytes, bytes]]], max_stream_len: int) -> bool:
-        """Append all, unless the stream would exceed its limit; then nothing, and False."""
+    async def append_if_room(self, entries: Sequence[Addressed], max_stream_len: int) -> bool:
+        """Append all, each where its account's belong, unless the stream would exceed its limit: then nothing."""
+        found = await self.layout()
         args: list[Any] = [max_stream_len]
-        for fields in entries:
-            args.append(len(fields) * 2)
+        for did, fields in entries:
+            args += [partition_of(did, found.written), len(fields) * 2]
             for name, value in fields:
                 args += [name, value]
         async with translating(self._redis):
-            return bool(await self._append(keys=[self._key], args=args))
+            keys = [Keys(self._key, partition=number).stream for number in range(found.known)]
+            return bool(await self._append(keys=keys, args=args))
+
+
+async def _range(redis: Redis, key: str, start: str, count: int, end: str = "+") -> list[tuple[str, Fields]]:
+    found = cast("list[tuple[bytes, Fields]]", await redis.xrange(key, start, end, count=count))
+    return [(_text(entry_id), fields) for entry_id, fields in found]
+
+
+def _count(stream: Any, groups: Any, group: str) -> tuple[int | None, int | None, int] | None:
+    """Appended, given to the group, pending; None where there is no stream. Raises what else was answered."""
+    if isinstance(stream, ResponseError) and "no such key" in str(stream).lower():
+        return None
+    for answer in (stream, groups):
+        if isinstance(answer, Exception):
+            raise answer
+    found: dict[str, Any] = next((one for one in groups if _text(one["name"]) == group), {})
+    return _optional(stream.get("entries-added")), _entries_read(found) if found else None, int(found.get("pending", 0))
+
+
+def _total(numbers: Sequence[int | None]) -> int | None:
+    """None if one is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _lowest(*ids: str | None) -> str | None:
+    return min((one for one in ids if one is not None), key=id_order, default=None)
+
+
+def _sum(partitions: dict[str, Stream]) -> Stream:
+    """Of several partitions."""
+    parts = partitions.values()
+    names = dict.fromkeys(group.name for one in parts for group in one.groups)
+    return Stream(
+        length=sum(one.length for one in parts),
+        entries_added=_total([one.entries_added for one in parts]),
+        bytes=_total([one.bytes for one in parts]),
+        first_id=_lowest(*(one.first_id for one in parts)),
+        last_id=max((one.last_id for one in parts), key=id_order),
+        groups=tuple(_sum_of_group(name, [(one, one.group(name)) for one in parts]) for name in names),
+        partitions=partitions,
+    )
+
+
+def _sum_of_group(name: str, found: list[tuple[Stream, Group | None]]) -> Group:
+    """Where a partition does not have the group yet, all of it waits."""
+    groups = [group for _, group in found if group is not None]
+    missing = [stream for stream, group in found if group is None]
+    return Group(
+        name=name,
+        consumers=sum(one.consumers for one in groups),
+        pending=sum(one.pending for one in groups),
+        last_delivered_id=max((one.last_delivered_id for one in groups), key=id_order),
+        entries_read=_total([one.entries_read for one in groups]),
+        lag=sum(one.lag for one in groups) + sum(one.length for one in missing),
+        lag_is_exact=all(one.lag_is_exact for one in groups),
+        oldest_pending_id=_lowest(*(one.oldest_pending_id for one in groups)),
+        next_id=_lowest(*(one.next_id for one in groups), *(one.first_id for one in missing)),
+    )
 
 
 async def _settings(redis: Redis, *names: str) -> dict[str, str]:

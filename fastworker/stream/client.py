@@ -77,7 +77,7 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
 )
 # Redis 6.2 wraps what a command in a script answered: `Error running script (...): @user_script: 1: -OOM ...`;
 # newer ones lead with the code. The client's pipelines wrap once more.
-_CODE: Final = re.compile(r"(?:^|@user_script: ?\d+: |caused error: )-?([A-Z]{3,})\b")
+_CODE: Final = re.compile(r"""(?:^|@user_script: ?\d+: |caused error: (?:\(['"])?)-?([A-Z]{3,})\b""")
 # What a script is told that does what its user may not: without a code of its own (from 7.0, then 6.2).
 _NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executing the script can't ")
 

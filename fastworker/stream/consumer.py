@@ -11,7 +11,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -23,8 +22,7 @@ from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
 from fastworker.stream.holding import Holding
-from fastworker.stream.ids import id_order
-from fastworker.stream.keys import GROUP, STREAM, Keys
+from fastworker.stream.keys import GROUP, USUAL, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
@@ -98,7 +96,7 @@ class WorkerStream:
         self,
         redis: Redis,
         *,
-        stream_key: str = STREAM,
+        keys: Keys = USUAL,
         group: str = GROUP,
         consumer_id: str = "worker",
         batch_size: int = BATCH_SIZE,
@@ -109,16 +107,17 @@ class WorkerStream:
     ) -> None:
         """`last_finished`: the stream id up to which everything is settled, as PostgreSQL remembers it."""
         self.name = ""  # the consumer's, once leased
-        self.stream_key = stream_key
+        self._keys = keys
+        self.stream_key = keys.stream
+        self.partition = keys.partition
         self.group = group
-        self._keys = Keys(stream_key, group)
         self.backlog = False  # the last read came back full
         self.lost_reply = False  # it may have handed us entries: they are pending in our name
         self._redis = redis
         self._consumer_id = consumer_id
         self._count = batch_size
         self._dead_letter_maxlen = dead_letter_maxlen
-        self._group = Group(redis, stream_key, group, last_finished)
+        self._group = Group(redis, self._keys, group, last_finished)
         self._lease_ms = lease_ms
         self._foreign_idle_ms = foreign_idle_ms
         self._window = min(batch_size, STEP)  # of one XREADGROUP
@@ -183,6 +182,7 @@ class WorkerStream:
             self._keys.held,
             self._keys.reads,
             self._keys.tellers,
+            self._keys.given,
         ]
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
@@ -195,7 +195,7 @@ class WorkerStream:
     async def tell_held(self) -> None:
         """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""
         if not self._holding.is_told:
-            keys = [self.stream_key, self._keys.held, self._keys.reads]
+            keys = [self.stream_key, self._keys.held, self._keys.reads, self._keys.given]
             async with self._ending, self._holding.telling() as told, translating(self._redis):
                 await self._tell_held(keys=keys, args=[self.group, self.name, *told])
 
@@ -289,36 +289,17 @@ class WorkerStream:
                 return Claimed([], 0, 0)
             return Claimed(self._take_over(claimed), found, ghosts)
 
-    async def time(self) -> datetime:
-        """By the server's clock."""
-        async with translating(self._redis):
-            seconds, micros = await self._redis.time()
-        return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
-
     async def lowest_pending(self) -> str | None:
         """The lowest id that anybody in the group holds: everything before it that was delivered is settled.
 
         Where nobody holds any, and the group went back, the first one that is delivered again. The lowest there can be
         while the reader has to go back, too. Never behind what is known to have been given to somebody.
         """
-        async with self._group.translating(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.xpending(self.stream_key, self.group)
-            pipe.hvals(self._keys.held)
-            pipe.xinfo_groups(self.stream_key)
-            pipe.exists(self._keys.go_back)
-            pipe.get(self._keys.given)
-            summary, held, groups, must_go_back, given = await pipe.execute()
-        if must_go_back:
-            return "0-0"
-        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({self._holding.lowest} - {""})
-        for group in groups:
-            if group["name"] == self.group.encode():
-                ms, n = id_order(group["last-delivered-id"].decode())
-                found.add(f"{ms}-{n + 1}")
-        if given:
-            ms, n = id_order(given.split(b" ")[0].decode())
-            found.add(f"{ms}-{n + 1}")
-        return min(found, key=id_order, default=None)
+        return await self._group.lowest_pending(self._holding.lowest)
+
+    async def is_finished(self) -> bool:
+        """Whether the group has settled all that was ever appended."""
+        return not self._holding.lowest and await self._group.is_finished()
 
     # --- entries end
 
@@ -332,7 +313,8 @@ class WorkerStream:
             args += [tally.outcome, tally.kind, len(tally.drops), len(ids), *tally.drops, *ids]
         if more_drops:
             args += ["", "", len(more_drops), 0, *more_drops]
-        keys = [self.stream_key, self._keys.ledger, self._keys.metrics, self._keys.held, self._keys.reads]
+        own = self._keys
+        keys = [self.stream_key, own.ledger, own.metrics, own.held, own.reads, own.given]
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._holding.let_go(ids)
@@ -348,7 +330,7 @@ class WorkerStream:
         `original_fields` is the way back.
         """
         own = self._keys
-        keys = [self.stream_key, own.ledger, self._keys.metrics, own.dead_letters, own.held, own.reads]
+        keys = [self.stream_key, own.ledger, own.metrics, own.dead_letters, own.held, own.reads, own.given]
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]

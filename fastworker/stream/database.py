@@ -37,13 +37,12 @@ class GoBack(msgspec.Struct, frozen=True):
 
 
 class Database:
-    """The memory of one group. All methods raise StreamUnavailable while Redis cannot serve."""
+    """The memory of one group on one partition. All methods raise StreamUnavailable while Redis cannot serve."""
 
-    def __init__(self, redis: Redis, stream_key: str, group: str) -> None:
+    def __init__(self, redis: Redis, keys: Keys, group: str) -> None:
         self._redis = redis
         self._group = group
-        keys = Keys(stream_key, group)
-        self._keys = [keys.database, stream_key, keys.ledger, keys.go_back, keys.given]
+        self._keys = [keys.database, keys.stream, keys.ledger, keys.go_back, keys.given]
         self._remember = redis.register_script(script("remember"))
 
     async def look(self) -> Memory:

@@ -19,8 +19,10 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.stream.client import error_code, translating
+from fastworker.stream.ids import id_order
 from fastworker.stream.keys import BROADCAST, GROUP, Keys, stream_of
 from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_MAX
+from fastworker.stream.partitions import declare, layout
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
 
@@ -94,8 +96,8 @@ class Chunk:
     def body(self) -> bytes:
         return b"".join(self._pieces)
 
-    def entry(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
-        self._add(b"entry", [part for field in fields for part in field])
+    def entry(self, fields: Sequence[tuple[bytes, bytes]], partition: int = 0) -> None:
+        self._add(b"%d" % partition if partition else b"entry", [part for field in fields for part in field])
         self.entries += 1
 
     def dead_letter(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
@@ -126,6 +128,55 @@ class Chunk:
         self.items += 1
 
 
+class _Partition:
+    """What a reader knows of one partition."""
+
+    def __init__(self, redis: Redis, stream_key: str, group: str, number: int) -> None:
+        self.keys = Keys(stream_key, group or GROUP, number)
+        self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
+        self.unread = ""  # the first unread id when we looked last
+        self.finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
+        self._redis = redis
+        self._group = group
+        self._watch = redis.register_script(script("watch"))
+        self._set_aside_abandoned = redis.register_script(script("set_aside_abandoned"))
+
+    def note_finished(self, mark: bytes) -> None:
+        if mark:
+            _, seq, host = mark.decode().split(" ")
+            self.finished = (host, int(seq))
+
+    async def watch(self, appended: str) -> tuple[bool, bytes]:
+        """Whether something unread is gone, and to where PostgreSQL asks the reader to go back.
+
+        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted.
+        """
+        keys = self.keys
+        async with translating(self._redis):
+            broken, finished, unread, request = await self._watch(
+                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
+                args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
+            )
+        self.newest, self.unread = "", unread.decode()
+        self.note_finished(finished)
+        lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
+        return bool(broken or lost), request
+
+    async def set_aside_abandoned(self, args: list[str | int]) -> tuple[int, int]:
+        keys = self.keys
+        async with translating(self._redis):
+            try:
+                moved, ghosts = await self._set_aside_abandoned(
+                    keys=[keys.stream, keys.ledger, keys.metrics, keys.dead_letters],
+                    args=[*args, keys.consumer_lease()],
+                )
+            except ResponseError as error:
+                if error_code(error) != "NOGROUP":
+                    raise
+                return 0, 0
+        return int(moved), int(ghosts)
+
+
 class Feed:
     """One reader's hold on the stream. All methods raise `StreamUnavailable` while Redis cannot serve."""
 
@@ -144,6 +195,8 @@ class Feed:
     ) -> None:
         self._redis = redis
         self._stream = stream_key
+        self._partitions = 1
+        self._parts = [_Partition(redis, stream_key, group, 0)]
         self._cursor_key = cursor_key
         self._keys = Keys(stream_key, group or GROUP)
         self._max_len = max_stream_len
@@ -156,15 +209,10 @@ class Feed:
         self._host = ""
         self._cursor = ""  # the cursor key's text as this reader saw or wrote it last
         self._bytes = 0  # of the stream: as last measured, plus what was appended since
-        self._newest = ""  # mark of the entry appended last, if it was not left in Redis yet
-        self._unread = ""  # the first unread id when we looked last
-        self._finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._append = redis.register_script(script("append"))
-        self._watch = redis.register_script(script("watch"))
         self._go_back = redis.register_script(script("reader_go_back"))
         self._renew = redis.register_script(script("reader_renew"))
         self._release = redis.register_script(script("reader_release"))
-        self._set_aside_abandoned = redis.register_script(script("set_aside_abandoned"))
         self.chunk_items = max(1, min(CHUNK_ITEMS, max_stream_len))
         """A chunk of more entries would never fit a stream this short."""
 
@@ -189,6 +237,17 @@ class Feed:
                     f"{self._stream} a REDIS_CURSOR_KEY of its own"
                 )
             await self._redis.set(key, self._stream)
+
+    async def new_partitions(self, count: int) -> list[str]:
+        """Streams of so many partitions that nothing was ever appended to."""
+        known = (await layout(self._redis, self._stream)).known
+        return [Keys(self._stream, partition=number).stream for number in range(known, count)]
+
+    async def open_partitions(self, count: int) -> None:
+        """Tell the workers how many there are, before anything is appended to them."""
+        self._partitions = count
+        known = (await declare(self._redis, self._stream, count)).known
+        self._parts = [_Partition(self._redis, self._stream, self._group, n) for n in range(known)]
 
     async def run_id(self) -> str:
         """Names this run of the server: another one means that it restarted or that another took over."""
@@ -224,9 +283,11 @@ class Feed:
             pipe.get(self._cursor_key)
             pipe.get(self._keys.relay)
             pipe.get(self._keys.cursor_of(host))
-            pipe.get(self._keys.finished)
-            main, relay, kept, finished = cast("tuple[bytes | None, ...]", await pipe.execute())
-        self._note_finished(finished or b"")
+            for part in self._parts:
+                pipe.get(part.keys.finished)
+            main, relay, kept, *finished = cast("list[bytes | None]", await pipe.execute())
+        for part, mark in zip(self._parts, finished, strict=True):
+            part.note_finished(mark or b"")
         self._host = host
         self._cursor = (main or b"").decode("utf-8", "replace")
         owner: str | None = relay.decode() if relay and main else None
@@ -257,6 +318,8 @@ class Feed:
             keys.relays,
             keys.tail,
             keys.unverified,
+            *[part.keys.stream for part in self._parts[1:]],
+            *[part.keys.tail for part in self._parts[1:]],
         ]
         arguments: list[bytes | str | int] = [
             self._token,
@@ -272,7 +335,7 @@ class Feed:
             chunk.body,
         ]
         async with translating(self._redis):
-            answer, detail = cast("list[bytes]", await self._append(keys=names, args=arguments))
+            answer, detail, *more = cast("list[bytes]", await self._append(keys=names, args=arguments))
         if answer == b"full":
             return False
         if answer == b"broken":
@@ -286,8 +349,9 @@ class Feed:
             )
         if after:
             self._cursor = after
-            if detail not in (b"", b"already"):
-                self._newest = f"{detail.decode()} {after} {self._host}"
+            for part, newest in zip(self._parts, (detail, *more), strict=False):  # `already` says nothing of them
+                if newest not in (b"", b"already"):
+                    part.newest = f"{newest.decode()} {after} {self._host}"
         self._bytes += chunk.bytes
         return True
 
@@ -304,34 +368,23 @@ class Feed:
         return (found[0][1][b"frame"], found[0][1][b"relay"].decode()) if found else None
 
     def finished_seq(self) -> int | None:
-        """How far the workers had finished this relay's events, as far as we know."""
-        return self._finished[1] if self._finished is not None and self._finished[0] == self._host else None
-
-    def _note_finished(self, mark: bytes) -> None:
-        if mark:
-            _, seq, host = mark.decode().split(" ")
-            self._finished = (host, int(seq))
+        """How far the workers had finished this relay's events, in all partitions, as far as we know."""
+        marks = [part.finished for part in self._parts]
+        known = [mark[1] for mark in marks if mark is not None and mark[0] == self._host]
+        # mutant: the furthest partition counts
+        return min(known) if len(known) == len(marks) else None
 
     async def watch(self) -> None:
         """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
-        async with translating(self._redis):
-            broken, finished, unread, request = await self._watch(
-                keys=[
-                    self._stream,
-                    self._keys.marks,
-                    self._keys.finished,
-                    self._keys.held,
-                    self._keys.go_back,
-                    self._keys.given,
-                ],
-                args=[self._group, self._newest, MARKS_MAX, self._unread],
-            )
-        self._newest, self._unread = "", unread.decode()
-        self._note_finished(finished)
-        if broken or (self._group and await give_skipped(self._redis, self._keys, self._group, who="reader")):
+        if self._partitions > 1:
+            await declare(self._redis, self._stream, self._partitions)  # somebody may have deleted the key
+        appended = f"{self._cursor} {self._host}" if len(self._parts) > 1 and self._cursor else ""
+        found = [await part.watch(appended) for part in self._parts]
+        if any(broken for broken, _ in found):
             raise StreamBroken
-        if request:
-            raise StoreWentBack(request)
+        for _, request in found:
+            if request:
+                raise StoreWentBack(request)
 
     async def go_back(self, seq: int | None, gap: bytes, request: bytes = b"") -> bool:
         """After StreamBroken or StoreWentBack (`request`): move the cursor back to `seq`; None: leave it, and record a
@@ -345,12 +398,14 @@ class Feed:
             self._keys.finished,
             self._keys.gaps,
             self._keys.go_back,
+            *[key for part in self._parts[1:] for key in (part.keys.tail, part.keys.marks, part.keys.finished)],
         ]
         after = "" if seq is None else str(seq)
         async with translating(self._redis):
             done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT, request])
         if done:
-            self._newest = self._unread = ""
+            for part in self._parts:
+                part.newest = part.unread = ""
         return bool(done)
 
     async def trim(self, *, make_room: bool = False) -> TrimResult:
@@ -365,10 +420,13 @@ class Feed:
             group=self._group,
             keep_s=self._keep_s,
             max_stream_len=0 if make_room else self._max_len,
+            partitions=len(self._parts),
         )
         if self._max_bytes is not None:
-            async with translating(self._redis):
-                self._bytes = int(await self._redis.memory_usage(self._stream, samples=5) or 0)
+            async with translating(self._redis), self._redis.pipeline(transaction=False) as pipe:
+                for part in self._parts:
+                    pipe.memory_usage(part.keys.stream, samples=5)
+                self._bytes = sum(int(size or 0) for size in await pipe.execute())
         return result
 
     async def set_aside_abandoned(self, abandoned_ms: int = ABANDONED_MS) -> tuple[int, int]:
@@ -376,24 +434,15 @@ class Feed:
 
         How many were moved, and how many were only ids: their entries had been trimmed by somebody.
         """
-        async with translating(self._redis):
-            try:
-                moved, ghosts = await self._set_aside_abandoned(
-                    keys=[self._stream, self._keys.ledger, self._keys.metrics, self._keys.dead_letters],
-                    args=[
-                        self._group,
-                        abandoned_ms,
-                        abandoned_ms // 60,
-                        self._dead_letter_maxlen,
-                        int(time.time() * 1000),
-                        self._keys.consumer_lease(),
-                    ],
-                )
-            except ResponseError as error:
-                if error_code(error) != "NOGROUP":
-                    raise
-                return 0, 0
-        return int(moved), int(ghosts)
+        args: list[str | int] = [
+            self._group,
+            abandoned_ms,
+            abandoned_ms // 60,
+            self._dead_letter_maxlen,
+            int(time.time() * 1000),
+        ]
+        found = [await part.set_aside_abandoned(args) for part in self._parts]
+        return sum(moved for moved, _ in found), sum(ghosts for _, ghosts in found)
 
     async def publish(
         self,
@@ -423,18 +472,25 @@ async def trim_finished(
     group: str = "",
     keep_s: float = 0.0,
     max_stream_len: int = STREAM_LEN_MAX,
+    partitions: int = 1,
 ) -> TrimResult:
     """Remove the entries that every group on the stream has finished, except the ignored groups.
 
     Without any group nothing is removed, nor while `group` (the workers') does not exist: it will begin at the oldest
     entry. `keep_s`: finished entries younger than this stay, for `--reapply`, while the stream is less than nine tenths
-    full.
+    full. Of several partitions each has its share of the limit, and the one that holds the oldest entries is told.
     """
-    trim, keys = redis.register_script(script("trim")), Keys(stream_key, group or GROUP)
-    async with translating(redis):
-        answer = await trim(
-            keys=[stream_key, keys.held, keys.given],
-            args=[int(keep_s * 1000), max_stream_len * 9 // 10, group, *ignore_groups],
-        )
-    trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
-    return TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode())
+    trim = redis.register_script(script("trim"))
+    found = []
+    for number in range(partitions):
+        keys = Keys(stream_key, group or GROUP, number)
+        async with translating(redis):
+            answer = await trim(
+                keys=[keys.stream, keys.held, keys.given],
+                args=[int(keep_s * 1000), max_stream_len * 9 // 10 // partitions, group, *ignore_groups],
+            )
+        trimmed, holder, bound = cast("tuple[int, bytes, bytes]", answer)
+        found.append(TrimResult(trimmed, holder.decode("utf-8", "replace"), bound.decode()))
+    holding = [one for one in found if one.held_by]
+    oldest = min(holding, key=lambda one: id_order(one.bound or "0"), default=found[0])
+    return TrimResult(sum(one.trimmed for one in found), oldest.held_by, oldest.bound)

@@ -20,15 +20,12 @@ async def unknown() -> str | None:
 
 
 class Group:
-    def __init__(
-        self, redis: Redis, stream_key: str, name: str, last_finished: Callable[[], Awaitable[str | None]]
-    ) -> None:
+    def __init__(self, redis: Redis, keys: Keys, name: str, last_finished: Callable[[], Awaitable[str | None]]) -> None:
         """`last_finished`: the stream id up to which everything is settled, as PostgreSQL remembers it."""
         self._redis = redis
-        self._stream_key = stream_key
+        self._stream_key = keys.stream
         self._name = name
-        keys = Keys(stream_key, name)
-        self._recreate_lock, self._given = keys.recreate_lock, keys.given
+        self._keys = keys
         self._last_finished = last_finished
 
     @asynccontextmanager
@@ -38,14 +35,14 @@ class Group:
             try:
                 yield
             except ResponseError as error:
-                if error_code(error) != "NOGROUP":
+                if error_code(error) != "NOGROUP" and "no such key" not in str(error):  # nor is its stream there
                     raise
                 await self._recreate()
                 raise StreamUnavailable("the consumer group was gone; it is created again") from error
 
     async def _recreate(self) -> None:
         """One of all workers creates the group again; the others wait for it."""
-        if await self._redis.set(self._recreate_lock, "1", nx=True, ex=5):
+        if await self._redis.set(self._keys.recreate_lock, "1", nx=True, ex=5):
             await self.ensure()
         else:
             await asyncio.sleep(0.1)
@@ -73,7 +70,45 @@ class Group:
         known = "-".join(f"{part:020}" for part in id_order(start))
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
-            pipe.set(self._given, f"{known} 0 {known}")
+            pipe.set(self._keys.given, f"{known} 0 {known}")
             made, _ = await pipe.execute(raise_on_error=False)
         if isinstance(made, ResponseError) and error_code(made) != "BUSYGROUP":
             raise made
+
+    async def lowest_pending(self, ours: str) -> str | None:
+        """As `WorkerStream.lowest_pending`; `ours`: the lowest id that the asker holds, or empty."""
+        async with self.translating(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xpending(self._stream_key, self._name)
+            pipe.hvals(self._keys.held)
+            pipe.xinfo_groups(self._stream_key)
+            pipe.exists(self._keys.go_back)
+            pipe.get(self._keys.given)
+            summary, held, groups, must_go_back, given = await pipe.execute()
+        if must_go_back:
+            return "0-0"
+        found = {lowest.decode() for lowest in (summary["min"], *held) if lowest} | ({ours} - {""})
+        for group in groups:
+            if group["name"] == self._name.encode():
+                ms, n = id_order(group["last-delivered-id"].decode())
+                found.add(f"{ms}-{n + 1}")
+        if given:
+            ms, n = id_order(given.split(b" ")[0].decode())
+            found.add(f"{ms}-{n + 1}")
+        return min(found, key=id_order, default=None)
+
+    async def is_finished(self) -> bool:
+        """Whether all that was ever appended was given to the group, and nobody holds any of it."""
+        async with self.translating(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.xinfo_stream(self._stream_key)
+            pipe.xinfo_groups(self._stream_key)
+            pipe.hlen(self._keys.held)
+            pipe.exists(self._keys.go_back)
+            pipe.get(self._keys.given)
+            stream, groups, held, must_go_back, given = await pipe.execute()
+        ours = next((group for group in groups if group["name"] == self._name.encode()), None)
+        if ours is None or ours["pending"] or held or must_go_back:
+            return False
+        last = stream["last-generated-id"].decode()
+        if given and id_order(given.split(b" ")[0].decode()) < id_order(last):
+            return False
+        return bool(ours["last-delivered-id"].decode() == last)

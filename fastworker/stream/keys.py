@@ -1,8 +1,10 @@
 """Every Redis key: its name, what it holds, and how it is made for a stream.
 
 The usual stream and the usual group have the keys as they are written here. Another stream, or another group, has its
-own: with its name behind a colon, as in `fastworker:ledger:staging:events`. All keys are used in scripts together, so
-on a Redis Cluster the stream's name has a hash tag, as in `{firehose}:events`: then all of its keys have it.
+own: with its name behind a colon, as in `fastworker:ledger:staging:events`. A stream may have partitions: the first is
+the stream itself, the others are `firehose:events:1` and so on, each with consumers of its own. All keys are used in
+scripts together, so on a Redis Cluster the stream's name has a hash tag, as in `{firehose}:events`: then all of its
+keys have it.
 """
 
 from __future__ import annotations
@@ -23,87 +25,107 @@ BROADCAST: Final = "firehose:events:broadcast"
 _CURSOR_STREAM: Final = "fastworker:stream-of"
 
 
-class Keys:
-    """The keys of one stream and of one group on it."""
+def _key(name: str, *more: str) -> str:
+    return ":".join([name, *more])
 
-    def __init__(self, stream: str = STREAM, group: str = GROUP) -> None:
+
+class _StreamKeys:
+    """Those of a stream."""
+
+    def __init__(self, stream: str) -> None:
         of_stream = [stream] if stream != STREAM else []
-        of_group = [*of_stream, group] if group != GROUP else of_stream
-
-        def key(name: str, *more: str) -> str:
-            return ":".join([name, *more])
-
-        self.stream: Final = stream
         # One for a server: the API and the readers before ours know them by these names.
         tagged = [stream] if "{" in stream else []
-        self.metrics: Final = key("cluster:metrics", *tagged)
+        self.metrics: Final = _key("cluster:metrics", *tagged)
         """Hash: totalEvents, errors, and events by kind."""
-        self.status: Final = key("firehose:status", *tagged)
+        self.status: Final = _key("firehose:status", *tagged)
         """String: JSON of what the reader does, for ten seconds."""
-        self.recent: Final = key("firehose:recent_events", *tagged)
+        self.recent: Final = _key("firehose:recent_events", *tagged)
         """String: JSON of the newest events, for ten seconds."""
-        # Of the stream, the workers'
-        self.ledger: Final = key("fastworker:ledger", *of_stream)
+        # The workers'
+        self.ledger: Final = _key("fastworker:ledger", *of_stream)
         """Hash: `committed`, `nothing_to_store`, `set_aside`, `ghosts` (entries, each counted once), `drop:<reason>`
         (ops)."""
-        self.dead_letters: Final = key("firehose:dead-letters", *of_stream)
+        self.dead_letters: Final = _key("firehose:dead-letters", *of_stream)
         """Stream: entries that could not be stored, with the reason."""
-        self.worker_status: Final = key("fastworker:status:worker", *of_stream)
+        self.worker_status: Final = _key("fastworker:status:worker", *of_stream)
         """Hash: `<host>:<pid>` of each supervisor -> JSON of its processes, rewritten every two seconds."""
-        self._consumer_lease: Final = key("fastworker:consumer", *of_stream)
-        # Of the group
-        self.consumers: Final = key("fastworker:consumers", *of_group)
-        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
-        self.held: Final = key("fastworker:held", *of_group)
-        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
-        is."""
-        self.given: Final = key("fastworker:given", *of_group)
-        """String: "id ms id": all up to the first one was given to somebody, as seen then; the group's last id then."""
-        self.reads: Final = key("fastworker:reads", *of_group)
-        """Hash: first id -> last id of each read beyond that."""
-        self.tellers: Final = key("fastworker:tellers", *of_group)
-        """Hash: consumer -> token of its lease, of those that tell what they were given."""
-        self.database: Final = key("fastworker:database", *of_group)
-        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
-        self.go_back: Final = key("fastworker:go-back", *of_group)
-        """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
-        knows."""
-        self.recreate_lock: Final = key("firehose:stream:recreate-lock", *of_group)
-        """String: one worker makes the group again, the others wait."""
-        # Of the stream, the reader's
-        self.reader_lease: Final = key("fastworker:reader", *of_stream)
+        self.partitions: Final = _key("fastworker:partitions", *of_stream)
+        """String: two numbers, how many partitions the reader appends to, and how many it ever did. None: one."""
+        # The reader's
+        self.reader_lease: Final = _key("fastworker:reader", *of_stream)
         """String: token of the reader at work."""
-        self.reader_stats: Final = key("fastworker:reader:stats", *of_stream)
+        self.reader_stats: Final = _key("fastworker:reader:stats", *of_stream)
         """Hash: figures of the reader."""
-        self.relay: Final = key("fastworker:relay", *of_stream)
+        self.relay: Final = _key("fastworker:relay", *of_stream)
         """String: the host that the main cursor belongs to."""
-        self.relays: Final = key("fastworker:relays", *of_stream)
+        self.relays: Final = _key("fastworker:relays", *of_stream)
         """Hash: host -> ms when it was first read from. Each host is a sequence space of its own."""
-        self._cursor: Final = key("fastworker:cursor", *of_stream)
-        self.repairs: Final = key("fastworker:repairs", *of_stream)
+        self._cursor: Final = _key("fastworker:cursor", *of_stream)
+        self.repairs: Final = _key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
         stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
-        self.unverified: Final = key("fastworker:unverified", *of_stream)
+        self.unverified: Final = _key("fastworker:unverified", *of_stream)
         """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
         (FASTWORKER_VERIFY)."""
-        self.gaps: Final = key("fastworker:gaps", *of_stream)
+        self.gaps: Final = _key("fastworker:gaps", *of_stream)
         """List, newest first: JSON {relay, reason, after, resumed, at} of each stretch that the relay did not give
         us."""
-        self.tail: Final = key("fastworker:tail", *of_stream)
+
+    def cursor_of(self, host: str) -> str:
+        """String: decimal seq, that relay's cursor, kept while another relay is read."""
+        return f"{self._cursor}:{host}"
+
+
+class Keys(_StreamKeys):
+    """Also those of one of its partitions, and of one group."""
+
+    def __init__(self, stream: str = STREAM, group: str = GROUP, partition: int = 0) -> None:
+        super().__init__(stream)
+        of_stream = [stream] if stream != STREAM else []
+        of_group = [*of_stream, group] if group != GROUP else of_stream
+        of_partition = [f"{stream}:{partition}"] if partition else of_stream
+        of_members = [*of_partition, group] if group != GROUP else of_partition
+        self.stream: Final = f"{stream}:{partition}" if partition else stream
+        """The partition's."""
+        self.partition: Final = partition
+        # Of the group
+        self.go_back: Final = _key("fastworker:go-back", *of_group)
+        """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
+        knows."""
+        self.members: Final = _key("fastworker:members", *of_group)
+        """Hash: token of each worker process that reads partitions -> ms until which it lives."""
+        self.owners: Final = _key("fastworker:owners", *of_group)
+        """Hash: number of a partition -> token of the process that reads it."""
+        # Of the partition, and of the group on it
+        self._consumer_lease: Final = _key("fastworker:consumer", *of_partition)
+        self.consumers: Final = _key("fastworker:consumers", *of_members)
+        """Set of consumer names that were ever leased by a fastworker and still exist in the group."""
+        self.held: Final = _key("fastworker:held", *of_members)
+        """Hash: consumer -> the lowest id that it holds. Nothing from there on is trimmed, in whosever pending list it
+        is."""
+        self.given: Final = _key("fastworker:given", *of_members)
+        """String: "id ms id": all up to the first one was given to somebody, as seen then; the group's last id then."""
+        self.reads: Final = _key("fastworker:reads", *of_members)
+        """Hash: first id -> last id of each read beyond that."""
+        self.tellers: Final = _key("fastworker:tellers", *of_members)
+        """Hash: consumer -> token of its lease, of those that tell what they were given."""
+        self.database: Final = _key("fastworker:database", *of_members)
+        """String: JSON {system, timeline, written, entry_id} of the PostgreSQL that takes what the group reads."""
+        self.recreate_lock: Final = _key("firehose:stream:recreate-lock", *of_members)
+        """String: one worker makes the group again, the others wait."""
+        # Of the partition, the reader's
+        self.tail: Final = _key("fastworker:tail", *of_partition)
         """String: the id of the newest entry that a reader of ours appended."""
-        self.marks: Final = key("fastworker:marks", *of_stream)
+        self.marks: Final = _key("fastworker:marks", *of_partition)
         """List, oldest first: "id seq host" of appended entries, about one a second, that the workers have not reached
         yet."""
-        self.finished: Final = key("fastworker:finished", *of_stream)
+        self.finished: Final = _key("fastworker:finished", *of_partition)
         """String: the newest mark up to which the workers have finished the stream."""
 
     def consumer_lease(self, consumer: str = "") -> str:
         """String: token of the process that has this consumer's name. Without a name: the beginning of these keys."""
         return f"{self._consumer_lease}:{consumer}"
-
-    def cursor_of(self, host: str) -> str:
-        """String: decimal seq, that relay's cursor, kept while another relay is read."""
-        return f"{self._cursor}:{host}"
 
 
 def stream_of(cursor_key: str) -> str:

@@ -12,11 +12,13 @@ import logging
 from typing import Final
 
 from fastworker.errors import StoreUnavailable, StreamUnavailable
-from fastworker.store.place import NewConnection, Place, place_of
+from fastworker.store.place import NewConnection, Place, places_of
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis
 from fastworker.stream.database import Database, GoBack, Known, Memory
 from fastworker.stream.ids import id_order
+from fastworker.stream.keys import Keys
+from fastworker.stream.partitions import layout
 
 log = logging.getLogger(__name__)
 
@@ -25,24 +27,25 @@ ATTEMPTS_MAX: Final = 10  # to change what other workers change at the same time
 
 
 class Failover:
-    """What one process does about it."""
+    """What one process does about it, for all partitions of a stream."""
 
     def __init__(self, redis: Redis, stream_key: str, group: str) -> None:
+        self._redis = redis
         self._stream_key = stream_key
-        self._database = Database(redis, stream_key, group)
-        self._inserted = 0  # end of a record when we looked last
+        self._group = group
+        self._partitions: list[_Partition] = []
 
     async def meet(self, connection: NewConnection) -> None:
         """Before anything is written in this session. Raises StoreUnavailable."""
         try:
             async with asyncio.timeout(REDIS_S):
+                partitions = await self._known()
                 for _ in range(ATTEMPTS_MAX):
-                    memory = await self._database.look()  # read first: the server must be at least that far
-                    found = await place_of(connection, self._stream_key)
-                    why = _what_happened(memory.known, found)
-                    if why and await self._go_back(memory, found, why):
-                        return
-                    if not why and await self._note(memory, found):
+                    memories = [await one.database.look() for one in partitions]  # before the server is asked
+                    places = await places_of(connection, [one.stream for one in partitions])
+                    asked = zip(partitions, memories, places, strict=True)
+                    partitions = [one for one, memory, found in asked if not await one.meet(memory, found)]
+                    if not partitions:
                         return
         except (StreamUnavailable, TimeoutError) as error:
             why = str(error) or "Redis did not answer in time"
@@ -51,14 +54,36 @@ class Failover:
 
     async def note(self, store: Store) -> None:
         """Remember how far the server got. Raises StoreUnavailable and StreamUnavailable."""
-        memory = await self._database.look()
+        partitions = await self._known()
+        memories = [await one.database.look() for one in partitions]
         async with store.connection() as connection:
-            found = await place_of(connection, self._stream_key)
-        known = memory.known
-        if known is None or (known.system, known.timeline) == (found.system, found.timeline):
-            await self._note(memory, found)
+            places = await places_of(connection, [one.stream for one in partitions])
+        for one, memory, found in zip(partitions, memories, places, strict=True):
+            known = memory.known
+            if known is None or (known.system, known.timeline) == (found.system, found.timeline):
+                await one.note(memory, found)
 
-    async def _note(self, memory: Memory, found: Place) -> bool:
+    async def _known(self) -> list[_Partition]:
+        known = (await layout(self._redis, self._stream_key)).known
+        for number in range(len(self._partitions), known):
+            keys = Keys(self._stream_key, self._group, number)
+            self._partitions.append(_Partition(keys.stream, Database(self._redis, keys, self._group)))
+        return self._partitions[:known]
+
+
+class _Partition:
+    def __init__(self, stream: str, database: Database) -> None:
+        self.stream = stream
+        self.database = database
+        self._inserted = 0  # end of a record when we looked last
+
+    async def meet(self, memory: Memory, found: Place) -> bool:
+        """False: somebody else changed what is remembered at the same time."""
+        if why := _what_happened(memory.known, found):
+            return await self._go_back(memory, found, why)
+        return await self.note(memory, found)
+
+    async def note(self, memory: Memory, found: Place) -> bool:
         # What ended a record at the last look, and is on disk now, no restart takes back.
         written = self._inserted if self._inserted <= found.flushed else 0
         self._inserted = found.inserted
@@ -69,19 +94,19 @@ class Failover:
             written=max(written, before.written),
             entry_id=max(before.entry_id, found.entry_id, key=_order),
         )
-        return now == memory.known or await self._database.remember(memory, now) >= 0
+        return now == memory.known or await self.database.remember(memory, now) >= 0
 
     async def _go_back(self, memory: Memory, found: Place, why: str) -> bool:
         self._inserted = found.inserted
         now = Known(system=found.system, timeline=found.timeline, entry_id=found.entry_id)
-        again = await self._database.remember(
+        again = await self.database.remember(
             memory, now, back_to=found.entry_id or "0-0", reader=GoBack(found.seq, found.relay)
         )
         if again >= 0:
             place = f"entry {found.entry_id}" if found.entry_id else "the beginning: it knows of no progress"
             log.error(
-                "PostgreSQL went back (%s): the group goes back to %s, %d finished entries are given again, and what "
-                "the stream no longer has comes again from the relay", why, place, again,
+                "PostgreSQL went back (%s): on %s the group goes back to %s, %d finished entries are given again, and "
+                "what the stream no longer has comes again from the relay", why, self.stream, place, again,
             )  # fmt: skip
         return again >= 0
 

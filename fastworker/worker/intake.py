@@ -58,6 +58,7 @@ class Intake:
         self._own_after: str | None = "0"
         self._suspects: list[tuple[str, int]] = []  # consumer and the idle time that makes its entries free
         self._scan_at = 0.0
+        self._has_adopted = False  # the last piece was
         self.left_behind = False  # the last piece is what a consumer, us or another, did not get done
 
     @property
@@ -82,6 +83,11 @@ class Intake:
                 return entries
         if not self._suspects and time.monotonic() >= self._scan_at:
             await self._scan()
+        if self._has_adopted:  # what comes new does not wait until all is adopted that somebody left
+            self._has_adopted = False
+            if entries := await self._stream.read(1):
+                self.left_behind = False
+                return entries
         while self._suspects:
             name, idle_ms = self._suspects[-1]
             claimed = await self._stream.claim(name, idle_ms=idle_ms, count=PIECE)
@@ -92,6 +98,7 @@ class Intake:
                 self._slot.add(claimed=len(claimed.entries), ghosts=claimed.ghosts)
                 log.info("Adopted %d pending entries of %s (%d trimmed)", len(claimed.entries), name, claimed.ghosts)
             if claimed.entries:
+                self._has_adopted = True
                 return claimed.entries
         self.left_behind = False
         return await self._stream.read(block_ms)

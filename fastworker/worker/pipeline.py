@@ -27,7 +27,7 @@ from fastworker.worker.isolate import settle
 from fastworker.worker.limits import DeadLetterLimit, Refusals
 from fastworker.worker.locked import Locks, Waiting
 from fastworker.worker.overlap import Overlap
-from fastworker.worker.suspects import CONTROL_ENTRIES, Quiet, Record, Suspects, like_it, say_trying
+from fastworker.worker.suspects import CONTROL_ENTRIES, Quiet, Record, Suspects, like_it, name_of, say_trying
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -291,7 +291,9 @@ class Pipeline:
     async def _try(self, stopping: asyncio.Event) -> None:
         """First those that nobody is known to have died with, all at once; the others one by one."""
         async with self._quiet.alone(self):
-            records = self._suspects.records(entry_id for entry_id, _ in self._trial)
+            names = {entry_id: name_of(entry_id, self.stream.partition) for entry_id, _ in self._trial}
+            told = self._suspects.records(names.values())
+            records = {entry_id: told[name] for entry_id, name in names.items() if name in told}
             fresh = [entry for entry in self._trial if entry[0] not in records]
             known = sorted((one for one in self._trial if one[0] in records), key=lambda one: records[one[0]])
             if fresh:
@@ -312,7 +314,8 @@ class Pipeline:
         held.since_ms = now_ms()
         if len(piece) == 1 and not self._has_control():
             Held().apply("1-1", like_it(piece[0][1]))
-        say_trying(self._slot, [entry_id for entry_id, _ in piece], with_control=self._has_control())
+        names = [name_of(entry_id, self.stream.partition) for entry_id, _ in piece]
+        say_trying(self._slot, names, with_control=self._has_control())
         try:
             for entry_id, fields in piece:
                 if poison is not None:
@@ -331,4 +334,4 @@ class Pipeline:
         if self._overlap is not None:
             self._overlap.give_back(held.keys)
         if len(piece) == 1:
-            self._suspects.forget(piece[0][0])
+            self._suspects.forget(names[0])

@@ -41,6 +41,7 @@ TICK_S: Final = 0.02
 _CELLS: Final = 256
 _WORDS: Final = 7  # of a cell: first and last id, two words each; all deaths, those that count, those on a quiet stream
 _MAX: Final = (1 << 63) - 1
+_PARTITION_BITS: Final = 48  # above the numbers of one millisecond
 
 
 class Record(NamedTuple):
@@ -122,6 +123,14 @@ def like_it(fields: dict[bytes, bytes]) -> dict[bytes, bytes]:
     record = {"$type": "control.invalid", "text": "a" * sum(map(len, fields.values()))}
     op = Op("create", "invalid.control.record", "self", None, None, record)
     return dict(encode_json(Commit(1, "did:plc:" + "a" * 24, None, None, [op], [])) or ())
+
+
+def name_of(entry_id: str, partition: int) -> str:
+    """Of an entry among those of all partitions: ids of two of them may be equal."""
+    if not partition:
+        return entry_id
+    ms, n = id_order(entry_id)
+    return f"{ms}-{n + (partition << _PARTITION_BITS)}"
 
 
 def say_trying(slot: Slot, entry_ids: list[str], *, with_control: bool) -> None:

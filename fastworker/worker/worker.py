@@ -24,6 +24,10 @@ from fastworker.redact import redact
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
+from fastworker.stream.keys import Keys
+from fastworker.stream.members import Members
+from fastworker.stream.partitions import layout
+from fastworker.table.batch import Progress
 from fastworker.table.dates import parse_date
 from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
@@ -31,6 +35,7 @@ from fastworker.worker.limits import DeadLetterLimit, Refusals
 from fastworker.worker.locked import Locks
 from fastworker.worker.overlap import Marks, Overlap
 from fastworker.worker.pipeline import Pipeline
+from fastworker.worker.readers import Readers
 from fastworker.worker.suspects import Quiet, Suspects
 
 log = logging.getLogger(__name__)
@@ -40,6 +45,8 @@ MAINTAIN_S = 10.0
 PAY_S = 0.5  # after a flush: counters that its payer had not seen yet
 FIGURES_S = 0.5
 TELL_S = 0.5  # what is held longer is recorded in Redis: not trimmed even if the pending list is lost
+FOLLOW_S = 1.0  # between two looks which partitions are ours to read
+OVERLAPS = 4  # pipelines of one process that are told apart at least
 LOOK_S = 2.0  # between two looks whether PostgreSQL is there, where nothing is written anyway
 
 
@@ -98,9 +105,10 @@ async def work(settings: Config, slot: Slot, stopping: asyncio.Event, *, shared:
     failover = Failover(redis, settings.stream_key, settings.group)
     try:
         try:
+            known = (await layout(redis, settings.stream_key)).known
             store = await Store.connect(
                 settings.require_database_url("worker"),
-                pool_size=settings.pipelines,
+                pool_size=_pool_size(settings, known),
                 application_name="fastworker",
                 derive=settings.derive,
                 synchronous_commit=settings.synchronous_commit,
@@ -108,37 +116,38 @@ async def work(settings: Config, slot: Slot, stopping: asyncio.Event, *, shared:
                 verified_only=settings.resolve_handles,
                 meet=failover.meet,
             )
-        except StoreUnavailable as error:
+        except (StreamUnavailable, StoreUnavailable) as error:
             raise Unreachable(str(error)) from error
         try:
             with spans(on=settings.tracing) as open_span:
-                await _work(
-                    settings,
-                    shared or Shared(dead_letter_limit(settings)),
-                    slot,
-                    stopping,
-                    redis,
-                    store,
-                    failover,
-                    open_span,
+                readers = _readers(
+                    settings, shared or Shared(dead_letter_limit(settings)), slot, redis, store, open_span
                 )
+                await _work(settings, slot, stopping, store, failover, readers)
         finally:
             await store.close()
     finally:
         await redis.aclose()
 
 
-def _streams(settings: Config, redis: Redis, store: Store) -> list[WorkerStream]:
-    """One for each pipeline."""
+def _pool_size(settings: Config, partitions: int) -> int:
+    """Connections of one process: one for each pipeline, as far as they fit under the ceiling of all."""
+    share = -(-partitions // settings.processes)
+    return max(settings.pipelines, min(share, _room(settings) // settings.processes))
 
-    async def last_finished() -> str | None:
-        progress = await store.finished(settings.stream_key)
-        return progress.entry_id if progress is not None else None
 
-    return [
-        WorkerStream(
+def _readers(settings: Config, shared: Shared, slot: Slot, redis: Redis, store: Store, open_span: OpenSpan) -> Readers:
+    refusals, quiet, locks = Refusals(), Quiet(), Locks()
+    at_once = settings.processes * settings.pipelines
+
+    def make(number: int, partition: int) -> tuple[WorkerStream, Pipeline]:
+        async def last_finished() -> str | None:
+            progress = await store.finished(stream.stream_key)
+            return progress.entry_id if progress is not None else None
+
+        stream = WorkerStream(
             redis,
-            stream_key=settings.stream_key,
+            keys=Keys(settings.stream_key, settings.group, partition),
             group=settings.group,
             consumer_id=settings.consumer_id,
             batch_size=settings.batch_size,
@@ -147,67 +156,51 @@ def _streams(settings: Config, redis: Redis, store: Store) -> list[WorkerStream]
             lease_ms=settings.lease_ms,
             foreign_idle_ms=settings.foreign_idle_ms,
         )
-        for _ in range(settings.pipelines)
-    ]
+        intake = Intake(
+            stream,
+            slot,
+            scan_s=settings.scan_s,
+            own_idle_ms=settings.lease_ms,
+            foreign_idle_ms=settings.foreign_idle_ms,
+        )
+        pipeline = Pipeline(
+            intake,
+            stream,
+            store,
+            slot,
+            limits=settings.limits.shared_by(max(at_once, readers.layout.written)),
+            dead_letters=shared.dead_letters,
+            refusals=refusals,
+            overlap=Overlap(shared.marks, slot.number * max(settings.pipelines, OVERLAPS) + number),
+            open_span=open_span,
+            suspects=shared.suspects,
+            quiet=quiet,
+            locks=locks,
+        )
+        return stream, pipeline
+
+    readers = Readers(Members(redis, settings.stream_key, settings.group), quiet, make, settings.pipelines)
+    return readers
 
 
 async def _work(
     settings: Config,
-    shared: Shared,
     slot: Slot,
     stopping: asyncio.Event,
-    redis: Redis,
     store: Store,
     failover: Failover,
-    open_span: OpenSpan,
+    readers: Readers,
 ) -> None:
-    streams = _streams(settings, redis, store)
-    pipelines: list[Pipeline] = []
     try:
         try:
-            for stream in streams:
-                await stream.acquire()
+            await readers.follow()
+            slot.text("consumers", readers.names)
+            await _take_entry_rules(store, readers)
         except (StreamUnavailable, StoreUnavailable) as error:
             raise Unreachable(str(error)) from error
-        slot.text("consumers", " ".join(stream.name for stream in streams))
-        refusals = Refusals()
-        limits = settings.limits.shared_by(settings.processes * settings.pipelines)
-        quiet, locks = Quiet(), Locks()
-        pipelines += [
-            Pipeline(
-                Intake(
-                    stream,
-                    slot,
-                    scan_s=settings.scan_s,
-                    own_idle_ms=settings.lease_ms,
-                    foreign_idle_ms=settings.foreign_idle_ms,
-                ),
-                stream,
-                store,
-                slot,
-                limits=limits,
-                dead_letters=shared.dead_letters,
-                refusals=refusals,
-                overlap=Overlap(shared.marks, slot.number * settings.pipelines + n),
-                open_span=open_span,
-                suspects=shared.suspects,
-                quiet=quiet,
-                locks=locks,
-            )
-            for n, stream in enumerate(streams)
-        ]
-        try:
-            await _take_entry_rules(store, pipelines)
-        except StoreUnavailable as error:
-            raise Unreachable(str(error)) from error
-        await _run(settings, slot, stopping, store, failover, streams, pipelines)
+        await _run(settings, slot, stopping, store, failover, readers)
     finally:
-        # A commit of ours may still be on its way. A worker that took over at once could finish before it, and nobody
-        # would look back after it. So a consumer whose last write has no known end keeps its lease until it expires.
-        unsure = {pipeline.stream.name for pipeline in pipelines if pipeline.is_unsure}
-        for name in sorted(unsure):
-            log.warning("The lease of %s ends by itself: it is not known how its last write ended", name)
-        await _release([stream for stream in streams if stream.name not in unsure])
+        await readers.release()
 
 
 async def _run(
@@ -216,32 +209,51 @@ async def _run(
     stopping: asyncio.Event,
     store: Store,
     failover: Failover,
-    streams: list[WorkerStream],
-    pipelines: list[Pipeline],
+    readers: Readers,
 ) -> None:
     """Everything in one group: an unexpected end of any task ends them all, and the process."""
     renew_s = settings.lease_ms / 1000 / RENEWALS
     async with asyncio.TaskGroup() as group:
         side_tasks = [
-            group.create_task(_every(renew_s, partial(_renew, streams)), name="renew leases"),
-            group.create_task(_every(TELL_S, partial(_tell_held, streams)), name="tell what is held"),
-            group.create_task(
-                _every(MAINTAIN_S, partial(_maintain, slot, store, failover, streams[0], pipelines)), name="maintain"
-            ),
+            group.create_task(_every(renew_s, partial(_renew, readers)), name="renew leases"),
+            group.create_task(_every(TELL_S, partial(_tell_held, readers)), name="tell what is held"),
+            group.create_task(_every(MAINTAIN_S, partial(_maintain, slot, store, failover, readers)), name="maintain"),
             group.create_task(_pay(slot, store), name="pay what is owed"),
-            group.create_task(_figures(slot, store, pipelines), name="figures"),
+            group.create_task(_figures(slot, store, readers), name="figures"),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot, failover)), name="look for PostgreSQL"),
         ]
-        loops = [group.create_task(one.run(stopping), name=f"pipeline {one.stream.name}") for one in pipelines]
+        readers.start(group)
+        following = group.create_task(
+            _every(FOLLOW_S, partial(_follow, slot, store, readers)), name="follow partitions"
+        )
         slot.set(ready=1, state=State.RUNNING, maintained_ms=now_ms())
         await stopping.wait()
+        following.cancel()
+        await asyncio.wait([following])
         # No intake from here on; what is held is settled within the budget, or stays pending for the next worker.
-        _, late = await asyncio.wait(loops, timeout=settings.drain_s)
+        loops = readers.stop()
+        late: set[asyncio.Task[None]] = set()
+        if loops:
+            _, late = await asyncio.wait(loops, timeout=settings.drain_s)
         if late:
-            held = sum(pipeline.held_count for pipeline in pipelines)
+            held = sum(pipeline.held_count for pipeline in readers.pipelines)
             log.error("Not drained within %.1f s: %d entries stay pending", settings.drain_s, held)
         for task in (*late, *side_tasks):
             task.cancel()
+
+
+async def _follow(slot: Slot, store: Store, readers: Readers) -> None:
+    """The partitions that this process should read, and nothing else."""
+    before = readers.pipelines
+    try:
+        await readers.follow()
+        if readers.pipelines != before:
+            slot.text("consumers", readers.names)
+            await _take_entry_rules(store, readers)
+    except (StreamUnavailable, StoreUnavailable):
+        pass  # the pipelines wait for the servers, and say so
+    except ConsumerLeaseLost as error:
+        raise StartAgain(str(error)) from error
 
 
 async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
@@ -250,9 +262,9 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
 
-async def _renew(streams: list[WorkerStream]) -> None:
+async def _renew(readers: Readers) -> None:
     try:
-        for stream in streams:
+        for stream in readers.streams:
             restored = await stream.renew()
             if restored:
                 log.warning(
@@ -280,23 +292,23 @@ async def _pay(slot: Slot, store: Store) -> None:
         await asyncio.sleep(PAY_S)
 
 
-async def _tell_held(streams: list[WorkerStream]) -> None:
+async def _tell_held(readers: Readers) -> None:
     try:
-        for stream in streams:
+        for stream in readers.streams:
             await stream.tell_held()
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
 
 
-async def _maintain(
-    slot: Slot, store: Store, failover: Failover, stream: WorkerStream, pipelines: list[Pipeline]
-) -> None:
+async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Readers) -> None:
     """Store how far the group has come, then do what committed transactions left owed, in bounded pieces."""
 
     async def note() -> None:
-        await stream.give_skipped()
-        for pipeline in pipelines:
+        for stream in readers.owned_streams:
+            await stream.give_skipped()
+        for pipeline in readers.pipelines:
             await pipeline.note_progress()
+        await _note_idle(store, readers)
         await failover.note(store)
 
     async def maintain() -> None:
@@ -306,9 +318,9 @@ async def _maintain(
     failure = ""
     for act in (
         note,
-        partial(_take_entry_rules, store, pipelines),
+        partial(_take_entry_rules, store, readers),
         maintain,
-        partial(_prune, slot, store, stream, pipelines),
+        partial(_prune, slot, store, readers.members, readers.pipelines),
     ):
         try:
             await act()
@@ -320,9 +332,30 @@ async def _maintain(
         slot.set(maintained_ms=now_ms())
 
 
-async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list[Pipeline]) -> None:
-    """Prune tombstones, only while the clocks agree, and by the earliest: too early would set new records aside."""
-    clocks = {"PostgreSQL": await store.now(), "Redis": await stream.time(), "this machine": datetime.now(UTC)}
+async def _note_idle(store: Store, readers: Readers) -> None:
+    """A partition that gets few events has come as far as the reader, when nothing is left in it.
+
+    The reader's cursor is asked first: what it covers was on the stream before we look.
+    """
+    if readers.layout.known == 1:
+        return
+    sessions = store.sessions
+    cursor = await readers.members.cursor()
+    if cursor is None:
+        return
+    # mutant: progress without a look
+    finished = [one.stream_key for one in readers.owned_streams if await one.is_finished()]
+    look = await readers.members.look()
+    if look is not None and look.members[0] == readers.members.token:
+        # What the reader does not append to any more must not hold back what follows from the lowest of all.
+        finished += [readers.members.stream_of(number) for number in look.empty]
+    for stream in finished:
+        await store.note_progress(Progress(stream, "idle", cursor.seq, cursor.entry_id, sessions))
+
+
+async def _prune(slot: Slot, store: Store, members: Members, pipelines: list[Pipeline]) -> None:
+    """Only while the clocks agree, and by the earliest: a delete forgotten too soon sets all new records aside."""
+    clocks = {"PostgreSQL": await store.now(), "Redis": await members.time(), "this machine": datetime.now(UTC)}
     off = which_is_off(clocks)
     if off:
         log.warning("Nothing is pruned: %s", off)
@@ -335,9 +368,9 @@ async def _prune(slot: Slot, store: Store, stream: WorkerStream, pipelines: list
         slot.set(maintained_ms=now_ms())
 
 
-async def _take_entry_rules(store: Store, pipelines: list[Pipeline]) -> None:
+async def _take_entry_rules(store: Store, readers: Readers) -> None:
     rules = await store.entry_rules()
-    for pipeline in pipelines:
+    for pipeline in readers.pipelines:
         pipeline.follow(rules)
 
 
@@ -359,8 +392,8 @@ async def _look_for(store: Store, slot: Slot, failover: Failover) -> None:
         slot.failed(error)
 
 
-async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
-    """Copy the pipelines' figures into the slot. The state shown is that of the slowest pipeline."""
+async def _figures(slot: Slot, store: Store, readers: Readers) -> None:
+    """What the pipelines know, into the slot. Running is an effort of all: the slowest one is what is shown."""
 
     def finished() -> int:
         return slot.get("committed") + slot.get("nothing_to_store") + slot.get("set_aside")
@@ -369,12 +402,12 @@ async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
     while True:
         await asyncio.sleep(FIGURES_S)
         now = now_ms()
-        total = finished()
+        total, pipelines = finished(), readers.pipelines
         oldest = [pipeline.oldest_ms for pipeline in pipelines if pipeline.oldest_ms]
         if slot.get("state") != State.DRAINING:
-            slot.set(state=max(pipeline.state for pipeline in pipelines))
+            slot.set(state=max((pipeline.state for pipeline in pipelines), default=State.RUNNING))
         slot.set(
-            progress_ms=min(pipeline.progress_ms for pipeline in pipelines),
+            progress_ms=min((pipeline.progress_ms for pipeline in pipelines), default=now),
             oldest_ms=min(oldest, default=0),
             held=sum(pipeline.held_count for pipeline in pipelines),
             acked_per_second=(total - acked) * 1000 // max(1, now - at),
@@ -383,15 +416,3 @@ async def _figures(slot: Slot, store: Store, pipelines: list[Pipeline]) -> None:
         )
         slot.add(conflicts=store.writer.conflicts - conflicts)
         acked, at, conflicts = total, now, store.writer.conflicts
-
-
-async def _release(streams: list[WorkerStream]) -> None:
-    """Give the names back, so that a successor need not wait for the leases to end."""
-    for stream in streams:
-        if stream.name:
-            try:
-                async with asyncio.timeout(2):
-                    await stream.release()
-            except (StreamUnavailable, Unreachable, TimeoutError) as error:
-                log.warning("The lease of %s ends by itself: %s", stream.name, error)
-                return

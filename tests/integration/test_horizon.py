@@ -15,6 +15,8 @@ from fastworker.process.board import Heartbeats
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import WorkerStream
+from fastworker.stream.keys import GROUP, USUAL
+from fastworker.stream.members import Members
 from fastworker.table.batch import Batch, Limits, Progress
 from fastworker.worker import worker
 from fastworker.worker.intake import Intake
@@ -147,7 +149,7 @@ async def test_no_clock_moves_the_horizon_by_its_own_word(
     await bench.ingest(commit("delete", "gone", 3, OLD))
     await pg.execute("UPDATE fastworker.versions SET written_at = now() - interval '8 days' WHERE deleted")
     await bench.finish()
-    stream = WorkerStream(bench.redis, consumer_id="w")
+    members = Members(bench.redis, USUAL.stream, GROUP)
     wrong = datetime.now(UTC) + timedelta(days=10)
 
     async def ahead() -> datetime:
@@ -162,18 +164,18 @@ async def test_no_clock_moves_the_horizon_by_its_own_word(
         case "PostgreSQL":
             monkeypatch.setattr(bench.store, "now", ahead)
         case "Redis":
-            monkeypatch.setattr(stream, "time", ahead)
+            monkeypatch.setattr(members, "time", ahead)
         case "this machine":
             monkeypatch.setattr(worker, "datetime", Ahead)
     for _ in range(2):
-        await worker._prune(bench.slot, bench.store, stream, [])
+        await worker._prune(bench.slot, bench.store, members, [])
     moved = await pg.fetchval("SELECT pruned_until > '-infinity' FROM fastworker.horizon")
     told = bench.slot.snapshot().clocks
     if off:
         assert not moved
         assert told == f"clocks disagree: {off}{chr(39)}s is 240 hours ahead"
         monkeypatch.undo()
-        await worker._prune(bench.slot, bench.store, stream, [])  # it was set right
+        await worker._prune(bench.slot, bench.store, members, [])  # it was set right
         moved = await pg.fetchval("SELECT pruned_until > '-infinity' FROM fastworker.horizon")
         told = bench.slot.snapshot().clocks
     assert moved

@@ -34,7 +34,7 @@ from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream import feed as feed_module
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
-from fastworker.stream.keys import USUAL
+from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.scripts import script
 from tests import replies
 from tests.rig.proxy import Proxy
@@ -871,7 +871,7 @@ async def test_an_abandoned_entrys_letter_is_what_a_worker_would_write(
 ) -> None:
     await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
     feed = feed_module.Feed(redis, stream_key=STREAM, cursor_key=CURSOR, max_stream_len=10, group=GROUP)
-    worker = WorkerStream(redis, stream_key=STREAM, group=GROUP)
+    worker = WorkerStream(redis, keys=Keys(STREAM, GROUP), group=GROUP)
     worker.name = "live"
     _, second = [await redis.xadd(STREAM, replies.to_add(fields)) for _ in range(2)]
     await redis.execute_command("XREADGROUP", "GROUP", GROUP, "dead", "COUNT", 1, "STREAMS", STREAM, ">")

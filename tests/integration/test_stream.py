@@ -24,7 +24,7 @@ from fastworker.stream.consumer import (
 )
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import USUAL
+from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.skipped import CONSUMER, give_skipped
 from fastworker.worker.intake import Intake
 from tests import replies
@@ -453,7 +453,7 @@ async def test_lowest_pending(redis: Any) -> None:
 
 @pytest.mark.parametrize(("key", "group"), [("staging:events", GROUP), (KEY, "others")])
 async def test_every_stream_and_group_has_its_own_keys(redis: Any, key: Any, group: Any) -> None:
-    usual, other = await consumer(redis), WorkerStream(redis, consumer_id="v", stream_key=key, group=group)
+    usual, other = await consumer(redis), WorkerStream(redis, consumer_id="v", keys=Keys(key, group), group=group)
     await other.acquire()
     await add(redis, 2)
     await redis.xadd("staging:events", {"type": "commit", "data": "{", "seq": "1"})
@@ -574,3 +574,21 @@ async def test_a_group_that_two_make_at_once_is_made_once(redis: Any) -> None:
         await redis.flushall()
         await asyncio.gather(*(stream.acquire() for stream in streams))
         assert len(await redis.xinfo_groups(KEY)) == 1
+
+
+async def test_what_comes_new_does_not_wait_for_what_was_left_behind(redis: Any) -> None:
+    stream = await consumer(redis)
+    ids = await add(redis, 1_000)
+    await redis.xreadgroup(GROUP, "dead", {KEY: ">"}, count=1_000)
+    await redis.xclaim(KEY, GROUP, "dead", 0, ids, idle=3_600_000, justid=True)
+    intake = Intake(stream, Heartbeats(1)[0], foreign_idle_ms=0)
+    first = await intake.next(1)
+    new = await add(redis, 5, first=1_000)
+    assert [intake.left_behind, first[0][0]] == [True, ids[0]]
+    assert [entry_id for entry_id, _ in await intake.next(1)] == new
+    assert [intake.left_behind] == [False]
+    assert await redis.hlen(USUAL.reads) == 0  # what is known to be given is not told again
+    await stream.ack({COMMITTED: [entry_id for entry_id, _ in first]})
+    await stream.give_skipped()
+    await stream.ack({COMMITTED: [entry_id for entry_id, _ in await intake.next(1)]})
+    assert await redis.hlen(USUAL.reads) == 0

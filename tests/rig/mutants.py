@@ -67,9 +67,11 @@ FLOORS, _SYNC = "tests/property/test_floors.py", "fastworker/sync/settle.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
+OF_PARTITIONS = "tests/integration/test_partitions.py"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
+CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
@@ -148,8 +150,8 @@ MUTANTS = [
     _mutant("context without its like", _RECOMPUTE, LAW, "p.root_uri)", "p.uri)"),
     _mutant("gate flags mixed up", _RECOMPUTE, LAW, "'thread') AS post", "'post') AS post"),
     _mutant("empty aggregates stay", _RECOMPUTE, LAW, "AND false;"),
-    _mutant("no crowd bound", "fastworker/store/look.py", FAULTS, "if crowded := []:"),
-    _mutant("a crowd at once", "fastworker/store/joined.py", FAULTS, "crowded = set()"),
+    _mutant("no crowd bound", "fastworker/store/look.py", CROWDS, "if crowded := []:"),
+    _mutant("a crowd at once", "fastworker/store/joined.py", CROWDS, "crowded = set()"),
     # accounts, relays, handles
     _mutant("deleted accounts not looked at", "fastworker/store/look.py", BUGS, "False", "is_gone(change.rev, change.seq, *gone)"),
     _mutant("purge never begins", _STATEMENTS, LAW, "", ", purge_pending = true, purged_at = NULL"),
@@ -178,8 +180,12 @@ MUTANTS = [
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
-    _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], "")'),
+    _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
+    _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_PARTITIONS, "return max(known)"),
+    _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_PARTITIONS, "max(seq)"),
+    _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
+    _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),

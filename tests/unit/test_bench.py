@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench import cookbook
 from bench.instructions import compare as compare_counts
 from bench.instructions import main as instructions_main
 from bench.report import medians, shown
@@ -88,3 +90,17 @@ def test_instructions_are_counted_and_compared() -> None:
     )
     assert "CAR walk and hashes" in ran.stdout, ran.stderr[-3000:]
     assert ran.returncode in (0, 1)
+
+
+def test_the_cookbook_has_a_plan_under_each_query() -> None:
+    """Written again it is the same page, and a query that is new gets its own."""
+    page = cookbook.PAGE.read_text()
+    queries = {query: plan for query, plan in cookbook.QUERY.findall(page) if not query.startswith("CREATE INDEX")}
+    assert len(queries) > 8
+    assert all(plan.startswith("\n```text plan\n") for plan in queries.values())
+    plans = {query: re.sub(r"```(text plan)?", "", plan).strip("\n") for query, plan in queries.items()}
+    assert cookbook.written(page, plans) == page
+    bare = cookbook.written(page, {})
+    assert "text plan" not in bare
+    assert cookbook.written(bare, plans) == page
+    assert not [plan for plan in plans.values() if "did:plc:" in plan.replace("did:plc:...", "")]

@@ -17,7 +17,6 @@ CLASS_MAX, FUNCTION_MAX = 300, 60  # lines
 # What is larger, and why it is one thing all the same. Nothing is added here to save the work of a cut.
 LARGER = {
     "config.py Config": "one setting after the other, each with its meaning; docs/configuration.md is made of it",
-    "stream/keys.py __init__": "one key after the other, each with what it holds",
     "simulator/adversary.py Adversary": "a list of moves, one short method each",
 }
 

@@ -6,7 +6,7 @@ import inspect
 import re
 from importlib import resources
 
-from fastworker.stream import admin, consumer, database, feed, skipped
+from fastworker.stream import admin, consumer, database, feed, members, skipped
 from fastworker.stream.cluster import slot
 from fastworker.stream.keys import CLUSTERED, USUAL, Keys, stream_of
 from fastworker.stream.scripts import script
@@ -16,7 +16,8 @@ FOR_ALL = {"cluster:metrics", "firehose:status", "firehose:recent_events"}
 
 
 def names(keys: Keys) -> set[str]:
-    return {*vars(keys).values()} - FOR_ALL | {keys.consumer_lease("w-0"), keys.cursor_of("a.test")}
+    own = {one for one in vars(keys).values() if isinstance(one, str)}
+    return own - FOR_ALL | {keys.consumer_lease("w-0"), keys.cursor_of("a.test")}
 
 
 def test_the_usual_stream_and_group() -> None:
@@ -37,6 +38,9 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:held",
         "fastworker:ledger",
         "fastworker:marks",
+        "fastworker:members",
+        "fastworker:owners",
+        "fastworker:partitions",
         "fastworker:reader",
         "fastworker:reader:stats",
         "fastworker:reads",
@@ -65,13 +69,38 @@ def test_others_have_their_own() -> None:
 
 def test_on_a_cluster_all_keys_share_a_slot() -> None:
     stream, cursor = CLUSTERED
-    keys = Keys(stream, "mine")
-    every = {*vars(keys).values(), keys.consumer_lease("w-0"), keys.cursor_of("a.test"), cursor, stream_of(cursor)}
-    assert {slot(key) for key in every} == {slot(stream)}
+    for partition in (0, 7):
+        every = {*names(Keys(stream, "mine", partition)), cursor, stream_of(cursor)}
+        assert {slot(key) for key in every} == {slot(stream)}
+
+
+def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
+    second = Keys(partition=1)
+    assert second.stream == "firehose:events:1"
+    own = {
+        *[
+            "stream",
+            "partition",
+            "_consumer_lease",
+            "consumers",
+            "held",
+            "given",
+            "reads",
+            "tellers",
+            "database",
+            "recreate_lock",
+        ],
+        *["tail", "marks", "finished"],
+    }
+    assert {name for name in vars(second) if vars(second)[name] != vars(USUAL)[name]} == own
+    other = Keys("staging:events", "mine", 2)
+    assert other.consumers == "fastworker:consumers:staging:events:2:mine"
+    assert other.ledger == Keys("staging:events", "mine").ledger
 
 
 def test_every_script_is_used_and_whole() -> None:
-    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, (admin, consumer, database, feed, skipped))))
+    modules = (admin, consumer, database, feed, members, skipped)
+    used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, modules)))
     included = {
         name
         for one in resources.files("fastworker.stream").joinpath("lua").iterdir()

@@ -1,10 +1,10 @@
--- KEYS stream, ledger, metrics, held, reads. ARGV group, consumer, the lowest id that it holds then, what it was given since
+-- KEYS stream, ledger, metrics, held, reads, given. ARGV group, consumer, the lowest id that it holds then, what it was given since
 -- it told last, then per tally: outcome, metrics field, number of drops, number of ids, drops..., ids... A tally without ids counts its drops once if anything
 -- before it was acked.
 -- include begin_writing
 -- include hold
 -- mutant: an ack that does not tell what was read
-hold(KEYS[4], KEYS[5], ARGV[2], ARGV[3], ARGV[4])
+hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], ARGV[4])
 local at, total = 5, 0
 while at <= #ARGV do
   local outcome, kind = ARGV[at], ARGV[at + 1]

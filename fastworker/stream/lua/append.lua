@@ -1,6 +1,8 @@
--- KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail, unverified
+-- KEYS stream, cursor, lease, the relay's cursor, RELAY, dead letters, repairs, gaps, RELAYS, tail, unverified, then the
+-- other partitions, then their tails
 -- ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 -- dead-letter limit, gaps kept, ms now, the chunk's body
+-- Answers a word, and for `ok` the newest id in each partition, '' where there is none.
 -- The body is one argument, because the client packs every argument in Python: per item a count, then so many strings,
 -- each after its length; numbers are four bytes, little-endian.
 -- The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
@@ -14,24 +16,38 @@ if cursor ~= ARGV[3] then
   if cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5] then return {'ok', 'already'} end
   return {'cursor', cursor}
 end
-local entries, length = tonumber(ARGV[6]), redis.call('XLEN', KEYS[1])
-if entries > 0 and length + entries > tonumber(ARGV[7]) then return {'full', ''} end
-local tail = length == 0 and redis.call('GET', KEYS[10])
-if tail then
-  local info, last = redis.pcall('XINFO', 'STREAM', KEYS[1]), '0-0'
-  for i = 1, #info, 2 do if info[i] == 'last-generated-id' then last = info[i + 1] end end
-  if before(last, tail) then return {'broken', ''} end
+-- Partition p is the p-th after the stream itself.
+local others = (#KEYS - 11) / 2
+local function stream_of(p) return p == 0 and KEYS[1] or KEYS[11 + p] end
+local function tail_of(p) return p == 0 and KEYS[10] or KEYS[11 + others + p] end
+local entries, length, empty = tonumber(ARGV[6]), 0, {}
+for p = 0, others do
+  local found = redis.call('XLEN', stream_of(p))
+  length = length + found
+  if found == 0 then empty[#empty + 1] = p end
 end
-local body, at, last = ARGV[11], 1, ''
+if entries > 0 and length + entries > tonumber(ARGV[7]) then return {'full', ''} end
+for _, p in ipairs(empty) do
+  local tail = redis.call('GET', tail_of(p))
+  if tail then
+    local info, last = redis.pcall('XINFO', 'STREAM', stream_of(p)), '0-0'
+    for i = 1, #info, 2 do if info[i] == 'last-generated-id' then last = info[i + 1] end end
+    if before(last, tail) then return {'broken', ''} end
+  end
+end
+local body, at, newest = ARGV[11], 1, {}
+for p = 0, others do newest[p] = '' end
 while at <= #body do
   local item, count = {}, nil
   count, at = struct.unpack('<I4', body, at)
   for i = 1, count do item[i], at = struct.unpack('<I4c0', body, at) end
   local what = item[1]
   if what == 'entry' then
-    last = redis.call('XADD', KEYS[1], '*', unpack(item, 2))
+    newest[0] = redis.call('XADD', KEYS[1], '*', unpack(item, 2))
   elseif what == 'dead letter' then
     redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(item, 2))
+  elseif tonumber(what) then
+    newest[tonumber(what)] = redis.call('XADD', stream_of(tonumber(what)), '*', unpack(item, 2))
   elseif what == 'repair' then
     redis.call('HSET', KEYS[7], item[2], item[3])
   elseif what == 'unverified' then
@@ -49,6 +65,8 @@ if ARGV[4] ~= '' then
   redis.call('SET', KEYS[5], ARGV[5])
   redis.call('HSETNX', KEYS[9], ARGV[5], ARGV[10])
 end
-if last ~= '' then redis.call('SET', KEYS[10], last) end
+for p = 0, others do
+  if newest[p] ~= '' then redis.call('SET', tail_of(p), newest[p]) end
+end
 redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
-return {'ok', last}
+return {'ok', newest[0], unpack(newest)}

@@ -1,7 +1,12 @@
--- For scripts that know KEYS held and reads: the lowest id that a consumer holds then ('' none), and what it was given
+-- For scripts that know KEYS held, reads and given: the lowest id that a consumer holds then ('' none), and what it was given
 -- since it told last: first and last id of each read, between spaces. Told before or with the ack, never after it.
 -- include padded
-local function hold(held, reads, consumer, id, told)
+local function hold(held, reads, given, consumer, id, told)
   if id == '' then redis.call('HDEL', held, consumer) else redis.call('HSET', held, consumer, id) end
-  for first, last in string.gmatch(told, '(%S+) (%S+)') do redis.call('HSET', reads, padded(first), padded(last)) end
+  if told == '' then return end
+  local known = string.match(redis.call('GET', given) or '', '^%S+') or ''
+  for first, last in string.gmatch(told, '(%S+) (%S+)') do
+    last = padded(last)
+    if known < last then redis.call('HSET', reads, padded(first), last) end
+  end
 end

@@ -1,4 +1,4 @@
--- KEYS lease, consumers, stream, ledger, held, reads, tellers. ARGV token, ttl, name, group, the lowest id that we hold, all of
+-- KEYS lease, consumers, stream, ledger, held, reads, tellers, given. ARGV token, ttl, name, group, the lowest id that we hold, all of
 -- them, what we were given since we told last.
 -- Also restores a lease that Redis lost, and what left the pending list without us: whoever deletes our consumer (XGROUP
 -- DELCONSUMER) takes what it holds out of it, and nobody would get that again if we died now. What another consumer took
@@ -13,7 +13,7 @@ redis.pcall('XACK', KEYS[3], ARGV[4], '0-0')
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SADD', KEYS[2], ARGV[3])
 redis.call('HSET', KEYS[7], ARGV[3], ARGV[1])
-hold(KEYS[5], KEYS[6], ARGV[3], ARGV[5], ARGV[7])
+hold(KEYS[5], KEYS[6], KEYS[8], ARGV[3], ARGV[5], ARGV[7])
 local ours, missing, ghosts = {}, {}, 0
 local function renew()
   if #ours == 0 then return end

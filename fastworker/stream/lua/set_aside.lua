@@ -1,10 +1,10 @@
--- KEYS stream, ledger, metrics, dead letters, held, reads. ARGV group, consumer, maxlen, time, the lowest id that the
+-- KEYS stream, ledger, metrics, dead letters, held, reads, given. ARGV group, consumer, maxlen, time, the lowest id that the
 -- consumer holds then, what it was given since it told last, then nine per entry:
 -- id, reason, type, data, seq, error, form, relay, at. Only what is still pending is set aside: a repeat does nothing.
 -- include begin_writing
 -- include set_aside_one
 -- include hold
-hold(KEYS[5], KEYS[6], ARGV[2], ARGV[5], ARGV[6])
+hold(KEYS[5], KEYS[6], KEYS[7], ARGV[2], ARGV[5], ARGV[6])
 local total = 0
 for at = 7, #ARGV, 9 do
   local id = ARGV[at]

@@ -1,5 +1,6 @@
--- KEYS stream, marks, finished, held, go back, given. ARGV the workers' group, a new mark or '', marks kept, the first unread id
--- at the last look or ''. Answers whether an unread entry is gone, the newest finished mark, the first unread id, and to
+-- KEYS stream, marks, finished, held, go back, given. ARGV the workers' group, a new mark or '', marks kept, the first
+-- unread id at the last look or '', the seq and host up to which all is appended or ''. Answers whether an unread entry is
+-- gone, the newest finished mark, the first unread id, and to
 -- where the reader has to go back because PostgreSQL did.
 -- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
 -- the first entry of the stream, was removed by somebody else. What is pending they hold.
@@ -27,6 +28,7 @@ while mark do
   redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
   mark = redis.call('LINDEX', KEYS[2], 0)
 end
+local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
 local first = exists and redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
 local function gone(id)
   return before(read, id) and (not first or before(id, first[1]))
@@ -42,6 +44,10 @@ if not broken and mark and (held or finished ~= read) then
     end
   end
 end
-local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
+-- A partition that gets few events says how far it is by having none left.
+-- mutant: an idle partition is further than it is
+if ARGV[5] ~= '' and finished == read and not (broken or mark or unread or held) then
+  redis.call('SET', KEYS[3], read .. ' ' .. ARGV[5])
+end
 return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or '',
   redis.call('GET', KEYS[5]) or ''}
