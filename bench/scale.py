@@ -81,10 +81,11 @@ def scale(folder: Path, *, form: str, events: int, processes: int, settings: dic
 
 
 async def _drain(running: Servers, folder: Path, form: str, events: int, settings: dict[str, Any]) -> Figures:
-    total = await fill(running.redis.url, entries(folder, form, events))
+    partitions = int(settings.get("FASTWORKER_STREAM_PARTITIONS", 1))
+    total = await fill(running.redis.url, entries(folder, form, events), partitions=partitions)
     before = {"redis": cpu_s(running.redis.pid), "postgres": cpu_s(running.postgres.pid)}
     async with _watching(running.postgres.url) as (connection, sessions), worker(running, **settings) as process:
-        began, ended = await settled(running.redis.url, total)
+        began, ended = await settled(running.redis.url, total, partitions=partitions)
         cost = {
             "worker": cpu_s(process.pid),
             "redis": cpu_s(running.redis.pid) - before["redis"],

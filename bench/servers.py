@@ -20,7 +20,11 @@ from bench.corpus import Fields
 from fastworker.commands.tune import Extent, tune
 from fastworker.config import VARIABLES
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
+from fastworker.event import account_of
+from fastworker.event.entry import decode_entry
 from fastworker.store.migrate import migrate
+from fastworker.stream.keys import USUAL, Keys
+from fastworker.stream.partitions import partition_of
 
 SETTINGS = {
     "shared_buffers": "512MB",
@@ -175,14 +179,19 @@ def pss_mb(pid: int) -> float:
     return kb / 1024
 
 
-async def fill(redis_url: str, entries: Iterable[Fields], *, key: str = "firehose:events") -> int:
+async def fill(redis_url: str, entries: Iterable[Fields], *, partitions: int = 1) -> int:
     """The entries onto the stream, with the group before the first one."""
     count = 0
+    streams = [Keys(partition=number).stream for number in range(partitions)]
     async with Redis.from_url(redis_url) as redis:
-        await redis.xgroup_create(key, "firehose-processors", id="0", mkstream=True)
+        if partitions > 1:
+            await redis.set(USUAL.partitions, f"{partitions} {partitions}")
+        for stream in streams:
+            await redis.xgroup_create(stream, "firehose-processors", id="0", mkstream=True)
         pipe = redis.pipeline(transaction=False)
         for fields in entries:
-            pipe.xadd(key, fields)  # type: ignore[arg-type]
+            number = partition_of(account_of(decode_entry(fields)), partitions) if partitions > 1 else 0
+            pipe.xadd(streams[number], fields)  # type: ignore[arg-type]
             count += 1
             if count % 1_000 == 0:
                 await pipe.execute()
@@ -197,16 +206,16 @@ async def first_ack(redis: Any, *, limit_s: float = 60) -> None:
             await asyncio.sleep(0.002)
 
 
-async def settled(redis_url: str, total: int, *, limit_s: float = 1_800) -> tuple[float, float]:
+async def settled(redis_url: str, total: int, *, limit_s: float = 1_800, partitions: int = 1) -> tuple[float, float]:
     """Loop times of the first entry read and of the last ack."""
     loop = asyncio.get_running_loop()
     began: float | None = None
     async with asyncio.timeout(limit_s), Redis.from_url(redis_url) as redis:
         while True:
-            group = (await redis.xinfo_groups("firehose:events"))[0]
-            read = group["entries-read"] or 0
+            groups = [(await redis.xinfo_groups(Keys(partition=number).stream))[0] for number in range(partitions)]
+            read = sum(group["entries-read"] or 0 for group in groups)
             if read and began is None:
                 began = loop.time()
-            if read >= total and not group["pending"]:
+            if read >= total and not any(group["pending"] for group in groups):
                 return began or loop.time(), loop.time()
             await asyncio.sleep(0.02)

@@ -1,3 +1,3 @@
 """fastworker: the AT Protocol firehose, through a Redis stream, into PostgreSQL."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

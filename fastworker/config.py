@@ -589,10 +589,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def require_form(self) -> None:
         """Raises ConfigError where the entries' form does not allow partitions."""
         if self.partitions > 1 and self.stream_format == "json":
-            raise ConfigError(
-                f"FASTWORKER_STREAM_PARTITIONS={self.partitions} needs FASTWORKER_STREAM_FORMAT=native (or frame): "
-                "old workers, for whom json is, read one stream only"
-            )
+            raise ConfigError(self.partitions_need_another_form)
+
+    @property
+    def partitions_need_another_form(self) -> str:
+        return (
+            f"FASTWORKER_STREAM_PARTITIONS={self.partitions} needs FASTWORKER_STREAM_FORMAT=native (or frame): old "
+            "workers, for whom json is, read one stream only"
+        )
 
     def require_database_url(self, command: str) -> str:
         if self.database_url is None:

@@ -304,6 +304,32 @@ def unreadable_for_others(consumers: Iterable[ConsumerState], newest: Iterable[F
         )
 
 
+def partitions_as_set(written: int, config: Config) -> Iterator[Finding]:
+    if config.partitions > 1 and config.stream_format == "json":
+        yield _fail("stream", f"{config.partitions_need_another_form}.")
+    elif "FASTWORKER_STREAM_PARTITIONS" in config.given and written != config.partitions:
+        yield _warn(
+            "stream",
+            f"The reader appends to {counted(written, 'partition')}, and FASTWORKER_STREAM_PARTITIONS is "
+            f"{config.partitions}: restart the reader with this setting.",
+        )
+
+
+def partitions_are_read(stream: Stream, config: Config) -> Iterator[Finding]:
+    """Of several, some by nobody, though others are: release 0.1.0 reads the first one only."""
+    unread = [
+        key
+        for key, one in stream.partitions.items()
+        if one.length and ((group := one.group(config.group)) is None or (group.lag and not group.consumers))
+    ]
+    if unread and len(unread) < len(stream.partitions):
+        yield _fail(
+            "stream",
+            f"Nobody reads {_some(unread)}: a worker of a release that does not know partitions reads the first one "
+            "only. Replace it.",
+        )
+
+
 def other_groups_read_json(stream: Stream, config: Config) -> Iterator[Finding]:
     others = [group.name for group in stream.groups if group.name != config.group and group.consumers]
     if others and config.stream_format != "json":
@@ -561,6 +587,8 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
             *foreign_consumers(consumers, config),
             *unreadable_for_others(consumers, newest),
             *other_groups_read_json(stream, config),
+            *partitions_are_read(stream, config),
+            *partitions_as_set((await admin.layout()).written, config),
             *old_dialect(newest),
             *abandoned_pending(consumers, oldest),
             *trimmed_pending(missing),

@@ -47,6 +47,7 @@ from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.keys import GROUP, STREAM, USUAL
+from fastworker.stream.limits import PARTITIONS_MAX
 from fastworker.worker.worker import worker_child
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     redis_url: str
     database_url: str
+    partitions: int
     outage: bool = False
 
     @property
@@ -124,6 +126,7 @@ def _run(
                 folder=folder,
                 redis_url=redis.url,
                 database_url=postgres.url,
+                partitions=min(config.processes, PARTITIONS_MAX),
                 outage=is_outage,
             )
             console.print(f"Servers are ready and migrated after {time.monotonic() - started:.1f} s.")
@@ -238,7 +241,9 @@ async def _reader(plan: DemoOptions, slot: Slot, stopping: asyncio.Event) -> Non
             return
     served = msgspec.json.decode(plan.address.read_bytes(), type=Served)
     slot.set(ready=1, state=State.RUNNING)
-    config = Config(relay_urls=(served.url,), redis_url=plan.redis_url, stream_format="native")
+    config = Config(
+        relay_urls=(served.url,), redis_url=plan.redis_url, stream_format="native", partitions=plan.partitions
+    )
     await run_reader(config, stopping)
 
 

@@ -57,6 +57,11 @@ class Readers:
         return [reader.pipeline for reader in self._all]
 
     @property
+    def owned_streams(self) -> list[WorkerStream]:
+        """One for each partition that is ours."""
+        return list({one.partition: one for one in self.streams if one.partition in self.owned}.values())
+
+    @property
     def names(self) -> str:
         """Of the consumers, and where there are several partitions, of which."""
         several = self.layout.known > 1

@@ -304,9 +304,8 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
     """Store how far the group has come, then do what committed transactions left owed, in bounded pieces."""
 
     async def note() -> None:
-        for stream in readers.streams:
-            if stream.partition in readers.owned:
-                await stream.give_skipped()
+        for stream in readers.owned_streams:
+            await stream.give_skipped()
         for pipeline in readers.pipelines:
             await pipeline.note_progress()
         await _note_idle(store, readers)
@@ -345,7 +344,7 @@ async def _note_idle(store: Store, readers: Readers) -> None:
     if cursor is None:
         return
     # mutant: progress without a look
-    finished = [one.stream_key for one in readers.streams if one.partition in readers.owned and await one.is_finished()]
+    finished = [one.stream_key for one in readers.owned_streams if await one.is_finished()]
     look = await readers.members.look()
     if look is not None and look.members[0] == readers.members.token:
         # What the reader does not append to any more must not hold back what follows from the lowest of all.

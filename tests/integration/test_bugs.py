@@ -124,6 +124,19 @@ async def test_nothing_is_kept_of_who_forbids_it(store: Store, pg: asyncpg.Conne
     assert sum(event.get("repo") == forbidden for event in events) > 100
 
 
+async def test_no_handle_is_kept_of_who_forbids_it(store: Store, pg: asyncpg.Connection) -> None:
+    """An #identity event of theirs is no reason to store anything either."""
+    await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid')", DIDS[0])
+    await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", DIDS[0])
+    claims: list[Event] = [
+        {"kind": "identity", "did": did, "handle": f"{name}.test"} for did, name in zip(DIDS[:2], "ab", strict=True)
+    ]
+    await store.write(batch_of(number(claims, bare=False)))
+    assert [row["did"] for row in await pg.fetch("SELECT did FROM fastworker.claims")] == [DIDS[1]]
+    assert [row["did"] for row in await pg.fetch("SELECT did FROM fastworker.identities")] == [DIDS[1]]
+    assert await pg.fetchval("SELECT handle FROM users WHERE did = $1", DIDS[0]) == "handle.invalid"
+
+
 async def test_a_sync_is_remembered(store: Store, pg: asyncpg.Connection) -> None:
     """R13: a repository whose state was replaced is written down, the newest time of it."""
     for seq, rev in ((8, "3kbbbbbbbbb22"), (7, "3kaaaaaaaaa22")):

@@ -166,7 +166,7 @@ def test_the_version_comes_from_one_place(installed: Path) -> None:
 def test_the_changelog_has_each_release_and_what_comes_next() -> None:
     """Unreleased on top, then releases with their dates, newest first; this version among them."""
     heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert heads[0] == "Unreleased"
+    assert heads[0].startswith("Unreleased")
     found = [re.fullmatch(r"(\d+)\.(\d+)\.(\d+) - \d{4}-\d\d-\d\d", head) for head in heads[1:]]
     assert all(found), heads
     versions = [tuple(map(int, one.groups())) for one in found if one is not None]

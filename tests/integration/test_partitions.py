@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -36,6 +40,7 @@ from fastworker.stream.keys import GROUP, STREAM, USUAL, Keys
 from fastworker.stream.partitions import partition_of
 from fastworker.worker import worker as worker_module
 from fastworker.worker.worker import work
+from tests.services import Service
 
 MEMBER_MS = 1_000
 
@@ -492,3 +497,39 @@ async def test_what_an_operator_sees_and_does_is_of_all_partitions(
     assert not await admin.append_if_room([(did, fields)], stats.entries + 1)
     assert await admin.append_if_room([(did, fields), ("", fields)], stats.entries + 3)
     assert await bench.redis.xlen(Keys(partition=3).stream) == before + 2
+
+
+async def test_a_host_that_is_killed_is_followed_within_seconds(bench: Bench) -> None:
+    """Two supervisors as two hosts; one of them, and its processes, get no chance to say a word."""
+    frames = list(Network(18, mix="adversarial", accounts=30).frames(900))
+    env = {
+        "REDIS_URL": bench.settings.redis_url,
+        "DATABASE_URL": bench.settings.require_database_url("test"),
+        "FASTWORKER_HTTP_PORT": "off",
+        "FASTWORKER_RESOLVE_HANDLES": "off",
+    }
+    async with SimRelay(frames[:300], start="oldest", wait_for_client=True) as relay:
+        async with bench.reader(relay, partitions=4) as stats:
+            hosts = [Service("worker", CONSUMER_ID=name, **env) for name in ("here", "there")]
+            try:
+                await bench.until(lambda: _owners(bench, partitions=4, processes=4))
+                first = hosts[0].process.pid
+                children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+                for pid in [first, *map(int, children)]:
+                    os.kill(pid, signal.SIGKILL)
+                relay.emit(*frames[300:])
+                began = time.monotonic()
+                await bench.until(lambda: _owners(bench, partitions=4, processes=2))
+                assert time.monotonic() - began < 30  # five seconds, on a quiet machine
+                await bench.settled(stats, last_of(frames), 4)
+            finally:
+                for host in hosts:
+                    await asyncio.to_thread(host.stop)
+        assert await bench.ledger() == stats.entries
+    await bench.assert_lawful(frames)
+
+
+async def _owners(bench: Bench, *, partitions: int, processes: int) -> bool:
+    owners: Any = await bench.redis.hgetall(USUAL.owners)
+    members: Any = await bench.redis.hgetall(USUAL.members)
+    return len(owners) == partitions and set(owners.values()) == set(members) and len(members) == processes

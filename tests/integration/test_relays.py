@@ -113,6 +113,21 @@ async def test_a_handle_is_shown_once_in_any_order(store: Store, pg: asyncpg.Con
     assert await differences(lawful(events), pg) == "no difference"
 
 
+async def test_of_claims_by_two_relays_the_earliest_shows_the_handle(store: Store, pg: asyncpg.Connection) -> None:
+    """Their numbers cannot be compared, so the moment decides, whatever the relays are called."""
+    events = number([identity(A, "one.test"), identity(B, "one.test")], bare=False)
+    for event, relay in zip(events, ("z.test", "a.test"), strict=True):
+        event["relay"] = relay
+    for order in itertools.permutations(events):
+        await clear(pg)
+        store.writer.known.clear()
+        for event in order:
+            await store.write(batch_of([event]))
+        shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+        assert shown == {A: "one.test", B: "handle.invalid"}, [event["relay"] for event in order]
+    assert await differences(lawful(events), pg) == "no difference"
+
+
 async def test_a_deletion_of_the_only_relay_goes_by_its_seq(store: Store, pg: asyncpg.Connection) -> None:
     """A repository's own clock does not matter there, nor does it afterwards to what was purged before."""
     events = [event | {"relay": "a.test"} for event in number([*records("one"), account("deleted")], bare=False)]

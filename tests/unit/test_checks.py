@@ -168,6 +168,25 @@ STALE = int(SERVER.time_ms - 3_600_000)
             "osprey-consumers",
         ),
         (
+            checks.partitions_are_read(
+                msgspec.structs.replace(
+                    STREAM, partitions={"s": STREAM, "s:1": msgspec.structs.replace(STREAM, length=1, groups=())}
+                ),
+                CONFIG,
+            ),
+            Verdict.FAIL,
+            "Nobody reads s:1",
+        ),
+        (checks.partitions_as_set(1, _config(partitions=4)), Verdict.FAIL, "FASTWORKER_STREAM_FORMAT=native"),
+        (
+            checks.partitions_as_set(
+                1,
+                _config(partitions=4, stream_format="native", given=frozenset(["FASTWORKER_STREAM_PARTITIONS"])),
+            ),
+            Verdict.WARN,
+            "The reader appends to 1 partition, and",
+        ),
+        (
             checks.abandoned_pending([_consumer(pending=7, idle_ms=100_000)], []),
             Verdict.WARN,
             "7 entries are pending",
@@ -253,6 +272,10 @@ def test_nothing_is_said_where_all_is_well() -> None:
         *checks.foreign_consumers([leased, _consumer(idle_ms=100_000)], CONFIG),
         *checks.unreadable_for_others([leased], [{b"n": b""}]),
         *checks.other_groups_read_json(msgspec.structs.replace(STREAM, groups=(GROUP, OTHER)), CONFIG),
+        *checks.partitions_are_read(msgspec.structs.replace(STREAM, partitions={"s": STREAM, "s:1": STREAM}), CONFIG),
+        *checks.partitions_are_read(STREAM, CONFIG),
+        *checks.partitions_as_set(4, _config(partitions=4, stream_format="native")),
+        *checks.partitions_as_set(1, CONFIG),
         *checks.abandoned_pending([leased], [Pending("1-0", "python-worker-0", 10, 1)]),
         *checks.trimmed_pending([]),
         *checks.dead_letters(0),

@@ -53,6 +53,16 @@ def test_the_old_workers_environment_starts_unchanged() -> None:
     assert "PATH" not in config.given
 
 
+def test_partitions_need_a_form_that_old_workers_do_not_read() -> None:
+    several = parse_config({"FASTWORKER_STREAM_PARTITIONS": "4"})
+    with pytest.raises(ConfigError, match=r"FASTWORKER_STREAM_PARTITIONS=4 needs FASTWORKER_STREAM_FORMAT=native"):
+        several.require_form()
+    parse_config({"FASTWORKER_STREAM_PARTITIONS": "4", "FASTWORKER_STREAM_FORMAT": "frame"}).require_form()
+    Config().require_form()
+    with pytest.raises(ConfigError, match="FASTWORKER_STREAM_PARTITIONS"):
+        parse_config({"FASTWORKER_STREAM_PARTITIONS": "65"})
+
+
 def test_an_empty_value_is_not_set() -> None:
     config = parse_config({"RELAY_URL": "", "BATCH_SIZE": " ", "DATABASE_URL": ""})
     assert config == Config()
