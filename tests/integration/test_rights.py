@@ -262,7 +262,7 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
 
 
 def reader_statements() -> list[tuple[str, list[Any] | None]]:
-    return [(postgres_admin._FINISHED, None), (postgres_admin._NOTE_GAP, None)]
+    return [(one, None) for one in (postgres_admin._FINISHED, postgres_admin._NOTE_GAP, postgres_admin._NOTE_FLOOR)]
 
 
 POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generator", "at://labeler"
