@@ -33,6 +33,7 @@ from bench.scale import scale
 from bench.scale import table as scale_table
 from bench.settings import CHANGES, has_huge_pages, of_change
 from bench.targets import compare
+from bench.verify import verify
 from fastworker.commands.tune import Extent
 from fastworker.simulator.keys import Curve
 
@@ -221,6 +222,11 @@ def _proof(session: Session) -> None:
     )
 
 
+def _verify(session: Session) -> None:
+    rounds = 3 if session.quick else 40
+    session.measure("verify", {"levels": "all"}, functools.partial(verify, 400, rounds), runs=1)
+
+
 class Bench(NamedTuple):
     run: Callable[[Session], None]
     minutes: int  # of a full run on two quiet cores, about; each says at its end what it took
@@ -267,6 +273,7 @@ BENCHES: dict[str, Bench] = {
     "proof": Bench(
         _proof, 1, "signatures and proofs of commits, walking and mapping whole repositories, settling one of them"
     ),
+    "verify": Bench(_verify, 1, "what the reader's levels of verification add to a commit, beside its decoding"),
     "grid": Bench(_grid, 3, "end_to_end for processes x pipelines, 100,000 events, one run each"),
     "scale": Bench(
         _scale,

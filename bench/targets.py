@@ -37,6 +37,9 @@ TARGETS = (
     Target("growth", "share of empty tables", 0.6, where={"likes": 10_000_000}),
     Target("scale", "waits for locks", 0.05, at_least=False, where={"processes": 8}),
     Target("presets", "share of the best", 0.5),
+    Target("verify", "chain us", 3, at_least=False),
+    Target("verify", "signed us", 65, at_least=False),
+    Target("verify", "full us", 120, at_least=False),
 )
 
 

@@ -118,11 +118,16 @@ class Link(msgspec.Struct, frozen=True, gc=False):
 
 def read_link(payload: Mapping[str, Any], repo: str, rev: str) -> Link:
     """Of a decoded `#commit` payload. Checks the commit block's hash, not its signature. Never raises."""
-    since, before, data = payload.get("since"), payload.get("prevData"), None
-    block = _commit_block(payload)
-    if block is not None:
+    since, before, car, cid = (
+        payload.get("since"),
+        payload.get("prevData"),
+        payload.get("blocks"),
+        payload.get("commit"),
+    )
+    data = None
+    if type(car) is bytes and type(cid) is bytes:
         try:
-            commit = libipld.decode_dag_cbor(block)
+            commit = libipld.decode_dag_cbor(_block_of(car, cid))
         except (ValueError, RecursionError, MemoryError):
             commit = None
         # mutant: a commit of another account
@@ -130,8 +135,8 @@ def read_link(payload: Mapping[str, Any], repo: str, rev: str) -> Link:
             data = commit.get("data")
     return Link(
         since if type(since) is str else None,
-        before if is_cid(before) else None,
-        data if is_cid(data) else None,
+        before if type(before) is bytes and len(before) == RECORD_CID_BYTES else None,
+        data if type(data) is bytes and len(data) == RECORD_CID_BYTES else None,
         payload.get("tooBig") is True,
     )
 
@@ -145,19 +150,16 @@ def read_sync(payload: Mapping[str, Any], did: str, rev: str) -> bytes | None:
     return read_link({**payload, "commit": commit}, did, rev).data
 
 
-def _commit_block(payload: Mapping[str, Any]) -> bytes | None:
-    """The block that `commit` names, if the CAR holds it."""
-    car, cid = payload.get("blocks"), payload.get("commit")
-    if not isinstance(car, bytes) or not is_cid(cid):
-        return None
-    # Found without a walk: its length is before the CID, in two bytes as a rule. The hash says whether that was so.
+def _block_of(car: bytes, cid: bytes) -> bytes:
+    """The block of this CID in a CAR, empty if it is not there. The hash decides, not the framing."""
+    # Found without a walk: its length is before the CID, in two bytes as a rule.
     at = car.rfind(cid)
     if at > 1:
         block = car[at + RECORD_CID_BYTES : at + (car[at - 1] << 7) + (car[at - 2] & 127)]
-        if is_block_of(cid, block):
+        if sha256(block).digest() == cid[4:]:
             return block
     block = select_blocks(car, {cid})[0].get(cid, b"")
-    return block if is_block_of(cid, block) else None
+    return block if is_block_of(cid, block) else b""
 
 
 def is_cid(value: Any) -> TypeGuard[bytes]:
@@ -207,8 +209,9 @@ def prove_commit(payload: Mapping[str, Any], is_signed: IsSigned) -> Verdict:
 
 def prove_signature(payload: Mapping[str, Any], is_signed: IsSigned) -> SignedCommit:
     """The commit block is there, is what the envelope says, and the account signed it."""
-    block = _commit_block(payload)
-    if block is None:
+    car, cid = payload.get("blocks"), payload.get("commit")
+    block = _block_of(car, cid) if isinstance(car, bytes) and is_cid(cid) else b""
+    if not block:
         raise Unproved(Flaw.MISSING_BLOCK, "no commit block")
     commit = read_commit(block)
     if commit.did != payload.get("repo") or commit.rev != payload.get("rev"):

@@ -1,6 +1,6 @@
 """The newest state of each account's repository, as the reader has seen it: what a commit must follow.
 
-A table of fixed size: slots of 32 bytes (8 of the DID's hash, the rev as 13 characters, 11 bytes of the tree's root) in
+A table of fixed size: slots of 32 bytes (8 bytes of the DID, the rev as 13 characters, 11 bytes of the tree's root) in
 sets of four; where a set is full the account with the oldest rev goes. A lost slot costs a detection, never a row, so
 nothing is locked and nothing is synced. It lives in a mapped file, which survives the process by the page cache; a file
 that another boot of the machine has left unfinished starts empty.
@@ -18,6 +18,7 @@ import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
+from zlib import crc32
 
 from fastworker.event.proof import Link, Verdict
 
@@ -31,10 +32,13 @@ _SLOT, _SET = 32, 128
 _TAG, _REV = 8, 13
 _EMPTY: Final = bytes(_TAG)
 _UNKNOWN: Final = bytes(_SLOT - _TAG - _REV)
-_ROOT: Final = slice(4, 4 + len(_UNKNOWN))
-"""Of a CID: what follows its fixed beginning."""
+_PLC: Final = b"did:plc:"
+_OK: Final = (Verdict.OK, None)
+_FIRST: Final = (Verdict.FIRST, None)
+_REPLAY: Final = (Verdict.REPLAY, None)
+_BREAK: Final = Verdict.BREAK
 
-Break = tuple[bytes, int]
+Break = tuple[str, int]
 """A slot that waits for its repair."""
 
 
@@ -77,40 +81,41 @@ class Chain:
 
         With BREAK comes what `settled` is to be told once the repair is on the way.
         """
-        tag = blake2b(did.encode(), digest_size=_TAG).digest()
-        at = _HEADER + int.from_bytes(tag[:4], "big") % self._sets * _SET
+        tag, at = self._place(did)
         four = self._map[at : at + _SET]
-        slot = _find(four, tag)
-        state = rev.encode() + (_UNKNOWN if link.data is None else link.data[_ROOT])
+        slot = four.find(tag)
+        if slot % _SLOT:
+            slot = _find(four, tag)
+        data = link.data
+        state = rev.encode() + (_UNKNOWN if data is None else data[4:15])
         if slot < 0:
             if link.is_too_big:
                 return Verdict.BREAK, None
             self._insert(at, four, tag + state)
-            return Verdict.FIRST, None
+            return _FIRST
         held = self._held.get(tag) if self._held else None
         known = four[slot + _TAG : slot + _SLOT] if held is None else held[0]
         # mutant: a replay moves the chain
-        if state[:_REV] <= known[:_REV]:
-            return Verdict.REPLAY, None
+        if rev.encode() <= known[:_REV]:
+            return _REPLAY
         verdict = _verdict(known, link)
         # mutant: a break is forgotten by a crash
-        if verdict is Verdict.BREAK:
+        if verdict is _BREAK:
             self._breaks += 1
             self._held[tag] = (state, self._breaks)
-            return verdict, (tag, self._breaks)
+            return verdict, (did, self._breaks)
         if held is not None:
             self._held[tag] = (state, held[1])
         else:
             self._map[at + slot + _TAG : at + slot + _SLOT] = state
-        return verdict, None
+        return _OK if verdict is _OK[0] else (verdict, None)
 
     def replace(self, did: str, rev: str, data: bytes) -> None:
         """After a `#sync`: take this as the state, whatever was known before."""
-        tag = blake2b(did.encode(), digest_size=_TAG).digest()
-        at = _HEADER + int.from_bytes(tag[:4], "big") % self._sets * _SET
+        tag, at = self._place(did)
         four = self._map[at : at + _SET]
         slot = _find(four, tag)
-        state = rev.encode() + data[_ROOT]
+        state = rev.encode() + data[4:15]
         if slot < 0:
             self._insert(at, four, tag + state)
         elif state[:_REV] > four[slot + _TAG : slot + _TAG + _REV] and tag not in self._held:
@@ -118,12 +123,12 @@ class Chain:
 
     def settled(self, breaks: list[Break]) -> None:
         """The repairs of these breaks are on the stream: their accounts go on from the newest state."""
-        for tag, number in breaks:
+        for did, number in breaks:
+            tag, at = self._place(did)
             state, newest = self._held.get(tag, (b"", 0))
             if newest != number:
                 continue
             del self._held[tag]
-            at = _HEADER + int.from_bytes(tag[:4], "big") % self._sets * _SET
             four = self._map[at : at + _SET]
             slot = _find(four, tag)
             if slot >= 0:
@@ -138,6 +143,12 @@ class Chain:
         if self._file is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
 
+    def _place(self, did: str) -> tuple[bytes, int]:
+        """(tag, where its set begins). A `did:plc` is a hash itself."""
+        name = did.encode()
+        tag = name[8:16] if name.startswith(_PLC) else blake2b(name, digest_size=_TAG).digest()
+        return tag, _HEADER + crc32(name) % self._sets * _SET
+
     def _insert(self, at: int, four: bytes, slot: bytes) -> None:
         place = _find(four, _EMPTY)
         if place < 0:
@@ -147,15 +158,12 @@ class Chain:
 
 def _verdict(known: bytes, link: Link) -> Verdict:
     since, before = link.since, link.before
-    if link.is_too_big:
-        return Verdict.BREAK
-    if before is None:
-        return Verdict.LEGACY if since is None or since.encode() == known[:_REV] else Verdict.BREAK
-    if since is None or since.encode() != known[:_REV]:
-        return Verdict.BREAK
-    root = known[_REV:]
-    # mutant: prevData is not compared
-    return Verdict.OK if before[_ROOT] == root or root == _UNKNOWN else Verdict.BREAK
+    if before is not None and since is not None and not link.is_too_big and since.encode() == known[:_REV]:
+        # mutant: prevData is not compared
+        return _OK[0] if before[4:15] == known[_REV:] or known[_REV:] == _UNKNOWN else _BREAK
+    if before is not None or link.is_too_big:
+        return _BREAK
+    return Verdict.LEGACY if since is None or since.encode() == known[:_REV] else _BREAK
 
 
 def _find(four: bytes, tag: bytes) -> int:

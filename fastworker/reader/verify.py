@@ -41,6 +41,8 @@ ASIDE_MAX: Final = 1_000
 
 _PASSING: Final = frozenset((Verdict.OK, Verdict.FIRST, Verdict.REPLAY, Verdict.LEGACY, Verdict.UNVERIFIED))
 
+_BREAK: Final = Verdict.BREAK
+
 Deliver = Callable[[Chunk, Commit, bytes | None], None]
 """Puts a commit into a chunk: with its frame, or None where it is not all that the frame says."""
 
@@ -73,7 +75,24 @@ class Verifier:
             self.chain.replace(event.did, event.rev, root)
 
     def judge(self, chunk: Chunk, commit: Commit, link: Link, proof: Proof | None, data: bytes) -> None:
-        verdict, broke = self._verdict(commit, link, proof)
+        rev = commit.rev
+        assert rev is not None
+        broke: Break | None = None
+        # mutant: commits from the future
+        if rev > self._latest and self._is_future(rev):
+            verdict = Verdict.FUTURE_REV
+        # mutant: commits that the account did not sign
+        elif proof is not None and not proof.is_signed and not proof.is_bad_commit:
+            verdict = Verdict.BAD_SIGNATURE
+        elif (link.data is None or (proof is not None and proof.is_bad_commit)) and not link.is_too_big:
+            verdict = Verdict.BAD_COMMIT
+        else:
+            verdict, broke = self.chain.follow(commit.repo, rev, link)
+            if verdict is not _BREAK:
+                if proof is not None and proof.proved is not None:
+                    verdict = Verdict.INVERSION
+                elif proof is None and self.keys is not None:
+                    verdict = Verdict.UNVERIFIED
         if verdict in _PASSING:
             self._stats.verdicts[verdict] += 1
             self._deliver(chunk, commit, data)
@@ -81,25 +100,6 @@ class Verifier:
         if broke is not None:
             chunk.breaks.append(broke)
         self._unusual(chunk, verdict, commit, proof, data)
-
-    def _verdict(self, commit: Commit, link: Link, proof: Proof | None) -> tuple[Verdict, Break | None]:
-        rev = commit.rev
-        assert rev is not None
-        # mutant: commits from the future
-        if rev > self._latest and self._is_future(rev):
-            return Verdict.FUTURE_REV, None
-        # mutant: commits that the account did not sign
-        if proof is not None and not proof.is_signed and not proof.is_bad_commit:
-            return Verdict.BAD_SIGNATURE, None
-        if (link.data is None or (proof is not None and proof.is_bad_commit)) and not link.is_too_big:
-            return Verdict.BAD_COMMIT, None
-        verdict, broke = self.chain.follow(commit.repo, rev, link)
-        if verdict is not Verdict.BREAK:
-            if proof is not None and proof.proved is not None:
-                return Verdict.INVERSION, None
-            if proof is None and self.keys is not None:
-                return Verdict.UNVERIFIED, None
-        return verdict, broke
 
     def _is_future(self, rev: str) -> bool:
         if rev > self._latest:

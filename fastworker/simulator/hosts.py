@@ -67,6 +67,8 @@ class _Server:
         self.app = web.Application()
         self.url = ""
         self.asked: list[tuple[float, str]] = []  # when (monotonic), path
+        self.hold: asyncio.Event | None = None  # requests wait for it
+        self.status: int | None = None  # instead of every answer, once they do not wait
         self._runner = web.AppRunner(self.app, shutdown_timeout=0.1)
 
     async def start(self) -> None:
@@ -81,6 +83,10 @@ class _Server:
     def route(self, path: str, handler: Any) -> None:
         async def handle(request: web.Request) -> web.StreamResponse:
             self.asked.append((time.monotonic(), request.path))
+            if self.hold is not None:
+                await self.hold.wait()
+            if self.status is not None:
+                return web.Response(status=self.status)
             answer: web.StreamResponse = await handler(request)
             return answer
 

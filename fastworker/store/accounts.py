@@ -58,6 +58,13 @@ async def unresolved(db: Connection, limit: int) -> list[tuple[str, datetime]]:
     return [(r[0], r[1]) for r in await db.fetch(sql.UNRESOLVED, limit)]
 
 
+async def claimed_before(db: Connection, after: str, limit: int) -> tuple[str | None, int]:
+    """Queue what a piece of the identities claimed while nobody verified handles: (the piece's last DID, how many)."""
+    (piece,) = await db.fetch(sql.CLAIMED_BEFORE, after, limit)
+    last, count = piece
+    return last, count
+
+
 async def resolved(writer: Writer, db: Connection, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
     """Store looked-up handles: (did, handle or None, asked at, marked at). One is left out when a newer event came
     meanwhile. Returns how many were stored."""

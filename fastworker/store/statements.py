@@ -358,6 +358,15 @@ UNRESOLVED = (
     "AND NOT EXISTS (SELECT 1 FROM public.user_settings AS s WHERE s.user_did = i.did AND s.data_collection_forbidden) "
     "ORDER BY i.resolve_after LIMIT $1"
 )
+# What was claimed while nobody verified handles, and was never asked for: a piece in key order.
+CLAIMED_BEFORE = (
+    "WITH piece AS (SELECT did FROM fastworker.identities WHERE did > $1 ORDER BY did LIMIT $2), queued AS ("
+    "UPDATE fastworker.identities AS i SET resolve_pending = true, attempts = 0 FROM piece AS p WHERE i.did = p.did "
+    # mutant: earlier claims are never verified
+    "AND NOT i.resolve_pending AND i.handle IS DISTINCT FROM i.verified_handle AND i.handle IS NOT NULL "
+    "AND i.resolve_after = '-infinity' RETURNING 1) "
+    "SELECT (SELECT max(did) FROM piece), (SELECT count(*) FROM queued)"
+)
 # A claim that the other side does not confirm yet is asked for again a few times.
 RESOLVED = (
     "UPDATE fastworker.identities AS t SET resolve_pending = u.again, attempts = CASE WHEN u.again THEN t.attempts + 1 "

@@ -229,6 +229,11 @@ class Store:
         async with self.connection() as db:
             return await accounts.unresolved(db, limit)
 
+    async def claimed_before(self, after: str, limit: int) -> tuple[str | None, int]:
+        """Queue handles that were claimed while the resolver was off, a piece of the DIDs: (the last, how many)."""
+        async with self.connection() as db:
+            return await accounts.claimed_before(db, after, limit)
+
     async def resolved(self, rows: list[tuple[str, str | None, datetime, datetime]]) -> int:
         """Store looked-up handles: (did, handle or None, asked at, marked at). One is left out when a newer event came
         meanwhile. Returns how many were stored."""

@@ -33,12 +33,15 @@ _REDIRECTS: Final = (301, 302, 303, 307, 308)
 JSON_BYTES_MAX: Final = 4 * 1024 * 1024
 DOCUMENT_BYTES_MAX: Final = 64 * 1024
 RECORD_BYTES_MAX: Final = 4 * 1024 * 1024
+NAME_BYTES_MAX: Final = 2 * 1024
 PIECE: Final = 1 << 18
 HOSTS_AT_ONCE: Final = 32  # requests in all
 PARK_S: Final = 30.0  # first pause after a 429 that says nothing, doubled each time
 PARK_MAX_S: Final = 600.0
 TOLD_MAX_S: Final = 330.0  # longest pause that a host may ask for: its window is 300 s
 CLOSED_S: Final = (60.0, 3_600.0, 86_400.0)  # pauses of a host that fails
+DIRECTORY_CLOSED_S: Final = (30.0, 60.0, 120.0, 300.0, 600.0)
+"""The same of the DID directory: everything needs it, and there is no other."""
 REFUSED_S: Final = 86_400.0
 HOSTS_MAX: Final = 20_000
 _T = TypeVar("_T")
@@ -166,7 +169,8 @@ class PublicResolver(AbstractResolver):
 class _Turns:
     """The limits of requests to one host: token bucket, slots, pauses."""
 
-    def __init__(self, rate: float, at_once: int) -> None:
+    def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...] = CLOSED_S) -> None:
+        self._closed_s = closed_s
         self.slots = asyncio.Semaphore(at_once)
         self.parked_until = 0.0
         self.is_limited = False  # parked by a 429, not by failures
@@ -198,8 +202,9 @@ class _Turns:
         self._rate = min(self._rate_max, max(remaining / left_s, 0.05))
 
     def limited(self, headers: Any) -> None:
-        """A 429."""
-        self.limits += 1
+        """A 429. Several at once, of requests that were on the way, are one."""
+        if not (self.is_limited and self.parked_until > time.monotonic()):
+            self.limits += 1
         told = _number(headers.get("retry-after"))
         if told is None and (reset := _number(headers.get("ratelimit-reset"))) is not None:
             told = reset - time.time()
@@ -211,8 +216,10 @@ class _Turns:
         if fault == HostFault.REFUSED:
             self.park(REFUSED_S, is_limited=False)
         elif fault in _BREAKS:
-            self.failures += 1
-            self.park(CLOSED_S[min(self.failures, len(CLOSED_S)) - 1], is_limited=False)
+            # mutant: requests at once count as failures in a row
+            if not (self.failures and self.parked_until > time.monotonic()):
+                self.failures += 1
+                self.park(self._closed_s[min(self.failures, len(self._closed_s)) - 1], is_limited=False)
         else:
             self.failures = self.limits = 0
 
@@ -231,7 +238,8 @@ def _number(text: str | None) -> float | None:
 
 
 class Hosts:
-    """An async context manager. `own`: origins (`http://127.0.0.1:1234`) that are not judged: a test's own servers.
+    """An async context manager. `own`: origins (`http://127.0.0.1:1234`) that are not judged: a test's own servers;
+    `well_known`: where it has the files of hosts.
 
     The directory at `plc_url` is the operator's choice, and not judged either; where it redirects to is.
     """
@@ -244,8 +252,10 @@ class Hosts:
         bounds: Bounds | None = None,
         rate: Callable[[str], float] | None = None,
         at_once: int = 4,
+        well_known: str = "https://{host}/.well-known",
     ) -> None:
         self._plc_url = plc_url.rstrip("/")
+        self._well_known = well_known
         self._own = own
         self._bounds = bounds or Bounds()
         self._rate = rate or rate_of
@@ -339,7 +349,7 @@ class Hosts:
         if did.startswith("did:plc:"):
             url = URL(f"{self._plc_url}/{did}")
         elif did.startswith("did:web:") and is_host(did[8:]):
-            url = URL(f"https://{did[8:].lower()}/.well-known/did.json")
+            url = self._file(did[8:].lower(), "did.json")
         else:
             raise HostError(HostFault.REFUSED, did, "its method is not did:plc, nor did:web with the name of a host")
         document: dict[str, Any] = await self._json(url, dict[str, Any], DOCUMENT_BYTES_MAX)
@@ -347,7 +357,17 @@ class Hosts:
             raise HostError(HostFault.BAD_ANSWER, url.authority, "a document of somebody else")
         return document
 
+    async def did_of(self, handle: str) -> str:
+        """What a handle's host says in its file `atproto-did`. NOT_FOUND: it has none."""
+        if not is_host(handle):
+            raise HostError(HostFault.REFUSED, handle[:253], "it is not the name of a public host")
+        body = await self._read(self._file(handle, "atproto-did"), NAME_BYTES_MAX, shared_by=domain_of(handle))
+        return body.decode("ascii", "replace").strip()
+
     # How it is asked
+
+    def _file(self, host: str, name: str) -> URL:
+        return URL(f"{self._well_known.format(host=host)}/{name}")
 
     async def _json(self, url: URL, kind: type[_T], bytes_max: int = JSON_BYTES_MAX) -> _T:
         body = await self._read(url, bytes_max)
@@ -356,18 +376,26 @@ class Hosts:
         except (msgspec.MsgspecError, UnicodeError) as error:
             raise HostError(HostFault.BAD_ANSWER, url.authority, f"not the JSON of the protocol ({error})") from None
 
-    async def _read(self, url: URL, bytes_max: int) -> bytes:
-        async with self._ask(url, bytes_max) as body:
+    async def _read(self, url: URL, bytes_max: int, *, shared_by: str | None = None) -> bytes:
+        async with self._ask(url, bytes_max, shared_by) as body:
             return b"".join([piece async for piece in body])
 
     @asynccontextmanager
-    async def _ask(self, url: URL, bytes_max: int) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The decoded body of a 200, in pieces. A 429 is waited for, within the bounds."""
+    async def _ask(self, url: URL, bytes_max: int, shared_by: str | None = None) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The decoded body of a 200, in pieces. A 429 is waited for, within the bounds.
+
+        `shared_by`: the name under which the turns of several hosts are counted that are probably one.
+        """
         deadline = time.monotonic() + self._bounds.wait_max_s
+        name = shared_by or url.authority
         while True:
-            turns = self._of(url.authority)
-            await self._wait(turns, url, deadline)
-            async with self._all, turns.slots:
+            turns = self._of(name)
+            await self._wait(turns, name, deadline)
+            # The host's own slots first: who waits for them keeps nobody else waiting.
+            async with turns.slots, self._all:
+                # mutant: what waits for a slot does not see the pause
+                if turns.parked_until > time.monotonic():
+                    continue
                 try:
                     async with asyncio.timeout(self._bounds.total_s), self._get(url) as response:
                         turns.told(response.headers)
@@ -379,25 +407,25 @@ class Hosts:
                             raise await self._refused(response, url.authority)
                         turns.limited(response.headers)
                         if self._shared is not None:
-                            await self._shared.rest(url.authority, turns.parked_until - time.monotonic())
+                            await self._shared.rest(name, turns.parked_until - time.monotonic())
                 except (HostError, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                     found = error if isinstance(error, HostError) else _fault(error, url.authority)
                     turns.ended(found.fault)
                     raise found from error.__cause__ or error.__context__
 
-    async def _wait(self, turns: _Turns, url: URL, deadline: float) -> None:
+    async def _wait(self, turns: _Turns, name: str, deadline: float) -> None:
         """For the end of a pause, and for a token."""
         while (pause := turns.parked_until - time.monotonic()) > 0:
             if not turns.is_limited:
-                raise HostError(HostFault.UNREACHABLE, url.authority, "left alone after it failed", pause)
+                raise HostError(HostFault.UNREACHABLE, name, "left alone after it failed", pause)
             if time.monotonic() + pause > deadline:
-                raise HostError(HostFault.LIMITED, url.authority, f"it wants {pause:.0f} s of rest", pause)
+                raise HostError(HostFault.LIMITED, name, f"it wants {pause:.0f} s of rest", pause)
             await asyncio.sleep(pause)
         pause = turns.take()
         if self._shared is not None:
-            pause = max(pause, await self._shared.turn(url.authority, turns.every_s))
+            pause = max(pause, await self._shared.turn(name, turns.every_s))
         if time.monotonic() + pause > deadline:
-            raise HostError(HostFault.LIMITED, url.authority, "too many requests wait for it", pause)
+            raise HostError(HostFault.LIMITED, name, "too many requests wait for it", pause)
         await asyncio.sleep(pause)
 
     def _of(self, host: str) -> _Turns:
@@ -405,7 +433,11 @@ class Hosts:
         if turns is None:
             if len(self._turns) >= HOSTS_MAX:
                 self._turns.pop(next(iter(self._turns)))
-            turns = self._turns[host] = _Turns(self._rate(host), self._at_once)
+            turns = self._turns[host] = _Turns(
+                self._rate(host),
+                self._at_once,
+                DIRECTORY_CLOSED_S if host == URL(self._plc_url).authority else CLOSED_S,
+            )
         return turns
 
     @asynccontextmanager
@@ -413,7 +445,9 @@ class Hosts:
         """Redirects are followed by hand, so that each is judged like the first URL, and none leaves https."""
         asked = url
         for _ in range(REDIRECTS_MAX + 1):
-            own = str(asked.origin()) in self._own or (asked is url and str(url).startswith(self._plc_url + "/"))
+            own = (asked.host is not None and str(asked.origin()) in self._own) or (
+                asked is url and str(url).startswith(self._plc_url + "/")
+            )
             if not own and (why := refusal(asked)) is not None:
                 raise HostError(HostFault.REFUSED, url.authority, why)
             self.requests[asked.authority] = self.requests.get(asked.authority, 0) + 1
@@ -421,10 +455,7 @@ class Hosts:
                 if response.status not in _REDIRECTS:
                     yield response
                     return
-                target = asked.join(URL(response.headers.get("location", "")))
-                if target.scheme != asked.scheme:
-                    raise HostError(HostFault.REFUSED, url.authority, f"it redirects to {target.scheme or 'nothing'}")
-                asked = target
+                asked = _target(asked, response.headers.get("location", ""))
         raise HostError(HostFault.BAD_ANSWER, url.authority, f"more than {REDIRECTS_MAX} redirects")
 
     async def _refused(self, response: aiohttp.ClientResponse, host: str) -> HostError:
@@ -491,11 +522,24 @@ def _fault(error: Exception, host: str) -> HostError:
     return HostError(fault, host, str(error)[:200] or type(error).__name__)
 
 
+def _target(asked: URL, location: str) -> URL:
+    """Where a redirect leads; whether it may be asked is judged like the first URL."""
+    try:
+        return asked.join(URL(location))
+    except ValueError as error:
+        raise HostError(HostFault.REFUSED, asked.authority, f"a redirect that is no URL ({error})") from None
+
+
 def rate_of(host: str) -> float:
     """Requests per second: 3,000 in five minutes is what Bluesky's own hosts stand, of which we take 80 %."""
     if host == "plc.directory":
         return 10.0
-    return 8.0 if host.endswith(".host.bsky.network") else 2.0
+    return 8.0 if host == "bsky.social" or host.endswith(".host.bsky.network") else 2.0
+
+
+def domain_of(handle: str) -> str:
+    """Its last two labels: handles below one domain are served by one server, as those of bsky.social are."""
+    return ".".join(handle.rsplit(".", 2)[-2:])
 
 
 def pds_of(document: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Handles of identities whose event named none: resolved beside the stream, in the monitor's process.
+"""Handles that events claim, or that they say to look up again: verified beside the stream, in the monitor's process.
 
 The queue is in PostgreSQL (`fastworker.identities.resolve_pending`), so nothing grows here and nothing is lost. A DID
 that cannot be resolved now is asked for again after half a minute, then ever more rarely.
@@ -28,16 +28,18 @@ AT_ONCE: Final = 8
 APART_S: Final = 0.05  # 20 a second
 IDLE_S: Final = 5.0
 AFTER_A_BUG_S: Final = 60.0
+EARLIER_PIECE: Final = 5_000
 
 
 class ResolverSettings(msgspec.Struct, frozen=True):
-    """`well_known`, `nameserver` and `allow_private` are for tests' own servers."""
+    """All but the first two are for tests' own servers; `rate`: of every host."""
 
     database_url: str
     plc_url: str
     well_known: str = "https://{host}/.well-known"
     nameserver: tuple[str, int] | None = None
-    allow_private: bool = False
+    own: frozenset[str] = frozenset()
+    rate: float | None = None
 
 
 async def run_resolver(settings: ResolverSettings, stop: asyncio.Event) -> None:
@@ -63,6 +65,7 @@ async def _resolve(
     settings: ResolverSettings, store: Store, stack: AsyncExitStack, stop: asyncio.Event, backoff: Backoff
 ) -> None:
     directory: Directory | None = None
+    await _queue_earlier(store, stop)
     while not stop.is_set():
         waiting = await store.unresolved(PIECE)
         backoff.reset()
@@ -70,19 +73,34 @@ async def _resolve(
             await pause(IDLE_S, stop)
             continue
         if directory is None:
-            directory = await stack.enter_async_context(_directory(settings))
+            directory = await _directory(settings, stack)
         await resolve_once(directory, store, waiting)
 
 
-def _directory(settings: ResolverSettings) -> Directory:
-    from fastworker.sync.identity import Directory  # noqa: PLC0415 - memory, where nothing is to be resolved
+async def _queue_earlier(store: Store, stop: asyncio.Event) -> None:
+    """What was claimed while handles were not verified is verified now. New claims are queued by who writes them."""
+    last: str | None = ""
+    queued = 0
+    while last is not None and not stop.is_set():
+        last, count = await store.claimed_before(last, EARLIER_PIECE)
+        queued += count
+    if queued:
+        log.info("%s that were claimed while nobody verified them are verified now", counted(queued, "handle"))
 
-    return Directory(
+
+async def _directory(settings: ResolverSettings, stack: AsyncExitStack) -> Directory:
+    from fastworker.sync.hosts import Hosts, rate_of  # noqa: PLC0415 - memory, where nothing is to be resolved
+    from fastworker.sync.identity import BOUNDS, Directory  # noqa: PLC0415
+
+    rate = settings.rate
+    hosts = Hosts(
         settings.plc_url,
+        own=settings.own,
+        bounds=BOUNDS,
+        rate=rate_of if rate is None else lambda _: rate,
         well_known=settings.well_known,
-        nameserver=settings.nameserver,
-        allow_private=settings.allow_private,
     )
+    return Directory(await stack.enter_async_context(hosts), nameserver=settings.nameserver)
 
 
 async def resolve_once(directory: Directory, store: Store, waiting: list[tuple[str, datetime]]) -> None:

@@ -346,3 +346,70 @@ def test_a_file_is_read_as_it_came(network: Network, tmp_path: Path) -> None:
     (tmp_path / "repo.car").write_bytes(repository(one))
     with Repository(tmp_path / "repo.car") as opened:
         assert len(list(opened.records())) == len(list(mst.items(one.repo.root)))
+
+
+async def test_requests_that_fail_together_are_one_failure(
+    sim: SimHosts, account: Account, pds: SimPds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at once were four in a row: one hiccup, and a host was left alone for a day."""
+    monkeypatch.setattr(edge, "CLOSED_S", (0.5, 3_600.0))
+    async with open_hosts(sim) as hosts:
+        pds.hold = asyncio.Event()
+        asked = [asyncio.create_task(hosts.repo_status(pds.url, account.did)) for _ in range(4)]
+        async with asyncio.timeout(20):
+            while len(pds.asked) < 4:
+                await asyncio.sleep(0.01)
+        pds.status = 503
+        pds.hold.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert {one.fault for one in found if isinstance(one, HostError)} == {HostFault.UNREACHABLE}
+        pds.status = None
+        await asyncio.sleep(0.6)
+        assert (await hosts.repo_status(pds.url, account.did)).active
+
+
+async def test_a_busy_host_keeps_no_other_waiting(
+    sim: SimHosts, network: Network, account: Account, pds: SimPds
+) -> None:
+    """Its waiting requests took the slots of everybody."""
+    other = next(one for one in network.world.accounts() if sim.pds(one) is not pds)
+    async with open_hosts(sim, bounds=Bounds()) as hosts:
+        pds.hold = asyncio.Event()
+        asked = [asyncio.create_task(hosts.repo_status(pds.url, account.did)) for _ in range(2 * edge.HOSTS_AT_ONCE)]
+        async with asyncio.timeout(20):
+            while len(pds.asked) < 4:
+                await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            assert (await hosts.repo_status(sim.pds(other).url, other.did)).active
+        assert len(pds.asked) <= 4
+        pds.hold.set()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_what_waits_sees_that_the_host_wants_rest(sim: SimHosts, account: Account, pds: SimPds) -> None:
+    """Twelve callers, four at once: after the first 429 nobody else asks."""
+    async with open_hosts(sim, bounds=Bounds()) as hosts:
+        pds.hold = asyncio.Event()
+        asked = [asyncio.create_task(hosts.repo_status(pds.url, account.did)) for _ in range(12)]
+        async with asyncio.timeout(20):
+            while len(pds.asked) < 4:
+                await asyncio.sleep(0.01)
+        pds.status = 429
+        pds.hold.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+    assert {one.fault for one in found if isinstance(one, HostError)} == {HostFault.LIMITED}
+    assert len(pds.asked) == 4
+
+
+async def test_the_directory_is_never_left_alone_for_a_day(
+    sim: SimHosts, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "DIRECTORY_CLOSED_S", (0.05, 0.1))
+    sim.documents[account.did] = 503
+    async with open_hosts(sim) as hosts:
+        for _ in range(5):
+            with pytest.raises(HostError):
+                await hosts.document(account.did)
+            await asyncio.sleep(0.15)
+        del sim.documents[account.did]
+        assert (await hosts.document(account.did))["id"] == account.did

@@ -27,8 +27,10 @@ from fastworker.edge.embedded import free_port
 from fastworker.event import Identity
 from fastworker.law.model import Model
 from fastworker.store.store import Store
-from fastworker.sync import identity, resolver
-from fastworker.sync.identity import Breaker, Directory, Unresolved, gather
+from fastworker.sync import hosts as client
+from fastworker.sync import resolver
+from fastworker.sync.hosts import Hosts
+from fastworker.sync.identity import BOUNDS, Directory, Unresolved, gather
 from fastworker.sync.resolver import ResolverSettings, run_resolver
 from fastworker.table.batch import Batch
 from tests.property.feeding import clear
@@ -118,7 +120,8 @@ async def world() -> AsyncIterator[tuple[World, dict[str, Any]]]:
             "plc_url": f"http://127.0.0.1:{port}/plc",
             "well_known": f"http://127.0.0.1:{port}/hosts/{{host}}",
             "nameserver": ("127.0.0.1", transport.get_extra_info("sockname")[1]),
-            "allow_private": True,
+            "own": frozenset([f"http://127.0.0.1:{port}"]),
+            "rate": 500.0,
         },
     )
     transport.close()
@@ -335,7 +338,7 @@ async def test_what_fails_is_asked_again_ever_more_rarely(world: Any, store: Sto
         await until(pg, "SELECT count(*) FROM fastworker.identities WHERE attempts > 0", len(dids))
         await asyncio.sleep(0.3)
     assert await pg.fetchval(PENDING) == len(dids)
-    assert identity.FAILURES_MAX <= len(says.asked) < len(dids), "a failing directory is left alone"
+    assert 1 <= len(says.asked) <= 4, "a failing directory is left alone: only what was on the way"
     waits = await pg.fetch("SELECT DISTINCT resolve_after > now() + interval '20 seconds' FROM fastworker.identities")
     assert [row[0] for row in waits] == [True]
 
@@ -369,11 +372,20 @@ async def test_nothing_is_asked_about_who_forbids_it(world: Any, store: Store, p
     assert ALICE not in says.asked
 
 
+@contextlib.asynccontextmanager
+async def asking(servers: dict[str, Any], **others: Any) -> AsyncIterator[Directory]:
+    given = {**servers, **others}
+    async with Hosts(
+        given["plc_url"], own=given["own"], bounds=BOUNDS, rate=lambda _: 500.0, well_known=given["well_known"]
+    ) as hosts:
+        yield Directory(hosts, nameserver=given["nameserver"])
+
+
 async def test_failures_hold_nothing_until_a_collection() -> None:
     """The monitor grew by 2 KB a lookup: each failure held its traceback, and so every other failure."""
     dids = [f"did:plc:{letter * 24}" for letter in "abcdefgh"]
-    async with Directory(f"http://127.0.0.1:{free_port()}") as directory:
-        found = await gather(directory, dids, 8, 0)
+    async with Hosts(f"http://127.0.0.1:{free_port()}", bounds=BOUNDS) as hosts:
+        found = await gather(Directory(hosts), dids, 8, 0)
     for did in dids:
         error = found[did]
         assert isinstance(error, Unresolved)
@@ -385,12 +397,16 @@ async def test_private_hosts_are_not_asked(world: Any) -> None:
     says, servers = world
     says.is_called(ALICE, "alice.test")
     port = servers["plc_url"].split(":")[2].split("/")[0]
-    where = {"well_known": f"http://localhost:{port}/hosts/{{host}}", "nameserver": servers["nameserver"]}
-    async with Directory(servers["plc_url"], **where) as directory:
-        with pytest.raises(Unresolved, match="localhost is not asked: http is not https"):
+    local = {"well_known": f"http://localhost:{port}/hosts/{{host}}"}
+    async with asking(servers, **local) as directory:
+        with pytest.raises(Unresolved, match="http is not https"):
             await directory.handle_of(ALICE)
     assert "alice.test/atproto-did" not in says.asked
-    async with Directory(servers["plc_url"], allow_private=True, **where) as directory:
+    async with asking(servers, own=servers["own"] | {f"http://localhost:{port}"}, **local) as directory:
+        with pytest.raises(Unresolved, match="no public address"):
+            await directory.handle_of(ALICE)
+    assert "alice.test/atproto-did" not in says.asked, "the name's address is judged, too"
+    async with asking(servers) as directory:
         assert await directory.handle_of(ALICE) is None
     assert "alice.test/atproto-did" in says.asked, "it was the host that was refused"
 
@@ -399,9 +415,8 @@ async def test_private_hosts_are_not_asked(world: Any) -> None:
 @pytest.mark.parametrize(
     ("to", "why"),
     [
-        ("http://127.0.0.1:{port}/secret", "not https"),
-        ("/secret", "not https"),
-        ("//127.0.0.1:{port}/secret", "not https"),
+        ("http://localhost:{port}/secret", "not https"),
+        ("//localhost:{port}/secret", "not https"),
         ("https://127.0.0.1/secret", "not the name of a public host"),
         ("https://[64:ff9b::7f00:1]/secret", "not the name of a public host"),
         ("https://pds.example.com:{port}/secret", "port"),
@@ -427,49 +442,82 @@ async def test_redirects_are_judged_as_hosts_are(
         ]
 
     monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolve)
-    async with Directory(**servers) as directory:
+    async with asking(servers) as directory:
         with pytest.raises(Unresolved, match=why):
             await directory.handle_of(ALICE)
     assert "secret" not in says.asked
 
 
-async def test_redirects_end(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_redirects_end(world: Any) -> None:
     says, servers = world
-    monkeypatch.setattr(identity, "refusal", lambda _url: None)
-    monkeypatch.setattr(identity, "is_public", lambda _address: True)
     says.moved[ALICE] = f"/plc/{ALICE}"
-    async with Directory(**servers) as directory:
-        with pytest.raises(Unresolved, match="redirects"):
-            await directory.handle_of(ALICE)
-    assert len(says.asked) == 1 + identity.REDIRECTS_MAX
+    async with asking(servers) as directory:
+        assert await directory.handle_of(ALICE) is None
+    assert len(says.asked) == 1 + client.REDIRECTS_MAX
     says.moved[ALICE] = f"/plc/{BOB}"
     says.documents[BOB] = {"id": ALICE, "alsoKnownAs": ["at://alice.test"]}
     says.records["alice.test"] = [f"did={ALICE}"]
-    async with Directory(**servers) as directory:
+    async with asking(servers) as directory:
         assert await directory.handle_of(ALICE) == "alice.test"
 
 
-def test_a_failing_host_is_left_alone_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("fastworker.sync.identity.time.monotonic", lambda: now[0])
-    breaker = Breaker()
-    for _ in range(identity.FAILURES_MAX):
-        breaker.check("a.test")
-        breaker.failed("a.test")
-    with pytest.raises(Unresolved, match="left alone"):
-        breaker.check("a.test")
-    breaker.check("b.test")
-    now[0] += identity.OPEN_S + 1
-    breaker.check("a.test")
-    breaker.failed("a.test")
-    now[0] += identity.OPEN_S + 1
-    with pytest.raises(Unresolved):
-        breaker.check("a.test")
-    now[0] += identity.OPEN_S
-    breaker.check("a.test")
-    breaker.worked("a.test")
-    breaker.failed("a.test")
-    breaker.check("a.test")
+async def test_a_directory_that_limits_us_is_left_in_peace(
+    world: Any, store: Store, postgres_url: str, pg: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets no further request until the pause is over, and then every handle is verified all the same."""
+    monkeypatch.setattr(client, "PARK_S", 0.6)
+    says, servers = world
+    dids = ["did:plc:" + letter * 24 for letter in "abcdefghij"]
+    says.documents.update(dict.fromkeys(dids, 429))
+    await mark(store, *((did, None, 1) for did in dids))
+    async with resolving(postgres_url, servers):
+        async with asyncio.timeout(60):
+            while not says.asked:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        assert len(says.asked) <= 4, "those that were on the way"
+        for did in dids:
+            handle = f"{did[-1]}.test"
+            says.is_called(did, handle)
+            says.records[handle] = [f"did={did}"]
+        await until(pg, PENDING)
+    assert await pg.fetchval("SELECT count(*) FROM users WHERE handle <> 'handle.invalid'") == len(dids)
+
+
+async def test_no_host_of_handles_gets_more_than_its_rate(world: Any) -> None:
+    """Handles below one domain are one server's: they share its turns."""
+    says, servers = world
+    handles = [f"h{number}.social.test" for number in range(14)]
+    says.files.update(dict.fromkeys(handles, ALICE))
+    async with Hosts(
+        servers["plc_url"], own=servers["own"], bounds=BOUNDS, rate=lambda _: 5.0, well_known=servers["well_known"]
+    ) as hosts:
+        began = asyncio.get_running_loop().time()
+        await asyncio.gather(*(hosts.did_of(handle) for handle in handles))
+        took = asyncio.get_running_loop().time() - began
+    assert took >= 1.7, "five at once, then five a second"
+    assert len(says.asked) == len(handles)
+
+
+async def test_what_was_claimed_before_the_resolver_was_on_is_verified(
+    world: Any, store: Store, postgres_url: str, pg: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolver, "EARLIER_PIECE", 2)
+    says, servers = world
+    dids = ["did:plc:" + letter * 24 for letter in "abcde"]
+    for did in dids:
+        handle = f"{did[-1]}.test"
+        says.is_called(did, handle)
+        says.records[handle] = [f"did={did}"]
+    await mark(store, *((did, f"{did[-1]}.test", 1) for did in dids))  # the resolver is off: shown as claimed
+    assert await pg.fetchval(PENDING) == 0
+    assert await pg.fetchval("SELECT count(verified_handle) FROM fastworker.identities") == 0
+    async with resolving(postgres_url, servers):
+        await until(pg, "SELECT count(verified_handle) FROM fastworker.identities", len(dids))
+    asked = len(says.asked)
+    async with resolving(postgres_url, servers):  # once is enough
+        await asyncio.sleep(0.3)
+    assert len(says.asked) == asked
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])

@@ -72,6 +72,7 @@ OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
 CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
+OF_HOSTS = "tests/integration/test_hosts.py"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
@@ -85,6 +86,9 @@ MUTANTS = [
     _mutant("commits that the account did not sign", _VERIFY, OF_LEVELS, "if False:"),
     _mutant("ops that nothing proves", _VERIFY, OF_LEVELS, "if False:"),
     _mutant("a key that does not verify is never asked for again", "fastworker/reader/keys.py", OF_LEVELS, "if held is None:"),
+    _mutant("requests at once count as failures in a row", "fastworker/sync/hosts.py", OF_HOSTS, "if True:"),
+    _mutant("what waits for a slot does not see the pause", "fastworker/sync/hosts.py", OF_HOSTS, "if False:"),
+    _mutant("earlier claims are never verified", _STATEMENTS, RESOLVER, "AND false", "AND NOT i.resolve_pending"),
     # versions
     _mutant("no version guard", _BATCH, LAW, "return True"),
     _mutant("rev order turned", _BATCH, LAW, "return a_rev < b_rev"),
