@@ -33,7 +33,7 @@ from fastworker.store import routines, schema_admin
 from fastworker.store import statements as sql
 from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
-from fastworker.stream import feed
+from fastworker.stream import feed, members
 from fastworker.stream.scripts import script
 from fastworker.table.schema import (
     DERIVED,
@@ -180,6 +180,7 @@ async def test_both_services_run_with_what_is_printed(
                 DATABASE_URL=role("reader"),
                 RELAY_URL=relay.url,
                 FASTWORKER_STREAM_FORMAT="native",
+                FASTWORKER_STREAM_PARTITIONS="2",
                 FASTWORKER_STREAM_BYTES_MAX="1gb",
             )
         )
@@ -193,7 +194,7 @@ async def test_both_services_run_with_what_is_printed(
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
     assert allowed == allowed & (used | seen.known(in_scripts(feed))), "more is allowed than is used"
     assert in_scripts(feed) <= set(rights.COMMANDS["reader"])
-    assert in_scripts(stream) <= set(rights.COMMANDS["worker"])
+    assert in_scripts(stream, members) <= set(rights.COMMANDS["worker"])
 
     seen = Seen(client)
     worker = await asyncio.to_thread(
@@ -217,7 +218,7 @@ async def test_both_services_run_with_what_is_printed(
     used = seen.commands()
     allowed = seen.known(set(rights.COMMANDS["worker"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
-    assert allowed == allowed & (used | seen.known(in_scripts(stream, feed))), "more is allowed than is used"
+    assert allowed == allowed & (used | seen.known(in_scripts(stream, members, feed))), "more is allowed than is used"
     client.close()
 
 
@@ -257,7 +258,7 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
 
 
 def reader_statements() -> list[tuple[str, list[Any] | None]]:
-    return [(postgres_admin._FINISHED, None), (postgres_admin._NOTE_GAP, None)]
+    return [(postgres_admin._FINISHED, None), (postgres_admin._NOTE_GAP, None), (postgres_admin._NOTE_FLOOR, None)]
 
 
 POST, GENERATOR, LABELER = "at://did:web:a/app.bsky.feed.post/a", "at://generator", "at://labeler"
