@@ -485,12 +485,35 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="all",
         ),
     ] = ()
+    sync: Annotated[
+        bool,
+        _env(
+            "FASTWORKER_SYNC",
+            "worker up",
+            "Whether a process of the worker repairs accounts beside the stream: what events ask for, gaps, and what "
+            "random samples find. It connects to FASTWORKER_PLC_URL and to the hosts of accounts. See docs/repair.md.",
+            read=_flag,
+            allowed="on or off",
+            default="on",
+        ),
+    ] = True
+    sample_per_hour: Annotated[
+        int,
+        Meta(ge=0, le=3600),
+        _env(
+            "FASTWORKER_SAMPLE_PER_HOUR",
+            "worker up",
+            "Random accounts that are compared with their repositories in an hour, by all workers of a database "
+            "together; 0: none.",
+            read=_integer,
+        ),
+    ] = 60
     fetch_at_once: Annotated[
         int,
         Meta(ge=1, le=32),
         _env(
             "FASTWORKER_FETCH_AT_ONCE",
-            "repair backfill sample",
+            "worker up repair backfill sample",
             "Repositories that one process fetches at the same time, four of one host at most.",
             read=_integer,
         ),

@@ -198,7 +198,7 @@ def _refusal(missing: list[str]) -> str:
 
 
 # The SQL files are written for these patterns: one column per line, types without spaces.
-_TABLE = re.compile(r"^CREATE TABLE (\S+) \(\n(.*?)\n\);$", re.MULTILINE | re.DOTALL)
+_TABLE = re.compile(r"^CREATE TABLE (\S+) \(\n(.*?)\n\)(?: WITH \(.*?\))?;$", re.MULTILINE | re.DOTALL)
 _COLUMN = re.compile(r"^    ([a-z]\w*) ([a-z]\S*?)(?=[ ,]|$)(.*)$", re.MULTILINE)
 _KEY = re.compile(r"^    PRIMARY KEY \((.*)\)", re.MULTILINE)
 _ADDED = re.compile(r"^ALTER TABLE (\S+) ADD COLUMN ([a-z]\w*) ([a-z]\S*?)(?=[ ;])", re.MULTILINE)

@@ -323,12 +323,14 @@ class Listed:
 
     def __init__(self, dids: Sequence[str]) -> None:
         self._waiting = list(dict.fromkeys(dids))
+        self.hosts: dict[str, str] = {}
 
     async def claim(self, many: int, priority_max: int) -> list[Claim]:  # noqa: ARG002 - as Queue
         claimed, self._waiting = self._waiting[:many], self._waiting[many:]
         return [Claim(did, "", "operator", OPERATOR, None, 0) for did in claimed]
 
-    async def moved(self, did: str, host: str) -> bool:  # noqa: ARG002
+    async def moved(self, did: str, host: str) -> bool:
+        self.hosts[did] = host
         return True
 
     async def done(self, did: str, rev: str, seq: int, records: int, size: int, differences: int) -> None:

@@ -171,6 +171,9 @@ def translate(error: Exception, place: str = "") -> Exception:
             f"this server lacks a command that is needed ({redact(str(error))[:60]}): REDIS_URL must name a Redis or "
             "Valkey, 6.2 or newer, not Sentinel's port (26379 as a rule) or a proxy"
         )
+    if code == "NOGROUP" or (isinstance(error, exceptions.ResponseError) and "no such key" in str(error).lower()):
+        # Between two commands: whoever needs stream or group finds out at the next attempt, and makes it.
+        return StreamUnavailable(f"Redis{at} has no such stream or group: somebody removed it at this moment")
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StreamUnavailable("Redis did not answer in time")
     if isinstance(error, RuntimeError):

@@ -247,7 +247,8 @@ class Feed:
         """Tell the workers how many there are, before anything is appended to them."""
         self._partitions = count
         known = (await declare(self._redis, self._stream, count)).known
-        self._parts = [_Partition(self._redis, self._stream, self._group, n) for n in range(known)]
+        more = range(len(self._parts), known)  # of the others we remember how far they were finished
+        self._parts = self._parts[:known] + [_Partition(self._redis, self._stream, self._group, n) for n in more]
 
     async def run_id(self) -> str:
         """Names this run of the server: another one means that it restarted or that another took over."""

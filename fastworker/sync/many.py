@@ -77,11 +77,13 @@ class Waiting(Protocol):
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """`tries`: after so many failures of the passing kind an account is refused. `priority_max`: the lowest class that
-    is worked on. `accept_older`: also repositories that are older than what is stored."""
+    is worked on. `accept_older`: also repositories that are older than what is stored. `waits`: also for those that
+    may not be tried yet."""
 
     priority_max: int
     tries: int = 1
     accept_older: bool = False
+    waits: bool = True
 
 
 class Live:
@@ -196,7 +198,7 @@ class Many:
                     await asyncio.wait(running, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 elif feeding is not None and not feeding.done():
                     await asyncio.sleep(LOOK_S)
-                elif not left.waiting and not left.fetching:
+                elif (not left.waiting and not left.fetching) or not (claimed or work.waits):
                     break
                 else:
                     await asyncio.sleep(min(max(left.next_s, LOOK_S), 2.0))
@@ -323,7 +325,7 @@ async def settle_all(
     stop: asyncio.Event,
     *,
     feed: Callable[[], Awaitable[None]] | None = None,
-    only: list[str] | None = None,
+    only: Listed | None = None,
     repaired: Callable[[str, int], Awaitable[None]] | None = None,
     keep: Keep | None = None,
 ) -> ExitCode:
@@ -335,7 +337,7 @@ async def settle_all(
         if repaired is not None:
             await repaired(did, seq)
 
-    waiting: Waiting = scene.queue if only is None else Listed(only)
+    waiting: Waiting = scene.queue if only is None else only
     settle = Settle(scene.stored, scene.store if only is None else None)
     many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget, keep)
     try:

@@ -1075,6 +1075,38 @@ async def test_what_somebody_removes_unread_comes_again_or_is_told(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("is_read_at_once", [False, True])
+async def test_an_older_stream_that_takes_the_place_of_ours(
+    relay: Relay, redis: Redis, redis_url: str, is_read_at_once: bool
+) -> None:
+    """RENAME, and back later: what came meanwhile is on neither."""
+    await redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    stored: set[int] = set()
+    async with reading(settings(redis_url, relay)) as stats:
+        relay.add(*range(1, 31))
+        await until(cursor_is(redis, 30))
+        stored |= await _read(redis, 30)
+        await until(lambda: redis.get(USUAL.finished))
+        await redis.rename(STREAM, "elsewhere")
+        relay.add(*range(31, 41))
+        await until(cursor_is(redis, 40))
+        await redis.rename("elsewhere", STREAM)
+        if is_read_at_once:
+            stored |= await _read(redis, 100)
+        relay.add(41)
+        await until(lambda: stats.last_seq == 41)
+        await until(cursor_is(redis, 41))
+
+        async def all_are_stored() -> bool:
+            stored.update(await _read(redis, 100))
+            return stored >= set(range(1, 42))
+
+        await until(all_are_stored)
+    assert await redis.llen(USUAL.gaps) == 0
+
+
+@pytest.mark.usefixtures("quick")
 async def test_a_stream_that_is_lost_while_no_reader_runs(relay: Relay, redis: Redis, redis_url: str) -> None:
     await redis.xgroup_create(STREAM, "firehose-processors", id="0", mkstream=True)
     await redis.set(CURSOR, "0")

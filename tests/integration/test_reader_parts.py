@@ -100,7 +100,13 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
         ),
         (exceptions.ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE", Unreachable),
         (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", Unreachable),
-        (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", exceptions.ResponseError),
+        (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", StreamUnavailable),
+        (exceptions.ResponseError("no such key"), "", StreamUnavailable),
+        (
+            exceptions.ResponseError("Command # 2 (XINFO GROUPS x) of pipeline caused error: no such key"),
+            "",
+            StreamUnavailable,
+        ),
         (exceptions.ResponseError("wrong number of arguments"), "", exceptions.ResponseError),
         (exceptions.ResponseError("unknown command 'TIME', with args beginning with:"), "", Unreachable),  # a Sentinel
     ],

@@ -24,7 +24,8 @@ local entries, length, empty = tonumber(ARGV[6]), 0, {}
 for p = 0, others do
   local found = redis.call('XLEN', stream_of(p))
   length = length + found
-  if found == 0 then empty[#empty + 1] = p end
+  local tail = others == 0 and found > 0 and redis.call('GET', tail_of(p))
+  if found == 0 or (tail and not redis.call('XRANGE', stream_of(p), tail, tail)[1]) then empty[#empty + 1] = p end
 end
 if entries > 0 and length + entries > tonumber(ARGV[7]) then return {'full', ''} end
 for _, p in ipairs(empty) do

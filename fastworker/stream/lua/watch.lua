@@ -2,8 +2,8 @@
 -- unread id at the last look or '', the seq and host up to which all is appended or ''. Answers whether an unread entry is
 -- gone, the newest finished mark, the first unread id, and to
 -- where the reader has to go back because PostgreSQL did.
--- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that lies before
--- the first entry of the stream, was removed by somebody else. What is pending they hold.
+-- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that is not on the
+-- stream, was removed by somebody else, or the stream with it. What is pending they hold.
 -- include ids
 if ARGV[2] ~= '' then
   if redis.call('LLEN', KEYS[2]) >= tonumber(ARGV[3]) then redis.call('RPOP', KEYS[2]) end
@@ -29,9 +29,8 @@ while mark do
   mark = redis.call('LINDEX', KEYS[2], 0)
 end
 local unread = exists and redis.call('XRANGE', KEYS[1], '(' .. read, '+', 'COUNT', 1)[1]
-local first = exists and redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
 local function gone(id)
-  return before(read, id) and (not first or before(id, first[1]))
+  return before(read, id) and not (exists and redis.call('XRANGE', KEYS[1], id, id)[1])
 end
 local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
 -- Of the marks, too, that lie behind one which somebody holds.
