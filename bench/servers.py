@@ -107,6 +107,7 @@ def environment(running: Servers, **settings: object) -> dict[str, str]:
         "DATABASE_URL": running.postgres.url,
         "FASTWORKER_HTTP_PORT": "off",
         "FASTWORKER_RESOLVE_HANDLES": "off",
+        "FASTWORKER_SYNC": "off",
         "LOG_LEVEL": "WARNING",
         **{name: str(value) for name, value in settings.items()},
     }

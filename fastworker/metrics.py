@@ -129,6 +129,19 @@ CONNECTIONS = _gauge(
 )  # fmt: skip
 CONNECTIONS_MAX = _gauge("connections_max", "DB_POOL_SIZE: most PostgreSQL connections of this worker.")
 
+# The syncer (FASTWORKER_SYNC), by what it left in Redis.
+GAPS_OPEN = _gauge("gaps_open", "Gaps in fastworker.gaps that are not closed: their accounts are not all repaired.")
+REPAIRS_WAITING = _gauge("repairs_waiting", "Accounts that wait to be settled; backfills are not among them.")
+REPAIR_OLDEST = _gauge("repair_oldest_seconds", "Seconds since the oldest repair that is not done was asked for.")
+REPAIRS_REFUSED = _gauge("repairs_refused", "Repairs that were given up; fastworker.repos.error says why.")
+REPAIRS_MENDED = _gauge("repair_differences", "Differences that repairs mended in the last day, by reason.", "reason")
+TRUTH = _gauge(
+    "truth_ratio", "Share of the rows of each table that agree with the repositories, by the samples of the last day.",
+    "table",
+)  # fmt: skip
+TRUTH_LOW = _gauge("truth_low", "Lower end of the 95 % interval (Wilson) of truth_ratio.", "table")
+TRUTH_SAMPLES = _gauge("truth_samples", "Accounts sampled in the last day.")
+
 # The reader.
 READER_CONNECTED = _gauge("reader_connected", "1 while the WebSocket is open.", "relay")
 READER_FRAMES = _counter("reader_frames", "Frames received.")
@@ -199,7 +212,9 @@ UP_METRICS: Final = METRICS
 
 OF_STREAM: Final = _READER_ONLY | {
     STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, STREAM_FULL_SECONDS, LAG_ENTRIES, LAG_SECONDS, GROUP_LAG,
-    PARTITION_LAG, PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED,
+    PARTITION_LAG,
+    PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED, GAPS_OPEN, REPAIRS_WAITING,
+    REPAIR_OLDEST, REPAIRS_REFUSED, REPAIRS_MENDED, TRUTH, TRUTH_LOW, TRUTH_SAMPLES,
 }  # fmt: skip
 """Every worker on one stream reports these of the whole stream: over several workers their `max`, never their sum."""
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("FASTWORKER_SYNC", "off")  # nor that; test_syncer.py has servers
 os.environ.setdefault("FASTWORKER_RESOLVE_HANDLES", "off")  # no test asks the network; test_resolver.py has servers
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)  # aiohttp reads the system's certificates at every start: 0.1 s
 _numbers = itertools.count(1)

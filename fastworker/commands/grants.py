@@ -47,6 +47,10 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.refused": _KEEP,
         "fastworker.floors": _ALL,
         "fastworker.repos": _KEEP,
+        "fastworker.hosts": _KEEP,
+        "fastworker.sweeps": _KEEP,
+        "fastworker.gaps": _KEEP,
+        "fastworker.samples": ("SELECT", "INSERT", "DELETE"),
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty, to say where new
     # partitions begin, and to note what `--from` passes over.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode
 from fastworker.event.syntax import is_did
-from fastworker.store.repos import OPERATOR, REPAIR, Wanted
+from fastworker.store.repos import OPERATOR, REPAIR, Listed, Wanted
 from fastworker.sync.gaps import close_gaps, read_gaps
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import read_host, relay_of
@@ -42,7 +42,7 @@ async def _repair(scene: Scene, options: RepairOptions, stop: asyncio.Event) -> 
     report = Report(dry_run=options.dry_run)
     work = Work(priority_max=REPAIR, accept_older=options.accept_older)
     if options.dry_run:
-        return await settle_all(scene, report, work, stop, only=[*options.dids, *recorded])
+        return await settle_all(scene, report, work, stop, only=Listed([*options.dids, *recorded]))
 
     async def feed() -> None:
         if options.host is not None:

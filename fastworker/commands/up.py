@@ -51,6 +51,10 @@ def supervise(
         worker_child(worker),
         ChildSpec("monitor", partial(_monitor_main, config, http, heartbeats, with_reader)),
     ]
+    if config.sync and (why := _no_sync()) is None:
+        specs.append(ChildSpec("syncer", partial(_syncer_main, config)))
+    elif config.sync:
+        log.warning("FASTWORKER_SYNC: nothing is repaired and sampled: %s", why)
     if with_reader:
         specs.append(ChildSpec("reader", partial(_reader_main, config)))
     log.info(
@@ -68,6 +72,25 @@ def supervise(
         notify_socket=notify_socket,
         servers=servers,
     ).run()
+
+
+def _no_sync() -> str | None:
+    """Why there can be no syncer."""
+    try:
+        import fastworker.sync.keys  # noqa: F401, PLC0415 - needs the extra `verify`
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _syncer_main(config: Config, slot: Slot) -> int:
+    from fastworker.sync.syncer import run_syncer  # noqa: PLC0415 - needs the extra `verify`
+
+    async def main(slot: Slot, stopping: asyncio.Event) -> None:
+        slot.set(ready=1, state=State.RUNNING)
+        await run_syncer(config, stopping)
+
+    return run_child(slot, main)
 
 
 def _monitor_main(config: Config, http: HttpSettings, heartbeats: Heartbeats, with_reader: bool, slot: Slot) -> int:

@@ -13,8 +13,11 @@ from fastworker.monitor.page import Card, Chart, Page, Wait, Worker
 from fastworker.monitor.reader_port import cards as reader_cards
 from fastworker.monitor.readiness import FRESH_S
 from fastworker.monitor.view import Reading, View
+from fastworker.sync.told import RepairStatus
 
 LONG_S: Final = 60.0  # what waits longer is shown in red
+LATE_S: Final = 3_600.0  # a repair that waits longer
+TRUE: Final = 0.999
 OUTCOME_TITLES: Final = {
     "committed": "committed",
     "nothing_to_store": "nothing to store",
@@ -74,10 +77,26 @@ def _cards(view: View, reading: Reading) -> dict[str, list[Card]]:
             Card("not accounted for", reading.unaccounted, bad=(reading.unaccounted or 0) < 0),
         ],
     }
+    if (repair := reading.repair) is not None:
+        cards["Equal to the network"] = _repair_cards(repair)
     if reading.reader is not None:
         told_s = reading.reader_age_s + view.age_s
         cards["Reader"] = [*reader_cards(reading.reader, None), Card("told", told_s, "s ago", bad=told_s > FRESH_S)]
     return cards
+
+
+def _repair_cards(repair: RepairStatus) -> list[Card]:
+    worst = min(repair.tables.values(), key=lambda one: one.truth, default=None)
+    truth = f"{worst.truth:.4%}" if worst is not None else "no sample yet"
+    return [
+        Card("truth", truth, bad=worst is not None and worst.truth < TRUE),
+        Card("sampled", repair.samples, "accounts a day"),
+        Card("gaps open", repair.gaps_open, bad=repair.gaps_open > 0),
+        Card("repairs waiting", repair.waiting + repair.fetching, bad=repair.oldest_s > LATE_S),
+        Card("oldest repair", repair.oldest_s, "s", bad=repair.oldest_s > LATE_S),
+        Card("mended", sum(one.differences for one in repair.mended.values()), "rows a day"),
+        Card("repairs given up", repair.refused),
+    ]
 
 
 def _waiting(view: View, reading: Reading) -> list[Wait]:

@@ -19,6 +19,8 @@ from fastworker.config import Config
 from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
+from fastworker.stream.repairs import repairs_told
+from fastworker.sync.told import Mended, RepairStatus, TableTruth
 
 GAPS_SHOWN: Final = 3
 
@@ -177,6 +179,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     partitions: Annotated[
         list[PartitionStatus], _is("Of the stream, where it has several; the other members are their sums.")
     ] = []
+    repair: Annotated[RepairStatus | None, _is("The syncer; null when none told anything within an hour.")] = None
 
 
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,6 +300,7 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         reader=await _reader(admin, config),
         workers=told_workers(await admin.statuses()),
         partitions=partitions_of(stream, config.group, server.time_ms),
+        repair=told_repairs(await repairs_told(admin)),
     ), reading
 
 
@@ -331,6 +335,14 @@ def _gaps(texts: list[bytes]) -> list[Gap]:
     return found
 
 
+def told_repairs(text: bytes | None) -> RepairStatus | None:
+    """What a syncer told lately. What is not understood is of another release."""
+    try:
+        return None if text is None else msgspec.json.decode(text, type=RepairStatus)
+    except msgspec.MsgspecError:
+        return None
+
+
 def told_workers(statuses: Mapping[str, str]) -> list[WorkerStatus]:
     """Workers that told something lately, by owner. What is not understood is of another release and is left out."""
     workers = []
@@ -355,13 +367,26 @@ def markdown() -> str:
         "another meaning. Ages and lags are seconds, sizes bytes; rates are per second, over the last half second or,",
         "with `--watch`, over the last five.",
     ]
-    for struct in (Status, ReaderStatus, Gap, GroupStatus, PartitionStatus, WorkerStatus, ProcessStatus):
+    for struct in (
+        Status,
+        ReaderStatus,
+        Gap,
+        GroupStatus,
+        PartitionStatus,
+        WorkerStatus,
+        ProcessStatus,
+        RepairStatus,
+        Mended,
+        TableTruth,
+    ):
         assert struct.__doc__ is not None
         lines += ["", f"## {struct.__name__}", "", struct.__doc__, "", "| member | type | meaning |", "|---|---|---|"]
         for name, hint in get_type_hints(struct, include_extras=True).items():
             kind, meta = get_args(hint)
-            words = (kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)).replace(
-                f"{__name__}.", ""
+            words = (
+                (kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind))
+                .replace(f"{__name__}.", "")
+                .replace(f"{RepairStatus.__module__}.", "")
             )
             lines.append(f"| `{name}` | {words.replace(' | ', ' or ').replace('None', 'null')} | {meta.description} |")
     return "\n".join([*lines, ""])

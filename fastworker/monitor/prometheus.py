@@ -12,6 +12,7 @@ from fastworker.monitor.facts import partitions_of
 from fastworker.monitor.reader_port import put_figures
 from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.board import FLUSH_ENTRIES, FLUSH_MS, LATENCY_MS, State, now_ms
+from fastworker.sync.told import RepairStatus
 
 GROUPS_SHOWN: Final = 20
 """Series of a label that others choose: our group and those with the most lag."""
@@ -42,6 +43,8 @@ def _of_redis(figures: Figures, view: View, reading: Reading) -> None:
     figures.set(m.STREAM_FULL_SECONDS, view.full_s)
     if view.stream_bytes is not None:
         figures.set(m.STREAM_BYTES, view.stream_bytes)
+    if reading.repair is not None:
+        _of_repairs(figures, reading.repair)
     for outcome in m.OUTCOMES:
         figures.set(m.ENTRIES, reading.ledger.get(outcome, 0), outcome)
     for reason in m.DROPS.closed:
@@ -58,6 +61,20 @@ def _of_redis(figures: Figures, view: View, reading: Reading) -> None:
     figures.set(m.LAG_SECONDS, ours.unfinished_s)
     figures.set(m.PENDING, ours.pending)
     figures.set(m.PENDING_AGE, ours.pending_s)
+
+
+def _of_repairs(figures: Figures, repair: RepairStatus) -> None:
+    m = metrics
+    figures.set(m.GAPS_OPEN, repair.gaps_open)
+    figures.set(m.REPAIRS_WAITING, repair.waiting + repair.fetching)
+    figures.set(m.REPAIR_OLDEST, repair.oldest_s)
+    figures.set(m.REPAIRS_REFUSED, repair.refused)
+    for reason, one in repair.mended.items():
+        figures.set(m.REPAIRS_MENDED, one.differences, reason[:LABEL_MAX])
+    figures.set(m.TRUTH_SAMPLES, repair.samples)
+    for table, truth in repair.tables.items():
+        figures.set(m.TRUTH, truth.truth, table)
+        figures.set(m.TRUTH_LOW, truth.low, table)
 
 
 def _of_processes(figures: Figures, view: View) -> None:

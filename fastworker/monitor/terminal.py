@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastworker.monitor.facts import Status
+from fastworker.sync.told import RepairStatus
 
 TREND: Final = 44  # looks shown as a line
 _BARS: Final = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -80,6 +81,18 @@ def _written(status: Status) -> str:
     return ", ".join(f"{table} {per_s:,.1f}" for table, per_s in busiest if per_s >= 0.05)
 
 
+def _repairs(repair: RepairStatus) -> Text:
+    waiting = repair.waiting + repair.fetching
+    words = f"{waiting:,} waiting" + (f", oldest {_seconds(repair.oldest_s)}" if waiting else "")
+    words += f", {repair.gaps_open:,} gaps open" if repair.gaps_open else ""
+    if repair.tables:
+        name, worst = min(repair.tables.items(), key=lambda one: one[1].truth)
+        words += f"; truth {worst.truth:.4%} or more ({name}), {repair.samples:,} accounts sampled"
+    if repair.error:
+        words += f"; waits: {repair.error}"
+    return Text(words, style="yellow" if repair.gaps_open or repair.error else "")
+
+
 def _overview(status: Status) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -98,6 +111,8 @@ def _overview(status: Status) -> RenderableType:
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gap.at))
         after = "where it was" if gap.after is None else f"{gap.after}"
         table.add_row("gap", Text(f"{day} UTC {gap.relay}: {after} to {gap.resumed}, {gap.reason}", style="yellow"))
+    if status.repair is not None:
+        table.add_row("repairs", _repairs(status.repair))
     share = 100 * status.stream_entries / status.stream_entries_max
     size = "" if status.stream_bytes is None else f", {_bytes(status.stream_bytes)}"
     table.add_row("stream", f"{status.stream_entries:,} entries ({share:.0f} % of the limit){size}")

@@ -13,6 +13,7 @@ from fastworker.process.board import HISTOGRAMS, Snapshot, State
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream.admin import Stream
 from fastworker.stream.letters import Letter
+from fastworker.sync.told import RepairStatus
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +30,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     reader: ReaderStats | None
     """Of the stream's reader, wherever it runs."""
     reader_age_s: float
+    repair: RepairStatus | None = None
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ import asyncpg
 
 from fastworker.errors import StoreUnavailable
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
+from fastworker.store.statements import FOLLOWED
 from fastworker.table.chosen import WHOLE, Part
 
 CLAIM_S: Final = 120
@@ -253,6 +254,10 @@ class Queue:
             )
         )
 
+    async def followed(self, dids: Sequence[str]) -> list[str]:
+        """Whom these accounts follow, as far as the tables know."""
+        return [did for (did,) in await self.rows(FOLLOWED, list(dids))]
+
     # --- hosts
 
     async def turn(self, host: str, every_s: float) -> float:
@@ -323,12 +328,14 @@ class Listed:
 
     def __init__(self, dids: Sequence[str]) -> None:
         self._waiting = list(dict.fromkeys(dids))
+        self.hosts: dict[str, str] = {}
 
     async def claim(self, many: int, priority_max: int) -> list[Claim]:  # noqa: ARG002 - as Queue
         claimed, self._waiting = self._waiting[:many], self._waiting[many:]
         return [Claim(did, "", "operator", OPERATOR, None, 0) for did in claimed]
 
-    async def moved(self, did: str, host: str) -> bool:  # noqa: ARG002
+    async def moved(self, did: str, host: str) -> bool:
+        self.hosts[did] = host
         return True
 
     async def done(self, did: str, rev: str, seq: int, records: int, size: int, differences: int) -> None:

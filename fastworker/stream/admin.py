@@ -242,7 +242,7 @@ class RedisAdmin:
     def __init__(self, redis: Redis, stream_key: str) -> None:
         self.redis = self._redis = redis
         self._key = stream_key
-        self._keys = Keys(stream_key)
+        self.keys = self._keys = Keys(stream_key)
         self._retry = redis.register_script(script("retry"))
         self._append = redis.register_script(script("append_if_room"))
         self._forget = redis.register_script(script("forget"))

@@ -65,6 +65,8 @@ class _StreamKeys:
         self.repairs: Final = _key("fastworker:repairs", *of_stream)
         """Hash: DID -> JSON {rev, seq, relay, time} of its newest #sync (JSON form only; other forms put it on the
         stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
+        self.repair_status: Final = _key("fastworker:repair", *of_stream)
+        """String: JSON of what the syncer last told: gaps, repairs, samples; for an hour."""
         self.unverified: Final = _key("fastworker:unverified", *of_stream)
         """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
         (FASTWORKER_VERIFY)."""

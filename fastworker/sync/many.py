@@ -26,6 +26,7 @@ import msgspec
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.event.repository import Repository
+from fastworker.store.chosen_accounts import read_accounts
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import (
     AGAIN_S,
@@ -77,11 +78,13 @@ class Waiting(Protocol):
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """`tries`: after so many failures of the passing kind an account is refused. `priority_max`: the lowest class that
-    is worked on. `accept_older`: also repositories that are older than what is stored."""
+    is worked on. `accept_older`: also repositories that are older than what is stored. `waits`: also for those that
+    may not be tried yet."""
 
     priority_max: int
     tries: int = 1
     accept_older: bool = False
+    waits: bool = True
 
 
 class Live:
@@ -196,7 +199,7 @@ class Many:
                     await asyncio.wait(running, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 elif feeding is not None and not feeding.done():
                     await asyncio.sleep(LOOK_S)
-                elif not left.waiting and not left.fetching:
+                elif (not left.waiting and not left.fetching) or not (claimed or work.waits):
                     break
                 else:
                     await asyncio.sleep(min(max(left.next_s, LOOK_S), 2.0))
@@ -310,6 +313,8 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             if hosts is None:
                 hosts = await stack.enter_async_context(Hosts(config.plc_url))
             hosts.share(queue)
+            if config.accounts is not None:
+                await read_accounts(config.accounts, queue.followed)
             folder = stack.enter_context(spool())
             yield Scene(config, admin, Live(admin, config), stored, store, queue, hosts, folder)
     except (StoreUnavailable, StreamUnavailable) as error:
@@ -323,7 +328,7 @@ async def settle_all(
     stop: asyncio.Event,
     *,
     feed: Callable[[], Awaitable[None]] | None = None,
-    only: list[str] | None = None,
+    only: Listed | None = None,
     repaired: Callable[[str, int], Awaitable[None]] | None = None,
     keep: Keep | None = None,
 ) -> ExitCode:
@@ -335,7 +340,7 @@ async def settle_all(
         if repaired is not None:
             await repaired(did, seq)
 
-    waiting: Waiting = scene.queue if only is None else Listed(only)
+    waiting: Waiting = scene.queue if only is None else only
     settle = Settle(scene.stored, scene.store if only is None else None)
     many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget, keep)
     try:

@@ -246,6 +246,7 @@ def shell(tools: Path, servers: tuple[EmbeddedPostgres, EmbeddedRedis]) -> Itera
             "DATABASE_URL": postgres.url,
             "RELAY_URL": "ws://127.0.0.1:2470",
             "FASTWORKER_RESOLVE_HANDLES": "off",
+            "FASTWORKER_SYNC": "off",
         },
     )
     with (Path(tempfile.gettempdir()) / f"fastworker-docs-{os.getuid()}.lock").open("w") as lock:

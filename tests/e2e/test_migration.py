@@ -167,6 +167,7 @@ async def test_there_and_back(
         "FASTWORKER_PROCESSES": "2" if seconds >= 60 else "1",
         "FASTWORKER_KEEP_SECONDS": "3600",
         "FASTWORKER_RESOLVE_HANDLES": "off",
+        "FASTWORKER_SYNC": "off",
     }
     command, config = Command(env), parse_config(env)
     is_long = seconds >= 60  # and then the old worker is cut off, so that it leaves entries pending

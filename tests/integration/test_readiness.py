@@ -58,7 +58,12 @@ class House:
         self.postgres.start()
         self.redis.start()
         self.worker_port, self.reader_port = free_port(), free_port()
-        env = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url, "FASTWORKER_RESOLVE_HANDLES": "off"}
+        env = {
+            "REDIS_URL": self.redis.url,
+            "DATABASE_URL": self.postgres.url,
+            "FASTWORKER_RESOLVE_HANDLES": "off",
+            "FASTWORKER_SYNC": "off",
+        }
         assert start("migrate", **env).process.wait(60) == 0
         self.relay = start("relay", "--rate", "20", "--port", "0")
         url = self.relay.wait_for("RELAY_URL=(.+)")[1]

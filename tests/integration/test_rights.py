@@ -29,12 +29,13 @@ from fastworker.law.model import Model
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.store import admin as postgres_admin
-from fastworker.store import routines, schema_admin
+from fastworker.store import repos, routines, schema_admin
 from fastworker.store import statements as sql
 from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
 from fastworker.stream import feed
 from fastworker.stream.scripts import script
+from fastworker.sync import gaps, syncer, tell
 from fastworker.table.schema import (
     DERIVED,
     FEED_GENERATORS,
@@ -59,6 +60,7 @@ def fastworker(*words: str, **env: str) -> subprocess.Popen[str]:
             "PYTHONPATH": str(ROOT),
             "FASTWORKER_HTTP_PORT": "off",
             "FASTWORKER_RESOLVE_HANDLES": "off",
+            "FASTWORKER_SYNC": "off",
             **env,
         },
         stdout=subprocess.PIPE,
@@ -237,6 +239,9 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found = [
         text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
     ]
+    for module in (repos, gaps, tell, syncer):  # of the syncer
+        mine = [value for name, value in vars(module).items() if name.startswith("_") and isinstance(value, str)]
+        found += [text for text in mine if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)]
     found += [*sql.CIDS.values()]
     for table in TABLES:
         found += [make(table) for make in (sql.insert, sql.lock, sql.update, sql.delete, sql.absent)]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from fastworker.commands import sample as sampling
-from fastworker.commands.sample import sample, truth_of, wilson
+from fastworker.commands.sample import sample
 from fastworker.errors import ExitCode, Unreachable
+from fastworker.sync import sampling
+from fastworker.sync.sampling import truth_of, wilson
 from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import Service
 

@@ -128,7 +128,7 @@ async def test_a_failover_under_load_loses_nothing(
     frames = list(Network("sentinel", accounts=200).frames(FRAMES))
     env = {
         "REDIS_URL": watched.url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "off",
-        "FASTWORKER_STREAM_FORMAT": "native", "FASTWORKER_RESOLVE_HANDLES": "off",
+        "FASTWORKER_STREAM_FORMAT": "native", "FASTWORKER_RESOLVE_HANDLES": "off", "FASTWORKER_SYNC": "off",
     }  # fmt: skip
     async with SimRelay(frames, rate=1_000, start="oldest", wait_for_client=True) as relay:
         services("worker", **env).wait_for("worker-1 .* is ready")

@@ -31,7 +31,12 @@ def scrape(port: int) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
 def test_each_reports_the_whole_stream_and_its_own_part(
     services: Callable[..., Service], redis_url: str, postgres_url: str, tmp_path: Path
 ) -> None:
-    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_RESOLVE_HANDLES": "off"}
+    env = {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": postgres_url,
+        "FASTWORKER_RESOLVE_HANDLES": "off",
+        "FASTWORKER_SYNC": "off",
+    }
     assert run("migrate", **env).returncode == 0
     relay = services("relay", "--events", str(EVENTS), "--rate", "300", "--port", "0")
     env["FASTWORKER_HTTP_PORT"] = "0"

@@ -38,7 +38,7 @@ async def test_the_status_page(
 ) -> None:
     relay = services("relay", "--rate", str(RATE), "--port", "0")
     env = {"RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
-    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", **env)
+    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", FASTWORKER_SYNC="off", **env)
     port = int(up.wait_for(r"HTTP on http://127.0.0.1:(\d+)", 60)[1])
     with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
         client.xadd("firehose:events", {"type": "commit", "data": "{<b>not JSON</b>", "seq": "1"})
@@ -167,7 +167,7 @@ def test_the_live_view_in_a_terminal_of_80_columns(
         pytest.skip("tmux is not there: apt-get install tmux")
     relay = services("relay", "--rate", str(RATE), "--port", "0")
     env = {"RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
-    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", **env)
+    up = services("up", FASTWORKER_HTTP_PORT="0", FASTWORKER_RESOLVE_HANDLES="off", FASTWORKER_SYNC="off", **env)
     up.wait_for("Processed", 60)
 
     def ask(*args: str) -> str:

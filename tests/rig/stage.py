@@ -226,6 +226,7 @@ class Stage:
             "FASTWORKER_RESOLVE_HANDLES": "off",
             "CHAOS_CLOCK": str(self.clock),
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "FASTWORKER_SYNC": "off",
             **self._env,
         }
         self.redis = Redis.from_url(

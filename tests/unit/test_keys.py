@@ -46,6 +46,7 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:reads",
         "fastworker:relay",
         "fastworker:relays",
+        "fastworker:repair",
         "fastworker:repairs",
         "fastworker:status:worker",
         "fastworker:tail",

@@ -1,0 +1,272 @@
+"""The syncer beside a running worker, on simulated hosts: what events ask for, gaps and samples are repaired by itself."""
+
+# ruff: noqa: F811 - fixtures of another file
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+from fastworker.config import Config, parse_config
+from fastworker.errors import ConfigError
+from fastworker.simulator.hosts import SimHosts
+from fastworker.sync import sampling, syncer
+from fastworker.sync.choice import Choice
+from fastworker.sync.history import asked_for
+from fastworker.sync.syncer import run_syncer
+from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
+from tests.services import Service
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(syncer, "ROUND_S", 0.3)
+    monkeypatch.setattr(sampling, "AGAIN_S", 0.1)
+
+
+@contextlib.asynccontextmanager
+async def syncing(scene: Scene, **changes: Any) -> AsyncIterator[None]:
+    config: Config = msgspec.structs.replace(scene.config, sample_per_hour=0, **changes)
+    stop = asyncio.Event()
+    task = asyncio.create_task(run_syncer(config, stop, hosts=scene.hosts))
+    try:
+        yield
+    finally:
+        stop.set()
+        async with asyncio.timeout(60):
+            await task
+
+
+async def until(fact: Callable[[], Awaitable[Any]], limit_s: float = 90.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not await fact():
+            await asyncio.sleep(0.1)
+
+
+def told(scene: Scene) -> dict[str, Any]:
+    text: Any = scene.client.get("fastworker:repair")
+    return json.loads(text) if text else {}
+
+
+def note(scene: Scene, dids: list[str]) -> None:
+    """As the reader records a #sync, or a broken chain."""
+    for did in dids:
+        scene.client.hset("fastworker:repairs", did, json.dumps({"reason": "break"}))
+
+
+async def test_what_events_ask_for_is_repaired(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
+    scene.happen(500, lose=lambda n: n % 3 == 0)
+    await scene.finished()
+    assert await scene.differences(pg) != "no difference"
+    note(scene, [one.did for one in scene.network.world.accounts()])
+    async with syncing(scene):
+
+        async def forgotten() -> bool:
+            return not scene.client.hlen("fastworker:repairs")
+
+        await until(forgotten)
+
+        async def is_told() -> bool:
+            return bool(told(scene).get("mended")) and not told(scene)["waiting"] + told(scene)["fetching"]
+
+        await until(is_told)
+    assert await scene.differences(pg) == "no difference"
+    status = told(scene)
+    assert status["mended"]["event"]["differences"] > 100
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.floors") > 5
+
+
+async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
+    scene.happen(300)
+    first = scene.network.clock.seq
+    scene.happen(300, lose=lambda _: True)
+    gap = {
+        "relay": "sim.test",
+        "reason": "outdated_cursor",
+        "after": first,
+        "resumed": scene.network.clock.seq,
+        "at": 1,
+    }
+    scene.client.lpush("fastworker:gaps", json.dumps(gap))
+    scene.happen(50)
+    await scene.finished()
+    assert await scene.differences(pg) != "no difference"
+    async with syncing(scene, relay_urls=(scene.sim.relay.url.replace("http", "ws"),)):
+
+        async def closed() -> bool:
+            return not scene.client.llen("fastworker:gaps")
+
+        await until(closed)
+
+        async def is_told() -> bool:
+            return "gap" in told(scene)["mended"] and not told(scene)["gaps_open"]
+
+        await until(is_told)
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.gaps WHERE closed_at IS NULL") == 0
+    assert await scene.differences(pg) == "no difference"
+
+
+async def test_samples_say_how_true_the_tables_are(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
+    scene.happen(400, lose=lambda n: n % 2 == 0)
+    await scene.finished()
+    config = msgspec.structs.replace(scene.config, sample_per_hour=3600)
+    stop = asyncio.Event()
+    task = asyncio.create_task(run_syncer(config, stop, hosts=scene.hosts))
+
+    async def some_repaired() -> bool:
+        done = await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE reason = 'sample' AND state = 'done'")
+        many = await pg.fetchval("SELECT count(*) FROM fastworker.samples")
+        return bool(done and many >= 3)
+
+    try:
+        await until(some_repaired)
+
+        async def is_told() -> bool:
+            return bool(told(scene).get("samples", 0) >= 3)
+
+        await until(is_told)
+    finally:
+        stop.set()
+        await task
+    status = told(scene)
+    truths = [one["truth"] for one in status["tables"].values()]
+    assert min(truths) < 1
+    assert max(truths) > 0
+    assert all(0 <= one["low"] <= one["truth"] for one in status["tables"].values())
+    assert set(status["hosts"]) == {"others"}
+    assert any("missing" in line for line in status["examples"])
+    before = await pg.fetchval("SELECT max(at) FROM fastworker.samples")
+    async with syncing(scene):  # none an hour
+        await asyncio.sleep(2)
+    assert await pg.fetchval("SELECT max(at) FROM fastworker.samples") == before
+
+
+async def test_a_host_that_breaks_at_each_commit_costs_no_more_than_five_an_hour(
+    scene: Scene, worker: Service, pg: asyncpg.Connection
+) -> None:
+    scene.happen(200)
+    await scene.finished()
+    did = next(iter(scene.network.world.accounts())).did
+    async with syncing(scene):
+        for turn in range(3):
+            scene.client.hset("fastworker:repairs", did, json.dumps({"reason": "break", "turn": turn}))
+
+            async def settled() -> bool:
+                state: str | None = await pg.fetchval("SELECT state FROM fastworker.repos WHERE did = $1", did)
+                return state == "done"
+
+            await until(settled)
+            await asyncio.sleep(1)
+    assert scene.client.hlen("fastworker:repairs") == 1
+    asked = [path for pds in scene.sim.pdses for _, path in pds.asked if path.endswith("getRepo")]
+    assert len(asked) == 1
+
+
+async def test_two_syncers_share_and_one_may_be_killed(
+    scene: Scene, worker: Service, pg: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Each in a process of its own; the first is killed in the middle of its work."""
+    scene.happen(900, lose=lambda n: n % 3 == 0)
+    await scene.finished()
+    note(scene, [one.did for one in scene.network.world.accounts()])
+    plan = tmp_path / "plan.json"
+    plan.write_text(
+        json.dumps(
+            {
+                "env": {
+                    "REDIS_URL": scene.config.redis_url,
+                    "DATABASE_URL": scene.config.database_url,
+                    "FASTWORKER_PLC_URL": scene.sim.directory.url,
+                    "FASTWORKER_SAMPLE_PER_HOUR": "0",
+                },
+                "own": sorted(scene.sim.own),
+            }
+        )
+    )
+
+    async def start() -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.rig.syncer", str(plan))
+
+    one, two = await start(), await start()
+    try:
+
+        async def begun() -> bool:
+            return bool(await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE state = 'done'"))
+
+        await until(begun)
+        os.kill(one.pid, signal.SIGKILL)
+
+        async def forgotten() -> bool:
+            return not scene.client.hlen("fastworker:repairs")
+
+        await until(forgotten)
+    finally:
+        for process in (one, two):
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+            async with asyncio.timeout(60):
+                await process.wait()
+    assert await scene.differences(pg) == "no difference"
+
+
+def test_the_simulated_hosts_are_on_loopback_only(scene: Scene) -> None:
+    assert isinstance(scene.sim, SimHosts)
+    assert all("127.0.0.1" in one for one in scene.sim.own)
+
+
+async def test_history_that_the_environment_asks_for_is_fetched_once(
+    scene: Scene, worker: Service, pg: asyncpg.Connection
+) -> None:
+    """Everybody who is known; a deleted cursor row of the old dashboard comes again; the second time nobody is asked."""
+    scene.happen(500, lose=lambda n: n % 3 == 0)
+    await scene.finished()
+    for one in scene.network.world.accounts():
+        await pg.execute(
+            "INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid') ON CONFLICT DO NOTHING", one.did
+        )
+    async with syncing(scene, backfill_days=-1):
+
+        async def done() -> bool:
+            return bool(await pg.fetchval("SELECT done_at IS NOT NULL FROM fastworker.backfill"))
+
+        await until(done)
+    assert await scene.differences(pg) == "no difference"
+    assert await pg.fetchval("SELECT asked FROM fastworker.backfill") == "FASTWORKER_BACKFILL=known BACKFILL_DAYS=-1"
+    accounts = await pg.fetchval("SELECT count(*)::text FROM fastworker.repos")
+    assert await pg.fetchval("SELECT cursor FROM firehose_cursor WHERE service = 'backfill'") == accounts
+    asked = sum(len(pds.asked) for pds in scene.sim.pdses)
+    async with syncing(scene, backfill_days=30):
+        await asyncio.sleep(2)
+    assert sum(len(pds.asked) for pds in scene.sim.pdses) == asked
+
+
+@pytest.mark.parametrize(
+    ("env", "choice"),
+    [
+        ({}, None),
+        ({"BACKFILL_DAYS": "0"}, None),
+        ({"BACKFILL_DAYS": "-1"}, Choice(known=True)),
+        ({"BACKFILL_DAYS": "30"}, Choice(known=True, days=30)),
+        ({"BACKFILL_DAYS": "30", "FASTWORKER_BACKFILL": "off"}, None),
+        ({"BACKFILL_DAYS": "0", "FASTWORKER_BACKFILL": "known"}, None),
+        ({"FASTWORKER_BACKFILL": "follows-of:did:plc:a,did:plc:b"}, Choice(follows_of=("did:plc:a", "did:plc:b"))),
+    ],
+)
+def test_what_the_variables_ask_for(env: dict[str, str], choice: Choice | None) -> None:
+    assert asked_for(parse_config(env)) == choice
+
+
+def test_everybody_is_not_asked_for_by_a_variable() -> None:
+    with pytest.raises(ConfigError, match="backfill --all --yes"):
+        parse_config({"FASTWORKER_BACKFILL": "all"})
