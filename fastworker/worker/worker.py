@@ -180,7 +180,8 @@ def _readers(settings: Config, shared: Shared, slot: Slot, redis: Redis, store: 
         )
         return stream, pipeline
 
-    readers = Readers(Members(redis, settings.stream_key, settings.group), quiet, make, settings.pipelines)
+    members = Members(redis, settings.stream_key, settings.group)
+    readers = Readers(members, quiet, make, settings.pipelines, settings.max_stream_len)
     return readers
 
 
