@@ -113,6 +113,34 @@ async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyn
     assert await scene.differences(pg) == "no difference"
 
 
+async def test_the_relays_list_says_who_is_active(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
+    scene.happen(200)
+    await scene.finished()
+    gap = {"relay": "127.0.0.1", "reason": "relay_switch", "after": 1, "resumed": scene.network.clock.seq, "at": 1}
+    scene.client.lpush("fastworker:gaps", json.dumps(gap))
+    gone, back, *others = (one.did for one in scene.network.world.accounts())
+    scene.sim.statuses = {gone: "takendown", back: None}
+    for did in (back, others[0]):  # of the second the list says nothing
+        await pg.execute(
+            "INSERT INTO fastworker.accounts (did, relay, seq, event_at, active, status) "
+            "VALUES ($1, '127.0.0.1', 1, now(), false, 'deactivated') ON CONFLICT (did) DO UPDATE SET active = false",
+            did,
+        )
+    scene.client.set("fastworker:relay", "127.0.0.1")
+    async with syncing(scene, relay_urls=(scene.sim.relay.url.replace("http", "ws"),)):
+
+        async def closed() -> bool:
+            return not scene.client.llen("fastworker:gaps")
+
+        await until(closed)
+    told = "SELECT active, status FROM fastworker.accounts WHERE did = $1"
+    assert [tuple(row) for row in await pg.fetch(told, gone)] == [(False, "takendown")]
+    assert [tuple(row) for row in await pg.fetch(told, back)] == [(True, None)]
+    assert await pg.fetchval(told, others[0]) is False
+    reason = "SELECT reason FROM fastworker.repos WHERE did = $1"
+    assert await pg.fetchval(reason, back) in ("reactivated", "gap")
+
+
 async def test_samples_say_how_true_the_tables_are(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
     scene.happen(400, lose=lambda n: n % 2 == 0)
     await scene.finished()
