@@ -22,7 +22,7 @@ from fastworker.simulator.hosts import SimHosts
 from fastworker.sync import sampling, syncer
 from fastworker.sync.syncer import run_syncer
 from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
-from tests.services import Service
+from tests.services import Service, get
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +243,40 @@ async def test_two_syncers_share_and_one_may_be_killed(
             async with asyncio.timeout(60):
                 await process.wait()
     assert await scene.differences(pg) == "no difference"
+
+
+async def test_a_worker_has_a_syncer_unless_it_is_switched_off(
+    scene: Scene, services: Callable[..., Service], redis_url: str, postgres_url: str
+) -> None:
+    env = {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": postgres_url,
+        "FASTWORKER_PROCESSES": "1",
+        "FASTWORKER_HTTP_PORT": "0",
+        "FASTWORKER_PLC_URL": scene.sim.directory.url,
+        "RELAY_URL": scene.sim.relay.url.replace("http", "ws"),
+        "FASTWORKER_SAMPLE_PER_HOUR": "0",
+    }
+    on = services("worker", FASTWORKER_SYNC="on", **env)
+    on.wait_for(r"syncer \(pid \d+\) is ready")
+    on.wait_for("FASTWORKER_SYNC is on: repositories are asked for")
+    port = int(on.wait_for(r"HTTP on http://127\.0\.0\.1:(\d+)")[1])
+
+    async def is_told() -> bool:
+        return bool(told(scene))
+
+    await until(is_told)
+
+    async def is_shown() -> bool:
+        return "fastworker_gaps_open 0" in (await asyncio.to_thread(get, port, "/metrics"))[1]
+
+    await until(is_shown)
+    assert "Equal to the network" in (await asyncio.to_thread(get, port, "/status.json"))[1]
+    assert on.stop() == 0
+    off = services("worker", **env)
+    off.wait_for(r"monitor \(pid \d+\) is ready")
+    assert off.stop() == 0
+    assert not any("syncer" in line or "FASTWORKER_SYNC is" in line for line in off.lines)
 
 
 def test_the_simulated_hosts_are_on_loopback_only(scene: Scene) -> None:
