@@ -177,7 +177,7 @@ async def run(rows: int, folder: Path, *, is_written: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/cookbook", description=__doc__)
-    parser.add_argument("--millions", type=float, default=1.0, help="rows in all tables together (about 0.5 GB each)")
+    parser.add_argument("--millions", type=float, default=1.0, help="rows in all tables together (0.6 GB each)")
     parser.add_argument("--write", action="store_true", help="put the plans into docs/cookbook.md")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fw-cookbook-"))

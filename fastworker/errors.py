@@ -63,6 +63,7 @@ class Reason(StrEnum):
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden
     FILTERED = "filtered"  # no drop: FASTWORKER_COLLECTIONS leaves it out
+    FILTERED_ACCOUNT = "filtered_account"  # no drop: FASTWORKER_ACCOUNTS leaves its account out
 
 
 def how_to_install(extra: str) -> str:

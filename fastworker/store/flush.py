@@ -12,7 +12,9 @@ may be repeated: a crash anywhere means that the entries are delivered again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from asyncpg.exceptions import PostgresError
@@ -174,14 +176,26 @@ async def write_rows(
 
     What it leaves owed, counters and joined rows, is paid after its commit. `looked`: what the first look found; None
     where floors do not matter, because rows are removed for what is known already. Raises FloorCame.
+
+    Changes of rows that another flush has locked come later, in transactions of their own, in which nothing else is
+    held meanwhile. Only the last of these waits.
     """
-    if not changes and progress is None:
-        return 0
-    rows, owed = await writer.retry(lambda: _main_transaction(writer, db, changes, waiting, progress, users, looked))
-    writer.remember(users)
-    writer.copying.committed()
-    await pay_owed(writer, db, owed)
-    await writer.reach(Step.OWED_RECOMPUTED)
+    rows = 0
+    for pause_s in (*writer.later_s, None):
+        if not changes and progress is None:
+            break
+        later: list[Change] | None = [] if pause_s is not None else None
+        work = partial(_main_transaction, writer, db, changes, waiting, progress, users, looked, later)
+        changed, owed = await writer.retry(work)
+        rows += changed
+        writer.remember(users)
+        writer.copying.committed()
+        await pay_owed(writer, db, owed)
+        await writer.reach(Step.OWED_RECOMPUTED)
+        # mutant: what is locked is forgotten
+        changes, progress, users = later or [], None, ()
+        if changes and pause_s:
+            await asyncio.sleep(pause_s)
     return rows
 
 
@@ -211,13 +225,16 @@ async def _main_transaction(
     progress: Progress | None,
     users: Sequence[str],
     looked: Seen | None,
+    later: list[Change] | None,
 ) -> tuple[int, Owed]:
     effects = Effects(writer.derive)
+    if later is not None:
+        later.clear()  # of an attempt that was begun again
     try:
         async with db.transaction():
             if users:
                 await db.execute(sql.USERS, users)
-            rows = await put_rows(writer, db, changes, waiting, effects)
+            rows = await put_rows(writer, db, changes, waiting, effects, later)
             await writer.reach(Step.ROWS_WRITTEN)
             owed = await write_effects(writer, db, effects, progress, _floors(changes, looked))
             await writer.reach(Step.BEFORE_MAIN_COMMIT)
@@ -241,8 +258,17 @@ def _floors(changes: list[Change], looked: Seen | None) -> dict[str, Any]:
     return {"floors": True, "repos": repos, "lowest_rev": rev, "lowest_seq": seq, "known_floors": known}
 
 
-async def put_rows(writer: Writer, db: Connection, changes: list[Change], waiting: set[str], effects: Effects) -> int:
+async def put_rows(
+    writer: Writer,
+    db: Connection,
+    changes: list[Change],
+    waiting: set[str],
+    effects: Effects,
+    later: list[Change] | None = None,
+) -> int:
     """The primary rows, inside the main transaction; `effects` collects what follows. Returns how many rows changed.
+
+    `later`: takes changes of rows that another flush has locked; None: wait for it.
 
     In this order, so that locks that other writers may wait for are taken as late as can be.
     """
@@ -255,7 +281,7 @@ async def put_rows(writer: Writer, db: Connection, changes: list[Change], waitin
     rows, existing = await insert_new(writer, db, hot, waiting, effects)
     if is_large and (existing or cold):
         await write_items(writer, db, effects)
-    rows += await settle_existing(writer, db, existing, waiting, effects)
+    rows += await settle_existing(writer, db, existing, waiting, effects, later)
     if is_large and existing and cold:
         await write_items(writer, db, effects)
     return rows + await settle_cold(writer, db, cold, waiting, effects)

@@ -82,12 +82,15 @@ def _excluded(table: Table) -> list[str]:
 
 
 def _insert_new(table: Table) -> str:
+    """A pair that is taken is not tried: where another flush is removing its row, the insert would wait for it."""
     short = table.name
+    same = " AND ".join(f"t.{column} = n.{column}" for column in table.pair)
+    free = f" WHERE NOT EXISTS (SELECT FROM public.{short} AS t WHERE {same})" if table.pair else ""
     return f"""
     IF new_{short} IS NOT NULL THEN
         WITH new AS (
             INSERT INTO public.{short} ({", ".join(table.columns)})
-            SELECT * FROM unnest(new_{short}) ON CONFLICT DO NOTHING RETURNING uri
+            SELECT n.* FROM unnest(new_{short}) AS n{free} ON CONFLICT DO NOTHING RETURNING uri
         ) SELECT array_agg(uri) INTO got FROM new;
         placed := placed || got;
         wanted := wanted + cardinality(new_{short});

@@ -1,7 +1,8 @@
 """Changes of rows that exist: updates, deletes, and records that meet another one of their unique pair.
 
 Everything here works under the locks of the rows that are there, taken in the order of their keys. What another writer
-changed while we waited for a lock stays in `pending` and is looked at again in the next round.
+changed while we waited for a lock stays in `pending` and is looked at again in the next round. Where there is a list of
+what comes `later`, rows that another writer has locked are not waited for: their changes go there, pair by pair.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ ROUNDS_MAX = 100  # of one conflict: each round means that another writer commit
 
 
 async def settle_existing(
-    writer: Writer, db: Connection, existing: list[tuple[Table, Pending]], waiting: set[str], effects: Effects
+    writer: Writer,
+    db: Connection,
+    existing: list[tuple[Table, Pending]],
+    waiting: set[str],
+    effects: Effects,
+    later: list[Change] | None = None,
 ) -> int:
     """Hot tables: what `insert_new` left. Returns rows changed.
 
@@ -37,7 +43,7 @@ async def settle_existing(
     rows = 0
     for table, pending in existing:
         await _drop_superseded(writer, db, table, pending, waiting)
-        rows += await settle(writer, db, table, pending, effects)
+        rows += await settle(writer, db, table, pending, effects, later)
     return rows
 
 
@@ -70,9 +76,18 @@ async def settle_cold(
     return rows
 
 
-async def settle(writer: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def settle(
+    writer: Writer,
+    db: Connection,
+    table: Table,
+    pending: Pending,
+    effects: Effects,
+    later: list[Change] | None = None,
+) -> int:
     """Work off `pending`, in as many rounds as other writers make necessary. Returns rows changed.
 
+    `later`: takes what another writer's locks stand in the way of; None: wait for them. A cold table's change cannot
+    come later: its gate has been passed by then.
     Raises StoreUnavailable after `ROUNDS_MAX` of them.
     """
     once = _settle_pairs if table.pair else _settle_records
@@ -80,7 +95,7 @@ async def settle(writer: Writer, db: Connection, table: Table, pending: Pending,
     for _ in range(ROUNDS_MAX):
         if not pending:
             return rows
-        rows += await once(writer, db, table, pending, effects)
+        rows += await once(writer, db, table, pending, effects, later)
     # A unique index that is not ours refuses one without a word: this names it.
     left = [change.row for change in pending.values() if change.row is not None]
     if left and not await db.fetch(sql.insert(table, or_nothing=False), left[:1]):
@@ -104,9 +119,18 @@ async def _drop_superseded(writer: Writer, db: Connection, table: Table, pending
 # Records without pairs ------------------------------------------------------------------------------
 
 
-async def _settle_records(writer: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def _settle_records(
+    writer: Writer,
+    db: Connection,
+    table: Table,
+    pending: Pending,
+    effects: Effects,
+    later: list[Change] | None,
+) -> int:
     """Updates and deletes of rows that exist, under their locks. What vanished meanwhile is inserted or stays."""
-    stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table), sorted(pending))}
+    stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table, free=later is not None), sorted(pending))}
+    if later is not None and (missing := sorted(pending.keys() - stored)):
+        later += [pending.pop(r[0]) for r in await db.fetch(sql.present(table), missing)]
     updates: list[Row] = []
     deletes: list[str] = []
     again: list[Change] = []
@@ -147,7 +171,14 @@ async def _settle_records(writer: Writer, db: Connection, table: Table, pending:
 # Unique pairs ---------------------------------------------------------------------------------------
 
 
-async def _settle_pairs(writer: Writer, db: Connection, table: Table, pending: Pending, effects: Effects) -> int:
+async def _settle_pairs(
+    writer: Writer,
+    db: Connection,
+    table: Table,
+    pending: Pending,
+    effects: Effects,
+    later: list[Change] | None,
+) -> int:
     """One round: find the members of each pair under the lock of its winner's row, then say who is in the table.
 
     Whoever changes the members of a pair holds its winner's row; where a pair has no winner, the unique index decides,
@@ -163,8 +194,10 @@ async def _settle_pairs(writer: Writer, db: Connection, table: Table, pending: P
         return 0
     wanted = {pair_of(table, c.row) for c in pending.values() if c.row is not None}
     pairs = wanted.union(pair for uri in pending for pair in homes.get(uri, ()))
-    winners = await _lock_winners(db, table, pairs, located)
-    if winners is None:
+    winners = await _lock_winners(db, table, pairs, located, free=later is not None)
+    if isinstance(winners, set):
+        if later is not None and winners:
+            await _put_off(db, table, pending, homes, winners, later)
         return 0
     twins: dict[str, dict[str, Member]] = {}
     for r in await db.fetch(sql.TWINS, table.name, list(pairs)):
@@ -187,14 +220,28 @@ async def _settle_pairs(writer: Writer, db: Connection, table: Table, pending: P
     )
 
 
-async def _lock_winners(db: Connection, table: Table, pairs: set[str], located: list[Any]) -> dict[str, Row] | None:
-    """The rows that hold the pairs, by pair, locked. None: one vanished while we waited for it."""
+async def _lock_winners(
+    db: Connection, table: Table, pairs: set[str], located: list[Any], *, free: bool
+) -> dict[str, Row] | set[str]:
+    """The rows that hold the pairs, by pair, locked; or the uris of those that vanished while we waited for them, or,
+    where only those are taken that are `free`, that others have locked."""
     holders = {r[0] for r in located if r[2]}
     if others := pairs.difference(r[1] for r in located if r[2]):
         found = await db.fetch(sql.winners(table), *columns(pair.split("\n") for pair in others))
         holders.update(r[0] for r in found)
-    stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table), sorted(holders))}
-    return None if len(stored) < len(holders) else {pair_of(table, row): row for row in stored.values()}
+    stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table, free=free), sorted(holders))}
+    return holders.difference(stored) or {pair_of(table, row): row for row in stored.values()}
+
+
+async def _put_off(
+    db: Connection, table: Table, pending: Pending, homes: dict[str, list[str]], busy: set[str], later: list[Change]
+) -> None:
+    """Move from `pending` what is about the pairs of these rows. Those that vanished meanwhile hold up nothing."""
+    held = {r[1] for r in await db.fetch(sql.locate(table), sorted(busy)) if r[2]}
+    for uri, change in list(pending.items()):
+        wanted = [] if change.row is None else [pair_of(table, change.row)]
+        if not held.isdisjoint((*homes.get(uri, ()), *wanted)):
+            later.append(pending.pop(uri))
 
 
 async def _take_in_strays(db: Connection, table: Table, pending: Pending, twins: dict[str, dict[str, Member]]) -> bool:

@@ -76,10 +76,18 @@ def select(table: Table) -> str:
     return f"SELECT {', '.join(columns)} FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
 
 
-def lock(table: Table) -> str:
-    """The same, locked in the order in which Python sorts keys, whatever the database's collation."""
+def lock(table: Table, *, free: bool = False) -> str:
+    """The same, locked in the order in which Python sorts keys, whatever the database's collation.
+
+    `free`: those that nobody else has locked.
+    """
+    skip = " SKIP LOCKED" if free else ""
     # mutant: pair refused without lock
-    return f'{select(table)} ORDER BY {table.key} COLLATE "C" FOR UPDATE'
+    return f'{select(table)} ORDER BY {table.key} COLLATE "C" FOR UPDATE{skip}'
+
+
+def present(table: Table) -> str:
+    return f"SELECT {table.key} FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
 
 
 def delete(table: Table) -> str:
@@ -403,6 +411,7 @@ REFUSED = (
     "reason = excluded.reason, detail = excluded.detail, refused_at = now() "
     "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
 )
+FOLLOWED = "SELECT DISTINCT following_did FROM public.follows WHERE follower_did = ANY($1::varchar[])"
 FINISHED = "SELECT stream, seq, entry_id FROM fastworker.progress WHERE stream = ANY ($1::text[])"
 NOTE_PROGRESS = (
     "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "

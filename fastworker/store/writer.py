@@ -17,6 +17,8 @@ KNOWN_USERS_MAX = 32_768  # DIDs a process remembers as committed, about 6 MB
 COPY_ROWS_MIN = 200  # fewer go as one array: a COPY is two round trips more; see docs/performance.md
 SMALL_FLUSH = 200  # changes; a larger flush makes others wait longer, so it takes their locks later
 PAUSE_MIN, PAUSE_MAX = 5, 320  # transactions without COPY after another writer was found to write the same rows
+# Before each new attempt at rows that another flush has locked; after the last one they are waited for.
+LATER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 _T = TypeVar("_T")
 
 
@@ -59,6 +61,7 @@ class Writer:
         self.copying = Copying()
         self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call
         self.crowd = CROWD
+        self.later_s: tuple[float, ...] = LATER_S
         self.known: dict[str, None] = {}  # DIDs whose users row is committed
         self.relays: set[str] = set()  # hosts that are in fastworker.relays
         self.conflicts = 0  # transactions begun again because another writer came first

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PACE_S = 0.01  # between the starts of two flushes of a quiet stream: half the work, for a wait of a few milliseconds
 BLOCK_MS = 250  # longest wait for a new entry, and so the longest wait of a stop for a quiet stream
-POSTPONED_MS_MAX = 1_000  # that an entry whose records another pipeline holds is postponed, at most
+POSTPONED_MS_MAX = 5_000  # that an entry whose records another pipeline holds is postponed, at most
 MARKS_MAX = 1_024  # reads remembered until the group is seen to have finished them
 
 

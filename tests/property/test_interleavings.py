@@ -44,6 +44,7 @@ class Held:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.dies_at: Step | None = None
+        store.writer.later_s = (0.0,)  # then it waits, which is what a stage sees
         self.hold(None)
         store.writer.on_step = self._at
 

@@ -139,6 +139,7 @@ MUTANTS = [
     _mutant("a debt is drift", "fastworker/store/audit.py", DEBTS, "AS d WHERE false) AS d", "AS d) AS d"),
     # unique pairs
     _mutant("pair refused without lock", _STATEMENTS, RACES, "return select(table)"),
+    _mutant("what is locked is forgotten", _FLUSH, RACES, "changes, progress, users = [], None, ()"),
     _mutant("highest rkey wins", "fastworker/table/pairs.py", f"{OF_PAIRS} {LAW}", "max(", "min("),
     _mutant("twins never stored", _SETTLE, LAW, "if False:"),
     _mutant("trusted verifier ignored", "fastworker/table/schema.py", "tests/integration/test_verify.py", "rank = 0"),
@@ -200,6 +201,7 @@ MUTANTS = [
         "tests/integration/test_settle.py",
         "return not is_left_out(collection)",
     ),
+    _mutant("accounts are not left out", _MAPPER, "tests/integration/test_accounts.py", "is_stranger = False"),
     # bulk loads
     _mutant(
         "bulk loses an index",

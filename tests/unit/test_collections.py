@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib import resources
 
@@ -41,6 +42,8 @@ def test_a_collection_is_complete(collection: str) -> None:
         forgotten.append("a case of WHOLE in tests/unit/test_mapper.py")
     if collection not in histories.WEIGHTS:
         forgotten.append("WEIGHTS in tests/rig/histories.py")
+    if f'"{collection}"' not in inspect.getsource(histories.Author.record_of):
+        forgotten.append("a case of Author.record_of in tests/rig/histories.py")
     assert not forgotten, f"{collection} is missing in: " + "; ".join(forgotten)
 
 
