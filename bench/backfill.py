@@ -30,6 +30,10 @@ _COUNTS = (
     "SELECT count(*) FROM thread_contexts",
     "SELECT count(*) FROM users",
 )
+_SIZES = (
+    "SELECT oid::regclass::text, pg_total_relation_size(oid) FROM pg_class WHERE relkind = 'r' "
+    "AND relnamespace IN ('public'::regnamespace, 'fastworker'::regnamespace) ORDER BY 2 DESC"
+)
 
 
 def repositories(seed: int, events: int) -> Path:
@@ -89,6 +93,7 @@ async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) ->
             "+ (SELECT count(*) FROM blocks)"
         )
     )
+    sizes = await connection.fetch(_SIZES)
     await connection.close()
     return {
         "records/s": records / seconds,
@@ -98,4 +103,6 @@ async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) ->
         "postgres CPU us/record": (cpu_s(running.postgres.pid) - before) / records * 1e6,
         "memory MB (PSS)": peak,
         "rows": sum(counts),
+        "bytes/record in PostgreSQL": sum(size for _, size in sizes) / records,
+        **{f"{table} bytes/record": size / records for table, size in sizes if size > records},
     }

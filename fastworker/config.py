@@ -424,6 +424,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             read=str.lower,
         ),
     ] = "chain"
+    verify_processes: Annotated[
+        int,
+        Meta(ge=0, le=64),
+        _env(
+            "FASTWORKER_VERIFY_PROCESSES",
+            "reader up",
+            "Processes that prove commits for the reader at the levels `signed` and `full`, for catching up; 0: the "
+            "reader does it.",
+            read=_integer,
+        ),
+    ] = 0
     chain_bytes: Annotated[
         int,
         Meta(ge=64 * 1024, le=64 * 1024**3),

@@ -101,12 +101,12 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RepoHead(msgspec.Struct, frozen=True):
-    """One repository of `listRepos`. Some hosts leave `rev` empty."""
+    """One repository of `listRepos`. Some hosts leave `rev` empty, or do not say whether it is active."""
 
     did: str
     head: str = ""
     rev: str = ""
-    active: bool = True
+    active: bool | None = None
     status: str | None = None
 
 
@@ -169,7 +169,7 @@ class PublicResolver(AbstractResolver):
 class _Turns:
     """The limits of requests to one host: token bucket, slots, pauses."""
 
-    def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...] = CLOSED_S) -> None:
+    def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...]) -> None:
         self._closed_s = closed_s
         self.slots = asyncio.Semaphore(at_once)
         self.parked_until = 0.0
