@@ -149,7 +149,7 @@ def test_nothing_tells_anybody_to_install_another_s_package() -> None:
         path for folder in ("docs", "scripts", "bench", "fastworker", "deploy") for path in (ROOT / folder).rglob("*")
     ]
     for path in files:
-        if path.is_file() and path.suffix != ".pyc":
+        if path.is_file() and path.suffix not in (".pyc", ".png"):
             found = re.findall(
                 r"""pip3? install[^\n`;|]*?["' ](fastworker[\w-]*)(?=[\["'\s=<>~!]|$)""", path.read_text()
             )
