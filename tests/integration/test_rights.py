@@ -220,7 +220,8 @@ async def test_both_services_run_with_what_is_printed(
     used = seen.commands()
     allowed = seen.known(set(rights.COMMANDS["worker"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
-    assert allowed == allowed & (used | seen.known(in_scripts(stream, members, feed))), "more is allowed than is used"
+    seldom = {"hlen"}  # while partitions change: stream/group.py
+    assert allowed == allowed & (used | seldom | seen.known(in_scripts(stream, members, feed))), "more than is used"
     client.close()
 
 
