@@ -103,7 +103,7 @@ MUTANTS = [
     _mutant("joined rows never recomputed", _FLUSH, RACES, "pass"),
     _mutant("no second look", "fastworker/store/upkeep.py", RACES, "if removals and (failed := []):"),
     _mutant("an account is purged once", _STATEMENTS, RACES, "purge_pending = false", "purge_pending = purged_at IS NULL"),
-    _mutant("nothing is owed", _EFFECTS, LAW, "if False:", "", Edit("return {}")),
+    _mutant("nothing is owed", _EFFECTS, LAW, "if False:", "", Edit("return Owed({}, counters=False)")),
     _mutant("no recount", _DERIVE, RACES, "pass"),
     _mutant("recount without its lock", _EFFECTS, RACES, "counts.keys() - effects", "counts.keys() | effects"),
     _mutant("unsorted users", "fastworker/store/writer.py", BUGS, "list(", "sorted("),
