@@ -16,6 +16,8 @@ import click
 
 import bench.servers
 from bench import corpus
+from bench.backfill import backfill
+from bench.backfill import repositories as cars
 from bench.baseline import baseline
 from bench.decode import decode
 from bench.derived import derived
@@ -211,6 +213,21 @@ def _memory(session: Session) -> None:
     session.measure("memory", {"events": events, "form": "native"}, work, runs=1)
 
 
+def _backfill(session: Session) -> None:
+    folder = cars(session.seed, session.events)
+    for derive in ("full", "core"):
+        rows = []
+        for bulk in (False, True):
+            work = functools.partial(backfill, folder, derive=derive, bulk=bulk)
+            what = {"derive": derive, "path": "bulk" if bulk else "live"}
+            rows.append(session.measure("backfill", what, work)["rows"])
+        if rows[0] != rows[1]:
+            raise RuntimeError(f"{derive}: the live path made {rows[0]:,} rows, bulk {rows[1]:,}")
+    if session.rows >= 1_000_000:
+        work = functools.partial(backfill, folder, derive="full", bulk=False, likes=session.rows)
+        session.measure("backfill", {"derive": "full", "path": "live", "likes": session.rows}, work, runs=1)
+
+
 def _proof(session: Session) -> None:
     curves: tuple[Curve, ...] = ("k256", "p256")
     for curve in curves:
@@ -272,6 +289,12 @@ BENCHES: dict[str, Bench] = {
     "memory": Bench(_memory, 9, "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
     "proof": Bench(
         _proof, 1, "signatures and proofs of commits, walking and mapping whole repositories, settling one of them"
+    ),
+    "backfill": Bench(
+        _backfill,
+        15,
+        "repositories from CAR files through the live path and in bulk, full and core: records/s, share of the floor, "
+        "memory; and the live path with --rows likes there before",
     ),
     "verify": Bench(_verify, 1, "what the reader's levels of verification add to a commit, beside its decoding"),
     "grid": Bench(_grid, 3, "end_to_end for processes x pipelines, 100,000 events, one run each"),

@@ -23,9 +23,13 @@ _ENTRIES = msgspec.msgpack.Decoder(list[dict[bytes, bytes]])
 PIECE = 1_000
 
 
+def cache() -> Path:
+    """Where what takes long to make is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastworker-bench"
+
+
 def _folder(seed: int, events: int) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "fastworker-bench" / f"seed-{seed}-{events}"
+    return cache() / f"seed-{seed}-{events}"
 
 
 def prepare(seed: int, events: int) -> Path:

@@ -88,7 +88,7 @@ def growth(seed: int, events: int, runs: int, *, likes: int) -> list[dict[str, A
             f"{likes:,} likes need about {likes * BYTES_PER_LIKE / 1e9:.0f} GB in {tempfile.gettempdir()}, which has "
             f"{free / 1e9:.0f} GB free: set TMPDIR to a larger disk or give a smaller --rows."
         )
-    with servers(preload=lambda url: uvloop.run(_preload(url, likes))) as running:
+    with servers(preload=lambda url: uvloop.run(preload(url, likes))) as running:
         size = uvloop.run(_ask(running.postgres.url, "SELECT pg_database_size(current_database())"))
         for n, folder in enumerate(folders):
             _say(f"{likes:,} likes there: run {n + 1} of {runs}")
@@ -101,7 +101,8 @@ def growth(seed: int, events: int, runs: int, *, likes: int) -> list[dict[str, A
     return found
 
 
-async def _preload(url: str, likes: int) -> None:
+async def preload(url: str, likes: int) -> None:
+    """So many likes, and what follows from them."""
     began = time.monotonic()
     users, posts = max(1_000, likes // LIKES_PER_USER), max(100, likes // LIKES_PER_POST)
 

@@ -434,8 +434,9 @@ def backfill(
     from fastworker.commands import backfill as history
     from fastworker.commands.bulk import give_up, load_choice
     from fastworker.process.signals import stop_on_signals
+    from fastworker.sync.choice import Choice
 
-    choice = history.Choice(**chosen)
+    choice = Choice(**chosen)
     config = _operator()
     if status:
         return _run(history.show(config))

@@ -93,6 +93,26 @@ def read_collections(text: str) -> tuple[str, ...]:
     return words
 
 
+def _whose(text: str) -> str:
+    """Whose history a variable may ask for. Everybody's is asked for by hand."""
+    word = text.strip()
+    if word.lower() in ("off", "known"):
+        return word.lower()
+    if word.startswith("follows-of:") and (dids := _dids(word.removeprefix("follows-of:"))):
+        return "follows-of:" + ",".join(dids)
+    if word.lower() == "all":
+        raise ValueError("the whole network is only fetched by `fastworker backfill --all --yes`")
+    raise ValueError("it is none of them")
+
+
+def _accounts(text: str) -> str:
+    if text.startswith("follows-of:"):
+        return "follows-of:" + ",".join(_dids(text.removeprefix("follows-of:")))
+    if not Path(text).is_file():
+        raise ValueError("there is no such file")
+    return text
+
+
 def _relay_urls(text: str) -> tuple[str, ...]:
     relays = _words(text)
     if not relays:
@@ -404,6 +424,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             read=str.lower,
         ),
     ] = "chain"
+    verify_processes: Annotated[
+        int,
+        Meta(ge=0, le=64),
+        _env(
+            "FASTWORKER_VERIFY_PROCESSES",
+            "reader up",
+            "Processes that prove commits for the reader at the levels `signed` and `full`, for catching up; 0: the "
+            "reader does it.",
+            read=_integer,
+        ),
+    ] = 0
     chain_bytes: Annotated[
         int,
         Meta(ge=64 * 1024, le=64 * 1024**3),
@@ -485,6 +516,43 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="all",
         ),
     ] = ()
+    accounts: Annotated[
+        str | None,
+        _env(
+            "FASTWORKER_ACCOUNTS",
+            "worker up repair backfill sample import",
+            "Accounts whose records are kept; those of others are left out, and counted as `filtered_account`. A file "
+            "of DIDs, one a line, or `follows-of:DID,...`: these and whom they follow, as far as the tables know. Read "
+            "twice a minute. Deletes and events of accounts and handles are never left out. See docs/history.md.",
+            read=_accounts,
+            allowed="a file's path, or follows-of:DID,...",
+            default="all",
+        ),
+    ] = None
+    backfill_days: Annotated[
+        Annotated[int, Meta(ge=-1, le=36_500)] | None,
+        _env(
+            "BACKFILL_DAYS",
+            "worker up",
+            "Fetch history beside the stream, once for each database: -1 all of it, N the posts, likes and reposts of "
+            "N days (the graph and profiles always whole), 0 none. Of whom says FASTWORKER_BACKFILL.",
+            read=_integer,
+            allowed="-1, 0, or days",
+            default="0",
+        ),
+    ] = None
+    backfill: Annotated[
+        str | None,
+        _env(
+            "FASTWORKER_BACKFILL",
+            "worker up",
+            "Whose history BACKFILL_DAYS is about; without it all of their history. `known`: everybody in `users`. "
+            "Needs the extra `verify` and FASTWORKER_SYNC. See docs/history.md.",
+            read=_whose,
+            allowed="off, known, or follows-of:DID,...",
+            default="known where BACKFILL_DAYS is set, else off",
+        ),
+    ] = None
     sync: Annotated[
         bool,
         _env(
@@ -778,9 +846,9 @@ def remarks(environment: Mapping[str, str]) -> list[str]:
         said.append(f"Not settings, but links to a service called fastworker: {few} (Kubernetes and Docker set them)")
     texts = _texts(environment)
     said += [
-        f"{name} has no effect here: history is fetched by `fastworker backfill` (docs/history.md)"
+        f"{name} has no effect here: history is as fast as hosts and the live stream allow (docs/history.md)"
         for name in sorted(texts)
-        if name.startswith("BACKFILL_")
+        if name.startswith("BACKFILL_") and name != "BACKFILL_DAYS"
     ]
     for name, read in (("DATABASE_URL", urls.postgres), ("REDIS_URL", urls.redis)):
         if (text := texts.get(name)) and (unused := read(text).unused):

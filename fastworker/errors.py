@@ -5,6 +5,7 @@ The type of an error decides what happens next; nobody parses messages.
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from enum import IntEnum, StrEnum
@@ -63,6 +64,7 @@ class Reason(StrEnum):
     UNKNOWN_KIND = "unknown_kind"  # a frame kind that this release does not know
     FORBIDDEN = "forbidden"  # data_collection_forbidden
     FILTERED = "filtered"  # no drop: FASTWORKER_COLLECTIONS leaves it out
+    FILTERED_ACCOUNT = "filtered_account"  # no drop: FASTWORKER_ACCOUNTS leaves its account out
 
 
 def how_to_install(extra: str) -> str:
@@ -135,7 +137,9 @@ def words_of(error: BaseException, authority: str) -> str:
         if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
             return "this port does not speak TLS: is the URL's scheme or its port wrong?"
         cause = cause.__cause__ or cause.__context__
-    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:
+        return os.strerror(error.errno)  # type: ignore[arg-type] # its own words are those of the event loop
+    return re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

@@ -3,66 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from yarl import URL
 
 from fastworker.config import Config
-from fastworker.errors import ConfigError, ExitCode, Unreachable
-from fastworker.event.syntax import is_did
-from fastworker.store.repos import CHOSEN, EVERYBODY, Wanted
-from fastworker.sync.hosts import HostError, Hosts, KnownHost, rate_of
-from fastworker.sync.lists import read_host, read_repos, relay_of
+from fastworker.errors import ExitCode, Unreachable
+from fastworker.store.repos import CHOSEN, EVERYBODY
+from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, pieces_of
+from fastworker.sync.hosts import HostError, Hosts, rate_of
+from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.settle import Report, duration
-from fastworker.table.chosen import Part
-from fastworker.table.snapshot import tid_of
 
-PIECE: Final = 5_000
 TRIES: Final = 5
-_REASON: Final = "backfill"
-_LOOK_S: Final = 0.5
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000
 ROW_BYTES: Final = 1_300  # with all indexes
 WRITES_S: Final = 8_000.0  # records that one process compares and writes in a second
-
-
-class Choice(NamedTuple):
-    """Which accounts a backfill is about."""
-
-    dids: Path | None = None
-    known: bool = False
-    follows_of: tuple[str, ...] = ()
-    depth: int = 1
-    host: str | None = None
-    collection: str | None = None
-    everybody: bool = False
-    days: int | None = None
-    collections: tuple[str, ...] | None = None
-    again: bool = False
-
-    @property
-    def part(self) -> Part:
-        """What of each account: the last `days`, by the clock of this process, and `collections`."""
-        if self.days is None:
-            return Part(None, self.collections)
-        return Part(tid_of(datetime.now(UTC).replace(tzinfo=None) - timedelta(days=self.days)), self.collections)
-
-    @property
-    def is_somebody(self) -> bool:
-        return self._replace(depth=1, days=None, collections=None, again=False) != Choice()
-
-    def check(self) -> None:
-        for did in self.follows_of:
-            if not is_did(did):
-                raise ConfigError(f"{did[:100]!r} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz")
 
 
 async def backfill(config: Config, choice: Choice, stop: asyncio.Event, *, hosts: Hosts | None = None) -> ExitCode:
@@ -72,120 +32,6 @@ async def backfill(config: Config, choice: Choice, stop: asyncio.Event, *, hosts
     async with opened(config, "backfill", hosts, reads_only=False) as scene:
         work = Work(priority_max=EVERYBODY, tries=TRIES)
         return await settle_all(scene, report, work, stop, feed=feed_of(scene, choice, report))
-
-
-def feed_of(scene: Scene, choice: Choice, report: Report) -> Callable[[], Awaitable[None]]:
-    """What puts the chosen accounts into the queue."""
-    return _Feed(scene, choice, report).everybody
-
-
-class _Feed:
-    """Puts the chosen accounts into the queue. Those that are done already, and have not changed as far as a list
-    says, are not put again."""
-
-    def __init__(self, scene: Scene, choice: Choice, report: Report) -> None:
-        self._scene = scene
-        self._choice = choice
-        self._part = choice.part
-        self._report = report
-
-    async def everybody(self) -> None:
-        choice, scene = self._choice, self._scene
-        if choice.dids is not None:
-            for piece in _pieces(choice.dids):
-                await self._put(piece)
-        if choice.known:
-            async for piece in _known(scene):
-                await self._put(piece)
-        if choice.follows_of:
-            await self._follows(list(choice.follows_of), choice.depth)
-        if choice.host is not None:
-            await read_host(scene, choice.host, _REASON, CHOSEN, again=choice.again, part=self._part)
-        if choice.collection is not None:
-            relay = relay_of(scene.config.relay_urls[0])
-            await read_repos(
-                scene, relay, _REASON, CHOSEN, collection=choice.collection, again=choice.again, part=self._part
-            )
-        if choice.everybody:
-            async for host in _all_hosts(scene):
-                try:
-                    await read_host(scene, host.hostname, _REASON, EVERYBODY, again=choice.again, part=self._part)
-                except Unreachable as error:
-                    self._report.failed(host.hostname, str(error))
-
-    async def _put(self, dids: list[str]) -> None:
-        wanted = [Wanted(did) for did in dids]
-        await self._scene.queue.put(wanted, _REASON, CHOSEN, again=self._choice.again, part=self._part)
-
-    async def _follows(self, roots: list[str], depth: int) -> None:
-        """The accounts, whom they follow as soon as that is known, and so on."""
-        level, seen = roots, set(roots)
-        for number in range(depth + 1):
-            for start in range(0, len(level), PIECE):
-                await self._put(level[start : start + PIECE])
-            if number == depth:
-                return
-            await self._ended(level)
-            level = [did for did in await _followed(self._scene, level) if did not in seen]
-            seen.update(level)
-
-    async def _ended(self, dids: list[str]) -> None:
-        while True:
-            open_ones = await self._scene.queue.value(
-                "SELECT count(*) FROM fastworker.repos WHERE did = ANY($1) AND state IN ('waiting', 'fetching')", dids
-            )
-            if not open_ones:
-                return
-            await asyncio.sleep(_LOOK_S)
-
-
-async def _followed(scene: Scene, dids: list[str]) -> list[str]:
-    select = "SELECT DISTINCT following_did FROM public.follows WHERE follower_did = ANY($1)"
-    return [row[0] for row in await scene.queue.rows(select, dids)]
-
-
-async def _known(scene: Scene) -> AsyncIterator[list[str]]:
-    last = ""
-    while True:
-        rows = await scene.queue.rows("SELECT did FROM public.users WHERE did > $1 ORDER BY did LIMIT $2", last, PIECE)
-        if not rows:
-            return
-        yield [row[0] for row in rows if is_did(row[0])]
-        last = rows[-1][0]
-
-
-async def _all_hosts(scene: Scene) -> AsyncIterator[KnownHost]:
-    relay, cursor = relay_of(scene.config.relay_urls[0]), None
-    while True:
-        try:
-            found, cursor = await scene.hosts.list_hosts(relay, cursor)
-        except HostError as error:
-            raise Unreachable(f"the relay's list of hosts cannot be read: {error}") from error
-        for host in found:
-            if host.status not in ("banned", "offline"):
-                yield host
-        if cursor is None or not found:
-            return
-
-
-def _pieces(path: Path) -> Iterator[list[str]]:
-    """DIDs of a file, one a line; `-` is standard input. `#` begins a comment."""
-    piece: list[str] = []
-    try:
-        with sys.stdin if str(path) == "-" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                did = line.partition("#")[0].strip()
-                if not did:
-                    continue
-                if not is_did(did):
-                    raise ConfigError(f"{path}, line {number}: {did[:100]!r} is not a DID")
-                piece.append(did)
-                if len(piece) >= PIECE:
-                    yield piece
-                    piece = []
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    yield piece
 
 
 # Before it begins, and beside it ------------------------------------------------------------------
@@ -226,19 +72,19 @@ async def _count(scene: Scene, choice: Choice) -> tuple[int, float]:
     """Accounts, and how many of them may be fetched in a second."""
     directory = rate_of(URL(scene.config.plc_url).authority)
     if choice.everybody:
-        return sum([host.accountCount or 0 async for host in _all_hosts(scene)]), directory
+        return sum([host.accountCount or 0 async for host in all_hosts(scene)]), directory
     if choice.host is not None:
         origin = scene.hosts.origin(choice.host)
         return await _length(scene, origin, None), min(rate_of(URL(origin).authority), directory)
     if choice.collection is not None:
         return await _length(scene, relay_of(scene.config.relay_urls[0]), choice.collection), directory
     if choice.dids is not None:
-        return sum(len(piece) for piece in _pieces(choice.dids)), directory
+        return sum(len(piece) for piece in pieces_of(choice.dids)), directory
     if choice.known:
         return int(await scene.queue.value("SELECT count(*) FROM public.users")), directory
     level, seen = list(choice.follows_of), set(choice.follows_of)
     for _ in range(choice.depth):
-        level = [did for did in await _followed(scene, level) if did not in seen]
+        level = [did for did in await scene.queue.followed(level) if did not in seen]
         seen.update(level)
     return len(seen), directory
 
@@ -313,7 +159,7 @@ async def cancel(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
     """Forget what a backfill has queued and not begun. Running ones end when nothing is left."""
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
         await scene.queue.execute(
-            "UPDATE fastworker.sweeps SET done_at = now() WHERE done_at IS NULL AND reason = $1", _REASON
+            "UPDATE fastworker.sweeps SET done_at = now() WHERE done_at IS NULL AND reason = $1", REASON
         )
         tag = await scene.queue.execute(
             "DELETE FROM fastworker.repos WHERE state = 'waiting' AND priority >= $1", CHOSEN

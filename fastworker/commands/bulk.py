@@ -17,7 +17,7 @@ from typing import Final
 
 from rich.console import Console
 
-from fastworker.commands.backfill import ROW_BYTES, TRIES, Choice, feed_of
+from fastworker.commands.backfill import ROW_BYTES, TRIES
 from fastworker.commands.imports import files_of
 from fastworker.config import Config
 from fastworker.crashpoint import arm
@@ -31,6 +31,7 @@ from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.sync.bulk import LOAD_ROWS_S, STAGED_ROW_BYTES, file_of, stage
+from fastworker.sync.choice import Choice, feed_of
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.many import Live, Mark, Work, opened, settle_all
 from fastworker.sync.settle import Report, Settle, duration, unless_stopped

@@ -134,7 +134,7 @@ class _Server(ABC):
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._own(self.data_dir)
         socket_dir = self.socket_dir
-        with _lock(self.data_dir / "lock", f"{self.what} in {self.data_dir}") as lock_fd:
+        with _lock(self.data_dir / "lock", f"{self.what} in {self.data_dir}", LOCK_SECONDS_MAX) as lock_fd:
             self._prepare()
             if socket_dir != self.data_dir:
                 _make_private(socket_dir)
@@ -198,7 +198,7 @@ class _Server(ABC):
 
         Raises OSError or Unreachable where that cannot be now, such as while processes of the lost one still end.
         """
-        with _lock(self.data_dir / "lock", f"{self.what} in {self.data_dir}", seconds=0.0) as lock_fd:
+        with _lock(self.data_dir / "lock", f"{self.what} in {self.data_dir}", 0.0) as lock_fd:
             self._spawn(self.socket_dir, lock_fd)
 
     def __enter__(self) -> Self:
@@ -511,7 +511,7 @@ def _in_child(death_signal: signal.Signals, account: pwd.struct_passwd | None) -
 
 
 @contextmanager
-def _lock(path: Path, what: str, seconds: float = LOCK_SECONDS_MAX) -> Iterator[int]:
+def _lock(path: Path, what: str, seconds: float) -> Iterator[int]:
     """Hold the directory's lock; the descriptor is handed to the server, which keeps it when ours is closed."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -30,6 +30,8 @@ async def append_all(
     while True:
         chunk = await outbox.take()
         begun = time.monotonic()
+        if chunk.held and verifier is not None:
+            await verifier.finish(chunk)
         while True:
             try:
                 if await feed.append(chunk):

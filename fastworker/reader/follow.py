@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 from fastworker.config import Config
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
+from fastworker.process.outage import Outage
 from fastworker.reader.dashboard import Dashboard
 from fastworker.reader.gate import SEQ_JUMP
 from fastworker.reader.receive import Receiver, TooFar
@@ -151,14 +152,15 @@ class Follower:
 
     async def _go_to(self, relay: RelayAddress) -> Position:
         """Make `relay` the sequence space that is read, and say where to begin there."""
-        backoff = Backoff(0.1, 5.0)
+        backoff, outage = Backoff(0.1, 5.0), Outage("Redis")
         while True:
             try:
                 position = await self._feed.go_to(relay.host)
+                outage.look(None)
                 break
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
-                log.warning("%s; waiting", error)
+                outage.look(str(error), "the reader waits")
             await asyncio.sleep(backoff.next())
         if position.seq is None and position.switched_from is None:
             position = Position(await self._seq_without_cursor(relay.host), None)

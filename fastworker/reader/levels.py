@@ -9,6 +9,7 @@ from typing import Any
 
 from fastworker.config import Config
 from fastworker.reader.chain import Chain
+from fastworker.reader.prover import Provers
 from fastworker.reader.receive import Receiver
 from fastworker.reader.stats import ReaderStats
 from fastworker.reader.verify import Verifier, state_file
@@ -44,10 +45,16 @@ async def verifying(settings: Config, feed: Feed, receiver: Receiver, stats: Rea
             hosts = await stack.enter_async_context(Hosts(settings.plc_url))
             keys = KeyRing(hosts, state_file(settings, "keys"))
             beside.append(keys.run)
-        verifier = receiver.verifier = Verifier(chain, keys, stats, receiver.deliver, full=full)
+        provers = None
+        if keys is not None and settings.verify_processes:
+            provers = await stack.enter_async_context(Provers(settings.verify_processes, full=full))
+        verifier = receiver.verifier = Verifier(chain, keys, stats, receiver.deliver, full=full, provers=provers)
+        stack.push_async_callback(verifier.stop)
+        if provers is not None:
+            receiver.outbox.on_full = verifier.begin
         if keys is not None:
             beside.append(partial(judge_aside, feed, receiver.outbox, verifier, keys, full=full))
         try:
             yield beside
         finally:
-            receiver.verifier = None
+            receiver.verifier = receiver.outbox.on_full = None

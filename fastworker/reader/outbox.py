@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from fastworker.stream.feed import Chunk
@@ -28,6 +29,8 @@ class Outbox:
         self._idle.set()
         self.filling = Chunk()
         self.blocked = False
+        self.on_full: Callable[[Chunk], None] | None = None
+        """Told of each chunk that is full, before it is taken."""
 
     @property
     def items(self) -> int:
@@ -41,6 +44,8 @@ class Outbox:
             self._idle.clear()
         if chunk.items < self._chunk_items and chunk.bytes < self._chunk_bytes:
             return
+        if self.on_full is not None:
+            self.on_full(chunk)
         self._sealed.append(chunk)
         self._sealed_items += chunk.items
         self._sealed_bytes += chunk.bytes

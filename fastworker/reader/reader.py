@@ -322,15 +322,16 @@ class _Reader:
         else:
             seq = cursor
             so = f". They were stored, as far as the cursor {cursor}"
-        backoff = Backoff(0.1, 5.0)
+        backoff, outage = Backoff(0.1, 5.0), self._outage
         while True:
             try:
                 is_done = await self._feed.go_back(seq, orjson.dumps(gap) if gap else b"", request)
             except StreamUnavailable as error:
                 self._stats.last_error = str(error)
-                log.warning("%s; waiting", error)
+                outage.look(str(error), "the reader waits")
                 await asyncio.sleep(backoff.next())
             else:
+                outage.look(None)
                 break
         if is_done:  # else the cursor is another reader's, or gone too: the next reader handles it
             log.error("%s%s", what, so)
@@ -339,13 +340,15 @@ class _Reader:
     async def _stored_seq(self, host: str) -> int | None:
         """Up to which seq this relay's events are stored: as PostgreSQL says, if it can be asked, and as we saw."""
         told = None
-        backoff = Backoff(0.1, 5.0)
+        backoff, outage = Backoff(0.1, 5.0), Outage("PostgreSQL")
+        so = "the cursor is lost, and only PostgreSQL knows it (without DATABASE_URL the reader begins at the tip)"
         while self._fallback_seq is not None:
             try:
                 told = await self._fallback_seq(host)
+                outage.look(None)
                 break
             except StoreUnavailable as error:
                 self._stats.last_error = f"The cursor is lost, and PostgreSQL cannot be asked: {error}"
-                log.warning("%s; waiting (without DATABASE_URL the reader begins at the tip)", self._stats.last_error)
+                outage.look(f"{error}; {so}", so)
                 await asyncio.sleep(backoff.next())
         return min((seq for seq in (told, self._feed.finished_seq()) if seq is not None), default=None)

@@ -11,6 +11,7 @@ Redis until the account's key has been asked for again. docs/proofs.md has the v
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from fastworker.event import Commit, Drop, Sync
 from fastworker.event.proof import Link, Verdict, read_link, read_sync
 from fastworker.reader.chain import Break, Chain
 from fastworker.reader.prove import KeysOf, Proof, prove
+from fastworker.reader.prover import Provers
 from fastworker.reader.stats import ReaderStats
 from fastworker.redact import redact
 from fastworker.stream.feed import Chunk
@@ -48,10 +50,21 @@ Deliver = Callable[[Chunk, Commit, bytes | None], None]
 
 
 class Verifier:
-    """`keys` None: only the chain is looked at."""
+    """`keys` None: only the chain is looked at. `provers`: who proves; without them it is done here, at once."""
 
-    def __init__(self, chain: Chain, keys: KeysOf | None, stats: ReaderStats, deliver: Deliver, *, full: bool) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        keys: KeysOf | None,
+        stats: ReaderStats,
+        deliver: Deliver,
+        *,
+        full: bool,
+        provers: Provers | None = None,
+    ) -> None:
         self.chain = chain
+        self._provers = provers
+        self._proving: dict[int, asyncio.Task[list[Proof]]] = {}  # by id of the chunk
         self.keys = keys
         self.aside = 0  # commits set aside
         self._stats = stats
@@ -63,10 +76,38 @@ class Verifier:
     def put(self, chunk: Chunk, commit: Commit, payload: Mapping[str, Any], data: bytes) -> None:
         """A commit on its way to the stream."""
         assert commit.rev is not None
-        proof = None
-        if self.keys is not None and (key := self.keys.key(commit.repo)) is not None:
-            proof = prove(payload, key, full=self._full)
-        self.judge(chunk, commit, read_link(payload, commit.repo, commit.rev), proof, data)
+        link = read_link(payload, commit.repo, commit.rev)
+        key = None if self.keys is None else self.keys.key(commit.repo)
+        if self._provers is not None:
+            chunk.hold((commit, link, key, data), len(data))
+            return
+        self.judge(chunk, commit, link, None if key is None else prove(payload, key, full=self._full), data)
+
+    def begin(self, chunk: Chunk) -> None:
+        """Have the commits of a chunk proved that is full."""
+        asked = [(key, data) for _, (_, _, key, data) in chunk.held if key is not None]
+        if self._provers is not None and asked:
+            self._proving[id(chunk)] = asyncio.create_task(self._provers.prove(asked))
+
+    async def finish(self, chunk: Chunk) -> None:
+        """Judge the commits of a chunk, in order, once they are proved."""
+        if id(chunk) not in self._proving:
+            self.begin(chunk)
+        task = self._proving.get(id(chunk))
+        proofs = iter([] if task is None else await task)
+        self._proving.pop(id(chunk), None)
+        for place, (commit, link, key, data) in chunk.held:
+            part = Chunk()
+            self.judge(part, commit, link, None if key is None else next(proofs), data)
+            chunk.fill(place, part, len(data))
+        chunk.held.clear()
+
+    async def stop(self) -> None:
+        """Nobody waits for what is being proved."""
+        for task in self._proving.values():
+            task.cancel()
+        await asyncio.gather(*self._proving.values(), return_exceptions=True)
+        self._proving.clear()
 
     def sync(self, event: Sync, payload: Mapping[str, Any]) -> None:
         """Its repair is queued in any case; the next commit follows this state."""

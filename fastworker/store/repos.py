@@ -17,6 +17,7 @@ import asyncpg
 
 from fastworker.errors import StoreUnavailable
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
+from fastworker.store.statements import FOLLOWED
 from fastworker.table.chosen import WHOLE, Part
 
 CLAIM_S: Final = 120
@@ -252,6 +253,10 @@ class Queue:
                 "SELECT count(*) FROM fastworker.repos WHERE sweep = $1 AND state IN ('waiting', 'fetching')", sweep
             )
         )
+
+    async def followed(self, dids: Sequence[str]) -> list[str]:
+        """Whom these accounts follow, as far as the tables know."""
+        return [did for (did,) in await self.rows(FOLLOWED, list(dids))]
 
     # --- hosts
 

@@ -411,6 +411,7 @@ REFUSED = (
     "reason = excluded.reason, detail = excluded.detail, refused_at = now() "
     "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
 )
+FOLLOWED = "SELECT DISTINCT following_did FROM public.follows WHERE follower_did = ANY($1::varchar[])"
 FINISHED = "SELECT stream, seq, entry_id FROM fastworker.progress WHERE stream = ANY ($1::text[])"
 NOTE_PROGRESS = (
     "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "

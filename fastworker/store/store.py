@@ -206,6 +206,12 @@ class Store:
         async with self.connection() as db:
             return await upkeep.finished(db, stream)
 
+    async def followed(self, dids: Sequence[str]) -> list[str]:
+        """Whom these accounts follow, as far as the tables know."""
+        async with self.connection() as db:
+            rows = await db.fetch(sql.FOLLOWED, list(dids))
+        return [did for (did,) in rows]
+
     async def note_progress(self, progress: Progress) -> None:
         """Of a stream on which nothing is left. Not noted where a session is newer than what was seen."""
         async with self.connection() as db:

@@ -123,6 +123,7 @@ class WorkerStream:
         self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
         self._holding = Holding()
+        self._is_released = False
         self._ending = asyncio.Lock()  # an ack and a renewal never overtake each other
         # The client's parser of stream replies costs more than everything else in a read.
         redis.set_response_callback("XREADGROUP", _unparsed)
@@ -186,6 +187,8 @@ class WorkerStream:
         ]
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
+            if self._is_released:  # meanwhile: the name may be somebody else's
+                return 0
             args += [lowest, " ".join(self._holding.ids), told]
             ghosts, restored = await self._renew(keys=keys, args=args)
         if ghosts < 0:
@@ -207,8 +210,9 @@ class WorkerStream:
         """Give the name back; what it still holds stays pending for the next owner. Twice is harmless."""
         keys = [self._keys.consumer_lease(self.name), self._keys.consumers, self.stream_key, self._keys.held]
         keys.append(self._keys.tellers)
-        async with translating(self._redis):
+        async with self._ending, translating(self._redis):
             await self._release(keys=keys, args=[self._token, self.name, self.group])
+            self._is_released = True
 
     # --- entries come
 

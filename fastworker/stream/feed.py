@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -79,10 +79,10 @@ class Chunk:
     """What one run of the append script puts down, in the order of the frames, and the seq after it.
 
     `seq` None: nothing in it moves the cursor. `entries` counts what goes on the stream. `breaks` is the reader's:
-    what may be written down once the repairs in here are on the way.
+    what may be written down once the repairs in here are on the way; so is `held`: places that are filled in later.
     """
 
-    __slots__ = ("_pieces", "breaks", "bytes", "entries", "items", "seq")
+    __slots__ = ("_pieces", "breaks", "bytes", "entries", "held", "items", "seq")
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -91,6 +91,7 @@ class Chunk:
         self.bytes = 0
         self.seq: int | None = None
         self.breaks: list[tuple[str, int]] = []
+        self.held: list[tuple[int, Any]] = []
 
     @property
     def body(self) -> bytes:
@@ -116,6 +117,21 @@ class Chunk:
 
     def gap(self, text: bytes) -> None:
         self._add(b"gap", [text])
+
+    def hold(self, what: Any, size: int) -> None:
+        """A place for what is not known yet. It counts as one item of so many bytes."""
+        self.held.append((len(self._pieces), what))
+        self._pieces.append(b"")
+        self.items += 1
+        self.bytes += size
+
+    def fill(self, place: int, part: Chunk, size: int) -> None:
+        """What has become of it."""
+        self._pieces[place] = part.body
+        self.items += part.items - 1
+        self.bytes += part.bytes - size
+        self.entries += part.entries
+        self.breaks += part.breaks
 
     def _add(self, what: bytes, parts: list[bytes]) -> None:
         pieces = self._pieces

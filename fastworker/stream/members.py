@@ -52,13 +52,12 @@ class Appended(NamedTuple):
 class Members:
     """One process among the others. All methods raise StreamUnavailable while Redis cannot serve."""
 
-    def __init__(self, redis: Redis, stream_key: str, group: str, *, member_ms: int = MEMBER_MS) -> None:
+    def __init__(self, redis: Redis, stream_key: str, group: str) -> None:
         self.token: Final = secrets.token_hex(8)
         self._redis = redis
         self._stream_key = stream_key
         self._group = group
         self._keys = Keys(stream_key, group)
-        self._member_ms = member_ms
         self._known = 1
         self._look = redis.register_script(script("look"))
         self._take = redis.register_script(script("take"))
@@ -75,7 +74,7 @@ class Members:
         async with translating(self._redis):
             members, flat, told, waiting, unfinished = await self._look(
                 keys=[keys.members, keys.owners, keys.partitions, *streams],
-                args=[self.token, self._member_ms, self._group],
+                args=[self.token, MEMBER_MS, self._group],
             )
         found = layout_of(told)
         if found.known > self._known:

@@ -169,7 +169,7 @@ class PublicResolver(AbstractResolver):
 class _Turns:
     """The limits of requests to one host: token bucket, slots, pauses."""
 
-    def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...] = CLOSED_S) -> None:
+    def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...]) -> None:
         self._closed_s = closed_s
         self.slots = asyncio.Semaphore(at_once)
         self.parked_until = 0.0

@@ -14,7 +14,7 @@ from fastworker.errors import Unreachable
 from fastworker.event.syntax import is_did
 from fastworker.store.repos import Sweep, Wanted
 from fastworker.sync.hosts import HostError, HostFault, RepoHead
-from fastworker.table.chosen import WHOLE, Part
+from fastworker.table.chosen import WHOLE, Part, is_account_left_out
 
 if TYPE_CHECKING:
     from fastworker.sync.many import Scene
@@ -63,7 +63,10 @@ async def read_repos(
         wanted = [
             Wanted(one.did, one.rev or None)
             for one in repos
-            if is_did(one.did) and one.active and (not one.rev or one.rev >= sweep.since_rev)
+            if is_did(one.did)
+            and not is_account_left_out(one.did)
+            and one.active
+            and (not one.rev or one.rev >= sweep.since_rev)
         ]
         if cursor is not None and (cursor == sweep.cursor or not repos):
             cursor = None  # a list that goes nowhere is at its end

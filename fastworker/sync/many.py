@@ -26,6 +26,7 @@ import msgspec
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.event.repository import Repository
+from fastworker.store.chosen_accounts import read_accounts
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import (
     AGAIN_S,
@@ -312,6 +313,8 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             if hosts is None:
                 hosts = await stack.enter_async_context(Hosts(config.plc_url))
             hosts.share(queue)
+            if config.accounts is not None:
+                await read_accounts(config.accounts, queue.followed)
             folder = stack.enter_context(spool())
             yield Scene(config, admin, Live(admin, config), stored, store, queue, hosts, folder)
     except (StoreUnavailable, StreamUnavailable) as error:

@@ -35,7 +35,7 @@ from fastworker.store.floors import all_know_floors, put_floor, readers_are_thro
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone, newer
-from fastworker.table.chosen import WHOLE, Part, is_choosing, is_left_out
+from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
 from fastworker.table.derive import FULL, Effects, add
 from fastworker.table.schema import Table, collection_table
 from fastworker.table.snapshot import Piece, Snapshot, is_judged_date, pieces
@@ -221,9 +221,9 @@ def covered(records: Iterable[TreeRecord], part: Part) -> Iterable[TreeRecord]:
 
 
 def _is_covered(uri: str, part: Part) -> bool:
-    collection, rkey = uri.split("/", 4)[3:]
+    did, collection, rkey = uri.split("/", 4)[2:]
     # mutant: a partial snapshot deletes what it did not look at
-    return not is_left_out(collection) and part.covers(collection, rkey)
+    return not (is_left_out(collection) or is_account_left_out(did)) and part.covers(collection, rkey)
 
 
 def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
@@ -406,6 +406,8 @@ class Report:
             words += ", nothing was written" if self._dry_run else f", {self._written:,} rows written"
         if left_out := self._drops.pop(Reason.FILTERED, 0):
             words += f"; left out by FASTWORKER_COLLECTIONS: {left_out:,}"
+        if left_out := self._drops.pop(Reason.FILTERED_ACCOUNT, 0):
+            words += f"; left out by FASTWORKER_ACCOUNTS: {left_out:,}"
         if self._drops:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._drops.items()))
             words += f"; records that cannot be stored: {reasons}"

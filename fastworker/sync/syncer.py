@@ -1,8 +1,9 @@
 """The syncer: a child of the worker's supervisor that keeps the tables equal to the network, beside the stream.
 
 In rounds: what events asked for (#sync, broken chains), what a gap may have cost, what a sample found, are accounts in
-`fastworker.repos`; they are fetched and settled, by priority. Then, if it is time, one random account is compared. Any
-number of syncers share one database. Nothing is kept in memory: a killed one's work is done by the next.
+`fastworker.repos`; they are fetched and settled, by priority. Then, if it is time, one random account is compared, and
+history that was asked for goes on for a minute (sync/history.py). Any number of syncers share one database. Nothing is
+kept in memory: a killed one's work is done by the next.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastworker.store.repos import REPAIR, SAMPLE, Queue, Wanted, open_queue
 from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.repairs import repairs_told, tell_repairs
 from fastworker.sync.gaps import close_gaps, read_gaps
+from fastworker.sync.history import fetch_some, is_wanted
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
@@ -106,14 +108,17 @@ async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None) -> No
         async with open_queue(url) as queue:
             has_work = await queue.value(_HAS_WORK) or await admin.gaps() or await admin.recorded_repairs()
             is_due = await _is_due(queue, config)
+            has_history = await is_wanted(queue, config)
             await _tell(admin, queue, [])
-        if not has_work and not is_due:
+        if not has_work and not is_due and not has_history:
             return
         async with opened(config, "sync", hosts, reads_only=False) as scene:
             if has_work:
                 await _mend(scene, stop)
             if is_due and not stop.is_set():
                 await _sample(scene, stop)
+            if has_history and not stop.is_set():
+                await fetch_some(scene, _Log(), stop)
             await _tell(admin, scene.queue, scene.hosts.resting())
 
 

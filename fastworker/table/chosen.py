@@ -1,5 +1,5 @@
-"""Which collections are kept at all, where an operator has chosen some. Decided once, when a process starts. And what
-of a repository is looked at, where only a part of it is wanted.
+"""Which collections and whose records are kept at all, where an operator has chosen some. Collections are decided once,
+when a process starts, accounts again and again. And what of a repository is looked at, where only a part is wanted.
 
 Only what a record says is left out: deletes, `#account` and `#identity` are always taken, so that nothing outlives its
 end when the choice was wider before.
@@ -17,6 +17,7 @@ from fastworker.event.syntax import is_tid
 DATED: Final = frozenset(f"app.bsky.feed.{name}" for name in ("post", "like", "repost", "threadgate", "postgate"))
 """Collections of which old records may be left out; the graph and the profile are always whole."""
 _is_chosen: Callable[[str], object] | None = None
+_accounts: frozenset[str] | None = None
 
 
 def choose(patterns: Sequence[str]) -> None:
@@ -27,6 +28,16 @@ def choose(patterns: Sequence[str]) -> None:
 
 def is_left_out(collection: str) -> bool:
     return _is_chosen is not None and not _is_chosen(collection)
+
+
+def choose_accounts(dids: frozenset[str] | None) -> None:
+    """None: everybody."""
+    global _accounts  # noqa: PLW0603 - the choice of the whole process
+    _accounts = dids
+
+
+def is_account_left_out(did: str) -> bool:
+    return _accounts is not None and did not in _accounts
 
 
 def is_choosing() -> bool:

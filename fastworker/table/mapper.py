@@ -28,7 +28,7 @@ from fastworker.event.record import TOO_MANY_VALUES, clean_text, json_text, link
 from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
-from fastworker.table.chosen import is_left_out
+from fastworker.table.chosen import is_account_left_out, is_left_out
 from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
@@ -87,7 +87,9 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
     rev, seq = commit.rev, commit.seq
     stamp = (commit_time, None if seq is None else str(seq), rev)
     changes: list[Change] = []
-    dids = [repo]
+    # mutant: accounts are not left out
+    is_stranger = is_account_left_out(repo)
+    dids = [] if is_stranger else [repo]
     heavy = too_heavy(commit.ops)
     for index, op in enumerate(commit.ops):
         collection, rkey, cid = op.collection, op.rkey, op.cid or ""
@@ -100,8 +102,8 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         if op.action == "delete":
             changes.append(Change(table, uri, repo, rkey, rev, seq, index, None, None))
             continue
-        if is_left_out(collection) or len(cid) > CID_MAX or index in heavy:
-            drops.append(_not_read(collection, cid))
+        if is_stranger or is_left_out(collection) or len(cid) > CID_MAX or index in heavy:
+            drops.append(Drop(Reason.FILTERED_ACCOUNT, collection) if is_stranger else _not_read(collection, cid))
             continue
         try:
             if rkey != "self" and collection in SELF_ONLY:

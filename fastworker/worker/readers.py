@@ -37,13 +37,14 @@ Make = Callable[[int, int], tuple[WorkerStream, Pipeline]]
 class Readers:
     """`follow` is called every second or so; it raises StreamUnavailable, and the next call goes on."""
 
-    def __init__(self, members: Members, quiet: Quiet, make: Make, pipelines: int) -> None:
+    def __init__(self, members: Members, quiet: Quiet, make: Make, pipelines: int, max_stream_len: int) -> None:
         self.members = members
         self.layout = Layout()
         self.owned: Sequence[int] = (0,)
         self._quiet = quiet
         self._make = make
         self._pipelines = pipelines  # while there is one partition
+        self._max_stream_len = max_stream_len
         self._helped: int | None = None
         self._all: list[Reader] = []
         self._group: asyncio.TaskGroup | None = None
@@ -97,7 +98,7 @@ class Readers:
     async def _settle(self, look: Look) -> dict[int, int]:
         """How many pipelines each partition should have here."""
         self.layout = look.layout
-        share = share_of(self.members.token, look, self._helped)
+        share = share_of(self.members.token, look, self._helped, max_stream_len=self._max_stream_len)
         for partition in share.give:
             if not any(reader.stream.partition == partition for reader in self._all):
                 await self.members.give(partition)

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from fastworker.stream.limits import STREAM_LEN_MAX
 from fastworker.stream.members import Look
 
-HELP_FROM: Final = 2_000
-"""Entries that wait in a partition before a process whose own wait for nothing helps to read it."""
-HELP_UNTIL: Final = HELP_FROM // 4
+HELP_FROM: Final = 25
+"""So small a part of the stream's limit waits in one partition before a process that has nothing to do helps to read
+it: two readers of one partition wait for each other's rows, so a short backlog is left to its owner."""
+HELP_UNTIL: Final = 4
+"""Of that, until it leaves again."""
 
 
 class Share(NamedTuple):
@@ -26,7 +29,7 @@ class Share(NamedTuple):
     help: int | None = None
 
 
-def share_of(me: str, look: Look, helped: int | None = None) -> Share:
+def share_of(me: str, look: Look, helped: int | None = None, *, max_stream_len: int = STREAM_LEN_MAX) -> Share:
     """What the process `me` should read; `helped`: the partition that it helps with now."""
     wanted, rank = look.wanted, look.members.index(me)
     each, rest = divmod(len(wanted), len(look.members))
@@ -41,22 +44,30 @@ def share_of(me: str, look: Look, helped: int | None = None) -> Share:
         keep=keep,
         take=free[: max(0, room - len(keep))],
         give=sorted(mine[room:] + idle),
-        help=_help(look, keep, [n for n in wanted if n not in mine], helped, room=room, rank=rank),
+        help=_help(
+            look,
+            keep,
+            [n for n in wanted if n not in mine],
+            helped,
+            rank if room == 0 else None,
+            max_stream_len // HELP_FROM,
+        ),
     )
 
 
 def _help(
-    look: Look, mine: Sequence[int], others: Sequence[int], helped: int | None, *, room: int, rank: int
+    look: Look, mine: Sequence[int], others: Sequence[int], helped: int | None, idle: int | None, begin: int
 ) -> int | None:
-    """The partition that waits most, if our own do not; for who has none of his own any, so that all have readers."""
+    """The partition that waits most, if our own do not. `idle`: our rank, if we have none of our own: then any, so that
+    all have readers. `begin`: entries that wait before somebody helps."""
     if not others:
         return None
-    own = sum(look.waiting[n] for n in mine)
-    if helped is not None and helped in others and own < HELP_FROM and look.waiting[helped] >= HELP_UNTIL:
+    own, end = sum(look.waiting[n] for n in mine), begin // HELP_UNTIL
+    if helped is not None and helped in others and own < begin and look.waiting[helped] >= end:
         return helped
     most = max(others, key=lambda n: look.waiting[n])
-    if look.waiting[most] >= HELP_FROM and own < HELP_UNTIL:
+    if look.waiting[most] >= begin and own < end:
         return most
-    if room == 0:
-        return helped if helped in others else others[rank % len(others)]
+    if idle is not None:
+        return helped if helped in others else others[idle % len(others)]
     return None

@@ -21,6 +21,7 @@ from fastworker.process.child import StartAgain, run_child
 from fastworker.process.children import ChildSpec
 from fastworker.process.clocks import which_is_off
 from fastworker.redact import redact
+from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
@@ -179,7 +180,8 @@ def _readers(settings: Config, shared: Shared, slot: Slot, redis: Redis, store: 
         )
         return stream, pipeline
 
-    readers = Readers(Members(redis, settings.stream_key, settings.group), quiet, make, settings.pipelines)
+    members = Members(redis, settings.stream_key, settings.group)
+    readers = Readers(members, quiet, make, settings.pipelines, settings.max_stream_len)
     return readers
 
 
@@ -196,6 +198,8 @@ async def _work(
             await readers.follow()
             slot.text("consumers", readers.names)
             await _take_entry_rules(store, readers)
+            if settings.accounts is not None:
+                await read_accounts(settings.accounts, store.followed)
         except (StreamUnavailable, StoreUnavailable) as error:
             raise Unreachable(str(error)) from error
         await _run(settings, slot, stopping, store, failover, readers)
@@ -220,6 +224,7 @@ async def _run(
             group.create_task(_every(MAINTAIN_S, partial(_maintain, slot, store, failover, readers)), name="maintain"),
             group.create_task(_pay(slot, store), name="pay what is owed"),
             group.create_task(_figures(slot, store, readers), name="figures"),
+            *_choosing(settings, store, group),
             group.create_task(_every(LOOK_S, partial(_look_for, store, slot, failover)), name="look for PostgreSQL"),
         ]
         readers.start(group)
@@ -243,6 +248,12 @@ async def _run(
                 await store.pay()  # nobody may come next
         for task in (*late, *side_tasks):
             task.cancel()
+
+
+def _choosing(settings: Config, store: Store, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+    if settings.accounts is None:
+        return []
+    return [group.create_task(keep_reading(settings.accounts, store.followed), name="read the accounts")]
 
 
 async def _follow(slot: Slot, store: Store, readers: Readers) -> None:

@@ -35,7 +35,7 @@ async def test_a_minute_of_faults(server_dir: Path) -> None:
 async def test_what_people_do(server_dir: Path) -> None:
     """A few of their acts, with small limits: what the relay sent is in the tables, whatever they removed."""
     faults = plan(5, 15, with_operator=True)
-    assert {fault.kind for fault in faults} == set(operator.WEIGHTS) - set(operator.SERVERS) | {faults[0].kind}
+    assert {fault.kind for fault in faults} >= set(operator.WEIGHTS) - set(operator.SERVERS)
     async with chaos(server_dir, seed=5, with_operator=True) as started:
         outcome = await started.run([fault for fault in faults if fault.kind in operator.WEIGHTS][:5], recovery_s=2.0)
     assert outcome.problems == [], outcome.report()

@@ -202,9 +202,10 @@ async def test_a_server_that_loads_its_data(server_dir: Path, postgres_url: str,
 
 @pytest.mark.parametrize("command", ["xreadgroup", "evalsha", "xpending"])
 async def test_a_user_without_a_permission(
-    house: House, proxy: Proxy, redis_url: str, postgres_url: str, command: str
+    house: House, proxy: Proxy, redis_url: str, postgres_url: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the start, and while it runs: for an operator, so the process ends with a sentence."""
+    monkeypatch.setattr("fastworker.worker.worker.MAINTAIN_S", 0.5)  # XPENDING is asked then
     await house.redis.execute_command("ACL", "SETUSER", "limited", "reset", "on", "nopass", "~*", "&*", "+@all")
     limited = House(house.redis, f"redis://limited:x@127.0.0.1:{proxy.port}", postgres_url)
     try:

@@ -15,11 +15,12 @@ import asyncpg
 import pytest
 
 from fastworker.commands import backfill as history
-from fastworker.commands.backfill import Choice, backfill
+from fastworker.commands.backfill import backfill
 from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from fastworker.sync.choice import Choice
 from fastworker.table.chosen import Part
 from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import ROOT, Service, environment
@@ -27,7 +28,8 @@ from tests.services import ROOT, Service, environment
 RATE = 20.0
 _PROCESS = """
 import asyncio, json, os, sys
-from fastworker.commands.backfill import Choice, backfill
+from fastworker.commands.backfill import backfill
+from fastworker.sync.choice import Choice
 from fastworker.config import parse_config
 from fastworker.sync.hosts import Bounds, Hosts
 told = json.loads(sys.argv[1])

@@ -456,6 +456,18 @@ def test_the_reader_begins_where_it_is_told(
 # --- one-shot commands
 
 
+def test_a_reader_that_waits_for_postgresql_says_it_once(services: Callable[..., Service], redis_url: str) -> None:
+    """And then each minute, not at each try."""
+    relay = services("relay", "--events", "50", "--port", "0")
+    env = {"REDIS_URL": redis_url, "RELAY_URL": relay.wait_for("RELAY_URL=(.+)")[1], "FASTWORKER_HTTP_PORT": "off"}
+    reader = services("reader", DATABASE_URL=f"postgresql://postgres@{NOBODY}/x", **env)
+    reader.wait_for("PostgreSQL is away: .*Connection refused; the cursor is lost", 60)
+    time.sleep(2)  # some ten tries
+    assert sum("only PostgreSQL knows it" in line for line in reader.lines) == 1, reader.lines
+    assert not any("Errno" in line or "Connect call failed" in line for line in reader.lines), reader.lines
+    assert reader.stop() == 0
+
+
 @pytest.mark.parametrize(
     "words", ["migrate", "export did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "sample", "backfill --status", "repair --recorded"]
 )

@@ -367,7 +367,7 @@ async def test_a_future_cursor_stops_the_reader_and_leaves_the_cursor(
 
     await redis.set(CURSOR, "99")
     relay.answers = [future]
-    with pytest.raises(StoppedItself, match=r"99.*delete firehose:python_cursor"):
+    with pytest.raises(StoppedItself, match=r"99.*--from live"):
         await asyncio.wait_for(run_reader(settings(redis_url, relay), asyncio.Event()), 30)
     assert await redis.get(CURSOR) == b"99"
     assert json.loads(replies.raw(await redis.get("firehose:status")))["connected"] is False

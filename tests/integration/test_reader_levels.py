@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -430,14 +433,15 @@ async def test_no_more_than_so_many_wait(
 # What the tree says
 
 
+@pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("form", ["json", "native", "frame"])
 async def test_ops_that_are_invented_are_dropped_and_hidden_ones_repaired(
-    form: str, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts
+    form: str, processes: int, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts
 ) -> None:
     repo, _ = signing(sim)
-    async with reading(redis_url, relay, verify="full", plc_url=sim.directory.url, stream_format=form) as stats:
+    level = {"verify": "full", "verify_processes": processes, "plc_url": sim.directory.url}
+    async with reading(redis_url, relay, stream_format=form, **level) as stats:
         await known(stats, relay, sim, repo)
-        before = len(await commits(redis))
         hides = repo.commit([create(21), create(22)])
         ops = libipld.decode_dag_cbor_multi(hides.data)[1]["ops"]
         relay.emit(changed(hides, ops=ops[:1]))
@@ -447,7 +451,7 @@ async def test_ops_that_are_invented_are_dropped_and_hidden_ones_repaired(
         gone = {"action": "delete", "path": create(23)[1], "cid": None, "prev": ops[0]["cid"]}
         relay.emit(changed(invents, ops=[gone, ops[1]]))
         await until(lambda: stats.verdicts["inversion"] == 2 and stats.last_seq == invents.seq)
-    first, second = (await commits(redis))[before:]
+    first, second = (await commits(redis))[-2:]
     assert ([op.rkey for op in first.ops], first.drops) == ([create(21)[1].rpartition("/")[2]], [])
     assert [op.rkey for op in second.ops] == [create(24)[1].rpartition("/")[2]]
     assert [drop.reason for drop in second.drops] == ["unproved_op"]
@@ -476,3 +480,43 @@ async def test_ops_without_a_signed_commit(
     (last,) = (await commits(redis))[-1:]
     assert (len(last.ops), len(last.drops)) == ((1, 0) if level == "chain" else (0, 1))
     assert (await repairs(redis))[DID]["reason"] == verdict
+
+
+# Provers
+
+
+def provers() -> list[int]:
+    """Process ids of this process's children that prove."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"fastworker.reader.prover" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+@pytest.mark.parametrize("level", ["signed", "full"])
+async def test_provers_keep_the_order_and_are_replaced(
+    level: str, redis_url: str, redis: Redis, relay: SimRelay, sim: SimHosts
+) -> None:
+    """Two processes, one of them killed in the middle: every commit is on the stream once, in order, and judged."""
+    repo, _ = signing(sim)
+    frames = [repo.commit([create(number)]) for number in range(1_500)]
+    forged = Repo(DID, repo.clock, key=SigningKey("a stranger")).commit([create(99_999)])
+    settings = {"verify": level, "verify_processes": 2, "plc_url": sim.directory.url}
+    async with reading(redis_url, relay, **settings) as stats:
+        relay.emit(frames[0])
+        await until(lambda: asked(sim) == 1)
+        await asyncio.sleep(0.5)
+        relay.emit(*frames[1:700])
+        await until(lambda: stats.verdicts["ok"] > 300)
+        first = provers()
+        assert len(first) == 2
+        os.kill(first[0], signal.SIGKILL)
+        relay.emit(*frames[700:], forged)
+        await until(lambda: stats.last_seq == forged.seq and stats.verdicts["bad_signature"] == 1)
+        assert len(provers()) == 2
+    assert counted(stats) == {"unverified": 1, "ok": 1_499, "bad_signature": 1}
+    assert [one.rev for one in await commits(redis)] == [again_rev(frame) for frame in frames]
+    await until(lambda: not provers())

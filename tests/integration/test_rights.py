@@ -33,7 +33,7 @@ from fastworker.store import repos, routines, schema_admin
 from fastworker.store import statements as sql
 from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
-from fastworker.stream import feed
+from fastworker.stream import feed, members
 from fastworker.stream.scripts import script
 from fastworker.sync import gaps, syncer, tell
 from fastworker.table.schema import (
@@ -182,6 +182,7 @@ async def test_both_services_run_with_what_is_printed(
                 DATABASE_URL=role("reader"),
                 RELAY_URL=relay.url,
                 FASTWORKER_STREAM_FORMAT="native",
+                FASTWORKER_STREAM_PARTITIONS="2",
                 FASTWORKER_STREAM_BYTES_MAX="1gb",
             )
         )
@@ -195,7 +196,7 @@ async def test_both_services_run_with_what_is_printed(
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
     assert allowed == allowed & (used | seen.known(in_scripts(feed))), "more is allowed than is used"
     assert in_scripts(feed) <= set(rights.COMMANDS["reader"])
-    assert in_scripts(stream) <= set(rights.COMMANDS["worker"])
+    assert in_scripts(stream, members) <= set(rights.COMMANDS["worker"])
 
     seen = Seen(client)
     worker = await asyncio.to_thread(
@@ -219,7 +220,7 @@ async def test_both_services_run_with_what_is_printed(
     used = seen.commands()
     allowed = seen.known(set(rights.COMMANDS["worker"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
-    assert allowed == allowed & (used | seen.known(in_scripts(stream, feed))), "more is allowed than is used"
+    assert allowed == allowed & (used | seen.known(in_scripts(stream, members, feed))), "more is allowed than is used"
     client.close()
 
 

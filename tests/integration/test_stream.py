@@ -592,3 +592,13 @@ async def test_what_comes_new_does_not_wait_for_what_was_left_behind(redis: Any)
     await stream.give_skipped()
     await stream.ack({COMMITTED: [entry_id for entry_id, _ in await intake.next(1)]})
     assert await redis.hlen(USUAL.reads) == 0
+
+
+async def test_a_released_name_is_not_renewed(redis: Any) -> None:
+    """A renewal that was on its way while the consumer went: its name may be another's by then."""
+    first = await consumer(redis)
+    await asyncio.gather(first.release(), first.renew())
+    assert not await redis.exists(USUAL.consumer_lease("w-0"))
+    second = await consumer(redis)
+    assert second.name == "w-0"
+    assert await first.renew() == 0

@@ -17,9 +17,12 @@ import asyncpg
 import msgspec
 import pytest
 
-from fastworker.config import Config
+from fastworker.config import Config, parse_config
+from fastworker.errors import ConfigError
 from fastworker.simulator.hosts import SimHosts
 from fastworker.sync import sampling, syncer
+from fastworker.sync.choice import Choice
+from fastworker.sync.history import asked_for
 from fastworker.sync.syncer import run_syncer
 from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import Service
@@ -220,3 +223,50 @@ async def test_two_syncers_share_and_one_may_be_killed(
 def test_the_simulated_hosts_are_on_loopback_only(scene: Scene) -> None:
     assert isinstance(scene.sim, SimHosts)
     assert all("127.0.0.1" in one for one in scene.sim.own)
+
+
+async def test_history_that_the_environment_asks_for_is_fetched_once(
+    scene: Scene, worker: Service, pg: asyncpg.Connection
+) -> None:
+    """Everybody who is known; a deleted cursor row of the old dashboard comes again; the second time nobody is asked."""
+    scene.happen(500, lose=lambda n: n % 3 == 0)
+    await scene.finished()
+    for one in scene.network.world.accounts():
+        await pg.execute(
+            "INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid') ON CONFLICT DO NOTHING", one.did
+        )
+    async with syncing(scene, backfill_days=-1):
+
+        async def done() -> bool:
+            return bool(await pg.fetchval("SELECT done_at IS NOT NULL FROM fastworker.backfill"))
+
+        await until(done)
+    assert await scene.differences(pg) == "no difference"
+    assert await pg.fetchval("SELECT asked FROM fastworker.backfill") == "FASTWORKER_BACKFILL=known BACKFILL_DAYS=-1"
+    accounts = await pg.fetchval("SELECT count(*)::text FROM fastworker.repos")
+    assert await pg.fetchval("SELECT cursor FROM firehose_cursor WHERE service = 'backfill'") == accounts
+    asked = sum(len(pds.asked) for pds in scene.sim.pdses)
+    async with syncing(scene, backfill_days=30):
+        await asyncio.sleep(2)
+    assert sum(len(pds.asked) for pds in scene.sim.pdses) == asked
+
+
+@pytest.mark.parametrize(
+    ("env", "choice"),
+    [
+        ({}, None),
+        ({"BACKFILL_DAYS": "0"}, None),
+        ({"BACKFILL_DAYS": "-1"}, Choice(known=True)),
+        ({"BACKFILL_DAYS": "30"}, Choice(known=True, days=30)),
+        ({"BACKFILL_DAYS": "30", "FASTWORKER_BACKFILL": "off"}, None),
+        ({"BACKFILL_DAYS": "0", "FASTWORKER_BACKFILL": "known"}, None),
+        ({"FASTWORKER_BACKFILL": "follows-of:did:plc:a,did:plc:b"}, Choice(follows_of=("did:plc:a", "did:plc:b"))),
+    ],
+)
+def test_what_the_variables_ask_for(env: dict[str, str], choice: Choice | None) -> None:
+    assert asked_for(parse_config(env)) == choice
+
+
+def test_everybody_is_not_asked_for_by_a_variable() -> None:
+    with pytest.raises(ConfigError, match="backfill --all --yes"):
+        parse_config({"FASTWORKER_BACKFILL": "all"})

@@ -202,6 +202,7 @@ MUTANTS = [
         "tests/integration/test_settle.py",
         "return not is_left_out(collection)",
     ),
+    _mutant("accounts are not left out", _MAPPER, "tests/integration/test_accounts.py", "is_stranger = False"),
     # bulk loads
     _mutant(
         "bulk loses an index",

@@ -309,7 +309,7 @@ class Stage:
     async def wrongly_green(self, since_s: float) -> list[str]:
         """Nothing ended for so long: whether /readyz of the worker says that all is well all the same."""
         ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
-        if not ports or (await self.pending() == 0 and ended_in(await self.ledger()) >= await self.added()):
+        if not ports or await self.is_read():
             return []
         well, words = await asyncio.to_thread(_ask, int(ports[-1]))
         return [f"Nothing ended for {since_s:g} s, and /readyz says {words!r}: {self.worker.log}"] if well else []

@@ -54,6 +54,41 @@ def test_rows_have_names() -> None:
         assert not found or path.name in allowed, f"{path.relative_to(ROOT)}: {found}"
 
 
+def shortened() -> Iterator[tuple[str, str]]:
+    """(module, constant) of each constant that a test sets."""
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        modules = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(ast.Attribute(attr="setattr"), [ast.Constant(str(dotted)), *_]):
+                    module, _, name = dotted.rpartition(".")
+                    yield module, name
+                case ast.Call(ast.Attribute(attr="setattr"), [ast.Name(alias), ast.Constant(str(name)), *_]):
+                    yield modules.get(alias, ""), name
+
+
+def test_what_tests_shorten_is_read_when_it_is_used() -> None:
+    """A constant as the default of an argument was read when the function was made: a test that sets it waits on."""
+    constants = set(shortened())
+    assert ("fastworker.edge.embedded", "LOCK_SECONDS_MAX") in constants
+    found = [
+        f"{path.relative_to(ROOT)}:{default.lineno} {default.id}"
+        for path in sorted(ROOT.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for default in (*node.args.defaults, *node.args.kw_defaults)
+        if isinstance(default, ast.Name)
+        and (".".join(path.relative_to(ROOT.parent).with_suffix("").parts), default.id) in constants
+    ]
+    assert found == []
+
+
 def test_nothing_cites_a_document_that_is_not_here() -> None:
     """Contracts and surveys that a reader cannot open explain nothing."""
     wrong = re.compile(

@@ -7,9 +7,12 @@ import zlib
 
 import pytest
 
+from fastworker.stream.limits import STREAM_LEN_MAX
 from fastworker.stream.members import Look
 from fastworker.stream.partitions import Layout, layout_of, partition_of
-from fastworker.worker.share import HELP_FROM, HELP_UNTIL, Share, share_of
+from fastworker.worker.share import Share, share_of
+
+BEGIN, END = STREAM_LEN_MAX // 25, STREAM_LEN_MAX // 100
 
 
 class Group:
@@ -99,16 +102,16 @@ def test_one_that_lags_gets_everybody_who_has_nothing_to_do() -> None:
     group = Group(4)
     group.members = list("abcd")
     group.turns(1)
-    group.waiting[2] = HELP_FROM
+    group.waiting[2] = BEGIN
     group.turns(2)
     assert group.readers(2) == 4
-    group.waiting[2] = HELP_UNTIL  # not before it is nearly done
+    group.waiting[2] = END  # not before it is nearly done
     group.turns(3)
     assert group.readers(2) == 4
-    group.waiting[2] = HELP_UNTIL - 1
+    group.waiting[2] = END - 1
     group.turns(4)
     assert group.readers(2) == 1
-    group.waiting = [HELP_FROM] * 4  # who has enough himself helps nobody
+    group.waiting = [BEGIN] * 4  # who has enough himself helps nobody
     group.turns(5)
     assert [group.readers(n) for n in range(4)] == [1, 1, 1, 1]
 

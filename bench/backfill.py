@@ -1,0 +1,108 @@
+"""History: the same repositories through the live path and in bulk, against the COPY floor of the rows they make."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import uvloop
+
+from bench.corpus import cache
+from bench.floor import floor_s
+from bench.growth import preload
+from bench.report import Figures
+from bench.servers import PYTHON, Servers, cpu_s, environment, pss_mb, servers
+from fastworker.commands.backfill import RECORDS
+from fastworker.simulator.network import Network
+from fastworker.simulator.repo import car_bytes
+
+_COUNTS = (
+    "SELECT count(*) FROM posts",
+    "SELECT count(*) FROM likes",
+    "SELECT sum(like_count) + sum(reply_count) + sum(quote_count) FROM post_aggregations",
+    "SELECT count(*) FROM notifications",
+    "SELECT count(*) FROM post_viewer_states",
+    "SELECT count(*) FROM thread_contexts",
+    "SELECT count(*) FROM users",
+)
+_SIZES = (
+    "SELECT oid::regclass::text, pg_total_relation_size(oid) FROM pg_class WHERE relkind = 'r' "
+    "AND relnamespace IN ('public'::regnamespace, 'fastworker'::regnamespace) ORDER BY 2 DESC"
+)
+
+
+def repositories(seed: int, events: int) -> Path:
+    """A folder of CAR files in the user's cache: what so many events of the production mix leave, with as many records
+    in each as an account of the network has on average."""
+    folder = cache() / f"cars-{seed}-{events}"
+    if (folder / "done").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    network = Network(seed, accounts=max(8, events // RECORDS), signed=True)
+    told = time.monotonic()
+    for number, _ in enumerate(network.frames(events)):
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            print(f"repositories: {number:,} of {events:,} events", file=sys.stderr, flush=True)
+    for account in network.world.accounts():
+        if account.repo.rev is not None:
+            (folder / f"{account.number}.car").write_bytes(car_bytes(*account.repo.export()))
+    (folder / "done").touch()
+    return folder
+
+
+def backfill(folder: Path, *, derive: str, bulk: bool, likes: int = 0) -> Figures:
+    """From the start of the command to its end, decoding, derived tables and indexes included."""
+    load = None if not likes else lambda url: uvloop.run(preload(url, likes))
+    with servers(preload=load) as running:
+        figures: Figures = uvloop.run(_import(running, folder, derive, bulk=bulk))
+        if not likes:
+            figures["floor records/s"] = figures["records"] / uvloop.run(floor_s(running.postgres.url))
+            figures["share of the floor"] = figures["records/s"] / figures["floor records/s"]
+    return figures
+
+
+async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) -> dict[str, Any]:
+    before = cpu_s(running.postgres.pid)
+    began = time.perf_counter()
+    words = ("import", "--bulk", str(folder)) if bulk else ("import", str(folder))
+    process = await asyncio.create_subprocess_exec(
+        PYTHON, "-m", "fastworker", *words, env=environment(running, FASTWORKER_DERIVE=derive),
+        stdout=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    peak = cpu = 0.0
+    waiting = asyncio.create_task(process.wait())
+    while not waiting.done():
+        await asyncio.wait([waiting], timeout=0.2)
+        with contextlib.suppress(AssertionError):
+            peak, cpu = max(peak, pss_mb(process.pid)), max(cpu, cpu_s(process.pid))
+    if process.returncode:
+        raise RuntimeError(f"fastworker {' '.join(words)} ended with exit code {process.returncode}")
+    seconds = time.perf_counter() - began
+    connection = await asyncpg.connect(running.postgres.url)
+    counts = [int(await connection.fetchval(one) or 0) for one in _COUNTS]
+    records = int(
+        await connection.fetchval(
+            "SELECT (SELECT count(*) FROM fastworker.versions WHERE NOT deleted) + (SELECT count(*) FROM posts) "
+            "+ (SELECT count(*) FROM likes) + (SELECT count(*) FROM reposts) + (SELECT count(*) FROM follows) "
+            "+ (SELECT count(*) FROM blocks)"
+        )
+    )
+    sizes = await connection.fetch(_SIZES)
+    await connection.close()
+    return {
+        "records/s": records / seconds,
+        "records": records,
+        "seconds": seconds,
+        "command CPU us/record": cpu / records * 1e6,
+        "postgres CPU us/record": (cpu_s(running.postgres.pid) - before) / records * 1e6,
+        "memory MB (PSS)": peak,
+        "rows": sum(counts),
+        "bytes/record in PostgreSQL": sum(size for _, size in sizes) / records,
+        **{f"{table} bytes/record": size / records for table, size in sizes if size > records},
+    }
