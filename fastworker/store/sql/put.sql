@@ -130,6 +130,18 @@ BEGIN
     IF owed_keys IS NOT NULL THEN
         INSERT INTO fastworker.notes (kinds, keys) VALUES (owed_kinds, owed_keys) RETURNING id INTO note;
     END IF;
+    -- A floor that came since the look: nothing is written. One that comes later waits for this transaction.
+    IF floors THEN
+        -- mutant: a floor that came since the look
+        IF EXISTS (SELECT FROM fastworker.floors AS f WHERE f.did = ANY(repos)
+                AND (f.rev > lowest_rev COLLATE "C" OR f.seq >= lowest_seq)
+                AND f.did || ' ' || f.rev || ' ' || f.seq <> ALL(known_floors)) THEN
+            RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
+        END IF;
+    -- mutant: the first floor that came since the look
+    ELSIF NOT floors AND EXISTS (SELECT FROM fastworker.floors) THEN
+        RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
+    END IF;
     IF until_entry IS NOT NULL THEN
         INSERT INTO fastworker.progress (stream, consumer, seq, entry_id)
         VALUES (of_stream, of_consumer, until_seq, until_entry) ON CONFLICT (stream, consumer) DO UPDATE SET
