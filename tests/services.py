@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(env: dict[str, str]) -> dict[str, str]:
-    """Nothing of the tests' own environment but what a process needs to run; HOME does not exist."""
+    """Nothing of the tests' own environment but what a process needs to run; HOME does not exist. No test asks the
+    network: test_syncer.py has servers."""
     usual = {name: os.environ[name] for name in ("PATH", "SSL_CERT_FILE") if name in os.environ}
-    return {**usual, "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env}
+    return {**usual, "HOME": "/nonexistent", "COLUMNS": "80", "PYTHONPATH": str(ROOT), "FASTWORKER_SYNC": "off", **env}
 
 
 def run(*args: str, timeout: float | str = 60, **env: str) -> subprocess.CompletedProcess[str]:

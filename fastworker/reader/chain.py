@@ -15,6 +15,7 @@ import fcntl
 import logging
 import mmap
 import os
+import time
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -203,7 +204,8 @@ def _write_header(mapped: mmap.mmap, state: str) -> None:
 
 
 def _boot() -> bytes:
+    """Another one after each boot of the machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-    except OSError:
-        return b"unknown"
+    except OSError:  # hidden from a hardened service: about when it was, then
+        return b"%d" % ((time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)) // 300)

@@ -222,6 +222,7 @@ class SimHosts:
         self.relay = _Server()
         self.moved: dict[str, int] = {}  # DID -> number of its PDS
         self.keys: dict[str, str] = {}  # DID -> the multikey that its document shows
+        self.statuses: dict[str, str | None] = {}  # DID -> what the relay's list says of it; None: active
         self.documents: dict[str, dict[str, Any] | int] = {}  # what the directory says instead
         self.directory.route("/{did}", self._document)
         self.relay.route("/xrpc/com.atproto.sync.listHosts", self._list_hosts)
@@ -308,7 +309,14 @@ class SimHosts:
         return web.json_response(_page(request, "hosts", hosts))
 
     async def _list_repos(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response(_page(request, "repos", [_listed(one) for one in self._world.accounts()]))
+        told = [{**_listed(one), **self._said(one.did)} for one in self._world.accounts()]
+        return web.json_response(_page(request, "repos", told))
+
+    def _said(self, did: str) -> dict[str, Any]:
+        if did not in self.statuses:
+            return {}
+        status = self.statuses[did]
+        return {"active": True} if status is None else {"active": False, "status": status}
 
     async def _by_collection(self, request: web.Request) -> web.StreamResponse:
         start = f"{request.query.get('collection')}/".encode()
@@ -383,7 +391,7 @@ def _pages(account: Account) -> list[tuple[bytes, bytes]]:
 
 def _listed(account: Account) -> dict[str, Any]:
     cid, _ = head_of(account)
-    return {"did": account.did, "head": cid_text(cid), "rev": account.repo.rev, "active": True}
+    return {"did": account.did, "head": cid_text(cid), "rev": account.repo.rev}
 
 
 def _page(request: web.Request, name: str, everything: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the syncer last told, for status, page and metrics."""
+"""What the syncer leaves and finds in Redis."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ async def repairs_told(admin: RedisAdmin) -> bytes | None:
     """None: nothing within an hour. Raises StreamUnavailable."""
     async with translating(admin.redis):
         return cast("bytes | None", await admin.redis.get(admin.keys.repair_status))
+
+
+async def cursor_relay(admin: RedisAdmin) -> str | None:
+    """The host that the reader's cursor belongs to. Raises StreamUnavailable."""
+    async with translating(admin.redis):
+        host = cast("bytes | None", await admin.redis.get(admin.keys.relay))
+    return None if host is None else host.decode()

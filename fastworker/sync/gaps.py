@@ -12,7 +12,7 @@ import msgspec
 
 from fastworker.errors import ExitCode
 from fastworker.store.repos import REPAIR
-from fastworker.sync.lists import read_repos
+from fastworker.sync.lists import GAP, read_repos
 from fastworker.table.snapshot import tid_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 MARGIN: Final = timedelta(minutes=10)
 """A revision is by the clock of the account's host."""
 READ_MAX: Final = 1_000
-_REASON: Final = "gap"
 # Of events up to the gap's first seq the newest that was stored: rows come in about that order.
 _SINCE: Final = """
 SELECT indexed_at FROM public.posts WHERE commit_seq ~ '^[0-9]{1,18}$' AND commit_seq::bigint <= $1
@@ -59,12 +58,12 @@ async def read_gaps(scene: Scene, relay: str) -> None:
         unread = await scene.queue.rows(f"{_OPEN} AND sweep IS NULL")
         if unread:
             since = await _since(scene, min(row["from_seq"] for row in unread))
-            sweep = await scene.queue.sweep(relay, _REASON, REPAIR, since_rev=since)
+            sweep = await scene.queue.sweep(relay, GAP, REPAIR, since_rev=since)
             if sweep.cursor is None and sweep.since_rev <= since:  # one that has begun does not cover them
                 await scene.queue.execute(_COVER, sweep.id)
         if not await scene.queue.value(_READING, relay):
             break
-        await read_repos(scene, relay, _REASON, REPAIR)
+        await read_repos(scene, relay, GAP, REPAIR)
     await scene.queue.execute(_ONCE_MORE)
 
 

@@ -101,12 +101,12 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RepoHead(msgspec.Struct, frozen=True):
-    """One repository of `listRepos`. Some hosts leave `rev` empty."""
+    """One repository of `listRepos`. Some hosts leave `rev` empty, or do not say whether it is active."""
 
     did: str
     head: str = ""
     rev: str = ""
-    active: bool = True
+    active: bool | None = None
     status: str | None = None
 
 

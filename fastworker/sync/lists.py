@@ -14,6 +14,7 @@ from fastworker.errors import Unreachable
 from fastworker.event.syntax import is_did
 from fastworker.store.repos import Sweep, Wanted
 from fastworker.sync.hosts import HostError, HostFault, RepoHead
+from fastworker.sync.status import take_status
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 QUEUED_MAX: Final = 200_000
 """Accounts that wait: the list is read on when there are fewer."""
+GAP: Final = "gap"
+"""The reason of a list that is read because events were lost."""
 _LOOK_S: Final = 5.0
 _TRIES: Final = 5
 
@@ -59,13 +62,16 @@ async def read_repos(
     """Everything that `source` lists, less what is as new here. `host`: of all of them, where it is known."""
     sweep = await scene.queue.sweep(source, reason, priority, collection=collection, host=host, since_rev=since_rev)
     while not sweep.is_done:
+        mark = await scene.live.mark() if reason == GAP else None
         repos, cursor = await _page(scene, sweep)
+        if mark is not None:
+            await take_status(scene, mark.seq, repos)
         wanted = [
             Wanted(one.did, one.rev or None)
             for one in repos
             if is_did(one.did)
             and not is_account_left_out(one.did)
-            and one.active
+            and one.active is not False
             and (not one.rev or one.rev >= sweep.since_rev)
         ]
         if cursor is not None and (cursor == sweep.cursor or not repos):

@@ -25,7 +25,7 @@ from fastworker.sync.choice import Choice
 from fastworker.sync.history import asked_for
 from fastworker.sync.syncer import run_syncer
 from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
-from tests.services import Service
+from tests.services import Service, get
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,34 @@ async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyn
         await until(is_told)
     assert await pg.fetchval("SELECT count(*) FROM fastworker.gaps WHERE closed_at IS NULL") == 0
     assert await scene.differences(pg) == "no difference"
+
+
+async def test_the_relays_list_says_who_is_active(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
+    scene.happen(200)
+    await scene.finished()
+    gap = {"relay": "127.0.0.1", "reason": "relay_switch", "after": 1, "resumed": scene.network.clock.seq, "at": 1}
+    scene.client.lpush("fastworker:gaps", json.dumps(gap))
+    gone, back, *others = (one.did for one in scene.network.world.accounts())
+    scene.sim.statuses = {gone: "takendown", back: None}
+    for did in (back, others[0]):  # of the second the list says nothing
+        await pg.execute(
+            "INSERT INTO fastworker.accounts (did, relay, seq, event_at, active, status) "
+            "VALUES ($1, '127.0.0.1', 1, now(), false, 'deactivated') ON CONFLICT (did) DO UPDATE SET active = false",
+            did,
+        )
+    scene.client.set("fastworker:relay", "127.0.0.1")
+    async with syncing(scene, relay_urls=(scene.sim.relay.url.replace("http", "ws"),)):
+
+        async def closed() -> bool:
+            return not scene.client.llen("fastworker:gaps")
+
+        await until(closed)
+    told = "SELECT active, status FROM fastworker.accounts WHERE did = $1"
+    assert [tuple(row) for row in await pg.fetch(told, gone)] == [(False, "takendown")]
+    assert [tuple(row) for row in await pg.fetch(told, back)] == [(True, None)]
+    assert await pg.fetchval(told, others[0]) is False
+    reason = "SELECT reason FROM fastworker.repos WHERE did = $1"
+    assert await pg.fetchval(reason, back) in ("reactivated", "gap")
 
 
 async def test_samples_say_how_true_the_tables_are(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
@@ -218,6 +246,40 @@ async def test_two_syncers_share_and_one_may_be_killed(
             async with asyncio.timeout(60):
                 await process.wait()
     assert await scene.differences(pg) == "no difference"
+
+
+async def test_a_worker_has_a_syncer_unless_it_is_switched_off(
+    scene: Scene, services: Callable[..., Service], redis_url: str, postgres_url: str
+) -> None:
+    env = {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": postgres_url,
+        "FASTWORKER_PROCESSES": "1",
+        "FASTWORKER_HTTP_PORT": "0",
+        "FASTWORKER_PLC_URL": scene.sim.directory.url,
+        "RELAY_URL": scene.sim.relay.url.replace("http", "ws"),
+        "FASTWORKER_SAMPLE_PER_HOUR": "0",
+    }
+    on = services("worker", FASTWORKER_SYNC="on", **env)
+    on.wait_for(r"syncer \(pid \d+\) is ready")
+    on.wait_for("FASTWORKER_SYNC is on: repositories are asked for")
+    port = int(on.wait_for(r"HTTP on http://127\.0\.0\.1:(\d+)")[1])
+
+    async def is_told() -> bool:
+        return bool(told(scene))
+
+    await until(is_told)
+
+    async def is_shown() -> bool:
+        return "fastworker_gaps_open 0" in (await asyncio.to_thread(get, port, "/metrics"))[1]
+
+    await until(is_shown)
+    assert "Equal to the network" in (await asyncio.to_thread(get, port, "/status.json"))[1]
+    assert on.stop() == 0
+    off = services("worker", **env)
+    off.wait_for(r"monitor \(pid \d+\) is ready")
+    assert off.stop() == 0
+    assert not any("syncer" in line or "FASTWORKER_SYNC is" in line for line in off.lines)
 
 
 def test_the_simulated_hosts_are_on_loopback_only(scene: Scene) -> None:

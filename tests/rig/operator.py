@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -69,6 +71,7 @@ WEIGHTS = {
     "op_postgres_older": 4,
 }
 SERVERS = ("op_redis_older", "op_postgres_older")
+UNREAD = ("op_del", "op_rename", "op_trim", "op_setid_end", "op_again")  # what matters where entries are unread
 
 
 class Operator:
@@ -85,7 +88,21 @@ class Operator:
 
     async def act(self, kind: str) -> None:
         with contextlib.suppress(ResponseError):  # the stream or the group is not there (yet): an operator shrugs
-            await self._acts[kind]()
+            if kind not in UNREAD:
+                await self._acts[kind]()
+                return
+            stopped = self._tell_all(self._stage.worker.children(), signal.SIGSTOP)
+            try:
+                await asyncio.sleep(1.0)  # something comes that nobody reads
+                await self._acts[kind]()
+            finally:
+                self._tell_all(stopped, signal.SIGCONT)
+
+    def _tell_all(self, children: list[int], number: signal.Signals) -> list[int]:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return children
 
     # --- Redis
 

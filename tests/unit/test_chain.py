@@ -227,3 +227,20 @@ def test_what_a_message_says_of_its_place() -> None:
 def payload_of(frame: bytes) -> dict[str, Any]:
     payload: dict[str, Any] = libipld.decode_dag_cbor_multi(frame)[1]
     return payload
+
+
+def test_a_boot_is_told_where_its_id_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hardened service does not see /proc/sys: the moment of the boot stands for its id."""
+
+    def hidden(_: Path) -> bytes:
+        raise FileNotFoundError
+
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(Path, "read_bytes", hidden)
+    monkeypatch.setattr("fastworker.reader.chain.time.time", lambda: now[0])
+    monkeypatch.setattr("fastworker.reader.chain.time.clock_gettime", lambda _: now[0] - 1_000_000_000.5)
+    one = chain_module._boot()
+    now[0] += 86_400
+    assert chain_module._boot() == one
+    monkeypatch.setattr("fastworker.reader.chain.time.clock_gettime", lambda _: 60.0)
+    assert chain_module._boot() != one
