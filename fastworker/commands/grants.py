@@ -52,13 +52,15 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.sweeps": _KEEP,
         "fastworker.gaps": _KEEP,
         "fastworker.samples": ("SELECT", "INSERT", "DELETE"),
+        "fastworker.backfill": ("SELECT", "UPDATE"),
+        "firehose_cursor": _KEEP,  # its row for the old dashboard
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty, to say where new
     # partitions begin, and to note what `--from` passes over.
     "reader": {"fastworker.progress": _APPEND, "fastworker.relays": _READ, "fastworker.gaps": _KEEP},
 }
 SEQUENCES: Final[Mapping[Service, tuple[str, ...]]] = {
-    "worker": ("label_events_id_seq", "notifications_id_seq"),
+    "worker": ("label_events_id_seq", "notifications_id_seq", "firehose_cursor_id_seq"),
     "reader": (),
 }
 
@@ -70,7 +72,20 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
         *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer", "xgroup|setid"),
         *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
-        *("hget", "hgetall", "hvals", "hset", "hdel", "hincrby", "sadd", "srem", "smembers", "sismember", "lrange"),
+        *(
+            "hget",
+            "hgetall",
+            "hlen",
+            "hvals",
+            "hset",
+            "hdel",
+            "hincrby",
+            "sadd",
+            "srem",
+            "smembers",
+            "sismember",
+            "lrange",
+        ),
     ),
     "reader": (
         *_CONNECTION,
