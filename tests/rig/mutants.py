@@ -297,7 +297,7 @@ def try_one(mutant: Mutant, jobs: int) -> tuple[str, float]:
     if done.returncode == 0:
         return "", took
     words = done.stdout.decode(errors="replace").splitlines()
-    failed = [line.partition(" ")[2] for line in words if line.startswith(("FAILED ", "ERROR "))]
+    failed = [line.partition(" ")[2] for line in words if line.startswith(("FAILED tests", "ERROR tests"))]
     if not failed:
         sys.exit("\n".join(words[-30:]))
     return failed[0].split(" - ")[0], took
