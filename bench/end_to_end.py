@@ -73,7 +73,8 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
     async with Redis.from_url(running.redis.url) as redis:
         await finished(redis, total)
     drift = await connection.fetchval(
-        "SELECT (SELECT sum(like_count) FROM post_aggregations) - (SELECT count(*) FROM likes)"
+        "SELECT (SELECT sum(like_count) FROM post_aggregations) - (SELECT count(*) FROM likes) "
+        "+ (SELECT coalesce(sum(d.like_count), 0) FROM fastworker.debts, unnest(deltas) AS d)"
     )
     if drift:
         raise RuntimeError(f"like counts are off by {drift}")

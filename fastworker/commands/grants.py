@@ -40,6 +40,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.claims": _KEEP,
         "fastworker.recheck": _ALL,
         "fastworker.debts": ("SELECT", "INSERT", "DELETE"),
+        "fastworker.notes": ("SELECT", "INSERT", "DELETE"),
         "fastworker.progress": _KEEP,
         "fastworker.relays": _APPEND,
         "fastworker.horizon": ("SELECT", "UPDATE"),

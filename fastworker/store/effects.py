@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from fastworker.store import statements as sql
@@ -18,9 +17,10 @@ from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, PROFILES, QUOTES,
 
 
 class Owed(NamedTuple):
-    """What a main transaction leaves to be done after its commit: joined rows, and since when; counters or not."""
+    """What a main transaction leaves to be done after its commit: joined rows, by its note; counters or not."""
 
-    joined: dict[Key, datetime]
+    joined: set[Key]
+    note: int | None
     counters: bool
 
 
@@ -57,10 +57,10 @@ async def write_effects(
     await _copy_items(writer, db, effects)
     arguments = item_arguments(effects) | last_arguments(writer, effects, progress) | (floors or {})
     if not arguments:
-        return Owed({}, counters=False)
+        return Owed(set(), None, counters=False)
     done = await put(db, arguments)
     # mutant: nothing is owed (2)
-    return Owed(dict.fromkeys(effects.owed, done["owed_since"]), counters=bool(done["is_owing"]))
+    return Owed(effects.owed, done["note"], counters=bool(done["is_owing"]))
 
 
 async def _copy_items(writer: Writer, db: Connection, effects: Effects) -> None:

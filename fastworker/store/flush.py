@@ -23,7 +23,7 @@ from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.accounts import put_accounts, put_identities
 from fastworker.store.effects import Owed, write_effects, write_items
-from fastworker.store.joined import recompute, recompute_joined
+from fastworker.store.joined import NEVER, recompute, recompute_joined
 from fastworker.store.look import Seen, look, look_back, lowest
 from fastworker.store.rows import insert_new
 from fastworker.store.session import Connection
@@ -205,7 +205,7 @@ async def pay_owed(writer: Writer, db: Connection, owed: Owed) -> None:
     if owed.counters:
         await pay(writer, db)
     if owed.joined:
-        await recompute(writer, db, owed.joined, set(), wait=False)
+        await recompute(writer, db, dict.fromkeys(owed.joined, NEVER), set(), note=owed.note, wait=False)
 
 
 async def pay(writer: Writer, db: Connection) -> int:

@@ -35,9 +35,16 @@ async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change]
 
 
 async def recompute(
-    writer: Writer, db: Connection, owed: dict[Key, datetime], fresh: set[Key], *, wait: bool = True
+    writer: Writer,
+    db: Connection,
+    owed: dict[Key, datetime],
+    fresh: set[Key],
+    *,
+    note: int | None = None,
+    wait: bool = True,
 ) -> None:
-    """Recompute joined rows under the lock of the row that carries them; owed keys are deleted with it.
+    """Recompute joined rows under the lock of the row that carries them; owed keys are deleted with it, or the `note`
+    that has them.
 
     Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
     """
@@ -46,6 +53,8 @@ async def recompute(
     # mutant: a crowd at once
     crowded = {r[0] for r in await db.fetch(sql.CROWDED, roots, writer.crowd)} if roots else set()
     if crowded and not wait:
+        if note is not None:
+            await writer.retry(lambda: db.execute(sql.OWE_ROOTS, sorted(crowded)))
         owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowded}
         keys = keys - {("root", root) for root in crowded}
     elif crowded:
@@ -56,7 +65,7 @@ async def recompute(
         if kind != "root" or key not in crowded:
             by_kind[kind].append(key)
     done = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
-    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *done, wait, *writer.counted))
+    await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *done, note, wait, *writer.counted))
 
 
 async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:
@@ -68,7 +77,9 @@ async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:
         while piece := [r[0] for r in await db.fetch(sql.CROWD_PIECE.format(count=writer.crowd))]:
             piece.sort()
             owed = (["context"] * len(piece), piece, [NEVER] * len(piece))
-            await writer.retry(partial(db.execute, sql.RECOMPUTE, piece, [], [], [], [], *owed, True, *writer.counted))
+            await writer.retry(
+                partial(db.execute, sql.RECOMPUTE, piece, [], [], [], [], *owed, None, True, *writer.counted)
+            )
     finally:
         if not db.is_closed():
             await db.execute(f"{STATEMENT_TIMEOUT}; CLOSE ALL")

@@ -56,7 +56,7 @@ async def insert_new(
 async def put(db: Connection, arguments: dict[str, Any]) -> Any:
     """The routine `put` with these arguments.
 
-    (placed: uris, or None for all; owed_since: a moment, or None; is_owing: somebody owes counters)
+    (placed: uris, or None for all; note: of what is owed, or None; is_owing: somebody owes counters)
     """
     return await db.fetchrow(sql.PUT, *(arguments.get(name) for name in sql.PUT_ARGUMENTS))
 

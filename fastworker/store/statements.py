@@ -485,7 +485,7 @@ PUT_ARGUMENTS = (
     *_PROGRESS,
     *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_4({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_5({_named(*PUT_ARGUMENTS)})"
 WHOLE_ARGUMENTS = (
     *_USERS_AND_ROWS,
     *(f"new_{table.name}" for table in _ITEMS),
@@ -495,7 +495,7 @@ WHOLE_ARGUMENTS = (
     *_DERIVED,
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_4({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_5({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
 NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
 FLOOR_CAME = "FW002"  # SQLSTATE of a transaction that must begin again with its look
 JOINED = {  # kind of a joined row -> the argument that takes its keys
@@ -505,8 +505,8 @@ JOINED = {  # kind of a joined row -> the argument that takes its keys
     "like_count": "services",
     "aggregate": "aggregates",
 }
-RECOMPUTE_ARGUMENTS = (*JOINED.values(), "owed_kinds", "owed_keys", "owed_times", "patient", *COUNTED)
-RECOMPUTE = f"SELECT fastworker.recompute_3({_named(*RECOMPUTE_ARGUMENTS)})"
+RECOMPUTE_ARGUMENTS = (*JOINED.values(), "owed_kinds", "owed_keys", "owed_times", "note", "patient", *COUNTED)
+RECOMPUTE = f"SELECT fastworker.recompute_4({_named(*RECOMPUTE_ARGUMENTS)})"
 RECOUNT = f"SELECT fastworker.recount_1({_named('keys', *COUNTED)})"
 PAY = f"CALL fastworker.pay_1({_named(*COUNTED)}, paid => NULL)"
 
@@ -514,6 +514,13 @@ PAY = f"CALL fastworker.pay_1({_named(*COUNTED)}, paid => NULL)"
 OWED = (
     "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
     "AND not_before <= now() ORDER BY owed_at LIMIT $2"
+)
+# What flushes that were killed after their commit left for so long ($1, seconds).
+NOTES_LEFT = (
+    "WITH gone AS (DELETE FROM fastworker.notes WHERE owed_at <= now() - make_interval(secs => $1) "
+    "RETURNING owed_at, kinds, keys) INSERT INTO fastworker.recheck (kind, key, owed_at) "
+    "SELECT u.kind, u.key, max(owed_at) FROM gone, unnest(kinds, keys) AS u (kind, key) GROUP BY u.kind, u.key "
+    'ORDER BY u.kind COLLATE "C", u.key COLLATE "C" ON CONFLICT (kind, key) DO UPDATE SET owed_at = now()'
 )
 # One that cannot be recomputed: ever more rarely, from half a minute to a day
 OWE_ROOTS = (

@@ -47,6 +47,8 @@ class EntryRules(NamedTuple):
 
 async def recompute_owed(writer: Writer, db: Connection, *, age_s: float) -> int:
     """One piece of the joined rows that are owed for so long. Returns how many there were."""
+    # mutant: notes that are left are forgotten
+    await writer.retry(lambda: db.execute(sql.NOTES_LEFT, age_s))
     owed = await db.fetch(sql.OWED, age_s, OWED_PIECE)
     if owed:
         await writer.reach(Step.IN_RECHECK)

@@ -243,6 +243,9 @@ async def _run(
         if late:
             held = sum(pipeline.held_count for pipeline in readers.pipelines)
             log.error("Not drained within %.1f s: %d entries stay pending", settings.drain_s, held)
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(1):
+                await store.pay()  # nobody may come next
         for task in (*late, *side_tasks):
             task.cancel()
 

@@ -268,3 +268,36 @@ async def test_nobody_waits_for_the_users_of_another_flush(postgres_url: str, pg
         go.set()
         for store in stores:
             await store.close()
+
+
+async def test_removals_of_one_key_do_not_wait_for_each_other(postgres_url: str, pg: asyncpg.Connection[Any]) -> None:
+    """Two flushes take away likes of one post: what they owe is the same, and noted apart. A killed one's is not lost."""
+    stores = [await Store.connect(postgres_url) for _ in range(2)]
+    go, reached = asyncio.Event(), asyncio.Event()
+    events = commits(like(A), like(C), gone(A, "app.bsky.feed.like/l"), gone(C, "app.bsky.feed.like/l"))
+
+    async def hold(step: Step) -> None:
+        if step is Step.BEFORE_MAIN_COMMIT:
+            reached.set()
+            await go.wait()
+        elif step is Step.AFTER_MAIN_COMMIT:
+            raise RuntimeError("killed")
+
+    try:
+        await stores[0].write(batch_of(events[:2]))
+        stores[0].writer.on_step = hold
+        writing = asyncio.create_task(stores[0].write(batch_of(events[2:3])))
+        await reached.wait()
+        async with asyncio.timeout(20):
+            await stores[1].write(batch_of(events[3:]))
+        go.set()
+        with pytest.raises(RuntimeError, match="killed"):
+            await writing
+        assert await pg.fetchval("SELECT count(*) FROM fastworker.notes") == 1
+        await settle(stores[1])
+        assert await pg.fetchval("SELECT count(*) FROM fastworker.notes") == 0
+        assert await differences(lawful(events), pg) == "no difference"
+    finally:
+        go.set()
+        for store in stores:
+            await store.close()

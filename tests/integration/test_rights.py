@@ -220,7 +220,8 @@ async def test_both_services_run_with_what_is_printed(
     used = seen.commands()
     allowed = seen.known(set(rights.COMMANDS["worker"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
-    assert allowed == allowed & (used | seen.known(in_scripts(stream, members, feed))), "more is allowed than is used"
+    seldom = {"hlen"}  # while partitions change: stream/group.py
+    assert allowed == allowed & (used | seldom | seen.known(in_scripts(stream, members, feed))), "more than is used"
     client.close()
 
 
@@ -278,15 +279,19 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT + words["put_4"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_5"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_4"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_5"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
     yield sql.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
-    yield sql.RECOMPUTE + words["recompute_3"], [[POST], [POST], [POST], services, [POST], *owed, True, True, True]
+    yield sql.RECOMPUTE + words["recompute_4"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
+    yield (
+        sql.RECOMPUTE + words["recompute_4"],
+        [[POST], [POST], [POST], services, [POST], *owed, None, True, True, True],
+    )
     yield sql.RECOUNT + words["recount_1"], [[POST], True, True]
     yield sql.PAY + words["pay_1"] + words["pay_bucket_1"] + words["recount_1"], [True, True]
 

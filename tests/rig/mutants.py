@@ -103,7 +103,7 @@ MUTANTS = [
     _mutant("joined rows never recomputed", _FLUSH, RACES, "pass"),
     _mutant("no second look", "fastworker/store/upkeep.py", RACES, "if removals and (failed := []):"),
     _mutant("an account is purged once", _STATEMENTS, RACES, "purge_pending = false", "purge_pending = purged_at IS NULL"),
-    _mutant("nothing is owed", _EFFECTS, LAW, "if False:", "", Edit("return {}")),
+    _mutant("nothing is owed", _EFFECTS, LAW, "if False:", "", Edit("return Owed(set(), None, counters=False)")),
     _mutant("no recount", _DERIVE, RACES, "pass"),
     _mutant("recount without its lock", _EFFECTS, RACES, "counts.keys() - effects", "counts.keys() | effects"),
     _mutant("unsorted users", "fastworker/store/writer.py", BUGS, "list(", "sorted("),
@@ -128,6 +128,7 @@ MUTANTS = [
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
     # debts
+    _mutant("notes that are left are forgotten", "fastworker/store/upkeep.py", DEBTS, "pass"),
     _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
     _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
     _mutant("a debt is paid twice", _PAY, DEBTS, "WITH gone AS (SELECT deltas FROM fastworker.debts WHERE id = ANY(ids))"),
@@ -296,7 +297,7 @@ def try_one(mutant: Mutant, jobs: int) -> tuple[str, float]:
     if done.returncode == 0:
         return "", took
     words = done.stdout.decode(errors="replace").splitlines()
-    failed = [line.partition(" ")[2] for line in words if line.startswith(("FAILED ", "ERROR "))]
+    failed = [line.partition(" ")[2] for line in words if line.startswith(("FAILED tests", "ERROR tests"))]
     if not failed:
         sys.exit("\n".join(words[-30:]))
     return failed[0].split(" - ")[0], took

@@ -1,10 +1,10 @@
 -- New rows of the hot tables and what follows from them; NULL where there is nothing. `placed`: the uris of the new rows
 -- that were inserted, NULL if all of them were. `whole`: all of them or nothing, else SQLSTATE FW001.
--- `owed_since`: when the keys that are owed were written. Counters whose bucket nobody else is paying are written, else they
+-- `note`: of the keys that are owed. Counters whose bucket nobody else is paying are written, else they
 -- are owed (fastworker.debts); `is_owing`: something is owed for counters, by us or by others. `floors`: whether the look found
 -- any floor; NULL where it does not matter. If so: `repos` of all changes, the lowest rev and, of what has none, the
 -- lowest seq of them, and the floors above those that are known.
-CREATE OR REPLACE FUNCTION fastworker.put_4(
+CREATE OR REPLACE FUNCTION fastworker.put_5(
     new_users varchar[],
     {{new_rows_arguments}}
     whole boolean,
@@ -36,7 +36,7 @@ CREATE OR REPLACE FUNCTION fastworker.put_4(
     lowest_seq bigint,
     known_floors text[],
     OUT placed varchar[],
-    OUT owed_since timestamptz,
+    OUT note bigint,
     OUT is_owing boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -127,11 +127,8 @@ BEGIN
             END IF;
         END IF;
     END IF;
-    -- After the counters: a writer that notes or deletes the same key waits for us, and would hold its counters meanwhile.
     IF owed_keys IS NOT NULL THEN
-        INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest(owed_kinds, owed_keys)
-        ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
-        owed_since := now();
+        INSERT INTO fastworker.notes (kinds, keys) VALUES (owed_kinds, owed_keys) RETURNING id INTO note;
     END IF;
     -- A floor that came since the look: nothing is written. One that comes later waits for this transaction.
     IF floors THEN

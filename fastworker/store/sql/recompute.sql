@@ -1,7 +1,7 @@
 -- Rows that join two records, under the lock of the row that carries them; the owed keys (kinds, keys, owed_at) are paid
 -- with it. Not `patient`: a post that another flush has locked is left owed instead, and so is what reads counters that
--- another one is paying.
-CREATE OR REPLACE FUNCTION fastworker.recompute_3(
+-- another one is paying. `note`: the owed keys are those of a flush (fastworker.notes); else they are in fastworker.recheck.
+CREATE OR REPLACE FUNCTION fastworker.recompute_4(
     contexts varchar[],
     gates varchar[],
     roots varchar[],
@@ -10,6 +10,7 @@ CREATE OR REPLACE FUNCTION fastworker.recompute_3(
     owed_kinds text[],
     owed_keys text[],
     owed_times timestamptz[],
+    note bigint,
     patient boolean,
     with_replies boolean,
     with_quotes boolean
@@ -50,9 +51,9 @@ BEGIN
                 SELECT l.kind, l.k FROM (
                     SELECT 'context', c FROM unnest(contexts) AS c UNION SELECT 'gate', g FROM unnest(gates) AS g
                 ) AS l (kind, k)
-                WHERE l.k = ANY(busy) AND NOT EXISTS (
+                WHERE l.k = ANY(busy) AND (note IS NOT NULL OR NOT EXISTS (
                     SELECT 1 FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE o.kind = l.kind AND o.k = l.k
-                )
+                ))
                 ORDER BY l.kind COLLATE "C", l.k COLLATE "C"
                 ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
             END IF;
@@ -98,9 +99,14 @@ BEGIN
     END IF;
     IF cardinality(unpaid) > 0 THEN
         INSERT INTO fastworker.recheck (kind, key)
-        SELECT 'like_count', k FROM (SELECT DISTINCT unnest(services) INTERSECT SELECT unnest(unpaid)) AS s (k)
-        WHERE NOT EXISTS (SELECT 1 FROM unnest(owed_kinds, owed_keys) AS o (kind, key) WHERE o.kind = 'like_count' AND o.key = k)
-        ORDER BY k COLLATE "C" ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
+        SELECT l.kind, l.k FROM (
+            SELECT 'like_count', k FROM unnest(services) AS k UNION SELECT 'aggregate', k FROM unnest(aggregates) AS k
+        ) AS l (kind, k)
+        WHERE l.k = ANY(unpaid) AND (note IS NOT NULL OR NOT EXISTS (
+            SELECT 1 FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE o.kind = l.kind AND o.k = l.k
+        ))
+        ORDER BY l.kind COLLATE "C", l.k COLLATE "C"
+        ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
         services := ARRAY(SELECT unnest(services) EXCEPT SELECT unnest(unpaid));
         aggregates := ARRAY(SELECT unnest(aggregates) EXCEPT SELECT unnest(unpaid));
     END IF;
@@ -128,7 +134,9 @@ BEGIN
             -- mutant: empty aggregates stay
             AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri);
     END IF;
-    IF cardinality(owed_keys) > 0 THEN
+    IF note IS NOT NULL THEN
+        DELETE FROM fastworker.notes WHERE id = note;
+    ELSIF cardinality(owed_keys) > 0 THEN
         DELETE FROM fastworker.recheck AS r USING unnest(owed_kinds, owed_keys, owed_times) AS u (kind, key, owed_at)
         WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at
             AND NOT (u.kind IN ('context', 'gate') AND u.key = ANY(busy))
