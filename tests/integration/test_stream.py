@@ -97,8 +97,9 @@ async def test_no_piece_has_more_bytes_than_a_worker_can_hold(redis: Any, batch_
     intake = Intake(stream, Heartbeats(1)[0])
 
     async def new() -> list[Entry]:
-        while not (piece := await intake.next(1)) and intake.backlog:
-            pass
+        async with asyncio.timeout(30):
+            while not (piece := await intake.next(1)) and intake.backlog:
+                pass
         return piece
 
     assert list(dict.fromkeys(await pieces(new)))[400:] == ids
@@ -129,9 +130,10 @@ async def test_a_reply_that_grows_too_large_is_given_up_and_read_again_in_pieces
     intake = Intake(stream, Heartbeats(1)[0])
     before = (await redis.info("stats"))["total_connections_received"]
     found: list[str] = []
-    while (piece := await intake.next(1)) or intake.backlog:
-        assert sum(len(value) for _, fields in piece for value in fields.values()) <= REPLY_BYTES + 10 * 200_000
-        found += [entry_id for entry_id, _ in piece if entry_id not in found]
+    async with asyncio.timeout(30):
+        while (piece := await intake.next(1)) or intake.backlog:
+            assert sum(len(value) for _, fields in piece for value in fields.values()) <= REPLY_BYTES + 10 * 200_000
+            found += [entry_id for entry_id, _ in piece if entry_id not in found]
     assert found[600:] == ids
     assert (await redis.info("stats"))["total_connections_received"] > before, "no reply was given up"
 
