@@ -132,6 +132,8 @@ MUTANTS = [
     _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
     _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
     _mutant("a debt is paid twice", _PAY, DEBTS, "gone AS (SELECT 1),"),
+    _mutant("owed for a counter that a stranger has locked", _PUT, DEBTS, "IF false THEN"),
+    _mutant("a payment waits for a stranger", _PAY, DEBTS, "FOR NO KEY UPDATE) AS f);"),
     _mutant("an owed recount is forgotten", _PAY, DEBTS, "IF false THEN"),
     _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
     _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),

@@ -11,6 +11,7 @@ DECLARE
     free varchar[] := ARRAY(
         SELECT f.post_uri FROM (
             SELECT post_uri FROM public.post_aggregations WHERE post_uri = ANY(keys) ORDER BY post_uri COLLATE "C"
+            -- mutant: a payment waits for a stranger
             FOR NO KEY UPDATE SKIP LOCKED) AS f);
     busy varchar[] := ARRAY(
         SELECT post_uri FROM public.post_aggregations WHERE post_uri = ANY(keys) AND post_uri <> ALL(free));

@@ -121,6 +121,7 @@ BEGIN
                 SELECT a.post_uri FROM unnest(deltas) AS d JOIN public.post_aggregations AS a USING (post_uri)
                 WHERE age(a.xmax) <=
                     pg_current_xact_id()::text::bigint - pg_snapshot_xmin(pg_current_snapshot())::text::bigint);
+            -- mutant: owed for a counter that a stranger has locked
             IF cardinality(moving) > 0 THEN
                 moving := ARRAY(
                     WITH held AS MATERIALIZED (SELECT locktype, transactionid, classid, pid FROM pg_locks WHERE granted)
