@@ -128,11 +128,14 @@ class Drop(msgspec.Struct, frozen=True):
 
 async def run_tune(database_url: str, extent: Extent | None, say: Say, *, only_check: bool) -> ExitCode:
     """`migrate --tune` and, without an extent, `migrate --untune`. NO: `only_check`, and there is something to do."""
-    if only_check:
-        is_done = await (report(database_url, extent, say) if extent else untune(database_url, say, only_check=True))
-        return ExitCode.DONE if is_done else ExitCode.NO
-    await (tune(database_url, extent, say) if extent else untune(database_url, say, only_check=False))
-    return ExitCode.DONE
+    is_done = True
+    if extent is None:
+        is_done = await untune(database_url, say, only_check=only_check)
+    elif only_check:
+        is_done = await report(database_url, extent, say)
+    else:
+        await tune(database_url, extent, say)
+    return ExitCode.DONE if is_done or not only_check else ExitCode.NO
 
 
 async def report(database_url: str, extent: Extent, say: Say) -> bool:

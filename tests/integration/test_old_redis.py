@@ -31,6 +31,8 @@ class OldRedis(socketserver.StreamRequestHandler):
                 self.wfile.write(b"+OK\r\n")
             elif name == b"TIME":
                 self.wfile.write(b"*2\r\n$10\r\n1700000000\r\n$1\r\n0\r\n")
+            elif name == b"GET":
+                self.wfile.write(b"$-1\r\n")
             elif name == b"TYPE":
                 self.wfile.write(b"+none\r\n")
             else:
