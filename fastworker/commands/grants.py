@@ -39,7 +39,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.identities": _KEEP,
         "fastworker.claims": _KEEP,
         "fastworker.recheck": _ALL,
-        "fastworker.debts": ("SELECT", "INSERT", "DELETE"),
+        "fastworker.debts": ("SELECT", "INSERT", "UPDATE", "DELETE"),
         "fastworker.notes": ("SELECT", "INSERT", "DELETE"),
         "fastworker.progress": _KEEP,
         "fastworker.relays": _APPEND,

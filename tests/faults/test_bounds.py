@@ -27,6 +27,9 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._(wake|room|idle|news|flowing|passing)\.wait\(|^stop(ping)?\.wait\(", "our own event"),
     (r"^(task|writing|reading|self\._producer|sender|_task|stopped)$", "our own task"),
     (r"^asyncio\.get_running_loop\(\)\.create_future\(", "only in the simulated relay"),
+    # provers: processes of ours at the other end of a socket pair
+    (r"^asyncio\.(create_subprocess_exec|open_connection)\(", "a prover's start: inside asyncio.timeout(START_S)"),
+    (r"^reader\.readexactly\(", "a prover's answer: whoever asked kills one that answers nobody for ANSWER_S"),
     # Redis: connect() gives every client a socket timeout
     (r"^(cast\('Any', )?(self\._redis|admin\.redis|self\._client|redis|pipe|client|redis_client)\.\w+\(", "Redis: SOCKET_TIMEOUT_S of the client"),
     (r"^self\._(ack|set_aside|lease|renew|release|claim|ack_ghosts|append|retry_letter|script)\(", "Redis: a script, SOCKET_TIMEOUT_S"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,8 +27,10 @@ from fastworker.cli import cli
 from fastworker.config import VARIABLES
 from fastworker.event.entry import decode_entry, received_ms
 from fastworker.event.recording import write_frames
-from fastworker.metrics import READER_METRICS, WORKER_METRICS
+from fastworker.metrics import OF_SYNCER, PARTITION_LAG, READER_METRICS, WORKER_METRICS
 from fastworker.simulator.network import Network
+from fastworker.stream.keys import Keys
+from fastworker.sync.told import Mended, RepairStatus, TableTruth
 from tests import replies
 from tests.servers import RedisUnderTest
 from tests.services import Service, get, run, until
@@ -37,6 +40,22 @@ STREAM, GROUP, DEAD = "firehose:events", "firehose-processors", "firehose:dead-l
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
 NOBODY = "127.0.0.1:1"  # a port where nobody listens
+REPAIRS = RepairStatus(
+    at=time.time(),
+    gaps_open=1,
+    gap_oldest_s=60.0,
+    waiting=2,
+    fetching=1,
+    refused=0,
+    oldest_s=30.0,
+    mended={"gap": Mended(accounts=3, differences=4)},
+    samples=5,
+    tables={"posts": TableTruth(truth=0.999, low=0.99, compared=1_000, differing=1)},
+    hosts={},
+    examples=[],
+    resting=[],
+)
+"""As a syncer tells it."""
 
 
 @pytest.fixture
@@ -187,10 +206,11 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
 
     until(lambda: 'fastworker_entries_total{outcome="committed"} 100.0' in get(port, "/metrics")[1])
     known = {metric.name.removesuffix("_total") for metric in WORKER_METRICS}
+    elsewhere = {metric.name for metric in (*OF_SYNCER, PARTITION_LAG)}  # a syncer's, and of several partitions
     counts_reads = "entries-read" in client.xinfo_groups(STREAM)[0]  # from Redis 7 on
     if not counts_reads:
         known.discard("fastworker_unaccounted_entries")
-    until(lambda: _families(port) == known)
+    until(lambda: _families(port) == known - elsewhere)
     families = {family.name: family for family in text_string_to_metric_families(get(port, "/metrics")[1])}
     for histogram in ("latency_seconds", "flush_seconds", "flush_entries"):
         of = {
@@ -237,6 +257,10 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
         with suppress(FileNotFoundError):  # what it had just read in /proc
             held.append(str(one.readlink()))
     assert not [one for one in held if "socket:" in one or "eventpoll" in one]
+
+    client.set(Keys().repair_status, msgspec.json.encode(REPAIRS), ex=3_600)
+    client.set(Keys().partitions, "2 2")
+    until(lambda: _families(port) == known)
 
     started = time.monotonic()
     assert worker.stop() == 0

@@ -15,6 +15,7 @@ from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode
 from fastworker.store import statements as sql
+from fastworker.store.blame import RowLocked
 from fastworker.store.joined import recompute
 from fastworker.store.store import Store
 from fastworker.table import derive
@@ -90,6 +91,34 @@ async def test_a_flush_does_not_wait_for_who_is_paying(
     assert (await likes(pg), await owed(pg)) == (1, 0)
     await settle(store)
     assert await differences(lawful(events), pg) == "no difference"
+
+
+async def test_a_counter_that_a_stranger_has_locked(
+    store: Store, pg: asyncpg.Connection[Any], postgres_url: str
+) -> None:
+    """An older debt for it stays, debts for others are paid without a wait, and what touches it is not written."""
+    other = f"at://{B}/app.bsky.feed.post/other"
+    events = commits(post(B), like(A), like(C), gone(A, "app.bsky.feed.like/l"))
+    await store.write(batch_of(events[:1]))
+    async with paying(postgres_url):
+        await store.write(batch_of(events[1:2]))
+    await pg.execute(
+        "INSERT INTO fastworker.debts (bucket, deltas) "
+        "SELECT fastworker.bucket($1), ARRAY[($1, 3, 0, 0, 0, 0), ($2, 4, 0, 0, 0, 0)]::fastworker.post_aggregations_row[]",
+        POST, other,
+    )  # fmt: skip
+    async with pg.transaction():
+        await pg.execute("UPDATE post_aggregations SET like_count = like_count WHERE post_uri = $1", POST)
+        async with asyncio.timeout(4):
+            await store.pay()
+        assert (await owed(pg), await likes(pg, other)) == (4, 4)
+        async with paying(postgres_url):
+            with pytest.raises(RowLocked) as caught:
+                await store.write(batch_of(events[2:3]))
+        assert caught.value.row.key == POST
+        assert await pg.fetchval("SELECT count(*) FROM likes") == 1
+    await store.write(batch_of(events[2:3]))
+    assert (await likes(pg), await owed(pg)) == (5, 0)
 
 
 async def test_what_is_owed_is_paid_after_the_commit(

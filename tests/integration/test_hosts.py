@@ -388,7 +388,7 @@ async def test_a_busy_host_keeps_no_other_waiting(
 
 async def test_what_waits_sees_that_the_host_wants_rest(sim: SimHosts, account: Account, pds: SimPds) -> None:
     """Twelve callers, four at once: after the first 429 nobody else asks."""
-    async with open_hosts(sim, bounds=Bounds()) as hosts:
+    async with open_hosts(sim, bounds=Bounds(wait_max_s=10.0)) as hosts:
         pds.hold = asyncio.Event()
         asked = [asyncio.create_task(hosts.repo_status(pds.url, account.did)) for _ in range(12)]
         async with asyncio.timeout(20):

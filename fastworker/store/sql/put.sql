@@ -41,6 +41,7 @@ CREATE OR REPLACE FUNCTION fastworker.put_5(
 ) LANGUAGE plpgsql AS $$
 DECLARE
     got varchar[];
+    moving varchar[];
     wanted int := 0;
 BEGIN
     IF new_users IS NOT NULL THEN
@@ -114,6 +115,24 @@ BEGIN
         is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts);
         -- mutant: a busy counter is not owed
         IF is_owing THEN
+            -- A counter that a transaction without a bucket has locked is waited for, as if nothing were owed: the entries
+            -- that touch it wait for that transaction. Locks are looked at only where a row's last writer may be at work.
+            moving := ARRAY(
+                SELECT a.post_uri FROM unnest(deltas) AS d JOIN public.post_aggregations AS a USING (post_uri)
+                WHERE age(a.xmax) <=
+                    pg_current_xact_id()::text::bigint - pg_snapshot_xmin(pg_current_snapshot())::text::bigint);
+            -- mutant: owed for a counter that a stranger has locked
+            IF cardinality(moving) > 0 THEN
+                moving := ARRAY(
+                    WITH held AS MATERIALIZED (SELECT locktype, transactionid, classid, pid FROM pg_locks WHERE granted)
+                    SELECT a.post_uri FROM public.post_aggregations AS a
+                    JOIN held AS h ON h.locktype = 'transactionid' AND h.transactionid = a.xmax
+                    WHERE a.post_uri = ANY(moving) AND h.pid <> pg_backend_pid() AND h.pid NOT IN (
+                        SELECT b.pid FROM held AS b WHERE b.locktype = 'advisory' AND b.classid = {{counters}}
+                            AND b.pid IS NOT NULL));
+                PERFORM FROM public.post_aggregations WHERE post_uri = ANY(moving) ORDER BY post_uri COLLATE "C"
+                FOR NO KEY UPDATE;
+            END IF;
             INSERT INTO fastworker.debts (bucket, deltas, recounts)
             SELECT fastworker.bucket(d.post_uri), array_agg(d), array_agg(d.post_uri) FILTER (WHERE d.post_uri = ANY(recounts))
             FROM unnest(deltas) AS d GROUP BY 1;

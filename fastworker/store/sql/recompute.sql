@@ -95,7 +95,8 @@ BEGIN
             -- mutant: an aggregate goes before it is paid
             WHILE fastworker.pay_bucket_1(one, with_replies, with_quotes) > 0 LOOP END LOOP;
         END LOOP;
-        unpaid := ARRAY(SELECT k FROM unnest(services || aggregates) AS k WHERE fastworker.bucket(k) <> ALL(mine));
+        unpaid := ARRAY(SELECT k FROM unnest(services || aggregates) AS k WHERE fastworker.bucket(k) <> ALL(mine)
+            OR EXISTS (SELECT FROM fastworker.debts AS o, unnest(o.deltas) AS d WHERE d.post_uri = k));
     END IF;
     IF cardinality(unpaid) > 0 THEN
         INSERT INTO fastworker.recheck (kind, key)
