@@ -13,7 +13,8 @@ from typing import Final
 
 from fastworker.errors import StoreUnavailable
 from fastworker.store import statements as sql
-from fastworker.store.session import KNOWS_FLOORS, Connection
+from fastworker.store.schema_admin import KNOWS_FLOORS
+from fastworker.store.session import Connection
 
 LOOK_S: Final = 0.005
 WAIT_S: Final = 120.0

@@ -18,6 +18,7 @@ from importlib import resources
 import msgspec
 
 from fastworker.store import statements
+from fastworker.store.schema_admin import KNOWS_FLOORS
 from fastworker.table.schema import DERIVED, TABLES, Table
 
 # mutant: a routine is not listed
@@ -108,5 +109,6 @@ _WORDS: dict[str, Callable[[], str]] = {
     "counters": lambda: str(statements.COUNTERS),
     "insert_new_rows": lambda: "".join(map(_insert_new, _HOT)).removeprefix("\n"),
     "new_rows_arguments": lambda: "\n    ".join(f"new_{table.name} {table.row_type}[]," for table in _HOT),
+    "ours": lambda: str(KNOWS_FLOORS),
     "new_rows_passed": lambda: ", ".join(f"new_{table.name} => new_{table.name}" for table in _HOT),
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
 CONNECT_SECONDS_MAX = 10.0
+KNOWS_FLOORS = 0x66777266  # class of the advisory lock by which a session of ours says that it looks at floors; "fwrf"
 AUTHORITY = "sslrootcert=FILE in DATABASE_URL"
 STATEMENT_SECONDS_MAX = 600.0  # a guess: an index on a large table takes minutes
 OPTION_REFUSED = {"42704", "42602", "22023", "55P02", "08P01"}

@@ -24,10 +24,9 @@ from asyncpg.protocol import protocol
 
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable, words_of
 from fastworker.store.refusal import Whose, sentence, whose
-from fastworker.store.schema_admin import AUTHORITY
+from fastworker.store.schema_admin import AUTHORITY, KNOWS_FLOORS
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
-KNOWS_FLOORS = 0x66777266  # class of the advisory lock by which a session says that it looks at floors; "fwrf"
 
 POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "

@@ -115,7 +115,7 @@ BEGIN
         is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts);
         -- mutant: a busy counter is not owed
         IF is_owing THEN
-            -- A counter that a transaction without a bucket has locked is waited for, as if nothing were owed: the entries
+            -- A counter that a session which is not ours has locked is waited for, as if nothing were owed: the entries
             -- that touch it wait for that transaction. Locks are looked at only where a row's last writer may be at work.
             moving := ARRAY(
                 SELECT a.post_uri FROM unnest(deltas) AS d JOIN public.post_aggregations AS a USING (post_uri)
@@ -128,7 +128,7 @@ BEGIN
                     SELECT a.post_uri FROM public.post_aggregations AS a
                     JOIN held AS h ON h.locktype = 'transactionid' AND h.transactionid = a.xmax
                     WHERE a.post_uri = ANY(moving) AND h.pid <> pg_backend_pid() AND h.pid NOT IN (
-                        SELECT b.pid FROM held AS b WHERE b.locktype = 'advisory' AND b.classid = {{counters}}
+                        SELECT b.pid FROM held AS b WHERE b.locktype = 'advisory' AND b.classid = {{ours}}
                             AND b.pid IS NOT NULL));
                 PERFORM FROM public.post_aggregations WHERE post_uri = ANY(moving) ORDER BY post_uri COLLATE "C"
                 FOR NO KEY UPDATE;
