@@ -24,7 +24,8 @@ from fastworker.redact import redact
 from fastworker.stream.bounded import BoundedParser
 from fastworker.stream.cluster import SlotPool, slot_pool
 from fastworker.stream.keys import STREAM
-from fastworker.stream.sentinel import MasterPool, master_pool
+from fastworker.stream.places import FoundPool
+from fastworker.stream.sentinel import master_pool
 
 __all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
 
@@ -141,7 +142,7 @@ def error_code(error: exceptions.RedisError) -> str:
 def _place_of(redis: Redis) -> str:
     """Where the server is, without user and password."""
     pool = redis.connection_pool
-    if isinstance(pool, MasterPool | SlotPool):
+    if isinstance(pool, FoundPool):
         return pool.place
     told = pool.connection_kwargs
     return str(told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}")
@@ -150,7 +151,7 @@ def _place_of(redis: Redis) -> str:
 def _of_several(error: Exception, redis: Redis) -> Exception | None:
     """What an error means where the server was to be found among several."""
     pool = redis.connection_pool
-    if isinstance(pool, MasterPool | SlotPool):
+    if isinstance(pool, FoundPool):
         if isinstance(error, MasterNotFoundError):
             return StreamUnavailable(f"Redis at {pool.place}: {pool.nobody}")
         if isinstance(error, exceptions.RedisError) and isinstance(pool, SlotPool) and error_code(error) in _MOVING:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
-from fastworker.stream.places import split
+from fastworker.stream.places import FoundPool, split
 
 PORT: Final = 6_379
 ANSWER_S: Final = 1.0
@@ -62,22 +62,9 @@ class _Nodes:
         return Redis(host=address[0], port=address[1], **self._options)
 
 
-class SlotPool(SentinelConnectionPool):
-    """Connections to the node that has the stream's slot, as Sentinel's pool has them to the master."""
-
-    sentinel_manager: _Nodes
-    service_name: str
-    nobody: Final = "no node of the cluster can be reached that says who has it"
-
-    async def disconnect(self, inuse_connections: bool = True) -> None:
-        await super().disconnect(inuse_connections)
-        if inuse_connections:
-            await self.sentinel_manager.aclose()
-
-    @property
-    def place(self) -> str:
-        address = f"{self.master_address[0]}:{self.master_address[1]}, " if self.master_address else ""
-        return f"{address}the node of the cluster that has {self.service_name}"
+class SlotPool(FoundPool):
+    what = "the node of the cluster that has {}"
+    nobody = "no node of the cluster can be reached that says who has it"
 
 
 def slot_pool(url: str, stream_key: str, options: dict[str, Any]) -> ConnectionPool:

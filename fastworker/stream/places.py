@@ -1,11 +1,41 @@
-"""URLs of Redis that name several servers: `SCHEME+KIND://[user:password@]host[:port],host.../PATH[?option=...]`."""
+"""One server to be found among several, and the URLs that name them: `SCHEME+KIND://[user:password@]host[:port],host.../PATH[?option=...]`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio.connection import parse_url
+from redis.asyncio.sentinel import SentinelConnectionPool
+
+
+class _Asked(Protocol):
+    async def aclose(self) -> None: ...
+
+
+class FoundPool(SentinelConnectionPool):
+    """Connections to the server that others name; they are asked at each new one.
+
+    The connections to them are closed with these, and open again when they are needed.
+    """
+
+    sentinel_manager: _Asked
+    service_name: str
+    what: ClassVar[str]
+    """What is found; `{}` is its name."""
+    nobody: ClassVar[str]
+    """Why it is not."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            await self.sentinel_manager.aclose()
+
+    @property
+    def place(self) -> str:
+        """The server that was found last, and as what."""
+        address = f"{self.master_address[0]}:{self.master_address[1]}, " if self.master_address else ""
+        return address + self.what.format(self.service_name)
 
 
 class Places(NamedTuple):

@@ -9,32 +9,18 @@ from __future__ import annotations
 from typing import Any, Final
 
 from redis.asyncio import ConnectionPool
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import Sentinel
 
-from fastworker.stream.places import split
+from fastworker.stream.places import FoundPool, split
 
 PORT: Final = 26_379
 ANSWER_S: Final = 1.0
 """That a Sentinel may take: the next one is asked then."""
 
 
-class MasterPool(SentinelConnectionPool):
-    """Connections to the master; its Sentinels' are closed with them, and open again when they are needed."""
-
-    sentinel_manager: Sentinel
-    service_name: str
-    nobody: Final = "no Sentinel can be reached that knows a master of this name which is up"
-
-    async def disconnect(self, inuse_connections: bool = True) -> None:
-        await super().disconnect(inuse_connections)
-        if inuse_connections:
-            await self.sentinel_manager.aclose()
-
-    @property
-    def place(self) -> str:
-        """The server that was the master when it was asked last, and who said so."""
-        address = f"{self.master_address[0]}:{self.master_address[1]}, " if self.master_address else ""
-        return f"{address}the master {self.service_name} of Sentinel"
+class MasterPool(FoundPool):
+    what = "the master {} of Sentinel"
+    nobody = "no Sentinel can be reached that knows a master of this name which is up"
 
 
 def master_pool(url: str, options: dict[str, Any]) -> ConnectionPool:
