@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import asyncpg
 import pytest
 from redis import Redis as SyncRedis
 
@@ -17,11 +15,10 @@ from fastworker.edge.embedded import EmbeddedRedis, free_port
 from fastworker.errors import StreamUnavailable
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
-from fastworker.store.store import Store
 from fastworker.stream.client import connect, translating
 from fastworker.stream.cluster import slot
 from fastworker.stream.keys import CLUSTERED
-from tests.e2e.test_forms_and_mixes import assert_equal, model_of
+from tests.rig.failover import assert_lawful, cursor_at, is_done
 from tests.services import Service, run, until
 
 STREAM, CURSOR = CLUSTERED
@@ -128,7 +125,7 @@ async def test_nothing_is_lost_under_load(
         services("worker", **env).wait_for("worker-1 .* is ready")
         services("reader", RELAY_URL=relay.url, **env)
         async with asyncio.timeout(120):
-            while await _cursor(nodes) < (frames[FRAMES // 3].seq or 0):
+            while await cursor_at(nodes.url, STREAM, CURSOR) < (frames[FRAMES // 3].seq or 0):
                 await asyncio.sleep(0.05)
             if what == "the slot moves":
                 await asyncio.to_thread(move, nodes, 2)
@@ -137,38 +134,9 @@ async def test_nothing_is_lost_under_load(
                 nodes.servers[0].kill()
                 while nodes.owner() != nodes.servers[3].port:
                     await asyncio.sleep(0.05)
-            while await _cursor(nodes) < (frames[-1].seq or 0) or not await _is_settled(nodes):
+            while not await is_done(nodes.url, STREAM, CURSOR, frames[-1].seq or 0):
                 await asyncio.sleep(0.05)
         said = run("status", **env)
         assert said.returncode == 0, said.stderr
         assert run("check", **env).returncode in (0, 1)
-    store = await Store.connect(postgres_url)
-    while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
-        pass
-    await store.close()
-    connection = await asyncpg.connect(postgres_url)
-    try:
-        await assert_equal(model_of(frames), connection)
-    finally:
-        await connection.close()
-
-
-async def _cursor(nodes: Nodes) -> int:
-    client = connect(nodes.url, stream_key=STREAM)
-    try:
-        async with translating(client):
-            return int(await client.get(CURSOR) or 0)
-    except StreamUnavailable:
-        return 0
-    finally:
-        await client.aclose()
-
-
-async def _is_settled(nodes: Nodes) -> bool:
-    client = connect(nodes.url, stream_key=STREAM)
-    try:
-        async with translating(client):
-            groups = await client.xinfo_groups(STREAM)
-            return [(group["pending"], group["lag"]) for group in groups] == [(0, 0)]
-    finally:
-        await client.aclose()
+    await assert_lawful(postgres_url, frames)

@@ -7,11 +7,9 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import asyncpg
 import pytest
 from redis import Redis as SyncRedis
 
@@ -19,10 +17,9 @@ from fastworker.edge.embedded import EmbeddedRedis, free_port
 from fastworker.errors import StreamUnavailable
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
-from fastworker.store.store import Store
 from fastworker.stream.client import connect, translating
-from fastworker.stream.keys import CURSOR
-from tests.e2e.test_forms_and_mixes import assert_equal, model_of
+from fastworker.stream.keys import CURSOR, STREAM
+from tests.rig.failover import assert_lawful, cursor_at, is_done
 from tests.services import Service, run, until
 
 MASTER = "events"
@@ -134,45 +131,14 @@ async def test_a_failover_under_load_loses_nothing(
         services("worker", **env).wait_for("worker-1 .* is ready")
         services("reader", RELAY_URL=relay.url, **env)
         async with asyncio.timeout(120):
-            while await _cursor(watched) < (frames[FRAMES // 3].seq or 0):
+            while await cursor_at(watched.url, STREAM, CURSOR) < (frames[FRAMES // 3].seq or 0):
                 await asyncio.sleep(0.05)
             watched.servers[0].kill()
             while watched.master() == watched.servers[0].port:
                 await asyncio.sleep(0.05)
-            while await _cursor(watched) < (frames[-1].seq or 0):
-                await asyncio.sleep(0.05)
-            while not await _is_settled(watched):
+            while not await is_done(watched.url, STREAM, CURSOR, frames[-1].seq or 0):
                 await asyncio.sleep(0.05)
         said = run("status", **env)
         assert said.returncode == 0, said.stderr
         assert run("check", **env).returncode in (0, 1)
-    store = await Store.connect(postgres_url)
-    while await store.maintain(owed_age_s=0, dead_commit=timedelta()):
-        pass
-    await store.close()
-    connection = await asyncpg.connect(postgres_url)
-    try:
-        await assert_equal(model_of(frames), connection)
-    finally:
-        await connection.close()
-
-
-async def _cursor(watched: Watched) -> int:
-    with contextlib.suppress(StreamUnavailable):
-        client = connect(watched.url)
-        try:
-            async with translating(client):
-                return int(await client.get(CURSOR) or 0)
-        finally:
-            await client.aclose()
-    return 0
-
-
-async def _is_settled(watched: Watched) -> bool:
-    client = connect(watched.url)
-    try:
-        async with translating(client):
-            groups = await client.xinfo_groups("firehose:events")
-            return [(group["pending"], group["lag"]) for group in groups] == [(0, 0)]
-    finally:
-        await client.aclose()
+    await assert_lawful(postgres_url, frames)
