@@ -62,7 +62,9 @@ def backfill(folder: Path, *, derive: str, bulk: bool, likes: int = 0) -> Figure
     with servers(preload=load) as running:
         figures: Figures = uvloop.run(_import(running, folder, derive, bulk=bulk))
         if not likes:
+            before = cpu_s(running.postgres.pid)
             figures["floor records/s"] = figures["records"] / uvloop.run(floor_s(running.postgres.url))
+            figures["floor CPU us/record"] = (cpu_s(running.postgres.pid) - before) / figures["records"] * 1e6
             figures["share of the floor"] = figures["records/s"] / figures["floor records/s"]
     return figures
 

@@ -496,7 +496,6 @@ def import_(paths: tuple[Path, ...], *, dry_run: bool, bulk: bool) -> ExitCode:
     deletes what the repository does not hold; what is newer in the tables stays. Safe while workers run, and to
     repeat. Signatures are not checked. Exit 1 when a file could not be read.
     """
-    from fastworker.commands.bulk import load_files
     from fastworker.commands.imports import import_files
     from fastworker.process.signals import stop_on_signals
 
@@ -507,6 +506,8 @@ def import_(paths: tuple[Path, ...], *, dry_run: bool, bulk: bool) -> ExitCode:
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
             if bulk:
+                from fastworker.commands.bulk import load_files
+
                 return await load_files(config, paths, stop)
             return await import_files(config, paths, stop, dry_run=dry_run)
 

@@ -142,6 +142,14 @@ def words_of(error: BaseException, authority: str) -> str:
     return re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
 
 
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error that is no group."""
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 entry`, `2 entries`: for messages."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"

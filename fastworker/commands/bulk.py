@@ -21,20 +21,20 @@ from fastworker.commands.backfill import ROW_BYTES, TRIES
 from fastworker.commands.imports import files_of
 from fastworker.config import Config
 from fastworker.crashpoint import arm
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable, first_of
 from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
 from fastworker.store.bulk import LOADING, SETTLING, STAGING, Bulk, Counts, File, Load, State, open_bulk
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import EVERYBODY
-from fastworker.store.store import Store
-from fastworker.store.stored import open_stored
+from fastworker.store.staged import LEFT_OUT
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.sync.bulk import LOAD_ROWS_S, STAGED_ROW_BYTES, file_of, stage
 from fastworker.sync.choice import Choice, feed_of
+from fastworker.sync.files import Car, Settings, settle_cars
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.many import Live, Mark, Work, opened, settle_all
-from fastworker.sync.settle import Report, Settle, duration, unless_stopped
+from fastworker.sync.settle import Report, Settled, duration, unless_stopped
 from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.snapshot import Snapshot, tid_moment
 
@@ -212,20 +212,13 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
             _console.print("Loaded: writers may go on.")
         done = await _settle_later(config, bulk, url, admin, stop)
     except* (StoreUnavailable, StreamUnavailable, Unreachable) as group:
-        raise _first(group) from None
+        raise Unreachable(str(first_of(group))) from None
     return done
 
 
 def _stopped() -> ExitCode:
     _console.print("Stopped. Run the same command again: it goes on where it was.")
     return ExitCode.NO
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return Unreachable(str(first))
 
 
 async def _why_not(config: Config, bulk: Bulk, counts: Counts, admin: RedisAdmin | None) -> str:
@@ -269,26 +262,34 @@ async def _runway_s(admin: RedisAdmin, config: Config) -> float:
 async def _settle_later(
     config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, stop: asyncio.Event
 ) -> ExitCode:
-    """Accounts that need a comparison, one after the other, beside the stream."""
+    """Accounts that need a comparison, or of which something was not loaded, beside the stream."""
     state, later = await bulk.state(), await bulk.later()
     part = WHOLE if state is None else state.part
     report = Report(dry_run=False)
     if later:
         _console.print(f"{len(later):,} accounts are settled one by one, beside the stream.")
-        store = await Store.connect(url, pool_size=1, application_name="fastworker-bulk", derive=config.derive)
         live = None if admin is None else Live(admin, config)
-        try:
-            async with open_stored(url) as stored:
-                settle = Settle(stored, store)
-                for number, file in enumerate(later, 1):
-                    if not await unless_stopped(_settle(bulk, settle, live, file, part, report), stop):
-                        report.stopped = f"{number - 1} of {len(later)} accounts"
-                        return report.end()
-                    report.tell(len(later) - number)
-            while await store.maintain():
-                pass
-        finally:
-            await store.close()
+        floor = live is not None and await live.all_are_ours()
+        cars = [_car(file, Part(None, (LEFT_OUT,)) if is_some else part, floor=floor) for file, is_some in later]
+
+        async def told(car: Car, became: Settled | str) -> None:
+            assert car.snapshot is not None
+            why = became if isinstance(became, str) else became.refused
+            if not isinstance(became, str):
+                report.add(became)
+            await bulk.settled(car.snapshot.did, why)
+            report.tell(len(later) - report.done)
+
+        async def all_of_them() -> None:
+            if live is not None:
+                for mark in {Mark(file.seq, file.entry_id, file.taken_at) for file, _ in later if file.entry_id}:
+                    await live.finished(mark)
+            settings = Settings(url, "fastworker-bulk", config.derive, config.collections)
+            await settle_cars(settings, cars, told)
+
+        if not await unless_stopped(all_of_them(), stop):
+            report.stopped = f"{report.done} of {len(later)} accounts"
+            return report.end()
     for did, why in await bulk.refused():
         report.failed(did, why)
     await bulk.end()
@@ -297,20 +298,8 @@ async def _settle_later(
     return report.end() if later or report.failures else ExitCode.DONE
 
 
-async def _settle(bulk: Bulk, settle: Settle, live: Live | None, file: File, part: Part, report: Report) -> None:
-    if live is not None and file.entry_id is not None:
-        await live.finished(Mark(file.seq, file.entry_id, file.taken_at))
-    try:
-        with Repository(Path(file.file)) as repository:
-            repository.check()
-            floor = live is not None and await settle.may_floor() and await live.all_are_ours()
-            snapshot = Snapshot(file.did, file.rev, file.seq, file.taken_at)
-            settled = await settle.settle(repository, snapshot, floor=floor, part=part)
-    except (Unproved, OSError) as error:
-        await bulk.settled(file.did, str(error))
-        return
-    report.add(settled)
-    await bulk.settled(file.did, settled.refused)
+def _car(file: File, part: Part, *, floor: bool) -> Car:
+    return Car(file.file, file.size, Snapshot(file.did, file.rev, file.seq, file.taken_at), part, floor)
 
 
 def _remove_spool(state: State) -> None:

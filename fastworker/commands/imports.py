@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fastworker.config import Config
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable
-from fastworker.event.proof import Unproved
-from fastworker.event.repository import Repository
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, first_of
 from fastworker.store.migrate import check as check_schema
-from fastworker.store.store import Store
-from fastworker.store.stored import open_stored
-from fastworker.sync.settle import Report, Settle, unless_stopped
-from fastworker.table.snapshot import Snapshot, tid_moment
+from fastworker.sync.files import Car, Settings, settle_cars
+from fastworker.sync.settle import Report, Settled, unless_stopped
 
 
 async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Event, *, dry_run: bool) -> ExitCode:
@@ -31,43 +26,32 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
     url = config.require_database_url("import")
     if problems := await check_schema(url):
         raise Unreachable("\n".join(problems))
-    store = None
     report = Report(dry_run=dry_run)
+    settings = Settings(url, "fastworker-import", config.derive, config.collections, dry_run)
+
+    async def told(car: Car, became: Settled | str) -> None:
+        if isinstance(became, str):
+            report.failed(car.path, became)
+        else:
+            report.add(became)
+            if became.refused:
+                report.failed(car.path, became.refused)
+        report.tell(len(files) - report.done)
+
+    cars = [Car(str(path), _size(path)) for path in files]
     try:
-        if not dry_run:
-            store = await Store.connect(url, pool_size=1, application_name="fastworker-import", derive=config.derive)
-        async with open_stored(url) as stored:
-            settle = Settle(stored, store)
-            for number, path in enumerate(files, 1):
-                if not await unless_stopped(_import(settle, path, report), stop):
-                    report.stopped = f"{number - 1} of {len(files)} files"
-                    break
-                report.tell(len(files) - number)
-            while store is not None and await store.maintain():
-                pass
-    except StoreUnavailable as error:
-        raise Unreachable(str(error)) from error
-    finally:
-        if store is not None:
-            await store.close()
+        if not await unless_stopped(settle_cars(settings, cars, told), stop):
+            report.stopped = f"{report.done} of {len(files)} files"
+    except* StoreUnavailable as group:
+        raise Unreachable(str(first_of(group))) from None
     return report.end()
 
 
-async def _import(settle: Settle, path: Path, report: Report) -> None:
+def _size(path: Path) -> int:
     try:
-        with Repository(path) as repository:
-            repository.check()
-            commit = repository.commit
-            taken_at = tid_moment(commit.rev)
-            now = datetime.now(UTC).replace(tzinfo=None)
-            snapshot = Snapshot(commit.did, commit.rev, 0, min(taken_at or now, now))
-            settled = await settle.settle(repository, snapshot, accept_older=False)
-    except (Unproved, OSError) as error:
-        report.failed(str(path), str(error))
-        return
-    report.add(settled)
-    if settled.refused:
-        report.failed(str(path), settled.refused)
+        return path.stat().st_size
+    except OSError:
+        return 0  # opening it will say why
 
 
 def files_of(paths: Iterable[Path]) -> Iterator[Path]:

@@ -27,7 +27,7 @@ from fastworker.errors import Unreachable
 from fastworker.store import derived
 from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
-from fastworker.store.staged import ALL, PRIMARY, staged_name
+from fastworker.store.staged import ALL, ONLY_SOME, PRIMARY, staged_name
 from fastworker.store.statements import GONE
 from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
@@ -131,14 +131,15 @@ class Bulk:
             rows = await self._connection.fetch("SELECT did, error FROM fastworker.bulk_repos WHERE state = 'refused'")
         return [(did, error) for did, error in rows]
 
-    async def later(self) -> list[File]:
-        """What is to be settled one by one."""
+    async def later(self) -> list[tuple[File, bool]]:
+        """What is to be settled afterwards; whether only that of it which was not staged (`staged.LEFT_OUT`)."""
         with translating():
             rows = await self._connection.fetch(
-                "SELECT did, file, rev, seq, entry_id, taken_at, bytes FROM fastworker.bulk_repos "
-                "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did"
+                "SELECT did, file, rev, seq, entry_id, taken_at, bytes, later = $1 FROM fastworker.bulk_repos "
+                "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did",
+                ONLY_SOME,
             )
-        return [File(*row) for row in rows]
+        return [(File(*row), is_some) for *row, is_some in rows]
 
     async def settled(self, did: str, error: str | None) -> None:
         with translating():
@@ -196,8 +197,8 @@ class Bulk:
             async with self._connection.transaction():
                 if state.phase == LOADING:
                     await self._connection.execute(
-                        "UPDATE fastworker.bulk_repos SET later = coalesce(later, 'the load was given up') "
-                        "WHERE state = 'staged'"
+                        f"UPDATE fastworker.bulk_repos SET later = coalesce(nullif(later, '{ONLY_SOME}'), "
+                        "'the load was given up') WHERE state = 'staged'"
                     )
                     await self._release()
                 elif state.phase == STAGING:
@@ -356,7 +357,8 @@ _KNOWN: Final = " UNION ALL ".join(
     + [f"SELECT {_AUTHOR}, rev, seq FROM fastworker.{name}" for name in ("versions", "twins")]
 )
 _MARK_KNOWN: Final = (
-    "UPDATE fastworker.bulk_repos AS r SET later = coalesce(later, 'something of it was stored before') "
+    f"UPDATE fastworker.bulk_repos AS r SET later = coalesce(nullif(later, '{ONLY_SOME}'), "
+    "'something of it was stored before') "
     f"FROM (SELECT DISTINCT did FROM ({_KNOWN}) AS k (did, rev, seq)) AS k WHERE k.did = r.did AND r.state = 'staged'"
 )
 # Those that a settle would refuse: it says why.

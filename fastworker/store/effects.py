@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from fastworker.store import statements as sql
 from fastworker.store.look import Key
@@ -12,8 +14,12 @@ from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
 from fastworker.table.batch import Progress, Row
 from fastworker.table.derive import Effects
-from fastworker.table.rows import GATE, PROFILE
+from fastworker.table.rows import GATE, NOTIFICATION, PROFILE
 from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, PROFILES, QUOTES, Table
+
+_READ: Final = msgspec.structs.replace(
+    NOTIFICATIONS, columns=(*NOTIFICATIONS.columns, "is_read"), types=(*NOTIFICATIONS.types, "boolean")
+)
 
 
 class Owed(NamedTuple):
@@ -30,7 +36,7 @@ async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
     In a large flush, before the locks that others wait for are taken.
     """
     await _copy_items(writer, db, effects)
-    if arguments := item_arguments(effects):
+    if arguments := item_arguments(writer, effects):
         await put(db, arguments)
 
 
@@ -55,7 +61,7 @@ async def write_effects(
     if effects.labels_added:
         await db.execute(sql.LABEL_EVENTS, sorted(effects.labels_added))
     await _copy_items(writer, db, effects)
-    arguments = item_arguments(effects) | last_arguments(writer, effects, progress) | (floors or {})
+    arguments = item_arguments(writer, effects) | last_arguments(writer, effects, progress) | (floors or {})
     if not arguments:
         return Owed(set(), None, counters=False)
     done = await put(db, arguments)
@@ -68,12 +74,23 @@ async def _copy_items(writer: Writer, db: Connection, effects: Effects) -> None:
     for table, removed, added in _items(effects):
         if writer.copying.may(len(added)):
             keys = [key for key in sorted(added) if key not in removed]
-            await copy(writer, db, table, [added.pop(key) for key in keys])
+            rows = [added.pop(key) for key in keys]
+            if table is NOTIFICATIONS and writer.read_before is not None:
+                await copy(writer, db, _READ, [(*row, _is_read(writer, row)) for row in rows])
+            else:
+                await copy(writer, db, table, rows)
 
 
-def item_arguments(effects: Effects) -> dict[str, Any]:
+def _is_read(writer: Writer, row: Row) -> bool:
+    return writer.read_before is not None and row[NOTIFICATION.created_at] < writer.read_before
+
+
+def item_arguments(writer: Writer, effects: Effects) -> dict[str, Any]:
     """Arguments of `fastworker.put` for what `write_items` writes; `effects` forgets it."""
     arguments: dict[str, Any] = {}
+    if writer.read_before is not None:
+        # mutant: history comes in unread
+        writer.unread.update(key for key, row in effects.notes_added.items() if _is_read(writer, row))
     for table, removed, added in _items(effects):
         if gone := removed.difference(added):
             arguments["no_" + table.name] = sorted(gone)

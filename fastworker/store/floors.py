@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from fastworker.errors import StoreUnavailable
@@ -21,9 +22,15 @@ WAIT_S: Final = 120.0
 """A session without its client is gone by then, and its transaction with it."""
 
 
-async def put_floor(db: Connection, did: str, rev: str, seq: int, *, lower: bool = False) -> bool:
-    """Commit it. False: there is a higher one, and nothing was changed; `lower`: then it is lowered."""
-    return bool(await db.fetchval(sql.FLOOR_PUT, did, rev, seq, lower))
+async def put_floors(db: Connection, floors: Sequence[tuple[str, str, int, bool]]) -> set[str]:
+    """Commit them: (DID, rev, seq, lower). Returns the DIDs that have a higher one, where nothing was changed; with
+    `lower` that is lowered."""
+    refused = set()
+    async with db.transaction():
+        for floor in sorted(floors):
+            if not await db.fetchval(sql.FLOOR_PUT, *floor):
+                refused.add(floor[0])
+    return refused
 
 
 async def readers_are_through(db: Connection) -> None:

@@ -39,6 +39,9 @@ _CONNECT_S: Final = 10.0
 
 PRIMARY: Final = tuple(table for table in TABLES if table.name not in UNTOUCHED and table is not VERIFICATIONS)
 """Verifications of one account by several others are one pair: whose row it is cannot be told from one repository."""
+LEFT_OUT: Final = "app.bsky.graph.verification"
+ONLY_SOME: Final = "it has verifications"
+"""Why an account is settled afterwards: nothing but these is left of it."""
 _WITH_CID: Final = (LIKES, REPOSTS, FOLLOWS)
 
 
@@ -103,7 +106,7 @@ class Rows:
         for change in changes:
             table, row = change.table, change.row
             if row is None or table.name not in _OF:
-                later = f"it has {table.name}"
+                later = ONLY_SOME
                 continue
             if table.pair and self._is_twin(change, row):
                 continue

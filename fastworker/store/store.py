@@ -103,13 +103,19 @@ class Store:
                     db.terminate()
                     raise
 
-    async def write(self, batch: Batch) -> Written:
+    async def write(self, batch: Batch, *, read_before: datetime | None = None) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later), of it RowLocked (what does not touch
-        that row may be written now), or RowRejected (write it in halves)."""
+        that row may be written now), or RowRejected (write it in halves).
+
+        `read_before`: new notifications of records that are older come in read.
+        """
         is_sure = False
+        self.writer.read_before = read_before
+        self.writer.unread.clear()
         while True:
             try:
-                return await self._write(batch)
+                written = await self._write(batch)
+                await self._mark_read()
             except StoreUnavailable as error:
                 self.writer.forget()
                 if not blame.is_lock_timeout(error):
@@ -124,6 +130,8 @@ class Store:
                 if is_sure or len(batch.entries) > 1:
                     raise
                 is_sure = True  # refused twice, with a control between: nobody mended the database meanwhile
+            else:
+                return written
 
     async def _write(self, batch: Batch) -> Written:
         async with self.connection() as db:
@@ -219,11 +227,11 @@ class Store:
                 mark = progress.stream, progress.consumer, progress.seq, progress.entry_id
                 await self.writer.retry(lambda: db.execute(sql.NOTE_PROGRESS, *mark))
 
-    async def mark_read(self, uris: Sequence[str]) -> None:
-        """Notifications that are older than what the user has seen long ago (`is_read` is not the state law's)."""
-        if uris:
+    async def _mark_read(self) -> None:
+        """Notifications that did not come in read (`is_read` is not the state law's)."""
+        if uris := sorted(self.writer.unread):
             async with self.connection() as db:
-                await self.writer.retry(lambda: db.execute(sql.MARK_READ, list(uris)))
+                await self.writer.retry(lambda: db.execute(sql.MARK_READ, uris))
 
     async def forget_repair(self, did: str, until_seq: int) -> None:
         """What a #sync up to then asked for is done."""

@@ -8,8 +8,9 @@ only those with a version of ours.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
+from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 import asyncpg
@@ -18,7 +19,7 @@ from fastworker.store import statements as sql
 from fastworker.store.audit import Audit, StoredRecord
 from fastworker.store.session import translating
 from fastworker.store.settle import thaw
-from fastworker.table.batch import Change, Row
+from fastworker.table.batch import Change, Row, seq_of
 from fastworker.table.schema import BOOKMARKS, TABLES, Table, collection_table
 from fastworker.table.snapshot import UNTOUCHED
 
@@ -35,37 +36,66 @@ _COLD: Final = tuple(
 )
 _SEQ: Final = "CASE WHEN commit_seq ~ '^[0-9]{1,18}$' THEN commit_seq::bigint END"
 _RANGE: Final = """uri COLLATE "C" >= 'at://' || $1 || '/' AND uri COLLATE "C" < 'at://' || $1 || '0'"""
-_VERSIONED: Final = " UNION ALL ".join(
-    [f"SELECT uri, commit_rev AS rev, {_SEQ} AS seq, indexed_at FROM public.{t} WHERE {a} = $1" for t, a in _HOT]
-    + [
-        f"SELECT {kind} FROM fastworker.{table} WHERE {_RANGE}{more}"
-        for table, kind, more in (
-            ("twins", "uri, rev, seq, NULL::timestamp", ""),
-            ("versions", "uri, rev, seq, NULL::timestamp", " AND NOT deleted"),
-        )
-    ]
+_OF_HOT: Final = " UNION ALL ".join(
+    f"SELECT uri, commit_rev AS rev, {_SEQ} AS seq, indexed_at, 0 AS place FROM public.{t} WHERE {a} = $1"
+    for t, a in _HOT
+)
+_OF_OURS: Final = (
+    f"SELECT uri, rev, seq, NULL::timestamp, 1 FROM fastworker.twins WHERE {_RANGE} "
+    f"UNION ALL SELECT uri, rev, seq, NULL, CASE WHEN deleted THEN 2 ELSE 0 END FROM fastworker.versions WHERE {_RANGE}"
 )
 _FOREIGN: Final = " UNION ALL ".join(
-    f"SELECT t.uri, NULL::text, NULL::bigint, t.indexed_at FROM public.{table} AS t WHERE t.{author} = $1 "
+    f"SELECT t.uri, NULL::text, NULL::bigint, t.indexed_at, 0 FROM public.{table} AS t WHERE t.{author} = $1 "
     "AND NOT EXISTS (SELECT 1 FROM fastworker.versions AS v WHERE v.uri = t.uri)"
     for table, author in _COLD
 )
-_STANDING: Final = f"""SELECT * FROM ({_VERSIONED} UNION ALL {_FOREIGN}) AS s ORDER BY uri COLLATE "C" """
-_ACCOUNT_STATE: Final = (
-    f'SELECT (SELECT max(rev COLLATE "C") FROM ({_VERSIONED}) AS s WHERE seq <= $2), d.*, '
-    "EXISTS (SELECT 1 FROM public.user_settings WHERE user_did = $1 AND data_collection_forbidden) "
-    f"FROM (SELECT) AS one LEFT JOIN (SELECT {sql.GONE} FROM fastworker.accounts WHERE did = $1 "
-    "AND deleted_seq IS NOT NULL) AS d (deleted_rev, deleted_seq) ON true"
+_STANDING: Final = (
+    f"""SELECT * FROM ({_OF_HOT} UNION ALL {_OF_OURS} UNION ALL {_FOREIGN}) AS s ORDER BY uri COLLATE "C" """
 )
 
 
+def _of(did: str, statement: str) -> str:
+    return statement.replace("$1", did)
+
+
+_OF_MANY: Final = (
+    "SELECT s.* FROM unnest($1::varchar[]) AS a (did) CROSS JOIN LATERAL "
+    f"({_of('a.did', _OF_OURS)} UNION ALL {_of('a.did', _FOREIGN)}) AS s LIMIT $2"
+)
+
+
+def _rows_of_many(table: Table) -> str:
+    of_uris, _, _ = sql.select(table).partition(" WHERE ")
+    columns = of_uris.replace(" FROM ", ", indexed_at FROM ", 1)
+    return f"{columns} WHERE {table.author} = ANY($1::varchar[]) LIMIT $2"
+
+
+_ROWS_OF_MANY: Final = tuple((table, _rows_of_many(table)) for table in TABLES if table.hot)
+_ACCOUNT_STATES: Final = (
+    'SELECT a.did, CASE WHEN $3::boolean THEN (SELECT max(rev COLLATE "C") FROM '
+    f"({_of('a.did', _OF_HOT)} UNION ALL {_of('a.did', _OF_OURS)}) AS s WHERE seq <= a.seq AND place < 2) END, d.*, "
+    "EXISTS (SELECT 1 FROM public.user_settings AS u WHERE u.user_did = a.did AND u.data_collection_forbidden) "
+    "FROM unnest($1::varchar[], $2::bigint[]) AS a (did, seq) LEFT JOIN LATERAL ("
+    f"SELECT {sql.GONE} FROM fastworker.accounts WHERE accounts.did = a.did AND deleted_seq IS NOT NULL) "
+    "AS d (deleted_rev, deleted_seq) ON true"
+)
+
+
+class Place(IntEnum):
+    ROW = 0
+    TWIN = 1
+    TOMBSTONE = 2
+
+
 class Standing(NamedTuple):
-    """A stored record: its version (both None: nobody of ours wrote it), and when the row was made, where it says."""
+    """What is stored of a record: its version (both None: nobody of ours wrote it), and when the row was made, where
+    it says."""
 
     uri: str
     rev: str | None
     seq: int | None
     indexed_at: datetime | None
+    place: int = Place.ROW
 
 
 class AccountState(NamedTuple):
@@ -77,16 +107,65 @@ class AccountState(NamedTuple):
     is_forbidden: bool
 
 
+class Holding(NamedTuple):
+    """All that is stored of some accounts, by URI: where it stands, and the rows as the tables have them."""
+
+    standing: dict[str, list[Standing]]
+    rows: dict[str, Row]
+
+
 class Stored:
     def __init__(self, connection: asyncpg.Connection[Any]) -> None:
         self._connection = connection
         self._audit = Audit(connection, frozenset())
 
-    async def account_state(self, did: str, until_seq: int) -> AccountState:
+    async def account_states(
+        self, until: Mapping[str, int], *, is_newest_asked: bool = True
+    ) -> dict[str, AccountState]:
+        """By DID; `until`: the seq of each. Where the newest revision is not asked for it is None."""
         with translating():
-            row = await self._connection.fetchrow(_ACCOUNT_STATE, did, until_seq)
-        assert row is not None
-        return AccountState(*row)
+            rows = await self._connection.fetch(_ACCOUNT_STATES, list(until), list(until.values()), is_newest_asked)
+        return {did: AccountState(*state) for did, *state in rows}
+
+    async def holding(self, dids: Sequence[str], rows_max: int) -> Holding | None:
+        """All of these accounts; None where that is more than `rows_max` rows of a table.
+
+        Reads each table once, so that nothing is looked up by its key but what is rare.
+        """
+        standing: dict[str, list[Standing]] = {}
+        rows: dict[str, Row] = {}
+        for table, statement in _ROWS_OF_MANY:
+            author = 0 if table.author is None else table.index(table.author)
+            with translating():
+                found = await self._connection.fetch(statement, dids, rows_max)
+            if len(found) == rows_max:
+                return None
+            for record in found:
+                *values, indexed_at = record
+                uri = values[0]
+                if uri.startswith(f"at://{values[author]}/"):
+                    standing[uri] = [Standing(uri, values[-1], seq_of(values[-2]), indexed_at)]
+                    rows[uri] = tuple(values)
+        with translating():
+            found = await self._connection.fetch(_OF_MANY, dids, rows_max)
+        if len(found) == rows_max:
+            return None
+        cold: dict[str, tuple[Table, list[str]]] = {}
+        for record in found:
+            one = Standing(*record)
+            table = collection_table(one.uri)
+            if table.name in UNTOUCHED or not one.uri.startswith("at://"):
+                continue
+            standing.setdefault(one.uri, []).append(one)
+            if one.place == Place.ROW:
+                cold.setdefault(table.name, (table, []))[1].append(one.uri)
+        for table, uris in cold.values():
+            rows |= await self.table_rows(table, uris)
+        return Holding(standing, rows)
+
+    async def table_rows(self, table: Table, uris: Sequence[str]) -> dict[str, Row]:
+        with translating():
+            return {row[0]: tuple(row) for row in await self._connection.fetch(sql.select(table), uris)}
 
     async def recorded_repairs(self) -> list[str]:
         """DIDs whose #sync came by the stream, the oldest first."""
@@ -112,6 +191,8 @@ class Stored:
         async with self.standing(did) as standing:
             piece: dict[str, None] = {}
             async for one in standing.up_to(None):
+                if one.place == Place.TOMBSTONE:
+                    continue
                 piece[one.uri] = None
                 if len(piece) >= _PREFETCH:
                     for found in await self._rows(list(piece)):

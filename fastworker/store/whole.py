@@ -34,7 +34,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
     arguments = {
         "new_users": users or None,
         **new,
-        **item_arguments(effects),
+        **item_arguments(writer, effects),
         **last_arguments(writer, effects, batch.progress),
         "uris": [c.uri for c in upserts],
         "repos": list({c.repo for c in upserts}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 from fastworker.crashpoint import Step, crashpoint
@@ -66,6 +67,8 @@ class Writer:
         self.relays: set[str] = set()  # hosts that are in fastworker.relays
         self.conflicts = 0  # transactions begun again because another writer came first
         self.counted = ("reply_counts" in derive, "quotes" in derive)  # counters beside those of likes, as routines ask
+        self.read_before: datetime | None = None  # new notifications of records that are older come in read
+        self.unread: set[str] = set()  # of these, those that are to be marked after the commit
         self.on_step: Callable[[Step], Awaitable[None]] | None = None  # for tests that hold a writer at a step
 
     async def reach(self, step: Step) -> None:

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 
 from fastworker.config import Config
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable, first_of
 from fastworker.event.repository import Repository
 from fastworker.store.chosen_accounts import read_accounts
 from fastworker.store.migrate import check as check_schema
@@ -348,15 +348,8 @@ async def settle_all(
             report.stop()
             await waiting.give_back()
     except* (StoreUnavailable, StreamUnavailable, Unreachable, ConfigError) as group:
-        raise _first(group) from None
+        raise first_of(group) from None
     return report.end()
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
 
 
 @contextmanager

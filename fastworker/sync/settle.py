@@ -15,12 +15,11 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
-import orjson
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -31,22 +30,27 @@ from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode, Reason, RowRejected
 from fastworker.event.repository import Repository, TreeRecord
 from fastworker.store.audit import StoredRecord
-from fastworker.store.floors import all_know_floors, put_floor, readers_are_through
+from fastworker.store.floors import all_know_floors, put_floors, readers_are_through
 from fastworker.store.store import Store
-from fastworker.store.stored import Standing, StandingRows, Stored
-from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone, newer
+from fastworker.store.stored import AccountState, Holding, Standing, StandingRows, Stored
+from fastworker.sync.judge import agrees, differing, is_extra, is_unknown, judge
+from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
-from fastworker.table.derive import FULL, Effects, add
+from fastworker.table.derive import did_of
 from fastworker.table.schema import Table, collection_table
-from fastworker.table.snapshot import Piece, Snapshot, is_judged_date, pieces
+from fastworker.table.snapshot import Piece, Snapshot, pieces
 
 log = logging.getLogger(__name__)
 
 PIECE: Final = 2_000
 TELL_S: Final = 5.0
-YOUNG: Final = timedelta(minutes=10)
-"""Rows without a version of ours that are not older than this before the snapshot: the API may have written them."""
+FLUSH: Final = 4_000
+"""Changes that are written at once."""
+SMALL_BYTES: Final = 2 * 1024 * 1024
+STORED_MAX: Final = 20_000
+"""Rows of one table that are held at once, for the small accounts that are settled together."""
 OLD: Final = timedelta(days=1)
+"""Notifications of records that come late are read: nobody wants thousands of unread ones about last year."""
 EXAMPLES: Final = 20
 
 
@@ -69,6 +73,58 @@ class Settled(msgspec.Struct):
         return self.missing.total() + self.different.total() + self.extra.total()
 
 
+class Job(NamedTuple):
+    """A repository to settle. It was walked before (`check`), so that it is known to be whole.
+
+    `floor`: it was so at S0, and every worker knows floors. `part`: what is compared; where that is not all of it there
+    is no floor.
+    """
+
+    repository: Repository
+    snapshot: Snapshot
+    part: Part = WHOLE
+    floor: bool = False
+    accept_older: bool = False
+
+
+class _Look:
+    """One account that is being compared: what was found, and what is to be written."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.snapshot = job.snapshot
+        self.result = Settled(job.snapshot.did)
+        self.account = AccountState(None, None, None, is_forbidden=False)
+        self.changes: list[Change] = []
+        self.dids: dict[str, list[str]] = {}
+
+    def is_extra(self, one: Standing) -> bool:
+        return is_extra(one, self.snapshot) and _is_covered(one.uri, self.job.part)
+
+    def remove(self, uri: str) -> None:
+        """What is stored and should not be."""
+        table, rkey, snapshot = collection_table(uri), uri.rpartition("/")[2], self.snapshot
+        self.changes.append(Change(table, uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None))
+        self.result.extra[table.name] += 1
+        self._example(f"{table.name} {uri} extra")
+
+    def put(self, change: Change, piece: Piece, problem: str) -> None:
+        """What is missing or different."""
+        kind = self.result.missing if problem == "missing" else self.result.different
+        kind[change.table.name] += 1
+        self.changes.append(change)
+        self.dids[change.uri] = piece.dids[change.uri]
+        self._example(f"{change.table.name} {change.uri} {problem}")
+
+    def take(self) -> list[Change]:
+        taken, self.changes = self.changes, []
+        return taken
+
+    def _example(self, words: str) -> None:
+        if len(self.result.examples) < EXAMPLES:
+            self.result.examples.append(words)
+
+
 class Settle:
     """`store` None: only look."""
 
@@ -85,31 +141,26 @@ class Settle:
         floor: bool = False,
         part: Part = WHOLE,
     ) -> Settled:
-        """The repository was walked before (`check`), so that it is known to be whole.
+        """One account: see Job."""
+        return (await self.settle_some([Job(repository, snapshot, part, floor, accept_older)]))[0]
 
-        `floor`: it was so at S0, and every worker knows floors. `part`: what is compared; where that is not all of it
-        there is no floor.
-        """
-        result = Settled(snapshot.did)
-        result.refused = await self._refusal(snapshot, accept_older)
-        is_whole = part == WHOLE and not is_choosing()
-        if result.refused is None and floor and is_whole and self._store is not None:
-            result.refused = await self._floor(self._store, snapshot, accept_older)
-        if result.refused:
-            return result
-        told = time.monotonic() + TELL_S
-        async with self._stored.standing(snapshot.did) as standing:
-            for piece in pieces(covered(repository.records(), part), snapshot, PIECE):
-                if piece.uris:
-                    there = await self._stored_of(piece, standing, piece.uris[-1], snapshot, result, part)
-                    await self._piece(piece, there, snapshot, result)
-                if time.monotonic() > told:
-                    told = time.monotonic() + TELL_S
-                    log.info("%s: %s records, %s differences", snapshot.did, result.records, result.differences)
-            await self._stored_of(Piece(), standing, None, snapshot, result, part)
-        if repository.bad_paths:
-            result.drops["bad_path"] += repository.bad_paths
-        return result
+    async def settle_some(self, jobs: Sequence[Job]) -> list[Settled]:
+        """Several accounts, in one flush as far as they are small: each costs a share of the statements."""
+        looks = [_Look(job) for job in jobs]
+        open_ones = await self._allowed(looks)
+        small = [look for look in open_ones if look.job.repository.size <= SMALL_BYTES]
+        together = small and await self._stored.holding([look.snapshot.did for look in small], STORED_MAX)
+        if together:
+            await self._together(small, together)
+        else:
+            small = []
+        for look in open_ones:
+            if look not in small:
+                await self._alone(look)
+        for look in open_ones:
+            if bad := look.job.repository.bad_paths:
+                look.result.drops["bad_path"] += bad
+        return [look.result for look in looks]
 
     async def may_floor(self) -> bool:
         """Whether every fastworker that is connected to PostgreSQL knows floors."""
@@ -118,102 +169,179 @@ class Settle:
         async with self._store.connection() as db:
             return await all_know_floors(db)
 
-    async def _refusal(self, snapshot: Snapshot, accept_older: bool) -> str | None:
-        account = await self._stored.account_state(snapshot.did, snapshot.seq)
-        if account.is_forbidden:
-            return "the account does not want its data collected"
-        if is_gone(snapshot.rev, snapshot.seq, account.deleted_rev, account.deleted_seq):
-            return "the account was deleted, and the snapshot may be older"
-        if account.newest_rev is not None and account.newest_rev > snapshot.rev and not accept_older:
-            return f"its revision {snapshot.rev} is older than what is stored ({account.newest_rev})"
-        return None
-
-    async def _floor(self, store: Store, snapshot: Snapshot, accept_older: bool) -> str | None:
-        """Commit the floor, and wait for the transactions that may not have seen it. Returns why not, or None."""
-        async with store.connection() as db:
+    async def _allowed(self, looks: list[_Look]) -> list[_Look]:
+        """Those that may be settled, with their floors committed. The others' results say why not."""
+        looks = await self._not_refused(looks)
+        is_whole = not is_choosing()
+        floored = [look for look in looks if look.job.floor and is_whole and look.job.part == WHOLE]
+        if not floored or self._store is None:
+            return looks
+        async with self._store.connection() as db:
+            wanted = [
+                (look.snapshot.did, look.snapshot.rev, look.snapshot.seq, look.job.accept_older) for look in floored
+            ]
             # mutant: no floor
-            if not await put_floor(db, snapshot.did, snapshot.rev, snapshot.seq, lower=accept_older):
-                return f"its revision {snapshot.rev} is older than one that was settled"
-            await store.writer.reach(Step.FLOOR_COMMITTED)
+            refused = await put_floors(db, wanted)
+            await self._store.writer.reach(Step.FLOOR_COMMITTED)
             # mutant: a settle does not wait
             await readers_are_through(db)
-        return await self._refusal(snapshot, accept_older)
+        for look in floored:
+            if look.snapshot.did in refused:
+                look.result.refused = f"its revision {look.snapshot.rev} is older than one that was settled"
+        return await self._not_refused([look for look in looks if not look.result.refused])
 
-    async def _stored_of(
-        self,
-        piece: Piece,
-        standing: StandingRows,
-        last: str | None,
-        snapshot: Snapshot,
-        result: Settled,
-        part: Part,
-    ) -> dict[str, Standing]:
+    async def _not_refused(self, looks: list[_Look]) -> list[_Look]:
+        states = await self._stored.account_states({look.snapshot.did: look.snapshot.seq for look in looks})
+        for look in looks:
+            look.account = states[look.snapshot.did]
+            look.result.refused = _refusal(look.job, look.account)
+        return [look for look in looks if not look.result.refused]
+
+    async def _together(self, looks: list[_Look], holding: Holding) -> None:
+        """Small accounts: all that is stored of them was read at once."""
+        await self._states(looks)
+        read = [(look, piece) for look in looks for piece in _pieces_of(look, PIECE)]
+        present = set[str]().union(*(piece.present for _, piece in read))
+        by_did = {look.snapshot.did: look for look in looks}
+        for uri, standing in holding.standing.items():
+            if uri not in present and (look := by_did.get(did_of(uri))) and any(map(look.is_extra, standing)):
+                look.remove(uri)
+        await self._judge(read, holding)
+        await self._write(looks)
+
+    async def _alone(self, look: _Look) -> None:
+        """One account in pieces, however large: what is stored comes in the order of its keys, too."""
+        told = time.monotonic() + TELL_S
+        async with self._stored.standing(look.snapshot.did) as standing:
+            for piece in _pieces_of(look, PIECE):
+                if piece.uris:
+                    there = await self._standing_of(look, piece, standing, piece.uris[-1])
+                    await self._states([look])
+                    await self._judge([(look, piece)], await self._rows_of(piece, there))
+                    await self._write([look])
+                if time.monotonic() > told:
+                    told = time.monotonic() + TELL_S
+                    result = look.result
+                    log.info("%s: %s records, %s differences", result.did, result.records, result.differences)
+            await self._standing_of(look, Piece(), standing, None)
+        await self._write([look])
+
+    async def _states(self, looks: list[_Look]) -> None:
+        """After what is stored was read: a deletion that came before must not be missed."""
+        until = {look.snapshot.did: look.snapshot.seq for look in looks}
+        states = await self._stored.account_states(until, is_newest_asked=False)
+        for look in looks:
+            look.account = states[look.snapshot.did]
+
+    async def _standing_of(
+        self, look: _Look, piece: Piece, standing: StandingRows, last: str | None
+    ) -> dict[str, list[Standing]]:
         """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
-        present = piece.present
-        there: dict[str, Standing] = {}
-        extra: list[Change] = []
+        there: dict[str, list[Standing]] = {}
         async for one in standing.up_to(last):
-            if one.uri in present:
-                there.setdefault(one.uri, one)
-            elif _is_extra(one, snapshot) and _is_covered(one.uri, part):
-                table, rkey = collection_table(one.uri), one.uri.rpartition("/")[2]
-                extra.append(
-                    Change(table, one.uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None)
-                )
-                result.extra[table.name] += 1
-                _example(result, f"{table.name} {one.uri} extra")
-                if len(extra) >= PIECE:
-                    await self._write(extra, piece, result)
-                    extra = []
-        await self._write(extra, piece, result)
+            if one.uri in piece.present:
+                there.setdefault(one.uri, []).append(one)
+            elif look.is_extra(one):
+                look.remove(one.uri)
+                if len(look.changes) >= PIECE:
+                    await self._write([look])
         return there
 
-    async def _piece(self, piece: Piece, there: dict[str, Standing], snapshot: Snapshot, result: Settled) -> None:
-        """Records that are missing or different."""
-        result.records += len(piece.uris)
-        result.drops += piece.drops
-        wrong: list[Change] = []
-        new: list[Change] = []
-        for table, changes in _by_table(piece.changes):
-            result.compared[table.name] += len(changes)
-            held = {one.uri: one for one in await self._stored.held(table, changes)}
-            twins = [uri for uri, one in held.items() if one.is_twin]
-            waiting = await self._stored.twin_rows(table, twins) if twins else {}
-            for change in changes:
-                one = held[change.uri]
-                row, rev, seq = waiting.get(change.uri, (None, None, None))
-                if row is not None and change.row is not None and not one.is_there:
-                    differs = _differs(table, change.row, row)
-                    one = msgspec.structs.replace(one, is_there=True, rev=rev, seq=seq, differs=differs)
-                problem = _judge(change, one, there.get(change.uri), snapshot, piece)
-                if problem == "missing":
-                    new.append(change)
-                    result.missing[table.name] += 1
-                elif problem:
-                    result.different[table.name] += 1
-                else:
-                    continue
-                wrong.append(change)
-                _example(result, f"{table.name} {change.uri} {problem}")
-        await self._write(wrong, piece, result)
-        if self._store is not None:
-            await self._store.mark_read(_old_notifications(new, snapshot))
+    async def _rows_of(self, piece: Piece, there: dict[str, list[Standing]]) -> Holding:
+        rows: dict[str, Row] = {}
+        for table, changes in _by_table(change for change in piece.changes if change.uri in there):
+            rows |= await self._stored.table_rows(table, [change.uri for change in changes])
+        return Holding(there, rows)
 
-    async def _write(self, changes: list[Change], piece: Piece, result: Settled) -> None:
-        if self._store is None or not changes:
+    async def _judge(self, read: list[tuple[_Look, Piece]], holding: Holding) -> None:
+        """Records that are missing or different. What is neither as it must be nor unknown is looked at once more, by
+        the law's own statement."""
+        unclear: list[Change] = []
+        of: dict[str, tuple[_Look, Piece]] = {}
+        for look, piece in read:
+            result = look.result
+            result.records += len(piece.uris)
+            result.drops += piece.drops
+            result.compared.update(change.table.name for change in piece.changes)
+            for change in piece.changes:
+                standing = holding.standing.get(change.uri, ())
+                if agrees(change, standing, holding.rows.get(change.uri), look.account, piece):
+                    continue
+                if is_unknown(change, standing):
+                    look.put(change, piece, "missing")
+                else:
+                    unclear.append(change)
+                    of[change.uri] = (look, piece)
+        for table, changes in _by_table(unclear):
+            for change, held in await self._held(table, changes):
+                look, piece = of[change.uri]
+                standing = holding.standing.get(change.uri, ())
+                if problem := judge(change, held, standing[0] if standing else None, look.snapshot, piece):
+                    look.put(change, piece, problem)
+
+    async def _held(self, table: Table, changes: list[Change]) -> list[tuple[Change, StoredRecord]]:
+        """What is stored of these records, among the twins or not."""
+        held = {one.uri: one for one in await self._stored.held(table, changes)}
+        twins = [uri for uri, one in held.items() if one.is_twin]
+        waiting = await self._stored.twin_rows(table, twins) if twins else {}
+        found = []
+        for change in changes:
+            one = held[change.uri]
+            row, rev, seq = waiting.get(change.uri, (None, None, None))
+            if row is not None and change.row is not None and not one.is_there:
+                differs = differing(table, change.row, row)
+                one = msgspec.structs.replace(one, is_there=True, rev=rev, seq=seq, differs=differs)
+            found.append((change, one))
+        return found
+
+    async def _write(self, looks: list[_Look]) -> None:
+        """In as few flushes as their bound allows."""
+        if self._store is None:
             return
+        dids: dict[str, list[str]] = {}
+        changes: list[Change] = []
+        for look in looks:
+            changes += look.take()
+            dids |= look.dids
+            look.dids = {}
+        by_did = {look.snapshot.did: look for look in looks}
+        for start in range(0, len(changes), FLUSH):
+            await self._flush(changes[start : start + FLUSH], dids, by_did)
+
+    async def _flush(self, changes: list[Change], dids: dict[str, list[str]], looks: dict[str, _Look]) -> None:
+        assert self._store is not None
         batch = Batch()
         for change in changes:
-            batch.put(Mapped([change], piece.dids.get(change.uri, []), []))
+            batch.put(Mapped([change], dids.get(change.uri, []), []))
         try:
-            result.written += (await self._store.write(batch)).rows
+            old = max(look.snapshot.taken_at for look in looks.values()) - OLD
+            written = await self._store.write(batch, read_before=old)
         except RowRejected:
             if len(changes) == 1:  # the database refuses this one: its siblings live
-                result.drops["row_rejected"] += 1
+                looks[changes[0].repo].result.drops["row_rejected"] += 1
                 return
             half = len(changes) // 2
-            await self._write(changes[:half], piece, result)
-            await self._write(changes[half:], piece, result)
+            await self._flush(changes[:half], dids, looks)
+            await self._flush(changes[half:], dids, looks)
+            return
+        for did, count in Counter(change.repo for change in changes).items():
+            looks[did].result.written += count
+        looks[changes[-1].repo].result.written += written.rows - len(changes)  # what was newer meanwhile
+
+
+def _refusal(job: Job, account: AccountState) -> str | None:
+    snapshot = job.snapshot
+    if account.is_forbidden:
+        return "the account does not want its data collected"
+    if is_gone(snapshot.rev, snapshot.seq, account.deleted_rev, account.deleted_seq):
+        return "the account was deleted, and the snapshot may be older"
+    if account.newest_rev is not None and account.newest_rev > snapshot.rev and not job.accept_older:
+        return f"its revision {snapshot.rev} is older than what is stored ({account.newest_rev})"
+    return None
+
+
+def _pieces_of(look: _Look, size: int) -> Iterator[Piece]:
+    return pieces(covered(look.job.repository.records(), look.job.part), look.snapshot, size)
 
 
 def covered(records: Iterable[TreeRecord], part: Part) -> Iterable[TreeRecord]:
@@ -231,64 +359,6 @@ def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
     for change in changes:
         found.setdefault(change.table.name, (change.table, []))[1].append(change)
     return list(found.values())
-
-
-def _judge(change: Change, held: StoredRecord, standing: Standing | None, snapshot: Snapshot, piece: Piece) -> str:
-    """`missing`, `different in ...`, or nothing. What is newer than the snapshot is right."""
-    if held.is_gone and not snapshot.beats(held.gone_rev, held.gone_seq):
-        return ""
-    if not held.is_there:
-        return "missing"
-    if not snapshot.beats(held.rev, held.seq):
-        return ""
-    moment = piece.moments[change.uri]
-    row = change.row or ()
-    differs = [
-        column
-        for column in held.differs
-        if not column.startswith("commit_") and not is_judged_date(row[change.table.index(column)], moment)
-    ]
-    is_ours = held.rev is not None or held.seq is not None
-    if differs and (is_ours or standing is None or not _is_young(standing, snapshot)):
-        return f"different in {', '.join(differs)}"
-    if is_gone(held.rev, held.seq, held.deleted_rev, held.deleted_seq):
-        return "different in its version"  # the account was deleted since: what is older is taken away
-    # mutant: an equal row under a tombstone
-    if held.is_gone and not newer(held.rev, held.seq, held.gone_rev, held.gone_seq):
-        return "different in its tombstone"  # which would take the row away at the next look
-    return ""
-
-
-def _is_extra(standing: Standing, snapshot: Snapshot) -> bool:
-    if standing.rev is None and standing.seq is None:
-        return not _is_young(standing, snapshot)
-    return snapshot.beats(standing.rev, standing.seq)
-
-
-def _is_young(standing: Standing, snapshot: Snapshot) -> bool:
-    return standing.indexed_at is None or standing.indexed_at > snapshot.taken_at - YOUNG
-
-
-def _differs(table: Table, expected: Row, found: Row) -> list[str]:
-    """Columns of a row that is among the twins which are not as they must be."""
-    return [
-        column
-        for column, kind, a, b in zip(table.columns, table.types, expected, found, strict=True)
-        if (orjson.loads(a or "null") != orjson.loads(b or "null") if kind == "jsonb" else a != b)
-    ]
-
-
-def _old_notifications(changes: list[Change], snapshot: Snapshot) -> list[str]:
-    """Those of rows that come late: nobody wants thousands of unread ones about last year."""
-    fx = Effects(FULL)
-    for table, some in _by_table(changes):
-        add(fx, table, some)
-    return sorted(uri for uri, row in fx.notes_added.items() if row[-1] < snapshot.taken_at - OLD)
-
-
-def _example(result: Settled, words: str) -> None:
-    if len(result.examples) < EXAMPLES:
-        result.examples.append(words)
 
 
 async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:

@@ -44,6 +44,7 @@ class Whole:
 
     def __init__(self, records: dict[str, Record]) -> None:
         self._records = records
+        self.size = 0 if len(records) % 2 else 1 << 30  # alone, or with others
 
     def records(self) -> Iterator[TreeRecord]:
         for path in sorted(self._records, key=str.encode):
