@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from rich.console import Console
@@ -17,12 +18,30 @@ from fastworker.sync.hosts import HostError, Hosts, rate_of
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.settle import Report, duration
+from fastworker.table.schema import TABLES
 
 TRIES: Final = 5
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000
-ROW_BYTES: Final = 1_300  # with all indexes
+ROW_BYTES: Final = 1_300  # with all indexes, where the tables do not say
+ROWS_MIN: Final = 20_000
+SEEN_MIN: Final = 20
 WRITES_S: Final = 8_000.0  # records that one process compares and writes in a second
+_SEEN: Final = """
+SELECT count(*) AS accounts, avg(records)::float8 AS records, avg(bytes)::float8 AS bytes,
+    sum(least(extract(epoch FROM ended_at - before), 5))::float8 AS seconds
+FROM (
+    SELECT records, bytes, ended_at, lag(ended_at) OVER (ORDER BY ended_at) AS before FROM fastworker.repos
+    WHERE state = 'done' AND ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT 5000
+) AS newest
+"""
+_SIZES: Final = """
+SELECT sum(pg_total_relation_size(oid)) FILTER (WHERE relnamespace = 'public'::regnamespace OR relname IN (
+        'versions', 'twins', 'gates', 'profiles'))::float8
+    / nullif(sum(reltuples) FILTER (WHERE oid = ANY($1::text[]::regclass[]) AND reltuples > 0), 0),
+    sum(reltuples) FILTER (WHERE oid = ANY($1::text[]::regclass[]) AND reltuples > 0)
+FROM pg_class WHERE relkind = 'r' AND relnamespace IN ('public'::regnamespace, 'fastworker'::regnamespace)
+"""
 
 
 async def backfill(config: Config, choice: Choice, stop: asyncio.Event, *, hosts: Hosts | None = None) -> ExitCode:
@@ -42,30 +61,41 @@ async def estimate(config: Config, choice: Choice, *, hosts: Hosts | None = None
     choice.check()
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
         accounts, rate = await _count(scene, choice)
-        known = (
-            await scene.queue.rows(
-                "SELECT count(*), avg(records)::float8, avg(bytes)::float8 FROM fastworker.repos WHERE state = 'done'"
-            )
-        )[0]
-        is_known = known[0] >= 20
-        records, size = (known[1], known[2]) if is_known else (RECORDS, CAR_BYTES)
+        seen = (await scene.queue.rows(_SEEN))[0]
+        disk = await row_bytes(scene.queue.rows)
+    is_known = seen["accounts"] >= SEEN_MIN
+    records, size = (seen["records"], seen["bytes"]) if is_known else (RECORDS, CAR_BYTES)
     rows = accounts * records
     by_hosts, by_rows = accounts / rate, rows / WRITES_S
+    if is_known and seen["seconds"]:
+        seconds = accounts * seen["seconds"] / (seen["accounts"] - 1)
+        why = f"at {accounts / max(seconds, 1e-9):,.1f} accounts/s, as lately"
+    else:
+        seconds = max(by_hosts, by_rows)
+        why = (
+            f"{duration(by_hosts)} for the hosts at {rate:g} requests/s, "
+            f"{duration(by_rows)} for one process to compare and write"
+        )
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"accounts  {accounts:,}\n"
         f"to fetch  {accounts * size / 1e9:,.2f} GB\n"
         f"rows      {rows:,.0f}\n"
-        f"disk      {rows * ROW_BYTES / 1e9:,.2f} GB in PostgreSQL, with all indexes\n"
-        f"time      {duration(max(by_hosts, by_rows))}: {duration(by_hosts)} for the hosts at {rate:g} requests/s, "
-        f"{duration(by_rows)} for one process to compare and write\n"
+        f"disk      {rows * disk / 1e9:,.2f} GB in PostgreSQL, with all indexes\n"
+        f"time      {duration(seconds)}: {why}\n"
         + (
-            f"By the average of {known[0]:,} accounts that were fetched: {records:,.0f} records, {size:,.0f} bytes."
+            f"By {seen['accounts']:,} accounts that were fetched: {records:,.0f} records, {size:,.0f} bytes each."
             if is_known
             else f"By the network's average: {records:,} records and {size:,} bytes an account."
         )
     )
     return ExitCode.DONE
+
+
+async def row_bytes(rows: Callable[..., Awaitable[Any]]) -> float:
+    """Of a record in PostgreSQL, with what follows from it and all indexes, as the tables here have it."""
+    found = (await rows(_SIZES, [table.qualified for table in TABLES]))[0]
+    return float(found[0]) if found[1] is not None and found[1] >= ROWS_MIN else ROW_BYTES
 
 
 async def _count(scene: Scene, choice: Choice) -> tuple[int, float]:

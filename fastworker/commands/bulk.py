@@ -17,11 +17,19 @@ from typing import Final
 
 from rich.console import Console
 
-from fastworker.commands.backfill import ROW_BYTES, TRIES
+from fastworker.commands.backfill import TRIES, row_bytes
 from fastworker.commands.imports import files_of
 from fastworker.config import Config
 from fastworker.crashpoint import arm
-from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable, first_of
+from fastworker.errors import (
+    ConfigError,
+    ExitCode,
+    RowRejected,
+    StoreUnavailable,
+    StreamUnavailable,
+    Unreachable,
+    first_of,
+)
 from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
 from fastworker.store.bulk import LOADING, SETTLING, STAGING, Bulk, Counts, File, Load, State, open_bulk
@@ -29,7 +37,7 @@ from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import EVERYBODY
 from fastworker.store.staged import LEFT_OUT
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
-from fastworker.sync.bulk import LOAD_ROWS_S, STAGED_ROW_BYTES, file_of, stage
+from fastworker.sync.bulk import file_of, stage
 from fastworker.sync.choice import Choice, feed_of
 from fastworker.sync.files import Car, Settings, settle_cars
 from fastworker.sync.hosts import Hosts
@@ -121,9 +129,15 @@ async def give_up(config: Config) -> ExitCode:
             _remove_spool(state)
             _console.print("The bulk load is cancelled. Nothing of it is in the tables.")
         elif phase == LOADING:
+            load = Load(url, state.derive, Told(bulk).step, floor=False)
+            try:
+                await load.all()
+            except* (StoreUnavailable, RowRejected) as group:
+                raise Unreachable(str(first_of(group))) from None
+            await bulk.release()
             _console.print(
-                "The bulk load is given up. What was loaded stays, and writers may go on. Run `fastworker backfill "
-                "--bulk` to settle its accounts one by one, then `fastworker verify --repair`."
+                "The bulk load is given up. What was loaded stays, and writers may go on. Run the command that began "
+                "it once more: it settles its accounts one by one."
             )
         else:
             _console.print("It is loaded already: only accounts that are settled one by one are left.")
@@ -223,11 +237,12 @@ def _stopped() -> ExitCode:
 
 async def _why_not(config: Config, bulk: Bulk, counts: Counts, admin: RedisAdmin | None) -> str:
     """What speaks against loading now; says what it will take."""
-    seconds = counts.records / LOAD_ROWS_S
+    measured = await bulk.measured()
+    seconds = counts.records * measured.record_s
+    disk = counts.records * await row_bytes(bulk.rows) + measured.staged_bytes
     _console.print(
         f"To load: {counts.staged:,} repositories, {counts.records:,} records; about {duration(seconds)}, "
-        f"{counts.records * (ROW_BYTES + STAGED_ROW_BYTES) / 1e9:,.2f} GB in PostgreSQL, of which "
-        f"{counts.records * STAGED_ROW_BYTES / 1e9:,.2f} GB are free again afterwards."
+        f"{disk / 1e9:,.2f} GB in PostgreSQL, of which {measured.staged_bytes / 1e9:,.2f} GB are free again afterwards."
     )
     if others := await bulk.others(OURS):
         return "Others are connected to this database: stop them first (the reader may run on).\n" + "\n".join(others)

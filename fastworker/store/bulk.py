@@ -27,13 +27,17 @@ from fastworker.errors import Unreachable
 from fastworker.store import derived
 from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
-from fastworker.store.staged import ALL, ONLY_SOME, PRIMARY, staged_name
+from fastworker.store.staged import ALL, OF_GATES, OF_POSTS, ONLY_SOME, PRIMARY, staged_name
 from fastworker.store.statements import GONE
 from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
 CONNECTIONS: Final = 2
+PROBE_ROWS: Final = 20_000
+ROW_SHARE: Final = 0.5
+"""What a record costs the load, indexes and derived tables included, in seconds that one row of the largest table takes
+with its indexes there (docs/history.md has what was measured)."""
 _GUARDED: Final = (
     *(table.qualified for table in (*TABLES, *DERIVED)),
     *(f"public.{name}" for name in ("users", "thread_contexts", "thread_gates", "post_gates", "label_events")),
@@ -69,6 +73,13 @@ class Counts(NamedTuple):
     later: int
     records: int
     size: int
+
+
+class Measured(NamedTuple):
+    """Before a load: seconds a record, and the bytes of the staging tables."""
+
+    record_s: float
+    staged_bytes: int
 
 
 class State(NamedTuple):
@@ -165,6 +176,36 @@ class Bulk:
         )
         return int(row[0])
 
+    async def measured(self) -> Measured:
+        """What the load will need here: a part of the largest staged table goes into a copy of its own, with all
+        indexes, and is taken back."""
+        sizes = {}
+        for table in PRIMARY:
+            if table.hot:
+                row = await self._row(f"SELECT count(*) FROM fastworker.{staged_name(table)}")
+                sizes[table] = int(row[0])
+        table = max(sizes, key=lambda one: sizes[one])
+        columns, began = ", ".join(table.columns), time.monotonic()
+        with translating():
+            transaction = self._connection.transaction()
+            await transaction.start()
+            await self._connection.execute(
+                f"CREATE TABLE fastworker.staged_probe (LIKE {table.qualified} INCLUDING ALL)"
+            )
+            await self._connection.execute(
+                f"INSERT INTO fastworker.staged_probe ({columns}) SELECT {columns} "
+                f"FROM fastworker.{staged_name(table)} LIMIT {PROBE_ROWS} ON CONFLICT DO NOTHING"
+            )
+            await transaction.rollback()
+        row_s = (time.monotonic() - began) / max(1, min(PROBE_ROWS, sizes[table]))
+        names = [f"fastworker.{staged.name}" for staged in ALL]
+        staged = await self._row(
+            "SELECT coalesce(sum(pg_total_relation_size(oid)), 0)::bigint FROM pg_class "
+            "WHERE oid = ANY($1::text[]::regclass[])",
+            names,
+        )
+        return Measured(row_s * ROW_SHARE, int(staged[0]))
+
     async def hold(self) -> None:
         """From here on nobody else writes. Waits for transactions that are open."""
         with translating():
@@ -188,7 +229,9 @@ class Bulk:
     async def give_up(self) -> str:
         """Undo what can be undone. Returns the phase that it was in.
 
-        What is loaded stays: then every account is settled one by one, and `verify --repair` does the rest.
+        While it loads, what is loaded stays: of the tables that are not, nothing is staged any more, so that the rest
+        of the load (`Load.all`) makes the derived rows of what is there, and nothing else. It ends with `release`.
+        Every account is settled one by one then.
         """
         state = await self.state()
         if state is None:
@@ -196,11 +239,15 @@ class Bulk:
         with translating():
             async with self._connection.transaction():
                 if state.phase == LOADING:
-                    await self._connection.execute(
-                        f"UPDATE fastworker.bulk_repos SET later = coalesce(nullif(later, '{ONLY_SOME}'), "
-                        "'the load was given up') WHERE state = 'staged'"
-                    )
-                    await self._release()
+                    await self._connection.execute(_GIVEN_UP)
+                    done = {row[0] for row in await self._connection.fetch("SELECT name FROM fastworker.bulk_steps")}
+                    left = [staged_name(table) for table in PRIMARY if table.qualified not in done]
+                    for name in (*left, *(OF_POSTS if "public.posts" not in done else ())):
+                        await self._connection.execute(f"TRUNCATE fastworker.{name}")
+                    for name in () if "fastworker.gates" in done else OF_GATES:
+                        await self._connection.execute(f"TRUNCATE fastworker.{name}")
+                    if "fastworker.twins" not in done:
+                        await self._connection.execute("TRUNCATE fastworker.staged_twins")
                 elif state.phase == STAGING:
                     await self._drop_staged()
                     await self._connection.execute(_AGAIN)
@@ -226,6 +273,10 @@ class Bulk:
     async def _forget(self) -> None:
         for table in ("bulk_repos", "bulk_steps", "bulk"):
             await self._connection.execute(f"DELETE FROM fastworker.{table}")
+
+    async def rows(self, statement: str, *arguments: Any) -> list[Any]:
+        with translating():
+            return list(await self._connection.fetch(statement, *arguments))
 
     async def _row(self, statement: str, *arguments: Any) -> Any:
         with translating():
@@ -256,12 +307,15 @@ class Load:
                 )
         steps = [_Step("fastworker.twins", _TWINS)]
         steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if sizes[staged_name(table)]]
+        steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", 0))
         fills = derived.fills(self._derive)
-        steps += [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if not fill.is_joined]
-        steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", _LARGE.get(step.table, 0)))
-        await self._steps([step for step in steps if step.table not in done])
-        joined = [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if fill.is_joined]
-        await self._steps([step for step in joined if step.table not in done])
+        # mutant: derived tables before the primary ones
+        for some in (
+            steps,
+            [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if not fill.is_joined],
+            [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if fill.is_joined],
+        ):
+            await self._steps([step for step in some if step.table not in done])
         async with _session(self._url) as connection:
             for name, statements in derived.updates(self._derive):
                 if name not in done:
@@ -329,12 +383,6 @@ def _inserts(table: Table) -> tuple[str, ...]:
 
 
 _COLD: Final = tuple(table for table in PRIMARY if not table.hot)
-_LARGE: Final = {  # places in the order of tables that nothing is staged for by that name
-    "public.notifications": 1 << 62,
-    "public.feed_items": 1 << 60,
-    "public.post_viewer_states": 1 << 61,
-    "public.post_aggregations": 1 << 61,
-}
 _COLD_NAMES: Final = ", ".join(f"'{table.name}'" for table in _COLD)
 _TWIN: Final = "uri, table_name, pair, rkey, rev, seq, cid, row_values"
 _TWINS: Final = (
@@ -462,6 +510,10 @@ _OTHERS: Final = (
     "AND pid <> pg_backend_pid() AND application_name <> ALL($1::text[]) ORDER BY pid"
 )
 _DONE: Final = "UPDATE fastworker.bulk_repos SET state = 'done' WHERE state = 'staged' AND later IS NULL"
+_GIVEN_UP: Final = (
+    f"UPDATE fastworker.bulk_repos SET later = coalesce(nullif(later, '{ONLY_SOME}'), 'the load was given up') "
+    "WHERE state = 'staged'"
+)
 _SETTLED: Final = (
     "UPDATE fastworker.repos AS q SET state = CASE b.state WHEN 'done' THEN 'done' ELSE 'refused' END, rev = b.rev, "
     "seq = b.seq, records = b.records, bytes = b.bytes, differences = b.records, error = b.error, ended_at = now() "

@@ -85,6 +85,8 @@ _TWINS: Final = Staged(
     ("did", "uri", "table_name", "pair", "rkey", "rev", "seq", "cid", "row_values"),
     ("text", "text", "text", "text", "text", "text", "bigint", "text", "jsonb"),
 )
+OF_POSTS: Final = (_QUOTES.name, _NOTES.name)
+OF_GATES: Final = (_THREAD_GATES.name, _POST_GATES.name)
 ALL: Final = (*_OF.values(), _QUOTES, _NOTES, _THREAD_GATES, _POST_GATES, _TWINS)
 
 

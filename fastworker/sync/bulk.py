@@ -28,11 +28,6 @@ CLAIM: Final = 16
 PIECE: Final = 2_000
 GIANT_BYTES: Final = 64 * 1024 * 1024
 """Larger repositories are settled one by one: their pairs would fill the memory of every process."""
-LOAD_ROWS_S: Final = 30_000.0
-"""Records that the loading step takes in a second on two cores, indexes and derived tables included: for the estimate
-before it. docs/history.md has what was measured."""
-STAGED_ROW_BYTES: Final = 450
-"""Of a record in the staging tables, about."""
 
 
 def processes() -> int:

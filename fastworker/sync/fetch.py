@@ -25,6 +25,8 @@ from fastworker.table.snapshot import tid_moment
 
 TRIES_S: Final = (0.0, 2.0, 15.0)
 """Pauses before each try for a repository that was not whole."""
+HELD_BYTES: Final = 4 * 1024 * 1024
+"""Of a repository in memory: several are fetched at a time. Blocks of larger ones are read from the file."""
 AHEAD: Final = timedelta(minutes=5)
 _AGAIN: Final = frozenset((Flaw.BAD_CAR, Flaw.BAD_HASH, Flaw.MISSING_BLOCK, Flaw.BAD_TREE))
 _CUT: Final = (HostFault.BAD_ANSWER,)
@@ -143,7 +145,7 @@ async def _into(hosts: Hosts, did: str, document: dict[str, Any], path: Path) ->
 
 
 async def _checked(hosts: Hosts, did: str, document: dict[str, Any], path: Path) -> Repository:
-    repository = Repository(path)
+    repository = Repository(path, in_memory_max=HELD_BYTES)
     try:
         await _prove(hosts, did, document, repository.commit)
         repository.check()

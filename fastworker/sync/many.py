@@ -44,7 +44,7 @@ from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.stream.consumer import FOREIGN_IDLE_MS
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
 from fastworker.sync.hosts import Hosts
-from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
+from fastworker.sync.settle import SMALL_BYTES, Job, Report, Settle, Settled, unless_stopped
 from fastworker.table.snapshot import Snapshot
 
 LOOK_S: Final = 0.3
@@ -180,7 +180,8 @@ class Many:
         self._report = report
         self._repaired = repaired
         self._at_work: set[str] = set()
-        self._one = asyncio.Lock()  # one account is compared at a time, while others are fetched
+        self._one = asyncio.Lock()  # one group of accounts is compared at a time, while others are fetched
+        self._ready: list[tuple[Job, asyncio.Future[Settled]]] = []  # fetched, to be compared
 
     async def all(self, work: Work, at_once: int, feed: Callable[[], Awaitable[None]] | None = None) -> None:
         """Until nothing is left that this may do. `feed` puts more into the queue meanwhile."""
@@ -246,13 +247,41 @@ class Many:
                 return
             if one.priority >= CHOSEN:
                 await self._live.first()
-            async with self._one:
-                floor = await self._settle.may_floor() and await self._live.all_are_ours()
-                settled = await self._settle.settle(
-                    repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part
-                )
-            size = repository.size
+            job = Job(repository, snapshot, one.part, accept_older=work.accept_older)
+            settled, size = await self._together(job), repository.size
         await self._settled(one, settled, snapshot, size)
+
+    async def _together(self, job: Job) -> Settled:
+        """Whoever comes while others are compared is compared with all who come meanwhile."""
+        settled: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+        self._ready.append((job, settled))
+        async with self._one:
+            while not settled.done():
+                group = self._next_group()
+                try:
+                    await self._settle_group(group)
+                except BaseException as error:
+                    for _, one in group:
+                        if not one.done():
+                            one.set_exception(error) if isinstance(error, Exception) else one.cancel()
+                    raise
+        return await settled
+
+    def _next_group(self) -> list[tuple[Job, asyncio.Future[Settled]]]:
+        """Those who came first, as many as may be held at once."""
+        group: list[tuple[Job, asyncio.Future[Settled]]] = []
+        size = 0
+        while self._ready and (not group or size + self._ready[0][0].repository.size <= SMALL_BYTES):
+            group.append(self._ready.pop(0))
+            size += group[-1][0].repository.size
+        return group
+
+    async def _settle_group(self, group: list[tuple[Job, asyncio.Future[Settled]]]) -> None:
+        floor = await self._settle.may_floor() and await self._live.all_are_ours()
+        jobs = [job._replace(floor=floor) for job, _ in group]
+        for settled, (_, future) in zip(await self._settle.settle_some(jobs), group, strict=True):
+            if not future.done():
+                future.set_result(settled)
 
     async def _settled(self, one: Claim, settled: Settled, snapshot: Snapshot, size: int) -> None:
         self._report.add(settled)
