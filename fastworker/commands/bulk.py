@@ -49,6 +49,7 @@ from fastworker.table.snapshot import Snapshot, tid_moment
 OURS: Final = ("fastworker-bulk",)
 NEWEST: Final = 2_000
 TELL_S: Final = 5.0
+LOOK_S, LOOKS = 0.1, 10
 _console = Console(highlight=False, soft_wrap=True)
 
 
@@ -244,7 +245,13 @@ async def _why_not(config: Config, bulk: Bulk, counts: Counts, admin: RedisAdmin
         f"To load: {counts.staged:,} repositories, {counts.records:,} records; about {duration(seconds)}, "
         f"{disk / 1e9:,.2f} GB in PostgreSQL, of which {measured.staged_bytes / 1e9:,.2f} GB are free again afterwards."
     )
-    if others := await bulk.others(OURS):
+    others = await bulk.others(OURS)
+    for _ in range(LOOKS):  # our own sessions of the fetch may need a moment to end
+        if not others:
+            break
+        await asyncio.sleep(LOOK_S)
+        others = await bulk.others(OURS)
+    if others:
         return "Others are connected to this database: stop them first (the reader may run on).\n" + "\n".join(others)
     there = await bulk.rows_there()
     if there > counts.records:
