@@ -309,7 +309,6 @@ class Load:
         steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if sizes[staged_name(table)]]
         steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", 0))
         fills = derived.fills(self._derive)
-        # mutant: derived tables before the primary ones
         for some in (
             steps,
             [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if not fill.is_joined],

@@ -109,9 +109,11 @@ MUTANTS = [
     _mutant("unsorted users", "fastworker/store/writer.py", BUGS, "list(", "sorted("),
     _mutant("unsorted rows", _FLUSH, BUGS, "for change in changes:"),
     # floors
-    _mutant("no floor", _SYNC, FLOORS, "if False:"),
+    _mutant("no floor", _SYNC, FLOORS, "refused = set()"),
     _mutant("a settle does not wait", _SYNC, FLOORS, "pass"),
-    _mutant("an equal row under a tombstone", _SYNC, FLOORS, "if False:"),
+    _mutant("an equal row under a tombstone", "fastworker/sync/judge.py", FLOORS, "if False:"),
+    _mutant("true is one", "fastworker/sync/judge.py", "tests/unit/test_judge.py", "return bool(orjson.loads(a) == orjson.loads(b))"),
+    _mutant("history comes in unread", _EFFECTS, "tests/integration/test_settle.py", "pass"),
     _mutant("floors not looked at", "fastworker/store/look.py", FLOORS, "if False:"),
     _mutant("deletes pass a floor", "fastworker/store/look.py", FLOORS, "return change.row is not None and (change.rev or '') < rev"),
     _mutant("a floor that came since the look", _PUT, FLOORS, "IF false AND EXISTS (", "IF EXISTS ("),
