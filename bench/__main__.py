@@ -57,10 +57,14 @@ class Session:
     def __init__(self, options: Options, report: Report) -> None:
         self.seed, self.events, self.runs, self.rows, self.settings, self.quick, self.tuned, self.processes = options
         self.report = report
-        self.folder: Path = corpus.prepare(self.seed, self.events)
 
     def measure(self, name: str, what: dict[str, Any], work: Callable[[], Figures], *, runs: int = 0) -> Figures:
         return self.report.measure(name, what, runs or self.runs, work)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The corpus, once somebody asks for it."""
+        return corpus.prepare(self.seed, self.events)
 
     @functools.cached_property
     def baseline(self) -> float:

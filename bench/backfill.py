@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -61,12 +63,29 @@ def backfill(folder: Path, *, derive: str, bulk: bool, likes: int = 0) -> Figure
     load = None if not likes else lambda url: uvloop.run(preload(url, likes))
     with servers(preload=load) as running:
         figures: Figures = uvloop.run(_import(running, folder, derive, bulk=bulk))
+        figures |= _in_sync(running, folder, derive)
         if not likes:
             before = cpu_s(running.postgres.pid)
             figures["floor records/s"] = figures["records"] / uvloop.run(floor_s(running.postgres.url))
             figures["floor CPU us/record"] = (cpu_s(running.postgres.pid) - before) / figures["records"] * 1e6
             figures["share of the floor"] = figures["records/s"] / figures["floor records/s"]
     return figures
+
+
+def _in_sync(running: Servers, folder: Path, derive: str) -> Figures:
+    """The same once more, with nothing to write: as the command itself says it, without the start of Python."""
+    words = [PYTHON, "-m", "fastworker", "import", str(folder)]
+    before = cpu_s(running.postgres.pid)
+    done = subprocess.run(
+        words, env=environment(running, FASTWORKER_DERIVE=derive), capture_output=True, text=True, check=True
+    )
+    found = re.search(r"([\d,]+) records in ([\d.]+) s: no difference", done.stdout)
+    assert found is not None, done.stdout
+    records = int(found[1].replace(",", ""))
+    return {
+        "in sync records/s": records / float(found[2]),
+        "in sync postgres CPU us/record": (cpu_s(running.postgres.pid) - before) / records * 1e6,
+    }
 
 
 async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def environment(running: Servers, **settings: object) -> dict[str, str]:
     """An operator's: none of fastworker's variables but the servers' addresses, what is quiet, and `settings`."""
     ours = {variable.name for variable in VARIABLES}
     return {
-        **{name: value for name, value in os.environ.items() if name not in ours},
+        **{name: value for name, value in os.environ.items() if name not in (*ours, "PYTHONDONTWRITEBYTECODE")},
         "REDIS_URL": running.redis.url,
         "DATABASE_URL": running.postgres.url,
         "FASTWORKER_HTTP_PORT": "off",

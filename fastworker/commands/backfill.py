@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from rich.console import Console
@@ -13,18 +12,16 @@ from yarl import URL
 from fastworker.config import Config
 from fastworker.errors import ExitCode, Unreachable
 from fastworker.store.repos import CHOSEN, EVERYBODY
+from fastworker.store.sizes import row_bytes
 from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, pieces_of
+from fastworker.sync.history import TRIES
 from fastworker.sync.hosts import HostError, Hosts, rate_of
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.settle import Report, duration
-from fastworker.table.schema import TABLES
 
-TRIES: Final = 5
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000
-ROW_BYTES: Final = 1_300  # with all indexes, where the tables do not say
-ROWS_MIN: Final = 20_000
 SEEN_MIN: Final = 20
 WRITES_S: Final = 8_000.0  # records that one process compares and writes in a second
 _SEEN: Final = """
@@ -34,13 +31,6 @@ FROM (
     SELECT records, bytes, ended_at, lag(ended_at) OVER (ORDER BY ended_at) AS before FROM fastworker.repos
     WHERE state = 'done' AND ended_at IS NOT NULL ORDER BY ended_at DESC LIMIT 5000
 ) AS newest
-"""
-_SIZES: Final = """
-SELECT sum(pg_total_relation_size(oid)) FILTER (WHERE relnamespace = 'public'::regnamespace OR relname IN (
-        'versions', 'twins', 'gates', 'profiles'))::float8
-    / nullif(sum(reltuples) FILTER (WHERE oid = ANY($1::text[]::regclass[]) AND reltuples > 0), 0),
-    sum(reltuples) FILTER (WHERE oid = ANY($1::text[]::regclass[]) AND reltuples > 0)
-FROM pg_class WHERE relkind = 'r' AND relnamespace IN ('public'::regnamespace, 'fastworker'::regnamespace)
 """
 
 
@@ -90,12 +80,6 @@ async def estimate(config: Config, choice: Choice, *, hosts: Hosts | None = None
         )
     )
     return ExitCode.DONE
-
-
-async def row_bytes(rows: Callable[..., Awaitable[Any]]) -> float:
-    """Of a record in PostgreSQL, with what follows from it and all indexes, as the tables here have it."""
-    found = (await rows(_SIZES, [table.qualified for table in TABLES]))[0]
-    return float(found[0]) if found[1] is not None and found[1] >= ROWS_MIN else ROW_BYTES
 
 
 async def _count(scene: Scene, choice: Choice) -> tuple[int, float]:

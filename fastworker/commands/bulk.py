@@ -10,14 +10,13 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from fastworker.commands.backfill import TRIES, row_bytes
 from fastworker.commands.imports import files_of
 from fastworker.config import Config
 from fastworker.crashpoint import arm
@@ -35,16 +34,18 @@ from fastworker.event.repository import Repository
 from fastworker.store.bulk import LOADING, SETTLING, STAGING, Bulk, Counts, File, Load, State, open_bulk
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import EVERYBODY
+from fastworker.store.sizes import row_bytes
 from fastworker.store.staged import LEFT_OUT
-from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.sync.bulk import file_of, stage
-from fastworker.sync.choice import Choice, feed_of
 from fastworker.sync.files import Car, Settings, settle_cars
-from fastworker.sync.hosts import Hosts
-from fastworker.sync.many import Live, Mark, Work, opened, settle_all
 from fastworker.sync.settle import Report, Settled, duration, unless_stopped
 from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.snapshot import Snapshot, tid_moment
+
+if TYPE_CHECKING:  # what talks to Redis and to hosts is imported where it is used: files need neither
+    from fastworker.stream.admin import RedisAdmin
+    from fastworker.sync.choice import Choice
+    from fastworker.sync.hosts import Hosts
 
 OURS: Final = ("fastworker-bulk",)
 NEWEST: Final = 2_000
@@ -76,6 +77,11 @@ async def load_choice(
     config: Config, choice: Choice, spool: Path, stop: asyncio.Event, *, hosts: Hosts | None = None
 ) -> ExitCode:
     """Fetch into `spool`, then all the rest. DONE when everybody who was chosen is in the tables."""
+    from fastworker.stream.admin import open_redis  # noqa: PLC0415
+    from fastworker.sync.choice import feed_of  # noqa: PLC0415
+    from fastworker.sync.history import TRIES  # noqa: PLC0415
+    from fastworker.sync.many import Work, opened, settle_all  # noqa: PLC0415
+
     choice.check()
     url = await _ready(config, "backfill")
     async with open_bulk(url) as bulk:
@@ -219,7 +225,7 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
         if state.phase != SETTLING:
             _console.print("Loading: writers wait.")
             is_whole = admin is not None and not config.collections and state.part == WHOLE
-            floor = is_whole and admin is not None and await Live(admin, config).all_are_ours()
+            floor = is_whole and await _all_are_ours(config, admin)
             load = Load(url, state.derive, told.step, floor=floor)
             if not await unless_stopped(load.all(), stop):
                 return _stopped()
@@ -268,6 +274,8 @@ async def _why_not(config: Config, bulk: Bulk, counts: Counts, admin: RedisAdmin
 
 async def _runway_s(admin: RedisAdmin, config: Config) -> float:
     """Seconds until the stream is full if nobody finishes anything, as events came of late."""
+    from fastworker.stream.admin import age_s  # noqa: PLC0415
+
     stream = await admin.stream(measure=config.stream_bytes_max is not None)
     if stream is None or not stream.length:
         return float("inf")
@@ -290,8 +298,7 @@ async def _settle_later(
     report = Report(dry_run=False)
     if later:
         _console.print(f"{len(later):,} accounts are settled one by one, beside the stream.")
-        live = None if admin is None else Live(admin, config)
-        floor = live is not None and await live.all_are_ours()
+        floor = await _all_are_ours(config, admin)
         cars = [_car(file, Part(None, (LEFT_OUT,)) if is_some else part, floor=floor) for file, is_some in later]
 
         async def told(car: Car, became: Settled | str) -> None:
@@ -303,9 +310,8 @@ async def _settle_later(
             report.tell(len(later) - report.done)
 
         async def all_of_them() -> None:
-            if live is not None:
-                for mark in {Mark(file.seq, file.entry_id, file.taken_at) for file, _ in later if file.entry_id}:
-                    await live.finished(mark)
+            if admin is not None:
+                await _finished(config, admin, {file for file, _ in later})
             settings = Settings(url, "fastworker-bulk", config.derive, config.collections)
             await settle_cars(settings, cars, told)
 
@@ -318,6 +324,22 @@ async def _settle_later(
     if state is not None:
         _remove_spool(state)
     return report.end() if later or report.failures else ExitCode.DONE
+
+
+async def _all_are_ours(config: Config, admin: RedisAdmin | None) -> bool:
+    from fastworker.sync.many import Live  # noqa: PLC0415
+
+    return admin is not None and await Live(admin, config).all_are_ours()
+
+
+async def _finished(config: Config, admin: RedisAdmin, files: Iterable[File]) -> None:
+    """Wait until the worker has finished what was on the stream when these were asked for."""
+    from fastworker.sync.many import Live, Mark  # noqa: PLC0415
+
+    live = Live(admin, config)
+    for file in files:
+        if file.entry_id is not None:
+            await live.finished(Mark(file.seq, file.entry_id, file.taken_at))
 
 
 def _car(file: File, part: Part, *, floor: bool) -> Car:
