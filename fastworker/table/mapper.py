@@ -76,13 +76,17 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
 
     Never raises for what the network sent: an op that cannot be stored is a Drop, its siblings live.
     """
+    commit_time = parse_date(commit.time) if commit.time is not None else None
+    return map_at(commit, commit_time, moment_of(commit_time, entry_ms))
+
+
+def map_at(commit: Commit, commit_time: datetime | None, happened: datetime) -> Mapped:
+    """The same of a commit that happened then; `commit_time`: when it says so itself."""
     repo = commit.repo
     drops = list(commit.drops)
     if len(repo) > DID_MAX:
         drops.extend([Drop(Reason.TOO_LONG, op.collection, "repo") for op in commit.ops])
         return Mapped([], [], drops)
-    commit_time = parse_date(commit.time) if commit.time is not None else None
-    happened = moment_of(commit_time, entry_ms)
     latest = latest_date(happened)
     rev, seq = commit.rev, commit.seq
     stamp = (commit_time, None if seq is None else str(seq), rev)

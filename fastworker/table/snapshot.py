@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
@@ -21,12 +21,12 @@ from fastworker.event.repository import TreeRecord
 from fastworker.event.syntax import is_tid
 from fastworker.table.batch import Change, newer
 from fastworker.table.dates import EPOCH, SKEW, latest_date
-from fastworker.table.mapper import map_commit
+from fastworker.table.mapper import map_at
 from fastworker.table.schema import BOOKMARKS, LABELS
 
 _FIRST_TID: Final = datetime(2022, 1, 1)  # noqa: DTZ001 - naive UTC; the protocol is younger
 _LETTERS: Final = "234567abcdefghijklmnopqrstuvwxyz"
-_DIGITS: Final = {digit: number for number, digit in enumerate(_LETTERS)}
+_AS_PYTHON: Final = str.maketrans(_LETTERS, "0123456789abcdefghijklmnopqrstuv")
 PIECE_BYTES: Final = 8 * 1024 * 1024
 UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
 """Tables whose rows others write, too: no snapshot touches them."""
@@ -82,8 +82,7 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
         return
     moment = moment_of(rkey, snapshot.taken_at)
     op = Op("create", collection, rkey, cid_text(cid), block)
-    commit = Commit(snapshot.seq, snapshot.did, snapshot.rev, moment.isoformat(), [op], [])
-    mapped = map_commit(commit, int(moment.replace(tzinfo=UTC).timestamp() * 1000))
+    mapped = map_at(Commit(snapshot.seq, snapshot.did, snapshot.rev, None, [op], []), moment, moment)
     for drop in mapped.drops:
         piece.drops[str(drop.reason)] += 1
     for change in mapped.changes:
@@ -104,10 +103,7 @@ def tid_moment(tid: str) -> datetime | None:
     """The moment that a TID names, as naive UTC."""
     if not is_tid(tid):
         return None
-    number = 0
-    for digit in tid:
-        number = number << 5 | _DIGITS[digit]
-    return EPOCH + timedelta(microseconds=number >> 10)
+    return EPOCH + timedelta(microseconds=int(tid.translate(_AS_PYTHON), 32) >> 10)
 
 
 def tid_of(moment: datetime) -> str:
