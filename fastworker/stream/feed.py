@@ -196,6 +196,18 @@ class _Partition:
         return int(moved), int(ghosts)
 
 
+async def _is_newest_ours(redis: Redis, parts: Sequence[_Partition]) -> bool:
+    """Whether a reader that leaves a mark in Redis, as ours do, appended the newest entry of each partition."""
+    async with translating(redis):
+        pipe = redis.pipeline(transaction=True)
+        for part in parts:
+            pipe.get(part.keys.tail)
+            pipe.xinfo_stream(part.keys.stream)
+        found: list[Any] = await pipe.execute(raise_on_error=False)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return all(isinstance(info, dict) and info["last-generated-id"] == tail for tail, info in pairs)
+
+
 class Feed:
     """One reader's hold on the stream. All methods raise `StreamUnavailable` while Redis cannot serve."""
 
@@ -318,24 +330,13 @@ class Feed:
             held = text[:40].decode("utf-8", "replace")
             raise ConfigError(f"{self._cursor_key} holds {held!r}, which is not a cursor: delete it or correct it")
         seq = int(text) if text is not None else None
-        if left is not None and seq is not None and seq > left and await self._is_newest_ours():
+        if left is not None and seq is not None and seq > left and await _is_newest_ours(self._redis, self._parts):
             log.warning(
                 "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",
                 self._cursor_key, left, seq, left,
             )  # fmt: skip
             seq = left
         return Position(seq, owner if owner != host else None)
-
-    async def _is_newest_ours(self) -> bool:
-        """Whether a reader that leaves a mark in Redis, as ours do, appended the newest entry of each partition."""
-        async with translating(self._redis):
-            pipe = self._redis.pipeline(transaction=True)
-            for part in self._parts:
-                pipe.get(part.keys.tail)
-                pipe.xinfo_stream(part.keys.stream)
-            found: list[Any] = await pipe.execute(raise_on_error=False)
-        pairs = zip(found[::2], found[1::2], strict=True)
-        return all(isinstance(info, dict) and info["last-generated-id"] == tail for tail, info in pairs)
 
     async def append(self, chunk: Chunk) -> bool:
         """Put the chunk on the stream and move the cursor; False: no room, nothing was done.
