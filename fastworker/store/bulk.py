@@ -35,7 +35,8 @@ from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
 CONNECTIONS: Final = 2
 PROBE_ROWS: Final = 20_000
-ROW_SHARE: Final = 0.5
+PROBE_ROWS_MIN: Final = 2_000  # fewer say little: making the copy takes longer than filling it
+ROW_SHARE: Final = 0.8
 """What a record costs the load, indexes and derived tables included, in seconds that one row of the largest table takes
 with its indexes there (docs/history.md has what was measured)."""
 _GUARDED: Final = (
@@ -197,7 +198,7 @@ class Bulk:
                 f"FROM fastworker.{staged_name(table)} LIMIT {PROBE_ROWS} ON CONFLICT DO NOTHING"
             )
             await transaction.rollback()
-        row_s = (time.monotonic() - began) / max(1, min(PROBE_ROWS, sizes[table]))
+        row_s = (time.monotonic() - began) / max(PROBE_ROWS_MIN, min(PROBE_ROWS, sizes[table]))
         names = [f"fastworker.{staged.name}" for staged in ALL]
         staged = await self._row(
             "SELECT coalesce(sum(pg_total_relation_size(oid)), 0)::bigint FROM pg_class "
