@@ -29,6 +29,11 @@ _SESSION: Final = (
     "SET statement_timeout = '300s'"
 )
 _CONNECT_S: Final = 10.0
+_LOCK: Final = 0x66777374  # class of the advisory locks of accounts that are settled; "fwst"
+_ALONE: Final = (
+    "SELECT pg_advisory_lock($2, key) FROM (SELECT DISTINCT hashtext(did) AS key FROM unnest($1::text[]) AS a (did) "
+    "ORDER BY 1) AS k"
+)
 _PREFETCH: Final = 2_000
 _HOT: Final = tuple((table.name, table.author) for table in TABLES if table.hot)
 _COLD: Final = tuple(
@@ -162,6 +167,18 @@ class Stored:
         for table, uris in cold.values():
             rows |= await self.table_rows(table, uris)
         return Holding(standing, rows)
+
+    @contextlib.asynccontextmanager
+    async def alone(self, dids: Sequence[str]) -> AsyncIterator[None]:
+        """Nobody else who asks for it settles one of these accounts meanwhile: of two snapshots of one account, the
+        second one must see what the first has written."""
+        with translating():
+            await self._connection.execute(_ALONE, dids, _LOCK)
+        try:
+            yield
+        finally:
+            with translating():
+                await self._connection.execute("SELECT pg_advisory_unlock_all()")
 
     async def table_rows(self, table: Table, uris: Sequence[str]) -> dict[str, Row]:
         with translating():

@@ -101,8 +101,9 @@ async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settle
                 continue
             opened.append(car)
             jobs.append(Job(repository, car.snapshot or _snapshot_of(repository), car.part, car.floor and may_floor))
-        for car, settled in zip(opened, await settle.settle_some(jobs), strict=True):
-            found.append((car, settled))
+        async with settle.alone([job.snapshot.did for job in jobs]):
+            settled = await settle.settle_some(jobs)
+        found += zip(opened, settled, strict=True)
     return found
 
 

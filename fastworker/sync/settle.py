@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
@@ -146,6 +147,8 @@ class Settle:
 
     async def settle_some(self, jobs: Sequence[Job]) -> list[Settled]:
         """Several accounts, in one flush as far as they are small: each costs a share of the statements."""
+        if len({job.snapshot.did for job in jobs}) < len(jobs):  # the second must see what the first has written
+            return [(await self.settle_some([job]))[0] for job in jobs]
         looks = [_Look(job) for job in jobs]
         open_ones = await self._allowed(looks)
         small = [look for look in open_ones if look.job.repository.size <= SMALL_BYTES]
@@ -161,6 +164,10 @@ class Settle:
             if bad := look.job.repository.bad_paths:
                 look.result.drops["bad_path"] += bad
         return [look.result for look in looks]
+
+    def alone(self, dids: Sequence[str]) -> AbstractAsyncContextManager[None]:
+        """See Stored.alone."""
+        return self._stored.alone(dids)
 
     async def may_floor(self) -> bool:
         """Whether every fastworker that is connected to PostgreSQL knows floors."""

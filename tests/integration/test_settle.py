@@ -28,7 +28,7 @@ from fastworker.simulator.repo import Repo, SimFrame, car_bytes, tid
 from fastworker.simulator.world import Account as SimAccount
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
-from fastworker.sync.settle import Settle, Settled
+from fastworker.sync.settle import Job, Settle, Settled
 from fastworker.table.batch import Batch
 from fastworker.table.chosen import WHOLE, Part, choose
 from fastworker.table.mapper import map_commit
@@ -216,6 +216,25 @@ async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(
     assert sum(one.records for one in found) > 200
     assert [one.examples for one in found if one.differences] == []
     assert await differences(scene, pg) == "no difference"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_two_snapshots_of_one_account_at_once(scene: Scene, tmp_path: Path, order: int) -> None:
+    """The newer one counts, whichever comes first."""
+    folder = tmp_path / "early"
+    folder.mkdir()
+    early = Network(7, accounts=14, signed=True)  # the same world, earlier
+    list(early.frames(700))
+    old = Scene(early, (), folder, scene.store, scene.url)
+    did = next(one.did for one in early.world.accounts() if len(one.live) > 20)
+    found = [next(s.snapshot(one) for one in s.network.world.accounts() if one.did == did) for s in (old, scene)]
+    async with open_stored(scene.url) as stored:
+        settle = Settle(stored, scene.store)
+        with Repository(found[0][0]) as before, Repository(found[1][0]) as now:
+            jobs = [Job(before, found[0][1]), Job(now, found[1][1])][::order]
+            async with settle.alone([did, did]):
+                await settle.settle_some(jobs)
+            assert (await settle.settle(now, found[1][1])).differences == 0
 
 
 async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection) -> None:
