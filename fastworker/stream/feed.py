@@ -162,17 +162,20 @@ class _Partition:
             _, seq, host = mark.decode().split(" ")
             self.finished = (host, int(seq))
 
-    async def watch(self, appended: str) -> tuple[bool, bytes]:
+    async def watch(self, appended: str, cursor_key: str, cursor: str) -> tuple[bool, bytes]:
         """Whether something unread is gone, and to where PostgreSQL asks the reader to go back.
 
-        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted.
+        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted. `cursor`: as
+        the reader left it; where it is behind that now, ReaderLeaseLost.
         """
         keys = self.keys
         async with translating(self._redis):
-            broken, finished, unread, request = await self._watch(
-                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
-                args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
+            broken, finished, unread, request, behind = await self._watch(
+                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given, cursor_key],
+                args=[self._group, self.newest, MARKS_MAX, self.unread, appended, cursor],
             )
+        if behind:
+            raise ReaderLeaseLost(f"{cursor_key} holds {behind.decode()} where this reader had left {cursor}")
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
         lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
@@ -258,6 +261,13 @@ class Feed:
         """Streams of so many partitions that nothing was ever appended to."""
         known = (await layout(self._redis, self._stream)).known
         return [Keys(self._stream, partition=number).stream for number in range(known, count)]
+
+    async def begin_term(self) -> None:
+        """Forget what was known of unread entries, and take the cursor as it is: Redis may be an older one."""
+        if self._host:
+            self._cursor = await self.peek_cursor()
+        for part in self._parts:
+            part.newest = part.unread = ""
 
     async def open_partitions(self, count: int) -> None:
         """Tell the workers how many there are, before anything is appended to them."""
@@ -392,11 +402,14 @@ class Feed:
         return min(known) if len(known) == len(marks) else None
 
     async def watch(self) -> None:
-        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
+        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack.
+
+        ReaderLeaseLost where Redis is an older one, or another reader moved the cursor back.
+        """
         if self._partitions > 1:
             await declare(self._redis, self._stream, self._partitions)  # somebody may have deleted the key
         appended = f"{self._cursor} {self._host}" if len(self._parts) > 1 and self._cursor else ""
-        found = [await part.watch(appended) for part in self._parts]
+        found = [await part.watch(appended, self._cursor_key, self._cursor) for part in self._parts]
         if any(broken for broken, _ in found):
             raise StreamBroken
         for _, request in found:
