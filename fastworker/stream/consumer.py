@@ -123,6 +123,8 @@ class WorkerStream:
         self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
         self._holding = Holding()
+        self._run = b""  # of the server
+        self._of_other_runs = "0-0"  # nothing that we hold was read from another run, beyond this id
         self._is_released = False
         self._ending = asyncio.Lock()  # an ack and a renewal never overtake each other
         # The client's parser of stream replies costs more than everything else in a read.
@@ -163,8 +165,9 @@ class WorkerStream:
                     self._keys.given,
                     self._keys.tellers,
                 ]
-                if leased := await self._lease(keys=keys, args=args):
-                    self.name = name
+                leased, run = cast("tuple[int, bytes]", await self._lease(keys=keys, args=args))
+                if leased:
+                    self.name, self._run = name, run
                     if leased > 1:
                         _tell_back(name)
                     return
@@ -189,11 +192,13 @@ class WorkerStream:
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
             if self._is_released:  # meanwhile: the name may be somebody else's
                 return 0
-            args += [lowest, " ".join(self._holding.ids), told]
-            ghosts, restored = await self._renew(keys=keys, args=args)
+            args += [lowest, " ".join(self._holding.ids), told, self._run, self._of_other_runs]
+            ghosts, restored, run = cast("tuple[int, int, bytes]", await self._renew(keys=keys, args=args))
+            if run and run != self._run:
+                self._run, self._of_other_runs = run, self._holding.highest or self._of_other_runs
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
-        return int(restored)
+        return restored
 
     async def tell_held(self) -> None:
         """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""

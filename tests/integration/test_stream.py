@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from fastworker.edge.embedded import EmbeddedRedis
 from fastworker.errors import Reason, StreamUnavailable, Unreachable
 from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
@@ -28,7 +31,8 @@ from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.skipped import CONSUMER, give_skipped
 from fastworker.worker.intake import Intake
 from tests import replies
-from tests.servers import counts_reads
+from tests.rig.proxy import Proxy
+from tests.servers import RedisUnderTest, counts_reads
 
 KEY, GROUP = "firehose:events", "firehose-processors"
 COMMITTED = Tally("committed", "#commit")
@@ -365,6 +369,37 @@ async def test_who_was_frozen_puts_nothing_back(redis: Any) -> None:
     await other.ack({COMMITTED: ids})
     assert await frozen.renew() == 0
     assert (await pending(redis), await ledger(redis)) == (0, {"committed": 3})
+
+
+async def test_what_an_older_server_gave_to_others_is_not_ours_again(
+    redis: Any, redis_server: EmbeddedRedis, server_dir: Path
+) -> None:
+    """A replica took the master's place, and had not got the news of our read: others are given it, and finish it."""
+    with RedisUnderTest(server_dir, aof=False) as replica:
+        async with Proxy(str(redis_server.socket_dir / "redis.sock")) as way, contextlib.AsyncExitStack() as stack:
+            ours = await stack.enter_async_context(connect(f"redis://127.0.0.1:{way.port}"))
+            theirs = await stack.enter_async_context(connect(replica.url))
+            stream = await consumer(ours)
+            ids = await add(redis, 3)
+            for key in await redis.keys():
+                await theirs.restore(key, 0, await redis.dump(key))
+            assert len(await stream.read(block_ms=1)) == 3
+            way.target = str(replica.socket_dir / "redis.sock")
+            way.cut()
+            other = await consumer(theirs)
+            assert len(await other.read(block_ms=1)) == 3
+            assert await other.ack({COMMITTED: ids}) == 3
+            with contextlib.suppress(StreamUnavailable):
+                await stream.renew()
+            assert [await stream.renew() for _ in range(2)] == [0, 0]
+            assert await stream.ack({COMMITTED: ids}) == 0
+            assert await ledger(theirs) == {"committed": 3}
+            # what it reads from this one is its own again
+            more = await add(theirs, 2)
+            assert len(await stream.read(block_ms=1)) == 2
+            await theirs.xgroup_delconsumer(KEY, GROUP, stream.name)
+            assert await stream.renew() == 2
+            assert await stream.ack({COMMITTED: more}) == 2
 
 
 async def test_an_ack_and_a_renewal_do_not_overtake_each_other(redis: Any) -> None:

@@ -42,7 +42,7 @@ from tests.rig import operator, shrunk
 from tests.rig.operator import Operator
 from tests.rig.proxy import Proxy
 from tests.rig.redises import Cluster, Place, Sentinels
-from tests.rig.stage import GROUP, Stage, ended_in, is_entry
+from tests.rig.stage import GROUP, Stage, ended_in, entries_of
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.
 WEIGHTS = {
@@ -238,12 +238,8 @@ class Chaos:
             self._form.redis
         ):  # who takes a server's place may not have got what was put there last, and nobody repeats it
             poison = min(poison, int(await self.stage.redis.xlen(self.stage.keys.dead_letters)))
-        expected, newest = poison, 0
-        for frame in self._served:
-            if frame.seq is not None and frame.seq > newest:  # the relay repeats some
-                newest = frame.seq
-                expected += is_entry(frame, "native" if self._form.partitions else "json")
-        return await self.stage.unbalanced(expected, {"bad_json": poison} if poison else {})
+        expected = entries_of(self._served, "native" if self._form.partitions else "json")
+        return await self.stage.unbalanced(poison + expected, {"bad_json": poison} if poison else {})
 
     async def _lost(self) -> list[str]:
         """With people at work: whether a gap is recorded that is none, or more was set aside than they can have doubled."""

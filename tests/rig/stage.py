@@ -48,10 +48,14 @@ _READY = re.compile(r"(\S+) \(pid (\d+)\) is ready")
 
 
 class Command:
-    """A `fastworker` command in a process of its own, started again and again; each life has a log."""
+    """A `fastworker` command in a process of its own, started again and again; each life has a log.
 
-    def __init__(self, name: str, folder: Path, env: dict[str, str]) -> None:
+    `label`: of the log, where several run the same command.
+    """
+
+    def __init__(self, name: str, folder: Path, env: dict[str, str], label: str = "") -> None:
         self.name = name
+        self.label = label or name
         self.env = env
         """Of the next life."""
         self._folder = folder
@@ -64,7 +68,7 @@ class Command:
 
     @property
     def log(self) -> Path:
-        return self._folder / f"{self.name}-{self._lives:03d}.log"
+        return self._folder / f"{self.label}-{self._lives:03d}.log"
 
     @property
     def is_running(self) -> bool:
@@ -111,11 +115,11 @@ class Command:
         """What is wrong with an end that nobody asked for. At its start a command may give up on a server: code 3."""
         if self._asked or self._process is None or self._process.returncode in (None, ExitCode.UNREACHABLE):
             return []
-        return [f"{self.name} ended by itself with {self._process.returncode}: {self.log}"]
+        return [f"{self.label} ended by itself with {self._process.returncode}: {self.log}"]
 
     def bugs(self) -> list[str]:
         """Logs of all its lives that tell of what was never expected: a child that ended so is started again."""
-        logs = sorted(self._folder.glob(f"{self.name}-*.log"))
+        logs = sorted(self._folder.glob(f"{self.label}-*.log"))
         return [f"Unexpected: {log}" for log in logs if _UNEXPECTED.search(log.read_text(errors="replace"))]
 
     @property
@@ -468,3 +472,13 @@ def is_entry(frame: SimFrame, form: str = "json") -> bool:
     if event is None or (event["kind"] == "commit" and not event["ops"]):
         return False
     return event["kind"] != "sync" or form != "json"
+
+
+def entries_of(frames: Iterable[SimFrame], form: str = "json") -> int:
+    """How many of them the reader puts on a stream of this form; the relay repeats some."""
+    count = newest = 0
+    for frame in frames:
+        if frame.seq is not None and frame.seq > newest:
+            newest = frame.seq
+            count += is_entry(frame, form)
+    return count
