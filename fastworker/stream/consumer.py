@@ -123,8 +123,6 @@ class WorkerStream:
         self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
         self._holding = Holding()
-        self._run = b""  # of the server
-        self._of_other_runs = "0-0"  # nothing that we hold was read from another run, beyond this id
         self._is_released = False
         self._ending = asyncio.Lock()  # an ack and a renewal never overtake each other
         # The client's parser of stream replies costs more than everything else in a read.
@@ -165,19 +163,15 @@ class WorkerStream:
                     self._keys.given,
                     self._keys.tellers,
                 ]
-                leased, run = cast("tuple[int, bytes]", await self._lease(keys=keys, args=args))
-                if leased:
-                    self.name, self._run = name, run
+                if leased := await self._lease(keys=keys, args=args):
+                    self.name = name
                     if leased > 1:
                         _tell_back(name)
                     return
         raise ConsumerLeaseLost(f"all names up to {self._consumer_id}-{CONSUMERS_MAX - 1} are leased")
 
-    async def renew(self) -> int:
-        """Keep the lease, and fresh what we hold: old workers claim at 10 seconds. How many of them had to be put back.
-
-        Never beside an ack: what was acked meanwhile must not come back.
-        """
+    async def renew(self) -> None:
+        """Keep the lease, and fresh what we hold: old workers claim at 10 seconds."""
         keys = [
             self._keys.consumer_lease(self.name),
             self._keys.consumers,
@@ -191,14 +185,11 @@ class WorkerStream:
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
             if self._is_released:  # meanwhile: the name may be somebody else's
-                return 0
-            args += [lowest, " ".join(self._holding.ids), told, self._run, self._of_other_runs]
-            ghosts, restored, run = cast("tuple[int, int, bytes]", await self._renew(keys=keys, args=args))
-            if run and run != self._run:
-                self._run, self._of_other_runs = run, self._holding.highest or self._of_other_runs
+                return
+            args += [lowest, " ".join(self._holding.ids), told]
+            ghosts = await self._renew(keys=keys, args=args)
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
-        return restored
 
     async def tell_held(self) -> None:
         """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""

@@ -38,11 +38,6 @@ class Holding:
         return min(self.ids, key=id_order, default="")
 
     @property
-    def highest(self) -> str:
-        """As `lowest`."""
-        return max(self.ids, key=id_order, default="")
-
-    @property
     def is_told(self) -> bool:
         """Nothing is to be recorded, except that what was recorded is settled."""
         return not self._reads and self.lowest in ("", self._lowest_told)

@@ -1,11 +1,9 @@
 -- KEYS lease, consumers, stream, held, given, tellers. ARGV token, ttl, name, group. At maxmemory, too: it is workers who make room.
--- Answers 0, 1 if it is ours, 2 if the group went back, and the server's run.
--- include run_id
 -- include go_back
 redis.call('XACK', KEYS[3], ARGV[4], '0-0')
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
   redis.call('SADD', KEYS[2], ARGV[3])
   redis.call('HSET', KEYS[6], ARGV[3], ARGV[1])
-  return {1 + go_back(KEYS[3], KEYS[4], KEYS[5], ARGV[4], ARGV[3]), run_id()}
+  return 1 + go_back(KEYS[3], KEYS[4], KEYS[5], ARGV[4], ARGV[3])
 end
-return {0, ''}
+return 0
