@@ -142,4 +142,4 @@ async def test_one_of_three_hosts_is_cut_off_for_a_minute(server_dir: Path, part
         problems += await stage.stop()
         problems += await stage.unbalanced(entries_of(frames, form), {})
         problems += await stage.different(frame.event for frame in frames if frame.event is not None)
-        assert problems == []
+        assert problems == [], "\n".join(problems)
