@@ -25,8 +25,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from fastworker.edge.embedded import EmbeddedRedis, free_port
 from fastworker.stream.client import error_code
-from fastworker.stream.cluster import slot
-from fastworker.stream.keys import CLUSTERED, CURSOR, STREAM
+from fastworker.stream.keys import CLUSTERED, CURSOR, STREAM, slot
 from tests.rig.proxy import Proxy
 
 MASTER: Final = "events"
