@@ -278,9 +278,10 @@ class Feed:
         return [Keys(self._stream, partition=number).stream for number in range(known, count)]
 
     async def begin_term(self) -> None:
-        """Forget what was known of unread entries, and take the cursor as it is: Redis may be an older one."""
-        if self._host:
-            self._cursor = await self.peek_cursor()
+        """Redis may be an older one: a cursor that is behind ours counts, what was known of unread entries does not."""
+        cursor = await self.peek_cursor()
+        if cursor.isdigit() and self._cursor.isdigit():
+            self._cursor = min(cursor, self._cursor, key=int)
         for part in self._parts:
             part.newest = part.unread = ""
 
@@ -426,10 +427,7 @@ class Feed:
         return min(known) if len(known) == len(marks) else None
 
     async def watch(self) -> None:
-        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack.
-
-        ReaderLeaseLost where Redis is an older one, or another reader moved the cursor back.
-        """
+        """Look at what is unread; StreamBroken when it is gone, StoreWentBack, ReaderLeaseLost where Redis is older."""
         if self._partitions > 1:
             await declare(self._redis, self._stream, self._partitions)  # somebody may have deleted the key
         appended = f"{self._cursor} {self._host}" if len(self._parts) > 1 and self._cursor else ""
@@ -488,13 +486,8 @@ class Feed:
 
         How many were moved, and how many were only ids: their entries had been trimmed by somebody.
         """
-        args: list[str | int] = [
-            self._group,
-            abandoned_ms,
-            abandoned_ms // 60,
-            self._dead_letter_maxlen,
-            int(time.time() * 1000),
-        ]
+        now_ms = int(time.time() * 1000)
+        args: list[str | int] = [self._group, abandoned_ms, abandoned_ms // 60, self._dead_letter_maxlen, now_ms]
         found = [await part.set_aside_abandoned(args) for part in self._parts]
         return sum(moved for moved, _ in found), sum(ghosts for _, ghosts in found)
 
