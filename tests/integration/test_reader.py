@@ -601,6 +601,34 @@ async def test_a_frame_too_large_to_receive_is_passed_over(
     ]
 
 
+async def test_a_relay_with_nothing_but_a_frame_too_large_is_left(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is asked to begin, it sends what we have and then that frame: there is no getting past it."""
+    monkeypatch.setattr("fastworker.reader.relay.FRAME_MAX", 10_000)
+    monkeypatch.setattr(follow, "SEQ_JUMP", 32)
+    monkeypatch.setattr(follow, "FAILURES_BEFORE_NEXT_RELAY", 1)
+
+    async def stuck(self: Relay, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for data in (identity(1), identity(2), b"x" * 20_000):
+            await socket.send_bytes(data)
+        await socket.receive()
+        return socket
+
+    other = Relay()
+    await other.start()
+    relay.answers = [stuck] * 100
+    other.add(5)
+    await redis.mset({CURSOR: "0", f"fastworker:cursor:{other.host}": "4"})
+    try:
+        async with reading(settings(redis_url, relay, other)):
+            await until(cursor_is(redis, 5), 10)
+    finally:
+        await other.stop()
+
+
 async def test_a_relay_that_never_answers_close_is_closed() -> None:
     """It goes on sending: each message is less than the limit away, the whole is not."""
 
