@@ -72,7 +72,14 @@ WEIGHTS = {
     "op_postgres_older": 4,
 }
 SERVERS = ("op_redis_older", "op_postgres_older")
-UNREAD = ("op_del", "op_rename", "op_trim", "op_pick", "op_setid_end", "op_again")  # what matters where entries are unread
+UNREAD = (
+    "op_del",
+    "op_rename",
+    "op_trim",
+    "op_pick",
+    "op_setid_end",
+    "op_again",
+)  # what matters where entries are unread
 
 
 class Operator:
