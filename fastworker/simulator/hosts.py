@@ -40,6 +40,7 @@ Fault = Literal[
     "wrong_key",
     "other_account",
     "future_rev",
+    "rolled_back",  # restored from a backup: an older revision, and half of the records
     "missing_block",
     "changed_block",
     "unordered",
@@ -342,7 +343,7 @@ def head_of(account: Account) -> tuple[bytes, bytes]:
 
 def repository(account: Account, fault: Fault | None = None) -> bytes:
     """The CAR of `getRepo`, with a fault that is in it."""
-    repo = account.repo
+    repo = _rolled_back(account) if fault == "rolled_back" else account.repo
     root, blocks = repo.export()
     data = mst.seal(repo.root)
     if fault in ("wrong_key", "other_account", "future_rev"):
@@ -375,6 +376,14 @@ def repository(account: Account, fault: Fault | None = None) -> bytes:
         case "foreign":
             sections = [(cid_of(b"of another"), b"of another"), (RAW + bytes(32), b"a blob"), *sections]
     return car_bytes(root, {}) + b"".join(varint(len(cid) + len(block)) + cid + block for cid, block in sections)
+
+
+def _rolled_back(account: Account) -> Repo:
+    repo = Repo(account.did, Clock(), root=account.repo.root, key=account.repo.key)
+    repo.records = dict(account.repo.records)
+    paths = [key.decode() for key, _ in mst.items(repo.root)]
+    repo.commit([("delete", path, None) for path in paths[len(paths) // 2 :][:200]])
+    return repo
 
 
 def _pages(account: Account) -> list[tuple[bytes, bytes]]:

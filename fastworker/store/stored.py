@@ -88,6 +88,12 @@ class Stored:
         assert row is not None
         return AccountState(*row)
 
+    async def status(self, did: str) -> tuple[bool, str | None]:
+        """(active, status) by the newest #account event; somebody who had none is active."""
+        with translating():
+            row = await self._connection.fetchrow("SELECT active, status FROM fastworker.accounts WHERE did = $1", did)
+        return (True, None) if row is None else (row[0], row[1])
+
     async def recorded_repairs(self) -> list[str]:
         """DIDs whose #sync came by the stream, the oldest first."""
         with translating():

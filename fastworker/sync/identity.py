@@ -23,7 +23,7 @@ VERIFIED_S: Final = 600.0  # a handle's DID is remembered
 VERIFIED_MAX: Final = 10_000
 BOUNDS: Final = Bounds(idle_s=5.0, total_s=5.0, wait_max_s=30.0)
 """Answers are small; who keeps us waiting is asked again later."""
-_SAYS_NO: Final = frozenset((HostFault.NOT_FOUND, HostFault.BAD_ANSWER, HostFault.TOO_LARGE))
+_SAYS_NO: Final = frozenset((HostFault.NOT_FOUND, HostFault.TOMBSTONED, HostFault.BAD_ANSWER, HostFault.TOO_LARGE))
 
 
 class Unresolved(Exception):

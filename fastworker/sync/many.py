@@ -42,6 +42,7 @@ from fastworker.store.store import Store
 from fastworker.store.stored import Stored, open_stored
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.stream.consumer import FOREIGN_IDLE_MS
+from fastworker.stream.repairs import cursor_relay
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
@@ -105,6 +106,10 @@ class Live:
         stream = await self._admin.stream()
         last_id = "0-0" if stream is None else stream.last_id
         return Mark(int(text), last_id, datetime.now(UTC).replace(tzinfo=None))
+
+    async def relay(self) -> str | None:
+        """Whose the cursor is."""
+        return await cursor_relay(self._admin)
 
     async def finished(self, mark: Mark) -> None:
         """Wait until the group has finished everything that was on the stream before the request."""
@@ -223,8 +228,23 @@ class Many:
             self._at_work.discard(one.did)
 
     async def _one_account(self, one: Claim, work: Work) -> None:
-        document = None
         mark = await self._live.mark()
+        try:
+            await self._fetched(one, work, mark)
+        except NotFetched as error:
+            if error.status is not None and self._keep is None:
+                await self._live.finished(mark)
+                async with self._one:
+                    await self._told(one, mark, error.status)
+            raise
+
+    async def _told(self, one: Claim, mark: Mark, status: str | None) -> None:
+        """What its host, or the directory, says of the account; None: it is active."""
+        differs = await self._settle.status(one.did, mark.seq, await self._live.relay(), status)
+        self._report.status(one.did, differs)
+
+    async def _fetched(self, one: Claim, work: Work, mark: Mark) -> None:
+        document = None
         if not one.host:
             document, host = await document_of(self._hosts, one.did)
             if not await self._waiting.moved(one.did, host):
@@ -247,6 +267,7 @@ class Many:
             if one.priority >= CHOSEN:
                 await self._live.first()
             async with self._one:
+                await self._told(one, mark, None)
                 floor = await self._settle.may_floor() and await self._live.all_are_ours()
                 settled = await self._settle.settle(
                     repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part

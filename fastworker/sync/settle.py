@@ -34,6 +34,7 @@ from fastworker.store.audit import StoredRecord
 from fastworker.store.floors import all_know_floors, put_floor, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
+from fastworker.sync.status import take_word
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone, newer
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
 from fastworker.table.derive import FULL, Effects, add
@@ -110,6 +111,10 @@ class Settle:
         if repository.bad_paths:
             result.drops["bad_path"] += repository.bad_paths
         return result
+
+    async def status(self, did: str, seq: int, relay: str | None, status: str | None) -> bool | None:
+        """What its host says of the account: see sync/status.py."""
+        return await take_word(self._stored, self._store, relay, seq, did, status)
 
     async def may_floor(self) -> bool:
         """Whether every fastworker that is connected to PostgreSQL knows floors."""
@@ -331,6 +336,9 @@ class Report:
             counts.update(getattr(settled, kind))
         self._drops.update(settled.drops)
         self._examples += settled.examples[: EXAMPLES - len(self._examples)]
+
+    def status(self, did: str, differs: bool | None) -> None:
+        """Whether an account is active or not was looked at."""
 
     def kept(self) -> None:
         """A repository is on disk, to be loaded."""

@@ -1,4 +1,8 @@
-"""What a gap hid of accounts: the relay's list says who is active, and the events that said it were lost."""
+"""Whether accounts are active, by others than #account events: what said it may have been lost.
+
+The relay's list says it of everybody in a gap; the host that an account's document names says it with its answer, and
+the directory says who has given up the DID. Each is taken as an event of the cursor's relay at the cursor.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,32 @@ from fastworker.sync.hosts import RepoHead
 from fastworker.table.batch import Batch
 
 if TYPE_CHECKING:
+    from fastworker.store.store import Store
+    from fastworker.store.stored import Stored
     from fastworker.sync.many import Scene
 
+_HOSTS_OWN: Final = ("deactivated", "deleted")
+"""What only the account's own host decides."""
 _KNOWN: Final = "SELECT did, active, status FROM fastworker.accounts WHERE did = ANY($1::varchar[])"
+
+
+async def take_word(
+    stored: Stored, store: Store | None, relay: str | None, seq: int, did: str, status: str | None
+) -> bool | None:
+    """What an account's host answered: `status` None: it is active. Whether something else is stored; None: unjudged.
+
+    `seq`: the cursor before the host was asked, so that every event after it wins. That a host serves an account says
+    nothing about a takedown or a suspension that its relay told.
+    """
+    active, held = await stored.status(did)
+    if status is None and not active and held not in _HOSTS_OWN:
+        return None
+    differs = active != (status is None) or (not active and held != status)
+    if differs and store is not None and relay is not None:
+        batch = Batch()
+        batch.put_account(Account(seq, did, status is None, status, None, relay), datetime.now(UTC))
+        await store.write(batch)
+    return differs
 
 
 async def take_status(scene: Scene, seq: int, repos: list[RepoHead]) -> None:

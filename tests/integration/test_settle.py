@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,26 @@ async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection) -> N
     await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'x') ON CONFLICT DO NOTHING", account.did)
     await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", account.did)
     assert "does not want" in ((await settle()).refused or "")
+
+
+async def test_who_comes_back_after_a_deletion_is_settled(store: Store, pg: asyncpg.Connection) -> None:
+    """Its host may still have what the deletion took away. One that was settled since, or never deleted, is not."""
+
+    async def asked(seq: int, *, active: bool, status: str | None = None) -> list[tuple[str, int]]:
+        batch = Batch()
+        for did in ("did:plc:back", "did:plc:idle"):
+            told = status if did.endswith("back") else status and "deactivated"
+            batch.put_account(Account(seq, did, active, told, None, "sim.test"), datetime.now(UTC))
+        await store.write(batch)
+        return [tuple(row) for row in await pg.fetch("DELETE FROM fastworker.repairs RETURNING did, seq")]
+
+    assert await asked(4, active=True) == []
+    assert await asked(10, active=False, status="deleted") == []
+    assert await asked(12, active=True) == [("did:plc:back", 12)]
+    await pg.execute("INSERT INTO fastworker.floors (did, rev, seq) VALUES ('did:plc:back', '3k', 11)")
+    assert await asked(13, active=True) == []
+    assert await asked(14, active=False, status="deleted") == []
+    assert await asked(15, active=True) == [("did:plc:back", 15)]
 
 
 async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path) -> None:
