@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import random
 import time
 from collections import Counter
@@ -207,7 +208,8 @@ class SimPds(_Server):
         if account is None:
             return web.json_response({"error": "RepoNotFound"}, status=400)
         head_of(account)
-        return web.json_response({"did": account.did, "active": True, "rev": account.repo.rev})
+        told = {"active": True} if account.status is None else {"active": False, "status": account.status}
+        return web.json_response({"did": account.did, "rev": account.repo.rev, **told})
 
     async def _list_repos(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(_page(request, "repos", [_listed(one) for one in self.accounts.values()]))
@@ -225,6 +227,7 @@ class SimHosts:
         self.keys: dict[str, str] = {}  # DID -> the multikey that its document shows
         self.statuses: dict[str, str | None] = {}  # DID -> what the relay's list says of it; None: active
         self.documents: dict[str, dict[str, Any] | int] = {}  # what the directory says instead
+        self.directory.route("/export", self._export)
         self.directory.route("/{did}", self._document)
         self.relay.route("/xrpc/com.atproto.sync.listHosts", self._list_hosts)
         self.relay.route("/xrpc/com.atproto.sync.listRepos", self._list_repos)
@@ -302,6 +305,16 @@ class SimHosts:
         found = self.documents.get(did, found)
         return web.Response(status=found) if isinstance(found, int) else web.json_response(found)
 
+    async def _export(self, request: web.Request) -> web.Response:
+        """The directory's log of operations, one JSON object a line."""
+        after, count = request.query.get("after", ""), int(request.query.get("count", "10"))
+        lines = [
+            {"did": did, "createdAt": at, "operation": {"type": "plc_operation", "alsoKnownAs": [f"at://{handle}"]}}
+            for at, did, handle in self._world.operations
+            if at > after
+        ]
+        return web.Response(text="".join(f"{json.dumps(line)}\n" for line in lines[:count]))
+
     async def _list_hosts(self, request: web.Request) -> web.StreamResponse:
         hosts = [
             {"hostname": pds.url.removeprefix("http://"), "accountCount": len(pds.accounts), "status": "active"}
@@ -314,9 +327,9 @@ class SimHosts:
         return web.json_response(_page(request, "repos", told))
 
     def _said(self, did: str) -> dict[str, Any]:
-        if did not in self.statuses:
-            return {}
-        status = self.statuses[did]
+        account = self._account(did)
+        assert account is not None
+        status = self.statuses.get(did, account.status)
         return {"active": True} if status is None else {"active": False, "status": status}
 
     async def _by_collection(self, request: web.Request) -> web.StreamResponse:

@@ -127,6 +127,20 @@ class KnownHost(msgspec.Struct, frozen=True):
     status: str | None = None
 
 
+class Operation(msgspec.Struct, frozen=True):
+    """One of the directory's log: the DID's document is another one since. `handle`: what it names, if anything."""
+
+    did: str
+    at: str  # as the directory writes it
+    handle: str | None
+
+
+class _Logged(msgspec.Struct):
+    did: str
+    createdAt: str  # noqa: N815 - the directory's own name
+    operation: dict[str, Any]
+
+
 class _Repos(msgspec.Struct):
     repos: list[RepoHead]
     cursor: str | None = None
@@ -357,6 +371,15 @@ class Hosts:
             raise HostError(HostFault.BAD_ANSWER, url.authority, "a document of somebody else")
         return document
 
+    async def operations(self, after: str, count: int = 1_000) -> list[Operation]:
+        """The next ones of the directory's log after a moment, as it writes moments; `count` where there are more."""
+        body = await self._read(URL(f"{self._plc_url}/export").with_query(after=after, count=count), JSON_BYTES_MAX)
+        try:
+            found = [msgspec.json.decode(line, type=_Logged) for line in body.splitlines() if line]
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise HostError(HostFault.BAD_ANSWER, self._plc_url, f"no log of operations ({error})") from None
+        return [Operation(one.did, one.createdAt, handle_in(one.operation)) for one in found]
+
     async def did_of(self, handle: str) -> str:
         """What a handle's host says in its file `atproto-did`. NOT_FOUND: it has none."""
         if not is_host(handle):
@@ -545,6 +568,15 @@ def rate_of(host: str) -> float:
 def domain_of(handle: str) -> str:
     """Its last two labels: handles below one domain are served by one server, as those of bsky.social are."""
     return ".".join(handle.rsplit(".", 2)[-2:])
+
+
+def handle_in(document: dict[str, Any]) -> str | None:
+    """The handle that a DID document, or an operation of the directory, names: a claim."""
+    named = document.get("alsoKnownAs")
+    for name in named if type(named) is list else ():
+        if isinstance(name, str) and name.startswith("at://"):
+            return name[5:].lower()
+    return None
 
 
 def pds_of(document: dict[str, Any]) -> str | None:

@@ -7,11 +7,12 @@ the directory says who has given up the DID. Each is taken as an event of the cu
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from yarl import URL
 
 from fastworker.event import Account
+from fastworker.event.frame import identity_of
 from fastworker.event.syntax import is_did
 from fastworker.store.repos import REPAIR, Wanted
 from fastworker.stream.repairs import cursor_relay
@@ -23,26 +24,47 @@ if TYPE_CHECKING:
     from fastworker.store.stored import Stored
     from fastworker.sync.many import Scene
 
-_HOSTS_OWN: Final = ("deactivated", "deleted")
-"""What only the account's own host decides."""
 _KNOWN: Final = "SELECT did, active, status FROM fastworker.accounts WHERE did = ANY($1::varchar[])"
 
 
-async def take_word(
-    stored: Stored, store: Store | None, relay: str | None, seq: int, did: str, status: str | None
-) -> bool | None:
-    """What an account's host answered: `status` None: it is active. Whether something else is stored; None: unjudged.
+HOSTS_OWN: Final = ("deactivated", "deleted")
+"""What the account's own host decides, and nobody else."""
 
-    `seq`: the cursor before the host was asked, so that every event after it wins. That a host serves an account says
-    nothing about a takedown or a suspension that its relay told.
-    """
-    active, held = await stored.status(did)
-    if status is None and not active and held not in _HOSTS_OWN:
+
+class Word(NamedTuple):
+    """What others than events say of an account, as an event of `relay` at `seq`, the cursor before they were asked: so
+    every event after it wins. `relay` None: nothing is taken."""
+
+    did: str
+    relay: str | None
+    seq: int
+
+
+async def take_word(stored: Stored, store: Store | None, word: Word, status: str | None) -> bool | None:
+    """What the account's own host says; `status` None: it is active. Returns whether something else was stored; None: a
+    takedown or suspension was, which a relay may have decided."""
+    active, held = await stored.status(word.did)
+    if not active and held not in HOSTS_OWN and held != status:
         return None
     differs = active != (status is None) or (not active and held != status)
-    if differs and store is not None and relay is not None:
+    if differs and store is not None and word.relay is not None:
         batch = Batch()
-        batch.put_account(Account(seq, did, status is None, status, None, relay), datetime.now(UTC))
+        told = Account(word.seq, word.did, status is None, status, None, word.relay)
+        batch.put_account(told, datetime.now(UTC))
+        await store.write(batch)
+    return differs
+
+
+async def take_handle(stored: Stored, store: Store | None, word: Word, handle: str | None) -> bool | None:
+    """What the account's document claims. Returns whether another handle was claimed; None: no event named one yet."""
+    shown, claimed, is_pending = await stored.handle(word.did)
+    claim = identity_of(word.did, handle, word.seq, None, word.relay)
+    if claim.handle is None or claimed is None or is_pending:
+        return None
+    differs = claim.handle not in (shown, claimed)
+    if differs and store is not None and word.relay is not None:
+        batch = Batch()
+        batch.put_identity(claim, datetime.now(UTC))
         await store.write(batch)
     return differs
 

@@ -89,6 +89,12 @@ async def test_what_events_ask_for_is_repaired(scene: Scene, worker: Service, pg
 async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
     scene.happen(300)
     first = scene.network.clock.seq
+    scene.client.set("fastworker:relay", "sim.test")
+    renamed, unnamed = scene.network.world.accounts()[:2]
+    for number, account in enumerate((renamed, unnamed)):  # what #identity said is lost, and the second one names none
+        handle = None if number else f"new-{account.handle}"
+        scene.network.world.operations.append((scene.network.clock.iso(), account.did, handle or "Not A Handle"))
+        account.handle = handle or account.handle
     scene.happen(300, lose=lambda _: True)
     gap = {
         "relay": "sim.test",
@@ -114,6 +120,8 @@ async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyn
         await until(is_told)
     assert await pg.fetchval("SELECT count(*) FROM fastworker.gaps WHERE closed_at IS NULL") == 0
     assert await scene.differences(pg) == "no difference"
+    assert await pg.fetchval("SELECT handle FROM users WHERE did = $1", renamed.did) == renamed.handle
+    assert sum(path == "/export" for _, path in scene.sim.directory.asked) == 1
 
 
 async def test_the_relays_list_says_who_is_active(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
