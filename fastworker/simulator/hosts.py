@@ -225,7 +225,7 @@ class SimHosts:
         self.relay = _Server()
         self.moved: dict[str, int] = {}  # DID -> number of its PDS
         self.keys: dict[str, str] = {}  # DID -> the multikey that its document shows
-        self.statuses: dict[str, str | None] = {}  # DID -> what the relay's list says of it; None: active
+        self.statuses: dict[str, str | None] = {}  # DID -> what the relay's list says; None: active; empty: nothing
         self.documents: dict[str, dict[str, Any] | int] = {}  # what the directory says instead
         self.directory.route("/export", self._export)
         self.directory.route("/{did}", self._document)
@@ -330,6 +330,8 @@ class SimHosts:
         account = self._account(did)
         assert account is not None
         status = self.statuses.get(did, account.status)
+        if status == "":
+            return {}
         return {"active": True} if status is None else {"active": False, "status": status}
 
     async def _by_collection(self, request: web.Request) -> web.StreamResponse:

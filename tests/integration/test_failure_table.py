@@ -32,7 +32,7 @@ from tests.services import Service
 RATE = 5.0
 ACCOUNTS = 44
 QUICK = Bounds(
-    connect_s=2.0, idle_s=4.0, total_s=20.0, window_s=0.2, least_bytes=10_000, bytes_max=4_000_000, wait_max_s=15.0
+    connect_s=15.0, idle_s=6.0, total_s=20.0, window_s=0.2, least_bytes=10_000, bytes_max=4_000_000, wait_max_s=15.0
 )
 
 
@@ -134,7 +134,7 @@ async def scene(redis_url: str, postgres_url: str) -> AsyncIterator[Scene]:
         async with SimHosts(network.world, count=ACCOUNTS + 1) as sim:
             own = sim.own | {one.url.replace("http", "https") for one in sim.pdses}
             plain = parse_config({"REDIS_URL": redis_url, "DATABASE_URL": postgres_url})
-            config = msgspec.structs.replace(plain, fetch_at_once=40)
+            config = msgspec.structs.replace(plain, fetch_at_once=12)
             async with Hosts(
                 sim.directory.url,
                 own=own,

@@ -130,7 +130,8 @@ async def test_the_relays_list_says_who_is_active(scene: Scene, worker: Service,
     gap = {"relay": "127.0.0.1", "reason": "relay_switch", "after": 1, "resumed": scene.network.clock.seq, "at": 1}
     scene.client.lpush("fastworker:gaps", json.dumps(gap))
     gone, back, *others = (one.did for one in scene.network.world.accounts())
-    scene.sim.statuses = {gone: "takendown", back: None}
+    scene.sim.statuses = {gone: "takendown", back: None, others[0]: ""}
+    scene.network.world.accounts()[2].status = "deactivated"  # as its host says
     for did in (back, others[0]):  # of the second the list says nothing
         await pg.execute(
             "INSERT INTO fastworker.accounts (did, relay, seq, event_at, active, status) "
