@@ -293,6 +293,16 @@ def prove_ops(payload: Mapping[str, Any], commit: SignedCommit, blocks: Blocks) 
     return Verdict.OK
 
 
+def root_before(payload: Mapping[str, Any], commit: SignedCommit, blocks: Blocks) -> bytes | None:
+    """Of a commit without `prevData`: the root from which its ops lead to the commit's tree, whoever says what it was.
+    None where the message does not hold enough to say it."""
+    with suppress(Unproved):
+        steps = _steps(payload.get("ops"))
+        if all((prev is None) == (action == "create") for action, _, _, prev in steps):
+            return invert(blocks, commit.data, steps)
+    return None
+
+
 def _steps(ops: Any) -> list[Step]:
     if type(ops) is not list or len(ops) > OPS_MAX:
         raise Unproved(Flaw.TOO_LARGE if type(ops) is list else Flaw.INVERSION, "ops are not a list of at most 200")

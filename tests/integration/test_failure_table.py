@@ -196,6 +196,7 @@ async def test_each_fault(
     assert len(accounts) == len(TABLE)
     dids = [account.did for account in accounts.values()]
     for account in accounts.values():  # no table can hold it, and its siblings do not suffer
+        account.status = None
         account.repo.commit([("create", f"app.bsky.feed.like/{scene.network.clock.tid()}", {"$type": "a.b.c"})])
     await scene.finished()
     await pg.execute("UPDATE fastworker.accounts SET active = true, status = NULL WHERE did = ANY($1)", dids)
@@ -245,6 +246,8 @@ async def mend(scene: Scene, pg: asyncpg.Connection, accounts: dict[str, Account
     sim.moved[accounts["down"].did] = SPARE
     scene.happen(100)
     await scene.finished()
+    for account in accounts.values():
+        account.status = None
     await pg.execute("TRUNCATE fastworker.hosts")
     async with Hosts(sim.directory.url, own=sim.own, rate=lambda _: 100.0) as scene.hosts:
         assert await scene.repair() == ExitCode.DONE
