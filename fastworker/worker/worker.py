@@ -19,7 +19,7 @@ from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, 
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
 from fastworker.process.children import ChildSpec
-from fastworker.process.clocks import which_is_off
+from fastworker.process.clocks import ids_ahead, which_is_off
 from fastworker.redact import redact
 from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.store import Store
@@ -279,12 +279,7 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
 async def _renew(readers: Readers) -> None:
     try:
         for stream in readers.streams:
-            restored = await stream.renew()
-            if restored:
-                log.warning(
-                    "%d entries that %s holds were no longer pending: somebody deleted the consumer (XGROUP "
-                    "DELCONSUMER) or acknowledged them; they are pending again", restored, stream.name,
-                )  # fmt: skip
+            await stream.renew()
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except ConsumerLeaseLost as error:
@@ -373,7 +368,7 @@ async def _prune(slot: Slot, store: Store, members: Members, pipelines: list[Pip
     off = which_is_off(clocks)
     if off:
         log.warning("Nothing is pruned: %s", off)
-    slot.text("clocks", off)
+    slot.text("clocks", off or ids_ahead(await members.newest(), clocks["Redis"]))
     if off:
         return
     told = [at for one in pipelines if one.told and (at := parse_date(one.told)) is not None]

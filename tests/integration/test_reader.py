@@ -946,15 +946,45 @@ async def test_steps_back_from_a_foreign_reader_and_goes_on_from_its_cursor(
     relay.add(*range(1, 11))
     async with reading(settings(redis_url, relay)) as stats:
         await until(cursor_is(redis, 10))
-        await redis.set(CURSOR, "12")  # the predecessor takes no lease
-        relay.add(*range(11, 16))
-        await until(lambda: stats.standby)
-        for seq in (13, 14):
-            await asyncio.sleep(0.5)
+        for seq in (12, 13, 14):  # the predecessor takes no lease
+            await redis.xadd(STREAM, {"type": "identity", "data": "{}", "seq": str(seq)})
             await redis.set(CURSOR, str(seq))
+            if seq == 12:
+                relay.add(*range(11, 16))
+            await until(lambda: stats.standby)
+            await asyncio.sleep(0.5)
             assert stats.standby
         await until(cursor_is(redis, 15))
-    assert await seqs(redis) == [*range(1, 11), 15]
+    assert await seqs(redis) == [*range(1, 11), 12, 13, 14, 15]
+
+
+async def test_a_readers_lease_without_an_end_is_given_one(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a move to another Redis by a tool that copies no expiry."""
+    monkeypatch.setattr(feed_module, "LEASE_MS", 500)
+    await redis.set("fastworker:reader", "the token of a reader that is no more")
+    await redis.set(CURSOR, "0")
+    relay.add(1)
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 1))
+
+
+@pytest.mark.parametrize("moved", ["forward", "back", "away"])
+async def test_a_cursor_that_somebody_moves_costs_nothing(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch, moved: str
+) -> None:
+    """A hand at redis-cli, while the reader is at work: nothing came on the stream."""
+    monkeypatch.setattr(reader_module, "SETTLE_S", 0.3)
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 11))
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 10))
+        await (redis.delete(CURSOR) if moved == "away" else redis.set(CURSOR, {"forward": "14", "back": "5"}[moved]))
+        relay.add(*range(11, 21))
+        await until(lambda: stats.standby)
+        await until(cursor_is(redis, 20))
+    assert set(await seqs(redis)) == set(range(1, 21))
 
 
 async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None:
