@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -230,52 +231,79 @@ async def test_a_host_that_breaks_at_each_commit_costs_less_and_less(
     assert asked() == 5
 
 
-async def test_two_syncers_share_and_one_may_be_killed(
-    scene: Scene, worker: Service, pg: asyncpg.Connection, tmp_path: Path
+@pytest.mark.parametrize("missing", ["REDIS_URL", "DATABASE_URL"])
+async def test_nothing_is_fetched_while_a_server_is_away(
+    missing: str, scene: Scene, worker: Service, pg: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each in a process of its own; the first is killed in the middle of its work."""
+    scene.happen(50)
+    note(scene, [one.did for one in scene.network.world.accounts()])
+    caplog.set_level(logging.INFO, "fastworker.sync.syncer")
+    away = {"REDIS_URL": "redis://127.0.0.1:9/0", "DATABASE_URL": "postgresql://127.0.0.1:9/none"}[missing]
+    async with syncing(scene, **{missing.lower(): away}):
+
+        async def is_told() -> bool:
+            return any("Repairs wait: " in record.message for record in caplog.records)
+
+        await until(is_told)
+        await asyncio.sleep(1.2)  # another round
+    assert sum("Repairs wait: " in record.message for record in caplog.records) == 1
+    assert not scene.sim.counts
+    assert scene.client.hlen("fastworker:repairs") == len(scene.network.world.accounts())
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.repos") == 0
+
+
+@pytest.mark.parametrize("place", [None, "floor_committed:2"])
+async def test_two_syncers_share_and_one_may_be_killed(
+    place: str | None,
+    scene: Scene,
+    worker: Service,
+    pg: asyncpg.Connection,
+    tmp_path: Path,
+) -> None:
+    """Each in a process of its own; the first dies with repositories on disk, or after a floor; nothing is left of it."""
     scene.happen(900, lose=lambda n: n % 3 == 0)
     await scene.finished()
     note(scene, [one.did for one in scene.network.world.accounts()])
-    plan = tmp_path / "plan.json"
-    plan.write_text(
-        json.dumps(
-            {
-                "env": {
-                    "REDIS_URL": scene.config.redis_url,
-                    "DATABASE_URL": scene.config.database_url,
-                    "FASTWORKER_PLC_URL": scene.sim.directory.url,
-                    "FASTWORKER_SAMPLE_PER_HOUR": "0",
-                },
-                "own": sorted(scene.sim.own),
-            }
+    env = {
+        "REDIS_URL": scene.config.redis_url,
+        "DATABASE_URL": scene.config.database_url,
+        "FASTWORKER_PLC_URL": scene.sim.directory.url,
+        "FASTWORKER_SAMPLE_PER_HOUR": "0",
+    }
+    spool = tmp_path / "spool"
+    spool.mkdir()
+
+    async def start(crash: str | None) -> asyncio.subprocess.Process:
+        plan = tmp_path / f"{crash}.json"
+        plan.write_text(json.dumps({"env": env, "own": sorted(scene.sim.own), "crash": crash}))
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.rig.syncer", str(plan), env={**os.environ, "TMPDIR": str(spool)}
         )
-    )
 
-    async def start() -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.rig.syncer", str(plan))
-
-    one, two = await start(), await start()
+    one = await start(place)
+    async with asyncio.timeout(120):
+        while place is None and not list(spool.glob("*/*.car")):
+            await asyncio.sleep(0.01)
+        if place is None:
+            os.kill(one.pid, signal.SIGKILL)
+        assert await one.wait() == -signal.SIGKILL
+    assert list(spool.glob("*/*.car"))
+    two, three = await start(None), await start(None)
     try:
-
-        async def begun() -> bool:
-            return bool(await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE state = 'done'"))
-
-        await until(begun)
-        os.kill(one.pid, signal.SIGKILL)
 
         async def forgotten() -> bool:
             return not scene.client.hlen("fastworker:repairs")
 
         await until(forgotten)
     finally:
-        for process in (one, two):
+        for process in (two, three):
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
             async with asyncio.timeout(60):
                 await process.wait()
     assert await scene.differences(pg) == "no difference"
+    assert list(spool.iterdir()) == []
 
 
 async def test_a_worker_has_a_syncer_unless_it_is_switched_off(
