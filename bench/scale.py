@@ -160,7 +160,9 @@ async def _watching(url: str) -> AsyncIterator[tuple[asyncpg.Connection[Any], Se
 
 async def _ages(connection: asyncpg.Connection[Any]) -> str:
     """The query for (table, age of its oldest debt in seconds)."""
-    there = [name for name in OWED if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"fastworker.{name}")]
+    there = [
+        name for name in OWED if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"fastworker.{name}")
+    ]
     return " UNION ALL ".join(
         f"SELECT '{name}', coalesce(greatest(0, extract(epoch FROM clock_timestamp() - min(owed_at))), 0)::float8 "
         f"FROM fastworker.{name}"

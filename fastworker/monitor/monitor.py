@@ -26,7 +26,7 @@ from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
-from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, told_repairs
+from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, debts_of, told_repairs
 from fastworker.monitor.history import History
 from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
@@ -245,8 +245,11 @@ class _WorkerMonitor:
     def _facts(self) -> Facts:
         now, reading = time.monotonic(), self._reading
         facts = self._watch.facts(now, self._heartbeats.snapshot(), now_ms(), self._heartbeats.missing)
+        debts = debts_of(self._workers(), now_ms())
         return msgspec.structs.replace(
             facts,
+            owed=debts.owed if debts else 0,
+            owed_s=debts.oldest_s if debts else 0.0,
             redis_s=now - reading.at if reading else now - self._started + FRESH_S,
             redis_error=self._error,
             reader=self._reader_trouble(reading, now) if reading and self._with_reader else [],
@@ -351,6 +354,7 @@ class _WorkerMonitor:
             processes=self._processes(),
             written=self._rates.written(),
             others=self._others,
+            debts=debts_of(self._workers(), now_ms()),
         )
 
     def status_json(self) -> bytes:
@@ -396,4 +400,5 @@ def _status(view: View) -> WorkerStatus:
         processes=view.processes,
         written_per_s={one.table: round(one.per_s, 2) for one in view.written if one.per_s >= 0.005},
         http=view.http,
+        debts=view.debts,
     )
