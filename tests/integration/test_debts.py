@@ -434,6 +434,7 @@ async def test_what_another_leaves_is_paid_by_a_tick_and_told(
                 await other.execute("SELECT FROM posts FOR UPDATE")
                 await store.write(batch_of(commits(like(C))))
                 await pg.execute("INSERT INTO fastworker.recheck (kind, key) VALUES ('context', $1)", REPLY)
+                slot.add(flushes=1)
                 while slot.get("debts") < 2:
                     await asyncio.sleep(0.01)
             while slot.get("debts"):

@@ -309,9 +309,12 @@ async def rows_for_calls(connection: asyncpg.Connection) -> None:
         await connection.fetch(sql.insert(table), [tuple(row)])
 
 
+# What is owed in one bucket, a part of it for a counter that is put back.
 OWE = (
-    "INSERT INTO fastworker.debts (bucket, deltas) SELECT fastworker.bucket(d.post_uri), ARRAY[d] "
-    "FROM (SELECT ($1::varchar, 0, 0, 0, 0, 0)::fastworker.post_aggregations_row AS d) AS of, unnest(ARRAY[of.d]) AS d"
+    "INSERT INTO fastworker.debts (bucket, deltas, attempts, not_before) "
+    "SELECT fastworker.bucket($1), ARRAY[(key, 0, 0, 0, 0, 0)::fastworker.post_aggregations_row], attempts, not_before "
+    "FROM (VALUES ($1::varchar, 0, '-infinity'::timestamptz), ('at://refused', 0, '-infinity'), "
+    "('at://refused', 1, 'infinity')) AS of (key, attempts, not_before)"
 )
 
 
