@@ -69,6 +69,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_PARTITIONS = "tests/integration/test_partitions.py"
+RULES = "tests/unit/test_readiness_rules.py"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
@@ -138,6 +139,12 @@ MUTANTS = [
     _mutant("an owed recount is forgotten", _APART, DEBTS, "IF false THEN"),
     _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
     _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
+    _mutant("a counter beside its debt that is put back", _PUT, DEBTS, "WHERE false AND", "WHERE"),
+    _mutant("a debt overtakes one that is put back", _PAY, DEBTS, "WHERE false AND", "WHERE"),
+    _mutant("a counter that is refused stops the others", _APART, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
+    _mutant("a joined row that is refused stops its flush", "fastworker/store/joined.py", DEBTS, "raise"),
+    _mutant("joined rows that are owed wait for maintenance", _PAY_ALL, DEBTS, "IF false THEN"),
+    _mutant("debts that are never paid are not noticed", "fastworker/monitor/readiness.py", RULES, "if False:"),
     _mutant("counters are not paid after the commit", _FLUSH, DEBTS, "if False:"),
     _mutant("users that no later commit makes durable", _FLUSH, DEBTS, "if False:"),
     _mutant("a debt is drift", "fastworker/store/audit.py", DEBTS, "AS d WHERE false) AS d", "AS d) AS d"),

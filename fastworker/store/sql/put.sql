@@ -112,9 +112,11 @@ BEGIN
             FROM (SELECT DISTINCT fastworker.bucket(d.post_uri) AS bucket FROM unnest(deltas) AS d) AS b);
         -- A later statement than the one that locks: what was owed before that is seen.
         -- mutant: counters beside a debt
-        is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts WHERE attempts = 0)
-            -- What is put back is in nobody's way but that of its own counter.
-            OR EXISTS (SELECT FROM fastworker.debts AS o WHERE o.attempts > 0
+        is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts WHERE attempts = 0);
+        -- What is put back is in nobody's way but that of its own counter.
+        is_owing := is_owing OR EXISTS (
+            -- mutant: a counter beside its debt that is put back
+            SELECT FROM fastworker.debts AS o WHERE o.attempts > 0
                 AND (o.deltas[1]).post_uri = ANY(ARRAY(SELECT d.post_uri FROM unnest(put_6.deltas) AS d)));
         -- mutant: a busy counter is not owed
         IF is_owing THEN
