@@ -245,11 +245,8 @@ class _WorkerMonitor:
     def _facts(self) -> Facts:
         now, reading = time.monotonic(), self._reading
         facts = self._watch.facts(now, self._heartbeats.snapshot(), now_ms(), self._heartbeats.missing)
-        debts = debts_of(self._workers(), now_ms())
         return msgspec.structs.replace(
             facts,
-            owed=debts.owed if debts else 0,
-            owed_s=debts.oldest_s if debts else 0.0,
             redis_s=now - reading.at if reading else now - self._started + FRESH_S,
             redis_error=self._error,
             reader=self._reader_trouble(reading, now) if reading and self._with_reader else [],

@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from fastworker.monitor.facts import debts_of
 from fastworker.process.board import Snapshot, State
 
 FRESH_S: Final = 6.0
@@ -210,7 +211,10 @@ class Watch:
 
     def facts(self, now: float, snapshots: Sequence[Snapshot], clock_ms: int, missing: int = 0) -> Facts:
         """Without what Redis and the reader say."""
+        debts = debts_of(snapshots, clock_ms)
         facts = Facts(
+            owed=debts.owed if debts else 0,
+            owed_s=debts.oldest_s if debts else 0.0,
             processes=[process_of(one, clock_ms) for one in snapshots if one.gauges.state != State.FREE],
             missing=missing,
             missing_s=now - self._missing_since if self._missing_since is not None else 0.0,

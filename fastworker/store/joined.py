@@ -47,9 +47,12 @@ async def recompute_or_owe(
             await recompute(writer, db, owed, fresh, note=note, wait=False)
     except RowRejected:
         # mutant: a joined row that is refused stops its flush
-        kinds, keys = columns(sorted(owed.keys() | fresh))
-        await writer.retry(lambda: db.execute(sql.OWE, kinds, keys))
-        await db.execute(sql.NOTE_DONE, note)
+        await _owe(writer, db, owed.keys() | fresh, note)
+
+
+async def _owe(writer: Writer, db: Connection, keys: set[Key], note: int | None) -> None:
+    await writer.retry(lambda: db.execute(sql.OWE, *columns(sorted(keys))))
+    await db.execute(sql.NOTE_DONE, note)
 
 
 async def recompute(

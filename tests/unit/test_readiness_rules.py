@@ -84,6 +84,11 @@ def test_what_time_tells() -> None:
         return readiness(watch.facts(now, board.snapshot(), now_ms(), board.missing))
 
     assert look(0.0) == []
+    now = now_ms()
+    slots[0].set(debts=3, debts_since_ms=now - 90_000, debts_at_ms=now - 10_000)
+    assert "3 counters" in look(0.1)[0]
+    slots[1].set(debts=1, debts_put_back=1, debts_at_ms=now)
+    assert look(0.2) == [], "by the newest look"
     board.crashes = 1
     assert look(1.0) == []
     board.crashes = 2
