@@ -366,8 +366,13 @@ def spool() -> Iterator[Path]:
     for left in place.glob(f"{_SPOOL}*"):
         with contextlib.suppress(OSError), _locked(left):
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_SPOOL))
-    with _locked(folder):
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_SPOOL))
+            with contextlib.suppress(OSError):  # another process that starts now takes it for one that was left
+                stack.enter_context(_locked(folder))
+                if folder.exists():
+                    break
         try:
             yield folder
         finally:

@@ -19,7 +19,7 @@ from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, 
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
 from fastworker.process.children import ChildSpec
-from fastworker.process.clocks import which_is_off
+from fastworker.process.clocks import ids_ahead, which_is_off
 from fastworker.redact import redact
 from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.debts import Debts
@@ -384,7 +384,7 @@ async def _prune(slot: Slot, store: Store, members: Members, pipelines: list[Pip
     off = which_is_off(clocks)
     if off:
         log.warning("Nothing is pruned: %s", off)
-    slot.text("clocks", off)
+    slot.text("clocks", off or ids_ahead(await members.newest(), clocks["Redis"]))
     if off:
         return
     told = [at for one in pipelines if one.told and (at := parse_date(one.told)) is not None]
