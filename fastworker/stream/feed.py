@@ -154,6 +154,7 @@ class _Partition:
         self.keys = Keys(stream_key, group or GROUP, number)
         self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
         self.unread = ""  # the first unread id when we looked last
+        self.removed = ""  # the newest that XDEL had removed then
         self.finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._redis = redis
         self._group = group
@@ -172,10 +173,11 @@ class _Partition:
         """
         keys = self.keys
         async with translating(self._redis):
-            broken, finished, unread, request = await self._watch(
+            broken, finished, unread, request, removed = await self._watch(
                 keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
-                args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
+                args=[self._group, self.newest, MARKS_MAX, self.unread, appended, self.removed],
             )
+        self.removed = removed.decode() or self.removed
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
         lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
