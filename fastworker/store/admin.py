@@ -278,8 +278,11 @@ _PAST = """
 SELECT EXISTS (SELECT FROM fastworker.progress WHERE stream = $1 AND seq IS NOT NULL),
        count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int,
        (SELECT count(*)::int FROM fastworker.recheck WHERE attempts > 0)
+       + (SELECT count(*)::int FROM fastworker.debts WHERE attempts > 0)
        + (SELECT count(*)::int FROM fastworker.accounts WHERE purge_pending AND purge_error IS NOT NULL),
        coalesce((SELECT kind || ' of ' || key || ': ' || error FROM fastworker.recheck WHERE attempts > 0 LIMIT 1),
+           (SELECT 'counters of ' || (deltas[1]).post_uri || ': ' || error FROM fastworker.debts
+            WHERE attempts > 0 LIMIT 1),
            (SELECT 'removal of ' || did || ': ' || purge_error FROM fastworker.accounts
             WHERE purge_pending AND purge_error IS NOT NULL LIMIT 1)),
        (SELECT count(*)::int FROM fastworker.refused)
