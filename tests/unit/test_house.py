@@ -52,6 +52,12 @@ def test_the_command_line_imports_no_client() -> None:
     assert not {"aiohttp", "asyncio", "asyncpg", "redis", "rich", "uvloop"} & set(done.stdout.split())
 
 
+def test_each_migration_has_a_number_of_its_own() -> None:
+    """Two branches may take the same next one: each passes alone, and no database can be migrated with both."""
+    numbers = sorted(int(path.name.partition("_")[0]) for path in (ROOT / "store" / "migrations").glob("*.sql"))
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
 def test_no_unit_outgrows_its_room() -> None:
     large = {name: lines for name, lines, allowed in units() if lines > allowed}
     assert large.keys() <= LARGER.keys(), {name: lines for name, lines in large.items() if name not in LARGER}
