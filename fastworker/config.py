@@ -156,6 +156,12 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _fraction(text: str) -> float:
+    if not re.fullmatch(r"\d(\.\d{1,6})?", text):
+        raise ValueError("it is not a number such as 0.5")
+    return float(text)
+
+
 def _flag(text: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     if text.lower() not in words:
@@ -553,6 +559,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="known where BACKFILL_DAYS is set, else off",
         ),
     ] = None
+    backfill_share: Annotated[
+        float,
+        Meta(ge=0.01, le=1),
+        _env(
+            "FASTWORKER_BACKFILL_SHARE",
+            "worker up backfill",
+            "Share of its time that history may write, beside the live stream; it also waits while live events are "
+            "more than two seconds old. 1: all of its time.",
+            read=_fraction,
+            allowed="0.01 to 1",
+        ),
+    ] = 0.5
     sync: Annotated[
         bool,
         _env(

@@ -11,11 +11,13 @@ from yarl import URL
 
 from fastworker.config import Config
 from fastworker.errors import ExitCode, Unreachable
+from fastworker.monitor.terminal import history_words
 from fastworker.store.repos import CHOSEN, EVERYBODY
 from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, pieces_of
 from fastworker.sync.hosts import HostError, Hosts, rate_of
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
+from fastworker.sync.progress import history_status
 from fastworker.sync.settle import Report, duration
 
 TRIES: Final = 5
@@ -110,10 +112,6 @@ SELECT reason, count(*) FILTER (WHERE state = 'waiting'), count(*) FILTER (WHERE
     count(*) FILTER (WHERE state = 'refused'), coalesce(sum(records), 0)::bigint, coalesce(sum(differences), 0)::bigint
 FROM fastworker.repos GROUP BY reason ORDER BY reason
 """
-_RATE: Final = """
-SELECT count(*) / 300.0::float8, coalesce(sum(records), 0) / 300.0::float8 FROM fastworker.repos
-WHERE state = 'done' AND ended_at > now() - interval '5 minutes'
-"""
 _GAPS: Final = """
 SELECT g.relay, g.from_seq, g.to_seq, g.seen_at, (
     SELECT count(*) FROM fastworker.repos AS r
@@ -124,12 +122,12 @@ WHERE g.closed_at IS NULL ORDER BY g.seen_at
 
 
 async def show(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
-    """What waits, what is done, how fast, and which gaps are open."""
+    """What waits, what is done, how fast, who holds it back, and which gaps are open."""
     console = Console(highlight=False, soft_wrap=True)
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
-        states, rate = await scene.queue.rows(_STATES), (await scene.queue.rows(_RATE))[0]
+        states = await scene.queue.rows(_STATES)
+        history = await history_status(scene.queue)
         gaps = await scene.queue.rows(_GAPS)
-        is_paused = await scene.queue.value("SELECT is_paused FROM fastworker.backfill")
     grid = Table(box=None, pad_edge=False, header_style="bold")
     names = ("queued by", "waiting", "fetching", "done", "gone", "refused", "records", "differences")
     for name in names:
@@ -137,11 +135,9 @@ async def show(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
     for row in states:
         grid.add_row(row[0], *(f"{cell:,}" if cell else "" for cell in tuple(row)[1:]))
     console.print(grid if states else "Nothing was ever queued.")
-    waiting = sum(row[1] for row in states)
-    if rate[0]:
-        left = f", {duration(waiting / rate[0])} left" if waiting else ""
-        console.print(f"In the last five minutes {rate[0]:.1f} accounts/s, {rate[1]:,.0f} records/s{left}.")
-    if is_paused:
+    if history.open or history.ended:
+        console.print(history_words(history))
+    if history.paused:
         console.print("History is paused: `fastworker backfill --resume` lets it go on.")
     for gap in gaps:
         console.print(_gap_words(gap), markup=False)

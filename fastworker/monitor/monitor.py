@@ -26,7 +26,7 @@ from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
-from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, told_repairs
+from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, told_history, told_repairs
 from fastworker.monitor.history import History
 from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
@@ -43,7 +43,7 @@ from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.keys import Keys
 from fastworker.stream.letters import line_of
-from fastworker.stream.repairs import repairs_told
+from fastworker.stream.repairs import history_told, repairs_told
 from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ class _WorkerMonitor:
             reader=left_in_redis(left),
             reader_age_s=max(0.0, time.time() - int(left.get("at") or 0) / 1000),
             repair=told_repairs(await repairs_told(admin)),
+            history=told_history(await history_told(admin)),
         )
         self._rates.add_length(self._reading.at, stream.length if stream else 0)
         if measure:

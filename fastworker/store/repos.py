@@ -23,6 +23,8 @@ from fastworker.table.chosen import WHOLE, Part
 CLAIM_S: Final = 120
 RENEW_S: Final = 30.0
 HOST_AT_ONCE: Final = 4
+RESTS_S: Final = 5
+"""A host whose next turn is later than that holds us back."""
 AGAIN_S: Final = (30, 120, 600, 3_600)
 """Pauses after each failure that may pass by itself."""
 _CONNECT_S: Final = 10.0

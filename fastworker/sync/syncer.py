@@ -26,6 +26,7 @@ from fastworker.sync.history import fetch_some, is_wanted
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
+from fastworker.sync.progress import Teller
 from fastworker.sync.sampling import Looked, draw, draw_active, look_twice
 from fastworker.sync.settle import Report, Settled
 from fastworker.sync.tell import repair_status
@@ -84,10 +85,10 @@ async def run_syncer(config: Config, stop: asyncio.Event, *, hosts: Hosts | None
         "FASTWORKER_SYNC=off switches it off (docs/repair.md)",
         redact(config.plc_url),
     )
-    backoff, waits_for = Backoff(1.0, 60.0), ""
+    backoff, waits_for, teller = Backoff(1.0, 60.0), "", Teller()
     while not stop.is_set():
         try:
-            await _round(config, stop, hosts)
+            await _round(config, stop, hosts, teller)
             backoff.reset()
             waits_for = ""
             await pause(ROUND_S, stop)
@@ -102,7 +103,7 @@ async def run_syncer(config: Config, stop: asyncio.Event, *, hosts: Hosts | None
             await pause(AFTER_A_BUG_S, stop)
 
 
-async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None) -> None:
+async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None, teller: Teller) -> None:
     url = config.require_database_url("worker")
     async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-sync") as admin:
         async with open_queue(url) as queue:
@@ -110,6 +111,7 @@ async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None) -> No
             is_due = await _is_due(queue, config)
             has_history = await is_wanted(queue, config)
             await _tell(admin, queue, [])
+            await teller.tell(admin, queue)
         if not has_work and not is_due and not has_history:
             return
         async with opened(config, "sync", hosts, reads_only=False) as scene:

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from fastworker.stream.admin import open_redis
+from fastworker.sync import many
 from fastworker.sync.choice import Choice
 from fastworker.table.chosen import Part
-from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
+from tests.integration.test_repairs import GROUP, STREAM, Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import ROOT, Service, environment
 
 RATE = 20.0
@@ -138,7 +141,16 @@ async def test_choices(
     pg: asyncpg.Connection,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    first: list[int] = []
+    wait = many.Live.first
+
+    async def counted(live: many.Live) -> None:
+        first.append(1)
+        await wait(live)
+
+    monkeypatch.setattr(many.Live, "first", counted)
     scene.happen(400, lose=lambda n: n % 2 == 0)
     accounts = scene.network.world.accounts()
     file = tmp_path / "dids"
@@ -164,6 +176,15 @@ async def test_choices(
     assert await chosen(scene, collection="app.bsky.feed.like") == ExitCode.DONE
     assert await chosen(scene, everybody=True) == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
+    assert first  # batches of history wait for the live stream, those of repairs do not
+    first.clear()
+    await pg.execute("DELETE FROM likes")
+    assert await scene.repair() == ExitCode.DONE
+    assert await scene.differences(pg) == "no difference"
+    assert not first
+    told: Any = json.loads(scene.client.get("fastworker:history") or b"")
+    assert (told["share"], told["waiting"], told["paused"], told["left_s"]) == (1.0, 0, False, None)
+    assert await history.show(config_of(scene), hosts=scene.hosts) == ExitCode.DONE
     assert (await history.estimate(config_of(scene), Choice(everybody=True), hosts=scene.hosts)) == ExitCode.DONE
     assert f"accounts  {len(accounts):,}\n" in capsys.readouterr().out
 
@@ -200,6 +221,40 @@ async def test_history_that_is_paused_waits_and_repairs_do_not(scene: Scene, pg:
         assert [one.did for one in await queue.claim(5, CHOSEN)] == ["did:plc:b"]
         assert await history.pause(config_of(scene), is_paused=False, hosts=scene.hosts) == ExitCode.DONE
         assert [one.did for one in await queue.claim(5, CHOSEN)] == ["did:plc:a"]
+
+
+async def test_live_goes_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the load decides, but how old the oldest unfinished entry is: taken is not finished."""
+    client, old = scene.client, int(time.time() * 1_000) - 5_000
+    client.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    for number in range(2):
+        client.xadd(STREAM, {"a": "b"}, id=f"{old}-{number}")
+
+    async def a_batch(pace: many.Pace, seconds: float = 0.0) -> float:
+        began = time.monotonic()
+        async with pace:
+            await asyncio.sleep(seconds)
+        return time.monotonic() - began
+
+    async with open_redis(scene.config.redis_url, STREAM, client_name="test") as admin:
+        pace = many.Pace(many.Live(admin, scene.config), 1.0)
+        batch = asyncio.create_task(a_batch(pace))
+        client.xreadgroup(GROUP, "one", {STREAM: ">"})
+        client.xack(STREAM, GROUP, f"{old}-0")
+        await asyncio.sleep(3 * many.LOOK_S)
+        assert not batch.done()
+        client.xack(STREAM, GROUP, f"{old}-1")
+        async with asyncio.timeout(5):
+            await batch
+        client.xadd(STREAM, {"a": "b"})  # younger than two seconds: nobody waits
+        assert await a_batch(pace) < many.LIVE_S
+        monkeypatch.setattr(many, "LIVE_S", 0.0)
+        monkeypatch.setattr(many, "LIVE_PAUSE_S", 0.5)
+        assert 0.5 <= await a_batch(pace) < 5  # nor for ever
+        monkeypatch.undo()
+        quarter = many.Pace(many.Live(admin, scene.config), 0.25)
+        await a_batch(quarter, 0.1)
+        assert await a_batch(quarter) >= 0.28
 
 
 async def test_turns_of_a_host_are_shared(postgres_url: str) -> None:

@@ -36,6 +36,7 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:given",
         "fastworker:go-back",
         "fastworker:held",
+        "fastworker:history",
         "fastworker:ledger",
         "fastworker:marks",
         "fastworker:members",
