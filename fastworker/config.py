@@ -514,9 +514,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _env(
             "FASTWORKER_COLLECTIONS",
-            "worker up repair backfill sample import compare",
+            "reader worker up repair backfill sample import compare",
             "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
-            "of accounts and handles are never left out. After widening it, see docs/history.md.",
+            "of accounts and handles are never left out. What is added later is fetched. See docs/history.md.",
             read=read_collections,
             allowed="NSIDs, in which * stands for anything, comma-separated",
             default="all",
@@ -526,7 +526,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_ACCOUNTS",
-            "worker up repair backfill sample import",
+            "reader worker up repair backfill sample import",
             "Accounts whose records are kept; those of others are left out, and counted as `filtered_account`. A file "
             "of DIDs, one a line, or `follows-of:DID,...`: these and whom they follow, as far as the tables know. Read "
             "twice a minute. Deletes and events of accounts and handles are never left out. See docs/history.md.",
@@ -854,6 +854,12 @@ def _one_slot(values: dict[str, Any]) -> None:
             f"On a Redis Cluster REDIS_STREAM_KEY={stream!r} and REDIS_CURSOR_KEY={cursor!r} need one hash tag, as in "
             f"{CLUSTERED[0]} and {CLUSTERED[1]}"
         )
+
+
+def asks_for_history(config: Config) -> bool:
+    """Whether BACKFILL_DAYS and FASTWORKER_BACKFILL ask for any."""
+    days, whose = config.backfill_days, config.backfill
+    return whose != "off" and days != 0 and not (whose is None and days is None)
 
 
 def remarks(environment: Mapping[str, str]) -> list[str]:

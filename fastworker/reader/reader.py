@@ -32,6 +32,7 @@ from fastworker.process.backoff import Backoff, pause
 from fastworker.process.outage import Outage
 from fastworker.reader.append import append_all
 from fastworker.reader.dashboard import Dashboard
+from fastworker.reader.filter import filter_of
 from fastworker.reader.follow import Follower, until
 from fastworker.reader.levels import Beside, verifying
 from fastworker.reader.receive import Receiver
@@ -105,6 +106,7 @@ class _Reader:
         )
         self._dashboard = Dashboard()
         self._receiver = Receiver(settings, self._feed, stats, self._dashboard)
+        self._receiver.filter = filter_of(settings, self._redis, stats)
         self._follower = Follower(settings, stop, self._feed, stats, self._receiver, self._dashboard, self._stored_seq)
         self._run_id = ""
 
@@ -263,6 +265,8 @@ class _Reader:
             try:
                 await self._feed.renew()
                 await self._feed.watch()
+                if self._receiver.filter is not None:
+                    await self._receiver.filter.look()
                 result = await self._feed.trim()
                 self._stats.trimmed += result.trimmed
                 self._stats.held_by = result.held_by

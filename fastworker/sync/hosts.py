@@ -295,6 +295,10 @@ class Hosts:
         plain = f"http://{authority}"
         return plain if plain in self._own else f"https://{authority}"
 
+    def rate(self, authority: str) -> float:
+        """Requests a second that this host gets at most."""
+        return self._rate(authority)
+
     def resting(self) -> list[str]:
         """Hosts that are not asked now."""
         now = time.monotonic()

@@ -26,7 +26,7 @@ import msgspec
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.event.repository import Repository
-from fastworker.store.chosen_accounts import read_accounts
+from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import (
     AGAIN_S,
@@ -344,6 +344,8 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             hosts.share(queue)
             if config.accounts is not None:
                 await read_accounts(config.accounts, queue.followed)
+                reading = asyncio.create_task(keep_reading(config.accounts, queue.followed))
+                stack.callback(reading.cancel)
             folder = stack.enter_context(spool())
             yield Scene(config, admin, Live(admin, config), stored, store, queue, hosts, folder)
     except (StoreUnavailable, StreamUnavailable) as error:

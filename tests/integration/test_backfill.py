@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -178,15 +179,25 @@ async def test_choices(
     assert await scene.differences(pg) == "no difference"
     assert first  # batches of history wait for the live stream, those of repairs do not
     first.clear()
-    await pg.execute("DELETE FROM likes")
+    scene.happen(60, lose=lambda n: True)
     assert await scene.repair() == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
     assert not first
     told: Any = json.loads(scene.client.get("fastworker:history") or b"")
     assert (told["share"], told["waiting"], told["paused"], told["left_s"]) == (1.0, 0, False, None)
+    capsys.readouterr()
     assert await history.show(config_of(scene), hosts=scene.hosts) == ExitCode.DONE
+    assert "100.0%, " in capsys.readouterr().out
     assert (await history.estimate(config_of(scene), Choice(everybody=True), hosts=scene.hosts)) == ExitCode.DONE
-    assert f"accounts  {len(accounts):,}\n" in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert f"accounts  {len(accounts):,}\n" in words
+    for pds in scene.sim.pdses:
+        assert re.search(rf"{pds.url.removeprefix('http://')} +{len(pds.accounts)} +at most 100 +0 s", words)
+    assert await history.estimate(config_of(scene), Choice(dids=file), hosts=scene.hosts) == ExitCode.DONE
+    words = " ".join(capsys.readouterr().out.split())
+    assert "accounts 2 to fetch" in words
+    assert f"{scene.sim.directory.url.removeprefix('http://')}" not in words  # of this configuration: plc.directory
+    assert "plc.directory 2 at most 100" in words
 
 
 async def test_more_than_before_is_looked_at_again(postgres_url: str, pg: asyncpg.Connection) -> None:
