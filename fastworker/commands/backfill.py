@@ -61,11 +61,11 @@ async def estimate(config: Config, choice: Choice, *, hosts: Hosts | None = None
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"accounts  {accounts:,}\n"
-        f"to fetch  {accounts * size / 1e9:,.2f} GB\n"
+        f"to fetch  {_size(accounts * size)}\n"
         f"rows      {rows:,.0f}\n"
-        f"disk      {rows * ROW_BYTES / 1e9:,.2f} GB in PostgreSQL, with all indexes\n"
-        f"time      {duration(max(by_hosts, by_rows))}: {duration(by_hosts)} for the hosts, {duration(by_rows)} for one "
-        f"process to compare and write in {config.backfill_share:.0%} of its time\n"
+        f"disk      {_size(rows * ROW_BYTES)} in PostgreSQL, with all indexes\n"
+        f"time      {duration(max(by_hosts, by_rows))}: {duration(by_hosts)} for the hosts, {duration(by_rows)} for "
+        f"one process to compare and write in {config.backfill_share:.0%} of its time\n"
         + (
             f"By the average of {done[0]:,} accounts that were fetched: {records:,.0f} records, {size:,.0f} bytes."
             if is_known
@@ -74,6 +74,10 @@ async def estimate(config: Config, choice: Choice, *, hosts: Hosts | None = None
     )
     _show_hosts(console, requests, rates, seconds)
     return ExitCode.DONE
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e10 else f"{count / 1e6:,.1f} MB"
 
 
 def _show_hosts(console: Console, requests: Counter[str], rates: dict[str, float], seconds: dict[str, float]) -> None:

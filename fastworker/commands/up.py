@@ -56,9 +56,7 @@ def supervise(
     elif config.sync:
         log.warning("FASTWORKER_SYNC: nothing is repaired and sampled: %s", why)
     if len(specs) == 2 and asks_for_history(config):
-        log.warning(
-            "BACKFILL_DAYS and FASTWORKER_BACKFILL have no effect: the process that fetches history does not run"
-        )
+        log.warning("BACKFILL_DAYS and FASTWORKER_BACKFILL have no effect: what would fetch it does not run")
     if with_reader:
         specs.append(ChildSpec("reader", partial(_reader_main, config)))
     log.info(

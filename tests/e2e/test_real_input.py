@@ -27,7 +27,7 @@ from tests.integration.test_settle import comparable
 pytestmark = pytest.mark.real_data
 
 FRAMES = "frames/frames.bin.zst"
-RECORDS = {"little.car": 278, "jetstream-repo.car": 0, "bsky.app.car": 10_640}
+RECORDS = {"little.car": 278, "jetstream-repo.car": 23, "bsky.app.car": 10_640}
 TABLE_OF = {
     "app.bsky.feed.post": "posts",
     "app.bsky.feed.like": "likes",
@@ -181,8 +181,12 @@ async def test_a_real_repository_by_import(
         model.apply(frame.event)
         ops.update(op["path"].split("/")[0] for op in frame.event["ops"])
     assert ops.total() == RECORDS[name]
-    expected, found = model.tables(), await dump(pg)
-    differences = diff(comparable(expected), comparable(found))
+    expected, found = comparable(model.tables()), comparable(await dump(pg))
+    # A record without a date has the moment of its key, or of the snapshot; as an event it had that of the event.
+    for row in (*expected["generic_records"], *found["generic_records"]):
+        if "createdAt" not in row["record"]:
+            row["created_at"] = None
+    differences = diff(expected, found)
     assert not differences, report(differences)
     assert await import_files(config, [file], asyncio.Event(), dry_run=True) == ExitCode.DONE  # nothing is left
     for collection, table in TABLE_OF.items():

@@ -177,17 +177,17 @@ async def test_choices(
     assert await chosen(scene, collection="app.bsky.feed.like") == ExitCode.DONE
     assert await chosen(scene, everybody=True) == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
+    capsys.readouterr()
+    assert await history.show(config_of(scene), hosts=scene.hosts) == ExitCode.DONE
+    assert "100.0%, " in capsys.readouterr().out
     assert first  # batches of history wait for the live stream, those of repairs do not
     first.clear()
-    scene.happen(60, lose=lambda n: True)
+    scene.happen(60, lose=lambda _: True)
     assert await scene.repair() == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
     assert not first
     told: Any = json.loads(scene.client.get("fastworker:history") or b"")
     assert (told["share"], told["waiting"], told["paused"], told["left_s"]) == (1.0, 0, False, None)
-    capsys.readouterr()
-    assert await history.show(config_of(scene), hosts=scene.hosts) == ExitCode.DONE
-    assert "100.0%, " in capsys.readouterr().out
     assert (await history.estimate(config_of(scene), Choice(everybody=True), hosts=scene.hosts)) == ExitCode.DONE
     words = capsys.readouterr().out
     assert f"accounts  {len(accounts):,}\n" in words
@@ -257,7 +257,8 @@ async def test_live_goes_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
         client.xack(STREAM, GROUP, f"{old}-1")
         async with asyncio.timeout(5):
             await batch
-        client.xadd(STREAM, {"a": "b"})  # younger than two seconds: nobody waits
+        client.xadd(STREAM, {"a": "b"})
+        await asyncio.sleep(2 * many.LOOK_S)  # younger than two seconds: nobody waits
         assert await a_batch(pace) < many.LIVE_S
         monkeypatch.setattr(many, "LIVE_S", 0.0)
         monkeypatch.setattr(many, "LIVE_PAUSE_S", 0.5)

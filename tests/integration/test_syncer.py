@@ -339,6 +339,7 @@ async def test_what_is_added_to_the_choice_is_fetched(
         env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_ACCOUNTS": str(file)}
         env |= {"FASTWORKER_COLLECTIONS": ",".join(collections), "FASTWORKER_HTTP_PORT": "off"}
         worker = services("worker", FASTWORKER_PROCESSES="1", FASTWORKER_KEEP_SECONDS="0", **env)
+        worker.wait_for(r"worker-0 \(pid \d+\) is ready")
         choose(collections)
         scene.happen(events)
         await scene.finished()
