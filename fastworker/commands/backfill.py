@@ -15,7 +15,7 @@ from fastworker.errors import ExitCode, Unreachable
 from fastworker.monitor.terminal import history_words
 from fastworker.store.repos import CHOSEN, EVERYBODY
 from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, known, pieces_of
-from fastworker.sync.hosts import HostError, Hosts
+from fastworker.sync.hosts import HostError, Hosts, without_port
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.progress import history_status
@@ -87,7 +87,7 @@ def _show_hosts(console: Console, requests: Counter[str], rates: dict[str, float
         grid.add_column(name, justify="left" if name == "host" else "right", no_wrap=True)
     longest = sorted(seconds, key=lambda host: -seconds[host])
     for host in longest[:HOSTS_SHOWN]:
-        grid.add_row(host, f"{requests[host]:,}", f"at most {rates[host]:g}", duration(seconds[host]))
+        grid.add_row(without_port(host), f"{requests[host]:,}", f"at most {rates[host]:g}", duration(seconds[host]))
     if unknown := requests[""]:
         grid.add_row("not known yet", f"{unknown:,}", "", "")
     console.print(grid)
@@ -98,10 +98,10 @@ def _show_hosts(console: Console, requests: Counter[str], rates: dict[str, float
 async def _count(scene: Scene, choice: Choice) -> Counter[str]:
     """Accounts by host, as in a URL; those whose host nobody has asked for are at ''."""
     if choice.everybody:
-        return Counter({host.hostname: host.accountCount or 0 async for host in all_hosts(scene)})
+        return Counter({_of_list(scene, one.hostname): one.accountCount or 0 async for one in all_hosts(scene)})
     if choice.host is not None:
-        origin = scene.hosts.origin(choice.host)
-        return Counter({URL(origin).authority: (await _listed(scene, origin, None)).total()})
+        listed = await _listed(scene, scene.hosts.origin(choice.host), None)
+        return Counter({_of_list(scene, choice.host): listed.total()})
     if choice.collection is not None:
         return await _listed(scene, relay_of(scene.config.relay_urls[0]), choice.collection)
     found: Counter[str] = Counter()
@@ -118,6 +118,10 @@ async def _count(scene: Scene, choice: Choice) -> Counter[str]:
         level = [did for did in await scene.queue.followed(level) if did not in seen]
         seen.update(level)
     return await _by_host(scene, list(seen))
+
+
+def _of_list(scene: Scene, hostname: str) -> str:
+    return URL(scene.hosts.origin(hostname)).authority
 
 
 async def _by_host(scene: Scene, dids: list[str]) -> Counter[str]:

@@ -10,6 +10,7 @@ import msgspec
 from fastworker.store.repos import CHOSEN, RESTS_S, Queue
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.repairs import tell_history
+from fastworker.sync.hosts import without_port
 from fastworker.sync.told import HistoryStatus
 
 SHOWN: Final = 5  # hosts
@@ -60,7 +61,7 @@ async def history_status(queue: Queue) -> HistoryStatus:
         left_s=left / float(rates["accounts"]) if left and rates["accounts"] else None,
         lists_open=beside["lists"],
         paused=beside["paused"],
-        resting={row["host"]: round(row["seconds"], 1) for row in resting},
+        resting={without_port(row["host"]): round(row["seconds"], 1) for row in resting},
         resting_hosts=resting[0]["many"] if resting else 0,
     )
 
