@@ -279,12 +279,7 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
 async def _renew(readers: Readers) -> None:
     try:
         for stream in readers.streams:
-            restored = await stream.renew()
-            if restored:
-                log.warning(
-                    "%d entries that %s holds were no longer pending: somebody deleted the consumer (XGROUP "
-                    "DELCONSUMER) or acknowledged them; they are pending again", restored, stream.name,
-                )  # fmt: skip
+            await stream.renew()
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except ConsumerLeaseLost as error:
