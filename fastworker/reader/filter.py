@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from fastworker.config import Config
 from fastworker.errors import Reason, StoreUnavailable, Unreachable
@@ -22,9 +20,6 @@ from fastworker.event import Commit
 from fastworker.reader.stats import ReaderStats
 from fastworker.store.admin import followed
 from fastworker.store.chosen_accounts import FOLLOWS, keep_reading, read_accounts
-from fastworker.stream.client import translating
-from fastworker.stream.consumer import FOREIGN_IDLE_MS
-from fastworker.stream.keys import Keys
 from fastworker.table.chosen import is_account_left_out, is_choosing, is_left_out
 
 log = logging.getLogger(__name__)
@@ -33,9 +28,11 @@ UNKNOWN: Final = "it is not known yet who reads it"
 
 
 class Filter:
-    def __init__(self, settings: Config, redis: Redis, stats: ReaderStats) -> None:
+    """`others`: who reads the stream beside the workers, None for nobody."""
+
+    def __init__(self, settings: Config, others: Callable[[], Awaitable[str | None]], stats: ReaderStats) -> None:
         self._settings = settings
-        self._redis = redis
+        self._others = others
         self._stats = stats
         self.why_not: str | None = UNKNOWN  # nothing is left out
 
@@ -61,27 +58,10 @@ class Filter:
             log.info("FASTWORKER_COLLECTIONS and FASTWORKER_ACCOUNTS: %s %s", so, self._settings.stream_key)
         self.why_not = why_not
 
-    async def _others(self) -> str | None:
-        """A consumer of ours that has just ended counts as another's until it was idle for long."""
-        settings, redis, keys = self._settings, self._redis, Keys(self._settings.stream_key, self._settings.group)
-        async with translating(redis):
-            try:
-                groups = [one["name"].decode() for one in await redis.xinfo_groups(keys.stream)]
-                if other := next((name for name in groups if name != settings.group), None):
-                    return f"group {other} reads it, too"
-                for one in await redis.xinfo_consumers(keys.stream, settings.group) if groups else ():
-                    name = one["name"].decode()
-                    if one["idle"] <= FOREIGN_IDLE_MS and await redis.get(keys.consumer_lease(name)) is None:
-                        return f"consumer {name} is not a fastworker's"
-            except ResponseError as error:
-                if "no such key" not in str(error).lower():
-                    raise
-        return None
 
-
-def filter_of(settings: Config, redis: Redis, stats: ReaderStats) -> Filter | None:
+def filter_of(settings: Config, others: Callable[[], Awaitable[str | None]], stats: ReaderStats) -> Filter | None:
     """None: everything is kept."""
-    return Filter(settings, redis, stats) if is_choosing() or settings.accounts is not None else None
+    return Filter(settings, others, stats) if is_choosing() or settings.accounts is not None else None
 
 
 @contextlib.asynccontextmanager

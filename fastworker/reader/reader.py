@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -41,6 +42,7 @@ from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
 from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StoreWentBack, StreamBroken
+from fastworker.stream.others import other_reader
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,8 @@ class _Reader:
         )
         self._dashboard = Dashboard()
         self._receiver = Receiver(settings, self._feed, stats, self._dashboard)
-        self._receiver.filter = filter_of(settings, self._redis, stats)
+        others = partial(other_reader, self._redis, settings.stream_key, settings.group)
+        self._receiver.filter = filter_of(settings, others, stats)
         self._follower = Follower(settings, stop, self._feed, stats, self._receiver, self._dashboard, self._stored_seq)
         self._run_id = ""
 

@@ -6,9 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,39 +24,12 @@ from fastworker.sync import many
 from fastworker.sync.choice import Choice
 from fastworker.table.chosen import Part
 from tests.integration.test_repairs import GROUP, STREAM, Scene, scene, worker  # noqa: F401 - fixtures
-from tests.services import ROOT, Service, environment
-
-RATE = 20.0
-_PROCESS = """
-import asyncio, json, os, sys
-from fastworker.commands.backfill import backfill
-from fastworker.sync.choice import Choice
-from fastworker.config import parse_config
-from fastworker.sync.hosts import Bounds, Hosts
-told = json.loads(sys.argv[1])
-async def main():
-    bounds = Bounds(idle_s=5, wait_max_s=30)
-    async with Hosts(told["plc"], own=frozenset(told["own"]), bounds=bounds, rate=lambda _: told["rate"]) as hosts:
-        return await backfill(parse_config(os.environ), Choice(known=True), asyncio.Event(), hosts=hosts)
-sys.exit(asyncio.run(main()))
-"""
+from tests.services import Service
 
 
 def config_of(scene: Scene) -> Config:
     env = {"REDIS_URL": scene.config.redis_url, "DATABASE_URL": scene.config.database_url or ""}
     return parse_config({**env, "RELAY_URL": scene.sim.relay.url.replace("http", "ws")})
-
-
-def process(scene: Scene) -> subprocess.Popen[bytes]:
-    told = {"plc": scene.sim.directory.url, "own": sorted(scene.sim.own), "rate": RATE}
-    env = {"REDIS_URL": scene.config.redis_url, "DATABASE_URL": scene.config.database_url or ""}
-    return subprocess.Popen(
-        [sys.executable, "-c", _PROCESS, json.dumps(told)],
-        env=environment(env),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
 
 
 async def chosen(scene: Scene, **choice: Any) -> ExitCode:
@@ -69,36 +39,6 @@ async def chosen(scene: Scene, **choice: Any) -> ExitCode:
 async def states(pg: asyncpg.Connection) -> dict[str, int]:
     rows = await pg.fetch("SELECT state, count(*) FROM fastworker.repos GROUP BY state")
     return {row["state"]: row["count"] for row in rows}
-
-
-async def test_killed_processes_share_the_work_and_go_on(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
-    scene.happen(450, lose=lambda n: n % 3 == 0)
-    await scene.finished()
-    known = {one.did for one in scene.network.world.accounts()}
-    for did in known:
-        await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid') ON CONFLICT DO NOTHING", did)
-    asked, killed = 3, 0
-    running = [process(scene), process(scene)]
-    async with asyncio.timeout(120):
-        while any(one.poll() is None for one in running):
-            await asyncio.sleep(0.02)
-            if sum(len(pds.asked) for pds in scene.sim.pdses) >= asked and killed < 2:
-                running[0].send_signal(signal.SIGKILL)
-                running[0].communicate()
-                killed, asked = killed + 1, asked + 3
-                running = [running[1], process(scene)]
-    for one in running:
-        assert one.communicate()[1] is not None
-        assert one.returncode == ExitCode.DONE
-    assert killed == 2
-    found = await states(pg)
-    assert found["done"] >= len(known)
-    assert not found.get("waiting")
-    assert not found.get("fetching")
-    assert await scene.differences(pg) == "no difference"
-    for server in (*scene.sim.pdses, scene.sim.directory):
-        assert server.most_in(2.0) <= RATE * 2 + RATE + 1
-    assert worker.process.poll() is None
 
 
 async def test_a_gap_is_closed_by_the_relays_list(

@@ -22,10 +22,13 @@ from fastworker.sync.hosts import Bounds, Hosts
 
 async def main(plan: Path) -> ExitCode:
     told = json.loads(plan.read_text("utf-8"))
-    hosts_module.CLOSED_S = (1.0, 2.0, 4.0)  # type: ignore[misc]
-    hosts_module.DIRECTORY_CLOSED_S = (1.0, 2.0)  # type: ignore[misc]
-    hosts_module.PARK_S = 1.0  # type: ignore[misc]
-    many.AGAIN_S = (1, 2, 4, 8)  # type: ignore[misc]
+    for module, name, pauses in (
+        (hosts_module, "CLOSED_S", (1.0, 2.0, 4.0)),
+        (hosts_module, "DIRECTORY_CLOSED_S", (1.0, 2.0)),
+        (hosts_module, "PARK_S", 1.0),
+        (many, "AGAIN_S", (1, 2, 4, 8)),
+    ):
+        setattr(module, name, pauses)
     config = parse_config(told["env"])
 
     def rate(host: str) -> float:

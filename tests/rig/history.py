@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     before: int = 30
     live_per_s: int = 500
     kills: int = 5
+    kills_worker: bool = True  # it costs its lease each time
     rate: float = 20.0
     directory_rate: float = 100.0
     seed: int = 1
@@ -132,7 +133,7 @@ class History:
         ms = int(time.time() * 1_000)
         if not is_lost:
             event = decode_frame(frame.data, "sim.test")
-            ms = int(self._client.xadd(STREAM, dict(encode_native(event))).partition(b"-")[0])  # type: ignore[arg-type, union-attr]
+            ms = int(self._client.xadd(STREAM, dict(encode_native(event))).partition(b"-")[0])  # type: ignore[arg-type]
         self.model.apply(frame.event, ms)
 
     def _settle(self) -> None:
@@ -205,8 +206,10 @@ class History:
                     moments.pop(0)
                     for one in running:
                         _kill(one)
-                    _kill(worker.process)
-                    worker, running = self._worker(), [self._backfill(), self._backfill()]
+                    if self.plan.kills_worker:
+                        _kill(worker.process)
+                        worker = self._worker()
+                    running = [self._backfill(), self._backfill()]
             refused = await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE state = 'refused'")
             failing.cancel()
             for pds in self.sim.pdses:
@@ -228,7 +231,8 @@ class History:
         assert row is not None
         lags = sorted(self._lags)
         return Outcome(
-            *row,
+            accounts=row[0],
+            records=row[1],
             live=self._live,
             seconds=seconds,
             kills=self.plan.kills - len(moments),
