@@ -12,9 +12,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastworker.monitor.facts import Status
+from fastworker.monitor.facts import DebtStatus, Status
 from fastworker.sync.told import HistoryStatus, RepairStatus
 
+OWED_LONG_S: Final = 10.0  # what is owed for longer is shown
 TREND: Final = 44  # looks shown as a line
 BAR: Final = 20  # characters of a bar
 _BARS: Final = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -82,7 +83,9 @@ def _written(status: Status) -> str:
     return ", ".join(f"{table} {per_s:,.1f}" for table, per_s in busiest if per_s >= 0.05)
 
 
-def _repairs(repair: RepairStatus) -> Text:
+def _repairs(repair: RepairStatus | None) -> Text:
+    if repair is None:
+        return Text()
     waiting = repair.waiting + repair.fetching
     words = f"{waiting:,} waiting" + (f", oldest {_seconds(repair.oldest_s)}" if waiting else "")
     words += f", {repair.gaps_open:,} gaps open" if repair.gaps_open else ""
@@ -112,11 +115,13 @@ def history_words(history: HistoryStatus) -> Text:
     return Text(words, style="yellow" if history.open and history.paused else "")
 
 
-def _from_hosts(status: Status) -> Iterator[tuple[str, Text]]:
-    if status.repair is not None:
-        yield "repairs", _repairs(status.repair)
-    if status.history is not None:
-        yield "history", history_words(status.history)
+def _debts(debts: DebtStatus | None) -> Text:
+    """Empty while all is paid in time."""
+    if debts is None or (debts.oldest_s <= OWED_LONG_S and not debts.put_back):
+        return Text()
+    words = f"{debts.owed:,} counters and joined rows, oldest {_seconds(debts.oldest_s)}"
+    words += f"; {debts.put_back:,} put back: {debts.error}" if debts.put_back else ""
+    return Text(words, style="yellow")
 
 
 def _overview(status: Status) -> RenderableType:
@@ -137,8 +142,10 @@ def _overview(status: Status) -> RenderableType:
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gap.at))
         after = "where it was" if gap.after is None else f"{gap.after}"
         table.add_row("gap", Text(f"{day} UTC {gap.relay}: {after} to {gap.resumed}, {gap.reason}", style="yellow"))
-    for name, words in _from_hosts(status):
-        table.add_row(name, words)
+    history = Text() if status.history is None else history_words(status.history)
+    for name, words in (("repairs", _repairs(status.repair)), ("owed", _debts(status.debts)), ("history", history)):
+        if words:
+            table.add_row(name, words)
     share = 100 * status.stream_entries / status.stream_entries_max
     size = "" if status.stream_bytes is None else f", {_bytes(status.stream_bytes)}"
     table.add_row("stream", f"{status.stream_entries:,} entries ({share:.0f} % of the limit){size}")

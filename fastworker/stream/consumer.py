@@ -282,7 +282,7 @@ class WorkerStream:
         ]
         async with self._group.translating():
             found, ghosts, claimed = await self._claim(
-                keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP]
+                keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP, self._lease_ms]
             )
             if ghosts < 0:
                 _tell_back(consumer)

@@ -8,6 +8,7 @@ full stream.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_
 from fastworker.stream.partitions import declare, layout
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
+
+log = logging.getLogger(__name__)
 
 OURS: Final = "fastworker"
 """Value of `reader` in `firehose:status`. The readers before this one do not write that member."""
@@ -151,6 +154,7 @@ class _Partition:
         self.keys = Keys(stream_key, group or GROUP, number)
         self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
         self.unread = ""  # the first unread id when we looked last
+        self.removed = ""  # the newest that XDEL had removed then
         self.finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._redis = redis
         self._group = group
@@ -169,10 +173,11 @@ class _Partition:
         """
         keys = self.keys
         async with translating(self._redis):
-            broken, finished, unread, request = await self._watch(
+            broken, finished, unread, request, removed = await self._watch(
                 keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
-                args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
+                args=[self._group, self.newest, MARKS_MAX, self.unread, appended, self.removed],
             )
+        self.removed = removed.decode() or self.removed
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
         lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
@@ -191,6 +196,18 @@ class _Partition:
                     raise
                 return 0, 0
         return int(moved), int(ghosts)
+
+
+async def _is_newest_ours(redis: Redis, parts: Sequence[_Partition]) -> bool:
+    """Whether a reader that leaves a mark in Redis, as ours do, appended the newest entry of each partition."""
+    async with translating(redis):
+        pipe = redis.pipeline(transaction=True)
+        for part in parts:
+            pipe.get(part.keys.tail)
+            pipe.xinfo_stream(part.keys.stream)
+        found: list[Any] = await pipe.execute(raise_on_error=False)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return all(isinstance(info, dict) and info["last-generated-id"] == tail for tail, info in pairs)
 
 
 class Feed:
@@ -293,8 +310,10 @@ class Feed:
         """Make `host` the relay that chunks come from, and say where to go on there.
 
         A cursor is never used on another relay: the main one counts if it is this host's, or nobody's (the
-        predecessor did not say whose), else what was kept for this host.
+        predecessor did not say whose), else what was kept for this host. One that somebody moved forward while nothing
+        came on the stream does not count: it would pass what nobody appended.
         """
+        left = int(self._cursor) if self._host == host and self._cursor.isdigit() else None
         async with translating(self._redis):
             pipe = self._redis.pipeline(transaction=True)
             pipe.get(self._cursor_key)
@@ -312,7 +331,14 @@ class Feed:
         if text is not None and not (text.isdigit() and int(text) < 2**53):
             held = text[:40].decode("utf-8", "replace")
             raise ConfigError(f"{self._cursor_key} holds {held!r}, which is not a cursor: delete it or correct it")
-        return Position(int(text) if text is not None else None, owner if owner != host else None)
+        seq = int(text) if text is not None else None
+        if left is not None and seq is not None and seq > left and await _is_newest_ours(self._redis, self._parts):
+            log.warning(
+                "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",
+                self._cursor_key, left, seq, left,
+            )  # fmt: skip
+            seq = left
+        return Position(seq, owner if owner != host else None)
 
     async def append(self, chunk: Chunk) -> bool:
         """Put the chunk on the stream and move the cursor; False: no room, nothing was done.

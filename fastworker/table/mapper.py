@@ -29,7 +29,7 @@ from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
 from fastworker.table.chosen import is_account_left_out, is_left_out
-from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
+from fastworker.table.dates import date_or, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
 URI_MAX = 512
@@ -67,7 +67,7 @@ class _Origin(msgspec.Struct, frozen=True, gc=False):
     op: Op
     cid: str
     created_at: datetime
-    latest: datetime  # the end of what its dates may say
+    happened: datetime
     lost: list[str]  # references that were left out
 
 
@@ -83,7 +83,6 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         return Mapped([], [], drops)
     commit_time = parse_date(commit.time) if commit.time is not None else None
     happened = moment_of(commit_time, entry_ms)
-    latest = latest_date(happened)
     rev, seq = commit.rev, commit.seq
     stamp = (commit_time, None if seq is None else str(seq), rev)
     changes: list[Change] = []
@@ -114,9 +113,9 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
             if record.get("$type", collection) != collection:
                 drops.append(Drop(Reason.TYPE_MISMATCH, collection, "$type"))
                 continue
-            created_at = date_or(record.get(date_member), happened, latest)
+            created_at = date_or(record.get(date_member), happened, happened)
             lost: list[str] = []
-            row = to_row(record, _Origin(uri, repo, op, cid, created_at, latest, lost))
+            row = to_row(record, _Origin(uri, repo, op, cid, created_at, happened, lost))
         except InvalidEvent as invalid:
             drops.append(Drop(invalid.reason, collection, invalid.detail[:_DETAIL_MAX]))
             continue
@@ -513,7 +512,7 @@ def _verification(record: Record, origin: _Origin) -> Row:
         origin.cid,
         _required_did(record.get("subject"), "subject"),
         _required(record.get("handle"), "handle").lower()[:NAME_MAX],
-        date_or(record.get("verifiedAt"), origin.created_at, origin.latest),  # in no lexicon, but some write it
+        date_or(record.get("verifiedAt"), origin.created_at, origin.happened),  # in no lexicon, but some write it
         origin.created_at,
     )
 

@@ -272,6 +272,20 @@ async def test_entries_are_claimed_from_the_dead_only(redis: Any) -> None:
     assert await ledger(redis) == {"ghosts": 1, "committed": 4}
 
 
+async def test_a_lease_without_an_end_is_given_one(redis: Any) -> None:
+    """As after a move to another Redis by a tool that copies no expiry: its owner is dead, and does not come back."""
+    alive = await consumer(redis)
+    [entry_id] = await add(redis, 1)
+    await alive.read(block_ms=1)
+    await redis.persist("fastworker:consumer:w-0")
+    other = await consumer(redis, lease_ms=100)
+    assert (await other.claim("w-0", idle_ms=0)).found == 0
+    async with asyncio.timeout(10):
+        while not (piece := await other.claim("w-0", idle_ms=0)).found:
+            await asyncio.sleep(0.02)
+    assert [e for e, _ in piece.entries] == [entry_id]
+
+
 async def test_a_foreign_consumer_is_emptied_but_never_deleted(redis: Any) -> None:
     stream = await consumer(redis)
     [entry_id] = await add(redis, 1)

@@ -284,8 +284,8 @@ class Chaos:
                     await redis.xclaim(KEY, GROUP, "dead-0", 0, [entry[0] for entry in entries], idle=90_000)
             case Step.IN_RECHECK:
                 await self._sql(
-                    "INSERT INTO fastworker.recheck (kind, key, owed_at) SELECT 'aggregate', post_uri, "
-                    "now() - interval '1 minute' FROM post_aggregations LIMIT 20 ON CONFLICT DO NOTHING"
+                    "INSERT INTO fastworker.recheck (kind, key) "  # roots: any other key is paid by the next flush
+                    "SELECT 'root', uri FROM posts LIMIT 20 ON CONFLICT DO NOTHING"
                 )
             case Step.BETWEEN_DEAD_LETTER_AND_ACK:
                 await self._poisoned()
