@@ -213,7 +213,8 @@ def _strong_ref(value: Any, member: str, lost: list[str]) -> tuple[str | None, s
 
 
 def _json_object(value: Any, origin: _Origin) -> str | None:
-    return json_text(value, origin.op, origin.lost) if type(value) is dict else None
+    """A link or byte string, too: from JSON they are objects, and the rows are the same from every form."""
+    return json_text(value, origin.op, origin.lost) if type(value) is dict or type(value) is bytes else None
 
 
 def _json_array(value: Any, origin: _Origin) -> str | None:
@@ -259,11 +260,11 @@ def _references(value: Any, member: str, lost: list[str]) -> list[Any]:
 # Embeds: what an API server would trip over is taken out.
 
 
-def _embed(value: Any, origin: _Origin) -> Record | None:
+def _embed(value: Any, origin: _Origin) -> Any:
     """The embed without media that name no blob and references that name no record; the very same object where there
     is nothing to mend."""
     if type(value) is not dict:
-        return None
+        return _media(value, origin)
     embed: Record = value
     kind = embed.get("$type")
     if kind == "app.bsky.embed.record":
@@ -335,9 +336,9 @@ def _is_mended(uri: Any) -> bool:
     return type(uri) is str and clean_text(uri) != uri
 
 
-def _media(value: Any, origin: _Origin) -> Record | None:
+def _media(value: Any, origin: _Origin) -> Any:
     if type(value) is not dict:
-        return None
+        return value if type(value) is bytes else None  # as in _json_object
     media: Record = value
     kind = media.get("$type")
     if kind == "app.bsky.embed.images":
