@@ -243,8 +243,7 @@ class _WorkerMonitor:
         return self._stuck(STUCK_S)
 
     def _stuck(self, longest_s: float) -> list[str]:
-        now = now_ms()
-        ages = [(snapshot.name, (now - snapshot.gauges.tick_ms) / 1000) for snapshot in self._children()]
+        ages = [(snapshot.name, (now_ms() - snapshot.gauges.tick_ms) / 1000) for snapshot in self._children()]
         return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:
