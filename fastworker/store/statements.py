@@ -402,6 +402,15 @@ REPAIRS = (
     "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, seen_at = now() "
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
+# Who is back after a deletion that took rows away: its host may still have them, and no event brings them again.
+REACTIVATED = (
+    "INSERT INTO fastworker.repairs AS r (did, seq) SELECT u.did, max(u.seq) "
+    "FROM unnest($1::varchar[], $2::bigint[]) AS u (did, seq) JOIN fastworker.accounts AS a ON a.did = u.did "
+    "LEFT JOIN fastworker.floors AS f ON f.did = u.did "
+    "WHERE a.active AND a.deleted_seq IS NOT NULL AND NOT coalesce("
+    f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(a.deleted_at) <= f.rev ELSE a.deleted_seq <= f.seq END, false) "
+    "GROUP BY u.did ON CONFLICT (did) DO UPDATE SET seq = greatest(r.seq, excluded.seq), seen_at = now()"
+)
 REPAIRED = "DELETE FROM fastworker.repairs WHERE did = $1 AND coalesce(seq, 0) <= $2"
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 REFUSED = (

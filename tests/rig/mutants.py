@@ -200,6 +200,7 @@ MUTANTS = [
     _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_PARTITIONS, "return max(known)"),
     _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_PARTITIONS, "max(seq)"),
     _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
+    _mutant("an older state is judged by what was known of the newer one", f"{_LUA}/watch.lua", "tests/integration/test_reader_parts.py", "if false then return end"),
     _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
