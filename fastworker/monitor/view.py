@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from fastworker.config import Config
-from fastworker.monitor.facts import Backlog, ProcessStatus
+from fastworker.monitor.facts import Backlog, DebtStatus, ProcessStatus
 from fastworker.monitor.rates import Written
 from fastworker.process.board import HISTOGRAMS, Snapshot, State
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream.admin import Stream
 from fastworker.stream.letters import Letter
-from fastworker.sync.told import RepairStatus
+from fastworker.sync.told import HistoryStatus, RepairStatus
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +31,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """Of the stream's reader, wherever it runs."""
     reader_age_s: float
     repair: RepairStatus | None = None
+    history: HistoryStatus | None = None
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +58,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     processes: list[ProcessStatus]
     written: list[Written]
     others: Mapping[str, str]  # what every worker on this stream last told
+    debts: DebtStatus | None = None  # what is owed in PostgreSQL; None: nobody has looked yet
 
     @property
     def children(self) -> list[Snapshot]:

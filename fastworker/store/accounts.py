@@ -35,6 +35,8 @@ async def put_accounts(db: Connection, accounts: dict[str, list[TimedAccount]]) 
         await db.execute(sql.ACCOUNTS_DELETED, *arrays)
         # mutant: a late deletion against a floor
         await db.execute(sql.SETTLE_AGAIN, *arrays)
+    if told := [(did, seq) for did, _, seq, _, _, _ in events if seq]:
+        await db.execute(sql.REACTIVATED, *columns(told))
 
 
 async def put_identities(writer: Writer, db: Connection, identities: dict[str, list[TimedIdentity]]) -> None:

@@ -23,11 +23,14 @@ _READ: Final = msgspec.structs.replace(
 
 
 class Owed(NamedTuple):
-    """What a main transaction leaves to be done after its commit: joined rows, by its note; counters or not."""
+    """What a main transaction leaves to be done after its commit: joined rows, by its note.
+
+    `is_owing`: there is something to pay, ours or others'.
+    """
 
     joined: set[Key]
     note: int | None
-    counters: bool
+    is_owing: bool
 
 
 async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
@@ -63,10 +66,10 @@ async def write_effects(
     await _copy_items(writer, db, effects)
     arguments = item_arguments(writer, effects) | last_arguments(writer, effects, progress) | (floors or {})
     if not arguments:
-        return Owed(set(), None, counters=False)
+        return Owed(set(), None, is_owing=False)
     done = await put(db, arguments)
     # mutant: nothing is owed (2)
-    return Owed(effects.owed, done["note"], counters=bool(done["is_owing"]))
+    return Owed(effects.owed, done["note"], is_owing=bool(done["is_owing"]))
 
 
 async def _copy_items(writer: Writer, db: Connection, effects: Effects) -> None:

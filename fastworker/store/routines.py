@@ -26,10 +26,11 @@ ORDER = (
     "look",
     "look_back",
     "recount",
+    "pay_apart",
     "pay_bucket",
-    "pay",
     "put",
     "recompute",
+    "pay",
     "put_whole",
 )  # a routine comes after those that it uses
 _HOT = tuple(table for table in TABLES if table.hot)
@@ -107,6 +108,8 @@ _OF_TABLE: dict[str, Callable[[Table], str]] = {
 _WORDS: dict[str, Callable[[], str]] = {
     "beats": lambda: statements.BEATS,
     "counters": lambda: str(statements.COUNTERS),
+    "joined": lambda: str(statements.JOINED_PARTS),
+    "refused": lambda: statements.REFUSED_ROW,
     "insert_new_rows": lambda: "".join(map(_insert_new, _HOT)).removeprefix("\n"),
     "new_rows_arguments": lambda: "\n    ".join(f"new_{table.name} {table.row_type}[]," for table in _HOT),
     "ours": lambda: str(KNOWS_FLOORS),

@@ -57,6 +57,10 @@ _FOREIGN: Final = " UNION ALL ".join(
 _STANDING: Final = (
     f"""SELECT * FROM ({_OF_HOT} UNION ALL {_OF_OURS} UNION ALL {_FOREIGN}) AS s ORDER BY uri COLLATE "C" """
 )
+_HANDLE: Final = (
+    "SELECT u.handle, i.handle, i.resolve_pending FROM fastworker.identities AS i "
+    "LEFT JOIN public.users AS u ON u.did = i.did WHERE i.did = $1"
+)
 
 
 def _of(did: str, statement: str) -> str:
@@ -183,6 +187,20 @@ class Stored:
     async def table_rows(self, table: Table, uris: Sequence[str]) -> dict[str, Row]:
         with translating():
             return {row[0]: tuple(row) for row in await self._connection.fetch(sql.select(table), uris)}
+
+    async def status(self, did: str) -> tuple[bool, str | None]:
+        """(active, status) by the newest #account event; somebody who had none is active."""
+        with translating():
+            row = await self._connection.fetchrow("SELECT active, status FROM fastworker.accounts WHERE did = $1", did)
+        active, status = (True, None) if row is None else row
+        return active, status
+
+    async def handle(self, did: str) -> tuple[str | None, str | None, bool]:
+        """(shown, claimed by the newest event, whether it is to be looked up still)."""
+        with translating():
+            row = await self._connection.fetchrow(_HANDLE, did)
+        shown, claimed, is_pending = (None, None, False) if row is None else row
+        return shown, claimed, is_pending
 
     async def recorded_repairs(self) -> list[str]:
         """DIDs whose #sync came by the stream, the oldest first."""

@@ -154,6 +154,7 @@ class _Partition:
         self.keys = Keys(stream_key, group or GROUP, number)
         self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
         self.unread = ""  # the first unread id when we looked last
+        self.removed = ""  # the newest that XDEL had removed then
         self.finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._redis = redis
         self._group = group
@@ -165,17 +166,21 @@ class _Partition:
             _, seq, host = mark.decode().split(" ")
             self.finished = (host, int(seq))
 
-    async def watch(self, appended: str) -> tuple[bool, bytes]:
+    async def watch(self, appended: str, cursor_key: str, cursor: str) -> tuple[bool, bytes]:
         """Whether something unread is gone, and to where PostgreSQL asks the reader to go back.
 
-        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted.
+        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted. `cursor`: as
+        the reader left it; where it is behind that now, ReaderLeaseLost.
         """
         keys = self.keys
         async with translating(self._redis):
-            broken, finished, unread, request = await self._watch(
-                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
-                args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
+            broken, finished, unread, request, removed, behind = await self._watch(
+                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given, cursor_key],
+                args=[self._group, self.newest, MARKS_MAX, self.unread, appended, self.removed, cursor],
             )
+        if behind:
+            raise ReaderLeaseLost(f"{cursor_key} holds {behind.decode()} where this reader had left {cursor}")
+        self.removed = removed.decode() or self.removed
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
         lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
@@ -273,6 +278,14 @@ class Feed:
         """Streams of so many partitions that nothing was ever appended to."""
         known = (await layout(self._redis, self._stream)).known
         return [Keys(self._stream, partition=number).stream for number in range(known, count)]
+
+    async def begin_term(self) -> None:
+        """Redis may be an older one: a cursor that is behind ours counts, what was known of unread entries does not."""
+        cursor = await self.peek_cursor()
+        if cursor.isdigit() and self._cursor.isdigit():
+            self._cursor = min(cursor, self._cursor, key=int)
+        for part in self._parts:
+            part.newest = part.unread = ""
 
     async def open_partitions(self, count: int) -> None:
         """Tell the workers how many there are, before anything is appended to them."""
@@ -416,11 +429,11 @@ class Feed:
         return min(known) if len(known) == len(marks) else None
 
     async def watch(self) -> None:
-        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
+        """Look at what is unread; StreamBroken when it is gone, StoreWentBack, ReaderLeaseLost where Redis is older."""
         if self._partitions > 1:
             await declare(self._redis, self._stream, self._partitions)  # somebody may have deleted the key
         appended = f"{self._cursor} {self._host}" if len(self._parts) > 1 and self._cursor else ""
-        found = [await part.watch(appended) for part in self._parts]
+        found = [await part.watch(appended, self._cursor_key, self._cursor) for part in self._parts]
         if any(broken for broken, _ in found):
             raise StreamBroken
         for _, request in found:
@@ -475,13 +488,8 @@ class Feed:
 
         How many were moved, and how many were only ids: their entries had been trimmed by somebody.
         """
-        args: list[str | int] = [
-            self._group,
-            abandoned_ms,
-            abandoned_ms // 60,
-            self._dead_letter_maxlen,
-            int(time.time() * 1000),
-        ]
+        now_ms = int(time.time() * 1000)
+        args: list[str | int] = [self._group, abandoned_ms, abandoned_ms // 60, self._dead_letter_maxlen, now_ms]
         found = [await part.set_aside_abandoned(args) for part in self._parts]
         return sum(moved for moved, _ in found), sum(ghosts for _, ghosts in found)
 

@@ -19,14 +19,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable, first_of
 from fastworker.event.repository import Repository
-from fastworker.store.chosen_accounts import read_accounts
+from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import (
     AGAIN_S,
@@ -42,16 +42,21 @@ from fastworker.store.store import Store
 from fastworker.store.stored import Stored, open_stored
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.stream.consumer import FOREIGN_IDLE_MS
+from fastworker.stream.repairs import cursor_relay
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
-from fastworker.sync.hosts import Hosts
+from fastworker.sync.hosts import HostError, Hosts, pds_of
+from fastworker.sync.progress import Teller
 from fastworker.sync.settle import SMALL_BYTES, Job, Report, Settle, Settled, unless_stopped
+from fastworker.sync.status import Word
 from fastworker.table.snapshot import Snapshot
 
 LOOK_S: Final = 0.3
+COUNT_S: Final = 2.0
+"""What is left in the queue is counted no more often, while there is work: it may be millions."""
 STALL_S: Final = 120.0  # without progress of the worker
 LIVE_S: Final = 2.0
 """While the oldest unfinished entry is older, history waits."""
-LIVE_PAUSE_S: Final = 10.0  # but never longer than this for one account
+LIVE_PAUSE_S: Final = 10.0  # but never longer than this before one batch
 _SPOOL: Final = "fastworker-repositories-"
 _PASSING: Final = frozenset((Refusal.UNREACHABLE, Refusal.BAD_CAR, Refusal.BAD_ANSWER, Refusal.NO_SPACE, Refusal.STALE))
 _GONE: Final = frozenset((Refusal.GONE,))
@@ -106,6 +111,10 @@ class Live:
         last_id = "0-0" if stream is None else stream.last_id
         return Mark(int(text), last_id, datetime.now(UTC).replace(tzinfo=None))
 
+    async def relay(self) -> str | None:
+        """Whose the cursor is."""
+        return await cursor_relay(self._admin)
+
     async def finished(self, mark: Mark) -> None:
         """Wait until the group has finished everything that was on the stream before the request."""
         last, since, asked = "", time.monotonic(), time.monotonic()
@@ -149,6 +158,26 @@ class Live:
             return self._unfinished
 
 
+class Pace:
+    """Live first: entered for each batch of history. It waits while the live stream is behind, and writes for no more
+    than `share` of the time."""
+
+    def __init__(self, live: Live, share: float) -> None:
+        self._live = live
+        self._share = share
+        self._began = self._not_before = 0.0
+
+    async def __aenter__(self) -> None:
+        # mutant: history does not wait for the live stream
+        await self._live.first()
+        await asyncio.sleep(self._not_before - time.monotonic())
+        self._began = time.monotonic()
+
+    async def __aexit__(self, *_: object) -> None:
+        ended = time.monotonic()
+        self._not_before = ended + min((ended - self._began) * (1 / self._share - 1), LIVE_PAUSE_S)
+
+
 def _order(entry_id: str) -> list[int]:
     return [int(part) for part in entry_id.split("-")]
 
@@ -157,8 +186,17 @@ Keep = Callable[[str, Repository, Snapshot, str], Awaitable[None]]
 """What to do with a repository instead of comparing it: DID, repository, its snapshot, what was on the stream then."""
 
 
+class _Ready(NamedTuple):
+    """A repository that was fetched, to be compared; `settle`: how."""
+
+    job: Job
+    settle: Settle
+    settled: asyncio.Future[Settled]
+
+
 class Many:
-    """The engine. `repaired` is told of each account that is equal now, with its S0. `keep`: see Keep."""
+    """The engine. `settle`, and how history is settled: at its pace. `repaired` is told of each account that is equal
+    now, with its S0. `keep`: see Keep."""
 
     def __init__(
         self,
@@ -166,6 +204,7 @@ class Many:
         hosts: Hosts,
         live: Live,
         settle: Settle,
+        history: Settle,
         folder: Path,
         report: Report,
         repaired: Callable[[str, int], Awaitable[None]],
@@ -176,12 +215,13 @@ class Many:
         self._hosts = hosts
         self._live = live
         self._settle = settle
+        self._history = history
         self._folder = folder
         self._report = report
         self._repaired = repaired
         self._at_work: set[str] = set()
         self._one = asyncio.Lock()  # one group of accounts is compared at a time, while others are fetched
-        self._ready: list[tuple[Job, asyncio.Future[Settled]]] = []  # fetched, to be compared
+        self._ready: list[_Ready] = []  # fetched, to be compared
 
     async def all(self, work: Work, at_once: int, feed: Callable[[], Awaitable[None]] | None = None) -> None:
         """Until nothing is left that this may do. `feed` puts more into the queue meanwhile."""
@@ -189,12 +229,16 @@ class Many:
             feeding = None if feed is None else tasks.create_task(_awaited(feed))
             renewing = tasks.create_task(self._renew())
             running: set[asyncio.Task[None]] = set()
+            left, due = Left(0, 0, 0.0), 0.0
             while True:
                 running = {task for task in running if not task.done()}
                 room = at_once - len(running)
                 claimed = await self._waiting.claim(room, work.priority_max) if room else []
                 running |= {tasks.create_task(self._account(one, work)) for one in claimed}
-                left = await self._waiting.left(work.priority_max)
+                if not running or time.monotonic() >= due:
+                    began = time.monotonic()
+                    left = await self._waiting.left(work.priority_max)
+                    due = time.monotonic() + max(COUNT_S, 20 * (time.monotonic() - began))
                 self._report.tell(left.waiting + left.fetching, self._hosts.resting())
                 if running:
                     await asyncio.wait(running, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -224,12 +268,42 @@ class Many:
             self._at_work.discard(one.did)
 
     async def _one_account(self, one: Claim, work: Work) -> None:
-        document = None
         mark = await self._live.mark()
-        if not one.host:
-            document, host = await document_of(self._hosts, one.did)
-            if not await self._waiting.moved(one.did, host):
-                return
+        try:
+            await self._fetched(one, work, mark)
+        except NotFetched as error:
+            if error.status is not None and self._keep is None:
+                await self._live.finished(mark)
+                found = Settled(one.did)
+                async with self._one:
+                    await self._settle.status(await self._word(one, mark), error.status, found)
+                self._report.gone(found)
+            raise
+
+    async def _word(self, one: Claim, mark: Mark) -> Word:
+        return Word(one.did, await self._live.relay(), mark.seq)
+
+    async def _account_of(self, one: Claim, mark: Mark, document: dict[str, Any]) -> Settled:
+        """What document and host say of the account itself. That a host serves a repository says that it is active only
+        where it says so."""
+        found, word = Settled(one.did), await self._word(one, mark)
+        status = None
+        if not await self._settle.is_active(one.did):
+            try:
+                said = await self._hosts.repo_status(pds_of(document) or "", one.did)
+            except HostError:
+                said = None
+            if said is None:
+                return found
+            status = None if said.active else said.status
+        await self._settle.status(word, status, found)
+        await self._settle.handle(word, document, found)
+        return found
+
+    async def _fetched(self, one: Claim, work: Work, mark: Mark) -> None:
+        document, host = await document_of(self._hosts, one.did)
+        if host != one.host and not await self._waiting.moved(one.did, host):
+            return
         async with fetched(self._hosts, one.did, self._folder, document=document) as repository:
             if self._keep is None:
                 await self._live.finished(mark)
@@ -245,43 +319,48 @@ class Many:
                 await self._waiting.ended(one.did, "spooled", "")
                 self._report.kept()
                 return
-            if one.priority >= CHOSEN:
-                await self._live.first()
-            job = Job(repository, snapshot, one.part, accept_older=work.accept_older)
-            settled, size = await self._together(job), repository.size
+            settle = self._history if one.priority >= CHOSEN else self._settle
+            async with self._one:
+                found = await self._account_of(one, mark, document)
+            job = Job(repository, snapshot, one.part, accept_older=work.accept_older, result=found)
+            settled, size = await self._together(job, settle), repository.size
         await self._settled(one, settled, snapshot, size)
 
-    async def _together(self, job: Job) -> Settled:
+    async def _together(self, job: Job, settle: Settle) -> Settled:
         """Whoever comes while others are compared is compared with all who come meanwhile."""
         settled: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
-        self._ready.append((job, settled))
+        self._ready.append(_Ready(job, settle, settled))
         async with self._one:
             while not settled.done():
                 group = self._next_group()
                 try:
                     await self._settle_group(group)
                 except BaseException as error:
-                    for _, one in group:
-                        if not one.done():
-                            one.set_exception(error) if isinstance(error, Exception) else one.cancel()
+                    for one in group:
+                        if not one.settled.done():
+                            one.settled.set_exception(error) if isinstance(error, Exception) else one.settled.cancel()
                     raise
         return await settled
 
-    def _next_group(self) -> list[tuple[Job, asyncio.Future[Settled]]]:
+    def _next_group(self) -> list[_Ready]:
         """Those who came first, as many as may be held at once."""
-        group: list[tuple[Job, asyncio.Future[Settled]]] = []
+        group: list[_Ready] = []
         size = 0
-        while self._ready and (not group or size + self._ready[0][0].repository.size <= SMALL_BYTES):
+        while self._ready:
+            one = self._ready[0]
+            if group and (size + one.job.repository.size > SMALL_BYTES or one.settle is not group[0].settle):
+                break
             group.append(self._ready.pop(0))
-            size += group[-1][0].repository.size
+            size += one.job.repository.size
         return group
 
-    async def _settle_group(self, group: list[tuple[Job, asyncio.Future[Settled]]]) -> None:
-        floor = await self._settle.may_floor() and await self._live.all_are_ours()
-        jobs = [job._replace(floor=floor) for job, _ in group]
-        for settled, (_, future) in zip(await self._settle.settle_some(jobs), group, strict=True):
-            if not future.done():
-                future.set_result(settled)
+    async def _settle_group(self, group: list[_Ready]) -> None:
+        settle = group[0].settle
+        floor = await settle.may_floor() and await self._live.all_are_ours()
+        jobs = [one.job._replace(floor=floor) for one in group]
+        for found, one in zip(await settle.settle_some(jobs), group, strict=True):
+            if not one.settled.done():
+                one.settled.set_result(found)
 
     async def _settled(self, one: Claim, settled: Settled, snapshot: Snapshot, size: int) -> None:
         self._report.add(settled)
@@ -344,6 +423,8 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             hosts.share(queue)
             if config.accounts is not None:
                 await read_accounts(config.accounts, queue.followed)
+                reading = asyncio.create_task(keep_reading(config.accounts, queue.followed))
+                stack.callback(reading.cancel)
             folder = stack.enter_context(spool())
             yield Scene(config, admin, Live(admin, config), stored, store, queue, hosts, folder)
     except (StoreUnavailable, StreamUnavailable) as error:
@@ -370,15 +451,37 @@ async def settle_all(
             await repaired(did, seq)
 
     waiting: Waiting = scene.queue if only is None else only
-    settle = Settle(scene.stored, scene.store if only is None else None)
-    many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget, keep)
+    store = scene.store if only is None else None
+    settle = Settle(scene.stored, store)
+    history = Settle(scene.stored, store, Pace(scene.live, scene.config.backfill_share))
+    many = Many(waiting, scene.hosts, scene.live, settle, history, scene.folder, report, forget, keep)
+    telling = None
+    if only is None and work.priority_max >= CHOSEN:
+        telling = asyncio.create_task(_keep_telling(scene))
     try:
         if not await unless_stopped(many.all(work, scene.config.fetch_at_once, feed), stop):
             report.stop()
             await waiting.give_back()
     except* (StoreUnavailable, StreamUnavailable, Unreachable, ConfigError) as group:
         raise first_of(group) from None
+    finally:
+        if telling is not None:
+            telling.cancel()
+            await asyncio.wait({telling})
     return report.end()
+
+
+async def _keep_telling(scene: Scene) -> None:
+    """How far history is, for status, page and metrics; once more at the end."""
+    teller = Teller()
+    try:
+        while True:
+            with contextlib.suppress(StoreUnavailable, StreamUnavailable):
+                await teller.tell(scene.admin, scene.queue)
+            await asyncio.sleep(1.0)
+    finally:
+        with contextlib.suppress(StoreUnavailable, StreamUnavailable):
+            await teller.tell(scene.admin, scene.queue, at_once=True)
 
 
 @contextmanager

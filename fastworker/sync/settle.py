@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
@@ -34,7 +34,9 @@ from fastworker.store.audit import StoredRecord
 from fastworker.store.floors import all_know_floors, put_floors, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import AccountState, Holding, Standing, StandingRows, Stored
+from fastworker.sync.hosts import handle_in
 from fastworker.sync.judge import agrees, differing, is_extra, is_unknown, judge
+from fastworker.sync.status import Word, take_handle, take_word
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
 from fastworker.table.derive import did_of
@@ -78,7 +80,7 @@ class Job(NamedTuple):
     """A repository to settle. It was walked before (`check`), so that it is known to be whole.
 
     `floor`: it was so at S0, and every worker knows floors. `part`: what is compared; where that is not all of it there
-    is no floor.
+    is no floor. `result`: goes on with it.
     """
 
     repository: Repository
@@ -86,6 +88,7 @@ class Job(NamedTuple):
     part: Part = WHOLE
     floor: bool = False
     accept_older: bool = False
+    result: Settled | None = None
 
 
 class _Look:
@@ -94,7 +97,7 @@ class _Look:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.snapshot = job.snapshot
-        self.result = Settled(job.snapshot.did)
+        self.result = Settled(job.snapshot.did) if job.result is None else job.result
         self.account = AccountState(None, None, None, is_forbidden=False)
         self.changes: list[Change] = []
         self.dids: dict[str, list[str]] = {}
@@ -107,7 +110,7 @@ class _Look:
         table, rkey, snapshot = collection_table(uri), uri.rpartition("/")[2], self.snapshot
         self.changes.append(Change(table, uri, snapshot.did, rkey, snapshot.rev, snapshot.seq, 0, cid=None, row=None))
         self.result.extra[table.name] += 1
-        self._example(f"{table.name} {uri} extra")
+        _example(self.result, f"{table.name} {uri} extra")
 
     def put(self, change: Change, piece: Piece, problem: str) -> None:
         """What is missing or different."""
@@ -115,23 +118,22 @@ class _Look:
         kind[change.table.name] += 1
         self.changes.append(change)
         self.dids[change.uri] = piece.dids[change.uri]
-        self._example(f"{change.table.name} {change.uri} {problem}")
+        _example(self.result, f"{change.table.name} {change.uri} {problem}")
 
     def take(self) -> list[Change]:
         taken, self.changes = self.changes, []
         return taken
 
-    def _example(self, words: str) -> None:
-        if len(self.result.examples) < EXAMPLES:
-            self.result.examples.append(words)
-
 
 class Settle:
-    """`store` None: only look."""
+    """`store` None: only look. `pace`: entered for each batch that is written, so that others have their turn."""
 
-    def __init__(self, stored: Stored, store: Store | None) -> None:
+    def __init__(
+        self, stored: Stored, store: Store | None, pace: AbstractAsyncContextManager[object] | None = None
+    ) -> None:
         self._stored = stored
         self._store = store
+        self._pace = pace or nullcontext()
 
     async def settle(
         self,
@@ -141,9 +143,10 @@ class Settle:
         accept_older: bool = False,
         floor: bool = False,
         part: Part = WHOLE,
+        result: Settled | None = None,
     ) -> Settled:
         """One account: see Job."""
-        return (await self.settle_some([Job(repository, snapshot, part, floor, accept_older)]))[0]
+        return (await self.settle_some([Job(repository, snapshot, part, floor, accept_older, result)]))[0]
 
     async def settle_some(self, jobs: Sequence[Job]) -> list[Settled]:
         """Several accounts, in one flush as far as they are small: each costs a share of the statements."""
@@ -168,6 +171,17 @@ class Settle:
     def alone(self, dids: Sequence[str]) -> AbstractAsyncContextManager[None]:
         """See Stored.alone."""
         return self._stored.alone(dids)
+
+    async def is_active(self, did: str) -> bool:
+        return (await self._stored.status(did))[0]
+
+    async def status(self, word: Word, status: str | None, result: Settled) -> None:
+        """What its host says of the account, compared and taken: see sync/status.py."""
+        _count(result, "fastworker.accounts", await take_word(self._stored, self._store, word, status))
+
+    async def handle(self, word: Word, document: dict[str, Any], result: Settled) -> None:
+        """The same of the handle that its document claims."""
+        _count(result, "users", await take_handle(self._stored, self._store, word, handle_in(document)))
 
     async def may_floor(self) -> bool:
         """Whether every fastworker that is connected to PostgreSQL knows floors."""
@@ -322,7 +336,8 @@ class Settle:
             batch.put(Mapped([change], dids.get(change.uri, []), []))
         try:
             old = max(look.snapshot.taken_at for look in looks.values()) - OLD
-            written = await self._store.write(batch, read_before=old)
+            async with self._pace:
+                written = await self._store.write(batch, read_before=old)
         except RowRejected:
             if len(changes) == 1:  # the database refuses this one: its siblings live
                 looks[changes[0].repo].result.drops["row_rejected"] += 1
@@ -368,6 +383,20 @@ def _by_table(changes: Iterable[Change]) -> list[tuple[Table, list[Change]]]:
     return list(found.values())
 
 
+def _count(result: Settled, table: str, differs: bool | None) -> None:
+    """One row that may be another one; None: it is not judged."""
+    if differs is not None:
+        result.compared[table] += 1
+    if differs:
+        result.different[table] += 1
+        _example(result, f"{table} {result.did} different")
+
+
+def _example(result: Settled, words: str) -> None:
+    if len(result.examples) < EXAMPLES:
+        result.examples.append(words)
+
+
 async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
     """Await it, or cancel it at a stop. Whether it came to its end."""
     task = asyncio.create_task(work)
@@ -408,6 +437,11 @@ class Report:
             counts.update(getattr(settled, kind))
         self._drops.update(settled.drops)
         self._examples += settled.examples[: EXAMPLES - len(self._examples)]
+
+    def gone(self, found: Settled) -> None:
+        """An account whose host says why it gives no repository."""
+        for kind, counts in self._kinds.items():
+            counts.update(getattr(found, kind))
 
     def kept(self) -> None:
         """A repository is on disk, to be loaded."""

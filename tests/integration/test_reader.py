@@ -38,7 +38,7 @@ from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.scripts import script
 from tests import replies
 from tests.rig.proxy import Proxy
-from tests.servers import RedisUnderTest
+from tests.servers import RedisUnderTest, counts_reads
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 TIME = "2026-01-02T03:04:05.678Z"
@@ -601,6 +601,34 @@ async def test_a_frame_too_large_to_receive_is_passed_over(
     ]
 
 
+async def test_a_relay_with_nothing_but_a_frame_too_large_is_left(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is asked to begin, it sends what we have and then that frame: there is no getting past it."""
+    monkeypatch.setattr("fastworker.reader.relay.FRAME_MAX", 10_000)
+    monkeypatch.setattr(follow, "SEQ_JUMP", 32)
+    monkeypatch.setattr(follow, "FAILURES_BEFORE_NEXT_RELAY", 1)
+
+    async def stuck(self: Relay, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for data in (identity(1), identity(2), b"x" * 20_000):
+            await socket.send_bytes(data)
+        await socket.receive()
+        return socket
+
+    other = Relay()
+    await other.start()
+    relay.answers = [stuck] * 100
+    other.add(5)
+    await redis.mset({CURSOR: "0", f"fastworker:cursor:{other.host}": "4"})
+    try:
+        async with reading(settings(redis_url, relay, other)):
+            await until(cursor_is(redis, 5), 10)
+    finally:
+        await other.stop()
+
+
 async def test_a_relay_that_never_answers_close_is_closed() -> None:
     """It goes on sending: each message is less than the limit away, the whole is not."""
 
@@ -1042,7 +1070,15 @@ async def _trim_a_little(redis: Redis) -> None:
     await redis.xtrim(STREAM, maxlen=69, approximate=False)
 
 
-LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little]
+async def _pick(redis: Redis) -> None:
+    """In the middle, where no mark is: from Redis 7 on the stream tells."""
+    if not await counts_reads(redis):
+        pytest.skip("Redis before 7.0 does not say what was removed")
+    found = replies.entries(await redis.xrange(STREAM))
+    await redis.xdel(STREAM, found[-35][0], found[-34][0])
+
+
+LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little, _pick]
 
 
 async def _read(redis: Redis, count: int) -> set[int]:

@@ -35,7 +35,7 @@ from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
 from fastworker.stream import feed, members
 from fastworker.stream.scripts import script
-from fastworker.sync import gaps, history, syncer, tell
+from fastworker.sync import gaps, history, progress, syncer, tell, widen
 from fastworker.table.schema import (
     DERIVED,
     FEED_GENERATORS,
@@ -241,7 +241,7 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found = [
         text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
     ]
-    for module in (repos, gaps, tell, syncer, history):  # of the syncer
+    for module in (repos, gaps, tell, progress, syncer, history, widen):  # of the syncer
         mine = [value for name, value in vars(module).items() if name.startswith("_") and isinstance(value, str)]
         found += [text for text in mine if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)]
     found += [*sql.CIDS.values()]
@@ -279,21 +279,24 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT + words["put_5"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_6"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_5"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_6"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
     yield sql.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
-    yield sql.RECOMPUTE + words["recompute_4"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
+    yield sql.RECOMPUTE + words["recompute_5"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
     yield (
-        sql.RECOMPUTE + words["recompute_4"],
+        sql.RECOMPUTE + words["recompute_5"],
         [[POST], [POST], [POST], services, [POST], *owed, None, True, True, True],
     )
     yield sql.RECOUNT + words["recount_1"], [[POST], True, True]
-    yield sql.PAY + words["pay_1"] + words["pay_bucket_1"] + words["recount_1"], [True, True]
+    yield (
+        sql.PAY + words["pay_2"] + words["pay_bucket_2"] + words["pay_apart_1"] + words["recount_1"],
+        [True, True],
+    )
 
 
 async def rows_for_calls(connection: asyncpg.Connection) -> None:
@@ -306,9 +309,12 @@ async def rows_for_calls(connection: asyncpg.Connection) -> None:
         await connection.fetch(sql.insert(table), [tuple(row)])
 
 
+# What is owed in one bucket, a part of it for a counter that is put back.
 OWE = (
-    "INSERT INTO fastworker.debts (bucket, deltas) SELECT fastworker.bucket(d.post_uri), ARRAY[d] "
-    "FROM (SELECT ($1::varchar, 0, 0, 0, 0, 0)::fastworker.post_aggregations_row AS d) AS of, unnest(ARRAY[of.d]) AS d"
+    "INSERT INTO fastworker.debts (bucket, deltas, attempts, not_before) "
+    "SELECT fastworker.bucket($1), ARRAY[(key, 0, 0, 0, 0, 0)::fastworker.post_aggregations_row], attempts, not_before "
+    "FROM (VALUES ($1::varchar, 0, '-infinity'::timestamptz), ('at://refused', 0, '-infinity'), "
+    "('at://refused', 1, 'infinity')) AS of (key, attempts, not_before)"
 )
 
 

@@ -2,7 +2,7 @@
 -- join two records. If anything else is to be done (a row is not new, one is beaten or among the twins, somebody must
 -- not be stored, or is older than a floor), nothing is, with SQLSTATE FW001. `is_late`: it is all written, and something overtook it, or
 -- more than `crowd` thread contexts follow: the look back is the caller's.
-CREATE OR REPLACE PROCEDURE fastworker.put_whole_5(
+CREATE OR REPLACE PROCEDURE fastworker.put_whole_6(
     new_users varchar[],
     {{new_rows_arguments}}
     new_quotes fastworker.quotes_row[],
@@ -38,7 +38,7 @@ BEGIN
         -- mutant: no look before a whole flush
         RAISE EXCEPTION 'not only new rows' USING ERRCODE = 'FW001';
     END IF;
-    SELECT p.is_owing INTO is_owing FROM fastworker.put_5(
+    SELECT p.is_owing INTO is_owing FROM fastworker.put_6(
         new_users => new_users, {{new_rows_passed}}, whole => true,
         no_quotes => NULL, new_quotes => new_quotes, no_feed_items => NULL, new_feed_items => new_feed_items,
         no_notifications => NULL, new_notifications => new_notifications, unseen_posts => NULL, unseen_viewers => NULL,
@@ -60,12 +60,12 @@ BEGIN
         ARRAY(SELECT user_did FROM unnest(new_likes)), crowd, with_contexts, with_gates, with_services);
     -- mutant: joined rows of a whole flush never recomputed
     IF NOT is_late AND coalesce(contexts, gates, services) IS NOT NULL THEN
-        PERFORM fastworker.recompute_4(
+        PERFORM fastworker.recompute_5(
             contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => '{}',
             services => coalesce(services, '{}'), aggregates => '{}', owed_kinds => '{}', owed_keys => '{}',
             owed_times => '{}', note => NULL, patient => false, with_replies => with_replies, with_quotes => with_quotes);
     END IF;
     IF is_owing THEN
-        CALL fastworker.pay_1(with_replies, with_quotes, paid);
+        CALL fastworker.pay_2(with_replies, with_quotes, paid);
     END IF;
 END $$;
