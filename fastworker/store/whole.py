@@ -1,75 +1,218 @@
-"""A flush of few new rows as one call: all steps of store/flush.py inside PostgreSQL, one round trip instead of ten.
+"""A small flush in one call or two: the steps of store/flush.py inside PostgreSQL, without round trips between them.
 
-The routine writes nothing, and says so, unless there is nothing to do but to insert new rows.
+Few new rows of the hot tables are one call. If there is more to do, the first call (`first`) commits what comes before
+the rows and reads, without locks, what is stored of the batch's records. What has to change is decided here, and the
+second call (`put_whole`) writes it if under its locks everything is still as it was read. Otherwise it writes nothing,
+and the flush goes step by step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
 from asyncpg.exceptions import PostgresError
 
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
-from fastworker.store.effects import item_arguments, last_arguments
-from fastworker.store.flush import FEW_USERS, FloorCame, Plan, Written, finish
-from fastworker.store.look import joins, lowest, nothing
+from fastworker.store.effects import Owed, gate_arguments, item_arguments, last_arguments, profile_rows
+from fastworker.store.flush import FEW_USERS, FloorCame, Plan, Written, finish, first_arguments, pay_owed, put_first
+from fastworker.store.joined import keys_of
+from fastworker.store.look import back_arguments, lowest, nothing
 from fastworker.store.rows import by_table
 from fastworker.store.session import Connection
-from fastworker.store.writer import Writer
+from fastworker.store.settle import change_records, follow
+from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
-from fastworker.table.batch import Batch
+from fastworker.table.batch import Batch, Change, Row
 from fastworker.table.derive import Effects
+from fastworker.table.pairs import Found, pair_of, rearrange
+from fastworker.table.schema import TABLES, Table
+
+
+class Stored(NamedTuple):
+    """What `first` read: rows by table, then uri; and which version of each row it is."""
+
+    rows: dict[str, dict[str, Row]]
+    seen: list[str]
+
+
+class Decided(NamedTuple):
+    """What a small flush writes: arguments of `put_whole`, what follows, and how many rows change."""
+
+    arguments: dict[str, Any]
+    effects: Effects
+    rows: int
 
 
 async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written | None:
-    """None: there is more to do than to insert new rows: go step by step."""
-    if not _may_be_whole(writer, batch) or len(users := writer.unknown(batch.dids)) > FEW_USERS:
+    """None: it goes step by step. Nothing is written then but what is committed before the rows."""
+    if not _is_small(writer, batch):
         return None
-    effects = Effects(writer.derive)
-    upserts = sorted(batch.changes.values(), key=lambda c: c.uri)
-    new = {}
-    for table, mine in by_table(upserts):
-        derive.add(effects, table, mine)
-        new["new_" + table.name] = [c.row for c in mine]
-    lowest_rev, lowest_seq = lowest(upserts)
+    changes = sorted(batch.changes.values(), key=lambda c: c.uri)
+    try:
+        if _is_new(batch) and (written := await _unless_read(_write(writer, db, batch, changes, Stored({}, [])))):
+            return written
+        stored = await _first(writer, db, batch, changes)
+        await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
+        if not (changes or batch.progress or writer.unknown(batch.dids)):
+            return Written(0, 0, 0)
+        return await _unless_read(_write(writer, db, batch, changes, stored))
+    except FloorCame:
+        return None
+    except PostgresError as error:
+        if error.sqlstate != sql.LOOK_FIRST:
+            raise
+        return None
+
+
+def _is_small(writer: Writer, batch: Batch) -> bool:
+    size = len(batch.changes)
+    return (
+        size <= writer.whole_rows_max
+        and bool(size or batch.dids or batch.syncs or batch.progress)
+        and size < writer.copying.rows_min
+        and len(writer.unknown(batch.dids)) <= FEW_USERS
+    )
+
+
+def _is_new(batch: Batch) -> bool:
+    """Whether, as far as this process knows, there are only new rows of hot tables. The routine knows better."""
+    return not (batch.accounts or batch.identities or batch.syncs) and all(
+        c.row is not None and c.table.hot for c in batch.changes.values()
+    )
+
+
+async def _unless_read(work: Awaitable[Written | None]) -> Written | None:
+    """None, too, where the rows are not as the call was told."""
+    try:
+        return await work
+    except PostgresError as error:
+        if error.sqlstate != sql.NOT_AS_READ:
+            raise
+        return None
+
+
+async def _first(writer: Writer, db: Connection, batch: Batch, changes: list[Change]) -> Stored:
+    """Commit what comes before the rows, and read what is stored of them."""
+    arguments = first_arguments(writer, batch, nothing())
+    users = writer.unknown(batch.dids) if batch.identities else []
+    if batch.identities:  # a handle is shown in a row of users
+        arguments |= {"dids": list(batch.dids), "new_users": users or None}
+    if changes:
+        arguments |= {"tables": [c.table.name for c in changes], "uris": [c.uri for c in changes]}
+    found = await writer.retry(lambda: put_first(db, arguments))
+    writer.remember(users)
+    rows = {
+        table.name: {row[0]: tuple(row) for row in some}
+        for table, some in zip(TABLES, found.values(), strict=False)
+        if some
+    }
+    return Stored(rows, found["seen"] or [])
+
+
+async def _write(writer: Writer, db: Connection, batch: Batch, changes: list[Change], stored: Stored) -> Written | None:
+    """None: what has to change is for more than one call. Raises PostgresError with SQLSTATE `NOT_AS_READ` or
+    `LOOK_FIRST` where nothing was written."""
+    decided = _decide(writer, changes, stored)
+    if decided is None:
+        return None
+    effects = decided.effects
+    users = writer.unknown(batch.dids)
+    upserts = [c for c in changes if c.row is not None]
+    lowest_rev, lowest_seq = lowest(changes)
+    owed = set(effects.owed)
+    fresh = keys_of(writer, upserts)
     arguments = {
         "new_users": users or None,
-        **new,
+        **decided.arguments,
+        **gate_arguments(effects),
         **item_arguments(effects),
         **last_arguments(writer, effects, batch.progress),
-        "uris": [c.uri for c in upserts],
-        "repos": list({c.repo for c in upserts}),
+        **back_arguments(writer, upserts, upserts),
+        "repos": list({c.repo for c in changes}),
         "lowest_rev": lowest_rev,
         "lowest_seq": lowest_seq,
         "dids": list(batch.dids),
-        "crowd": writer.crowd,
-        **joins(writer.derive),
+        "gates_of": [key for kind, key in fresh if kind == "gate"] or None,
+        "services_of": [key for kind, key in fresh if kind == "like_count"] or None,
         **dict(zip(sql.COUNTED, writer.counted, strict=True)),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]
     await writer.reach(Step.BEFORE_MAIN_COMMIT)
-    try:
-        is_late = await writer.retry(lambda: db.fetchval(sql.PUT_WHOLE, *values))
-    except PostgresError as error:
-        if error.sqlstate != sql.NOT_NEW:
-            raise
-        return None
+    (done,) = await writer.retry(lambda: db.fetch(sql.PUT_WHOLE, *values))
     await writer.reach(Step.AFTER_MAIN_COMMIT)
     writer.remember(users)
-    if is_late:
-        try:
-            return await finish(writer, db, Plan(upserts, upserts, nothing()), len(upserts))
-        except FloorCame:
-            return None
+    if done["note"] is not None:
+        await pay_owed(writer, db, Owed(owed, done["note"], counters=False))
+    if done["is_late"]:
+        return await finish(writer, db, Plan(changes, upserts, nothing()), decided.rows)
     await writer.reach(Step.AFTER_LOOK_BACK)
-    return Written(len(upserts), 0, 0)
+    return Written(decided.rows, max(0, len(upserts) - decided.rows), 0)
 
 
-def _may_be_whole(writer: Writer, batch: Batch) -> bool:
-    """Whether, as far as this process knows, there are only new rows of hot tables. The routine knows better."""
-    changes = batch.changes
-    return (
-        0 < len(changes) <= writer.whole_rows_max
-        and len(changes) < writer.copying.rows_min
-        and not (batch.accounts or batch.identities or batch.syncs)
-        and all(c.row is not None and c.table.hot for c in changes.values())
+def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | None:
+    """What has to change, if everything is as it was read. None where twins are in it."""
+    effects = Effects(writer.derive)
+    arguments: dict[str, Any] = {}
+    read: list[tuple[str, str, bool]] = []
+    count = 0
+    for table, mine in by_table(changes):
+        have = stored.rows.get(table.name, {})
+        decide = _decide_pairs if table.pair else _decide_records
+        if (found := decide(writer, table, mine, have, effects)) is None:
+            return None
+        updates, deletes, inserts = found
+        count += len(updates) + len(deletes) + len(inserts)
+        short = table.name.rpartition(".")[2]
+        if table.hot:
+            arguments |= {"set_" + short: updates or None, "new_" + short: inserts or None}
+        else:
+            arguments["new_" + short] = [*updates, *inserts] or None
+        there = have.keys() | {c.uri for c in mine if c.row is None or not table.hot}
+        read += [(table.name, uri, uri in deletes) for uri in sorted(there)]
+    if read:
+        arguments.update(zip(("tables", "read_uris", "gone"), columns(read), strict=True))
+        arguments["seen"] = stored.seen
+    if gated := [(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in changes if not c.table.hot]:
+        arguments.update(zip(sql.GATED, columns(gated), strict=True))
+    arguments["user_profiles"] = profile_rows(effects) or None
+    arguments["label_events"] = sorted(effects.labels_added) or None
+    return Decided(arguments, effects, count)
+
+
+_Found = tuple[list[Row], set[str], list[Row]]
+"""Rows to update, uris to delete, rows to insert."""
+_Decide = Callable[[Writer, Table, list[Change], dict[str, Row], Effects], _Found | None]
+
+
+def _decide_records(
+    writer: Writer, table: Table, changes: list[Change], have: dict[str, Row], effects: Effects
+) -> _Found:
+    updates, deletes, missing = change_records(writer, table, {c.uri: c for c in changes}, have, effects)
+    derive.add(effects, table, missing)
+    return updates, set(deletes), [c.row for c in missing if c.row is not None]
+
+
+def _decide_pairs(
+    writer: Writer, table: Table, changes: list[Change], have: dict[str, Row], effects: Effects
+) -> _Found | None:
+    """Deletes come first, so that another record of the pair may follow. Of two that are live one has to wait among the
+    twins: step by step."""
+    pending = {c.uri: c for c in changes}
+    homes = {uri: [pair_of(table, row)] for uri, row in have.items()}
+    winners = {pair_of(table, row): row for row in have.values()}
+    pairs = {pair_of(table, c.row) for c in changes if c.row is not None} | winners.keys()
+    for c in changes:
+        if c.row is None and c.uri not in have:
+            del pending[c.uri]  # nothing to delete: the tombstone stands
+    new = rearrange(
+        table, pending, pairs, Found(winners, {}, homes, {}), writer.trusted, many_relays=writer.many_relays
     )
+    if new.twin_deletes or any(new.twin_puts.values()):
+        return None
+    follow(table, effects, new)
+    inserts = [member for _, member in new.inserts]
+    for member in inserts:
+        derive.added(effects, table, member.row, member.cid)
+    return [m.row for _, m in new.updates], {row[0] for row in new.deletes}, [m.row for m in inserts]
