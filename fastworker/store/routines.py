@@ -126,40 +126,82 @@ def _arguments(pairs: Iterable[tuple[str, str]], mode: str = "") -> str:
 
 def _change_arguments() -> list[tuple[str, str]]:
     types = {"tables": "text[]", "read_uris": "varchar[]", "gone": "boolean[]", "seen": "text[]"}
+    types |= {"pair_tables": "text[]", "pairs": "text[]", "no_twins": "text[]", "new_twins": "fastworker.twins[]"}
     types |= dict(statements.row_arguments("set", hot=True)) | dict(statements.row_arguments("new", hot=False))
     types |= dict(_typed(((statements.GATE, statements.GATED), *statements.OF_GATES)))
     types |= {"user_profiles": f"{PROFILES.row_type}[]", "label_events": "varchar[]"}
     return [(name, types[name]) for name in statements.CHANGE_ARGUMENTS]
 
 
+def _with_pairs(table: Table) -> str:
+    """What is read beside the rows of `mine`: the winners and twins of their pairs, and of the pairs that they want."""
+    same = " AND ".join(f"t.{c} = split_part(p.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
+    cids = ""
+    if (statement := statements.CIDS.get(table.name)) is not None:
+        keys = (
+            "winners" if table.name == "reposts" else "ARRAY(SELECT u || '#notification' FROM unnest(winners) AS k (u))"
+        )
+        cids = f"""
+            cids := cids || ARRAY(SELECT c.uri || ' ' || c.cid FROM ({_bound(statement, keys)}) AS c (uri, cid)
+                WHERE c.cid IS NOT NULL);"""
+    return f"""
+        places := ARRAY(SELECT k.p FROM unnest(pair_tables, pairs) AS k (t, p) WHERE k.t = '{table.name}' UNION
+            SELECT w.pair FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.uri = ANY(mine));
+        winners := ARRAY(
+            SELECT t.uri FROM unnest(places) AS p (pair) JOIN {table.qualified} AS t ON {same});
+        IF cardinality(winners) > 0 THEN
+            mine := mine || winners;{cids}
+        END IF;
+        places := places || ARRAY(
+            SELECT {statements.pair_in(table)} FROM {table.qualified} AS t WHERE t.uri = ANY(mine));
+        SELECT array_agg(w), array_agg('twin ' || w.uri || ' ' || w.xmin), array_agg(w.uri) INTO more, got, strays
+        FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.pair = ANY(places);
+        IF more IS NOT NULL THEN
+            old_twins := old_twins || more;
+            seen := seen || got;
+            IF EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = ANY(strays)) THEN
+                RAISE EXCEPTION 'a record in two places' USING ERRCODE = 'FW003';
+            END IF;
+        END IF;"""
+
+
 def _read_stored(table: Table) -> str:
     short = table.name.rpartition(".")[2]
     return f"""
     IF '{table.name}' = ANY(tables) THEN
+        mine := ARRAY(SELECT k.u FROM unnest(tables, uris) AS k (t, u) WHERE k.t = '{table.name}');\
+{_with_pairs(table) if table.pair else ""}
         SELECT array_agg(ROW({statements.readable(table)})::{table.row_type}), array_agg(t.uri || ' ' || t.xmin)
-        INTO old_{short}, got FROM {table.qualified} AS t
-        WHERE t.uri = ANY(ARRAY(SELECT k.u FROM unnest(tables, uris) AS k (t, u) WHERE k.t = '{table.name}'));
+        INTO old_{short}, got FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
         seen := seen || got;
     END IF;"""
 
 
 def _as_read(table: Table) -> str:
     """Locks what was read, unless it is not there as it was read, or something is there that was not."""
-    there = f"(SELECT count(*) FROM {table.qualified} AS t WHERE t.uri = ANY(mine))"
+    waiting = f"""
+        held := held + got;
+        SELECT count(*) INTO there FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
+        waiting := 0;
+        as_seen := 0;"""
     if table.pair:
-        there += f"""
-            + (SELECT count(*) FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.uri = ANY(mine))
-            + (SELECT count(*) FROM {table.qualified} AS t JOIN fastworker.twins AS w
-                ON w.table_name = '{table.name}' AND w.pair = {statements.pair_in(table)} WHERE t.uri = ANY(mine))"""
+        waiting = f"""
+        places := ARRAY(SELECT k.p FROM unnest(pair_tables, pairs) AS k (t, p) WHERE k.t = '{table.name}');
+        -- One statement, so one snapshot: a record that moves between table and twins cannot be missed.
+        SELECT count(*), count(*) FILTER (WHERE 'twin ' || w.uri || ' ' || w.xmin = ANY(seen)),
+            (SELECT count(*) FROM {table.qualified} AS t WHERE t.uri = ANY(mine))
+        INTO waiting, as_seen, there
+        FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND (w.pair = ANY(places) OR w.uri = ANY(mine));
+        held := held + got + as_seen;"""
     return f"""
         mine := ARRAY(SELECT k.u FROM unnest(tables, read_uris) AS k (t, u) WHERE k.t = '{table.name}');
         WITH free AS (
             SELECT t.uri, t.xmin FROM {table.qualified} AS t WHERE t.uri = ANY(mine)
             ORDER BY t.uri COLLATE "C" FOR UPDATE SKIP LOCKED
-        ) SELECT count(*) INTO got FROM free AS f WHERE f.uri || ' ' || f.xmin = ANY(seen);
-        held := held + got;
-        -- One statement, so one snapshot: a record that moves between table and twins cannot be missed.
-        IF got <> {there} THEN
+        -- mutant: a row that changed since it was read
+        ) SELECT count(*) INTO got FROM free AS f WHERE f.uri || ' ' || f.xmin = ANY(seen);{waiting}
+        -- mutant: what is there although it was not read
+        IF got <> there OR waiting <> as_seen THEN
             RAISE EXCEPTION 'not as it was read' USING ERRCODE = 'FW001';
         END IF;
         dead := ARRAY(
@@ -216,6 +258,10 @@ _WORDS: dict[str, Callable[[], str]] = {
     ),
     "profiles": lambda: _bound(statements.PROFILES, "user_profiles"),
     "read_stored": lambda: "".join(map(_read_stored, TABLES)).removeprefix("\n"),
+    "twins_delete": lambda: _bound(statements.TWINS_DELETE, "no_twins"),
+    "twins_put": lambda: _bound(statements.TWINS_PUT, "new_twins"),
+    "waiting": lambda: statements.WAITING,
+    "in_two_places": lambda: statements.IN_TWO_PLACES,
     "users": lambda: _bound(statements.USERS, "new_users"),
     "beats": lambda: statements.BEATS,
     "counters": lambda: str(statements.COUNTERS),

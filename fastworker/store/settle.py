@@ -305,13 +305,9 @@ async def _write(
                 raise Contended(f"{table.name}: another writer put {member.uri} elsewhere")
             else:
                 new.refused(pair)
-    puts = sorted(((m, pair) for pair, members in new.twin_puts.items() for m in members), key=lambda put: put[0].uri)
     # mutant: twins never stored
-    if puts:
-        await db.execute(
-            sql.TWINS_PUT,
-            *columns([(m.uri, table.name, pair, m.rkey, m.rev, m.seq, m.cid, freeze(m.row)) for m, pair in puts]),
-        )
+    if puts := twin_rows(table, new):
+        await db.execute(sql.TWINS_PUT, puts)
     for uri in new.applied:
         del pending[uri]
     return len(new.applied)
@@ -330,6 +326,12 @@ def follow(table: Table, effects: Effects, new: Arrangement) -> None:
         derive.added(effects, table, member.row, member.cid)
     for row in new.recounts:
         effects.recount.update(derive.subjects(table, row))
+
+
+def twin_rows(table: Table, new: Arrangement) -> list[Row]:
+    """Rows of fastworker.twins for those that wait from now on."""
+    puts = sorted(((m, pair) for pair, members in new.twin_puts.items() for m in members), key=lambda put: put[0].uri)
+    return [(m.uri, table.name, pair, m.rkey, m.rev, m.seq, m.cid, freeze(m.row)) for m, pair in puts]
 
 
 def freeze(row: Row) -> str:

@@ -140,7 +140,7 @@ TWINS = (
 )
 TWINS_PUT = (
     "INSERT INTO fastworker.twins (uri, table_name, pair, rkey, rev, seq, cid, row_values) "
-    "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
+    "SELECT * FROM unnest($1::fastworker.twins[]) "
     "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
     "cid = excluded.cid, row_values = excluded.row_values "
     f"WHERE NOT fastworker.newer(twins.rev, {_seq('twins', 'excluded')}, excluded.rev, excluded.seq)"
@@ -157,14 +157,25 @@ CIDS = {
 # What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
 _GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
 GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
-# $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris are among the twins
+# $1 uris of hot tables, $2 DIDs: tombstones and deleted accounts
 BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, "
     # mutant: tombstone not read
     f"CASE WHEN rev IS NOT NULL OR NOT {_MANY_RELAYS} THEN seq END AS seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
-    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
-    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
+    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL"
+)
+WAITING = "SELECT 'twin', w.uri, NULL, NULL FROM fastworker.twins AS w WHERE w.uri = ANY($1::text[])"
+# Those that are in the table as well: two writers moved them, to two pairs.
+IN_TWO_PLACES = (
+    WAITING
+    + " AND CASE w.table_name "
+    + " ".join(
+        f"WHEN '{table.name}' THEN EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = w.uri COLLATE \"default\")"
+        for table in TABLES
+        if table.hot
+    )
+    + " END"
 )
 # Floors: what is older than one is superseded by a snapshot of its repository ---------------------------
 # A deletion that is older than the account's floor, and comes late, takes away what the snapshot left as it was.
@@ -536,7 +547,7 @@ def _named(*names: str) -> str:
 _LOWEST = ("repos", "lowest_rev", "lowest_seq")
 LOOK = f"SELECT * FROM fastworker.look_3({_named('uris', *_LOWEST, 'dids')}, tell => true)"
 LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", "crowd", *_DERIVED)
-LOOK_BACK = f"SELECT * FROM fastworker.look_back_2({_named(*LOOK_BACK_ARGUMENTS)})"
+LOOK_BACK = f"SELECT * FROM fastworker.look_back_3({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
     "whole",
@@ -547,10 +558,17 @@ PUT_ARGUMENTS = (
     *("floors", *_LOWEST, "known_floors"),
 )
 PUT = f"SELECT * FROM fastworker.put_5({_named(*PUT_ARGUMENTS)})"
-FIRST_ARGUMENTS = (*dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names), "dids", "tables", "uris")
+FIRST_ARGUMENTS = (
+    *dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names),
+    "dids",
+    "tables",
+    "uris",
+    "pair_tables",
+    "pairs",
+)
 FIRST = f"SELECT * FROM fastworker.first_1({_named(*FIRST_ARGUMENTS)})"
 CHANGE_ARGUMENTS = (
-    *("tables", "read_uris", "gone", "seen"),
+    *("tables", "read_uris", "gone", "seen", "pair_tables", "pairs", "no_twins", "new_twins"),
     *(name for name, _ in row_arguments("set", hot=True)),
     *GATED,
     *(name for name, _ in row_arguments("new", hot=False)),

@@ -8,7 +8,7 @@ and the flush goes step by step.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
 from asyncpg.exceptions import PostgresError
@@ -21,19 +21,23 @@ from fastworker.store.joined import keys_of
 from fastworker.store.look import back_arguments, lowest, nothing
 from fastworker.store.rows import by_table
 from fastworker.store.session import Connection
-from fastworker.store.settle import change_records, follow
+from fastworker.store.settle import change_records, follow, thaw, twin_rows
 from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
 from fastworker.table.batch import Batch, Change, Row
 from fastworker.table.derive import Effects
-from fastworker.table.pairs import Found, pair_of, rearrange
+from fastworker.table.pairs import Arrangement, Found, Member, pair_of, rearrange
 from fastworker.table.schema import TABLES, Table
+
+_BY_NAME = {table.name: table for table in TABLES}
 
 
 class Stored(NamedTuple):
-    """What `first` read: rows by table, then uri; and which version of each row it is."""
+    """What `first` read: rows by table, then uri; twins by table, pair and uri; which version of each it is."""
 
     rows: dict[str, dict[str, Row]]
+    twins: dict[str, dict[str, dict[str, Member]]]
+    cids: dict[str, str | None]
     seen: list[str]
 
 
@@ -51,7 +55,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
         return None
     changes = sorted(batch.changes.values(), key=lambda c: c.uri)
     try:
-        if _is_new(batch) and (written := await _unless_read(_write(writer, db, batch, changes, Stored({}, [])))):
+        if _is_new(batch) and (written := await _unless_read(_write(writer, db, batch, changes, None))):
             return written
         stored = await _first(writer, db, batch, changes)
         await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
@@ -101,6 +105,8 @@ async def _first(writer: Writer, db: Connection, batch: Batch, changes: list[Cha
         arguments |= {"dids": list(batch.dids), "new_users": users or None}
     if changes:
         arguments |= {"tables": [c.table.name for c in changes], "uris": [c.uri for c in changes]}
+        if wanted := [(c.table.name, pair_of(c.table, c.row)) for c in changes if c.table.pair and c.row is not None]:
+            arguments |= zip(("pair_tables", "pairs"), columns(wanted), strict=True)
     found = await writer.retry(lambda: put_first(db, arguments))
     writer.remember(users)
     rows = {
@@ -108,13 +114,21 @@ async def _first(writer: Writer, db: Connection, batch: Batch, changes: list[Cha
         for table, some in zip(TABLES, found.values(), strict=False)
         if some
     }
-    return Stored(rows, found["seen"] or [])
+    twins: dict[str, dict[str, dict[str, Member]]] = {}
+    for uri, name, pair, rkey, rev, seq, cid, row in found["old_twins"] or ():
+        member = Member(rkey, uri, thaw(_BY_NAME[name], row), rev, seq, cid)
+        twins.setdefault(name, {}).setdefault(pair, {})[uri] = member
+    return Stored(rows, twins, dict(one.split(" ") for one in found["cids"] or ()), found["seen"] or [])
 
 
-async def _write(writer: Writer, db: Connection, batch: Batch, changes: list[Change], stored: Stored) -> Written | None:
-    """None: what has to change is for more than one call. Raises PostgresError with SQLSTATE `NOT_AS_READ` or
-    `LOOK_FIRST` where nothing was written."""
-    decided = _decide(writer, changes, stored)
+async def _write(
+    writer: Writer, db: Connection, batch: Batch, changes: list[Change], stored: Stored | None
+) -> Written | None:
+    """`stored`: None where all rows are taken to be new. Returns None where more has to be read than that.
+
+    Raises PostgresError with SQLSTATE `NOT_AS_READ` or `LOOK_FIRST` where nothing was written.
+    """
+    decided = _decide(writer, changes, stored or Stored({}, {}, {}, []), is_read=stored is not None)
     if decided is None:
         return None
     effects = decided.effects
@@ -151,29 +165,49 @@ async def _write(writer: Writer, db: Connection, batch: Batch, changes: list[Cha
     return Written(decided.rows, max(0, len(upserts) - decided.rows), 0)
 
 
-def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | None:
-    """What has to change, if everything is as it was read. None where twins are in it."""
+def _decide(writer: Writer, changes: list[Change], stored: Stored, *, is_read: bool) -> Decided | None:
+    """What has to change, if everything is as it was read. None where nothing was, and one of two new records of a pair
+    has to wait."""
     effects = Effects(writer.derive)
     arguments: dict[str, Any] = {}
     read: list[tuple[str, str, bool]] = []
+    places: list[tuple[str, str]] = []
+    no_twins: list[str] = []
+    new_twins: list[Row] = []
     count = 0
     for table, mine in by_table(changes):
         have = stored.rows.get(table.name, {})
-        decide = _decide_pairs if table.pair else _decide_records
-        if (found := decide(writer, table, mine, have, effects)) is None:
-            return None
-        updates, deletes, inserts = found
+        if table.pair:
+            new = _arrange(writer, table, mine, stored)
+            follow(table, effects, new)
+            updates, deletes = [member.row for _, member in new.updates], {row[0] for row in new.deletes}
+            inserts = [member.row for _, member in new.inserts]
+            for _, member in new.inserts:
+                derive.added(effects, table, member.row, member.cid)
+            places += [(table.name, pair) for pair in new.members]
+            no_twins += new.twin_deletes
+            # mutant: two of a pair in a small flush
+            new_twins += twin_rows(table, new)
+        else:
+            updates, gone, missing = change_records(writer, table, {c.uri: c for c in mine}, have, effects)
+            derive.add(effects, table, missing)
+            deletes, inserts = set(gone), [c.row for c in missing if c.row is not None]
         count += len(updates) + len(deletes) + len(inserts)
         short = table.name.rpartition(".")[2]
         if table.hot:
             arguments |= {"set_" + short: updates or None, "new_" + short: inserts or None}
         else:
             arguments["new_" + short] = [*updates, *inserts] or None
-        there = have.keys() | {c.uri for c in mine if c.row is None or not table.hot}
+        there = have.keys() | {c.uri for c in mine if c.row is None or not table.hot or (is_read and table.pair)}
         read += [(table.name, uri, uri in deletes) for uri in sorted(there)]
+    if new_twins and not is_read:
+        return None
     if read:
         arguments.update(zip(("tables", "read_uris", "gone"), columns(read), strict=True))
-        arguments["seen"] = stored.seen
+        arguments |= {"seen": stored.seen, "no_twins": sorted(no_twins) or None}
+        arguments["new_twins"] = sorted(new_twins) or None
+        if places:
+            arguments |= zip(("pair_tables", "pairs"), columns(places), strict=True)
     if gated := [(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in changes if not c.table.hot]:
         arguments.update(zip(sql.GATED, columns(gated), strict=True))
     arguments["user_profiles"] = profile_rows(effects) or None
@@ -181,38 +215,15 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
     return Decided(arguments, effects, count)
 
 
-_Found = tuple[list[Row], set[str], list[Row]]
-"""Rows to update, uris to delete, rows to insert."""
-_Decide = Callable[[Writer, Table, list[Change], dict[str, Row], Effects], _Found | None]
-
-
-def _decide_records(
-    writer: Writer, table: Table, changes: list[Change], have: dict[str, Row], effects: Effects
-) -> _Found:
-    updates, deletes, missing = change_records(writer, table, {c.uri: c for c in changes}, have, effects)
-    derive.add(effects, table, missing)
-    return updates, set(deletes), [c.row for c in missing if c.row is not None]
-
-
-def _decide_pairs(
-    writer: Writer, table: Table, changes: list[Change], have: dict[str, Row], effects: Effects
-) -> _Found | None:
-    """Deletes come first, so that another record of the pair may follow. Of two that are live one has to wait among the
-    twins: step by step."""
-    pending = {c.uri: c for c in changes}
-    homes = {uri: [pair_of(table, row)] for uri, row in have.items()}
+def _arrange(writer: Writer, table: Table, changes: list[Change], stored: Stored) -> Arrangement:
+    """The same as `settle` does under the locks."""
+    have, twins = stored.rows.get(table.name, {}), stored.twins.get(table.name, {})
     winners = {pair_of(table, row): row for row in have.values()}
-    pairs = {pair_of(table, c.row) for c in changes if c.row is not None} | winners.keys()
-    for c in changes:
-        if c.row is None and c.uri not in have:
-            del pending[c.uri]  # nothing to delete: the tombstone stands
-    new = rearrange(
-        table, pending, pairs, Found(winners, {}, homes, {}), writer.trusted, many_relays=writer.many_relays
-    )
-    if new.twin_deletes or any(new.twin_puts.values()):
-        return None
-    follow(table, effects, new)
-    inserts = [member for _, member in new.inserts]
-    for member in inserts:
-        derive.added(effects, table, member.row, member.cid)
-    return [m.row for _, m in new.updates], {row[0] for row in new.deletes}, [m.row for m in inserts]
+    homes: dict[str, list[str]] = {uri: [pair_of(table, row)] for uri, row in have.items()}
+    for pair, members in twins.items():
+        homes.update((uri, [pair]) for uri in members)
+    # What is not there has not to be deleted: the tombstone stands.
+    pending = {c.uri: c for c in changes if c.row is not None or c.uri in homes}
+    pairs = {pair_of(table, c.row) for c in changes if c.row is not None}.union(winners, twins)
+    found = Found(winners, twins, homes, stored.cids)
+    return rearrange(table, pending, pairs, found, writer.trusted, many_relays=writer.many_relays)

@@ -1,5 +1,5 @@
 -- A whole small flush, as docs/invariants.md has it: look, the main transaction, look back, rows that join two records. If
--- something beats a record, is among the twins, must not be stored, or is older than a floor, nothing is written, with
+-- something beats a record, or it must not be stored, or is older than a floor, nothing is written, with
 -- SQLSTATE FW003; if the rows are not as the caller takes them to be (new, or as `first` read them), with FW001.
 -- `is_late`: it is all written, and something overtook it, or more than `crowd` thread contexts follow: the look back is the
 -- caller's. `note`: what was owed with it is the caller's, because one of the roots has more replies than `crowd`.
@@ -52,12 +52,18 @@ DECLARE
     services varchar[];
     roots varchar[];
     aggregates varchar[];
+    is_beaten boolean;
+    is_waiting boolean;
     is_owing boolean;
     paid int;
 BEGIN
-    IF EXISTS (SELECT FROM fastworker.look_3(uris, repos, lowest_rev, lowest_seq, dids, false)) THEN
+    SELECT bool_or(kind <> 'twin'), bool_or(kind = 'twin') INTO is_beaten, is_waiting
+    FROM fastworker.look_3(uris, repos, lowest_rev, lowest_seq, dids, false);
+    IF is_beaten THEN
         -- mutant: no look before a whole flush
         RAISE EXCEPTION 'something beats a record' USING ERRCODE = 'FW003';
+    ELSIF is_waiting AND tables IS NULL THEN
+        RAISE EXCEPTION 'not only new rows' USING ERRCODE = 'FW001';
     END IF;
     IF new_users IS NOT NULL THEN
         {{users}};
@@ -82,7 +88,7 @@ BEGIN
         array_agg(DISTINCT key) FILTER (WHERE kind = 'gate'),
         array_agg(DISTINCT key) FILTER (WHERE kind = 'like_count')
     INTO is_late, contexts, gates, services
-    FROM fastworker.look_back_2(uris, repos, posts, like_posts, like_users, crowd, with_contexts, with_gates, with_services);
+    FROM fastworker.look_back_3(uris, repos, posts, like_posts, like_users, crowd, with_contexts, with_gates, with_services);
     IF is_late THEN
         contexts := NULL;
         gates := NULL;
@@ -117,8 +123,8 @@ BEGIN
     IF owed_keys IS NOT NULL THEN
         note := NULL;
     END IF;
-    COMMIT;
     IF is_owing THEN
+        COMMIT;
         CALL fastworker.pay_1(with_replies, with_quotes, paid);
     END IF;
 END $$;
