@@ -111,9 +111,10 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
 
 
 def profile_rows(effects: Effects) -> list[Row]:
-    """Rows of the profiles, from which public.users takes its columns; empty ones where a profile is gone."""
+    """Rows of the profiles, from which public.users takes its columns; empty ones where a profile is gone. Their key does
+    not matter."""
     empty = (None,) * len(PROFILES.columns)
-    return [(None, did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
+    return [(did, did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
 
 
 def gate_arguments(effects: Effects) -> dict[str, Any]:

@@ -166,8 +166,8 @@ async def _write(
 
 
 def _decide(writer: Writer, changes: list[Change], stored: Stored, *, is_read: bool) -> Decided | None:
-    """What has to change, if everything is as it was read. None where nothing was, and one of two new records of a pair
-    has to wait."""
+    """What has to change, if everything is as it was read. None where nothing was read, and one of two new records of a
+    pair has to wait; or where a record was read in two places."""
     effects = Effects(writer.derive)
     arguments: dict[str, Any] = {}
     read: list[tuple[str, str, bool]] = []
@@ -178,6 +178,8 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored, *, is_read: b
     for table, mine in by_table(changes):
         have = stored.rows.get(table.name, {})
         if table.pair:
+            if any(not have.keys().isdisjoint(members) for members in stored.twins.get(table.name, {}).values()):
+                return None  # a record in two places, to be settled under its locks
             new = _arrange(writer, table, mine, stored)
             follow(table, effects, new)
             updates, deletes = [member.row for _, member in new.updates], {row[0] for row in new.deletes}
