@@ -13,7 +13,9 @@ RUN python -m venv /opt/fastworker \
 
 FROM python:3.13.2-slim-bookworm
 COPY --from=build /opt/fastworker /opt/fastworker
-# Nothing is written: the root file system may be read-only. In a container the port has to be reachable from outside.
+# A volume that is mounted there belongs to the user below: the reader's chain of commits, with FASTWORKER_HOME.
+RUN install -d -o 10001 -g 10001 /var/lib/fastworker
+# Nothing else is written: the root file system may be read-only. In a container the port has to be reachable from outside.
 ENV PATH=/opt/fastworker/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

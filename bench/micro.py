@@ -23,7 +23,7 @@ from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 
-ENTRY_MS = 1_790_000_000_000
+ENTRY_MS = 1_795_824_000_000  # 2026-11-28, as the corpus has it
 COUNT = 1_000
 ROUNDS = 1  # of which instructions are counted, after one that is not
 SEED, EVENTS = 7, 20_000  # of the corpus

@@ -31,16 +31,29 @@ SELECT a.wait_event_type, a.wait_event, left(a.query, 2000),
 FROM pg_stat_activity AS a WHERE a.application_name LIKE 'fastworker%' AND a.state = 'active'
     AND a.backend_type = 'client backend'
 """
-OWED = ("recheck", "debts")  # tables of what committed transactions owe; one that is not there owes nothing
+OWED = ("debts", "notes", "recheck")  # tables of what committed transactions owe; one that is not there owes nothing
 
 
 class Sessions:
-    """Samples of the sessions at work: how many wait for another session's lock, and with which statement."""
+    """Samples of the sessions at work: how many wait for another session's lock, and with which statement.
+
+    And of what is owed at that moment: the age of the oldest of it, in seconds, by table.
+    """
 
     def __init__(self) -> None:
         self.working = 0
         self.kinds: Counter[str] = Counter()
         self.statements: Counter[str] = Counter()
+        self.ages: dict[str, list[float]] = {}
+
+    def owe(self, found: Sequence[Any]) -> None:
+        for name, age in found:
+            self.ages.setdefault(name, []).append(age)
+
+    def age(self, share: float, *tables: str) -> float:
+        """Of the looks: so many found the oldest debt no older than that. 0 where nothing was owed."""
+        looks = sorted(max(ages) for ages in zip(*(self.ages[name] for name in tables or self.ages), strict=True))
+        return looks[min(len(looks) - 1, int(share * len(looks)))] if looks else 0.0
 
     def add(self, found: Sequence[Any]) -> None:
         for kind, event, query, relation in found:
@@ -110,6 +123,10 @@ async def _drain(running: Servers, folder: Path, form: str, events: int, setting
         "samples": sessions.working,
         "owed at the ack": owed,
         "paid after s": paid_s,
+        "oldest debt s p50": sessions.age(0.5),
+        "oldest debt s p99": sessions.age(0.99),
+        "oldest debt s max": sessions.age(1),
+        **{f"oldest debt s max, {name}": sessions.age(1, name) for name in sessions.ages},
         "by statement": sessions.waits(),
     }
 
@@ -122,9 +139,12 @@ async def _watching(url: str) -> AsyncIterator[tuple[asyncpg.Connection[Any], Se
     eye = await asyncpg.connect(url)
     connection = await asyncpg.connect(url)
 
+    ages = await _ages(eye)
+
     async def look() -> None:
         while not stop.is_set():
             sessions.add(await eye.fetch(SESSIONS))
+            sessions.owe(await eye.fetch(ages))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), EVERY_S)
 
@@ -136,6 +156,18 @@ async def _watching(url: str) -> AsyncIterator[tuple[asyncpg.Connection[Any], Se
         await looking
         await eye.close()
         await connection.close()
+
+
+async def _ages(connection: asyncpg.Connection[Any]) -> str:
+    """The query for (table, age of its oldest debt in seconds)."""
+    there = [
+        name for name in OWED if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"fastworker.{name}")
+    ]
+    return " UNION ALL ".join(
+        f"SELECT '{name}', coalesce(greatest(0, extract(epoch FROM clock_timestamp() - min(owed_at))), 0)::float8 "
+        f"FROM fastworker.{name}"
+        for name in there
+    )
 
 
 async def _owed(connection: asyncpg.Connection[Any]) -> int:
@@ -178,6 +210,8 @@ def table(found: Sequence[tuple[int, Figures]]) -> str:
         "waits for LWLocks": "LWLocks",
         "owed at the ack": "owed",
         "paid after s": "paid s",
+        "oldest debt s p50": "age p50 s",
+        "oldest debt s max": "age max s",
     }
     lines = [f"  {'processes':>9}" + "".join(f"{head:>12}" for head in names.values())]
     for processes, figures in found:

@@ -25,8 +25,7 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
-from fastworker.stream.cluster import slot
-from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM
+from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM, slot
 from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, PARTITIONS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 from fastworker.table.batch import Limits

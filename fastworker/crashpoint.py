@@ -43,7 +43,7 @@ class Step(StrEnum):
     """Entries of a dead consumer are ours, but nobody read them yet: found as our own pending ones at the next start
     under this consumer's name, or claimed from us when our lease is gone."""
     IN_RECHECK = "in_recheck"
-    """Keys are owed in fastworker.recheck: drained at the next start or tick."""
+    """Roots, and keys that no payment could pay for ten seconds: drained at the next start or tick."""
     IN_MIGRATION = "in_migration"
     """The migration's transaction rolls back; the next `fastworker migrate` runs it again, whole."""
     IN_ACCOUNT_DELETION = "in_account_deletion"

@@ -129,6 +129,15 @@ CONNECTIONS = _gauge(
 )  # fmt: skip
 CONNECTIONS_MAX = _gauge("connections_max", "DB_POOL_SIZE: most PostgreSQL connections of this worker.")
 
+DEBTS = _gauge("debts", "Counters and joined rows that committed transactions owe in PostgreSQL.")
+DEBT_AGE = _gauge(
+    "oldest_debt_seconds",
+    "Seconds since the oldest of these was owed, of those that are not put back; a second unless something is wrong.",
+)
+DEBTS_PUT_BACK = _gauge(
+    "debts_put_back", "Debts that PostgreSQL refuses: their counters are off until somebody mends the reason."
+)
+
 # The syncer (FASTWORKER_SYNC), by what it left in Redis.
 GAPS_OPEN = _gauge("gaps_open", "Gaps in fastworker.gaps that are not closed: their accounts are not all repaired.")
 REPAIRS_WAITING = _gauge("repairs_waiting", "Accounts that wait to be settled; backfills are not among them.")
@@ -218,6 +227,7 @@ OF_SYNCER: Final = frozenset({
 OF_STREAM: Final = _READER_ONLY | OF_SYNCER | {
     STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, STREAM_FULL_SECONDS, LAG_ENTRIES, LAG_SECONDS, GROUP_LAG,
     PARTITION_LAG, PENDING, PENDING_AGE, DEAD_LETTERS, ENTRIES, EVENTS, DROPS, UNACCOUNTED,
+    DEBTS, DEBT_AGE, DEBTS_PUT_BACK,
 }  # fmt: skip
 """Every worker on one stream reports these of the whole stream: over several workers their `max`, never their sum."""
 

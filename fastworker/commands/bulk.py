@@ -256,10 +256,10 @@ async def _runway_s(admin: RedisAdmin, config: Config) -> float:
     stream = await admin.stream(measure=config.stream_bytes_max is not None)
     if stream is None or not stream.length:
         return float("inf")
-    newest = await admin.newest(stream.last_id, NEWEST)
+    newest = await admin.newest(await admin.ends(), NEWEST)
     if len(newest) < 2:
         return float("inf")
-    rate = len(newest) / max(age_s(newest[0][0]), 0.001)
+    rate = len(newest) / max(age_s(newest[0][1]), 0.001)
     room = float(config.max_stream_len - stream.length)
     if config.stream_bytes_max is not None and stream.bytes:
         room = min(room, (config.stream_bytes_max - stream.bytes) / (stream.bytes / stream.length))

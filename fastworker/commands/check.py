@@ -521,7 +521,13 @@ def postgres_rights(found: Facts) -> Iterator[Finding]:
             f"The role {found.role} lacks {_some(list(found.lacking), 5)}: GRANT it, or run what `fastworker grants "
             "worker` prints.",
         )
-    elif found.superuser:
+    if found.hidden:
+        yield _fail(
+            "postgresql",
+            f"Row-level security would hide rows of {_some(list(found.hidden), 5)} from {found.role}: ALTER TABLE ... "
+            f"DISABLE ROW LEVEL SECURITY for each, or ALTER ROLE {found.role} BYPASSRLS.",
+        )
+    if found.superuser:
         yield _warn(
             "postgresql",
             f"{found.role} is a superuser: the worker needs far less; `fastworker grants worker` prints it.",

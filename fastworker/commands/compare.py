@@ -24,7 +24,7 @@ from fastworker.event.entry import decode_entry, received_ms
 from fastworker.metrics import OUTCOMES
 from fastworker.store.audit import Audit, Check, Drift, StoredRecord, open_audit
 from fastworker.store.migrate import check as check_schema
-from fastworker.stream.admin import ConsumerState, Fields, GroupCount, RedisAdmin, id_ms, open_redis
+from fastworker.stream.admin import ConsumerState, GroupCount, Placed, RedisAdmin, id_ms, open_redis
 from fastworker.table.batch import Batch, Change, is_gone, newer
 from fastworker.table.dates import entry_moment
 from fastworker.table.mapper import map_commit
@@ -180,19 +180,17 @@ class _Look:
         self._group = config.group
 
     async def look(self, count: int) -> dict[str, Any]:
-        stream = await self._admin.stream()
-        group = stream.group(self._group) if stream is not None else None
-        delivered = group.last_delivered_id if group is not None else "0-0"
-        pending = {one.entry_id for one in await self._admin.pending(self._group, PENDING_MOST)}
-        found = await self._admin.newest(delivered, count)
-        sample = _batch((entry_id, fields) for entry_id, fields in found if entry_id not in pending)
+        ends = await self._admin.ends(self._group)
+        pending = {(one.partition, one.entry_id) for one in await self._admin.pending(self._group, PENDING_MOST)}
+        found = await self._admin.newest(ends, count)
+        sample = _batch(one for one in found if one[:2] not in pending)
         sampled = list(sample.changes.values())
         tables, examples = await self._records(sampled)
         events = await self._events(sample)
         if examples or any(name.endswith("_missing") for name in events):
             await asyncio.sleep(LOOK_AGAIN_S)
         # A record may be newer than the sample says: through entries that were pending, or came since.
-        more = _batch([*(one for one in found if one[0] in pending), *await self._since(delivered)])
+        more = _batch([*(one for one in found if one[:2] in pending), *await self._since(ends)])
         again = [change for change in sampled if change.uri not in more.changes]
         if examples:
             tables, examples = await self._records(again)
@@ -201,20 +199,23 @@ class _Look:
         drift, drifted = await self._derived([change.uri for change in again if change.row is not None])
         return {
             "entries": len(found),
-            "first_id": found[0][0] if found else None,
-            "last_id": found[-1][0] if found else None,
+            "first_id": found[0][1] if found else None,
+            "last_id": found[-1][1] if found else None,
             "tables": tables,
             "events": events,
             "drift": drift,
             "examples": [*examples, *drifted],
         }
 
-    async def _since(self, entry_id: str) -> list[tuple[str, Fields]]:
-        entries: list[tuple[str, Fields]] = []
-        while piece := await self._admin.entries(entries[-1][0] if entries else entry_id, "+", PIECE):
-            entries += piece
-            if len(entries) > PENDING_MOST:
-                break
+    async def _since(self, ends: Mapping[int, str]) -> list[Placed]:
+        entries: list[Placed] = []
+        for partition, end in ends.items():
+            after = end
+            while piece := await self._admin.entries(after, "+", PIECE, partition=partition):
+                entries += [(partition, *one) for one in piece]
+                if len(entries) > PENDING_MOST:
+                    return entries
+                after = piece[-1][0]
         return entries
 
     async def _records(self, changes: list[Change]) -> tuple[list[Records], list[str]]:
@@ -278,9 +279,9 @@ class _Look:
         return drift, examples
 
 
-def _batch(entries: Iterable[tuple[str, Mapping[bytes, bytes]]]) -> Batch:
+def _batch(entries: Iterable[Placed]) -> Batch:
     batch = Batch()
-    for entry_id, fields in entries:
+    for _, entry_id, fields in entries:
         try:
             event = decode_entry(fields)
         except InvalidEvent:

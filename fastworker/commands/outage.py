@@ -1,15 +1,15 @@
 """`fastworker demo --outage`: the relay forgets what happened while the reader was away; the hosts still know it.
 
-The first third of the events is served, then the relay is gone. When it is back it has forgotten the commits of the
-second third: the reader records a gap. What events of accounts and handles say, and labels, is in no repository, so the
-relay still has these. Then `fastworker repair --gap` runs against the simulated hosts.
+The first third of the events is served, then the relay is gone. When it is back it has forgotten the second third, what
+it said of accounts and handles too: the reader records a gap. Labels and bookmarks are in no repository, so the relay
+still has these. Then `fastworker repair --gap` runs against the simulated hosts, directory and lists.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -21,11 +21,12 @@ from fastworker.law.compare import KEYS, Difference, Tables
 from fastworker.law.model import COLUMNS
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
-from fastworker.simulator.repo import SimFrame
+from fastworker.simulator.repo import SimFrame, account_frame, identity_frame
 from fastworker.sync.hosts import Hosts
 
 ACCOUNTS_MAX: Final = 300
 HOSTS: Final = 3
+SOME: Final = 10  # accounts
 RATE: Final = 1_000.0
 _STAYS: Final = ("app.bsky.bookmark.", "com.atproto.label.")
 _VERSION: Final = ("commit_seq", "commit_rev", "commit_time")
@@ -48,9 +49,37 @@ def accounts(events: int) -> int:
 
 def is_forgotten(frame: SimFrame) -> bool:
     event = frame.event
-    if event is None or event["kind"] != "commit":
-        return False
-    return not any(op["path"].startswith(_STAYS) for op in event["ops"])
+    return event is not None and not any(op["path"].startswith(_STAYS) for op in event.get("ops", ()))
+
+
+def frames(network: Network, count: int, away: range) -> Iterator[SimFrame]:
+    """Before the outage some accounts leave; in the middle of it they come back, and some take another handle. At the
+    end everybody is active, so that every host has something to show."""
+    for number in range(count):
+        if number == away.start - 1:
+            yield from _leave(network)
+        elif number in (away.start + len(away) // 2, count - 1):
+            yield from _come_back(network, renamed=SOME if number in away else 0)
+        yield from network.frames(1)
+
+
+def _leave(network: Network) -> Iterator[SimFrame]:
+    for account in network.world.accounts()[:SOME]:
+        account.status = "deactivated"
+        yield account_frame(network.clock.tick(), account.did, active=False, status=account.status)
+
+
+def _come_back(network: Network, *, renamed: int) -> Iterator[SimFrame]:
+    world = network.world
+    for number, account in enumerate(world.accounts()):
+        if number < renamed:
+            account.handle = f"new-{account.handle}"
+            tick = world.clock.tick()
+            world.operations.append((tick.time, account.did, account.handle))
+            yield identity_frame(tick, account.did, account.handle)
+        if account.status is not None:
+            account.status = None
+            yield account_frame(world.clock.tick(), account.did, active=True)
 
 
 @asynccontextmanager
@@ -93,14 +122,24 @@ async def mend(places: Places, redis_url: str, database_url: str, stopping: asyn
         return await repair(config, RepairOptions((), gap=True), stopping, hosts=hosts)
 
 
-def compared(tables: Tables) -> Tables:
-    """Without a row's version, which a repaired one has from its snapshot. Users who were only named by a lost event
-    that nothing is left of are known to nobody."""
-    return {
+def compared(tables: Tables, expected: Tables) -> Tables:
+    """Without a row's version, which a repaired one has from its snapshot; without users of whom nothing is left in the
+    network but a DID in a lost event; without accounts that are active, as everybody is who is not in the table."""
+    named = {
+        value
+        for table, rows in expected.items()
+        if table not in ("users", "fastworker.accounts")
+        for row in rows
+        for value in row.values()
+        if isinstance(value, str) and value.startswith("did:")
+    }
+    plain = {
         table: [{name: value for name, value in row.items() if name not in _VERSION} for row in rows]
         for table, rows in tables.items()
-        if table not in ("users", "fastworker.accounts")
     }
+    known = [row for row in plain["users"] if row["did"] in named or row["handle"] != "handle.invalid"]
+    inactive = [row for row in plain["fastworker.accounts"] if not row["active"]]
+    return {**plain, "users": known, "fastworker.accounts": inactive}
 
 
 def ratios(expected: Tables, found: Tables, differences: list[Difference]) -> dict[str, float]:

@@ -11,11 +11,12 @@ Pure, bounded and linear: what is not loaded by way of the tree costs its hash a
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from hashlib import sha256
+from itertools import accumulate
 from typing import Any, Final, TypeGuard
 
 import libipld
@@ -30,6 +31,11 @@ NODE_ENTRIES_MAX: Final = 10_000  # keys can be mined, so that one node holds th
 LAYER_MAX: Final = 64  # by chance a key of this layer is one of 2**128
 KEY_BYTES_MAX: Final = 1_024
 LINK: Final = b"\xd8\x2a\x58\x25\x00"  # CBOR before a CID of 36 bytes
+_NODE: Final = b"\xa2ae"  # how every node begins
+_BRIDGE: Final = b"\xa2ae\x80al"  # a node without keys, up to its subtree
+_ONE: Final = b"\xa2ae\x81"  # a node of one key
+_VALUE: Final = b"av" + LINK
+_SUBTREE: Final = (b"at", b"al")
 
 Blocks = Mapping[bytes, bytes]
 IsSigned = Callable[[bytes, bytes], bool]
@@ -38,6 +44,8 @@ IsSigned = Callable[[bytes, bytes], bool]
 
 class Verdict(StrEnum):
     """What the proofs say of a commit. The values are labels of metrics; docs/proofs.md says what each gets."""
+
+    __hash__ = str.__hash__  # the enum's own is a call of Python, at each look into a set or a dict
 
     OK = "ok"
     FIRST = "first"  # nothing is known of the account yet
@@ -183,13 +191,21 @@ def read_blocks(car: bytes) -> tuple[bytes, dict[bytes, bytes]]:
         root, position = read_header(car)
         end = len(car)
         while position < end:
-            size, position = read_varint(car, position)
+            size = car[position]
+            if size < 128:
+                position += 1
+            elif (high := car[position + 1]) < 128:  # nearly every block is 128 bytes to 16 KB
+                size += (high << 7) - 128
+                position += 2
+            else:
+                size, position = read_varint(car, position)
             stop = position + size
             if stop > end:
                 raise IndexError  # noqa: TRY301 - as where the length itself is cut
-            cid = car[position : position + RECORD_CID_BYTES]
-            block = car[position + RECORD_CID_BYTES : stop]
-            if size < RECORD_CID_BYTES or cid[:4] != RECORD_CID or sha256(block).digest() != cid[4:]:
+            content = position + RECORD_CID_BYTES
+            cid = car[position:content]
+            block = car[content:stop]
+            if cid != RECORD_CID + sha256(block).digest():
                 raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
             blocks[cid] = block
             position = stop
@@ -270,9 +286,21 @@ def prove_ops(payload: Mapping[str, Any], commit: SignedCommit, blocks: Blocks) 
         return Verdict.LEGACY
     if any((prev is None) != (action == "create") for action, _, _, prev in steps):
         raise Unproved(Flaw.INVERSION, "an op without its prev, or a create with one")
+    if len(steps) == 1 and steps[0][0] != "delete" and _invert_one(blocks, commit.data, steps[0]) == before:
+        return Verdict.OK
     if invert(blocks, commit.data, steps) != before:
         raise Unproved(Flaw.INVERSION, "the ops do not lead from prevData to data")
     return Verdict.OK
+
+
+def root_before(payload: Mapping[str, Any], commit: SignedCommit, blocks: Blocks) -> bytes | None:
+    """Of a commit without `prevData`: the root from which its ops lead to the commit's tree, whoever says what it was.
+    None where the message does not hold enough to say it."""
+    with suppress(Unproved):
+        steps = _steps(payload.get("ops"))
+        if all((prev is None) == (action == "create") for action, _, _, prev in steps):
+            return invert(blocks, commit.data, steps)
+    return None
 
 
 def _steps(ops: Any) -> list[Step]:
@@ -390,11 +418,7 @@ def find(blocks: Blocks, root: bytes, path: bytes) -> bytes | None:
 
 
 def invert(blocks: Blocks, root: bytes, steps: list[Step]) -> bytes:
-    """The root before the steps: deletes are undone first, then the others by path."""
-    if len(steps) == 1 and steps[0][0] == "create":
-        before = _invert_leaf(blocks, root, steps[0][1], steps[0][2])
-        if before is not None:
-            return before
+    """The root before the steps: deletes are undone first, then the others by path. Raises Unproved."""
     tree: Node | None = _load(blocks, root, None)
     for action, path, cid, prev in sorted(steps, key=lambda step: (step[0] != "delete", step[1])):
         if action == "create":
@@ -409,38 +433,121 @@ def invert(blocks: Blocks, root: bytes, steps: list[Step]) -> bytes:
     return _seal(Node(0, [], [], [None], []) if tree is None else tree)
 
 
-def _invert_leaf(blocks: Blocks, root: bytes, path: bytes, cid: bytes | None) -> bytes | None:
-    """The same for a new key in a leaf that keeps other keys, which most commits are; None where it is not so.
+def _invert_one(blocks: Blocks, root: bytes, step: Step) -> bytes | None:
+    """The same for one new or changed record, which nearly every commit is; None where it does not come out this way.
 
-    One node is encoded again; above it only the link is another one.
+    Whatever it makes of the tree differs from it by this one record only, so where the result is `prevData` nothing
+    else has changed. Few nodes are decoded: the record's own, and those that become one without it. Above them only
+    the link is another one.
     """
-    if cid is None or layer_of(path):
+    action, path, cid, prev = step
+    nodes = [(name, block) for name, block in blocks.items() if block.startswith(_NODE)]
+    ends = list(accumulate(len(block) for _, block in nodes))
+    whole = b"".join([block for _, block in nodes])  # searched at once
+    if cid is None or (at := whole.find(_VALUE + cid)) < 0:
         return None
-    nodes = [(name, block) for name, block in blocks.items() if block.startswith(b"\xa2ae")]
-    mark = LINK + cid
-    holders = [(name, block) for name, block in nodes if mark in block]
-    if len(holders) != 1:
+    old, block = nodes[bisect_right(ends, at)]
+    if old == root and block.startswith(_ONE):
+        return None  # another node becomes the top
+    try:
+        new = _taken_out(blocks, block, path, cid, prev if action == "update" else None)
+    except (KeyError, TypeError, IndexError, ValueError, RecursionError, StopIteration):
         return None
-    old, block = holders[0]
-    left, entries = read_entries(block)
-    at = next((i for i, entry in enumerate(entries) if entry[0] == path), -1)
-    if at < 0 or len(entries) < 2 or entries[at][1] != cid or left is not None or any(e[2] for e in entries):
-        return None
-    del entries[at]
-    if at < len(entries):
-        key, value, _, _ = entries[at]
-        entries[at] = (key, value, None, common_prefix(entries[at - 1][0], key) if at else 0)
-    new = RECORD_CID + sha256(_encode(left, entries)).digest()
     for _ in range(LAYER_MAX):
         if old == root:
             return new
-        mark = LINK + old
-        holders = [(name, block) for name, block in nodes if mark in block]
-        if len(holders) != 1 or holders[0][1].count(mark) != 1:
+        link = LINK + old
+        at = whole.find(link)
+        holder = bisect_right(ends, at)
+        if at < 0 or whole.rfind(link) != at or whole[at - 2 : at] not in _SUBTREE or at + len(link) > ends[holder]:
             return None
-        old, block = holders[0]
-        new = RECORD_CID + sha256(block.replace(mark, LINK + new)).digest()
+        old, block = nodes[holder]
+        if new is not None:
+            new = _cid(block.replace(link, LINK + new))
+        elif len(block) > len(_BRIDGE) + len(link):  # else a bridge to nothing, which goes too
+            new = _cid(block.replace(link, b"\xf6"))
     return None
+
+
+def _taken_out(blocks: Blocks, block: bytes, path: bytes, cid: bytes | None, prev: bytes | None) -> bytes | None:
+    """The CID of a node without this entry, or with its value before; None: nothing is left of it.
+
+    Raises KeyError and the like where it is not encoded as it must be, or not there.
+    """
+    node: Any = libipld.decode_dag_cbor(block)
+    entries, left = node["e"], node["l"]
+    at = next(n for n, entry in enumerate(entries) if entry["v"] == cid)
+    taken = entries[at]
+    if _key_at(entries, at) != path:
+        raise KeyError
+    before, after = entries[at - 1] if at else None, entries[at + 1] if at + 1 < len(entries) else None
+    written = b"".join(_entry(one) for one in (before, taken, after) if one is not None)
+    head = _NODE + _head(0x80, len(entries))
+    start = block.index(written, len(head))
+    end = start + len(written)
+    if prev is not None:
+        changed = [before, {**taken, "v": prev}, after]
+        return _cid(block[:start] + b"".join(_entry(one) for one in changed if one is not None) + block[end:])
+    joined = _joined(blocks, left if before is None else before["t"], taken["t"])
+    if len(entries) == 1:
+        return None if joined is None else _cid(_BRIDGE + LINK + joined)
+    kept = b"" if before is None else _entry({**before, "t": joined})
+    if after is not None:
+        shared = min(taken["p"], after["p"])  # with the key before both
+        kept += _entry({**after, "p": shared, "k": path[shared : after["p"]] + after["k"]})
+    rest = block[end:]
+    if before is None:
+        rest = rest[: -len(_left(left))] + _left(joined)
+    return _cid(_NODE + _head(0x80, len(entries) - 1) + block[len(head) : start] + kept + rest)
+
+
+def _joined(blocks: Blocks, low: bytes | None, high: bytes | None) -> bytes | None:
+    """Two subtrees between which a key was, as one."""
+    if low is None or high is None:
+        return high if low is None else low
+    first, second = libipld.decode_dag_cbor(blocks[low]), libipld.decode_dag_cbor(blocks[high])
+    some, more = first["e"], second["e"]
+    lower = _inner(blocks[low], first)
+    higher = _inner(blocks[high], second)
+    middle = _joined(blocks, some[-1]["t"] if some else first["l"], second["l"])
+    if some:
+        last = _entry(some[-1])
+        lower = lower[: lower.rindex(last)] + _entry({**some[-1], "t": middle})
+    if more and some:
+        shared = common_prefix(_key_at(some, len(some) - 1), more[0]["k"])
+        moved = _entry(more[0])
+        higher = _entry({**more[0], "p": shared, "k": more[0]["k"][shared:]}) + higher[len(moved) :]
+    left = first["l"] if some else middle
+    return _cid(_NODE + _head(0x80, len(some) + len(more)) + lower + higher + _left(left))
+
+
+def _inner(block: bytes, node: dict[str, Any]) -> bytes:
+    """The entries of a node, as they are encoded."""
+    return block[len(_NODE) + len(_head(0x80, len(node["e"]))) : -len(_left(node["l"]))]
+
+
+def _key_at(entries: list[dict[str, Any]], at: int) -> bytes:
+    key = b""
+    for entry in entries[: at + 1]:
+        key = key[: entry["p"]] + entry["k"]
+    return key
+
+
+def _entry(entry: dict[str, Any]) -> bytes:
+    """DAG-CBOR of one entry of a node."""
+    tail: bytes = entry["k"]
+    after: bytes | None = entry["t"]
+    link = b"\xf6" if after is None else LINK + after
+    value: bytes = entry["v"]
+    return b"".join((b"\xa4ak", _head(0x40, len(tail)), tail, b"ap", _head(0, entry["p"]), b"at", link, _VALUE, value))
+
+
+def _left(left: bytes | None) -> bytes:
+    return b"al\xf6" if left is None else b"al" + LINK + left
+
+
+def _cid(block: bytes) -> bytes:
+    return RECORD_CID + sha256(block).digest()
 
 
 def _remove(blocks: Blocks, node: Node | None, key: bytes) -> tuple[Node | None, bytes | None]:
@@ -546,7 +653,7 @@ def _seal(node: Node) -> bytes:
     for key, value, link, shared in zip(node.keys, node.values, links[1:], node.shared, strict=True):
         entries.append((key, value, link, common_prefix(before, key) if shared < 0 else shared))
         before = key
-    return RECORD_CID + sha256(_encode(links[0], entries)).digest()
+    return _cid(_encode(links[0], entries))
 
 
 def common_prefix(left: bytes, right: bytes) -> int:

@@ -57,6 +57,8 @@ def too_heavy(ops: Sequence[Op]) -> Sequence[int]:
 
     A value takes a byte at least, which settles nearly every commit. Records from JSON are bounded when they are read.
     """
+    if len(ops) == 1 and ((block := ops[0].block) is None or len(block) <= VALUES_MAX):
+        return ()
     if sum([len(op.block) for op in ops if op.block is not None]) <= VALUES_MAX:
         return ()
     heavy = []

@@ -63,7 +63,8 @@ def is_reference(text: str) -> bool:
 
 
 def is_cid(text: str) -> bool:
-    return (text.isascii() and text.isalnum()) or _cid(text) is not None
+    # Bytes are looked at by a table, texts by what Unicode knows of each character.
+    return text.isascii() and (text.encode().isalnum() or _cid(text) is not None)
 
 
 def reads_as_identifier(text: str) -> bool:

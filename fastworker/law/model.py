@@ -16,6 +16,9 @@ The last is a whole repository at `rev`; what happened up to `seq` had happened 
 
 Each may say by which "relay" it came: seq orders nothing between two of them.
 
+This holds whenever nothing is owed: counters and joined rows may follow their records later, within a second under
+load (docs/invariants.md, "What may be owed, and for how long"); everything else is there with them.
+
 Where the law (docs/invariants.md) leaves a choice, the comment that starts with `Choice:` makes it.
 """
 

@@ -16,6 +16,7 @@ from fastworker.monitor.view import Reading, View
 from fastworker.sync.told import RepairStatus
 
 LONG_S: Final = 60.0  # what waits longer is shown in red
+OWED_LONG_S: Final = 10.0  # what is owed for longer
 LATE_S: Final = 3_600.0  # a repair that waits longer
 TRUE: Final = 0.999
 OUTCOME_TITLES: Final = {
@@ -113,6 +114,12 @@ def _waiting(view: View, reading: Reading) -> list[Wait]:
         waits.append(Wait(f"of these in {worst.stream}, the most", worst.lag_entries, worst.lag_seconds))
     if reading.reader is not None:
         waits.append(Wait("entries that the reader has to append", reading.reader.outbox_items, None))
+    if (debts := view.debts) is not None:
+        waits.append(
+            Wait("counters and joined rows to be paid", debts.owed, debts.oldest_s, bad=debts.oldest_s > OWED_LONG_S)
+        )
+        if debts.put_back:
+            waits.append(Wait(f"of these put back: {debts.error}", debts.put_back, None, bad=True))
     letters = reading.newest_letters
     oldest = Wait("dead letters, for a person", reading.dead_letters, None, bad=bool(letters))
     return [*waits, oldest]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, get_args, get_type_hints
 
 import msgspec
@@ -18,6 +18,7 @@ from fastworker import __version__
 from fastworker.config import Config
 from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
+from fastworker.process.board import Snapshot
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
 from fastworker.stream.repairs import repairs_told
 from fastworker.sync.told import Mended, RepairStatus, TableTruth
@@ -60,6 +61,16 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     error_age_s: Annotated[float | None, _is("Seconds since that error; null where it is not known.")] = None
 
 
+class DebtStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What committed transactions owe: counters and joined rows, paid within a second (docs/invariants.md)."""
+
+    owed: Annotated[int, _is("How many debts there are.")]
+    oldest_s: Annotated[float, _is("Seconds since the oldest was owed, of those that are not put back; 0: none.")]
+    put_back: Annotated[int, _is("Debts that PostgreSQL refuses: tried again ever more rarely, in nobody's way.")]
+    error: Annotated[str, _is("Which one of these is, and why; empty: there is none.")] = ""
+    age_s: Annotated[float, _is("Seconds since a process looked: half a second while it writes, else ten.")] = 0.0
+
+
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One supervisor with its processes, as its monitor last wrote it."""
 
@@ -79,6 +90,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
         dict[str, float], _is("Changes per second by table, lately; tables without any are left out.")
     ] = {}
     http: Annotated[str, _is("Address of its HTTP port; empty where it has none.")] = ""
+    debts: Annotated[DebtStatus | None, _is("What is owed, as it last saw; null: it has not looked yet.")] = None
 
 
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,6 +191,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     partitions: Annotated[
         list[PartitionStatus], _is("Of the stream, where it has several; the other members are their sums.")
     ] = []
+    debts: Annotated[DebtStatus | None, _is("What is owed in PostgreSQL; null: no worker tells.")] = None
     repair: Annotated[RepairStatus | None, _is("The syncer; null when none told anything within an hour.")] = None
 
 
@@ -223,6 +236,26 @@ def partitions_of(stream: Stream | None, group: str, now_ms: int | None) -> list
         )
         for key, one in (stream.partitions.items() if stream else ())
     ]
+
+
+def debts_of(snapshots: Sequence[Snapshot], now: int) -> DebtStatus | None:
+    """By the newest look of all processes; all of them see the same. `now`: `process.board.now_ms()`."""
+    newest = max(snapshots, key=lambda one: one.gauges.debts_at_ms, default=None)
+    if newest is None or not newest.gauges.debts_at_ms:
+        return None
+    gauges = newest.gauges
+    return DebtStatus(
+        owed=gauges.debts,
+        oldest_s=max(0, now - gauges.debts_since_ms) / 1000 if gauges.debts_since_ms else 0.0,
+        put_back=gauges.debts_put_back,
+        error=newest.debt,
+        age_s=max(0, now - gauges.debts_at_ms) / 1000,
+    )
+
+
+def _debts_told(workers: Sequence[WorkerStatus]) -> DebtStatus | None:
+    told = [(one.at - one.debts.age_s, one.debts) for one in workers if one.debts is not None]
+    return max(told, key=lambda look: look[0])[1] if told else None
 
 
 class RatePoint(msgspec.Struct, frozen=True):
@@ -298,7 +331,8 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         events=await admin.event_counts(),
         groups=groups,
         reader=await _reader(admin, config),
-        workers=told_workers(await admin.statuses()),
+        workers=(workers := told_workers(await admin.statuses())),
+        debts=_debts_told(workers),
         partitions=partitions_of(stream, config.group, server.time_ms),
         repair=told_repairs(await repairs_told(admin)),
     ), reading
@@ -374,6 +408,7 @@ def markdown() -> str:
         GroupStatus,
         PartitionStatus,
         WorkerStatus,
+        DebtStatus,
         ProcessStatus,
         RepairStatus,
         Mended,

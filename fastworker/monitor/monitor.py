@@ -26,7 +26,7 @@ from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
-from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, told_repairs
+from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, debts_of, told_repairs
 from fastworker.monitor.history import History
 from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
@@ -351,6 +351,7 @@ class _WorkerMonitor:
             processes=self._processes(),
             written=self._rates.written(),
             others=self._others,
+            debts=debts_of(self._workers(), now_ms()),
         )
 
     def status_json(self) -> bytes:
@@ -396,4 +397,5 @@ def _status(view: View) -> WorkerStatus:
         processes=view.processes,
         written_per_s={one.table: round(one.per_s, 2) for one in view.written if one.per_s >= 0.005},
         http=view.http,
+        debts=view.debts,
     )

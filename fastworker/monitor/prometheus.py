@@ -98,6 +98,10 @@ def _of_processes(figures: Figures, view: View) -> None:
     for pid, size in view.memory.items():
         if pid in names:
             figures.set(m.MEMORY, size, names[pid])
+    if view.debts is not None:
+        figures.set(m.DEBTS, view.debts.owed)
+        figures.set(m.DEBT_AGE, view.debts.oldest_s)
+        figures.set(m.DEBTS_PUT_BACK, view.debts.put_back)
     everybody = view.everybody
     counters = [snapshot.counters for snapshot in everybody]
     figures.set(m.RESTARTS, sum(counter.restarts for counter in counters))

@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from fastworker.monitor.facts import debts_of
 from fastworker.process.board import Snapshot, State
 
 FRESH_S: Final = 6.0
@@ -28,6 +29,8 @@ BEHIND_S: Final = 300.0
 """An oldest unfinished entry of more than this age gets younger within a minute: a backlog is worked off."""
 MAINTAINED_S: Final = 60.0
 """What committed transactions owe (joined rows, purges, second looks, pruning) is looked after within this time."""
+OWED_S: Final = 60.0
+"""What committed transactions owe, counters and joined rows, is paid within this time: a second is usual."""
 CRASHES_MAX: Final = 2
 CRASHES_WINDOW_S: Final = 180.0
 ASIDE_MIN: Final = 10
@@ -74,6 +77,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     finished: int = 0
     set_aside: int = 0
     clocks: str = ""
+    owed: int = 0
+    owed_s: float = 0.0
+    """Since the oldest debt was owed, of those that are not put back; 0: none."""
 
 
 def readiness(facts: Facts) -> list[str]:
@@ -100,6 +106,12 @@ def readiness(facts: Facts) -> list[str]:
         why.append(f"{facts.set_aside} of the last {facts.finished} entries were set aside: see `fastworker dlq list`")
     if facts.clocks:
         why.append(facts.clocks)
+    # mutant: debts that are never paid are not noticed
+    if facts.owed_s > OWED_S:
+        why.append(
+            f"{facts.owed} counters and joined rows are owed, the oldest for {facts.owed_s:.0f} s: "
+            "they are behind their records (docs/troubleshooting.md)"
+        )
     return why
 
 
@@ -199,7 +211,10 @@ class Watch:
 
     def facts(self, now: float, snapshots: Sequence[Snapshot], clock_ms: int, missing: int = 0) -> Facts:
         """Without what Redis and the reader say."""
+        debts = debts_of(snapshots, clock_ms)
         facts = Facts(
+            owed=debts.owed if debts else 0,
+            owed_s=debts.oldest_s if debts else 0.0,
             processes=[process_of(one, clock_ms) for one in snapshots if one.gauges.state != State.FREE],
             missing=missing,
             missing_s=now - self._missing_since if self._missing_since is not None else 0.0,

@@ -12,9 +12,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastworker.monitor.facts import Status
+from fastworker.monitor.facts import DebtStatus, Status
 from fastworker.sync.told import RepairStatus
 
+OWED_LONG_S: Final = 10.0  # what is owed for longer is shown
 TREND: Final = 44  # looks shown as a line
 _BARS: Final = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
@@ -81,7 +82,9 @@ def _written(status: Status) -> str:
     return ", ".join(f"{table} {per_s:,.1f}" for table, per_s in busiest if per_s >= 0.05)
 
 
-def _repairs(repair: RepairStatus) -> Text:
+def _repairs(repair: RepairStatus | None) -> Text:
+    if repair is None:
+        return Text()
     waiting = repair.waiting + repair.fetching
     words = f"{waiting:,} waiting" + (f", oldest {_seconds(repair.oldest_s)}" if waiting else "")
     words += f", {repair.gaps_open:,} gaps open" if repair.gaps_open else ""
@@ -91,6 +94,15 @@ def _repairs(repair: RepairStatus) -> Text:
     if repair.error:
         words += f"; waits: {repair.error}"
     return Text(words, style="yellow" if repair.gaps_open or repair.error else "")
+
+
+def _debts(debts: DebtStatus | None) -> Text:
+    """Empty while all is paid in time."""
+    if debts is None or (debts.oldest_s <= OWED_LONG_S and not debts.put_back):
+        return Text()
+    words = f"{debts.owed:,} counters and joined rows, oldest {_seconds(debts.oldest_s)}"
+    words += f"; {debts.put_back:,} put back: {debts.error}" if debts.put_back else ""
+    return Text(words, style="yellow")
 
 
 def _overview(status: Status) -> RenderableType:
@@ -111,8 +123,9 @@ def _overview(status: Status) -> RenderableType:
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gap.at))
         after = "where it was" if gap.after is None else f"{gap.after}"
         table.add_row("gap", Text(f"{day} UTC {gap.relay}: {after} to {gap.resumed}, {gap.reason}", style="yellow"))
-    if status.repair is not None:
-        table.add_row("repairs", _repairs(status.repair))
+    for name, words in (("repairs", _repairs(status.repair)), ("owed", _debts(status.debts))):
+        if words:
+            table.add_row(name, words)
     share = 100 * status.stream_entries / status.stream_entries_max
     size = "" if status.stream_bytes is None else f", {_bytes(status.stream_bytes)}"
     table.add_row("stream", f"{status.stream_entries:,} entries ({share:.0f} % of the limit){size}")

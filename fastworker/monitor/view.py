@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from fastworker.config import Config
-from fastworker.monitor.facts import Backlog, ProcessStatus
+from fastworker.monitor.facts import Backlog, DebtStatus, ProcessStatus
 from fastworker.monitor.rates import Written
 from fastworker.process.board import HISTOGRAMS, Snapshot, State
 from fastworker.reader.stats import ReaderStats
@@ -57,6 +57,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     processes: list[ProcessStatus]
     written: list[Written]
     others: Mapping[str, str]  # what every worker on this stream last told
+    debts: DebtStatus | None = None  # what is owed in PostgreSQL; None: nobody has looked yet
 
     @property
     def children(self) -> list[Snapshot]:

@@ -56,6 +56,10 @@ class Gauges(msgspec.Struct):
     connections: int = 0  # to PostgreSQL, open
     connections_busy: int = 0
     error_ms: int = 0  # when `error` was written
+    debts: int = 0  # what committed transactions owe, by this process' latest look
+    debts_put_back: int = 0  # of these, what cannot be paid
+    debts_since_ms: int = 0  # when the oldest of the others was owed; 0: there is none
+    debts_at_ms: int = 0  # when it looked
     maintained_ms: int = 0  # when owed rows were last recomputed; 0: this process does not do it
     tried_first_ms: int = 0  # ids of the entries that it is trying alone (worker/suspects.py)
     tried_first_n: int = 0
@@ -107,6 +111,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     maintain_error: str
     clocks: str  # which clock is off; empty: they agree
     locked: str = ""  # a sentence about a row that another transaction has locked
+    debt: str = ""  # which debt cannot be paid, and why
 
     @property
     def acked(self) -> int:
@@ -134,8 +139,9 @@ _TEXTS: Final = {  # offset and bytes
     "clocks": (640, 160),
     "consumers": (800, 424),
     "locked": (1224, 240),
+    "debt": (1464, 240),
 }
-_SLOT_BYTES: Final = _WORDS * 8 + 1464
+_SLOT_BYTES: Final = _WORDS * 8 + 1704
 _REASON_INDEX: Final = {reason: _DROPS_AT + n for n, reason in enumerate(REASONS)}
 _TABLE_INDEX: Final = {table.name: _TABLES_AT + n for n, table in enumerate(TABLES)}
 
@@ -172,6 +178,7 @@ class Slot:
         self.text("clocks", "")
         self.text("consumers", "")
         self.text("locked", "")
+        self.text("debt", "")
         self.text("name", name)
         now = now_ms()
         self.set(pid=os.getpid(), state=State.STARTING, started_ms=now, tick_ms=now, progress_ms=now)
@@ -230,6 +237,7 @@ class Slot:
             maintain_error=texts["maintain_error"],
             clocks=texts["clocks"],
             locked=texts["locked"],
+            debt=texts["debt"],
         )
 
 

@@ -17,6 +17,16 @@ def which_is_off(clocks: Mapping[str, datetime]) -> str:
     return f"clocks disagree: {', '.join(words)}" if words else ""
 
 
+def ids_ahead(newest: datetime, now: datetime) -> str:
+    """A sentence where the stream's ids are far ahead of Redis's clock: once, that clock was, and ids never go back."""
+    if newest - now <= OFF:
+        return ""
+    return (
+        f"the stream's ids are {_words(newest - now)} of Redis's clock, and dates of events are judged by them: when "
+        "all of it is finished, delete the stream, and the reader makes another"
+    )
+
+
 def _words(ahead: timedelta) -> str:
     minutes = abs(ahead) / timedelta(minutes=1)
     size = f"{minutes:.0f} minutes" if minutes < 180 else f"{minutes / 60:.0f} hours"

@@ -88,7 +88,8 @@ class Chain:
         if slot % _SLOT:
             slot = _find(four, tag)
         data = link.data
-        state = rev.encode() + (_UNKNOWN if data is None else data[4:15])
+        moment = rev.encode()
+        state = moment + (_UNKNOWN if data is None else data[4:15])
         if slot < 0:
             if link.is_too_big:
                 return Verdict.BREAK, None
@@ -97,7 +98,7 @@ class Chain:
         held = self._held.get(tag) if self._held else None
         known = four[slot + _TAG : slot + _SLOT] if held is None else held[0]
         # mutant: a replay moves the chain
-        if rev.encode() <= known[:_REV]:
+        if moment <= known:  # with a rev before it: longer is greater
             return _REPLAY
         verdict = _verdict(known, link)
         # mutant: a break is forgotten by a crash

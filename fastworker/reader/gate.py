@@ -76,6 +76,8 @@ class Gate:
     def pass_over(self) -> None:
         """A frame too large to receive came: begin further on, and find out how far without losing what is good."""
         self._low = self.skip
+        if self._high <= self._low:  # it did come further on as well: this relay contradicts itself
+            self._high = 0
         self.skip = max((self._low + self._high) // 2, self._low + 1) if self._high else max(1, self.skip * 2)
 
     def is_too_far(self) -> bool:

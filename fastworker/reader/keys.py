@@ -28,7 +28,7 @@ ASKED_AT_ONCE: Final = 8
 AGAIN_S: Final = 3_600.0
 """A key that did not verify is asked for once in so long."""
 LATER_S: Final = 1.0
-_NONE: Final = (HostFault.NOT_FOUND, HostFault.REFUSED, HostFault.BAD_ANSWER)
+_NONE: Final = (HostFault.NOT_FOUND, HostFault.TOMBSTONED, HostFault.REFUSED, HostFault.BAD_ANSWER)
 """Answers by which the account has no key."""
 
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from fastworker.event.proof import Flaw, Unproved, prove_ops, prove_signature, proved_paths, read_blocks
+from fastworker.event.proof import (
+    Flaw,
+    Unproved,
+    Verdict,
+    prove_ops,
+    prove_signature,
+    proved_paths,
+    read_blocks,
+    root_before,
+)
 
 if TYPE_CHECKING:
     from fastworker.sync.keys import Key
@@ -26,11 +35,13 @@ class KeysOf(Protocol):
 
 class Proof(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """`is_bad_commit`: there is no signature to check. `proved` None: all that was asked for is; else the paths of
-    the ops that the signed tree proves one by one, none where nothing is signed."""
+    the ops that the signed tree proves one by one, none where nothing is signed. `before`: where the message does not
+    say what the root was before its ops, what it must have been."""
 
     is_signed: bool
     is_bad_commit: bool = False
     proved: frozenset[str] | None = None
+    before: bytes | None = None
 
 
 _WHOLE: Final = Proof(is_signed=True)
@@ -50,7 +61,8 @@ def prove(payload: Mapping[str, Any], multikey: str, *, full: bool) -> Proof:
         root, blocks = read_blocks(payload["blocks"])
         if root != payload["commit"]:
             raise Unproved(Flaw.BAD_COMMIT, "the CAR has another root")  # noqa: TRY301 - as the others
-        prove_ops(payload, commit, blocks)
+        if prove_ops(payload, commit, blocks) is Verdict.LEGACY:
+            return Proof(is_signed=True, before=root_before(payload, commit, blocks))
     except Unproved:
         return Proof(is_signed=True, proved=proved_paths(payload, commit))
     return _WHOLE

@@ -162,6 +162,7 @@ class _Reader:
             try:
                 if await self._feed.acquire() and (not settle or await self._cursor_stands_still()):
                     await self._feed.own_cursor()
+                    await self._feed.begin_term()
                     await self._open_partitions()
                     self._run_id = await self._feed.run_id()
                     self._outage.look(None)

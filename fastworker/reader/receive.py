@@ -83,16 +83,15 @@ class Receiver:
                 seq, last = frame.seq, self.last_seq
                 if seq is not None:
                     self.events += 1
-                    if self.gap is not None and gate.is_too_far():
-                        raise TooFar
-                if seq is not None and last is not None:
-                    if seq <= last:
+                    if last is not None and seq <= last:
                         stats.duplicates += 1
                         continue
-                    if gate.doubted is not None or (last and seq - last > SEQ_JUMP):  # 0: all there is
-                        self._judge_jump(seq, last, data, host)
-                        if gate.doubted is not None:
-                            continue
+                    if self.gap is not None and gate.is_too_far():
+                        raise TooFar
+                if seq is not None and last is not None and (gate.doubted or (last and seq - last > SEQ_JUMP)):
+                    self._judge_jump(seq, last, data, host)  # last 0: all there is
+                    if gate.doubted is not None:
+                        continue
                 if isinstance(frame, Unknown):
                     self.drop(Reason.UNKNOWN_KIND)
                 else:

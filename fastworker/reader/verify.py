@@ -128,7 +128,12 @@ class Verifier:
         elif (link.data is None or (proof is not None and proof.is_bad_commit)) and not link.is_too_big:
             verdict = Verdict.BAD_COMMIT
         else:
+            before = None if proof is None or link.since is None else proof.before
+            if before is not None:
+                link = Link(link.since, before, link.data, link.is_too_big)
             verdict, broke = self.chain.follow(commit.repo, rev, link)
+            if before is not None and verdict is Verdict.OK:
+                verdict = Verdict.LEGACY
             if verdict is not _BREAK:
                 if proof is not None and proof.proved is not None:
                     verdict = Verdict.INVERSION

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import random
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ Fault = Literal[
     "wrong_key",
     "other_account",
     "future_rev",
+    "rolled_back",  # restored from a backup: an older revision, and half of the records
     "missing_block",
     "changed_block",
     "unordered",
@@ -206,7 +208,8 @@ class SimPds(_Server):
         if account is None:
             return web.json_response({"error": "RepoNotFound"}, status=400)
         head_of(account)
-        return web.json_response({"did": account.did, "active": True, "rev": account.repo.rev})
+        told = {"active": True} if account.status is None else {"active": False, "status": account.status}
+        return web.json_response({"did": account.did, "rev": account.repo.rev, **told})
 
     async def _list_repos(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(_page(request, "repos", [_listed(one) for one in self.accounts.values()]))
@@ -222,8 +225,9 @@ class SimHosts:
         self.relay = _Server()
         self.moved: dict[str, int] = {}  # DID -> number of its PDS
         self.keys: dict[str, str] = {}  # DID -> the multikey that its document shows
-        self.statuses: dict[str, str | None] = {}  # DID -> what the relay's list says of it; None: active
+        self.statuses: dict[str, str | None] = {}  # DID -> what the relay's list says; None: active; empty: nothing
         self.documents: dict[str, dict[str, Any] | int] = {}  # what the directory says instead
+        self.directory.route("/export", self._export)
         self.directory.route("/{did}", self._document)
         self.relay.route("/xrpc/com.atproto.sync.listHosts", self._list_hosts)
         self.relay.route("/xrpc/com.atproto.sync.listRepos", self._list_repos)
@@ -301,6 +305,16 @@ class SimHosts:
         found = self.documents.get(did, found)
         return web.Response(status=found) if isinstance(found, int) else web.json_response(found)
 
+    async def _export(self, request: web.Request) -> web.Response:
+        """The directory's log of operations, one JSON object a line."""
+        after, count = request.query.get("after", ""), int(request.query.get("count", "10"))
+        lines = [
+            {"did": did, "createdAt": at, "operation": {"type": "plc_operation", "alsoKnownAs": [f"at://{handle}"]}}
+            for at, did, handle in self._world.operations
+            if at > after
+        ]
+        return web.Response(text="".join(f"{json.dumps(line)}\n" for line in lines[:count]))
+
     async def _list_hosts(self, request: web.Request) -> web.StreamResponse:
         hosts = [
             {"hostname": pds.url.removeprefix("http://"), "accountCount": len(pds.accounts), "status": "active"}
@@ -313,9 +327,11 @@ class SimHosts:
         return web.json_response(_page(request, "repos", told))
 
     def _said(self, did: str) -> dict[str, Any]:
-        if did not in self.statuses:
+        account = self._account(did)
+        assert account is not None
+        status = self.statuses.get(did, account.status)
+        if status == "":
             return {}
-        status = self.statuses[did]
         return {"active": True} if status is None else {"active": False, "status": status}
 
     async def _by_collection(self, request: web.Request) -> web.StreamResponse:
@@ -342,7 +358,7 @@ def head_of(account: Account) -> tuple[bytes, bytes]:
 
 def repository(account: Account, fault: Fault | None = None) -> bytes:
     """The CAR of `getRepo`, with a fault that is in it."""
-    repo = account.repo
+    repo = _rolled_back(account) if fault == "rolled_back" else account.repo
     root, blocks = repo.export()
     data = mst.seal(repo.root)
     if fault in ("wrong_key", "other_account", "future_rev"):
@@ -375,6 +391,14 @@ def repository(account: Account, fault: Fault | None = None) -> bytes:
         case "foreign":
             sections = [(cid_of(b"of another"), b"of another"), (RAW + bytes(32), b"a blob"), *sections]
     return car_bytes(root, {}) + b"".join(varint(len(cid) + len(block)) + cid + block for cid, block in sections)
+
+
+def _rolled_back(account: Account) -> Repo:
+    repo = Repo(account.did, Clock(), root=account.repo.root, key=account.repo.key)
+    repo.records = dict(account.repo.records)
+    paths = [key.decode() for key, _ in mst.items(repo.root)]
+    repo.commit([("delete", path, None) for path in paths[len(paths) // 2 :][:200]])
+    return repo
 
 
 def _pages(account: Account) -> list[tuple[bytes, bytes]]:

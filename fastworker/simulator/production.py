@@ -99,8 +99,12 @@ class Production:
         account = self._world.account(self._world.skewed())
         tick = self._world.clock.tick()
         if roll < _IDENTITIES:
-            return identity_frame(tick, account.did, None if roll < _IDENTITIES / 5 else account.handle)
+            handle = None if roll < _IDENTITIES / 5 else account.handle
+            if handle is not None:
+                self._world.operations.append((tick.time, account.did, handle))
+            return identity_frame(tick, account.did, handle)
         status = "deactivated" if roll < _IDENTITIES + _ACCOUNTS * 0.2 else None
+        account.status = status
         return account_frame(tick, account.did, active=status is None, status=status)
 
     def _create(self, collection: str) -> SimFrame:

@@ -43,9 +43,10 @@ def history(size: int) -> tuple[mst.Node, tuple[str, ...]]:
 
 
 class Account:
-    """`live`: paths that this account has shown; `unseen`: paths that it holds from before, in no particular order."""
+    """`live`: paths that this account has shown; `unseen`: paths that it holds from before, in no particular order.
+    `status`: as the newest #account said; None: active."""
 
-    __slots__ = ("handle", "key", "live", "number", "repo", "unseen_left", "unseen_paths")
+    __slots__ = ("handle", "key", "live", "number", "repo", "status", "unseen_left", "unseen_paths")
 
     def __init__(
         self, number: int, person: Person, clock: Clock, history_size: int, key: SigningKey | None = None
@@ -53,6 +54,7 @@ class Account:
         root, self.unseen_paths = history(history_size)
         self.number = number
         self.handle = person.handle
+        self.status: str | None = None
         self.key = key
         self.repo = Repo(person.did, clock, root=root, key=key)
         self.live: list[str] = []
@@ -96,6 +98,7 @@ class World:
         self._accounts: dict[int, Account] = {}
         self._persons: dict[int, Person] = {}
         self._lives: Counter[int] = Counter()
+        self.operations: list[tuple[str, str, str]] = []  # (time, DID, handle): documents that were changed
 
     def account(self, number: int) -> Account:
         found = self._accounts.get(number)

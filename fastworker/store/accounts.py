@@ -28,7 +28,8 @@ def account_arguments(accounts: dict[str, list[TimedAccount]]) -> dict[str, Any]
         if not active and status == "deleted" and seq:
             before = deleted.get(did, (did, seq, at))
             deleted[did] = (did, max(seq, before[1]), max(at, before[2]))
-    return _named(sql.ACCOUNT, events) | _named(sql.DELETION, deleted.values())
+    told = [(did, seq) for did, _, seq, _, _, _ in events if seq]
+    return _named(sql.ACCOUNT, events) | _named(sql.DELETION, deleted.values()) | _named(sql.TOLD, told)
 
 
 def identity_arguments(writer: Writer, identities: dict[str, list[TimedIdentity]]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Facts(msgspec.Struct, frozen=True):
     clock_ahead_s: float
     lacking: tuple[str, ...]
     """Rights that the worker needs on tables that exist and this role does not have."""
+    hidden: tuple[str, ...]
+    """Tables of these with row-level security that counts for this role."""
     pooler: bool
     """The server does not keep what a session sets: pgbouncer in transaction mode is in between."""
     may_read_schema: bool = True
@@ -151,6 +153,7 @@ async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Fac
         ]
         if not row["usage"]:
             lacking.insert(0, "USAGE on schema fastworker")
+        hidden = await connection.fetchval(_HIDDEN, list(rights))
         clients = await connection.fetch(_CLIENTS)
         sequences = await connection.fetch(_SEQUENCES, list(rights))
         await connection.execute("SET fastworker.probe = 'kept'")
@@ -173,6 +176,7 @@ async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Fac
         connection_limit=row["connection_limit"],
         clock_ahead_s=float(row["now"]) - (before + after) / 2,
         lacking=tuple(lacking),
+        hidden=tuple(hidden),
         pooler=kept != "kept",
         may_read_schema=row["usage"],
         clients=tuple(Client(*client) for client in clients),
@@ -274,8 +278,11 @@ _PAST = """
 SELECT EXISTS (SELECT FROM fastworker.progress WHERE stream = $1 AND seq IS NOT NULL),
        count(*)::int, count(*) FILTER (WHERE avatar_url LIKE '0155%' OR avatar_url LIKE 'b''%')::int,
        (SELECT count(*)::int FROM fastworker.recheck WHERE attempts > 0)
+       + (SELECT count(*)::int FROM fastworker.debts WHERE attempts > 0)
        + (SELECT count(*)::int FROM fastworker.accounts WHERE purge_pending AND purge_error IS NOT NULL),
        coalesce((SELECT kind || ' of ' || key || ': ' || error FROM fastworker.recheck WHERE attempts > 0 LIMIT 1),
+           (SELECT 'counters of ' || (deltas[1]).post_uri || ': ' || error FROM fastworker.debts
+            WHERE attempts > 0 LIMIT 1),
            (SELECT 'removal of ' || did || ': ' || purge_error FROM fastworker.accounts
             WHERE purge_pending AND purge_error IS NOT NULL LIMIT 1)),
        (SELECT count(*)::int FROM fastworker.refused)
@@ -306,11 +313,17 @@ SELECT current_setting('server_version_num')::int AS version_num,
 """
 
 # By pg_class, not to_regclass(): that fails where the role may not look into the schema.
-_LACKING = """
+_TABLES = """
+(SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname AS name, c.oid
+ FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables
+"""
+_HIDDEN = f"""
+SELECT coalesce(array_agg(name ORDER BY name), '{{}}') FROM {_TABLES} WHERE name = ANY($1) AND row_security_active(oid)
+"""
+_LACKING = f"""
 SELECT name, string_agg(right_name, ', ' ORDER BY right_name)
-FROM (SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.relname AS name, c.oid
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-      WHERE n.nspname IN ('public', 'fastworker') AND c.relkind IN ('r', 'p')) AS tables
+FROM {_TABLES}
 JOIN unnest($1::text[], $2::text[]) AS needed (name, right_name) USING (name)
 WHERE NOT has_table_privilege(oid, right_name)
 GROUP BY name ORDER BY name

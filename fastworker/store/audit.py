@@ -31,7 +31,7 @@ _SESSION = (
     "SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on; SET TIME ZONE 'UTC'; "
     "SET statement_timeout = '300s'; SET lock_timeout = 0; SET idle_session_timeout = 0; "
     "SET idle_in_transaction_session_timeout = 0; SET transform_null_equals = off; SET array_nulls = on; "
-    "SET standard_conforming_strings = on; SET DateStyle = 'ISO, MDY'; SET row_security = on; "
+    "SET standard_conforming_strings = on; SET DateStyle = 'ISO, MDY'; SET row_security = off; "
     "SET default_transaction_isolation = 'read committed'; " + PATH
 )
 CONNECT_SECONDS_MAX = 10.0

@@ -17,11 +17,14 @@ from fastworker.table.schema import FEED_ITEMS, NOTIFICATIONS, PROFILES, QUOTES,
 
 
 class Owed(NamedTuple):
-    """What a main transaction leaves to be done after its commit: joined rows, by its note; counters or not."""
+    """What a main transaction leaves to be done after its commit: joined rows, by its note.
+
+    `is_owing`: there is something to pay, ours or others'.
+    """
 
     joined: set[Key]
     note: int | None
-    counters: bool
+    is_owing: bool
 
 
 async def write_items(writer: Writer, db: Connection, effects: Effects) -> None:
@@ -54,10 +57,10 @@ async def write_effects(
     await _copy_items(writer, db, effects)
     arguments = item_arguments(effects) | last_arguments(writer, effects, progress) | (floors or {})
     if not arguments:
-        return Owed(set(), None, counters=False)
+        return Owed(set(), None, is_owing=False)
     done = await put(db, arguments)
     # mutant: nothing is owed (2)
-    return Owed(effects.owed, done["note"], counters=bool(done["is_owing"]))
+    return Owed(effects.owed, done["note"], is_owing=bool(done["is_owing"]))
 
 
 async def _copy_items(writer: Writer, db: Connection, effects: Effects) -> None:
@@ -111,8 +114,8 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
 
 
 def profile_rows(effects: Effects) -> list[Row]:
-    """Rows of the profiles, from which public.users takes its columns; empty ones where a profile is gone. Their key does
-    not matter."""
+    """Rows of the profiles, from which public.users takes its columns; empty ones where a profile is gone. Their key
+    does not matter."""
     empty = (None,) * len(PROFILES.columns)
     return [(did, did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
 

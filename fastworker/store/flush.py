@@ -22,8 +22,9 @@ from asyncpg.exceptions import PostgresError
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.accounts import account_arguments, identity_arguments
+from fastworker.store.debts import pay
 from fastworker.store.effects import Owed, write_effects, write_items
-from fastworker.store.joined import NEVER, recompute, recompute_joined
+from fastworker.store.joined import NEVER, recompute_joined, recompute_or_owe
 from fastworker.store.look import Seen, look, look_back, lowest
 from fastworker.store.rows import insert_new
 from fastworker.store.session import Connection
@@ -216,19 +217,10 @@ async def write_rows(
 async def pay_owed(writer: Writer, db: Connection, owed: Owed) -> None:
     """After the commit that left it owed: both sides of a join can be seen."""
     # mutant: counters are not paid after the commit
-    if owed.counters:
+    if owed.is_owing:
         await pay(writer, db)
     if owed.joined:
-        await recompute(writer, db, dict.fromkeys(owed.joined, NEVER), set(), note=owed.note, wait=False)
-
-
-async def pay(writer: Writer, db: Connection) -> int:
-    """Counters that committed flushes owe, ours and others'; what another one is paying is left to him.
-
-    In transactions of its own, in which no other lock is held: nobody waits for it. Returns how many debts were paid.
-    """
-    paid: int = await writer.retry(lambda: db.fetchval(sql.PAY, *writer.counted))
-    return paid
+        await recompute_or_owe(writer, db, dict.fromkeys(owed.joined, NEVER), set(), note=owed.note)
 
 
 async def _main_transaction(

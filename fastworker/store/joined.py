@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from functools import partial
 
+from fastworker.errors import RowRejected
 from fastworker.store import statements as sql
 from fastworker.store.look import Key
-from fastworker.store.session import STATEMENT_TIMEOUT, Connection
+from fastworker.store.session import STATEMENT_TIMEOUT, Connection, translating
 from fastworker.store.writer import Writer, columns
 from fastworker.table.batch import Change
 from fastworker.table.rows import GATE
@@ -24,7 +25,7 @@ async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change]
     What a removal changes was owed in its own transaction, and is not repeated here.
     """
     if keys := seen | keys_of(writer, upserts):
-        await recompute(writer, db, {}, keys, wait=False)
+        await recompute_or_owe(writer, db, {}, keys)
 
 
 def keys_of(writer: Writer, upserts: list[Change]) -> set[Key]:
@@ -37,6 +38,26 @@ def keys_of(writer: Writer, upserts: list[Change]) -> set[Key]:
         elif services and change.table in (FEED_GENERATORS, LABELER_SERVICES):
             keys.add(("like_count", change.uri))
     return keys
+
+
+async def recompute_or_owe(
+    writer: Writer, db: Connection, owed: dict[Key, datetime], fresh: set[Key], *, note: int | None = None
+) -> None:
+    """What a flush does after its commit: nothing is waited for, and what the database refuses is left owed by key.
+
+    Whoever pays finds out which of the keys it is, and puts that one back.
+    """
+    try:
+        with translating():
+            await recompute(writer, db, owed, fresh, note=note, wait=False)
+    except RowRejected:
+        # mutant: a joined row that is refused stops its flush
+        await _owe(writer, db, owed.keys() | fresh, note)
+
+
+async def _owe(writer: Writer, db: Connection, keys: set[Key], note: int | None) -> None:
+    await writer.retry(lambda: db.execute(sql.OWE, *columns(sorted(keys))))
+    await db.execute(sql.NOTE_DONE, note)
 
 
 async def recompute(

@@ -75,6 +75,12 @@ def _cure(error: PostgresError) -> str:
         return f"The function {code} of this database refuses it: mend it, or drop its trigger."
     if state in ("22001", "42804", "42P10", "42703", "42704", "42883", "42P01", "42809"):
         return "The schema is not what ingestion needs: `fastworker check` names what differs."
+    if state == "42501" and "row-level security" in str(error):
+        found = _QUOTED.search(str(error))
+        name = found[1] if found else "the table"
+        return (
+            f"Its policies would hide rows: ALTER TABLE {name} DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS."
+        )
     if state == "42501":
         return "The worker needs what `fastworker grants worker` prints; commands run as the owner of the tables."
     return ""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import asyncpg
 
@@ -19,6 +19,9 @@ from fastworker.errors import StoreUnavailable
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
 from fastworker.store.statements import FOLLOWED
 from fastworker.table.chosen import WHOLE, Part
+
+if TYPE_CHECKING:
+    from fastworker.store.store import Store
 
 CLAIM_S: Final = 120
 RENEW_S: Final = 30.0
@@ -150,7 +153,7 @@ FROM fastworker.repos WHERE state IN ('waiting', 'fetching') AND priority <= $1
 _TURN: Final = """
 INSERT INTO fastworker.hosts AS h (host, next_at) VALUES ($1, clock_timestamp() + make_interval(secs => $2::float8))
 ON CONFLICT (host) DO UPDATE SET
-    next_at = greatest(h.next_at, clock_timestamp() - interval '1 second') + make_interval(secs => $2::float8)
+    next_at = greatest(h.next_at, clock_timestamp()) + make_interval(secs => $2::float8)
 RETURNING extract(epoch FROM h.next_at - clock_timestamp())::float8 - $2::float8
 """
 _REST: Final = """
@@ -321,6 +324,25 @@ class Queue:
         async with self._one:
             with translating():
                 return await self._connection.fetchval(statement, *arguments)
+
+
+class PooledTurns:
+    """The turns of hosts for who has no queue: over the connections of a store. When the database is away each process
+    counts for itself."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def turn(self, host: str, every_s: float) -> float:
+        with contextlib.suppress(StoreUnavailable):
+            async with self._store.connection() as db:
+                return max(0.0, float(await db.fetchval(_TURN, host, every_s)))
+        return 0.0
+
+    async def rest(self, host: str, seconds: float) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            async with self._store.connection() as db:
+                await db.execute(_REST, host, seconds)
 
 
 class Listed:

@@ -196,7 +196,7 @@ async def open_schema(database_url: str) -> AsyncIterator[SchemaAdmin]:
 # give the settings of a session to others.
 _SETTINGS = (
     "SET LOCAL search_path = public; SET LOCAL quote_all_identifiers = off; "
-    "SET LOCAL standard_conforming_strings = on; SET LOCAL row_security = on; "
+    "SET LOCAL standard_conforming_strings = on; SET LOCAL row_security = off; "
     "SET LOCAL statement_timeout = 0; "
     "SET LOCAL idle_in_transaction_session_timeout = 0; "
     "SELECT set_config('transaction_timeout', '0', true) WHERE current_setting('transaction_timeout', true) <> '0'"

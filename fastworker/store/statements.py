@@ -418,6 +418,15 @@ REPAIRS = (
     "ON CONFLICT (did) DO UPDATE SET rev = excluded.rev, seq = excluded.seq, seen_at = now() "
     "WHERE fastworker.newer(excluded.rev, excluded.seq, r.rev, r.seq)"
 )
+# Who is back after a deletion that took rows away: its host may still have them, and no event brings them again.
+REACTIVATED = (
+    "INSERT INTO fastworker.repairs AS r (did, seq) SELECT u.did, max(u.seq) "
+    "FROM unnest($1::varchar[], $2::bigint[]) AS u (did, seq) JOIN fastworker.accounts AS a ON a.did = u.did "
+    "LEFT JOIN fastworker.floors AS f ON f.did = u.did "
+    "WHERE a.active AND a.deleted_seq IS NOT NULL AND NOT coalesce("
+    f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(a.deleted_at) <= f.rev ELSE a.deleted_seq <= f.seq END, false) "
+    "GROUP BY u.did ON CONFLICT (did) DO UPDATE SET seq = greatest(r.seq, excluded.seq), seen_at = now()"
+)
 REPAIRED = "DELETE FROM fastworker.repairs WHERE did = $1 AND coalesce(seq, 0) <= $2"
 RELAYS = "INSERT INTO fastworker.relays (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 REFUSED = (
@@ -491,6 +500,13 @@ AGGREGATES = (
 
 COUNTERS = 0x66776374  # "fwct": class of the advisory locks that say who pays the counters of a bucket
 
+JOINED_PARTS = 0x66776A74  # "fwjt": of those that say who recomputes a part of the joined rows that are owed
+# What the database refuses for the row's sake, as conditions of PL/pgSQL (store/refusal.py has the same classes).
+REFUSED_ROW = (
+    "data_exception OR integrity_constraint_violation OR with_check_option_violation OR external_routine_exception "
+    "OR external_routine_invocation_exception OR program_limit_exceeded OR plpgsql_error"
+)
+
 # The routines of the flush (store/sql), called by the names of their arguments -------------------------
 _HOT = tuple(table for table in TABLES if table.hot)
 _USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in _HOT))
@@ -511,6 +527,7 @@ ACCOUNT = (
     "account_statuses",
 )
 DELETION = ("deletion_dids", "deletion_seqs", "deletion_moments")
+TOLD = ("told_dids", "told_seqs")
 CLAIM = ("claim_dids", "claim_handles", "claim_relays", "claim_seqs", "claim_moments", "only_verified")
 UNNAMED = ("unnamed_dids", "unnamed_moments")
 REPAIR = ("repair_dids", "repair_revs", "repair_seqs")
@@ -523,6 +540,7 @@ COMMITTED_FIRST = (
     (ACCOUNTS_DELETED, DELETION),
     # mutant: a late deletion against a floor
     (SETTLE_AGAIN, DELETION),
+    (REACTIVATED, TOLD),
     (IDENTITIES, CLAIM),
     (IDENTITIES_UNRESOLVED, UNNAMED),
     (REPAIRS, REPAIR),
@@ -557,7 +575,7 @@ PUT_ARGUMENTS = (
     *_PROGRESS,
     *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_5({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_6({_named(*PUT_ARGUMENTS)})"
 FIRST_ARGUMENTS = (
     *dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names),
     "dids",
@@ -588,7 +606,7 @@ WHOLE_ARGUMENTS = (
     *_DERIVED,
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_6({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_7({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
 NOT_AS_READ = "FW001"  # SQLSTATE of a call that wrote nothing: the rows are not as it was told
 LOOK_FIRST = "FW003"  # of one that wrote nothing, because something beats a record or must not be stored
 FLOOR_CAME = "FW002"  # SQLSTATE of a transaction that must begin again with its look
@@ -600,27 +618,41 @@ JOINED = {  # kind of a joined row -> the argument that takes its keys
     "aggregate": "aggregates",
 }
 RECOMPUTE_ARGUMENTS = (*JOINED.values(), "owed_kinds", "owed_keys", "owed_times", "note", "patient", *COUNTED)
-RECOMPUTE = f"SELECT fastworker.recompute_4({_named(*RECOMPUTE_ARGUMENTS)})"
+RECOMPUTE = f"SELECT fastworker.recompute_5({_named(*RECOMPUTE_ARGUMENTS)})"
 RECOUNT = f"SELECT fastworker.recount_1({_named('keys', *COUNTED)})"
-PAY = f"CALL fastworker.pay_1({_named(*COUNTED)}, paid => NULL)"
+PAY = f"CALL fastworker.pay_2({_named(*COUNTED)}, paid => NULL)"
 
 # Rows that join two records: recomputed after both sides have committed ------------------------------
+# What `pay` has left for so long ($1, seconds), because something is in its way, and what is not for it.
 OWED = (
-    "SELECT kind, key, owed_at FROM fastworker.recheck WHERE owed_at <= now() - make_interval(secs => $1) "
-    "AND not_before <= now() ORDER BY owed_at LIMIT $2"
+    "SELECT kind, key, owed_at FROM fastworker.recheck WHERE not_before <= now() "
+    "AND (kind = 'root' OR owed_since <= now() - make_interval(secs => $1)) ORDER BY owed_since LIMIT $2"
+)
+OWE = (
+    "INSERT INTO fastworker.recheck (kind, key) SELECT * FROM unnest($1::text[], $2::text[]) "
+    "ON CONFLICT (kind, key) DO UPDATE SET owed_at = now()"
+)
+NOTE_DONE = "DELETE FROM fastworker.notes WHERE id = $1"
+# (how many, seconds since the oldest was owed, how many of them are put back, the reason of one of these)
+DEBTS = (
+    "WITH owed AS (SELECT owed_at AS since, attempts, 'counters of ' || (deltas[1]).post_uri || ': ' || error AS error FROM fastworker.debts "
+    "UNION ALL SELECT owed_at, 0, NULL FROM fastworker.notes "
+    "UNION ALL SELECT owed_since, attempts, kind || ' of ' || key || ': ' || error FROM fastworker.recheck) "
+    "SELECT count(*)::int, coalesce(extract(epoch FROM clock_timestamp() - min(since) FILTER (WHERE attempts = 0)), 0)"
+    "::float8, count(*) FILTER (WHERE attempts > 0)::int, coalesce(max(error) FILTER (WHERE attempts > 0), '') FROM owed"
 )
 # What flushes that were killed after their commit left for so long ($1, seconds).
 NOTES_LEFT = (
     "WITH gone AS (DELETE FROM fastworker.notes WHERE owed_at <= now() - make_interval(secs => $1) "
-    "RETURNING owed_at, kinds, keys) INSERT INTO fastworker.recheck (kind, key, owed_at) "
-    "SELECT u.kind, u.key, max(owed_at) FROM gone, unnest(kinds, keys) AS u (kind, key) GROUP BY u.kind, u.key "
+    "RETURNING owed_at, kinds, keys) INSERT INTO fastworker.recheck (kind, key, owed_at, owed_since) "
+    "SELECT u.kind, u.key, max(owed_at), min(owed_at) FROM gone, unnest(kinds, keys) AS u (kind, key) GROUP BY u.kind, u.key "
     'ORDER BY u.kind COLLATE "C", u.key COLLATE "C" ON CONFLICT (kind, key) DO UPDATE SET owed_at = now()'
 )
-# One that cannot be recomputed: ever more rarely, from half a minute to a day
 OWE_ROOTS = (
     "INSERT INTO fastworker.recheck (kind, key) SELECT 'root', unnest($1::text[]) "
     "ON CONFLICT (kind, key) DO UPDATE SET owed_at = now()"
 )
+# One that cannot be recomputed: ever more rarely, from half a minute to a day
 OWED_LATER = (
     "UPDATE fastworker.recheck SET attempts = attempts + 1, error = $3, "
     "not_before = now() + least(interval '1 day', interval '30 seconds' * 2.0 ^ least(attempts, 12)) "

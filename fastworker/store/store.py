@@ -13,9 +13,10 @@ import asyncpg
 from asyncpg.exceptions import InterfaceError, PostgresError
 
 from fastworker.errors import RowRejected, StoreUnavailable
-from fastworker.store import accounts, blame, flush, upkeep, whole
+from fastworker.store import accounts, blame, debts, flush, upkeep, whole
 from fastworker.store import statements as sql
 from fastworker.store.blame import LockedRow
+from fastworker.store.debts import Debts
 from fastworker.store.flush import Written
 from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
@@ -139,6 +140,7 @@ class Store:
 
     async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
         """What is still owed (counters, joined rows, purges of deleted accounts, second looks), in one bounded piece.
+        Joined rows that `pay` has left for `owed_age_s` are waited for.
 
         Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
         writer is at work, both ages may be 0. Each of the four is tried whatever became of the others; an error is
@@ -147,8 +149,8 @@ class Store:
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
-            partial(flush.pay, self.writer),
-            partial(upkeep.recompute_owed, self.writer, age_s=owed_age_s),
+            partial(debts.pay, self.writer),
+            partial(debts.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
         )
@@ -163,9 +165,14 @@ class Store:
         return done
 
     async def pay(self) -> int:
-        """Counters that flushes owe who died before they paid, or whose payer had looked already. For a quick tick."""
+        """What flushes owe who died before they paid, or whose payer had looked already. For a quick tick."""
         async with self.connection() as db:
-            return await flush.pay(self.writer, db)
+            return await debts.pay(self.writer, db)
+
+    async def debts(self) -> Debts:
+        """What is owed now."""
+        async with self.connection() as db:
+            return await debts.look(db)
 
     async def keep(self, refused: Sequence[Refused]) -> None:
         """Remember these records by name: their entries will be in no dead letter."""

@@ -57,6 +57,10 @@ _ACCOUNT_STATE: Final = (
     f"FROM (SELECT) AS one LEFT JOIN (SELECT {sql.GONE} FROM fastworker.accounts WHERE did = $1 "
     "AND deleted_seq IS NOT NULL) AS d (deleted_rev, deleted_seq) ON true"
 )
+_HANDLE: Final = (
+    "SELECT u.handle, i.handle, i.resolve_pending FROM fastworker.identities AS i "
+    "LEFT JOIN public.users AS u ON u.did = i.did WHERE i.did = $1"
+)
 
 
 class Standing(NamedTuple):
@@ -87,6 +91,20 @@ class Stored:
             row = await self._connection.fetchrow(_ACCOUNT_STATE, did, until_seq)
         assert row is not None
         return AccountState(*row)
+
+    async def status(self, did: str) -> tuple[bool, str | None]:
+        """(active, status) by the newest #account event; somebody who had none is active."""
+        with translating():
+            row = await self._connection.fetchrow("SELECT active, status FROM fastworker.accounts WHERE did = $1", did)
+        active, status = (True, None) if row is None else row
+        return active, status
+
+    async def handle(self, did: str) -> tuple[str | None, str | None, bool]:
+        """(shown, claimed by the newest event, whether it is to be looked up still)."""
+        with translating():
+            row = await self._connection.fetchrow(_HANDLE, did)
+        shown, claimed, is_pending = (None, None, False) if row is None else row
+        return shown, claimed, is_pending
 
     async def recorded_repairs(self) -> list[str]:
         """DIDs whose #sync came by the stream, the oldest first."""

@@ -1,11 +1,11 @@
-"""What is done beside the flushes, in bounded pieces: owed rows, second looks, purges, pruning of tombstones."""
+"""What is done beside the flushes, in bounded pieces: second looks, purges, pruning of tombstones."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,10 +13,8 @@ from fastworker.crashpoint import Step
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.flush import write_rows
-from fastworker.store.joined import recompute
-from fastworker.store.look import Key
 from fastworker.store.session import Connection, translating
-from fastworker.store.writer import Writer, columns
+from fastworker.store.writer import Writer, columns, halves
 from fastworker.table import derive
 from fastworker.table.batch import Change, Progress, Refused, newer
 from fastworker.table.schema import TABLES, Table, collection_table
@@ -28,8 +26,6 @@ AGAIN_PIECE = 5_000  # tombstones per piece
 PRUNE_PIECE = 5_000  # tombstones per transaction
 ANNOUNCE_PIECE = 500_000  # tombstones that one horizon covers: with its notice, 4,000 a second
 PURGE_PIECE = 1_000  # rows of a deleted account per transaction
-OWED_PIECE = 1_000  # joined rows recomputed per transaction
-_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -43,32 +39,6 @@ class EntryRules(NamedTuple):
 
     pruned_until: datetime
     ambiguous: bool
-
-
-async def recompute_owed(writer: Writer, db: Connection, *, age_s: float) -> int:
-    """One piece of the joined rows that are owed for so long. Returns how many there were."""
-    # mutant: notes that are left are forgotten
-    await writer.retry(lambda: db.execute(sql.NOTES_LEFT, age_s))
-    owed = await db.fetch(sql.OWED, age_s, OWED_PIECE)
-    if owed:
-        await writer.reach(Step.IN_RECHECK)
-        await _recompute_each(writer, db, {(r[0], r[1]): r[2] for r in owed})
-    return len(owed)
-
-
-async def _recompute_each(writer: Writer, db: Connection, owed: dict[Key, datetime]) -> None:
-    """Recompute these; one that fails by itself is put back, with its reason."""
-    try:
-        with translating():
-            await recompute(writer, db, owed, set())
-    except (StoreUnavailable, RowRejected) as error:
-        if len(owed) > 1:
-            for half in _halves(sorted(owed.items())):
-                await _recompute_each(writer, db, dict(half))
-            return
-        [(kind, key)] = owed
-        await db.execute(sql.OWED_LATER, kind, key, str(error)[:500])
-        log.warning("The %s of %s is recomputed later: %s", kind, key, error)
 
 
 async def look_again(writer: Writer, db: Connection, *, dead_commit: timedelta) -> int:
@@ -124,13 +94,8 @@ async def _remove(writer: Writer, db: Connection, removals: list[Change]) -> lis
             await db.fetchval("SELECT 1")  # it is this record, not the server
             log.warning("%s is removed later: %s", removals[0].uri, error)
             return [(removals[0], error)]
-        return [failed for half in _halves(removals) for failed in await _remove(writer, db, half)]
+        return [failed for half in halves(removals) for failed in await _remove(writer, db, half)]
     return []
-
-
-def _halves(rows: list[_T]) -> tuple[list[_T], list[_T]]:
-    middle = len(rows) // 2
-    return rows[:middle], rows[middle:]
 
 
 async def keep(writer: Writer, db: Connection, refused: Sequence[Refused]) -> None:

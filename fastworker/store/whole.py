@@ -158,7 +158,7 @@ async def _write(
     await writer.reach(Step.AFTER_MAIN_COMMIT)
     writer.remember(users)
     if done["note"] is not None:
-        await pay_owed(writer, db, Owed(owed, done["note"], counters=False))
+        await pay_owed(writer, db, Owed(owed, done["note"], is_owing=False))
     if done["is_late"]:
         return await finish(writer, db, Plan(changes, upserts, nothing()), decided.rows)
     await writer.reach(Step.AFTER_LOOK_BACK)

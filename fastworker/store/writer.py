@@ -107,3 +107,8 @@ class Writer:
 def columns(rows: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Rows to one array per column, as unnest takes them."""
     return list(zip(*rows, strict=True))
+
+
+def halves(rows: list[_T]) -> tuple[list[_T], list[_T]]:
+    middle = len(rows) // 2
+    return rows[:middle], rows[middle:]

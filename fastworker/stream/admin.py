@@ -134,6 +134,8 @@ class Pending(msgspec.Struct, frozen=True):
 Fields = dict[bytes, bytes]
 Addressed = tuple[str, Sequence[tuple[bytes, bytes]]]
 """An account, or nothing, and the fields of an entry that is its."""
+Placed = tuple[int, str, Fields]
+"""An entry: its partition, its id, which another partition may have, too, and its fields."""
 
 
 class _Part:
@@ -332,11 +334,28 @@ class RedisAdmin:
         async with translating(self._redis):
             return await _range(self._redis, Keys(self._key, partition=partition).stream, f"({after}", count, last)
 
-    async def newest(self, last: str, count: int) -> list[tuple[str, Fields]]:
-        """The newest entries of the first partition up to and including `last`, the oldest of them first."""
-        async with translating(self._redis):
-            found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(self._key, last, "-", count=count))
-        return [(_text(entry_id), fields) for entry_id, fields in reversed(found)]
+    async def ends(self, group: str = "") -> dict[int, str]:
+        """By partition the id of its last entry, or of the last one that this group was given."""
+        found = {}
+        for number, part in enumerate(await self._parts()):
+            stream = await part.stream()
+            of_group = stream.group(group) if stream is not None else None
+            if of_group is not None:
+                found[number] = of_group.last_delivered_id
+            elif stream is not None and not group:
+                found[number] = stream.last_id
+        return found
+
+    async def newest(self, ends: Mapping[int, str], count: int) -> list[Placed]:
+        """The newest entries of all partitions, in each up to and including this id; the oldest of them first."""
+        newest: list[Placed] = []
+        for number, last in ends.items():
+            key = Keys(self._key, partition=number).stream
+            async with translating(self._redis):
+                found = cast("list[tuple[bytes, Fields]]", await self._redis.xrevrange(key, last, "-", count=count))
+            newest += [(number, _text(entry_id), fields) for entry_id, fields in found]
+            newest = sorted(newest, key=lambda one: id_order(one[1]))[-count:]
+        return newest
 
     async def newest_fields(self, count: int) -> list[Fields]:
         """Fields of the newest entries: they tell in which form the stream is written."""

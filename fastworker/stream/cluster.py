@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.sentinel import MasterNotFoundError
-from redis.crc import key_slot
 from redis.exceptions import RedisError
 
+from fastworker.stream.keys import slot
 from fastworker.stream.places import FoundPool, split
 
 PORT: Final = 6_379
@@ -20,11 +20,6 @@ ANSWER_S: Final = 1.0
 """That a node may take to say who has a slot: the next one is asked then."""
 
 Address = tuple[str, int]
-
-
-def slot(key: str) -> int:
-    """0 to 16383; of the hash tag, where the key has one (Redis Cluster specification, Hash tags)."""
-    return int(key_slot(key.encode()))
 
 
 class _Nodes:

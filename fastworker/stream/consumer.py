@@ -170,11 +170,8 @@ class WorkerStream:
                     return
         raise ConsumerLeaseLost(f"all names up to {self._consumer_id}-{CONSUMERS_MAX - 1} are leased")
 
-    async def renew(self) -> int:
-        """Keep the lease, and fresh what we hold: old workers claim at 10 seconds. How many of them had to be put back.
-
-        Never beside an ack: what was acked meanwhile must not come back.
-        """
+    async def renew(self) -> None:
+        """Keep the lease, and fresh what we hold: old workers claim at 10 seconds."""
         keys = [
             self._keys.consumer_lease(self.name),
             self._keys.consumers,
@@ -188,12 +185,11 @@ class WorkerStream:
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
             if self._is_released:  # meanwhile: the name may be somebody else's
-                return 0
+                return
             args += [lowest, " ".join(self._holding.ids), told]
-            ghosts, restored = await self._renew(keys=keys, args=args)
+            ghosts = await self._renew(keys=keys, args=args)
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
-        return int(restored)
 
     async def tell_held(self) -> None:
         """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""
@@ -286,7 +282,7 @@ class WorkerStream:
         ]
         async with self._group.translating():
             found, ghosts, claimed = await self._claim(
-                keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP]
+                keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP, self._lease_ms]
             )
             if ghosts < 0:
                 _tell_back(consumer)

@@ -8,6 +8,7 @@ full stream.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from fastworker.stream.limits import ABANDONED_MS, DEAD_LETTERS_MAX, STREAM_LEN_
 from fastworker.stream.partitions import declare, layout
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
+
+log = logging.getLogger(__name__)
 
 OURS: Final = "fastworker"
 """Value of `reader` in `firehose:status`. The readers before this one do not write that member."""
@@ -151,6 +154,7 @@ class _Partition:
         self.keys = Keys(stream_key, group or GROUP, number)
         self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
         self.unread = ""  # the first unread id when we looked last
+        self.removed = ""  # the newest that XDEL had removed then
         self.finished: tuple[str, int] | None = None  # host, and seq up to which the workers had finished then
         self._redis = redis
         self._group = group
@@ -162,17 +166,21 @@ class _Partition:
             _, seq, host = mark.decode().split(" ")
             self.finished = (host, int(seq))
 
-    async def watch(self, appended: str) -> tuple[bool, bytes]:
+    async def watch(self, appended: str, cursor_key: str, cursor: str) -> tuple[bool, bytes]:
         """Whether something unread is gone, and to where PostgreSQL asks the reader to go back.
 
-        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted.
+        `appended`: the seq up to which everything is on the stream, and its host; empty: not to be noted. `cursor`: as
+        the reader left it; where it is behind that now, ReaderLeaseLost.
         """
         keys = self.keys
         async with translating(self._redis):
-            broken, finished, unread, request = await self._watch(
-                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given],
-                args=[self._group, self.newest, MARKS_MAX, self.unread, appended],
+            broken, finished, unread, request, removed, behind = await self._watch(
+                keys=[keys.stream, keys.marks, keys.finished, keys.held, keys.go_back, keys.given, cursor_key],
+                args=[self._group, self.newest, MARKS_MAX, self.unread, appended, self.removed, cursor],
             )
+        if behind:
+            raise ReaderLeaseLost(f"{cursor_key} holds {behind.decode()} where this reader had left {cursor}")
+        self.removed = removed.decode() or self.removed
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
         lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
@@ -191,6 +199,18 @@ class _Partition:
                     raise
                 return 0, 0
         return int(moved), int(ghosts)
+
+
+async def _is_newest_ours(redis: Redis, parts: Sequence[_Partition]) -> bool:
+    """Whether a reader that leaves a mark in Redis, as ours do, appended the newest entry of each partition."""
+    async with translating(redis):
+        pipe = redis.pipeline(transaction=True)
+        for part in parts:
+            pipe.get(part.keys.tail)
+            pipe.xinfo_stream(part.keys.stream)
+        found: list[Any] = await pipe.execute(raise_on_error=False)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return all(isinstance(info, dict) and info["last-generated-id"] == tail for tail, info in pairs)
 
 
 class Feed:
@@ -259,6 +279,14 @@ class Feed:
         known = (await layout(self._redis, self._stream)).known
         return [Keys(self._stream, partition=number).stream for number in range(known, count)]
 
+    async def begin_term(self) -> None:
+        """Redis may be an older one: a cursor that is behind ours counts, what was known of unread entries does not."""
+        cursor = await self.peek_cursor()
+        if cursor.isdigit() and self._cursor.isdigit():
+            self._cursor = min(cursor, self._cursor, key=int)
+        for part in self._parts:
+            part.newest = part.unread = ""
+
     async def open_partitions(self, count: int) -> None:
         """Tell the workers how many there are, before anything is appended to them."""
         self._partitions = count
@@ -293,8 +321,10 @@ class Feed:
         """Make `host` the relay that chunks come from, and say where to go on there.
 
         A cursor is never used on another relay: the main one counts if it is this host's, or nobody's (the
-        predecessor did not say whose), else what was kept for this host.
+        predecessor did not say whose), else what was kept for this host. One that somebody moved forward while nothing
+        came on the stream does not count: it would pass what nobody appended.
         """
+        left = int(self._cursor) if self._host == host and self._cursor.isdigit() else None
         async with translating(self._redis):
             pipe = self._redis.pipeline(transaction=True)
             pipe.get(self._cursor_key)
@@ -312,7 +342,14 @@ class Feed:
         if text is not None and not (text.isdigit() and int(text) < 2**53):
             held = text[:40].decode("utf-8", "replace")
             raise ConfigError(f"{self._cursor_key} holds {held!r}, which is not a cursor: delete it or correct it")
-        return Position(int(text) if text is not None else None, owner if owner != host else None)
+        seq = int(text) if text is not None else None
+        if left is not None and seq is not None and seq > left and await _is_newest_ours(self._redis, self._parts):
+            log.warning(
+                "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",
+                self._cursor_key, left, seq, left,
+            )  # fmt: skip
+            seq = left
+        return Position(seq, owner if owner != host else None)
 
     async def append(self, chunk: Chunk) -> bool:
         """Put the chunk on the stream and move the cursor; False: no room, nothing was done.
@@ -392,11 +429,11 @@ class Feed:
         return min(known) if len(known) == len(marks) else None
 
     async def watch(self) -> None:
-        """Look whether what is unread is still there; StreamBroken when it is not, and StoreWentBack."""
+        """Look at what is unread; StreamBroken when it is gone, StoreWentBack, ReaderLeaseLost where Redis is older."""
         if self._partitions > 1:
             await declare(self._redis, self._stream, self._partitions)  # somebody may have deleted the key
         appended = f"{self._cursor} {self._host}" if len(self._parts) > 1 and self._cursor else ""
-        found = [await part.watch(appended) for part in self._parts]
+        found = [await part.watch(appended, self._cursor_key, self._cursor) for part in self._parts]
         if any(broken for broken, _ in found):
             raise StreamBroken
         for _, request in found:
@@ -451,13 +488,8 @@ class Feed:
 
         How many were moved, and how many were only ids: their entries had been trimmed by somebody.
         """
-        args: list[str | int] = [
-            self._group,
-            abandoned_ms,
-            abandoned_ms // 60,
-            self._dead_letter_maxlen,
-            int(time.time() * 1000),
-        ]
+        now_ms = int(time.time() * 1000)
+        args: list[str | int] = [self._group, abandoned_ms, abandoned_ms // 60, self._dead_letter_maxlen, now_ms]
         found = [await part.set_aside_abandoned(args) for part in self._parts]
         return sum(moved for moved, _ in found), sum(ghosts for _, ghosts in found)
 

@@ -9,6 +9,7 @@ keys have it.
 
 from __future__ import annotations
 
+from binascii import crc_hqx
 from typing import Final
 
 STREAM: Final = "firehose:events"
@@ -128,6 +129,17 @@ class Keys(_StreamKeys):
     def consumer_lease(self, consumer: str = "") -> str:
         """String: token of the process that has this consumer's name. Without a name: the beginning of these keys."""
         return f"{self._consumer_lease}:{consumer}"
+
+
+def slot(key: str) -> int:
+    """0 to 16383: which part of a Redis Cluster has the key; of its hash tag, where it has one.
+
+    As in the Redis Cluster specification, Hash tags. Not the client library's, which takes 0.2 s to import: the
+    configuration is read with it.
+    """
+    _, _, rest = key.partition("{")
+    tag, closed, _ = rest.partition("}")
+    return crc_hqx((tag if tag and closed else key).encode(), 0) % 16_384
 
 
 def stream_of(cursor_key: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 from redis.asyncio import Redis
 
@@ -20,6 +20,7 @@ from fastworker.stream.scripts import script
 
 MEMBER_MS: Final = 5_000
 """A process that gave no sign for so long reads nothing; its partitions are free."""
+_LATEST_MS: Final = 253_402_300_799_000  # the last second that Python has a date for
 
 
 class Look(NamedTuple):
@@ -97,6 +98,17 @@ class Members:
         async with translating(self._redis):
             seconds, micros = await self._redis.time()
         return datetime.fromtimestamp(seconds + micros / 1e6, UTC)
+
+    async def newest(self) -> datetime:
+        """Of the newest id of each partition, the latest."""
+        async with translating(self._redis):
+            pipe = self._redis.pipeline(transaction=False)
+            for number in range(self._known):
+                pipe.xinfo_stream(self.stream_of(number))
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        infos = [one for one in found if isinstance(one, dict)]  # else there is no stream yet
+        at = max((int(one["last-generated-id"].partition(b"-")[0]) for one in infos), default=0)
+        return datetime.fromtimestamp(min(at, _LATEST_MS) / 1000, UTC)
 
     async def cursor(self) -> Appended | None:
         """Up to where everything is on the stream; None while no reader of ours has said so."""

@@ -48,12 +48,14 @@ class Refusal(StrEnum):
 
 
 class NotFetched(Exception):
-    """`wait_s`: how long the host will be left alone."""
+    """`wait_s`: how long the host will be left alone. `status`: what its host, or the directory, says of the account,
+    as an #account event would."""
 
-    def __init__(self, refusal: Refusal, why: str, wait_s: float = 0.0) -> None:
+    def __init__(self, refusal: Refusal, why: str, wait_s: float = 0.0, status: str | None = None) -> None:
         super().__init__(f"{refusal}: {why}")
         self.refusal = refusal
         self.wait_s = wait_s
+        self.status = status
 
 
 _REFUSALS: Final = {
@@ -65,6 +67,14 @@ _REFUSALS: Final = {
     HostFault.BAD_ANSWER: Refusal.BAD_ANSWER,
     HostFault.NO_SPACE: Refusal.NO_SPACE,
 }
+_STATUSES: Final = {
+    HostFault.TAKENDOWN: "takendown",
+    HostFault.SUSPENDED: "suspended",
+    HostFault.DEACTIVATED: "deactivated",
+    HostFault.TOMBSTONED: "deleted",
+}
+_ELSEWHERE: Final = (HostFault.NOT_FOUND, HostFault.TAKENDOWN, HostFault.SUSPENDED, HostFault.DEACTIVATED)
+"""What also a host says that the account has left."""
 
 
 @asynccontextmanager
@@ -74,15 +84,15 @@ async def fetched(
     folder: Path,
     *,
     document: dict[str, Any] | None = None,
-    tries_s: tuple[float, ...] = TRIES_S,
+    tries_s: tuple[float, ...] | None = None,
 ) -> AsyncIterator[Repository]:
     """An open repository, whole and signed; its file is gone afterwards. Raises NotFetched.
 
-    `document`: of the account, where it has been asked for just now.
+    `document`: of the account, where it has been asked for just now. `tries_s`: instead of TRIES_S.
     """
     path = folder / f"{did.replace(':', '_').replace('/', '_')[:100]}.car"
     try:
-        with await _fetch(hosts, did, path, document, tries_s) as repository:
+        with await _fetch(hosts, did, path, document, tries_s or TRIES_S) as repository:
             yield repository
     finally:
         _remove(path)
@@ -98,7 +108,7 @@ async def document_of(hosts: Hosts, did: str) -> tuple[dict[str, Any], str]:
 
 
 def _not_fetched(error: HostError) -> NotFetched:
-    return NotFetched(_REFUSALS.get(error.fault, Refusal.GONE), str(error), error.wait_s)
+    return NotFetched(_REFUSALS.get(error.fault, Refusal.GONE), str(error), error.wait_s, _STATUSES.get(error.fault))
 
 
 async def _fetch(
@@ -132,7 +142,7 @@ async def _into(hosts: Hosts, did: str, document: dict[str, Any], path: Path) ->
     try:
         await hosts.get_repo(host, did, path)
     except HostError as error:
-        if error.fault != HostFault.NOT_FOUND:
+        if error.fault not in _ELSEWHERE:
             raise
         newer = await hosts.document(did)
         if _host_of(newer) == host:

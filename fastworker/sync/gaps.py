@@ -1,4 +1,5 @@
-"""Gaps: stretches that a relay did not give. One list of the relay's repositories says who has changed since.
+"""Gaps: stretches that a relay did not give. One list of the relay's repositories says who has changed since, and the
+directory's log whose handle (sync/handles.py).
 
 A gap is closed when a list that began after it was read to its end, and everybody whom it named is settled.
 """
@@ -12,6 +13,7 @@ import msgspec
 
 from fastworker.errors import ExitCode
 from fastworker.store.repos import REPAIR
+from fastworker.sync.handles import read_handles
 from fastworker.sync.lists import GAP, read_repos
 from fastworker.table.snapshot import tid_of
 
@@ -63,6 +65,7 @@ async def read_gaps(scene: Scene, relay: str) -> None:
                 await scene.queue.execute(_COVER, sweep.id)
         if not await scene.queue.value(_READING, relay):
             break
+        await read_handles(scene, relay)
         await read_repos(scene, relay, GAP, REPAIR)
     await scene.queue.execute(_ONCE_MORE)
 

@@ -1,9 +1,9 @@
 """Foreign hosts: PDSes, relays, the DID directory. The one client that fetches from them, with every rule in it.
 
-Politeness is by host: a token bucket, few requests at once, what `ratelimit-*` headers say when it is less, a pause
-after a 429 with or without a word how long. A host that fails is left alone, for longer and longer. Safety: every URL
-is judged before it is asked (sync/addresses.py), each redirect and each address of a name; bodies are bounded by what
-they decode to, by time, and by a least speed. Every failure is a HostError, by kind.
+Politeness is by host: evenly spaced turns, few requests at once, what `ratelimit-*` headers say when it is less, a
+pause after a 429 with or without a word how long. A host that fails is left alone, for longer and longer. Safety:
+every URL is judged before it is asked (sync/addresses.py), each redirect and each address of a name; bodies are bounded
+by what they decode to, by time, and by a least speed. Every failure is a HostError, by kind.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class HostFault(StrEnum):
     TAKENDOWN = "takendown"
     SUSPENDED = "suspended"
     DEACTIVATED = "deactivated"
+    TOMBSTONED = "tombstoned"  # the DID was given up, says the directory
     NO_SPACE = "no_space"  # ours: the spool's disk
 
 
@@ -126,6 +127,20 @@ class KnownHost(msgspec.Struct, frozen=True):
     status: str | None = None
 
 
+class Operation(msgspec.Struct, frozen=True):
+    """One of the directory's log: the DID's document is another one since. `handle`: what it names, if anything."""
+
+    did: str
+    at: str  # as the directory writes it
+    handle: str | None
+
+
+class _Logged(msgspec.Struct):
+    did: str
+    createdAt: str  # noqa: N815 - the directory's own name
+    operation: dict[str, Any]
+
+
 class _Repos(msgspec.Struct):
     repos: list[RepoHead]
     cursor: str | None = None
@@ -167,7 +182,7 @@ class PublicResolver(AbstractResolver):
 
 
 class _Turns:
-    """The limits of requests to one host: token bucket, slots, pauses."""
+    """The limits of requests to one host: evenly spaced turns, slots, pauses."""
 
     def __init__(self, rate: float, at_once: int, closed_s: tuple[float, ...]) -> None:
         self._closed_s = closed_s
@@ -177,19 +192,18 @@ class _Turns:
         self.limits = 0  # 429s in a row
         self.failures = 0
         self._rate_max = self._rate = rate
-        self._tokens = max(1.0, rate)
-        self._at = time.monotonic()
+        self._next_at = 0.0
 
     @property
     def every_s(self) -> float:
         return 1 / self._rate
 
     def take(self) -> float:
-        """Takes a token; how long to wait before it counts."""
+        """Takes the next turn; in how many seconds it is. Turns are evenly spaced: no second has more than the rate."""
         now = time.monotonic()
-        self._tokens = min(max(1.0, self._rate), self._tokens + (now - self._at) * self._rate) - 1
-        self._at = now
-        return max(0.0, -self._tokens / self._rate)
+        turn = max(self._next_at, now)
+        self._next_at = turn + self.every_s
+        return turn - now
 
     def told(self, headers: Any) -> None:
         """Go no faster than the host's own headers say."""
@@ -345,7 +359,7 @@ class Hosts:
         return await self._json(_xrpc(host, "sync.getRepoStatus", did=did), RepoStatus)
 
     async def document(self, did: str) -> dict[str, Any]:
-        """The DID's document. NOT_FOUND: it has none, or it was given up."""
+        """The DID's document. NOT_FOUND: it has none. TOMBSTONED: it was given up."""
         if did.startswith("did:plc:"):
             url = URL(f"{self._plc_url}/{did}")
         elif did.startswith("did:web:") and is_host(did[8:]):
@@ -356,6 +370,15 @@ class Hosts:
         if document.get("id") != did:
             raise HostError(HostFault.BAD_ANSWER, url.authority, "a document of somebody else")
         return document
+
+    async def operations(self, after: str, count: int = 1_000) -> list[Operation]:
+        """The next ones of the directory's log after a moment, as it writes moments; `count` where there are more."""
+        body = await self._read(URL(f"{self._plc_url}/export").with_query(after=after, count=count), JSON_BYTES_MAX)
+        try:
+            found = [msgspec.json.decode(line, type=_Logged) for line in body.splitlines() if line]
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise HostError(HostFault.BAD_ANSWER, self._plc_url, f"no log of operations ({error})") from None
+        return [Operation(one.did, one.createdAt, handle_in(one.operation)) for one in found]
 
     async def did_of(self, handle: str) -> str:
         """What a handle's host says in its file `atproto-did`. NOT_FOUND: it has none."""
@@ -397,7 +420,7 @@ class Hosts:
                 if turns.parked_until > time.monotonic():
                     continue
                 try:
-                    async with asyncio.timeout(self._bounds.total_s), self._get(url) as response:
+                    async with asyncio.timeout(self._bounds.total_s), self._get(url, deadline) as response:
                         turns.told(response.headers)
                         if response.status == 200:
                             yield self._body(response, url.authority, bytes_max)
@@ -414,7 +437,7 @@ class Hosts:
                     raise found from error.__cause__ or error.__context__
 
     async def _wait(self, turns: _Turns, name: str, deadline: float) -> None:
-        """For the end of a pause, and for a token."""
+        """For the end of a pause, and for a turn."""
         while (pause := turns.parked_until - time.monotonic()) > 0:
             if not turns.is_limited:
                 raise HostError(HostFault.UNREACHABLE, name, "left alone after it failed", pause)
@@ -441,8 +464,9 @@ class Hosts:
         return turns
 
     @asynccontextmanager
-    async def _get(self, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Redirects are followed by hand, so that each is judged like the first URL, and none leaves https."""
+    async def _get(self, url: URL, deadline: float) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Redirects are followed by hand, so that each is judged like the first URL, waits for its turn at the host
+        that it leads to, and none leaves https."""
         asked = url
         for _ in range(REDIRECTS_MAX + 1):
             own = (asked.host is not None and str(asked.origin()) in self._own) or (
@@ -450,6 +474,8 @@ class Hosts:
             )
             if not own and (why := refusal(asked)) is not None:
                 raise HostError(HostFault.REFUSED, url.authority, why)
+            if asked is not url:
+                await self._wait(self._of(asked.authority), asked.authority, deadline)
             self.requests[asked.authority] = self.requests.get(asked.authority, 0) + 1
             async with self._session.get(asked, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
@@ -467,7 +493,9 @@ class Hosts:
         except (msgspec.MsgspecError, UnicodeError):
             said = _Error()
         fault = _NAMES.get(said.error)
-        if fault is None:
+        if response.status == 410 and host == URL(self._plc_url).authority:
+            fault = HostFault.TOMBSTONED
+        elif fault is None:
             fault = HostFault.NOT_FOUND if response.status in (404, 410) else HostFault.BAD_ANSWER
         return HostError(fault, host, f"it answers {response.status} {said.error}".rstrip()[:200])
 
@@ -540,6 +568,15 @@ def rate_of(host: str) -> float:
 def domain_of(handle: str) -> str:
     """Its last two labels: handles below one domain are served by one server, as those of bsky.social are."""
     return ".".join(handle.rsplit(".", 2)[-2:])
+
+
+def handle_in(document: dict[str, Any]) -> str | None:
+    """The handle that a DID document, or an operation of the directory, names: a claim."""
+    named = document.get("alsoKnownAs")
+    for name in named if type(named) is list else ():
+        if isinstance(name, str) and name.startswith("at://"):
+            return name[5:].lower()
+    return None
 
 
 def pds_of(document: dict[str, Any]) -> str | None:

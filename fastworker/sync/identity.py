@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from typing import Any, Final
+from typing import Final
 
 import dns.asyncresolver
 import dns.exception
 import dns.resolver
 
 from fastworker.sync.addresses import is_host
-from fastworker.sync.hosts import Bounds, HostError, HostFault, Hosts
+from fastworker.sync.hosts import Bounds, HostError, HostFault, Hosts, handle_in
 
 DNS_S: Final = 3.0
 VERIFIED_S: Final = 600.0  # a handle's DID is remembered
 VERIFIED_MAX: Final = 10_000
 BOUNDS: Final = Bounds(idle_s=5.0, total_s=5.0, wait_max_s=30.0)
 """Answers are small; who keeps us waiting is asked again later."""
-_SAYS_NO: Final = frozenset((HostFault.NOT_FOUND, HostFault.BAD_ANSWER, HostFault.TOO_LARGE))
+_SAYS_NO: Final = frozenset((HostFault.NOT_FOUND, HostFault.TOMBSTONED, HostFault.BAD_ANSWER, HostFault.TOO_LARGE))
 
 
 class Unresolved(Exception):
@@ -50,7 +50,7 @@ class Directory:
         except HostError as error:
             _expect_no(error)
             return None
-        handle = _claimed(document)
+        handle = handle_in(document) or ""
         return handle if is_host(handle) and await self._did_of(handle, did) == did else None
 
     async def _did_of(self, handle: str, did: str) -> str | None:
@@ -84,15 +84,6 @@ class Directory:
         texts = [b"".join(record.strings).decode("ascii", "replace") for record in answer]
         dids = {text[4:].strip() for text in texts if text.startswith("did=")}
         return dids.pop() if len(dids) == 1 else None
-
-
-def _claimed(document: dict[str, Any]) -> str:
-    """The handle that a DID document names, empty where it names none."""
-    named = document.get("alsoKnownAs")
-    names = (
-        [name for name in named if isinstance(name, str) and name.startswith("at://")] if type(named) is list else []
-    )
-    return names[0][5:].lower() if names else ""
 
 
 def _expect_no(error: HostError) -> None:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -42,9 +42,11 @@ from fastworker.store.store import Store
 from fastworker.store.stored import Stored, open_stored
 from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.stream.consumer import FOREIGN_IDLE_MS
+from fastworker.stream.repairs import cursor_relay
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
-from fastworker.sync.hosts import Hosts
+from fastworker.sync.hosts import HostError, Hosts, pds_of
 from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
+from fastworker.sync.status import Word
 from fastworker.table.snapshot import Snapshot
 
 LOOK_S: Final = 0.3
@@ -105,6 +107,10 @@ class Live:
         stream = await self._admin.stream()
         last_id = "0-0" if stream is None else stream.last_id
         return Mark(int(text), last_id, datetime.now(UTC).replace(tzinfo=None))
+
+    async def relay(self) -> str | None:
+        """Whose the cursor is."""
+        return await cursor_relay(self._admin)
 
     async def finished(self, mark: Mark) -> None:
         """Wait until the group has finished everything that was on the stream before the request."""
@@ -223,12 +229,42 @@ class Many:
             self._at_work.discard(one.did)
 
     async def _one_account(self, one: Claim, work: Work) -> None:
-        document = None
         mark = await self._live.mark()
-        if not one.host:
-            document, host = await document_of(self._hosts, one.did)
-            if not await self._waiting.moved(one.did, host):
-                return
+        try:
+            await self._fetched(one, work, mark)
+        except NotFetched as error:
+            if error.status is not None and self._keep is None:
+                await self._live.finished(mark)
+                found = Settled(one.did)
+                async with self._one:
+                    await self._settle.status(await self._word(one, mark), error.status, found)
+                self._report.gone(found)
+            raise
+
+    async def _word(self, one: Claim, mark: Mark) -> Word:
+        return Word(one.did, await self._live.relay(), mark.seq)
+
+    async def _account_of(self, one: Claim, mark: Mark, document: dict[str, Any]) -> Settled:
+        """What document and host say of the account itself. That a host serves a repository says that it is active only
+        where it says so."""
+        found, word = Settled(one.did), await self._word(one, mark)
+        status = None
+        if not await self._settle.is_active(one.did):
+            try:
+                said = await self._hosts.repo_status(pds_of(document) or "", one.did)
+            except HostError:
+                said = None
+            if said is None:
+                return found
+            status = None if said.active else said.status
+        await self._settle.status(word, status, found)
+        await self._settle.handle(word, document, found)
+        return found
+
+    async def _fetched(self, one: Claim, work: Work, mark: Mark) -> None:
+        document, host = await document_of(self._hosts, one.did)
+        if host != one.host and not await self._waiting.moved(one.did, host):
+            return
         async with fetched(self._hosts, one.did, self._folder, document=document) as repository:
             if self._keep is None:
                 await self._live.finished(mark)
@@ -247,9 +283,10 @@ class Many:
             if one.priority >= CHOSEN:
                 await self._live.first()
             async with self._one:
+                found = await self._account_of(one, mark, document)
                 floor = await self._settle.may_floor() and await self._live.all_are_ours()
                 settled = await self._settle.settle(
-                    repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part
+                    repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part, result=found
                 )
             size = repository.size
         await self._settled(one, settled, snapshot, size)
@@ -366,8 +403,13 @@ def spool() -> Iterator[Path]:
     for left in place.glob(f"{_SPOOL}*"):
         with contextlib.suppress(OSError), _locked(left):
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_SPOOL))
-    with _locked(folder):
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_SPOOL))
+            with contextlib.suppress(OSError):  # another process that starts now takes it for one that was left
+                stack.enter_context(_locked(folder))
+                if folder.exists():
+                    break
         try:
             yield folder
         finally:

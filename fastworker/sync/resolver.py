@@ -16,6 +16,7 @@ import msgspec
 
 from fastworker.errors import StoreUnavailable, counted
 from fastworker.process.backoff import Backoff, pause
+from fastworker.store.repos import PooledTurns
 from fastworker.store.store import Store
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ async def _resolve(
             await pause(IDLE_S, stop)
             continue
         if directory is None:
-            directory = await _directory(settings, stack)
+            directory = await _directory(settings, store, stack)
         await resolve_once(directory, store, waiting)
 
 
@@ -88,7 +89,7 @@ async def _queue_earlier(store: Store, stop: asyncio.Event) -> None:
         log.info("%s that were claimed while nobody verified them are verified now", counted(queued, "handle"))
 
 
-async def _directory(settings: ResolverSettings, stack: AsyncExitStack) -> Directory:
+async def _directory(settings: ResolverSettings, store: Store, stack: AsyncExitStack) -> Directory:
     from fastworker.sync.hosts import Hosts, rate_of  # noqa: PLC0415 - memory, where nothing is to be resolved
     from fastworker.sync.identity import BOUNDS, Directory  # noqa: PLC0415
 
@@ -100,7 +101,9 @@ async def _directory(settings: ResolverSettings, stack: AsyncExitStack) -> Direc
         rate=rate_of if rate is None else lambda _: rate,
         well_known=settings.well_known,
     )
-    return Directory(await stack.enter_async_context(hosts), nameserver=settings.nameserver)
+    await stack.enter_async_context(hosts)
+    hosts.share(PooledTurns(store))
+    return Directory(hosts, nameserver=settings.nameserver)
 
 
 async def resolve_once(directory: Directory, store: Store, waiting: list[tuple[str, datetime]]) -> None:

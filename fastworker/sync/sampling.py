@@ -65,9 +65,13 @@ class Looked(Report):
         if not settled.refused:
             self.found[settled.did] = settled
 
-    def failed(self, name: str, why: str) -> None:  # noqa: ARG002 - as Report
+    def gone(self, found: Settled) -> None:
+        self.found[found.did] = found
+
+    def failed(self, name: str, why: str) -> None:
         self.failures += 1
-        self.not_judged[why.partition(":")[0]] += 1
+        if name not in self.found:
+            self.not_judged[why.partition(":")[0]] += 1
 
     def end(self) -> ExitCode:
         self.close()

@@ -34,6 +34,8 @@ from fastworker.store.audit import StoredRecord
 from fastworker.store.floors import all_know_floors, put_floor, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import Standing, StandingRows, Stored
+from fastworker.sync.hosts import handle_in
+from fastworker.sync.status import Word, take_handle, take_word
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone, newer
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
 from fastworker.table.derive import FULL, Effects, add
@@ -84,13 +86,14 @@ class Settle:
         accept_older: bool = False,
         floor: bool = False,
         part: Part = WHOLE,
+        result: Settled | None = None,
     ) -> Settled:
-        """The repository was walked before (`check`), so that it is known to be whole.
+        """The repository was walked before (`check`), so that it is known to be whole. `result`: goes on with it.
 
         `floor`: it was so at S0, and every worker knows floors. `part`: what is compared; where that is not all of it
         there is no floor.
         """
-        result = Settled(snapshot.did)
+        result = Settled(snapshot.did) if result is None else result
         result.refused = await self._refusal(snapshot, accept_older)
         is_whole = part == WHOLE and not is_choosing()
         if result.refused is None and floor and is_whole and self._store is not None:
@@ -110,6 +113,17 @@ class Settle:
         if repository.bad_paths:
             result.drops["bad_path"] += repository.bad_paths
         return result
+
+    async def is_active(self, did: str) -> bool:
+        return (await self._stored.status(did))[0]
+
+    async def status(self, word: Word, status: str | None, result: Settled) -> None:
+        """What its host says of the account, compared and taken: see sync/status.py."""
+        _count(result, "fastworker.accounts", await take_word(self._stored, self._store, word, status))
+
+    async def handle(self, word: Word, document: dict[str, Any], result: Settled) -> None:
+        """The same of the handle that its document claims."""
+        _count(result, "users", await take_handle(self._stored, self._store, word, handle_in(document)))
 
     async def may_floor(self) -> bool:
         """Whether every fastworker that is connected to PostgreSQL knows floors."""
@@ -286,6 +300,15 @@ def _old_notifications(changes: list[Change], snapshot: Snapshot) -> list[str]:
     return sorted(uri for uri, row in fx.notes_added.items() if row[-1] < snapshot.taken_at - OLD)
 
 
+def _count(result: Settled, table: str, differs: bool | None) -> None:
+    """One row that may be another one; None: it is not judged."""
+    if differs is not None:
+        result.compared[table] += 1
+    if differs:
+        result.different[table] += 1
+        _example(result, f"{table} {result.did} different")
+
+
 def _example(result: Settled, words: str) -> None:
     if len(result.examples) < EXAMPLES:
         result.examples.append(words)
@@ -331,6 +354,11 @@ class Report:
             counts.update(getattr(settled, kind))
         self._drops.update(settled.drops)
         self._examples += settled.examples[: EXAMPLES - len(self._examples)]
+
+    def gone(self, found: Settled) -> None:
+        """An account whose host says why it gives no repository."""
+        for kind, counts in self._kinds.items():
+            counts.update(getattr(found, kind))
 
     def kept(self) -> None:
         """A repository is on disk, to be loaded."""

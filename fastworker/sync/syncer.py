@@ -36,15 +36,21 @@ ROUND_S: Final = 15.0
 TELL_S: Final = 10.0
 TRIES: Final = 5
 APART_S: Final = 720
-"""Between two repairs of one account that events ask for: a host that breaks at each commit costs no more than five an
-hour."""
+"""Between two repairs of one account that events ask for, at first. One that asks again within twice the time waits
+twice as long, a day at most: a host that breaks at each commit costs less and less."""
+APART_MAX_S: Final = 86_400
 AFTER_A_BUG_S: Final = 60.0
 _HAS_WORK: Final = f"""
 SELECT EXISTS (SELECT FROM fastworker.repairs) OR EXISTS (SELECT FROM fastworker.gaps WHERE closed_at IS NULL)
     OR EXISTS (SELECT FROM fastworker.repos WHERE state = 'waiting' AND priority <= {SAMPLE} AND next_at <= now())
 """
-_LATELY: Final = f"""
-SELECT did FROM fastworker.repos WHERE did = ANY($1::varchar[]) AND ended_at > now() - interval '{APART_S} seconds'
+_LATELY: Final = """
+SELECT did FROM fastworker.repos WHERE did = ANY($1::varchar[]) AND ended_at > now() - make_interval(secs => apart_s)
+"""
+_APART: Final = f"""
+UPDATE fastworker.repos SET apart_s = CASE WHEN ended_at > now() - make_interval(secs => 2 * apart_s)
+    THEN least(2 * apart_s, {APART_MAX_S}) ELSE {APART_S} END
+WHERE did = ANY($1::varchar[]) AND reason = 'event' AND state NOT IN ('waiting', 'fetching')
 """
 _RECORDED: Final = "SELECT did FROM fastworker.repairs ORDER BY seen_at LIMIT 10000"
 _DUE: Final = "SELECT coalesce(now() - max(at) >= make_interval(secs => $1::float8), true) FROM fastworker.samples"
@@ -173,7 +179,9 @@ async def _take_recorded(scene: Scene, records: dict[str, bytes]) -> None:
     new += [row[0] for row in await scene.queue.rows(_RECORDED) if row[0] not in records]
     if new:
         lately = {row[0] for row in await scene.queue.rows(_LATELY, new)}  # these stay recorded, and are taken later
-        await scene.queue.put([Wanted(did) for did in new if did not in lately], "event", REPAIR, again=True)
+        due = [did for did in new if did not in lately]
+        await scene.queue.execute(_APART, due)
+        await scene.queue.put([Wanted(did) for did in due], "event", REPAIR, again=True)
 
 
 # Samples --------------------------------------------------------------------------------------------

@@ -78,10 +78,13 @@ def _shifted(moment: datetime, by: timedelta) -> datetime:
         return datetime.max if by > timedelta() else datetime.min
 
 
-def date_or(value: Any, otherwise: datetime, latest: datetime) -> datetime:
-    """A record's date: what it says, or `otherwise` if that is no date; never before 1970 nor after `latest`."""
+def date_or(value: Any, otherwise: datetime, happened: datetime) -> datetime:
+    """A record's date: what it says, or `otherwise` if that is no date; never before 1970 nor after what the records of
+    a commit that happened then may say."""
     moment = (parse_date(value) if type(value) is str else None) or otherwise
-    return moment if EPOCH <= moment <= latest else max(EPOCH, min(moment, latest))
+    if EPOCH <= moment <= happened:  # nearly every one
+        return moment
+    return max(EPOCH, min(moment, latest_date(happened)))
 
 
 def entry_moment(entry_ms: int) -> datetime:

@@ -29,7 +29,7 @@ from fastworker.event.syntax import DID, is_cid, is_reference
 from fastworker.table import schema
 from fastworker.table.batch import Change, Mapped, Row
 from fastworker.table.chosen import is_account_left_out, is_left_out
-from fastworker.table.dates import date_or, latest_date, moment_of, parse_date
+from fastworker.table.dates import date_or, moment_of, parse_date
 
 # Lengths of the contract's columns, in characters as PostgreSQL counts them (0001_contract.sql).
 URI_MAX = 512
@@ -67,7 +67,7 @@ class _Origin(msgspec.Struct, frozen=True, gc=False):
     op: Op
     cid: str
     created_at: datetime
-    latest: datetime  # the end of what its dates may say
+    happened: datetime
     lost: list[str]  # references that were left out
 
 
@@ -83,7 +83,6 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
         return Mapped([], [], drops)
     commit_time = parse_date(commit.time) if commit.time is not None else None
     happened = moment_of(commit_time, entry_ms)
-    latest = latest_date(happened)
     rev, seq = commit.rev, commit.seq
     stamp = (commit_time, None if seq is None else str(seq), rev)
     changes: list[Change] = []
@@ -114,9 +113,9 @@ def map_commit(commit: Commit, entry_ms: int) -> Mapped:
             if record.get("$type", collection) != collection:
                 drops.append(Drop(Reason.TYPE_MISMATCH, collection, "$type"))
                 continue
-            created_at = date_or(record.get(date_member), happened, latest)
+            created_at = date_or(record.get(date_member), happened, happened)
             lost: list[str] = []
-            row = to_row(record, _Origin(uri, repo, op, cid, created_at, latest, lost))
+            row = to_row(record, _Origin(uri, repo, op, cid, created_at, happened, lost))
         except InvalidEvent as invalid:
             drops.append(Drop(invalid.reason, collection, invalid.detail[:_DETAIL_MAX]))
             continue
@@ -214,7 +213,8 @@ def _strong_ref(value: Any, member: str, lost: list[str]) -> tuple[str | None, s
 
 
 def _json_object(value: Any, origin: _Origin) -> str | None:
-    return json_text(value, origin.op, origin.lost) if type(value) is dict else None
+    """A link or byte string, too: from JSON they are objects, and the rows are the same from every form."""
+    return json_text(value, origin.op, origin.lost) if type(value) is dict or type(value) is bytes else None
 
 
 def _json_array(value: Any, origin: _Origin) -> str | None:
@@ -260,11 +260,11 @@ def _references(value: Any, member: str, lost: list[str]) -> list[Any]:
 # Embeds: what an API server would trip over is taken out.
 
 
-def _embed(value: Any, origin: _Origin) -> Record | None:
+def _embed(value: Any, origin: _Origin) -> Any:
     """The embed without media that name no blob and references that name no record; the very same object where there
     is nothing to mend."""
     if type(value) is not dict:
-        return None
+        return _media(value, origin)
     embed: Record = value
     kind = embed.get("$type")
     if kind == "app.bsky.embed.record":
@@ -336,9 +336,9 @@ def _is_mended(uri: Any) -> bool:
     return type(uri) is str and clean_text(uri) != uri
 
 
-def _media(value: Any, origin: _Origin) -> Record | None:
+def _media(value: Any, origin: _Origin) -> Any:
     if type(value) is not dict:
-        return None
+        return value if type(value) is bytes else None  # as in _json_object
     media: Record = value
     kind = media.get("$type")
     if kind == "app.bsky.embed.images":
@@ -513,7 +513,7 @@ def _verification(record: Record, origin: _Origin) -> Row:
         origin.cid,
         _required_did(record.get("subject"), "subject"),
         _required(record.get("handle"), "handle").lower()[:NAME_MAX],
-        date_or(record.get("verifiedAt"), origin.created_at, origin.latest),  # in no lexicon, but some write it
+        date_or(record.get("verifiedAt"), origin.created_at, origin.happened),  # in no lexicon, but some write it
         origin.created_at,
     )
 

@@ -19,9 +19,10 @@ from fastworker.errors import RowRejected, StoreUnavailable, StreamUnavailable, 
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.process.child import StartAgain, run_child
 from fastworker.process.children import ChildSpec
-from fastworker.process.clocks import which_is_off
+from fastworker.process.clocks import ids_ahead, which_is_off
 from fastworker.redact import redact
 from fastworker.store.chosen_accounts import keep_reading, read_accounts
+from fastworker.store.debts import Debts
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 RENEWALS = 5  # per lease: every 3 s of 15; old TypeScript workers claim at 10 s
 MAINTAIN_S = 10.0
-PAY_S = 0.5  # after a flush: counters that its payer had not seen yet
+PAY_S = 0.5  # after a flush: what its payer had not seen yet
 FIGURES_S = 0.5
 TELL_S = 0.5  # what is held longer is recorded in Redis: not trimmed even if the pending list is lost
 FOLLOW_S = 1.0  # between two looks which partitions are ours to read
@@ -279,12 +280,7 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
 async def _renew(readers: Readers) -> None:
     try:
         for stream in readers.streams:
-            restored = await stream.renew()
-            if restored:
-                log.warning(
-                    "%d entries that %s holds were no longer pending: somebody deleted the consumer (XGROUP "
-                    "DELCONSUMER) or acknowledged them; they are pending again", restored, stream.name,
-                )  # fmt: skip
+            await stream.renew()
     except StreamUnavailable:
         pass  # the pipelines wait for Redis, and say so
     except ConsumerLeaseLost as error:
@@ -292,18 +288,32 @@ async def _renew(readers: Readers) -> None:
 
 
 async def _pay(slot: Slot, store: Store) -> None:
-    """Counters that are owed still: a flush leaves them to another that pays just then, and may have looked already.
+    """What is owed still: a flush leaves it to another that pays just then, and may have looked already.
 
-    Not while nothing was written.
+    Not while nothing was written, and nothing was owed at the last look.
     """
-    before = -1
+    before, is_owing = -1, True
     while True:
         flushes = slot.get("flushes")
-        if flushes != before:
-            with contextlib.suppress(StoreUnavailable):  # `maintain` tells
+        if flushes != before or is_owing:
+            with contextlib.suppress(StoreUnavailable, RowRejected):  # `maintain` tells
                 await store.pay()
-                before = flushes
+                debts = await _look_at_debts(slot, store)
+                before, is_owing = flushes, debts.owed > debts.put_back
         await asyncio.sleep(PAY_S)
+
+
+async def _look_at_debts(slot: Slot, store: Store) -> Debts:
+    debts = await store.debts()
+    now = now_ms()
+    slot.set(
+        debts=debts.owed,
+        debts_put_back=debts.put_back,
+        debts_since_ms=now - int(debts.oldest_s * 1000) if debts.owed > debts.put_back else 0,
+        debts_at_ms=now,
+    )
+    slot.text("debt", redact(debts.error))
+    return debts
 
 
 async def _tell_held(readers: Readers) -> None:
@@ -328,6 +338,7 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
     async def maintain() -> None:
         while await store.maintain():
             slot.set(maintained_ms=now_ms())
+        await _look_at_debts(slot, store)
 
     failure = ""
     for act in (
@@ -373,7 +384,7 @@ async def _prune(slot: Slot, store: Store, members: Members, pipelines: list[Pip
     off = which_is_off(clocks)
     if off:
         log.warning("Nothing is pruned: %s", off)
-    slot.text("clocks", off)
+    slot.text("clocks", off or ids_ahead(await members.newest(), clocks["Redis"]))
     if off:
         return
     told = [at for one in pipelines if one.told and (at := parse_date(one.told)) is not None]

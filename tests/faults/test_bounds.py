@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import fastworker
@@ -100,24 +100,26 @@ CALLBACKS = {"act", "main", "attempt", "work", "apply", "transaction", "_fallbac
 }  # fmt: skip
 
 
-def calls(name: str) -> list[tuple[str, ast.Call]]:
-    return [
-        (str(path.relative_to(ROOT)), node)
-        for path in sorted(ROOT.rglob("*.py"))
-        if not {"simulator", "law"}.intersection(path.parts)
-        and path.name != "demo.py"  # simulations on servers of their own
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == name
-    ]
+def calls() -> dict[str, list[tuple[str, ast.Call]]]:
+    """Name -> file and call."""
+    found = defaultdict(list)
+    for path in sorted(ROOT.rglob("*.py")):
+        if {"simulator", "law"}.intersection(path.parts) or path.name == "demo.py":
+            continue  # simulations on servers of their own
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                found[ast.unparse(node.func)].append((str(path.relative_to(ROOT)), node))
+    return found
 
 
 def test_every_connection_is_made_with_timeouts() -> None:
-    made = calls("asyncpg.connect") + calls("asyncpg.create_pool")
+    all_calls = calls()
+    made = all_calls["asyncpg.connect"] + all_calls["asyncpg.create_pool"]
     assert len(made) >= 3
     for file, call in made:
         given = {keyword.arg for keyword in call.keywords}
         assert given >= {"timeout", "command_timeout"}, f"{file}:{call.lineno}"
-    sessions = calls("aiohttp.ClientSession")
+    sessions = all_calls["aiohttp.ClientSession"]
     assert len(sessions) >= 2
     for file, call in sessions:
         assert "timeout" in {keyword.arg for keyword in call.keywords}, f"{file}:{call.lineno}"
@@ -129,7 +131,7 @@ def test_every_connection_is_made_with_timeouts() -> None:
         "ConnectionPool.from_url",
         "Redis.from_pool",
     ):
-        for file, call in calls(name):
+        for file, call in all_calls[name]:
             # cluster.py's ask who has a slot, ANSWER_S at most
             assert file in ("stream/client.py", "stream/cluster.py"), (
                 f"{file}:{call.lineno} makes a client of its own: use connect()"

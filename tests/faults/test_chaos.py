@@ -9,7 +9,10 @@ import pytest
 
 from fastworker.crashpoint import Step
 from tests.rig import operator
-from tests.rig.chaos import PLACES, SERVERS, WEIGHTS, chaos, plan
+from tests.rig.chaos import PLACES, SERVERS, WEIGHTS, Form, chaos, plan
+
+PEOPLE = Form(with_operator=True)
+FORMS = (Form(partitions=4), Form(redis="sentinel"), Form(redis="cluster"), Form(partitions=4, redis="cluster"))
 
 
 def test_the_seed_fixes_the_plan() -> None:
@@ -34,9 +37,9 @@ async def test_a_minute_of_faults(server_dir: Path) -> None:
 @pytest.mark.timeout(300)
 async def test_what_people_do(server_dir: Path) -> None:
     """A few of their acts, with small limits: what the relay sent is in the tables, whatever they removed."""
-    faults = plan(5, 15, with_operator=True)
+    faults = plan(5, 15, PEOPLE)
     assert {fault.kind for fault in faults} >= set(operator.WEIGHTS) - set(operator.SERVERS)
-    async with chaos(server_dir, seed=5, with_operator=True) as started:
+    async with chaos(server_dir, 5, PEOPLE) as started:
         outcome = await started.run([fault for fault in faults if fault.kind in operator.WEIGHTS][:5], recovery_s=2.0)
     assert outcome.problems == [], outcome.report()
 
@@ -45,8 +48,8 @@ async def test_what_people_do(server_dir: Path) -> None:
 @pytest.mark.timeout(7_200)
 async def test_a_thousand_faults_with_people_at_work(server_dir: Path) -> None:
     seed = int(os.environ.get("CHAOS_SEED", "42"))
-    async with chaos(server_dir, seed=seed, with_operator=True) as started:
-        outcome = await started.run(plan(seed, 1_000, with_operator=True), limit_s=300)
+    async with chaos(server_dir, seed, PEOPLE) as started:
+        outcome = await started.run(plan(seed, 1_000, PEOPLE), limit_s=300)
     assert outcome.problems == [], outcome.report()
 
 
@@ -58,3 +61,15 @@ async def test_five_hundred_faults(server_dir: Path) -> None:
         outcome = await started.run(plan(seed, 500), limit_s=300)
     assert outcome.problems == [], outcome.report()
     assert set(outcome.crashes) == set(PLACES), outcome.report()
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(7_200)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.redis or 'one'}-{form.partitions}")
+async def test_five_hundred_faults_of_other_forms(server_dir: Path, form: Form) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", "42"))
+    faults = plan(seed, 500, form)
+    assert {fault.kind for fault in faults} >= set(form.weights)
+    async with chaos(server_dir, seed, form) as started:
+        outcome = await started.run(faults, limit_s=300)
+    assert outcome.problems == [], outcome.report()

@@ -838,6 +838,27 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("policy", ["FOR ALL USING (author_did LIKE '%b') WITH CHECK (true)", ""], ids=["some", "none"])
+async def test_rows_that_a_policy_hides_are_not_taken_for_absent(
+    postgres_url: str, pg: asyncpg.Connection, role: str, policy: str
+) -> None:
+    """Row-level security: a delete would find nothing, and be acknowledged."""
+    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"))
+    try:
+        await store.write(records("app.bsky.feed.post", 3))
+        await pg.execute("ALTER TABLE posts ENABLE ROW LEVEL SECURITY")
+        if policy:
+            await pg.execute(f"CREATE POLICY hidden ON posts {policy}")
+        deletes = records("app.bsky.feed.post", 3, action="delete")
+        with pytest.raises(StoreUnavailable, match="ALTER TABLE posts DISABLE ROW LEVEL SECURITY"):
+            await store.write(deletes)
+        await pg.execute("ALTER TABLE posts DISABLE ROW LEVEL SECURITY")
+        await store.write(deletes)
+    finally:
+        await store.close()
+    assert not await pg.fetchval("SELECT count(*) FROM posts")
+
+
 async def test_settings_of_a_role_change_nothing(postgres_url: str, pg: asyncpg.Connection, role: str) -> None:
     await pg.execute(
         "CREATE SCHEMA evil; CREATE TABLE evil.posts (uri text); "

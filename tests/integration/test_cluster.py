@@ -16,8 +16,7 @@ from fastworker.errors import StreamUnavailable
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from fastworker.stream.client import connect, translating
-from fastworker.stream.cluster import slot
-from fastworker.stream.keys import CLUSTERED
+from fastworker.stream.keys import CLUSTERED, slot
 from tests.rig.failover import assert_lawful, cursor_at, is_done
 from tests.services import Service, run, until
 

@@ -14,15 +14,18 @@ import pytest
 from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode
+from fastworker.process.board import Heartbeats
 from fastworker.store import statements as sql
 from fastworker.store.blame import RowLocked
 from fastworker.store.joined import recompute
 from fastworker.store.store import Store
 from fastworker.table import derive
+from fastworker.worker import worker
 from tests.integration.test_whole_flush import POST, A, B, C, commits, gone, like, post
 from tests.property.feeding import batch_of, differences, lawful, settle
 
 FORMS = {"copy": (1, 0), "arrays": (200, 0), "whole": (200, 200)}
+REPLY = f"at://{A}/app.bsky.feed.post/r"
 LIKE = f"at://{A}/app.bsky.feed.like/l"
 
 
@@ -331,3 +334,113 @@ async def test_removals_of_one_key_do_not_wait_for_each_other(postgres_url: str,
         go.set()
         for store in stores:
             await store.close()
+
+
+@contextlib.asynccontextmanager
+async def refusing(pg: asyncpg.Connection[Any], table: str, key: str) -> AsyncIterator[None]:
+    """Rows with this key cannot be written."""
+    await pg.execute(
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not this one'; END $$; "
+        f"CREATE TRIGGER no BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW "
+        f"WHEN (NEW.post_uri = '{key}') EXECUTE FUNCTION no()"
+    )
+    yield
+    await pg.execute(
+        "DROP FUNCTION no CASCADE; UPDATE fastworker.debts SET not_before = now(); "
+        "UPDATE fastworker.recheck SET not_before = now()"
+    )
+
+
+async def test_a_counter_that_is_refused_is_put_back_alone(
+    store: Store, pg: asyncpg.Connection[Any], postgres_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reason is told, other counters are paid and written at once, and what it gets meanwhile is added to it."""
+    others = [f"at://{B}/app.bsky.feed.post/o{n}" for n in range(5)]
+    events = commits(
+        post(B),
+        *(like(A, uri, f"o{n}") for n, uri in enumerate(others)),
+        *(like(A), like(C), like(C, others[0], "x"), gone(A, "app.bsky.feed.like/l"), like(B, others[1], "y")),
+    )
+    await store.write(batch_of(events[:1]))
+    async with refusing(pg, "post_aggregations", POST):
+        async with paying(postgres_url):
+            await store.write(batch_of(events[1:7]))
+        assert (await store.pay() > 0, await store.pay()) == (True, 0)
+        assert [await likes(pg, uri) for uri in (POST, *others)] == [0, 1, 1, 1, 1, 1]
+        debts = await store.debts()
+        assert debts[:3] == (1, 0.0, 1)
+        assert (POST in debts.error, "not this one" in debts.error) == (True, True)
+
+        async with paying(postgres_url):
+            await store.write(batch_of(events[7:9]))
+        assert await store.pay() > 0
+        assert (await likes(pg, others[0]), await owed(pg)) == (2, 2)
+        await store.write(batch_of(events[9:10]))
+        await store.pay()
+        [left] = await pg.fetch("SELECT (deltas[1]).like_count, attempts FROM fastworker.debts")
+        assert tuple(left) == (1, 1), "it has its own time to be tried again"
+        assert await drift(postgres_url, capsys) is ExitCode.DONE
+
+        seen = []
+
+        async def look(step: Step) -> None:
+            if step is Step.AFTER_MAIN_COMMIT:
+                seen.append(await likes(pg, others[1]))
+
+        store.writer.on_step = look
+        await store.write(batch_of(events[10:]))
+        assert seen == [2], "with the commit, as if nothing were owed"
+        await pg.execute("UPDATE fastworker.debts SET not_before = now()")
+        await store.pay()
+        assert await pg.fetchval("SELECT attempts FROM fastworker.debts WHERE not_before > now()") == 2
+    await store.pay()
+    assert await likes(pg) == 1
+    await settle(store)
+    assert await differences(lawful(events), pg) == "no difference"
+
+
+async def test_a_joined_row_that_is_refused_is_put_back_alone(store: Store, pg: asyncpg.Connection[Any]) -> None:
+    """Not even its flush fails: what follows from it is owed."""
+    events = commits(post(B), *(post(A, f"r{n}", POST) for n in range(4)))
+    bad = f"at://{A}/app.bsky.feed.post/r2"
+    await store.write(batch_of(events[:1]))
+    async with refusing(pg, "thread_contexts", bad):
+        await store.write(batch_of(events[1:]))
+        await store.pay()
+        found = await pg.fetch("SELECT post_uri FROM thread_contexts ORDER BY 1")
+        assert [row["post_uri"][-2:] for row in found] == ["r0", "r1", "r3"]
+        debts = await store.debts()
+        assert debts[:3] == (1, 0.0, 1)
+        assert (bad in debts.error, "not this one" in debts.error) == (True, True)
+    await store.pay()
+    await settle(store)
+    assert (await store.debts()).owed == 0
+    assert await differences(lawful(events), pg) == "no difference"
+
+
+async def test_what_another_leaves_is_paid_by_a_tick_and_told(
+    store: Store, pg: asyncpg.Connection[Any], postgres_url: str
+) -> None:
+    """A counter and a joined row, both owed while others hold them. No flush comes after them."""
+    slot = Heartbeats(1)[0]
+    slot.open("worker-0")
+    await store.write(batch_of(commits(post(B), post(A, "r", POST))))
+    await pg.execute("DELETE FROM thread_contexts")
+    async with paying(postgres_url):
+        await store.write(batch_of(commits(like(A))))
+    ticking = asyncio.create_task(worker._pay(slot, store))
+    try:
+        async with asyncio.timeout(20):
+            async with paying(postgres_url) as other:
+                await other.execute("SELECT FROM posts FOR UPDATE")
+                await store.write(batch_of(commits(like(C))))
+                await pg.execute("INSERT INTO fastworker.recheck (kind, key) VALUES ('context', $1)", REPLY)
+                slot.add(flushes=1)
+                while slot.get("debts") < 2:
+                    await asyncio.sleep(0.01)
+            while slot.get("debts"):
+                await asyncio.sleep(0.01)
+    finally:
+        ticking.cancel()
+    assert await likes(pg) == 2
+    assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 1

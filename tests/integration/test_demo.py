@@ -116,6 +116,9 @@ def test_an_outage_is_repaired_from_the_hosts(folder: Path) -> None:
     assert len(shares) > 10
     assert min(before for before, _ in shares) < 0.9
     assert {after for _, after in shares} == {1.0}
+    before = dict(re.findall(r"│ ([\w.]+) +│ +([\d.]{6}) │", output))
+    assert float(before["users"]) < 1  # handles that changed
+    assert float(before["fastworker.accounts"]) < 1  # and who came back
     assert_nothing_is_left(folder, process.pid)
 
 

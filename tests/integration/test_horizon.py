@@ -182,6 +182,17 @@ async def test_no_clock_moves_the_horizon_by_its_own_word(
     assert told == ""
 
 
+async def test_ids_that_are_ahead_are_told(bench: Bench) -> None:
+    """Redis's clock was ten days ahead for a moment: ids never go back, so all that comes is dated too late."""
+    await bench.redis.xadd(KEY, {"n": ""}, id=f"{int((datetime.now(UTC) + timedelta(days=10)).timestamp() * 1000)}-0")
+    members = Members(bench.redis, USUAL.stream, GROUP)
+    for told in ("the stream's ids are 240 hours ahead of Redis's clock", ""):
+        await worker._prune(bench.slot, bench.store, members, [])
+        assert bench.slot.snapshot().clocks.startswith(told)
+        assert bool(bench.slot.snapshot().clocks) == bool(told)
+        await bench.redis.delete(KEY)
+
+
 async def test_all_clocks_of_a_machine_that_is_ahead_are_bounded_by_the_events(
     bench: Bench, pg: asyncpg.Connection
 ) -> None:

@@ -376,6 +376,7 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                     "FASTWORKER_HTTP_PORT": str(free_port()),
                     "FASTWORKER_RESOLVE_HANDLES": "off",
                     "FASTWORKER_SYNC": "off",
+                    "FASTWORKER_HOME": str(server_dir / "home"),  # the volume
                 }
                 own["REDIS_URL"] = own["REDIS_URL"].replace("redis:6379", f"127.0.0.1:{stream.port}")
                 own["DATABASE_URL"] = own["DATABASE_URL"].replace("db:5432", f"127.0.0.1:{database.port}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from fastworker.commands.compare import compare
 from fastworker.commands.dlq import Wanted, retry_letters
 from fastworker.commands.reapply import reapply
 from fastworker.config import Config
@@ -36,6 +38,7 @@ from fastworker.store.store import Store
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import Entry, WorkerStream
+from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, STREAM, USUAL, Keys
 from fastworker.stream.partitions import partition_of
 from fastworker.worker import worker as worker_module
@@ -480,6 +483,12 @@ async def test_what_an_operator_sees_and_does_is_of_all_partitions(
         status, _ = await collect(admin, config)
         assert (status.lag_entries, status.pending_entries, status.unaccounted_entries) == (0, 0, 0)
         assert sum(status.ledger.values()) == stats.entries
+        newest = await admin.newest(await admin.ends(), stats.entries)
+        assert len({one[:2] for one in newest}) == stats.entries
+        assert [one[1] for one in newest] == sorted((one[1] for one in newest), key=id_order)
+        assert await admin.newest(await admin.ends(GROUP), 20) == newest[-20:]
+        assert await compare(config, entries=stats.entries, seconds=0.1, as_json=True) is ExitCode.DONE
+        assert json.loads(capsys.readouterr().out)["entries"] == stats.entries
         await bench.pg.execute("TRUNCATE posts, likes, reposts, follows CASCADE")
         assert await reapply(config, "0") is ExitCode.DONE
     assert f"{stats.entries:,} entries applied again" in capsys.readouterr().out

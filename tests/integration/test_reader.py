@@ -38,7 +38,7 @@ from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.scripts import script
 from tests import replies
 from tests.rig.proxy import Proxy
-from tests.servers import RedisUnderTest
+from tests.servers import RedisUnderTest, counts_reads
 
 DID = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 TIME = "2026-01-02T03:04:05.678Z"
@@ -601,6 +601,34 @@ async def test_a_frame_too_large_to_receive_is_passed_over(
     ]
 
 
+async def test_a_relay_with_nothing_but_a_frame_too_large_is_left(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is asked to begin, it sends what we have and then that frame: there is no getting past it."""
+    monkeypatch.setattr("fastworker.reader.relay.FRAME_MAX", 10_000)
+    monkeypatch.setattr(follow, "SEQ_JUMP", 32)
+    monkeypatch.setattr(follow, "FAILURES_BEFORE_NEXT_RELAY", 1)
+
+    async def stuck(self: Relay, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        for data in (identity(1), identity(2), b"x" * 20_000):
+            await socket.send_bytes(data)
+        await socket.receive()
+        return socket
+
+    other = Relay()
+    await other.start()
+    relay.answers = [stuck] * 100
+    other.add(5)
+    await redis.mset({CURSOR: "0", f"fastworker:cursor:{other.host}": "4"})
+    try:
+        async with reading(settings(redis_url, relay, other)):
+            await until(cursor_is(redis, 5), 10)
+    finally:
+        await other.stop()
+
+
 async def test_a_relay_that_never_answers_close_is_closed() -> None:
     """It goes on sending: each message is less than the limit away, the whole is not."""
 
@@ -946,15 +974,45 @@ async def test_steps_back_from_a_foreign_reader_and_goes_on_from_its_cursor(
     relay.add(*range(1, 11))
     async with reading(settings(redis_url, relay)) as stats:
         await until(cursor_is(redis, 10))
-        await redis.set(CURSOR, "12")  # the predecessor takes no lease
-        relay.add(*range(11, 16))
-        await until(lambda: stats.standby)
-        for seq in (13, 14):
-            await asyncio.sleep(0.5)
+        for seq in (12, 13, 14):  # the predecessor takes no lease
+            await redis.xadd(STREAM, {"type": "identity", "data": "{}", "seq": str(seq)})
             await redis.set(CURSOR, str(seq))
+            if seq == 12:
+                relay.add(*range(11, 16))
+            await until(lambda: stats.standby)
+            await asyncio.sleep(0.5)
             assert stats.standby
         await until(cursor_is(redis, 15))
-    assert await seqs(redis) == [*range(1, 11), 15]
+    assert await seqs(redis) == [*range(1, 11), 12, 13, 14, 15]
+
+
+async def test_a_readers_lease_without_an_end_is_given_one(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a move to another Redis by a tool that copies no expiry."""
+    monkeypatch.setattr(feed_module, "LEASE_MS", 500)
+    await redis.set("fastworker:reader", "the token of a reader that is no more")
+    await redis.set(CURSOR, "0")
+    relay.add(1)
+    async with reading(settings(redis_url, relay)):
+        await until(cursor_is(redis, 1))
+
+
+@pytest.mark.parametrize("moved", ["forward", "back", "away"])
+async def test_a_cursor_that_somebody_moves_costs_nothing(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch, moved: str
+) -> None:
+    """A hand at redis-cli, while the reader is at work: nothing came on the stream."""
+    monkeypatch.setattr(reader_module, "SETTLE_S", 0.3)
+    await redis.set(CURSOR, "0")
+    relay.add(*range(1, 11))
+    async with reading(settings(redis_url, relay)) as stats:
+        await until(cursor_is(redis, 10))
+        await (redis.delete(CURSOR) if moved == "away" else redis.set(CURSOR, {"forward": "14", "back": "5"}[moved]))
+        relay.add(*range(11, 21))
+        await until(lambda: stats.standby)
+        await until(cursor_is(redis, 20))
+    assert set(await seqs(redis)) == set(range(1, 21))
 
 
 async def test_redis_that_restarts_empty(relay: Relay, server_dir: Path) -> None:
@@ -1012,7 +1070,15 @@ async def _trim_a_little(redis: Redis) -> None:
     await redis.xtrim(STREAM, maxlen=69, approximate=False)
 
 
-LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little]
+async def _pick(redis: Redis) -> None:
+    """In the middle, where no mark is: from Redis 7 on the stream tells."""
+    if not await counts_reads(redis):
+        pytest.skip("Redis before 7.0 does not say what was removed")
+    found = replies.entries(await redis.xrange(STREAM))
+    await redis.xdel(STREAM, found[-35][0], found[-34][0])
+
+
+LOSSES = [_delete, _rename, _replace, _replace_and_use, _trim, _trim_a_little, _pick]
 
 
 async def _read(redis: Redis, count: int) -> set[int]:

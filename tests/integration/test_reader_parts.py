@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import WSServerHandshakeError
@@ -25,7 +26,7 @@ from fastworker.reader.relay import PATH, RelayAddress, _at_least
 from fastworker.reader.silence import SilenceWatch
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
-from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, trim_finished
+from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, StreamBroken, trim_finished
 from fastworker.stream.keys import USUAL
 from tests import replies
 from tests.servers import RedisUnderTest
@@ -299,7 +300,9 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None, keep_s: float = 0.0) -> Feed:
+def feed_on(
+    redis: Redis, limit: int = 1000, limit_bytes: int | None = None, keep_s: float = 0.0, group: str = ""
+) -> Feed:
     return Feed(
         redis,
         stream_key=STREAM,
@@ -307,6 +310,7 @@ def feed_on(redis: Redis, limit: int = 1000, limit_bytes: int | None = None, kee
         max_stream_len=limit,
         stream_bytes_max=limit_bytes,
         keep_s=keep_s,
+        group=group,
     )
 
 
@@ -351,6 +355,32 @@ async def test_append_refuses_without_the_lease_or_with_a_moved_cursor(redis: Re
     await first.release()
     assert await redis.get(USUAL.reader_lease) is not None
     assert await redis.xlen(STREAM) == 1
+
+
+async def test_an_older_redis_is_not_judged_by_what_was_on_the_newer_one(redis: Redis) -> None:
+    """A replica took the master's place: what it had not got is gone with its cursor, and is no loss."""
+    feed = feed_on(redis, group="workers")
+    await redis.xgroup_create(STREAM, "workers", id="0", mkstream=True)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1))
+    await feed.watch()
+    replica: Any = {key: await redis.dump(key) for key in await redis.keys()}
+    assert await feed.append(chunk_of(2))  # noted in Redis by the next look
+    for key in await redis.keys():
+        await redis.delete(key)
+    for key, value in replica.items():
+        await redis.restore(key, 0, value)
+    with pytest.raises(ReaderLeaseLost, match="holds 1 where this reader had left 2"):
+        await feed.watch()
+    await feed.begin_term()
+    await feed.watch()
+    assert (await feed.go_to("relay.test")).seq == 1
+    assert await feed.append(chunk_of(2))
+    await feed.watch()
+    await redis.delete(STREAM)
+    with pytest.raises(StreamBroken):  # that one is a loss
+        await feed.watch()
 
 
 async def test_an_expired_lease_that_nobody_took_is_ours_again(redis: Redis) -> None:

@@ -279,9 +279,9 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT + words["put_5"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_6"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_6"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_7"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     yield sql.FIRST + words["first_1"], [[] if name != "only_verified" else False for name in sql.FIRST_ARGUMENTS]
     changes = {"gone": [False], "read_uris": ["at://none"], "tables": ["likes"]}
     yield (
@@ -293,13 +293,16 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
     yield sql.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
-    yield sql.RECOMPUTE + words["recompute_4"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
+    yield sql.RECOMPUTE + words["recompute_5"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
     yield (
-        sql.RECOMPUTE + words["recompute_4"],
+        sql.RECOMPUTE + words["recompute_5"],
         [[POST], [POST], [POST], services, [POST], *owed, None, True, True, True],
     )
     yield sql.RECOUNT + words["recount_1"], [[POST], True, True]
-    yield sql.PAY + words["pay_1"] + words["pay_bucket_1"] + words["recount_1"], [True, True]
+    yield (
+        sql.PAY + words["pay_2"] + words["pay_bucket_2"] + words["pay_apart_1"] + words["recount_1"],
+        [True, True],
+    )
 
 
 async def rows_for_calls(connection: asyncpg.Connection) -> None:
@@ -312,9 +315,12 @@ async def rows_for_calls(connection: asyncpg.Connection) -> None:
         await connection.fetch(sql.insert(table), [tuple(row)])
 
 
+# What is owed in one bucket, a part of it for a counter that is put back.
 OWE = (
-    "INSERT INTO fastworker.debts (bucket, deltas) SELECT fastworker.bucket(d.post_uri), ARRAY[d] "
-    "FROM (SELECT ($1::varchar, 0, 0, 0, 0, 0)::fastworker.post_aggregations_row AS d) AS of, unnest(ARRAY[of.d]) AS d"
+    "INSERT INTO fastworker.debts (bucket, deltas, attempts, not_before) "
+    "SELECT fastworker.bucket($1), ARRAY[(key, 0, 0, 0, 0, 0)::fastworker.post_aggregations_row], attempts, not_before "
+    "FROM (VALUES ($1::varchar, 0, '-infinity'::timestamptz), ('at://refused', 0, '-infinity'), "
+    "('at://refused', 1, 'infinity')) AS of (key, attempts, not_before)"
 )
 
 

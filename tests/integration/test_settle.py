@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastworker.simulator import mst
 from fastworker.simulator.cbor import cid_text
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
-from fastworker.simulator.repo import Repo, SimFrame, car_bytes, tid
+from fastworker.simulator.repo import Repo, SimFrame, account_frame, car_bytes, tid
 from fastworker.simulator.world import Account as SimAccount
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
@@ -311,6 +311,67 @@ async def test_who_may_not_be_settled(scene: Scene, pg: asyncpg.Connection) -> N
     await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'x') ON CONFLICT DO NOTHING", account.did)
     await pg.execute("INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ($1, true)", account.did)
     assert "does not want" in ((await settle()).refused or "")
+
+
+async def test_who_comes_back_after_a_deletion_is_settled(store: Store, pg: asyncpg.Connection) -> None:
+    """Its host may still have what the deletion took away. One that was settled since, or never deleted, is not."""
+
+    async def asked(seq: int, *, active: bool, status: str | None = None) -> list[tuple[str, int]]:
+        batch = Batch()
+        for did in ("did:plc:back", "did:plc:idle"):
+            told = status if did.endswith("back") else status and "deactivated"
+            batch.put_account(Account(seq, did, active, told, None, "sim.test"), datetime.now(UTC))
+        await store.write(batch)
+        return [tuple(row) for row in await pg.fetch("DELETE FROM fastworker.repairs RETURNING did, seq")]
+
+    assert await asked(4, active=True) == []
+    assert await asked(10, active=False, status="deleted") == []
+    assert await asked(12, active=True) == [("did:plc:back", 12)]
+    await pg.execute("INSERT INTO fastworker.floors (did, rev, seq) VALUES ('did:plc:back', '3k', 11)")
+    assert await asked(13, active=True) == []
+    assert await asked(14, active=False, status="deleted") == []
+    assert await asked(15, active=True) == [("did:plc:back", 15)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 2, 3, 0)])
+async def test_who_is_deleted_and_comes_back_while_it_is_fetched(
+    order: tuple[int, ...], store: Store, postgres_url: str, pg: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """The deletion beats the snapshot, and what was written after it is older than the floor: who is back is settled
+    once more, in whatever order that is found out."""
+    did = "did:plc:" + "c" * 24
+    repo = Repo(did, key=SigningKey("comes back"))
+    await store.write(batch_of([repo.commit([("create", "app.bsky.graph.follow/1", follow("1"))])]))
+    asked = repo.clock.seq
+    events = [
+        account_frame(repo.clock.tick(), did, active=False, status="deleted"),
+        account_frame(repo.clock.tick(), did, active=True),
+        repo.commit([("create", "app.bsky.graph.follow/2", follow("2"))]),
+        repo.commit([("create", "app.bsky.graph.follow/3", follow("3"))]),
+    ]
+    root, blocks = repo.export()
+    (tmp_path / "back.car").write_bytes(car_bytes(root, blocks))
+    taken_at = tid_moment(repo.rev or "")
+    assert taken_at is not None
+
+    async def settled(seq: int) -> list[str]:
+        async with open_stored(postgres_url) as stored:
+            with Repository(tmp_path / "back.car") as repository:
+                snapshot = Snapshot(did, repo.rev or "", seq, taken_at)
+                assert (await Settle(stored, store).settle(repository, snapshot, floor=True)).refused is None
+        return await held()
+
+    async def held() -> list[str]:
+        while await store.maintain(owed_age_s=0):
+            pass
+        return [row[0][-1] for row in await pg.fetch("SELECT uri FROM follows ORDER BY uri")]
+
+    assert await settled(asked) == ["1", "2", "3"]
+    for number in order:
+        await store.write(batch_of([events[number]]))
+    assert "2" not in await held()
+    assert await pg.fetchval("SELECT did FROM fastworker.repairs") == did
+    assert await settled(repo.clock.seq) == ["1", "2", "3"]
 
 
 async def test_an_account_whose_records_are_all_gone(scene: Scene, pg: asyncpg.Connection, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -89,6 +90,12 @@ async def test_what_events_ask_for_is_repaired(scene: Scene, worker: Service, pg
 async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
     scene.happen(300)
     first = scene.network.clock.seq
+    scene.client.set("fastworker:relay", "sim.test")
+    renamed, unnamed = scene.network.world.accounts()[:2]
+    for number, account in enumerate((renamed, unnamed)):  # what #identity said is lost, and the second one names none
+        handle = None if number else f"new-{account.handle}"
+        scene.network.world.operations.append((scene.network.clock.iso(), account.did, handle or "Not A Handle"))
+        account.handle = handle or account.handle
     scene.happen(300, lose=lambda _: True)
     gap = {
         "relay": "sim.test",
@@ -114,6 +121,8 @@ async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyn
         await until(is_told)
     assert await pg.fetchval("SELECT count(*) FROM fastworker.gaps WHERE closed_at IS NULL") == 0
     assert await scene.differences(pg) == "no difference"
+    assert await pg.fetchval("SELECT handle FROM users WHERE did = $1", renamed.did) == renamed.handle
+    assert sum(path == "/export" for _, path in scene.sim.directory.asked) == 1
 
 
 async def test_the_relays_list_says_who_is_active(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
@@ -122,7 +131,8 @@ async def test_the_relays_list_says_who_is_active(scene: Scene, worker: Service,
     gap = {"relay": "127.0.0.1", "reason": "relay_switch", "after": 1, "resumed": scene.network.clock.seq, "at": 1}
     scene.client.lpush("fastworker:gaps", json.dumps(gap))
     gone, back, *others = (one.did for one in scene.network.world.accounts())
-    scene.sim.statuses = {gone: "takendown", back: None}
+    scene.sim.statuses = {gone: "takendown", back: None, others[0]: ""}
+    scene.network.world.accounts()[2].status = "deactivated"  # as its host says
     for did in (back, others[0]):  # of the second the list says nothing
         await pg.execute(
             "INSERT INTO fastworker.accounts (did, relay, seq, event_at, active, status) "
@@ -179,7 +189,7 @@ async def test_samples_say_how_true_the_tables_are(scene: Scene, worker: Service
     assert await pg.fetchval("SELECT max(at) FROM fastworker.samples") == before
 
 
-async def test_a_host_that_breaks_at_each_commit_costs_no_more_than_five_an_hour(
+async def test_a_host_that_breaks_at_each_commit_costs_less_and_less(
     scene: Scene, worker: Service, pg: asyncpg.Connection
 ) -> None:
     scene.happen(200)
@@ -196,56 +206,104 @@ async def test_a_host_that_breaks_at_each_commit_costs_no_more_than_five_an_hour
             await until(settled)
             await asyncio.sleep(1)
     assert scene.client.hlen("fastworker:repairs") == 1
-    asked = [path for pds in scene.sim.pdses for _, path in pds.asked if path.endswith("getRepo")]
-    assert len(asked) == 1
+
+    def asked() -> int:
+        return sum(path.endswith("getRepo") for pds in scene.sim.pdses for _, path in pds.asked)
+
+    assert asked() == 1
+    waits = []
+    for age in (13, 25, 49, 200):  # minutes after the one before it: each wait is twice as long, until it was quiet
+        await pg.execute("UPDATE fastworker.repos SET ended_at = now() - make_interval(mins => $1)", age)
+        scene.client.hset("fastworker:repairs", did, json.dumps({"reason": "break", "age": age}))
+        before = asked()
+        async with syncing(scene):
+
+            async def once_more() -> bool:
+                return asked() == before + 1 and await settled()  # noqa: B023 - awaited here
+
+            await until(once_more)
+        waits.append(await pg.fetchval("SELECT apart_s / 60 FROM fastworker.repos"))
+    assert waits == [24, 48, 96, 12]
+    await pg.execute("UPDATE fastworker.repos SET ended_at = now() - interval '30 minutes', apart_s = 2880")
+    scene.client.hset("fastworker:repairs", did, json.dumps({"reason": "break", "turn": "last"}))
+    async with syncing(scene):
+        await asyncio.sleep(1.5)
+    assert asked() == 5
 
 
-async def test_two_syncers_share_and_one_may_be_killed(
-    scene: Scene, worker: Service, pg: asyncpg.Connection, tmp_path: Path
+@pytest.mark.parametrize("missing", ["REDIS_URL", "DATABASE_URL"])
+async def test_nothing_is_fetched_while_a_server_is_away(
+    missing: str, scene: Scene, worker: Service, pg: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each in a process of its own; the first is killed in the middle of its work."""
+    scene.happen(50)
+    note(scene, [one.did for one in scene.network.world.accounts()])
+    caplog.set_level(logging.INFO, "fastworker.sync.syncer")
+    away = {"REDIS_URL": "redis://127.0.0.1:9/0", "DATABASE_URL": "postgresql://127.0.0.1:9/none"}[missing]
+    async with syncing(scene, **{missing.lower(): away}):
+
+        async def is_told() -> bool:
+            return any("Repairs wait: " in record.message for record in caplog.records)
+
+        await until(is_told)
+        await asyncio.sleep(1.2)  # another round
+    assert sum("Repairs wait: " in record.message for record in caplog.records) == 1
+    assert not scene.sim.counts
+    assert scene.client.hlen("fastworker:repairs") == len(scene.network.world.accounts())
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.repos") == 0
+
+
+@pytest.mark.parametrize("place", [None, "floor_committed:2"])
+async def test_two_syncers_share_and_one_may_be_killed(
+    place: str | None,
+    scene: Scene,
+    worker: Service,
+    pg: asyncpg.Connection,
+    tmp_path: Path,
+) -> None:
+    """Each in a process of its own; the first dies with repositories on disk, or after a floor; nothing is left of it."""
     scene.happen(900, lose=lambda n: n % 3 == 0)
     await scene.finished()
     note(scene, [one.did for one in scene.network.world.accounts()])
-    plan = tmp_path / "plan.json"
-    plan.write_text(
-        json.dumps(
-            {
-                "env": {
-                    "REDIS_URL": scene.config.redis_url,
-                    "DATABASE_URL": scene.config.database_url,
-                    "FASTWORKER_PLC_URL": scene.sim.directory.url,
-                    "FASTWORKER_SAMPLE_PER_HOUR": "0",
-                },
-                "own": sorted(scene.sim.own),
-            }
+    env = {
+        "REDIS_URL": scene.config.redis_url,
+        "DATABASE_URL": scene.config.database_url,
+        "FASTWORKER_PLC_URL": scene.sim.directory.url,
+        "FASTWORKER_SAMPLE_PER_HOUR": "0",
+    }
+    spool = tmp_path / "spool"
+    spool.mkdir()
+
+    async def start(crash: str | None) -> asyncio.subprocess.Process:
+        plan = tmp_path / f"{crash}.json"
+        plan.write_text(json.dumps({"env": env, "own": sorted(scene.sim.own), "crash": crash}))
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.rig.syncer", str(plan), env={**os.environ, "TMPDIR": str(spool)}
         )
-    )
 
-    async def start() -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.rig.syncer", str(plan))
-
-    one, two = await start(), await start()
+    one = await start(place)
+    async with asyncio.timeout(120):
+        while place is None and not list(spool.glob("*/*.car")):
+            await asyncio.sleep(0.01)
+        if place is None:
+            os.kill(one.pid, signal.SIGKILL)
+        assert await one.wait() == -signal.SIGKILL
+    assert list(spool.glob("*/*.car"))
+    two, three = await start(None), await start(None)
     try:
-
-        async def begun() -> bool:
-            return bool(await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE state = 'done'"))
-
-        await until(begun)
-        os.kill(one.pid, signal.SIGKILL)
 
         async def forgotten() -> bool:
             return not scene.client.hlen("fastworker:repairs")
 
         await until(forgotten)
     finally:
-        for process in (one, two):
+        for process in (two, three):
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
             async with asyncio.timeout(60):
                 await process.wait()
     assert await scene.differences(pg) == "no difference"
+    assert list(spool.iterdir()) == []
 
 
 async def test_a_worker_has_a_syncer_unless_it_is_switched_off(

@@ -218,7 +218,7 @@ def identity(did: str, handle: str) -> Event:
 
 PROFILE = (A, "app.bsky.actor.profile/self", {"displayName": "one"})
 GENERATOR = (C, "app.bsky.feed.generator/g", {"did": "did:web:feeds.example", "displayName": "Feed"})
-LABELER = (C, "app.bsky.labeler.service/self", {"policies": {"labelValues": []}})
+LABELER: tuple[str, str, dict[str, Any]] = (C, "app.bsky.labeler.service/self", {"policies": {"labelValues": []}})
 GATE = (B, "app.bsky.feed.threadgate/p", {"post": POST, "allow": []})
 POSTGATE = (B, "app.bsky.feed.postgate/p", {"post": POST, "embeddingRules": []})
 REPLY = f"at://{A}/app.bsky.feed.post/r"
@@ -304,12 +304,12 @@ def test_routines_are_made_from_the_schema() -> None:
 async def test_routines_are_installed_again_and_again(postgres_url: str, pg: asyncpg.Connection) -> None:
     """One that is gone, and one of another build, are missed by `check` and made by `migrate`; the old ones stay."""
     assert await migrate(postgres_url) == []
-    await pg.execute("DROP PROCEDURE fastworker.put_whole_6")
+    await pg.execute("DROP PROCEDURE fastworker.put_whole_7")
     await pg.execute("COMMENT ON FUNCTION fastworker.look_3 IS 'of another build'")
     assert await check(postgres_url) == [
         f"Routine fastworker.{name} is not this release's: run `fastworker migrate`."
-        for name in ("look_3", "put_whole_6")
+        for name in ("look_3", "put_whole_7")
     ]
-    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_6"]
+    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_7"]
     assert await check(postgres_url) == []
     assert await pg.fetchval("SELECT to_regproc('fastworker.put') IS NOT NULL"), "the release before ours calls it"

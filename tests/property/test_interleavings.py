@@ -349,8 +349,10 @@ async def stage(postgres_url: str, pg: asyncpg.Connection) -> Any:
         await one.store.close()
 
 
-FORMS = {"copy": (1, [(0, 0)]), "arrays": (200, [(0, 0)]), "whole": (200, [(200, 200), (200, 0), (0, 200)])}
-"""How rows are written: from how many on by COPY; up to how many in one call or two, by each writer, in turns."""
+FORMS = {"copy": (1, 0), "arrays": (200, 0), "whole": (200, 200)}
+"""How rows are written: from how many on by COPY, up to how many in one call or two."""
+BESIDE = ((1, 1), (1, 0), (0, 1))
+"""Which of two writers write in that form, in turns; the other one goes step by step."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -363,18 +365,18 @@ async def test_every_interleaving_ends_as_the_law_says(
     cases = list(_cases())
     if not pytestconfig.getoption("--extended"):
         cases = cases[(RACES.index(race) + list(FORMS).index(form)) % 3 :: 3]
-    copy_rows_min, whole_rows = FORMS[form]
+    copy_rows_min, whole_rows_max = FORMS[form]
     events: list[Event] = []
     for case, (turned, one, other) in enumerate(cases):
         scene = Scene(case)
         base, *parts = race(scene)
         if turned:
             parts.reverse()
-        for held, whole_rows_max in zip(stage.held, whole_rows[case % len(whole_rows)], strict=True):
+        for held, is_whole in zip(stage.held, BESIDE[case % len(BESIDE)], strict=True):
             held.hold(None)
             writer = held.store.writer
             writer.copying.rows_min, writer.copying.pause = copy_rows_min, 0
-            writer.whole_rows_max = whole_rows_max
+            writer.whole_rows_max = whole_rows_max * is_whole
         if base:
             await stage.stores[0].write(batch_of(base))
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))
@@ -419,6 +421,143 @@ async def test_a_recount_beside_a_delta(stage: Stage, pg: asyncpg.Connection) ->
     stage.held[0].hold(None)
     await settle(stage.stores[0])
     assert await differences(lawful(events), pg) == "no difference"
+
+
+# What is owed, and who pays it ---------------------------------------------------------------------------------
+
+
+def likes_of_one_post(s: Scene) -> Any:
+    return [s.post(s.c), s.like(s.a, s.uri(s.c))], [s.like(s.b, s.uri(s.c))], [s.delete(s.a, "app.bsky.feed.like/l")]
+
+
+def a_like_goes_that_may_be_owed(s: Scene) -> Any:
+    return [s.like(s.b, s.uri(s.c))], [s.like(s.a, s.uri(s.c))], [s.delete(s.a, "app.bsky.feed.like/l")]
+
+
+def contexts_of_one_reply(s: Scene) -> Any:
+    base = [s.post(s.a), s.reply(s.b, s.uri(s.a))]
+    return base, [s.like(s.a, s.uri(s.b, "r"))], [s.delete(s.a, "app.bsky.feed.post/p")]
+
+
+def likes_of_one_generator(s: Scene) -> Any:
+    made = s.put(s.a, "app.bsky.feed.generator/g", {"did": "did:web:feeds.example", "displayName": "Feed"})
+    uri = s.uri(s.a, "g", "app.bsky.feed.generator")
+    return [made, s.like(s.a, uri)], [s.like(s.b, uri)], [s.delete(s.a, "app.bsky.feed.like/l")]
+
+
+OWING = (likes_of_one_post, a_like_goes_that_may_be_owed, contexts_of_one_reply, likes_of_one_generator)
+MOMENTS = 5  # before all, after each of the two is at its place, after each has ended
+
+Paid = tuple[bool, Step, Step | None, int, int, str]
+"""As a case; the moments when the payer begins and when it ends; who dies."""
+
+
+def _paid_cases() -> list[Paid]:
+    places = (Step.BEFORE_MAIN_COMMIT, Step.AFTER_MAIN_COMMIT, Step.OWED_RECOMPUTED)
+    return [
+        (turned, one, other, begins, ends, dies)
+        for turned in (False, True)
+        for one in places
+        for other in (*places, None)
+        for begins in range(MOMENTS - 1)
+        for ends in range(begins + 1, MOMENTS)
+        for dies in ("nobody", "payer", "flush")
+    ]
+
+
+class Payer:
+    """Pays all that is owed in one transaction, as `pay` does in several, and can be held before its commit."""
+
+    def __init__(self, db: Any, case: Paid) -> None:
+        self.db = db
+        self.begins, self.ends, self.dies = case[3:]
+        self.transaction = db.transaction()
+        self.found = 0
+
+    async def at(self, moment: int) -> None:
+        if moment == self.begins:
+            await self.transaction.start()
+            await self._pay()
+        elif moment == self.ends and self.dies == "payer":
+            await self.transaction.rollback()
+        elif moment == self.ends:
+            await self.transaction.commit()
+
+    async def _pay(self) -> None:
+        mine = f"pg_try_advisory_xact_lock({sql.COUNTERS}, b)"
+        paid = f"CASE WHEN {mine} THEN fastworker.pay_bucket_2(b, true, true) END"
+        self.found += await self.db.fetchval(f"SELECT coalesce(sum({paid}), 0) FROM generate_series(0, 7) AS b")
+        owed = await self.db.fetch("SELECT kind, key, owed_at FROM fastworker.recheck ORDER BY kind, key")
+        self.found += len(owed)
+        keys = [[key for kind, key, _ in owed if kind == one] for one in sql.JOINED]
+        done = [list(column) for column in zip(*owed, strict=True)] or [[], [], []]
+        await self.db.execute(sql.RECOMPUTE, *keys, *done, None, False, True, True)
+
+
+async def _owe_and_pay(stage: Stage, payer: Payer, batches: tuple[Batch, Batch], case: Paid) -> None:
+    dids = sorted(batches[0].dids | batches[1].dids)
+    await stage.watcher.execute(sql.USERS, dids)
+    tasks = []
+    await payer.at(0)
+    for n, (held, batch, place) in enumerate(zip(stage.held, batches, case[1:3], strict=True)):
+        held.hold(place)
+        held.dies_at = Step.AFTER_MAIN_COMMIT if payer.dies == "flush" and n == 0 else None
+        held.store.writer.remember(dids)
+        tasks.append(asyncio.create_task(held.store.write(batch)))
+        await stage.until(n, tasks[n], held.reached)
+        await payer.at(1 + n)
+    for n, held in enumerate(stage.held):
+        held.go.set()
+        await stage.until(n, tasks[n], asyncio.Event())
+        await payer.at(3 + n)
+    async with asyncio.timeout(60):
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    died = [n for n, one in enumerate(ended) if isinstance(one, Died)]
+    assert died == ([0] if payer.dies == "flush" and case[1] is not Step.OWED_RECOMPUTED else died[:1])
+    assert [one for one in ended if isinstance(one, Exception) and not isinstance(one, Died)] == []
+    for n in died:  # its entries are delivered again
+        stage.held[n].dies_at = None
+        await stage.stores[n].write(batches[n])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("race", OWING, ids=lambda race: race.__name__)
+async def test_what_is_owed_is_paid_once_in_every_order(
+    race: Race, form: str, stage: Stage, pg: asyncpg.Connection, postgres_url: str, pytestconfig: pytest.Config
+) -> None:
+    """Two flushes and a payer; one of them may die. Without --extended each order in one of the tests."""
+    await pg.execute("SET deadlock_timeout = '20ms'")
+    cases = _paid_cases()
+    if not pytestconfig.getoption("--extended"):
+        cases = cases[3 * OWING.index(race) + list(FORMS).index(form) :: 3 * len(OWING) * 4]
+    events: list[Event] = []
+    found = 0
+    paying = await Store.connect(postgres_url)
+    for case, paid in enumerate(cases):
+        scene = Scene(case)
+        base, *parts = race(scene)
+        if paid[0]:
+            parts.reverse()
+        for held in stage.held:
+            held.hold(None)
+            held.dies_at = None
+            writer = held.store.writer
+            (writer.copying.rows_min, writer.whole_rows_max), writer.copying.pause = FORMS[form], 0
+        async with paying.connection() as db:
+            payer = Payer(db, paid)
+            async with db.transaction():  # what the base counts is owed
+                await db.execute(f"SELECT pg_advisory_xact_lock({sql.COUNTERS}, b) FROM generate_series(0, 7) AS b")
+                await stage.stores[0].write(batch_of(base))
+            await _owe_and_pay(stage, payer, (batch_of(parts[0]), batch_of(parts[1])), paid)
+        found += payer.found
+        events += scene.events
+    await paying.close()
+    stage.held[0].hold(None)
+    await settle(stage.stores[0])
+    assert (await stage.stores[0].debts()).owed == 0
+    assert found, "nothing was owed when the payer came"
+    told = await differences(lawful(events), pg)
+    assert told == "no difference", "\n".join(f"{n}: {case}" for n, case in enumerate(cases)) + "\n" + told
 
 
 def two_claim_one_handle(s: Scene) -> Any:

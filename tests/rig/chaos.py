@@ -9,6 +9,10 @@ exactly once, nothing may be pending, and only the poison that was put there may
 entries and counts, so that the ledger says little; what the relay sent must be in the tables all the same, since the
 relay still has all of it, and no gap may be recorded. After each step /readyz may not say that all is well when an
 outsider sees that it is not.
+
+`--partitions N`: the stream begins with so many, and their number and their owners change. `--sentinel`, `--cluster`: Redis is
+found among several (`rig/redises.py`), and another server takes the place of the one that has the stream. What that one had
+not got yet is lost, entries with their cursor: they are appended again, and the ledger balances all the same.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +41,8 @@ from fastworker.simulator.repo import SimFrame
 from tests.rig import operator, shrunk
 from tests.rig.operator import Operator
 from tests.rig.proxy import Proxy
-from tests.rig.stage import GAPS, GROUP, KEY, LETTERS, Stage, ended_in, is_entry
+from tests.rig.redises import Cluster, Place, Sentinels
+from tests.rig.stage import GROUP, Stage, ended_in, entries_of
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.
 WEIGHTS = {
@@ -64,11 +69,15 @@ WEIGHTS = {
     "postgres_kill": 4,
     "redis_kill": 4,
 }
-SERVERS = ("postgres_kill", "redis_kill", *operator.SERVERS)
+PARTITIONED = {"partitions": 6, "owners_lost": 3, "owners_taken": 3}
+PARTITIONS, PARTITIONS_MAX = "FASTWORKER_STREAM_PARTITIONS", 6
+PLACES_OF_REDIS: dict[str, type[Place]] = {"sentinel": Sentinels, "cluster": Cluster}
+SERVERS = ("postgres_kill", "redis_kill", "primary_kill", "primary_stop", *operator.SERVERS)
 # What the pipeline passes; the migration's is tested with the migration.
 PLACES = [place for place in Step if place is not Step.IN_MIGRATION]
 ON_TOP = 0.2  # faults of a smaller amount leave no time to recover: the next one comes on top
 RECOVERY_S = 15.0
+RATE = 150.0
 OPERATOR_RATE = 40.0  # events a second: most of them are given several times
 LOST = ("stream_lost", "store_lost")  # other gaps are the relay's word, which it gives now and then to confuse
 CRASH_S = 13.0  # owed rows are looked at every ten seconds
@@ -90,13 +99,37 @@ class Fault(NamedTuple):
         return f"{self.kind}{':' + self.detail if self.detail else ''} ({self.amount:.2f})"
 
 
-def plan(seed: int, count: int, *, with_operator: bool = False) -> list[Fault]:
-    """The faults of this seed: each kind once, as far as `count` goes, then by weight. An operator's come first."""
+class Form(NamedTuple):
+    """What chaos is made of: people at work, how many partitions the stream begins with, where Redis is."""
+
+    with_operator: bool = False
+    partitions: int = 0
+    redis: str = ""
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        """Of the faults that only this form has."""
+        own: dict[str, int] = {}
+        if self.with_operator:
+            own |= operator.WEIGHTS
+        if self.partitions:
+            own |= PARTITIONED
+        if self.redis:
+            own |= PLACES_OF_REDIS[self.redis].weights
+        return own
+
+
+USUAL = Form()
+
+
+def plan(seed: int, count: int, form: Form = USUAL) -> list[Fault]:
+    """The faults of this seed: each kind once, as far as `count` goes, then by weight. The form's own come first."""
     r = random.Random(f"chaos {seed}")
-    weights = WEIGHTS | (operator.WEIGHTS if with_operator else {})
+    own = form.weights
+    weights = {**WEIGHTS, **own}
     kinds = list(weights)
     r.shuffle(kinds)
-    kinds.sort(key=lambda kind: with_operator and kind not in operator.WEIGHTS)
+    kinds.sort(key=lambda kind: bool(own) and kind not in own)
     most = max(1, count // 10)
     servers = [kind for kind in kinds if kind in SERVERS][:most]
     kinds = [kind for kind in kinds if kind not in SERVERS or kind in servers][:count]
@@ -104,7 +137,7 @@ def plan(seed: int, count: int, *, with_operator: bool = False) -> list[Fault]:
         kind = r.choices(list(weights), list(weights.values()))[0]
         if kind not in SERVERS or sum(one in SERVERS for one in kinds) < most:
             kinds.append(kind)
-    if with_operator:
+    if own:
         r.shuffle(kinds)
     places: list[Step] = []
     faults = []
@@ -145,20 +178,25 @@ class Outcome(NamedTuple):
 class Chaos:
     """Does the damage on a stage, and says what came of it."""
 
-    def __init__(
-        self, seed: int, folder: Path | None, *, rate: float = 150.0, accounts: int = 40, with_operator: bool = False
-    ) -> None:
+    def __init__(self, seed: int, folder: Path | None, form: Form, *, rate: float = RATE, accounts: int = 40) -> None:
         self._done = False
+        self._form = form
+        self._random = random.Random(f"partitions {seed}")
         self._served: list[SimFrame] = []
         self._poison = 0
         self._network = Network(seed, mix="adversarial", accounts=accounts)
         env = {"FASTWORKER_PROCESSES": "2", "PARALLEL_CONSUMERS": "2", "BATCH_SIZE": "50"}
-        if with_operator:
+        if form.with_operator:
             rate = min(rate, OPERATOR_RATE)
             env |= shrunk.drawn(seed)
             sys.stderr.write(f"limits: {env}\n")
-        self.stage = Stage(self._frames(), rate=rate, window=10_000_000, folder=folder, proxied=True, env=env)
-        self._operator = Operator(self.stage, seed) if with_operator else None
+        if form.partitions:
+            env |= {"FASTWORKER_STREAM_FORMAT": "native", PARTITIONS: str(form.partitions)}
+        place = PLACES_OF_REDIS.get(form.redis, Place)
+        self.stage = Stage(
+            self._frames(), rate=rate, window=10_000_000, folder=folder, proxied=True, env=env, place=place
+        )
+        self._operator = Operator(self.stage, seed) if form.with_operator else None
 
     def _frames(self) -> Iterator[SimFrame]:
         while not self._done:
@@ -190,21 +228,29 @@ class Chaos:
         for command in (stage.worker, stage.reader):
             problems += command.bugs()
         entries, ledger = await stage.added(), await stage.ledger()
-        expected, newest = self._poison, 0
-        for frame in self._served:
-            if frame.seq is not None and frame.seq > newest:  # the relay repeats some
-                newest = frame.seq
-                expected += is_entry(frame)
-        if self._operator is None:
-            problems += await stage.unbalanced(expected, {"bad_json": self._poison} if self._poison else {})
-        else:
-            gaps: Any = await stage.redis.lrange(GAPS, 0, -1)
-            lost = [gap.decode() for gap in gaps if json.loads(gap)["reason"] in LOST]
-            problems += [f"A gap is recorded, and the relay has it all: {gap}" for gap in lost]
-            letters: Any = await stage.redis.xlen(LETTERS)
-            problems += [f"{letters} dead letters for {self._poison} poisons"] * (letters > 2 * self._poison)
+        problems += await (self._unbalanced() if self._operator is None else self._lost())
         problems += await stage.different(frame.event for frame in self._served if frame.event is not None)
         return Outcome(len(self._served), entries, ledger, done, stage.worker.crashes, problems)
+
+    async def _unbalanced(self) -> list[str]:
+        poison = self._poison
+        if (
+            self._form.redis
+        ):  # who takes a server's place may not have got what was put there last, and nobody repeats it
+            poison = min(poison, int(await self.stage.redis.xlen(self.stage.keys.dead_letters)))
+        expected = entries_of(self._served, "native" if self._form.partitions else "json")
+        return await self.stage.unbalanced(poison + expected, {"bad_json": poison} if poison else {})
+
+    async def _lost(self) -> list[str]:
+        """With people at work: whether a gap is recorded that is none, or more was set aside than they can have doubled."""
+        stage = self.stage
+        gaps: Any = await stage.redis.lrange(stage.keys.gaps, 0, -1)
+        lost = [gap.decode() for gap in gaps if json.loads(gap)["reason"] in LOST]
+        letters: Any = await stage.redis.xlen(stage.keys.dead_letters)
+        return [
+            *(f"A gap is recorded, and the relay has it all: {gap}" for gap in lost),
+            *[f"{letters} dead letters for {self._poison} poisons"] * (letters > 2 * self._poison),
+        ]
 
     async def _recovered(self, limit_s: float) -> list[str]:
         """Until something ends again, so that the next fault meets a pipeline at work; not for ever.
@@ -258,10 +304,31 @@ class Chaos:
                 await self._server_killed(self.stage.postgres, signal.SIGQUIT if amount < 0.5 else signal.SIGKILL)
             case "redis_kill":
                 await self._server_killed(self.stage.redis_server, signal.SIGKILL)
+            case "partitions":
+                await self._cut_otherwise(amount)
+            case "owners_lost":
+                await self.stage.redis.delete(self.stage.keys.owners, self.stage.keys.members)
+            case "owners_taken":
+                await self._owned_by_one()
             case _ if self._operator is not None and kind in operator.WEIGHTS:
                 await self._operator.act(kind)
+            case _ if kind in self.stage.place.weights:
+                await self.stage.place.act(kind, amount)
             case _:
-                await self._misled(self.stage.proxies[target], what, amount)
+                await self._misled(self.stage.proxy(target), what, amount)
+
+    async def _cut_otherwise(self, amount: float) -> None:
+        """The reader is replaced by one that has another number of partitions, while its entries are not all read."""
+        reader = self.stage.reader
+        await reader.end(signal.SIGKILL if amount < 0.5 else signal.SIGTERM)
+        reader.env[PARTITIONS] = str(self._random.randint(1, PARTITIONS_MAX))
+        await reader.start()
+
+    async def _owned_by_one(self) -> None:
+        keys = self.stage.keys
+        members: Any = await self.stage.redis.hgetall(keys.members)
+        if members:
+            await self.stage.redis.hset(keys.owners, mapping=dict.fromkeys(range(PARTITIONS_MAX), min(members)))
 
     async def _crashed(self, crashpoint: str) -> None:
         await self.stage.worker.end(signal.SIGTERM)
@@ -278,14 +345,15 @@ class Chaos:
         await redis.ping()  # so that the next command, which must not be repeated, has a connection
         match place:
             case Step.IN_CLAIM:  # somebody read these entries and died a minute ago
-                await redis.sadd("fastworker:consumers", "dead-0")
-                found: Any = await redis.xreadgroup(GROUP, "dead-0", {KEY: ">"}, count=5)
+                keys = self.stage.keys
+                await redis.sadd(keys.consumers, "dead-0")
+                found: Any = await redis.xreadgroup(GROUP, "dead-0", {keys.stream: ">"}, count=5)
                 for _, entries in found:
-                    await redis.xclaim(KEY, GROUP, "dead-0", 0, [entry[0] for entry in entries], idle=90_000)
+                    await redis.xclaim(keys.stream, GROUP, "dead-0", 0, [entry[0] for entry in entries], idle=90_000)
             case Step.IN_RECHECK:
                 await self._sql(
-                    "INSERT INTO fastworker.recheck (kind, key, owed_at) SELECT 'aggregate', post_uri, "
-                    "now() - interval '1 minute' FROM post_aggregations LIMIT 20 ON CONFLICT DO NOTHING"
+                    "INSERT INTO fastworker.recheck (kind, key) "  # roots: any other key is paid by the next flush
+                    "SELECT 'root', uri FROM posts LIMIT 20 ON CONFLICT DO NOTHING"
                 )
             case Step.BETWEEN_DEAD_LETTER_AND_ACK:
                 await self._poisoned()
@@ -295,7 +363,7 @@ class Chaos:
     async def _poisoned(self) -> None:
         self._poison += 1
         await self.stage.redis.ping()  # as above
-        await self.stage.redis.xadd(KEY, {"type": "commit", "data": "{", "seq": "1"})
+        await self.stage.redis.xadd(self.stage.keys.stream, {"type": "commit", "data": "{", "seq": "1"})
 
     async def _stopped_child(self, which: float) -> None:
         if children := self.stage.worker.children():
@@ -306,7 +374,7 @@ class Chaos:
                 os.kill(pid, signal.SIGCONT)
 
     async def _refused(self, which: str, amount: float) -> None:
-        proxy = self.stage.proxies[which]
+        proxy = self.stage.proxy(which)
         proxy.refusing = True
         proxy.cut()
         await asyncio.sleep(0.5 + 2 * amount)
@@ -346,18 +414,18 @@ class Chaos:
 
 
 @contextlib.asynccontextmanager
-async def chaos(folder: Path | None, seed: int, *, with_operator: bool = False) -> AsyncIterator[Chaos]:
+async def chaos(folder: Path | None, seed: int, form: Form = USUAL, rate: float = RATE) -> AsyncIterator[Chaos]:
     """Everything in `folder`, which is kept; or in a temporary one, which is not."""
-    one = Chaos(seed, folder, with_operator=with_operator)
+    one = Chaos(seed, folder, form, rate=rate)
     async with one.stage as stage:
         await stage.worker.start()
         await stage.reader.start()
         yield one
 
 
-async def _main(faults: int, seed: int, folder: Path | None, *, with_operator: bool) -> int:
-    async with chaos(folder, seed, with_operator=with_operator) as started:
-        outcome = await started.run(plan(seed, faults, with_operator=with_operator))
+async def _main(faults: int, seed: int, rate: float, folder: Path | None, form: Form) -> int:
+    async with chaos(folder, seed, form, rate) as started:
+        outcome = await started.run(plan(seed, faults, form))
     sys.stdout.write(outcome.report() + "\n")
     return 1 if outcome.problems else 0
 
@@ -365,11 +433,24 @@ async def _main(faults: int, seed: int, folder: Path | None, *, with_operator: b
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--faults", default=50, show_default=True, help="How many.")
 @click.option("--seed", default=1, show_default=True, help="Fixes the plan and the traffic.")
+@click.option("--rate", default=RATE, show_default=True, help="Events a second.")
 @click.option("--operator", "with_operator", is_flag=True, help="People are at work, too, and limits are small.")
+@click.option(
+    "--partitions",
+    type=click.IntRange(0, PARTITIONS_MAX),
+    default=0,
+    help="So many, in native form; their number and owners change.",
+)
+@click.option("--sentinel", "redis", flag_value="sentinel", help="Redis is two servers that three Sentinels watch.")
+@click.option("--cluster", "redis", flag_value="cluster", help="Redis is a cluster of three masters with replicas.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep servers' files and logs here.")
-def main(faults: int, seed: int, folder: Path | None, with_operator: bool) -> None:
+def main(
+    faults: int, seed: int, rate: float, folder: Path | None, *, with_operator: bool, partitions: int, redis: str | None
+) -> None:
     """Run the pipeline on servers of its own, break everything FAULTS times, and check that nothing was lost."""
-    sys.exit(asyncio.run(_main(faults, seed, folder, with_operator=with_operator)))
+    if with_operator and (partitions or redis):
+        raise click.UsageError("--operator is for one stream on one server.")
+    sys.exit(asyncio.run(_main(faults, seed, rate, folder, Form(with_operator, partitions, redis or ""))))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ _PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY, _FIRST, _CHANGE = (
     f"fastworker/store/sql/{name}.sql"
     for name in ("put", "put_whole", "recompute", "recount", "pay_bucket", "first", "change")
 )
+_APART, _PAY_ALL = "fastworker/store/sql/pay_apart.sql", "fastworker/store/sql/pay.sql"
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
 _PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
@@ -70,6 +71,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_PARTITIONS = "tests/integration/test_partitions.py"
+RULES = "tests/unit/test_readiness_rules.py"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
@@ -137,15 +139,22 @@ MUTANTS = [
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
     # debts
-    _mutant("notes that are left are forgotten", "fastworker/store/upkeep.py", DEBTS, "pass"),
+    _mutant("notes that are left are forgotten", "fastworker/store/debts.py", DEBTS, "pass"),
     _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
     _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
-    _mutant("a debt is paid twice", _PAY, DEBTS, "gone AS (SELECT 1),"),
+    _mutant("a debt is paid twice", _PAY, DEBTS, "PERFORM 1;"),
     _mutant("owed for a counter that a stranger has locked", _PUT, DEBTS, "IF false THEN"),
     _mutant("a payment waits for a stranger", _PAY, DEBTS, "FOR NO KEY UPDATE) AS f);"),
-    _mutant("an owed recount is forgotten", _PAY, DEBTS, "IF false THEN"),
+    _mutant("an owed recount is forgotten", _APART, DEBTS, "IF false THEN"),
     _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
     _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
+    _mutant("a counter beside its debt that is put back", _PUT, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
+    _mutant("a debt overtakes one that is put back", _PAY, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
+    _mutant("a counter that is refused stops the others", _APART, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "EXCEPTION WHEN division_by_zero THEN"),
+    _mutant("a joined row that is refused stops a small flush", _WHOLE, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
+    _mutant("a joined row that is refused stops its flush", "fastworker/store/joined.py", f"{DEBTS}::test_a_joined_row_that_is_refused_is_put_back_alone", "raise"),
+    _mutant("joined rows that are owed wait for maintenance", _PAY_ALL, f"{DEBTS}::test_what_another_leaves_is_paid_by_a_tick_and_told", "IF false THEN"),
+    _mutant("debts that are never paid are not noticed", "fastworker/monitor/readiness.py", RULES, "if False:"),
     _mutant("counters are not paid after the commit", _FLUSH, DEBTS, "if False:"),
     _mutant("users that no later commit makes durable", _FLUSH, DEBTS, "if False:"),
     _mutant("a debt is drift", "fastworker/store/audit.py", DEBTS, "AS d WHERE false) AS d", "AS d) AS d"),
@@ -201,6 +210,7 @@ MUTANTS = [
     _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_PARTITIONS, "return max(known)"),
     _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_PARTITIONS, "max(seq)"),
     _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
+    _mutant("an older state is judged by what was known of the newer one", f"{_LUA}/watch.lua", "tests/integration/test_reader_parts.py", "if false then return end"),
     _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),

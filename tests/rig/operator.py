@@ -58,6 +58,7 @@ WEIGHTS = {
     "op_rename": 6,
     "op_rename_back": 8,
     "op_trim": 8,
+    "op_pick": 6,
     "op_delconsumer": 8,
     "op_setid_end": 10,
     "op_setid_back": 6,
@@ -71,7 +72,14 @@ WEIGHTS = {
     "op_postgres_older": 4,
 }
 SERVERS = ("op_redis_older", "op_postgres_older")
-UNREAD = ("op_del", "op_rename", "op_trim", "op_setid_end", "op_again")  # what matters where entries are unread
+UNREAD = (
+    "op_del",
+    "op_rename",
+    "op_trim",
+    "op_pick",
+    "op_setid_end",
+    "op_again",
+)  # what matters where entries are unread
 
 
 class Operator:
@@ -119,6 +127,13 @@ class Operator:
 
     async def _trim(self) -> None:
         await self._redis.xtrim(KEY, maxlen=self._random.choice((0, 1, 20)), approximate=False)
+
+    async def _pick(self) -> None:
+        """Some entries from the middle. The reader looks once a second."""
+        found: Any = await self._redis.xrevrange(KEY, count=40)
+        if picked := [entry_id for entry_id, _ in found[10:30]]:
+            await self._redis.xdel(KEY, *picked)
+            await asyncio.sleep(1.5)
 
     async def _delconsumer(self) -> None:
         found: Any = await self._redis.xinfo_consumers(KEY, GROUP)

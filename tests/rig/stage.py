@@ -23,9 +23,7 @@ from urllib.request import urlopen
 
 import asyncpg
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, ResponseError
+from redis.exceptions import ResponseError
 from yarl import URL
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
@@ -36,11 +34,12 @@ from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
+from fastworker.stream.keys import Keys
+from fastworker.stream.partitions import layout_of
 from tests.rig.proxy import Proxy
+from tests.rig.redises import Place
 
 KEY, GROUP = "firehose:events", "firehose-processors"
-LEDGER, LETTERS, CURSOR = "fastworker:ledger", "firehose:dead-letters", "firehose:python_cursor"
-GAPS = "fastworker:gaps"
 _UNEXPECTED = re.compile(r"^Traceback|\bCRITICAL\b|our bug", re.MULTILINE)
 _PORT = re.compile(r"HTTP on http://127\.0\.0\.1:(\d+)")
 _DIED = re.compile(r"was killed by SIG\w+|ended with exit code [1-9]")
@@ -49,12 +48,17 @@ _READY = re.compile(r"(\S+) \(pid (\d+)\) is ready")
 
 
 class Command:
-    """A `fastworker` command in a process of its own, started again and again; each life has a log."""
+    """A `fastworker` command in a process of its own, started again and again; each life has a log.
 
-    def __init__(self, name: str, folder: Path, env: dict[str, str]) -> None:
+    `label`: of the log, where several run the same command.
+    """
+
+    def __init__(self, name: str, folder: Path, env: dict[str, str], label: str = "") -> None:
         self.name = name
+        self.label = label or name
+        self.env = env
+        """Of the next life."""
         self._folder = folder
-        self._env = env
         self._lives = 0
         self._process: asyncio.subprocess.Process | None = None
         self._kills = 0  # of children, by us
@@ -64,7 +68,7 @@ class Command:
 
     @property
     def log(self) -> Path:
-        return self._folder / f"{self.name}-{self._lives:03d}.log"
+        return self._folder / f"{self.label}-{self._lives:03d}.log"
 
     @property
     def is_running(self) -> bool:
@@ -75,7 +79,7 @@ class Command:
         self._kills = 0
         self._asked = False
         self._crashpoint = crashpoint
-        env = {**self._env, **({"FASTWORKER_CRASHPOINT": crashpoint} if crashpoint else {})}
+        env = {**self.env, **({"FASTWORKER_CRASHPOINT": crashpoint} if crashpoint else {})}
         with self.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -111,11 +115,11 @@ class Command:
         """What is wrong with an end that nobody asked for. At its start a command may give up on a server: code 3."""
         if self._asked or self._process is None or self._process.returncode in (None, ExitCode.UNREACHABLE):
             return []
-        return [f"{self.name} ended by itself with {self._process.returncode}: {self.log}"]
+        return [f"{self.label} ended by itself with {self._process.returncode}: {self.log}"]
 
     def bugs(self) -> list[str]:
         """Logs of all its lives that tell of what was never expected: a child that ended so is started again."""
-        logs = sorted(self._folder.glob(f"{self.name}-*.log"))
+        logs = sorted(self._folder.glob(f"{self.label}-*.log"))
         return [f"Unexpected: {log}" for log in logs if _UNEXPECTED.search(log.read_text(errors="replace"))]
 
     @property
@@ -160,9 +164,9 @@ class Stage:
     """`async with` starts the servers and the relay; reader and worker are the caller's to start.
 
     `proxied`: both go through proxies that can be told to misbehave. `folder` None: a temporary one, gone afterwards.
+    `place`: makes Redis in a folder; without it, it is one server.
     """
 
-    proxies: dict[str, Proxy]
     reader: Command
     worker: Command
     redis: Redis
@@ -176,17 +180,28 @@ class Stage:
         folder: Path | None = None,
         proxied: bool = False,
         env: dict[str, str] | None = None,
+        place: Callable[[Path], Place] | None = None,
     ) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="fw-stage-"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.postgres = EmbeddedPostgres(self.folder / "postgres", port=free_port())
-        self.redis_server = EmbeddedRedis(self.folder / "redis", port=free_port())
+        self.place = place(self.folder) if place is not None else Place(self.folder, proxied=proxied)
+        self.keys = Keys(self.place.stream)
         self.relay = SimRelay(source, rate=rate, window=window, start="oldest", wait_for_client=True)
         self.clock = self.folder / "clock"  # tests/rig/shrunk.py
         self._is_ours = folder is None
         self._proxied = proxied
         self._env = env or {}
+        self._proxies: dict[str, Proxy] = {}
         self._stack = contextlib.AsyncExitStack()
+
+    @property
+    def redis_server(self) -> EmbeddedRedis:
+        return self.place.server
+
+    def proxy(self, name: str) -> Proxy:
+        """To `postgres`, `relay`, or the `redis` that has the stream."""
+        return self.place.proxy if name == "redis" else self._proxies[name]
 
     async def __aenter__(self) -> Self:
         try:
@@ -204,22 +219,15 @@ class Stage:
         if self._is_ours:
             self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self._stack.enter_context(self.postgres)
-        self._stack.enter_context(self.redis_server)
+        await enter(self.place)
         await migrate(self.postgres.url)
         await enter(self.relay)
-        urls = {
-            name: URL(url)
-            for name, url in (
-                ("postgres", self.postgres.url),
-                ("redis", self.redis_server.url),
-                ("relay", self.relay.url),
-            )
-        }
+        urls = {"postgres": URL(self.postgres.url), "relay": URL(self.relay.url)}
         if self._proxied:
-            self.proxies = {name: await enter(Proxy((url.host or "", url.port or 0))) for name, url in urls.items()}
-            urls = {name: url.with_port(self.proxies[name].port) for name, url in urls.items()}
+            self._proxies = {name: await enter(Proxy((url.host or "", url.port or 0))) for name, url in urls.items()}
+            urls = {name: url.with_port(self._proxies[name].port) for name, url in urls.items()}
         env = self._env = {name: value for name, value in os.environ.items() if not name.startswith("FASTWORKER_")} | {
-            "REDIS_URL": str(urls["redis"]),
+            "REDIS_URL": self.place.url,
             "DATABASE_URL": str(urls["postgres"]),
             "RELAY_URL": str(urls["relay"]),
             "FASTWORKER_HTTP_PORT": "off",
@@ -229,9 +237,7 @@ class Stage:
             "FASTWORKER_SYNC": "off",
             **self._env,
         }
-        self.redis = Redis.from_url(
-            self.redis_server.url, retry=Retry(ExponentialBackoff(), 8), retry_on_error=[BusyLoadingError]
-        )
+        self.redis = self.place.client()
         self._stack.push_async_callback(self.redis.aclose)
         self.reader = Command("reader", self.folder, env)
         self.worker = Command("worker", self.folder, env | {"FASTWORKER_HTTP_PORT": "0"})
@@ -247,18 +253,24 @@ class Stage:
 
     # --- what is so now
 
+    async def streams(self) -> list[str]:
+        """The first partition, and the others that are there."""
+        told: Any = await self.redis.get(self.keys.partitions)
+        others = [Keys(self.place.stream, partition=number).stream for number in range(1, layout_of(told).known)]
+        return [self.keys.stream, *[stream for stream in others if await self.redis.exists(stream)]]
+
     async def added(self) -> int:
         """Entries that were ever put on the stream."""
-        return int((await self.redis.xinfo_stream(KEY))["entries-added"])
+        return sum([int((await self.redis.xinfo_stream(one))["entries-added"]) for one in await self.streams()])
 
     async def ledger(self) -> dict[str, int]:
-        found: dict[bytes, bytes] = await self.redis.hgetall(LEDGER)  # type: ignore[assignment]
+        found: dict[bytes, bytes] = await self.redis.hgetall(self.keys.ledger)  # type: ignore[assignment]
         return {name.decode(): int(value) for name, value in found.items()}
 
     async def pending(self) -> int:
         """-1 while the group is not there (again)."""
         try:
-            return int((await self.redis.xpending(KEY, GROUP))["pending"])
+            return sum([int((await self.redis.xpending(one, GROUP))["pending"]) for one in await self.streams()])
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
@@ -266,29 +278,33 @@ class Stage:
 
     async def unfinished_s(self) -> float:
         """Age of the oldest entry that the group has not finished; 0 while there is none, or no group."""
+        return max([await self._unfinished_s(one) for one in await self.streams()])
+
+    async def _unfinished_s(self, stream: str) -> float:
         try:
-            found: Any = [one for one in await self.redis.xinfo_groups(KEY) if one["name"] == GROUP.encode()]
+            found: Any = [one for one in await self.redis.xinfo_groups(stream) if one["name"] == GROUP.encode()]
             if not found:
                 return 0.0
-            lowest: Any = (await self.redis.xpending(KEY, GROUP))["min"]
+            lowest: Any = (await self.redis.xpending(stream, GROUP))["min"]
         except ResponseError:
             return 0.0
         if not lowest:
-            unread: Any = await self.redis.xrange(KEY, b"(" + found[0]["last-delivered-id"], count=1)
+            unread: Any = await self.redis.xrange(stream, b"(" + found[0]["last-delivered-id"], count=1)
             lowest = unread[0][0] if unread else None
         seconds, micros = await self.redis.time()
         return seconds + micros / 1e6 - int(lowest.split(b"-")[0]) / 1000 if lowest else 0.0
 
     async def is_read(self) -> bool:
         """The group was given all that is on the stream, and nothing is pending. By what Redis says now."""
+        return all([await self._is_read(one) for one in await self.streams()]) and await self.pending() == 0
+
+    async def _is_read(self, stream: str) -> bool:
         try:
-            last = (await self.redis.xinfo_stream(KEY))["last-generated-id"]
-            groups: Any = await self.redis.xinfo_groups(KEY)
+            last = (await self.redis.xinfo_stream(stream))["last-generated-id"]
+            groups: Any = await self.redis.xinfo_groups(stream)
         except ResponseError:
             return False
-        return any(one["name"] == GROUP.encode() and one["last-delivered-id"] == last for one in groups) and (
-            await self.pending() == 0
-        )
+        return any(one["name"] == GROUP.encode() and one["last-delivered-id"] == last for one in groups)
 
     async def not_well(self, deaths: int) -> list[str]:
         """What an outsider sees that is not well while the worker says that all is. `deaths`: more than these are ours."""
@@ -297,7 +313,7 @@ class Stage:
             why.append(f"the oldest entry is {age:.0f} s old")
         if (died := self.worker.deaths() - deaths) > DEATHS_MAX:
             why.append(f"{died} children died by themselves")
-        letters: Any = await self.redis.xrange(LETTERS)
+        letters: Any = await self.redis.xrange(self.keys.dead_letters)
         if strange := {fields[b"reason"].decode() for _, fields in letters} - {"bad_json"}:
             return [f"Set aside: {strange}"]
         ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
@@ -348,7 +364,7 @@ class Stage:
                 while True:
                     problems += await self.keep_running()
                     last, is_all = last_seq(), self.relay.exhausted
-                    cursor = int(await self.redis.get(CURSOR) or 0)
+                    cursor = int(await self.redis.get(self.place.cursor) or 0)
                     added, ended, pending = await self.added(), ended_in(await self.ledger()), await self.pending()
                     state = f"cursor {cursor} of {last}, {added} entries, {ended} ended, {pending} pending"
                     if is_all and cursor >= last and ended >= added and not pending:
@@ -370,7 +386,7 @@ class Stage:
             async with asyncio.timeout(limit_s) as limit:
                 while True:
                     problems += await self.keep_running()
-                    last, cursor = last_seq(), int(await self.redis.get(CURSOR) or 0)
+                    last, cursor = last_seq(), int(await self.redis.get(self.place.cursor) or 0)
                     is_done = self.relay.exhausted and cursor >= last and await self.is_read()
                     ended = ended_in(await self.ledger())
                     state = f"cursor {cursor} of {last}, {ended} ended, {await self.pending()} pending"
@@ -400,7 +416,7 @@ class Stage:
             problems.append(f"{entries} entries were put on the stream for {expected} events")
         if (ended := ended_in(ledger)) != entries:
             problems.append(f"The ledger knows the end of {ended} of {entries} entries: {ledger}")
-        found: Any = await self.redis.xrange(LETTERS)
+        found: Any = await self.redis.xrange(self.keys.dead_letters)
         reasons = Counter(fields[b"reason"].decode() for _, fields in found)
         if reasons != Counter(letters):
             problems.append(f"The dead letters hold {dict(reasons)}; they should hold {letters}")
@@ -450,7 +466,19 @@ def ended_in(ledger: dict[str, int]) -> int:
     return sum(count for name, count in ledger.items() if not name.startswith("drop:"))
 
 
-def is_entry(frame: SimFrame) -> bool:
-    """Whether the reader puts it on a JSON stream."""
+def is_entry(frame: SimFrame, form: str = "json") -> bool:
+    """Whether the reader puts it on a stream of this form."""
     event = frame.event
-    return event is not None and event["kind"] != "sync" and (event["kind"] != "commit" or bool(event["ops"]))
+    if event is None or (event["kind"] == "commit" and not event["ops"]):
+        return False
+    return event["kind"] != "sync" or form != "json"
+
+
+def entries_of(frames: Iterable[SimFrame], form: str = "json") -> int:
+    """How many of them the reader puts on a stream of this form; the relay repeats some."""
+    count = newest = 0
+    for frame in frames:
+        if frame.seq is not None and frame.seq > newest:
+            newest = frame.seq
+            count += is_entry(frame, form)
+    return count

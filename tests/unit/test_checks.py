@@ -48,6 +48,7 @@ FACTS = Facts(
     connection_limit=-1,
     clock_ahead_s=0.0,
     lacking=(),
+    hidden=(),
     pooler=False,
 )
 CONFIG = Config()
@@ -241,6 +242,7 @@ STALE = int(SERVER.time_ms - 3_600_000)
         (checks.what_was_before(Past(None, True, 9, 2), CONFIG, "7"), Verdict.WARN, "2 of 9 avatars"),
         (checks.postgres_connections(_facts(connection_limit=4), CONFIG), Verdict.FAIL, "CONNECTION LIMIT"),
         (checks.postgres_rights(_facts(lacking=("UPDATE on posts",))), Verdict.FAIL, "UPDATE on posts"),
+        (checks.postgres_rights(_facts(hidden=("posts",))), Verdict.FAIL, "hide rows of posts"),
         (checks.postgres_rights(_facts(superuser=True)), Verdict.WARN, "superuser"),
         (checks.configuration(_config(processes=4, pipelines=5)), Verdict.WARN, "want 21 connections"),
     ],

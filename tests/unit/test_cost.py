@@ -8,8 +8,12 @@ too little to measure, so a long one is tried first; only what takes longer than
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
+import os
+import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -290,6 +294,141 @@ def test_no_json_entry_costs_more_than_its_bytes(name: str) -> None:
         return {b"type": b"commit", b"data": json.dumps(data).encode(), b"seq": b"7"}
 
     assert_linear(lambda n: partial(decode_entry, entry(n)))
+
+
+# A search for what nobody thought of: texts of any prefix, unit and end, in values in values, in any field of any event.
+TOKENS = [
+    *" \t\n0127aZTtz:+-.,/%#?&=@_~!$*'()[]{}<>\\\"\0b",
+    *(
+        "\ud800",
+        "é",
+        "ı",
+        "😀",
+        "\u200b",
+        "\u2028",
+        "a.",
+        "a-",
+        "0:",
+        ":0",
+        "--",
+        "://",
+        "../",
+        "%2",
+        "did:plc:",
+        "did:web:",
+        "at://",
+    ),
+    *(
+        "https://",
+        "2024-01-01",
+        "T00:00:00",
+        ".000",
+        "+00:00",
+        "0000-",
+        "Jan ",
+        "bafy",
+        "b2",
+        "01711220",
+        "app.bsky.",
+        '{"a":',
+        "[[",
+    ),
+]
+WRAPS: list[Callable[[Any], Any]] = [
+    lambda v: [v],
+    lambda v: [v, v],
+    lambda v: [[v]] * 3,
+    lambda v: {"a": v},
+    lambda v: {"$type": "app.bsky.embed.record", "record": v},
+    lambda v: {"$type": "blob", "ref": v, "mimeType": v, "size": v},
+    lambda v: {"$link": v},
+    lambda v: {"$bytes": v},
+    lambda v: {"uri": v, "cid": v},
+    lambda v: {"py_type": "x", "created_at": v, "some_key": v},
+    lambda v: {"images": [{"image": v, "alt": v}]},
+    lambda v: {"features": [{"$type": "app.bsky.richtext.facet#mention", "did": v}]},
+]
+FIELDS = {
+    "commit": ("repo", "rev", "time", "ops", "drops", "relay", "action", "path", "cid", "record", "blobs", "since"),
+    "identity": ("did", "handle", "time", "relay", "drops"),
+    "account": ("did", "active", "status", "time", "relay"),
+}
+
+
+def _text_of(r: random.Random) -> Callable[[int], str]:
+    before, unit, after = ("".join(r.choices(TOKENS, k=r.randint(low, 3))) for low in (0, 1, 0))
+    return lambda n: before + unit * (n // len(unit.encode("utf-8", "surrogatepass"))) + after
+
+
+def _value_of(r: random.Random) -> Callable[[int], Any]:
+    value: Callable[[int], Any]
+    if r.random() < 0.6:
+        text = _text_of(r)
+        value = text if r.random() < 0.7 else (lambda n: [text(40)] * (n // 40))
+    else:
+        value = VALUES[r.choice(list(VALUES))]
+    for wrap in r.choices(WRAPS, k=r.choice((0, 0, 1, 2, 4))):
+        value = partial(lambda inner, wrap, n: wrap(inner(n)), value, wrap)
+    return value
+
+
+def _entry_of(kind: str, field: str, value: Any) -> dict[bytes, bytes]:
+    op = {"action": "create", "path": "app.bsky.feed.post/3kabcdefghij2", "cid": CID, "record": {"text": ""}}
+    data: dict[str, Any] = {"repo": REPO, "rev": "3kabcdefghij2", "time": "2026-01-01T00:00:00Z", "ops": [op]}
+    if kind != "commit":
+        data = {"did": REPO, "time": "2026-01-01T00:00:00Z", "active": True}
+    (op if kind == "commit" and field in op else data)[field] = value
+    return {b"type": kind.encode(), b"data": json.dumps(data).encode(), b"seq": b"7"}
+
+
+def _take_entry(fields: dict[bytes, bytes]) -> None:
+    with contextlib.suppress(InvalidEvent):
+        event = decode_entry(fields)
+        if isinstance(event, Commit):
+            map_commit(event, ENTRY_MS)
+            encode_json(event)
+
+
+def _trial(r: random.Random) -> tuple[str, Callable[[int], Callable[[], object]]]:
+    """One guess: its name, to be found again, and how it is made of about n bytes."""
+    value = _value_of(r)
+    if r.random() < 0.6:
+        slot, form = r.choice(SLOTS), r.choice(("cbor", "json"))
+        name = f"{slot[0]} {slot[1]} as {form}"
+        return name, lambda n: partial(_work, _op(slot, value(n), form))
+    kind = r.choice(list(FIELDS))
+    field = r.choice(FIELDS[kind])
+    return f"{kind} {field}", lambda n: partial(_take_entry, _entry_of(kind, field, _lexicon_json(value(n))))
+
+
+def search(first: int, seconds: float) -> int:
+    """How many guesses there was time for. The seed in the message makes the same one again."""
+    until, seed = time.monotonic() + seconds, first
+    while time.monotonic() < until:
+        r = random.Random(seed)
+        name, make = _trial(r)
+        try:
+            assert_linear(make, r.choice((SMALL, 10 * SMALL)))
+        except Exception as error:
+            raise AssertionError(f"{name}, seed {seed}, {value_words(make)}: {error!r}") from error
+        seed += 1
+    return seed - first
+
+
+def value_words(make: Callable[[int], Callable[[], object]]) -> str:
+    return repr(getattr(make(60), "args", ""))[:400]
+
+
+def test_a_search_for_what_costs_more_than_its_bytes() -> None:
+    assert search(0, 1.0) > 0
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(7_200)
+def test_ten_minutes_of_searching_for_cost() -> None:
+    count = search(int(time.time() * 1000), float(os.environ.get("FUZZ_SECONDS", "600")))
+    sys.stdout.write(f"{count:,} guesses\n")
+    assert count > 100
 
 
 def test_few_searches_of_a_block_for_links(monkeypatch: pytest.MonkeyPatch) -> None:

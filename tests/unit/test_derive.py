@@ -34,7 +34,7 @@ def post(**values: Any) -> Row:
 def test_positions_are_the_schema_s() -> None:
     for column in POSTS.columns:
         assert getattr(POST, column) == POSTS.index(column)
-    with pytest.raises(AttributeError, match="posts has no column root"):
+    with pytest.raises(AttributeError, match="root"):
         _ = POST.root
 
 

@@ -144,6 +144,33 @@ def layered(layer: int, count: int) -> list[bytes]:
     return [key for key in (b"a.b.c/%d" % n for n in range(500)) if proof.layer_of(key) == layer][:count]
 
 
+def test_one_record_is_undone_the_short_way_as_the_long_way() -> None:
+    """A key of any layer, with and without neighbours; the short way gives nothing, or what the long way gives."""
+    chance = random.Random(5)
+    tried = short = 0
+    for size in (2, 3, 5, 9, 40, 400):
+        keys = [b"app.bsky.feed.like/3k%d" % chance.randrange(10**9) for _ in range(size)]
+        tree = mst.EMPTY
+        for key in keys:
+            tree = mst.put(tree, key, cid_of(key))
+        after = mst.seal(tree)
+        blocks = mst.all_blocks(tree)
+        for key in {*chance.sample(keys, min(size, 40)), *sorted(keys, key=proof.layer_of)[-8:]}:
+            for step, before in (
+                (("create", key, cid_of(key), None), mst.remove(tree, key)),
+                (("update", key, cid_of(key), cid_of(b"old")), mst.put(tree, key, cid_of(b"old"))),
+            ):
+                root = mst.seal(before)
+                assert proof.invert(blocks, after, [step]) == root
+                found = proof._invert_one(blocks, after, step)
+                assert found in (None, root)
+                tried += 1
+                short += found is not None
+            other = ("create", key, cid_of(b"other"), None)
+            assert proof._invert_one(blocks, after, other) is None
+    assert short > 0.9 * tried, (short, tried)
+
+
 def test_a_create_with_its_neighbours_cid_is_refused() -> None:
     """The short way looks for the CID first: it may be there under another key."""
     first, second = sorted(layered(0, 2))
@@ -168,8 +195,13 @@ def test_a_record_that_is_a_node_hides_no_change() -> None:
     after = mst.put(mst.put(after, high, cid_of(b"2")), top, grown_leaf)
     mst.seal(before)
     mst.seal(after)
-    claimed = proof.invert(mst.all_blocks(after), mst.seal(after), [("create", high, cid_of(b"2"), None)])
-    assert claimed != mst.seal(before)
+    step = ("create", high, cid_of(b"2"), None)
+    for undo in (proof.invert(mst.all_blocks(after), mst.seal(after), [step]), _short(after, step)):
+        assert undo != mst.seal(before)
+
+
+def _short(tree: mst.Node, step: proof.Step) -> bytes | None:
+    return proof._invert_one(mst.all_blocks(tree), mst.seal(tree), step)
 
 
 def test_another_key_another_account_another_revision() -> None:

@@ -6,9 +6,10 @@ import inspect
 import re
 from importlib import resources
 
+from redis.crc import key_slot
+
 from fastworker.stream import admin, consumer, database, feed, members, skipped
-from fastworker.stream.cluster import slot
-from fastworker.stream.keys import CLUSTERED, USUAL, Keys, stream_of
+from fastworker.stream.keys import CLUSTERED, USUAL, Keys, slot, stream_of
 from fastworker.stream.scripts import script
 
 FOR_ALL = {"cluster:metrics", "firehose:status", "firehose:recent_events"}
@@ -66,6 +67,22 @@ def test_others_have_their_own() -> None:
     assert Keys(group="mine").consumers == "fastworker:consumers:mine"
     assert Keys(group="mine").ledger == USUAL.ledger
     assert (other.metrics, other.status, other.recent) == (USUAL.metrics, USUAL.status, USUAL.recent)
+
+
+def test_the_slot_of_a_key_is_what_the_servers_say() -> None:
+    assert slot("123456789") == 0x31C3  # the specification's own example
+    for key in (
+        "",
+        "foo",
+        "foo{}{bar}",
+        "foo{{bar}}zap",
+        "foo{bar}{zap}",
+        "{firehose}:events",
+        "a{b",
+        "a}b{c}",
+        "\u00e9{\u00e9}",
+    ):
+        assert slot(key) == key_slot(key.encode()), key
 
 
 def test_on_a_cluster_all_keys_share_a_slot() -> None:

@@ -471,6 +471,48 @@ def test_a_commit_of_too_many_values_costs_only_the_records_that_hold_them(form:
     assert [drop.reason for drop in result.drops] == [Reason.OVERSIZED] * 2
 
 
+@pytest.mark.parametrize("value", [b"\x00\x01", base64.b32decode(BLOB[1:].upper() + "======")])
+@pytest.mark.parametrize(
+    ("collection", "record"),
+    [
+        ("app.bsky.feed.post", {"text": "p", "embed": "HERE"}),
+        ("app.bsky.feed.post", {"text": "p", "embed": {"$type": "app.bsky.embed.record", "record": "HERE"}}),
+        ("app.bsky.feed.post", {"text": "p", "embed": {"$type": "app.bsky.embed.images", "images": ["HERE"]}}),
+        (
+            "app.bsky.feed.post",
+            {
+                "text": "p",
+                "embed": {"$type": "app.bsky.embed.recordWithMedia", "media": "HERE", "record": {"record": REF}},
+            },
+        ),
+        ("app.bsky.feed.post", {"text": "p", "reply": "HERE", "facets": ["HERE"], "langs": ["HERE"]}),
+        ("app.bsky.labeler.service", {"policies": "HERE"}),
+        ("app.bsky.actor.profile", {"avatar": "HERE", "pinnedPost": "HERE"}),
+    ],
+)
+def test_a_link_or_bytes_in_place_of_an_object_is_the_same_in_every_form(
+    collection: str, record: dict[str, Any], value: bytes
+) -> None:
+    def filled(inner: Any) -> Any:
+        if isinstance(inner, dict):
+            return {name: filled(one) for name, one in inner.items()}
+        if isinstance(inner, list):
+            return [filled(one) for one in inner]
+        return value if inner == "HERE" else inner
+
+    block = libipld.encode_dag_cbor(filled({"$type": collection, **record, **CREATED}))
+    rkey = "self" if "post" not in collection else RKEY
+    event = commit(Op("create", collection, rkey, CID, block))
+    rows = []
+    for encode in (encode_native, encode_json):
+        decoded = decode_entry(dict(encode(event) or ()))
+        assert isinstance(decoded, Commit)
+        found = map_commit(decoded, ENTRY_MS)
+        assert found.drops == []
+        rows.append([plain(change.table, change.row) for change in found.changes if change.row is not None])
+    assert rows[0] == rows[1] != []
+
+
 def test_a_record_from_its_block() -> None:
     """In DAG-CBOR, links are bytes: they become CIDs, in columns and in JSON."""
     raw = base64.b32decode(BLOB[1:].upper() + "======")  # libipld writes bytes that are a CID as a link

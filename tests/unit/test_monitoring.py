@@ -153,6 +153,8 @@ WELL = {
     'fastworker_retries_total{cause="conflict"}': "0+5x90",
     'fastworker_process_memory_bytes{process="worker-0"}': "40000000x90",
     "fastworker_unaccounted_entries": "0x90",
+    "fastworker_oldest_debt_seconds": "0.4x90",
+    "fastworker_debts_put_back": "0x90",
 }
 # What is otherwise when an alert should fire.
 ILL = {
@@ -178,6 +180,8 @@ ILL = {
     "FastworkerRestarts": {"process_restarts_total": "0+1x90"},
     "FastworkerRetries": {"retries_total": "0+120x90"},
     "FastworkerMemory": {"process_memory_bytes": "600000000x90"},
+    "FastworkerDebtsOld": {"oldest_debt_seconds": "0+60x90"},
+    "FastworkerDebtsPutBack": {"debts_put_back": "1x90"},
     "FastworkerUnaccounted": {"unaccounted_entries": "12x90"},
 }
 

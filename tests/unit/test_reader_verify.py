@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from collections import Counter
@@ -18,6 +19,7 @@ from fastworker.event.recording import FramesFile
 from fastworker.reader.chain import Chain
 from fastworker.reader.stats import ReaderStats
 from fastworker.reader.verify import Verifier, only_proved
+from fastworker.simulator.cbor import cid_text, encode
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.repo import Clock, Repo, Write, tid
 from fastworker.stream.feed import Chunk
@@ -97,6 +99,41 @@ def test_no_flipped_bit_is_ever_ok() -> None:
     assert seen["ok"] < 100, "seq, time and the empty lists"
     assert min(seen[name] for name in ("inversion", "bad_commit", "break")) > 0, seen
     assert seen["legacy"] <= 8 * len(b"prevData"), "its name is another one: as a host of before sync 1.1 says it"
+
+
+def stripped(frame: bytes, *names: str, without_op: int | None = None) -> bytes:
+    """What a relay could send instead of a frame: nothing of the envelope is signed."""
+    header, payload = open_frame(frame)
+    ops = [op for number, op in enumerate(payload["ops"]) if number != without_op]
+    told = [{name: _json(value) for name, value in op.items() if name not in names} for op in ops]
+    rest = {name: _json(value) for name, value in payload.items() if name not in names}
+    blocks = {"$bytes": base64.b64encode(payload["blocks"]).decode()}
+    return encode(header) + encode({**rest, "blocks": blocks, "ops": told})
+
+
+def _json(value: Any) -> Any:
+    return {"$link": cid_text(value)} if isinstance(value, bytes) and len(value) == 36 else value
+
+
+def test_prev_data_that_a_relay_takes_away_hides_nothing() -> None:
+    """Without it the ops say what the tree before them was, and the chain what it was: an op that is left out is missed."""
+    key = SigningKey("one")
+    repo = Repo(DID, Clock(), key=key)
+    repo.commit([("create", path(number), like(number)) for number in range(60)])
+    writes: list[Write] = [("create", path(900), like(1)), ("create", path(901), like(2)), ("delete", path(8), None)]
+    frame = repo.commit(writes).data
+    payload = open_frame(frame)[1]
+
+    def judged(data: bytes) -> str | None:
+        return verdict(data, Known({DID: key.multikey}), since=payload["since"], before=payload["prevData"])
+
+    assert judged(stripped(frame)) == "ok"
+    assert judged(stripped(frame, "prevData")) == "legacy"  # told, and counted
+    for number in range(3):
+        assert judged(stripped(frame, without_op=number)) == "inversion"
+        assert judged(stripped(frame, "prevData", without_op=number)) == "break"
+    assert judged(stripped(frame, "prevData", "prev")) == "legacy"  # nothing can be said of a delete without its prev
+    assert judged(stripped(frame, "prevData", "since")) == "legacy"
 
 
 @pytest.mark.real_data

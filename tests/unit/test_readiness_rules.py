@@ -43,6 +43,7 @@ def test_well() -> None:
         (msgspec.structs.replace(WELL, pending_id="1-1", pending_s=121.0), "the entry 1-1 is not settled for 121 s"),
         (msgspec.structs.replace(WELL, behind_s=301.0, behind_before_s=250.0), "is 301 s old, and gets no younger"),
         (msgspec.structs.replace(WELL, finished=500, set_aside=10), "10 of the last 500 entries were set aside"),
+        (msgspec.structs.replace(WELL, owed=7, owed_s=61.0), "^7 counters .* are owed, the oldest for 61 s"),
         (msgspec.structs.replace(WELL, clocks="PostgreSQL's clock is off"), "PostgreSQL's clock is off"),
     ],
 )
@@ -63,6 +64,7 @@ def test_each_rule_speaks_alone(facts: Facts, words: str) -> None:
         msgspec.structs.replace(WELL, behind_s=9_000.0),  # nobody knows yet
         msgspec.structs.replace(WELL, finished=2_000, set_aside=15),
         msgspec.structs.replace(WELL, finished=9, set_aside=9),
+        msgspec.structs.replace(WELL, owed=7, owed_s=9.0),
     ],
 )
 def test_what_is_no_reason(facts: Facts) -> None:
@@ -82,6 +84,11 @@ def test_what_time_tells() -> None:
         return readiness(watch.facts(now, board.snapshot(), now_ms(), board.missing))
 
     assert look(0.0) == []
+    now = now_ms()
+    slots[0].set(debts=3, debts_since_ms=now - 90_000, debts_at_ms=now - 10_000)
+    assert "3 counters" in look(0.1)[0]
+    slots[1].set(debts=1, debts_put_back=1, debts_at_ms=now)
+    assert look(0.2) == [], "by the newest look"
     board.crashes = 1
     assert look(1.0) == []
     board.crashes = 2

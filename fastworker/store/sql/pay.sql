@@ -1,22 +1,51 @@
--- Pays what is owed for counters, bucket by bucket in transactions of their own, until nothing is owed or others are paying.
--- They wait for no disk: a payment that a crash undoes is owed again. Who pays looks once more afterwards, since what was
--- owed meanwhile was left to him; a few times at most, because under load somebody else is at it, too. `paid`: how many.
-CREATE OR REPLACE PROCEDURE fastworker.pay_1(with_replies boolean, with_quotes boolean, INOUT paid int)
+-- Pays what committed flushes left owed, until nothing is owed or others are paying: counters by bucket, then joined rows by the
+-- same hash of their keys, each bucket in a transaction of its own that waits for nothing and for no disk: a payment that a
+-- crash undoes is owed again. A bucket that another one is at is left to him, a post that is locked stays owed, and so does
+-- what reads counters that are being paid. Who pays looks once more afterwards, since what was owed meanwhile was left to
+-- him; a few times at most, because under load somebody else is at it, too. Of joined rows 200 of a bucket at most, the
+-- longest owed first; roots are the caller's, whose replies may be many. `paid`: how many.
+CREATE OR REPLACE PROCEDURE fastworker.pay_2(with_replies boolean, with_quotes boolean, INOUT paid int)
 LANGUAGE plpgsql AS $$
 DECLARE
     of_bucket int;
     before int;
+    kinds text[];
+    keys text[];
+    times timestamptz[];
 BEGIN
     paid := 0;
     FOR again IN 1..8 LOOP
         before := paid;
-        FOREACH of_bucket IN ARRAY ARRAY(SELECT DISTINCT bucket FROM fastworker.debts) LOOP
+        FOREACH of_bucket IN ARRAY ARRAY(SELECT DISTINCT bucket FROM fastworker.debts WHERE not_before <= now()) LOOP
             IF pg_try_advisory_xact_lock({{counters}}, of_bucket) THEN
                 PERFORM set_config('synchronous_commit', 'off', true);
-                paid := paid + fastworker.pay_bucket_1(of_bucket, with_replies, with_quotes);
+                paid := paid + fastworker.pay_bucket_2(of_bucket, with_replies, with_quotes);
             END IF;
             COMMIT;
         END LOOP;
         EXIT WHEN paid = before;
+    END LOOP;
+    FOREACH of_bucket IN ARRAY ARRAY(
+        SELECT DISTINCT fastworker.bucket(key) FROM fastworker.recheck WHERE not_before <= now() AND kind <> 'root'
+    ) LOOP
+        IF pg_try_advisory_xact_lock({{joined}}, of_bucket) THEN
+            PERFORM set_config('synchronous_commit', 'off', true);
+            SELECT array_agg(r.kind), array_agg(r.key), array_agg(r.owed_at) INTO kinds, keys, times FROM (
+                SELECT kind, key, owed_at FROM fastworker.recheck
+                WHERE not_before <= now() AND kind <> 'root' AND fastworker.bucket(key) = of_bucket
+                ORDER BY owed_since LIMIT 200) AS r;
+            -- mutant: joined rows that are owed wait for maintenance
+            IF keys IS NOT NULL THEN
+                paid := paid + fastworker.recompute_5(
+                    contexts => ARRAY(SELECT o.key FROM unnest(kinds, keys) AS o (kind, key) WHERE o.kind = 'context'),
+                    gates => ARRAY(SELECT o.key FROM unnest(kinds, keys) AS o (kind, key) WHERE o.kind = 'gate'),
+                    roots => '{}',
+                    services => ARRAY(SELECT o.key FROM unnest(kinds, keys) AS o (kind, key) WHERE o.kind = 'like_count'),
+                    aggregates => ARRAY(SELECT o.key FROM unnest(kinds, keys) AS o (kind, key) WHERE o.kind = 'aggregate'),
+                    owed_kinds => kinds, owed_keys => keys, owed_times => times, note => NULL, patient => false,
+                    with_replies => with_replies, with_quotes => with_quotes);
+            END IF;
+        END IF;
+        COMMIT;
     END LOOP;
 END $$;

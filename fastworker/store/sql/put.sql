@@ -1,10 +1,10 @@
 -- New rows of the hot tables and what follows from them; NULL where there is nothing. `placed`: the uris of the new rows
 -- that were inserted, NULL if all of them were. `whole`: all of them or nothing, else SQLSTATE FW001.
 -- `note`: of the keys that are owed. Counters whose bucket nobody else is paying are written, else they
--- are owed (fastworker.debts); `is_owing`: something is owed for counters, by us or by others. `floors`: whether the look found
+-- are owed (fastworker.debts); `is_owing`: something is owed, by us or by others, that `pay` pays. `floors`: whether the look found
 -- any floor; NULL where it does not matter. If so: `repos` of all changes, the lowest rev and, of what has none, the
 -- lowest seq of them, and the floors above those that are known.
-CREATE OR REPLACE FUNCTION fastworker.put_5(
+CREATE OR REPLACE FUNCTION fastworker.put_6(
     new_users varchar[],
     {{new_rows_arguments}}
     whole boolean,
@@ -112,7 +112,12 @@ BEGIN
             FROM (SELECT DISTINCT fastworker.bucket(d.post_uri) AS bucket FROM unnest(deltas) AS d) AS b);
         -- A later statement than the one that locks: what was owed before that is seen.
         -- mutant: counters beside a debt
-        is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts);
+        is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts WHERE attempts = 0);
+        -- What is put back is in nobody's way but that of its own counter.
+        is_owing := is_owing OR EXISTS (
+            -- mutant: a counter beside its debt that is put back
+            SELECT FROM fastworker.debts AS o WHERE o.attempts > 0
+                AND (o.deltas[1]).post_uri = ANY(ARRAY(SELECT d.post_uri FROM unnest(put_6.deltas) AS d)));
         -- mutant: a busy counter is not owed
         IF is_owing THEN
             -- A counter that a session which is not ours has locked is waited for, as if nothing were owed: the entries
@@ -146,6 +151,8 @@ BEGIN
             END IF;
         END IF;
     END IF;
+    is_owing := coalesce(is_owing, false)
+        OR EXISTS (SELECT FROM fastworker.recheck WHERE not_before <= now() AND kind <> 'root');
     IF owed_keys IS NOT NULL THEN
         INSERT INTO fastworker.notes (kinds, keys) VALUES (owed_kinds, owed_keys) RETURNING id INTO note;
     END IF;

@@ -2,8 +2,9 @@
 -- something beats a record, or it must not be stored, or is older than a floor, nothing is written, with
 -- SQLSTATE FW003; if the rows are not as the caller takes them to be (new, or as `first` read them), with FW001.
 -- `is_late`: it is all written, and something overtook it, or more than `crowd` thread contexts follow: the look back is the
--- caller's. `note`: what was owed with it is the caller's, because one of the roots has more replies than `crowd`.
-CREATE OR REPLACE PROCEDURE fastworker.put_whole_6(
+-- caller's; so, too, if a joined row was refused. `note`: what was owed with it is the caller's, because of that, or because
+-- one of the roots has more replies than `crowd`.
+CREATE OR REPLACE PROCEDURE fastworker.put_whole_7(
     new_users varchar[],
     {{new_rows_arguments}}
     {{change_arguments}}
@@ -71,7 +72,7 @@ BEGIN
     IF tables IS NOT NULL THEN
         PERFORM fastworker.change_1({{change_passed}});
     END IF;
-    SELECT p.is_owing, p.note INTO is_owing, note FROM fastworker.put_5(
+    SELECT p.is_owing, p.note INTO is_owing, note FROM fastworker.put_6(
         new_users => NULL, {{new_rows_passed}}, whole => true,
         no_quotes => no_quotes, new_quotes => new_quotes, no_feed_items => no_feed_items, new_feed_items => new_feed_items,
         no_notifications => no_notifications, new_notifications => new_notifications, unseen_posts => unseen_posts,
@@ -113,18 +114,24 @@ BEGIN
     END IF;
     -- mutant: joined rows of a whole flush never recomputed
     IF coalesce(contexts, gates, services, roots, aggregates) IS NOT NULL THEN
-        PERFORM fastworker.recompute_4(
-            contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => coalesce(roots, '{}'),
-            services => coalesce(services, '{}'), aggregates => coalesce(aggregates, '{}'),
-            owed_kinds => coalesce(owed_kinds, '{}'), owed_keys => coalesce(owed_keys, '{}'), owed_times => '{}',
-            note => CASE WHEN owed_keys IS NOT NULL THEN note END, patient => false,
-            with_replies => with_replies, with_quotes => with_quotes);
+        BEGIN
+            PERFORM fastworker.recompute_5(
+                contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => coalesce(roots, '{}'),
+                services => coalesce(services, '{}'), aggregates => coalesce(aggregates, '{}'),
+                owed_kinds => coalesce(owed_kinds, '{}'), owed_keys => coalesce(owed_keys, '{}'), owed_times => '{}',
+                note => CASE WHEN owed_keys IS NOT NULL THEN note END, patient => false,
+                with_replies => with_replies, with_quotes => with_quotes);
+        -- mutant: a joined row that is refused stops a small flush
+        EXCEPTION WHEN {{refused}} THEN
+            is_late := true;
+            owed_keys := NULL;
+        END;
     END IF;
     IF owed_keys IS NOT NULL THEN
         note := NULL;
     END IF;
     IF is_owing THEN
         COMMIT;
-        CALL fastworker.pay_1(with_replies, with_quotes, paid);
+        CALL fastworker.pay_2(with_replies, with_quotes, paid);
     END IF;
 END $$;

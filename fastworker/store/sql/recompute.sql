@@ -1,7 +1,8 @@
 -- Rows that join two records, under the lock of the row that carries them; the owed keys (kinds, keys, owed_at) are paid
 -- with it. Not `patient`: a post that another flush has locked is left owed instead, and so is what reads counters that
 -- another one is paying. `note`: the owed keys are those of a flush (fastworker.notes); else they are in fastworker.recheck.
-CREATE OR REPLACE FUNCTION fastworker.recompute_4(
+-- Returns how many of these are paid.
+CREATE OR REPLACE FUNCTION fastworker.recompute_5(
     contexts varchar[],
     gates varchar[],
     roots varchar[],
@@ -14,7 +15,7 @@ CREATE OR REPLACE FUNCTION fastworker.recompute_4(
     patient boolean,
     with_replies boolean,
     with_quotes boolean
-) RETURNS void LANGUAGE plpgsql AS $$
+) RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
     stale varchar[] := ARRAY(SELECT k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE kind = 'context');
     got varchar[];
@@ -22,6 +23,7 @@ DECLARE
     busy varchar[] := '{}';
     mine int[];
     one int;
+    paid int := 0;
     unpaid varchar[] := '{}'; -- services and aggregates whose counters another flush is paying
 BEGIN
     IF cardinality(roots) > 0 THEN
@@ -93,7 +95,7 @@ BEGIN
                 ELSE pg_try_advisory_xact_lock({{counters}}, b.bucket) END);
         FOREACH one IN ARRAY mine LOOP
             -- mutant: an aggregate goes before it is paid
-            WHILE fastworker.pay_bucket_1(one, with_replies, with_quotes) > 0 LOOP END LOOP;
+            WHILE fastworker.pay_bucket_2(one, with_replies, with_quotes) > 0 LOOP END LOOP;
         END LOOP;
         unpaid := ARRAY(SELECT k FROM unnest(services || aggregates) AS k WHERE fastworker.bucket(k) <> ALL(mine)
             OR EXISTS (SELECT FROM fastworker.debts AS o, unnest(o.deltas) AS d WHERE d.post_uri = k));
@@ -142,5 +144,7 @@ BEGIN
         WHERE r.kind = u.kind AND r.key = u.key AND r.owed_at = u.owed_at
             AND NOT (u.kind IN ('context', 'gate') AND u.key = ANY(busy))
             AND NOT (u.kind IN ('like_count', 'aggregate') AND u.key = ANY(unpaid));
+        GET DIAGNOSTICS paid = ROW_COUNT;
     END IF;
+    RETURN paid;
 END $$;

@@ -1,10 +1,18 @@
--- KEYS stream, marks, finished, held, go back, given. ARGV the workers' group, a new mark or '', marks kept, the first
--- unread id at the last look or '', the seq and host up to which all is appended or ''. Answers whether an unread entry is
--- gone, the newest finished mark, the first unread id, and to
--- where the reader has to go back because PostgreSQL did.
+-- KEYS stream, marks, finished, held, go back, given, cursor. ARGV the workers' group, a new mark or '', marks kept, the
+-- first unread id at the last look or '', the seq and host up to which all is appended or '', the newest removed one that
+-- is known, the cursor as the reader left it or ''. Answers whether an unread entry is gone, the newest finished mark, the
+-- first unread id, to where the reader has to go back because PostgreSQL did, the newest removed one, and the cursor if it
+-- is behind the reader's, else ''.
+-- A cursor that is behind: this is an older state, of a replica that took its master's place. What the reader knows of
+-- marks and unread entries is of another one, and what was lost with its cursor is no loss: it is appended again.
 -- Workers read in order and only what they finished is trimmed: a mark that they have not reached, and that is not on the
--- stream, was removed by somebody else, or the stream with it. What is pending they hold.
+-- stream, was removed by somebody else, or the stream with it. What is pending they hold. From 7.0 on a stream says which
+-- is the newest entry that XDEL removed: unread, if it lies behind the first unread one.
 -- include ids
+local cursor = redis.call('GET', KEYS[7]) or ''
+local function is_behind() return tonumber(cursor) and tonumber(ARGV[7]) and tonumber(cursor) < tonumber(ARGV[7]) end
+-- mutant: an older state is judged by what was known of the newer one
+if is_behind() then return {0, '', '', '', '', cursor} end
 if ARGV[2] ~= '' then
   if redis.call('LLEN', KEYS[2]) >= tonumber(ARGV[3]) then redis.call('RPOP', KEYS[2]) end
   redis.call('RPUSH', KEYS[2], ARGV[2])
@@ -33,6 +41,12 @@ local function gone(id)
   return before(read, id) and not (exists and redis.call('XRANGE', KEYS[1], id, id)[1])
 end
 local broken = mark and gone(id_of(mark)) or ARGV[4] ~= '' and gone(ARGV[4])
+local removed = ''
+if group and unread then
+  local info = redis.call('XINFO', 'STREAM', KEYS[1])
+  for i = 1, #info, 2 do if info[i] == 'max-deleted-entry-id' then removed = info[i + 1] end end
+  broken = broken or removed ~= '' and removed ~= ARGV[6] and before(unread[1], removed)
+end
 -- Of the marks, too, that lie behind one which somebody holds.
 if not broken and mark and (held or finished ~= read) then
   for _, one in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
@@ -49,4 +63,4 @@ if ARGV[5] ~= '' and finished == read and not (broken or mark or unread or held)
   redis.call('SET', KEYS[3], read .. ' ' .. ARGV[5])
 end
 return {broken and 1 or 0, redis.call('GET', KEYS[3]) or '', unread and unread[1] or '',
-  redis.call('GET', KEYS[5]) or ''}
+  redis.call('GET', KEYS[5]) or '', removed, ''}
