@@ -119,3 +119,9 @@ def test_nothing_cites_a_document_that_is_not_here() -> None:
         if wrong.search(line)
     ]
     assert found == []
+
+
+def test_migrations_are_numbered_one_by_one() -> None:
+    """Two branches that both take the next number break every database."""
+    numbers = [int(path.name[:4]) for path in sorted((ROOT / "store" / "migrations").glob("*.sql"))]
+    assert numbers == list(range(1, len(numbers) + 1))
