@@ -39,6 +39,8 @@ TARGETS = (
     Target("backfill", "share of the floor", 1.5, where={"derive": "full", "path": "bulk"}),
     Target("backfill", "memory MB (PSS)", 300, at_least=False),
     Target("scale", "waits for locks", 0.05, at_least=False, where={"processes": 8}),
+    Target("scale", "oldest debt s max", 1, at_least=False, where={"processes": 8}),
+    Target("scale", "paid after s", 1, at_least=False, where={"processes": 8}),
     Target("presets", "share of the best", 0.5),
     Target("verify", "chain us", 3, at_least=False),
     Target("verify", "signed us", 65, at_least=False),

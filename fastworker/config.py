@@ -155,6 +155,12 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _fraction(text: str) -> float:
+    if not re.fullmatch(r"\d(\.\d{1,6})?", text):
+        raise ValueError("it is not a number such as 0.5")
+    return float(text)
+
+
 def _flag(text: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     if text.lower() not in words:
@@ -507,9 +513,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _env(
             "FASTWORKER_COLLECTIONS",
-            "worker up repair backfill sample import compare",
+            "reader worker up repair backfill sample import compare",
             "Collections that are kept; records of others are left out, and counted as `filtered`. Deletes and events "
-            "of accounts and handles are never left out. After widening it, see docs/history.md.",
+            "of accounts and handles are never left out. What is added later is fetched. See docs/history.md.",
             read=read_collections,
             allowed="NSIDs, in which * stands for anything, comma-separated",
             default="all",
@@ -519,7 +525,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _env(
             "FASTWORKER_ACCOUNTS",
-            "worker up repair backfill sample import",
+            "reader worker up repair backfill sample import",
             "Accounts whose records are kept; those of others are left out, and counted as `filtered_account`. A file "
             "of DIDs, one a line, or `follows-of:DID,...`: these and whom they follow, as far as the tables know. Read "
             "twice a minute. Deletes and events of accounts and handles are never left out. See docs/history.md.",
@@ -552,6 +558,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             default="known where BACKFILL_DAYS is set, else off",
         ),
     ] = None
+    backfill_share: Annotated[
+        float,
+        Meta(ge=0.01, le=1),
+        _env(
+            "FASTWORKER_BACKFILL_SHARE",
+            "worker up backfill",
+            "Share of its time that history may write, beside the live stream; it also waits while live events are "
+            "more than two seconds old. 1: all of its time.",
+            read=_fraction,
+            allowed="0.01 to 1",
+        ),
+    ] = 0.5
     sync: Annotated[
         bool,
         _env(
@@ -835,6 +853,12 @@ def _one_slot(values: dict[str, Any]) -> None:
             f"On a Redis Cluster REDIS_STREAM_KEY={stream!r} and REDIS_CURSOR_KEY={cursor!r} need one hash tag, as in "
             f"{CLUSTERED[0]} and {CLUSTERED[1]}"
         )
+
+
+def asks_for_history(config: Config) -> bool:
+    """Whether BACKFILL_DAYS and FASTWORKER_BACKFILL ask for any."""
+    days, whose = config.backfill_days, config.backfill
+    return whose != "off" and days != 0 and not (whose is None and days is None)
 
 
 def remarks(environment: Mapping[str, str]) -> list[str]:

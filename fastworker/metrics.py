@@ -151,6 +151,15 @@ TRUTH = _gauge(
 TRUTH_LOW = _gauge("truth_low", "Lower end of the 95 % interval (Wilson) of truth_ratio.", "table")
 TRUTH_SAMPLES = _gauge("truth_samples", "Accounts sampled in the last day.")
 
+# History (docs/history.md), by what those who work on it left in Redis.
+HISTORY_ACCOUNTS = _gauge("history_accounts", "Accounts that backfills ever asked for, by where they are.", "state")
+HISTORY_ACCOUNTS_RATE = _gauge("history_accounts_per_second", "Accounts at their end, over the last five minutes.")
+HISTORY_RECORDS_RATE = _gauge("history_records_per_second", "Records of these, compared and written.")
+HISTORY_BYTES_RATE = _gauge("history_bytes_per_second", "Bytes of these repositories.")
+HISTORY_LEFT = _gauge("history_left_seconds", "Seconds until history is done, at that rate; none where nobody knows.")
+HISTORY_RESTING = _gauge("history_hosts_resting", "Hosts that asked for a pause, or failed: their accounts wait.")
+HISTORY_PAUSED = _gauge("history_paused", "1 after `fastworker backfill --pause`.")
+
 # The reader.
 READER_CONNECTED = _gauge("reader_connected", "1 while the WebSocket is open.", "relay")
 READER_FRAMES = _counter("reader_frames", "Frames received.")
@@ -220,9 +229,11 @@ WORKER_METRICS: Final = tuple(m for m in METRICS if m not in _READER_ONLY)
 UP_METRICS: Final = METRICS
 
 OF_SYNCER: Final = frozenset({
+    HISTORY_ACCOUNTS, HISTORY_ACCOUNTS_RATE, HISTORY_RECORDS_RATE, HISTORY_BYTES_RATE, HISTORY_LEFT, HISTORY_RESTING,
+    HISTORY_PAUSED,
     GAPS_OPEN, REPAIRS_WAITING, REPAIR_OLDEST, REPAIRS_REFUSED, REPAIRS_MENDED, TRUTH, TRUTH_LOW, TRUTH_SAMPLES,
 })  # fmt: skip
-"""Without series where no syncer told anything within an hour."""
+"""Without series where no syncer, and nobody who fetches history, told anything within an hour."""
 
 OF_STREAM: Final = _READER_ONLY | OF_SYNCER | {
     STREAM_ENTRIES, STREAM_ENTRIES_MAX, STREAM_BYTES, STREAM_FULL_SECONDS, LAG_ENTRIES, LAG_SECONDS, GROUP_LAG,

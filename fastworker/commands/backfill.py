@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any, Final
 
 from rich.console import Console
@@ -11,17 +12,20 @@ from yarl import URL
 
 from fastworker.config import Config
 from fastworker.errors import ExitCode, Unreachable
+from fastworker.monitor.terminal import history_words
 from fastworker.store.repos import CHOSEN, EVERYBODY
-from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, pieces_of
-from fastworker.sync.hosts import HostError, Hosts, rate_of
+from fastworker.sync.choice import REASON, Choice, all_hosts, feed_of, known, pieces_of
+from fastworker.sync.hosts import HostError, Hosts, without_port
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
+from fastworker.sync.progress import history_status
 from fastworker.sync.settle import Report, duration
 
 TRIES: Final = 5
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000
 ROW_BYTES: Final = 1_300  # with all indexes
+HOSTS_SHOWN: Final = 10
 WRITES_S: Final = 8_000.0  # records that one process compares and writes in a second
 
 
@@ -41,78 +45,116 @@ async def estimate(config: Config, choice: Choice, *, hosts: Hosts | None = None
     """What the choice would cost, by what is known. Reads lists, fetches no repository, stores nothing."""
     choice.check()
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
-        accounts, rate = await _count(scene, choice)
-        known = (
+        by_host = await _count(scene, choice)
+        done = (
             await scene.queue.rows(
                 "SELECT count(*), avg(records)::float8, avg(bytes)::float8 FROM fastworker.repos WHERE state = 'done'"
             )
         )[0]
-        is_known = known[0] >= 20
-        records, size = (known[1], known[2]) if is_known else (RECORDS, CAR_BYTES)
+        accounts, requests = by_host.total(), by_host + Counter({URL(config.plc_url).authority: by_host.total()})
+        seconds = {host: many / scene.hosts.rate(host) for host, many in requests.items() if host}
+        rates = {host: scene.hosts.rate(host) for host in seconds}
+    is_known = done[0] >= 20
+    records, size = (done[1], done[2]) if is_known else (RECORDS, CAR_BYTES)
     rows = accounts * records
-    by_hosts, by_rows = accounts / rate, rows / WRITES_S
+    by_hosts, by_rows = max(seconds.values(), default=0.0), rows / WRITES_S / config.backfill_share
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"accounts  {accounts:,}\n"
-        f"to fetch  {accounts * size / 1e9:,.2f} GB\n"
+        f"to fetch  {_size(accounts * size)}\n"
         f"rows      {rows:,.0f}\n"
-        f"disk      {rows * ROW_BYTES / 1e9:,.2f} GB in PostgreSQL, with all indexes\n"
-        f"time      {duration(max(by_hosts, by_rows))}: {duration(by_hosts)} for the hosts at {rate:g} requests/s, "
-        f"{duration(by_rows)} for one process to compare and write\n"
+        f"disk      {_size(rows * ROW_BYTES)} in PostgreSQL, with all indexes\n"
+        f"time      {duration(max(by_hosts, by_rows))}: {duration(by_hosts)} for the hosts, {duration(by_rows)} for "
+        f"one process to compare and write in {config.backfill_share:.0%} of its time\n"
         + (
-            f"By the average of {known[0]:,} accounts that were fetched: {records:,.0f} records, {size:,.0f} bytes."
+            f"By the average of {done[0]:,} accounts that were fetched: {records:,.0f} records, {size:,.0f} bytes."
             if is_known
             else f"By the network's average: {records:,} records and {size:,} bytes an account."
         )
     )
+    _show_hosts(console, requests, rates, seconds)
     return ExitCode.DONE
 
 
-async def _count(scene: Scene, choice: Choice) -> tuple[int, float]:
-    """Accounts, and how many of them may be fetched in a second."""
-    directory = rate_of(URL(scene.config.plc_url).authority)
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e10 else f"{count / 1e6:,.1f} MB"
+
+
+def _show_hosts(console: Console, requests: Counter[str], rates: dict[str, float], seconds: dict[str, float]) -> None:
+    """Those that take longest. Where nobody has asked for an account's document, its host is not known."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("host", "requests", "a second", "takes"):
+        grid.add_column(name, justify="left" if name == "host" else "right", no_wrap=True)
+    longest = sorted(seconds, key=lambda host: -seconds[host])
+    for host in longest[:HOSTS_SHOWN]:
+        grid.add_row(without_port(host), f"{requests[host]:,}", f"at most {rates[host]:g}", duration(seconds[host]))
+    if unknown := requests[""]:
+        grid.add_row("not known yet", f"{unknown:,}", "", "")
+    console.print(grid)
+    if len(longest) > HOSTS_SHOWN:
+        console.print(f"and {len(longest) - HOSTS_SHOWN:,} more hosts, each in less time")
+
+
+async def _count(scene: Scene, choice: Choice) -> Counter[str]:
+    """Accounts by host, as in a URL; those whose host nobody has asked for are at ''."""
     if choice.everybody:
-        return sum([host.accountCount or 0 async for host in all_hosts(scene)]), directory
+        return Counter({_of_list(scene, one.hostname): one.accountCount or 0 async for one in all_hosts(scene)})
     if choice.host is not None:
-        origin = scene.hosts.origin(choice.host)
-        return await _length(scene, origin, None), min(rate_of(URL(origin).authority), directory)
+        listed = await _listed(scene, scene.hosts.origin(choice.host), None)
+        return Counter({_of_list(scene, choice.host): listed.total()})
     if choice.collection is not None:
-        return await _length(scene, relay_of(scene.config.relay_urls[0]), choice.collection), directory
+        return await _listed(scene, relay_of(scene.config.relay_urls[0]), choice.collection)
+    found: Counter[str] = Counter()
     if choice.dids is not None:
-        return sum(len(piece) for piece in pieces_of(choice.dids)), directory
+        for piece in pieces_of(choice.dids):
+            found += await _by_host(scene, piece)
+        return found
     if choice.known:
-        return int(await scene.queue.value("SELECT count(*) FROM public.users")), directory
+        async for piece in known(scene.queue):
+            found += await _by_host(scene, piece)
+        return found
     level, seen = list(choice.follows_of), set(choice.follows_of)
     for _ in range(choice.depth):
         level = [did for did in await scene.queue.followed(level) if did not in seen]
         seen.update(level)
-    return len(seen), directory
+    return await _by_host(scene, list(seen))
 
 
-async def _length(scene: Scene, source: str, collection: str | None) -> int:
-    count, cursor = 0, None
+def _of_list(scene: Scene, hostname: str) -> str:
+    return URL(scene.hosts.origin(hostname)).authority
+
+
+async def _by_host(scene: Scene, dids: list[str]) -> Counter[str]:
+    return Counter({row[0]: row[1] for row in await scene.queue.rows(_HOSTS, dids)})
+
+
+async def _listed(scene: Scene, source: str, collection: str | None) -> Counter[str]:
+    """The accounts of a list."""
+    found: Counter[str] = Counter()
+    cursor = None
     while True:
         try:
             if collection is None:
-                found, cursor = await scene.hosts.list_repos(source, cursor)
+                repos, cursor = await scene.hosts.list_repos(source, cursor)
             else:
-                found, cursor = await scene.hosts.list_collection(source, collection, cursor)
+                repos, cursor = await scene.hosts.list_collection(source, collection, cursor)
         except HostError as error:
             raise Unreachable(f"the list of accounts cannot be read: {error}") from error
-        count += len(found)
-        if cursor is None or not found:
-            return count
+        dids = [one.did for one in repos]
+        found += await _by_host(scene, dids)
+        if cursor is None or not dids:
+            return found
 
 
+_HOSTS: Final = """
+SELECT coalesce(r.host, ''), count(*) FROM unnest($1::varchar[]) AS d (did)
+LEFT JOIN fastworker.repos AS r ON r.did = d.did GROUP BY 1
+"""
 _STATES: Final = """
 SELECT reason, count(*) FILTER (WHERE state = 'waiting'), count(*) FILTER (WHERE state = 'fetching'),
     count(*) FILTER (WHERE state = 'done'), count(*) FILTER (WHERE state = 'gone'),
     count(*) FILTER (WHERE state = 'refused'), coalesce(sum(records), 0)::bigint, coalesce(sum(differences), 0)::bigint
 FROM fastworker.repos GROUP BY reason ORDER BY reason
-"""
-_RATE: Final = """
-SELECT count(*) / 300.0::float8, coalesce(sum(records), 0) / 300.0::float8 FROM fastworker.repos
-WHERE state = 'done' AND ended_at > now() - interval '5 minutes'
 """
 _GAPS: Final = """
 SELECT g.relay, g.from_seq, g.to_seq, g.seen_at, (
@@ -124,12 +166,12 @@ WHERE g.closed_at IS NULL ORDER BY g.seen_at
 
 
 async def show(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
-    """What waits, what is done, how fast, and which gaps are open."""
+    """What waits, what is done, how fast, who holds it back, and which gaps are open."""
     console = Console(highlight=False, soft_wrap=True)
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
-        states, rate = await scene.queue.rows(_STATES), (await scene.queue.rows(_RATE))[0]
+        states = await scene.queue.rows(_STATES)
+        history = await history_status(scene.queue)
         gaps = await scene.queue.rows(_GAPS)
-        is_paused = await scene.queue.value("SELECT is_paused FROM fastworker.backfill")
     grid = Table(box=None, pad_edge=False, header_style="bold")
     names = ("queued by", "waiting", "fetching", "done", "gone", "refused", "records", "differences")
     for name in names:
@@ -137,11 +179,9 @@ async def show(config: Config, *, hosts: Hosts | None = None) -> ExitCode:
     for row in states:
         grid.add_row(row[0], *(f"{cell:,}" if cell else "" for cell in tuple(row)[1:]))
     console.print(grid if states else "Nothing was ever queued.")
-    waiting = sum(row[1] for row in states)
-    if rate[0]:
-        left = f", {duration(waiting / rate[0])} left" if waiting else ""
-        console.print(f"In the last five minutes {rate[0]:.1f} accounts/s, {rate[1]:,.0f} records/s{left}.")
-    if is_paused:
+    if history.open or history.ended:
+        console.print(history_words(history))
+    if history.paused:
         console.print("History is paused: `fastworker backfill --resume` lets it go on.")
     for gap in gaps:
         console.print(_gap_words(gap), markup=False)

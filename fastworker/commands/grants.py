@@ -53,6 +53,7 @@ TABLE_RIGHTS: Final[Mapping[Service, Mapping[str, tuple[str, ...]]]] = {
         "fastworker.gaps": _KEEP,
         "fastworker.samples": ("SELECT", "INSERT", "DELETE"),
         "fastworker.backfill": ("SELECT", "UPDATE"),
+        "fastworker.kept_accounts": ("SELECT", "INSERT", "DELETE"),
         "firehose_cursor": _KEEP,  # its row for the old dashboard
     },
     # It may do without PostgreSQL: only to find its place again when Redis comes back empty, to say where new

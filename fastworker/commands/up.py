@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from fastworker.commands.check import preflight
-from fastworker.config import WORKER_PORT, Config
+from fastworker.config import WORKER_PORT, Config, asks_for_history
 from fastworker.edge import tracing
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, ExitCode
@@ -55,6 +55,8 @@ def supervise(
         specs.append(ChildSpec("syncer", partial(_syncer_main, config)))
     elif config.sync:
         log.warning("FASTWORKER_SYNC: nothing is repaired and sampled: %s", why)
+    if len(specs) == 2 and asks_for_history(config):
+        log.warning("BACKFILL_DAYS and FASTWORKER_BACKFILL have no effect: what would fetch it does not run")
     if with_reader:
         specs.append(ChildSpec("reader", partial(_reader_main, config)))
     log.info(

@@ -13,7 +13,7 @@ from fastworker.monitor.page import Card, Chart, Page, Wait, Worker
 from fastworker.monitor.reader_port import cards as reader_cards
 from fastworker.monitor.readiness import FRESH_S
 from fastworker.monitor.view import Reading, View
-from fastworker.sync.told import RepairStatus
+from fastworker.sync.told import HistoryStatus, RepairStatus
 
 LONG_S: Final = 60.0  # what waits longer is shown in red
 OWED_LONG_S: Final = 10.0  # what is owed for longer
@@ -80,6 +80,8 @@ def _cards(view: View, reading: Reading) -> dict[str, list[Card]]:
     }
     if (repair := reading.repair) is not None:
         cards["Equal to the network"] = _repair_cards(repair)
+    if (history := reading.history) is not None:
+        cards["History"] = _history_cards(history)
     if reading.reader is not None:
         told_s = reading.reader_age_s + view.age_s
         cards["Reader"] = [*reader_cards(reading.reader, None), Card("told", told_s, "s ago", bad=told_s > FRESH_S)]
@@ -97,6 +99,21 @@ def _repair_cards(repair: RepairStatus) -> list[Card]:
         Card("oldest repair", repair.oldest_s, "s", bad=repair.oldest_s > LATE_S),
         Card("mended", sum(one.differences for one in repair.mended.values()), "rows a day"),
         Card("repairs given up", repair.refused),
+    ]
+
+
+def _history_cards(history: HistoryStatus) -> list[Card]:
+    left: float | str = "unknown" if history.open else "done"
+    if history.left_s is not None:
+        left = history.left_s
+    held_back = ", ".join(history.resting) or "none"
+    return [
+        Card("history done", f"{history.share:.1%}", f"of {history.ended + history.open:,} accounts"),
+        Card("accounts open", history.open, "paused" if history.paused else ""),
+        Card("history", history.records_per_s, "records/s"),
+        Card("history is done in", "paused" if history.paused and history.open else left, "s" if left else ""),
+        Card("hosts that hold back", history.resting_hosts, held_back if history.resting else ""),
+        Card("accounts given up", history.refused),
     ]
 
 

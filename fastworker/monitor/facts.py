@@ -20,8 +20,8 @@ from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
 from fastworker.process.board import Snapshot
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
-from fastworker.stream.repairs import repairs_told
-from fastworker.sync.told import Mended, RepairStatus, TableTruth
+from fastworker.stream.repairs import history_told, repairs_told
+from fastworker.sync.told import HistoryStatus, Mended, RepairStatus, TableTruth
 
 GAPS_SHOWN: Final = 3
 
@@ -193,6 +193,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     ] = []
     debts: Annotated[DebtStatus | None, _is("What is owed in PostgreSQL; null: no worker tells.")] = None
     repair: Annotated[RepairStatus | None, _is("The syncer; null when none told anything within an hour.")] = None
+    history: Annotated[
+        HistoryStatus | None, _is("History that backfills fetch; null when nobody worked on any within an hour.")
+    ] = None
 
 
 class Backlog(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,6 +338,7 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         debts=_debts_told(workers),
         partitions=partitions_of(stream, config.group, server.time_ms),
         repair=told_repairs(await repairs_told(admin)),
+        history=told_history(await history_told(admin)),
     ), reading
 
 
@@ -377,6 +381,14 @@ def told_repairs(text: bytes | None) -> RepairStatus | None:
         return None
 
 
+def told_history(text: bytes | None) -> HistoryStatus | None:
+    """How far history is, as somebody who works on it told lately."""
+    try:
+        return None if text is None else msgspec.json.decode(text, type=HistoryStatus)
+    except msgspec.MsgspecError:
+        return None
+
+
 def told_workers(statuses: Mapping[str, str]) -> list[WorkerStatus]:
     """Workers that told something lately, by owner. What is not understood is of another release and is left out."""
     workers = []
@@ -413,6 +425,7 @@ def markdown() -> str:
         RepairStatus,
         Mended,
         TableTruth,
+        HistoryStatus,
     ):
         assert struct.__doc__ is not None
         lines += ["", f"## {struct.__name__}", "", struct.__doc__, "", "| member | type | meaning |", "|---|---|---|"]

@@ -26,7 +26,15 @@ from fastworker.config import Config
 from fastworker.errors import StreamUnavailable, Unreachable
 from fastworker.metrics import Figures
 from fastworker.monitor.cards import page_of
-from fastworker.monitor.facts import Backlog, ProcessStatus, WorkerStatus, backlog, debts_of, told_repairs
+from fastworker.monitor.facts import (
+    Backlog,
+    ProcessStatus,
+    WorkerStatus,
+    backlog,
+    debts_of,
+    told_history,
+    told_repairs,
+)
 from fastworker.monitor.history import History
 from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
@@ -43,7 +51,7 @@ from fastworker.stream.client import connect
 from fastworker.stream.feed import trim_finished
 from fastworker.stream.keys import Keys
 from fastworker.stream.letters import line_of
-from fastworker.stream.repairs import repairs_told
+from fastworker.stream.repairs import history_told, repairs_told
 from fastworker.stream.skipped import give_skipped
 
 log = logging.getLogger(__name__)
@@ -168,6 +176,7 @@ class _WorkerMonitor:
             reader=left_in_redis(left),
             reader_age_s=max(0.0, time.time() - int(left.get("at") or 0) / 1000),
             repair=told_repairs(await repairs_told(admin)),
+            history=told_history(await history_told(admin)),
         )
         self._rates.add_length(self._reading.at, stream.length if stream else 0)
         if measure:
@@ -234,8 +243,7 @@ class _WorkerMonitor:
         return self._stuck(STUCK_S)
 
     def _stuck(self, longest_s: float) -> list[str]:
-        now = now_ms()
-        ages = [(snapshot.name, (now - snapshot.gauges.tick_ms) / 1000) for snapshot in self._children()]
+        ages = [(snapshot.name, (now_ms() - snapshot.gauges.tick_ms) / 1000) for snapshot in self._children()]
         return [f"{name}: its loop has not turned for {age:.0f} s" for name, age in ages if age > longest_s]
 
     def why_not_ready(self) -> list[str]:

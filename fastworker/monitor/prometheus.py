@@ -12,7 +12,7 @@ from fastworker.monitor.facts import partitions_of
 from fastworker.monitor.reader_port import put_figures
 from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.board import FLUSH_ENTRIES, FLUSH_MS, LATENCY_MS, State, now_ms
-from fastworker.sync.told import RepairStatus
+from fastworker.sync.told import HistoryStatus, RepairStatus
 
 GROUPS_SHOWN: Final = 20
 """Series of a label that others choose: our group and those with the most lag."""
@@ -45,6 +45,8 @@ def _of_redis(figures: Figures, view: View, reading: Reading) -> None:
         figures.set(m.STREAM_BYTES, view.stream_bytes)
     if reading.repair is not None:
         _of_repairs(figures, reading.repair)
+    if reading.history is not None:
+        _of_history(figures, reading.history)
     for outcome in m.OUTCOMES:
         figures.set(m.ENTRIES, reading.ledger.get(outcome, 0), outcome)
     for reason in m.DROPS.closed:
@@ -75,6 +77,19 @@ def _of_repairs(figures: Figures, repair: RepairStatus) -> None:
     for table, truth in repair.tables.items():
         figures.set(m.TRUTH, truth.truth, table)
         figures.set(m.TRUTH_LOW, truth.low, table)
+
+
+def _of_history(figures: Figures, history: HistoryStatus) -> None:
+    m = metrics
+    for state in ("waiting", "fetching", "done", "gone", "refused"):
+        figures.set(m.HISTORY_ACCOUNTS, getattr(history, state), state)
+    figures.set(m.HISTORY_ACCOUNTS_RATE, history.accounts_per_s)
+    figures.set(m.HISTORY_RECORDS_RATE, history.records_per_s)
+    figures.set(m.HISTORY_BYTES_RATE, history.bytes_per_s)
+    if history.left_s is not None or not history.open:
+        figures.set(m.HISTORY_LEFT, history.left_s or 0.0)
+    figures.set(m.HISTORY_RESTING, history.resting_hosts)
+    figures.set(m.HISTORY_PAUSED, history.paused)
 
 
 def _of_processes(figures: Figures, view: View) -> None:

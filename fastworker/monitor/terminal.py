@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fastworker.monitor.facts import DebtStatus, Status
-from fastworker.sync.told import RepairStatus
+from fastworker.sync.told import HistoryStatus, RepairStatus
 
 OWED_LONG_S: Final = 10.0  # what is owed for longer is shown
 TREND: Final = 44  # looks shown as a line
+BAR: Final = 20  # characters of a bar
 _BARS: Final = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
@@ -96,6 +97,24 @@ def _repairs(repair: RepairStatus | None) -> Text:
     return Text(words, style="yellow" if repair.gaps_open or repair.error else "")
 
 
+def history_words(history: HistoryStatus) -> Text:
+    """A bar, then how far it is, how fast, and what holds it back."""
+    full = int(history.share * BAR)
+    words = f"{'█' * full}{'░' * (BAR - full)} {history.share:.1%}, {history.ended:,} of "
+    words += f"{history.ended + history.open:,} accounts, {history.records:,} records"
+    words += f", {history.refused:,} refused" if history.refused else ""
+    if history.open:
+        words += f"; {history.accounts_per_s:,.1f} accounts/s, {history.records_per_s:,.0f} records/s"
+        words += "" if history.left_s is None else f", {_seconds(history.left_s)} left"
+        words += "; lists of accounts are still being read" if history.lists_open else ""
+        words += "; PAUSED" if history.paused else ""
+        if history.resting:
+            few = ", ".join(f"{host} ({_seconds(seconds)})" for host, seconds in list(history.resting.items())[:3])
+            more = history.resting_hosts - 3
+            words += f"; holding back: {few}" + (f" and {more:,} more" if more > 0 else "")
+    return Text(words, style="yellow" if history.open and history.paused else "")
+
+
 def _debts(debts: DebtStatus | None) -> Text:
     """Empty while all is paid in time."""
     if debts is None or (debts.oldest_s <= OWED_LONG_S and not debts.put_back):
@@ -123,7 +142,8 @@ def _overview(status: Status) -> RenderableType:
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gap.at))
         after = "where it was" if gap.after is None else f"{gap.after}"
         table.add_row("gap", Text(f"{day} UTC {gap.relay}: {after} to {gap.resumed}, {gap.reason}", style="yellow"))
-    for name, words in (("repairs", _repairs(status.repair)), ("owed", _debts(status.debts))):
+    history = Text() if status.history is None else history_words(status.history)
+    for name, words in (("repairs", _repairs(status.repair)), ("owed", _debts(status.debts)), ("history", history)):
         if words:
             table.add_row(name, words)
     share = 100 * status.stream_entries / status.stream_entries_max

@@ -13,7 +13,7 @@ from fastworker.process.board import HISTOGRAMS, Snapshot, State
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream.admin import Stream
 from fastworker.stream.letters import Letter
-from fastworker.sync.told import RepairStatus
+from fastworker.sync.told import HistoryStatus, RepairStatus
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +31,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """Of the stream's reader, wherever it runs."""
     reader_age_s: float
     repair: RepairStatus | None = None
+    history: HistoryStatus | None = None
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -32,6 +33,7 @@ from fastworker.process.backoff import Backoff, pause
 from fastworker.process.outage import Outage
 from fastworker.reader.append import append_all
 from fastworker.reader.dashboard import Dashboard
+from fastworker.reader.filter import filter_of
 from fastworker.reader.follow import Follower, until
 from fastworker.reader.levels import Beside, verifying
 from fastworker.reader.receive import Receiver
@@ -40,6 +42,7 @@ from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
 from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StoreWentBack, StreamBroken
+from fastworker.stream.others import other_reader
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +108,8 @@ class _Reader:
         )
         self._dashboard = Dashboard()
         self._receiver = Receiver(settings, self._feed, stats, self._dashboard)
+        others = partial(other_reader, self._redis, settings.stream_key, settings.group)
+        self._receiver.filter = filter_of(settings, others, stats)
         self._follower = Follower(settings, stop, self._feed, stats, self._receiver, self._dashboard, self._stored_seq)
         self._run_id = ""
 
@@ -264,6 +269,8 @@ class _Reader:
             try:
                 await self._feed.renew()
                 await self._feed.watch()
+                if self._receiver.filter is not None:
+                    await self._receiver.filter.look()
                 result = await self._feed.trim()
                 self._stats.trimmed += result.trimmed
                 self._stats.held_by = result.held_by

@@ -16,6 +16,7 @@ from fastworker.event import Commit, ErrorFrame, Event, Identity, Info, Sync, Un
 from fastworker.event.entry import encode_frame_entry, encode_json, encode_native
 from fastworker.event.frame import open_frame, read_frame
 from fastworker.reader.dashboard import Dashboard
+from fastworker.reader.filter import Filter
 from fastworker.reader.gate import SEQ_JUMP, Gate, Jump
 from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import RelayLost, Subscription
@@ -46,6 +47,7 @@ class Receiver:
         self.gap: dict[str, Any] | None = None  # to be recorded with the next seq
         self.events = 0  # frames with a seq: what else comes is no sign of life
         self.verifier: Verifier | None = None
+        self.filter: Filter | None = None
         self._settings = settings
         self._feed = feed
         self._stats = stats
@@ -161,6 +163,10 @@ class Receiver:
             if not event.ops and not event.drops:
                 self._stats.empty += 1
                 return
+            if self.filter is not None and (kept := self.filter.kept(event)) is not event:
+                event, data = kept, None
+                if not event.ops and not event.drops:
+                    return
             if event.ops:
                 self._dashboard.note(event)
         elif not isinstance(event, Sync):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from fastworker.config import Config
 from fastworker.errors import StoreUnavailable, Unreachable
+from fastworker.reader.filter import choosing
 from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.store.admin import finished_seq
@@ -38,11 +39,12 @@ async def read_and_resume(
         except Unreachable as error:
             raise StoreUnavailable(str(error)) from error
 
-    await run_reader(
-        settings,
-        stop,
-        stats=stats,
-        on_tick=on_tick,
-        fallback_seq=fallback_seq if database_url is not None else None,
-        note_floor=note_floor if database_url is not None else None,
-    )
+    async with choosing(settings):
+        await run_reader(
+            settings,
+            stop,
+            stats=stats,
+            on_tick=on_tick,
+            fallback_seq=fallback_seq if database_url is not None else None,
+            note_floor=note_floor if database_url is not None else None,
+        )

@@ -60,7 +60,8 @@ class ReaderStats(msgspec.Struct):
 
     A new connection does not end it, only data do."""
     drops: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Reason), 0))
-    """Whole frames, by reason. The drops of single ops travel with their entry and are counted by the worker."""
+    """Whole frames, by reason, and ops that FASTWORKER_COLLECTIONS and FASTWORKER_ACCOUNTS leave out here. The other
+    drops of single ops travel with their entry and are counted by the worker."""
     verdicts: dict[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(map(str, Verdict), 0))
     """Commits by what their proofs say."""
     unverified: int = 0

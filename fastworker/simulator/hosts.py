@@ -221,6 +221,7 @@ class SimHosts:
     def __init__(self, world: World, *, count: int = 3, packed: bool = True) -> None:
         self._world = world
         self.pdses = [SimPds({}, packed=packed) for _ in range(count)]
+        self._by_did: dict[str, Account] = {}
         self.directory = _Server()
         self.relay = _Server()
         self.moved: dict[str, int] = {}  # DID -> number of its PDS
@@ -263,7 +264,7 @@ class SimHosts:
         for pds in self.pdses:
             pds.accounts.clear()
         for account in self._world.accounts():
-            self.pds(account).accounts[account.did] = account
+            self.pds(account).accounts[account.did] = self._by_did[account.did] = account
 
     def pds(self, account: Account) -> SimPds:
         return self.pdses[self.moved.get(account.did, account.number % len(self.pdses))]
@@ -296,7 +297,8 @@ class SimHosts:
         }
 
     def _account(self, did: str) -> Account | None:
-        return next((account for account in self._world.accounts() if account.did == did), None)
+        found = self._by_did.get(did)
+        return found or next((account for account in self._world.accounts() if account.did == did), None)
 
     async def _document(self, request: web.Request) -> web.StreamResponse:
         did = request.match_info["did"]

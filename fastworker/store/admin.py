@@ -13,6 +13,7 @@ import msgspec
 
 from fastworker.errors import Unreachable
 from fastworker.store.schema_admin import LOST, NOT_CONNECTED, not_connected, why_lost
+from fastworker.store.statements import FOLLOWED
 from fastworker.urls import place_of
 
 CONNECT_SECONDS_MAX = 10.0
@@ -124,6 +125,12 @@ async def finished_seq(database_url: str, stream_key: str, host: str, partitions
             return None
         seq: int | None = await connection.fetchval(_FINISHED, stream_key, host, partitions)
         return seq
+
+
+async def followed(database_url: str, dids: Collection[str]) -> list[str]:
+    """Whom these accounts follow, as far as the tables know. Raises ConfigError and Unreachable."""
+    async with _connection(database_url, "fastworker-reader") as connection:
+        return [row[0] for row in await connection.fetch(FOLLOWED, list(dids))]
 
 
 async def note_floor(database_url: str, streams: Iterable[str], seq: int) -> None:

@@ -15,15 +15,15 @@ from fastworker.table.chosen import choose_accounts
 log = logging.getLogger(__name__)
 
 READ_S: Final = 30.0
-_FOLLOWS: Final = "follows-of:"
+FOLLOWS: Final = "follows-of:"
 
 Followed = Callable[[Sequence[str]], Awaitable[list[str]]]
 
 
 async def read_accounts(chosen: str, followed: Followed) -> int:
     """From now on only these are kept; how many they are. Raises ConfigError, and what `followed` raises."""
-    if chosen.startswith(_FOLLOWS):
-        roots = chosen.removeprefix(_FOLLOWS).split(",")
+    if chosen.startswith(FOLLOWS):
+        roots = chosen.removeprefix(FOLLOWS).split(",")
         dids = frozenset((*roots, *await followed(roots)))
     else:
         dids = _of_file(Path(chosen))

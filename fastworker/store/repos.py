@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CLAIM_S: Final = 120
 RENEW_S: Final = 30.0
 HOST_AT_ONCE: Final = 4
+RESTS_S: Final = 5
+"""A host whose next turn is later than that holds us back."""
 AGAIN_S: Final = (30, 120, 600, 3_600)
 """Pauses after each failure that may pass by itself."""
 _CONNECT_S: Final = 10.0
@@ -34,6 +36,8 @@ _CLAIMS: Final = 0x66777263  # and of the one that orders claims
 
 OPERATOR, REPAIR, SAMPLE, CHOSEN, EVERYBODY = range(5)
 """Priorities: the lower is worked on first."""
+WIDENED: Final = "widened"
+"""The reason of accounts of which more is kept from now on: they are looked at as far back as before."""
 
 
 class Claim(NamedTuple):
@@ -129,18 +133,20 @@ _WIDER: Final = (
     "OR r.collections IS NOT NULL AND NOT coalesce(excluded.collections <@ r.collections, false))"
 )
 _PUT: Final = f"""
-INSERT INTO fastworker.repos AS r (did, host, reason, priority, sweep, want_rev, since_rev, collections)
-SELECT DISTINCT ON (w.did) w.did, $3::text, $4::text, $5::smallint, $6::bigint, nullif(w.rev, ''), $8::text, $9::text[]
+INSERT INTO fastworker.repos AS r (did, host, reason, priority, sweep, want_rev, since_rev, collections, next_at)
+SELECT DISTINCT ON (w.did) w.did, $3::text, $4::text, $5::smallint, $6::bigint, nullif(w.rev, ''), $8::text, $9::text[],
+    CASE WHEN $10::float8 > 0 THEN now() + make_interval(secs => $10::float8) ELSE '-infinity' END
 FROM unnest($1::varchar[], $2::text[]) AS w (did, rev) ORDER BY w.did, w.rev DESC
 ON CONFLICT (did) DO UPDATE SET reason = excluded.reason, sweep = coalesce(excluded.sweep, r.sweep),
     priority = CASE WHEN r.state IN ('waiting', 'fetching') THEN least(r.priority, excluded.priority)
         ELSE excluded.priority END,
     host = coalesce(nullif(excluded.host, ''), r.host), want_rev = greatest(r.want_rev, excluded.want_rev),
-    since_rev = CASE WHEN excluded.since_rev IS NOT NULL AND r.since_rev IS NOT NULL
+    since_rev = CASE WHEN excluded.reason = '{WIDENED}' THEN r.since_rev
+        WHEN excluded.since_rev IS NOT NULL AND r.since_rev IS NOT NULL
         THEN least(r.since_rev, excluded.since_rev) END,
     collections = CASE WHEN excluded.collections IS NOT NULL AND r.collections IS NOT NULL
         THEN ARRAY(SELECT DISTINCT c FROM unnest(r.collections || excluded.collections) AS u (c) ORDER BY c) END,
-    state = 'waiting', attempts = 0, next_at = '-infinity', error = NULL, owner = NULL, queued_at = now()
+    state = 'waiting', attempts = 0, next_at = excluded.next_at, error = NULL, owner = NULL, queued_at = now()
 WHERE $7::boolean OR CASE r.state WHEN 'done' THEN coalesce(excluded.want_rev > r.rev, false) OR {_WIDER}
     WHEN 'refused' THEN true WHEN 'gone' THEN r.ended_at < now() - interval '1 day'
     ELSE excluded.priority < r.priority OR excluded.sweep IS DISTINCT FROM r.sweep OR {_WIDER} END
@@ -197,13 +203,14 @@ class Queue:
         sweep: int | None = None,
         again: bool = False,
         part: Part = WHOLE,
+        after_s: float = 0.0,
     ) -> int:
         """How many are to be fetched. `again`: also those that were done; else only those that have changed since, or
-        of which less was looked at."""
+        of which less was looked at. `after_s`: not before that."""
         if not wanted:
             return 0
         dids, revs = [one.did for one in wanted], [one.rev or "" for one in wanted]
-        return _count(await self.execute(_PUT, dids, revs, host, reason, priority, sweep, again, *part))
+        return _count(await self.execute(_PUT, dids, revs, host, reason, priority, sweep, again, *part, after_s))
 
     async def put_selected(self, select: str, arguments: Sequence[Any], reason: str, sweep: int | None = None) -> int:
         """The accounts that a statement finds, as one transaction. It gives one column."""
@@ -301,7 +308,7 @@ class Queue:
                     if _count(moved) and wanted:
                         dids, revs = [one.did for one in wanted], [one.rev or "" for one in wanted]
                         put = await self._connection.execute(
-                            _PUT, dids, revs, sweep.host, reason, priority, sweep.id, again, *part
+                            _PUT, dids, revs, sweep.host, reason, priority, sweep.id, again, *part, 0.0
                         )
                         await self._connection.execute(
                             "UPDATE fastworker.sweeps SET queued = queued + $2 WHERE id = $1", sweep.id, _count(put)

@@ -210,7 +210,7 @@ class _Part:
             keys = Keys(self._stream_key, group, self._number)
             ours = {_text(name) for name in await self._redis.smembers(keys.consumers)}
             names = [_text(one["name"]) for one in found]
-            leases = await self._redis.mget([keys.consumer_lease(name) for name in names]) if names else []
+            leases = [await self._redis.get(keys.consumer_lease(name)) for name in names]
         consumers = [
             ConsumerState(name, int(one["pending"]), int(one["idle"]), lease is not None, name in ours)
             for name, one, lease in zip(names, found, leases, strict=True)

@@ -68,6 +68,8 @@ class _StreamKeys:
         stream), or with the reason why its newest commit was not enough (FASTWORKER_VERIFY)."""
         self.repair_status: Final = _key("fastworker:repair", *of_stream)
         """String: JSON of what the syncer last told: gaps, repairs, samples; for an hour."""
+        self.history_status: Final = _key("fastworker:history", *of_stream)
+        """String: JSON of how far the history that backfills ask for is; for an hour."""
         self.unverified: Final = _key("fastworker:unverified", *of_stream)
         """Stream: frames (did, frame, relay) whose signature is not by the key that was known; they wait for the newest
         (FASTWORKER_VERIFY)."""

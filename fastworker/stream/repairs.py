@@ -1,4 +1,4 @@
-"""What the syncer leaves and finds in Redis."""
+"""What the syncer and backfills leave and find in Redis."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ async def repairs_told(admin: RedisAdmin) -> bytes | None:
     """None: nothing within an hour. Raises StreamUnavailable."""
     async with translating(admin.redis):
         return cast("bytes | None", await admin.redis.get(admin.keys.repair_status))
+
+
+async def tell_history(admin: RedisAdmin, text: bytes) -> None:
+    """Raises StreamUnavailable."""
+    async with translating(admin.redis):
+        await admin.redis.set(admin.keys.history_status, text, ex=KEPT_S)
+
+
+async def history_told(admin: RedisAdmin) -> bytes | None:
+    """None: nothing within an hour. Raises StreamUnavailable."""
+    async with translating(admin.redis):
+        return cast("bytes | None", await admin.redis.get(admin.keys.history_status))
 
 
 async def cursor_relay(admin: RedisAdmin) -> str | None:

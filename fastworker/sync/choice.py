@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.event.syntax import is_did
-from fastworker.store.repos import CHOSEN, EVERYBODY, Wanted
+from fastworker.store.repos import CHOSEN, EVERYBODY, Queue, Wanted
 from fastworker.sync.hosts import HostError, KnownHost
 from fastworker.sync.lists import read_host, read_repos, relay_of
 from fastworker.sync.many import Scene
@@ -76,7 +76,7 @@ class _Feed:
             for piece in pieces_of(choice.dids):
                 await self._put(piece)
         if choice.known:
-            async for piece in known(scene):
+            async for piece in known(scene.queue):
                 await self._put(piece)
         if choice.follows_of:
             await self._follows(list(choice.follows_of), choice.depth)
@@ -120,10 +120,10 @@ class _Feed:
             await asyncio.sleep(_LOOK_S)
 
 
-async def known(scene: Scene) -> AsyncIterator[list[str]]:
+async def known(queue: Queue) -> AsyncIterator[list[str]]:
     last = ""
     while True:
-        rows = await scene.queue.rows("SELECT did FROM public.users WHERE did > $1 ORDER BY did LIMIT $2", last, PIECE)
+        rows = await queue.rows("SELECT did FROM public.users WHERE did > $1 ORDER BY did LIMIT $2", last, PIECE)
         if not rows:
             return
         yield [row[0] for row in rows if is_did(row[0])]

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from fastworker.config import Config
+from fastworker.config import Config, asks_for_history
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store.repos import EVERYBODY, Queue
 from fastworker.sync.choice import REASON, Choice, feed_of
@@ -42,11 +42,7 @@ _said: set[str] = set()
 
 def asked_for(config: Config) -> Choice | None:
     """What the variables ask for; None: nothing."""
-    if (
-        config.backfill == "off"
-        or config.backfill_days == 0
-        or (config.backfill is None and config.backfill_days is None)
-    ):
+    if not asks_for_history(config):
         return None
     days = config.backfill_days if config.backfill_days is not None and config.backfill_days > 0 else None
     whom = config.backfill or "known"
@@ -87,13 +83,7 @@ async def fetch_some(scene: Scene, report: Report, stop: asyncio.Event) -> None:
             if not await unless_stopped(_awaited(feed), stop):
                 return
             feed = None
-    turn = asyncio.Event()
-    ending = asyncio.create_task(_end_turn(stop, turn))
-    try:
-        await settle_all(scene, report, Work(priority_max=EVERYBODY, tries=TRIES, waits=False), turn, feed=feed)
-    finally:
-        ending.cancel()
-        await asyncio.wait({ending})
+    await a_turn(scene, report, stop, EVERYBODY, feed)
     await _show(scene.queue)
     if not stop.is_set() and await scene.queue.value(_OPEN, REASON) == 0:
         done = await scene.queue.execute(
@@ -101,6 +91,23 @@ async def fetch_some(scene: Scene, report: Report, stop: asyncio.Event) -> None:
         )
         if done.endswith(" 1"):
             log.info("History is done: %s", row["asked"])
+
+
+async def a_turn(
+    scene: Scene,
+    report: Report,
+    stop: asyncio.Event,
+    priority_max: int,
+    feed: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """For TURN_S, or until nothing is left that may be tried now."""
+    turn = asyncio.Event()
+    ending = asyncio.create_task(_end_turn(stop, turn))
+    try:
+        await settle_all(scene, report, Work(priority_max=priority_max, tries=TRIES, waits=False), turn, feed=feed)
+    finally:
+        ending.cancel()
+        await asyncio.wait({ending})
 
 
 def _fed(scene: Scene, everybody: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:

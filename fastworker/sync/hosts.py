@@ -309,6 +309,10 @@ class Hosts:
         plain = f"http://{authority}"
         return plain if plain in self._own else f"https://{authority}"
 
+    def rate(self, authority: str) -> float:
+        """Requests a second that this host gets at most."""
+        return self._rate(authority)
+
     def resting(self) -> list[str]:
         """Hosts that are not asked now."""
         now = time.monotonic()
@@ -558,8 +562,14 @@ def _target(asked: URL, location: str) -> URL:
         raise HostError(HostFault.REFUSED, asked.authority, f"a redirect that is no URL ({error})") from None
 
 
+def without_port(authority: str) -> str:
+    """A host as people name it: an authority of yarl's has the port of https, too."""
+    return authority.removesuffix(":443")
+
+
 def rate_of(host: str) -> float:
     """Requests per second: 3,000 in five minutes is what Bluesky's own hosts stand, of which we take 80 %."""
+    host = without_port(host)
     if host == "plc.directory":
         return 10.0
     return 8.0 if host == "bsky.social" or host.endswith(".host.bsky.network") else 2.0

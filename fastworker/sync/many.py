@@ -26,7 +26,7 @@ import msgspec
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.event.repository import Repository
-from fastworker.store.chosen_accounts import read_accounts
+from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import (
     AGAIN_S,
@@ -45,15 +45,18 @@ from fastworker.stream.consumer import FOREIGN_IDLE_MS
 from fastworker.stream.repairs import cursor_relay
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
 from fastworker.sync.hosts import HostError, Hosts, pds_of
+from fastworker.sync.progress import Teller
 from fastworker.sync.settle import Report, Settle, Settled, unless_stopped
 from fastworker.sync.status import Word
 from fastworker.table.snapshot import Snapshot
 
 LOOK_S: Final = 0.3
+COUNT_S: Final = 2.0
+"""What is left in the queue is counted no more often, while there is work: it may be millions."""
 STALL_S: Final = 120.0  # without progress of the worker
 LIVE_S: Final = 2.0
 """While the oldest unfinished entry is older, history waits."""
-LIVE_PAUSE_S: Final = 10.0  # but never longer than this for one account
+LIVE_PAUSE_S: Final = 10.0  # but never longer than this before one batch
 _SPOOL: Final = "fastworker-repositories-"
 _PASSING: Final = frozenset((Refusal.UNREACHABLE, Refusal.BAD_CAR, Refusal.BAD_ANSWER, Refusal.NO_SPACE, Refusal.STALE))
 _GONE: Final = frozenset((Refusal.GONE,))
@@ -155,6 +158,26 @@ class Live:
             return self._unfinished
 
 
+class Pace:
+    """Live first: entered for each batch of history. It waits while the live stream is behind, and writes for no more
+    than `share` of the time."""
+
+    def __init__(self, live: Live, share: float) -> None:
+        self._live = live
+        self._share = share
+        self._began = self._not_before = 0.0
+
+    async def __aenter__(self) -> None:
+        # mutant: history does not wait for the live stream
+        await self._live.first()
+        await asyncio.sleep(self._not_before - time.monotonic())
+        self._began = time.monotonic()
+
+    async def __aexit__(self, *_: object) -> None:
+        ended = time.monotonic()
+        self._not_before = ended + min((ended - self._began) * (1 / self._share - 1), LIVE_PAUSE_S)
+
+
 def _order(entry_id: str) -> list[int]:
     return [int(part) for part in entry_id.split("-")]
 
@@ -164,7 +187,8 @@ Keep = Callable[[str, Repository, Snapshot, str], Awaitable[None]]
 
 
 class Many:
-    """The engine. `repaired` is told of each account that is equal now, with its S0. `keep`: see Keep."""
+    """The engine. `settle`, and how history is settled: at its pace. `repaired` is told of each account that is equal
+    now, with its S0. `keep`: see Keep."""
 
     def __init__(
         self,
@@ -172,6 +196,7 @@ class Many:
         hosts: Hosts,
         live: Live,
         settle: Settle,
+        history: Settle,
         folder: Path,
         report: Report,
         repaired: Callable[[str, int], Awaitable[None]],
@@ -182,6 +207,7 @@ class Many:
         self._hosts = hosts
         self._live = live
         self._settle = settle
+        self._history = history
         self._folder = folder
         self._report = report
         self._repaired = repaired
@@ -194,12 +220,16 @@ class Many:
             feeding = None if feed is None else tasks.create_task(_awaited(feed))
             renewing = tasks.create_task(self._renew())
             running: set[asyncio.Task[None]] = set()
+            left, due = Left(0, 0, 0.0), 0.0
             while True:
                 running = {task for task in running if not task.done()}
                 room = at_once - len(running)
                 claimed = await self._waiting.claim(room, work.priority_max) if room else []
                 running |= {tasks.create_task(self._account(one, work)) for one in claimed}
-                left = await self._waiting.left(work.priority_max)
+                if not running or time.monotonic() >= due:
+                    began = time.monotonic()
+                    left = await self._waiting.left(work.priority_max)
+                    due = time.monotonic() + max(COUNT_S, 20 * (time.monotonic() - began))
                 self._report.tell(left.waiting + left.fetching, self._hosts.resting())
                 if running:
                     await asyncio.wait(running, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -280,12 +310,11 @@ class Many:
                 await self._waiting.ended(one.did, "spooled", "")
                 self._report.kept()
                 return
-            if one.priority >= CHOSEN:
-                await self._live.first()
+            settle = self._history if one.priority >= CHOSEN else self._settle
             async with self._one:
                 found = await self._account_of(one, mark, document)
-                floor = await self._settle.may_floor() and await self._live.all_are_ours()
-                settled = await self._settle.settle(
+                floor = await settle.may_floor() and await self._live.all_are_ours()
+                settled = await settle.settle(
                     repository, snapshot, accept_older=work.accept_older, floor=floor, part=one.part, result=found
                 )
             size = repository.size
@@ -352,6 +381,8 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             hosts.share(queue)
             if config.accounts is not None:
                 await read_accounts(config.accounts, queue.followed)
+                reading = asyncio.create_task(keep_reading(config.accounts, queue.followed))
+                stack.callback(reading.cancel)
             folder = stack.enter_context(spool())
             yield Scene(config, admin, Live(admin, config), stored, store, queue, hosts, folder)
     except (StoreUnavailable, StreamUnavailable) as error:
@@ -378,15 +409,37 @@ async def settle_all(
             await repaired(did, seq)
 
     waiting: Waiting = scene.queue if only is None else only
-    settle = Settle(scene.stored, scene.store if only is None else None)
-    many = Many(waiting, scene.hosts, scene.live, settle, scene.folder, report, forget, keep)
+    store = scene.store if only is None else None
+    settle = Settle(scene.stored, store)
+    history = Settle(scene.stored, store, Pace(scene.live, scene.config.backfill_share))
+    many = Many(waiting, scene.hosts, scene.live, settle, history, scene.folder, report, forget, keep)
+    telling = None
+    if only is None and work.priority_max >= CHOSEN:
+        telling = asyncio.create_task(_keep_telling(scene))
     try:
         if not await unless_stopped(many.all(work, scene.config.fetch_at_once, feed), stop):
             report.stop()
             await waiting.give_back()
     except* (StoreUnavailable, StreamUnavailable, Unreachable, ConfigError) as group:
         raise _first(group) from None
+    finally:
+        if telling is not None:
+            telling.cancel()
+            await asyncio.wait({telling})
     return report.end()
+
+
+async def _keep_telling(scene: Scene) -> None:
+    """How far history is, for status, page and metrics; once more at the end."""
+    teller = Teller()
+    try:
+        while True:
+            with contextlib.suppress(StoreUnavailable, StreamUnavailable):
+                await teller.tell(scene.admin, scene.queue)
+            await asyncio.sleep(1.0)
+    finally:
+        with contextlib.suppress(StoreUnavailable, StreamUnavailable):
+            await teller.tell(scene.admin, scene.queue, at_once=True)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Final
 
@@ -72,11 +73,14 @@ class Settled(msgspec.Struct):
 
 
 class Settle:
-    """`store` None: only look."""
+    """`store` None: only look. `pace`: entered for each batch that is written, so that others have their turn."""
 
-    def __init__(self, stored: Stored, store: Store | None) -> None:
+    def __init__(
+        self, stored: Stored, store: Store | None, pace: AbstractAsyncContextManager[object] | None = None
+    ) -> None:
         self._stored = stored
         self._store = store
+        self._pace = pace or nullcontext()
 
     async def settle(
         self,
@@ -220,7 +224,8 @@ class Settle:
         for change in changes:
             batch.put(Mapped([change], piece.dids.get(change.uri, []), []))
         try:
-            result.written += (await self._store.write(batch)).rows
+            async with self._pace:
+                result.written += (await self._store.write(batch)).rows
         except RowRejected:
             if len(changes) == 1:  # the database refuses this one: its siblings live
                 result.drops["row_rejected"] += 1

@@ -2,8 +2,8 @@
 
 In rounds: what events asked for (#sync, broken chains), what a gap may have cost, what a sample found, are accounts in
 `fastworker.repos`; they are fetched and settled, by priority. Then, if it is time, one random account is compared, and
-history that was asked for goes on for a minute (sync/history.py). Any number of syncers share one database. Nothing is
-kept in memory: a killed one's work is done by the next.
+history that was asked for goes on for a minute (sync/history.py, sync/widen.py). Any number of syncers share one
+database. Nothing is kept in memory: a killed one's work is done by the next.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from fastworker.config import Config
-from fastworker.errors import ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, StreamUnavailable, Unreachable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.redact import redact
 from fastworker.store.repos import REPAIR, SAMPLE, Queue, Wanted, open_queue
@@ -26,9 +26,11 @@ from fastworker.sync.history import fetch_some, is_wanted
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
+from fastworker.sync.progress import Teller
 from fastworker.sync.sampling import Looked, draw, draw_active, look_twice
 from fastworker.sync.settle import Report, Settled
 from fastworker.sync.tell import repair_status
+from fastworker.sync.widen import Widening, fetch_widened
 
 log = logging.getLogger(__name__)
 
@@ -90,14 +92,14 @@ async def run_syncer(config: Config, stop: asyncio.Event, *, hosts: Hosts | None
         "FASTWORKER_SYNC=off switches it off (docs/repair.md)",
         redact(config.plc_url),
     )
-    backoff, waits_for = Backoff(1.0, 60.0), ""
+    backoff, waits_for, teller, widening = Backoff(1.0, 60.0), "", Teller(), Widening(config)
     while not stop.is_set():
         try:
-            await _round(config, stop, hosts)
+            await _round(config, stop, hosts, teller, widening)
             backoff.reset()
             waits_for = ""
             await pause(ROUND_S, stop)
-        except (Unreachable, StoreUnavailable, StreamUnavailable) as error:
+        except (Unreachable, StoreUnavailable, StreamUnavailable, ConfigError) as error:
             if str(error) != waits_for:
                 waits_for = str(error)
                 log.info("Repairs wait: %s", waits_for)
@@ -108,15 +110,16 @@ async def run_syncer(config: Config, stop: asyncio.Event, *, hosts: Hosts | None
             await pause(AFTER_A_BUG_S, stop)
 
 
-async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None) -> None:
+async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None, teller: Teller, widening: Widening) -> None:
     url = config.require_database_url("worker")
     async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-sync") as admin:
         async with open_queue(url) as queue:
             has_work = await queue.value(_HAS_WORK) or await admin.gaps() or await admin.recorded_repairs()
             is_due = await _is_due(queue, config)
-            has_history = await is_wanted(queue, config)
+            has_history, is_wider = await is_wanted(queue, config), await widening.look(queue)
             await _tell(admin, queue, [])
-        if not has_work and not is_due and not has_history:
+            await teller.tell(admin, queue)
+        if not (has_work or is_due or has_history or is_wider):
             return
         async with opened(config, "sync", hosts, reads_only=False) as scene:
             if has_work:
@@ -125,6 +128,8 @@ async def _round(config: Config, stop: asyncio.Event, hosts: Hosts | None) -> No
                 await _sample(scene, stop)
             if has_history and not stop.is_set():
                 await fetch_some(scene, _Log(), stop)
+            if is_wider and not stop.is_set():
+                await fetch_widened(scene, _Log(), stop)
             await _tell(admin, scene.queue, scene.hosts.resting())
 
 

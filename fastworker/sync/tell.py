@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from fastworker.store.repos import SAMPLE, Queue
+from fastworker.sync.hosts import without_port
 from fastworker.sync.sampling import truth_of
 from fastworker.sync.told import Mended, RepairStatus, TableTruth
 
@@ -46,7 +47,7 @@ async def repair_status(queue: Queue, resting: list[str], error: str = "") -> Re
     for host, tables, _ in samples:
         for table, counts in tables.items():
             _add(by_table, table, counts)
-            _add(by_host, "bsky.network" if host.endswith(_OWN) else "others", counts)
+            _add(by_host, "bsky.network" if without_port(host).endswith(_OWN) else "others", counts)
     return RepairStatus(
         at=time.time(),
         gaps_open=gaps[0],

@@ -43,3 +43,38 @@ class RepairStatus(msgspec.Struct, frozen=True, kw_only=True):
     examples: Annotated[list[str], Meta(description="Some of the newest differences that samples found.")]
     resting: Annotated[list[str], Meta(description="Hosts that are left alone for a while.")]
     error: Annotated[str, Meta(description="What the syncer waits for; empty when it works.")] = ""
+
+
+class HistoryStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the history that backfills ask for is (docs/history.md): of all processes that work on it together."""
+
+    at: Annotated[float, Meta(description="When this was written, Unix time.")]
+    waiting: Annotated[int, Meta(description="Accounts that wait to be fetched.")]
+    fetching: Annotated[int, Meta(description="Accounts that are being fetched and written.")]
+    done: Annotated[int, Meta(description="Accounts whose rows are as their repositories were.")]
+    gone: Annotated[int, Meta(description="Accounts of which no host has a repository; their rows stay.")]
+    refused: Annotated[int, Meta(description="Accounts that were given up; `fastworker.repos.error` says why.")]
+    records: Annotated[int, Meta(description="Records of the accounts that are done.")]
+    share: Annotated[float, Meta(description="Of the accounts ever asked for, those at their end: 0 to 1.")]
+    accounts_per_s: Annotated[float, Meta(description="Accounts that came to their end, over the last five minutes.")]
+    records_per_s: Annotated[float, Meta(description="Records compared and written, over the last five minutes.")]
+    bytes_per_s: Annotated[float, Meta(description="Bytes of repositories, over the last five minutes.")]
+    left_s: Annotated[
+        float | None, Meta(description="Seconds left at this rate; null: nothing is left, or nobody knows.")
+    ]
+    lists_open: Annotated[
+        int, Meta(description="Lists of accounts that are still being read: more accounts will come.")
+    ]
+    paused: Annotated[bool, Meta(description="`fastworker backfill --pause`: it waits until `--resume`.")]
+    resting: Annotated[
+        dict[str, float], Meta(description="Hosts that hold it back, and for how many seconds; the longest five.")
+    ]
+    resting_hosts: Annotated[int, Meta(description="How many such hosts there are.")]
+
+    @property
+    def ended(self) -> int:
+        return self.done + self.gone + self.refused
+
+    @property
+    def open(self) -> int:
+        return self.waiting + self.fetching

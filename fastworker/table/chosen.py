@@ -36,8 +36,21 @@ def choose_accounts(dids: frozenset[str] | None) -> None:
     _accounts = dids
 
 
+def chosen_accounts() -> frozenset[str] | None:
+    """None: everybody."""
+    return _accounts
+
+
 def is_account_left_out(did: str) -> bool:
     return _accounts is not None and did not in _accounts
+
+
+def added_to(before: Sequence[str], now: Sequence[str]) -> tuple[str, ...] | None:
+    """Patterns of `now` that hold more than `before` (none of either: all). None: everything is added."""
+    if not now:
+        return None if before else ()
+    is_there = _matching(tuple(before)) if before else None
+    return tuple(one for one in now if is_there is not None and not is_there(one))
 
 
 def is_choosing() -> bool:

@@ -38,7 +38,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),
     (r"^(self\._?)?(connection|conn|db|pool|pg|_cursor|transaction)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
-    (r"^(_MENDERS\[check\.mend\]|once|self\.on_step|self\._repaired)\(", "our own coroutine, chosen at run time"),
+    (r"^(_MENDERS\[check\.mend\]|once|self\.on_step|self\._repaired|self\._others)\(", "our own coroutine, chosen at run time"),
     (r"^outage\.sent\(.* if plan\.outage else stopping\.wait\(\)$", "our own event; the demonstration's own servers"),
     (r"^redis\.connection_pool\.disconnect", "closes transports without waiting for the peer"),
     (r"^stack\.enter_async_context\(", "our own context managers; the pool with its timeout"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
-import subprocess
-import sys
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +19,17 @@ from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from fastworker.stream.admin import open_redis
+from fastworker.sync import many
 from fastworker.sync.choice import Choice
 from fastworker.table.chosen import Part
-from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
-from tests.services import ROOT, Service, environment
-
-RATE = 20.0
-_PROCESS = """
-import asyncio, json, os, sys
-from fastworker.commands.backfill import backfill
-from fastworker.sync.choice import Choice
-from fastworker.config import parse_config
-from fastworker.sync.hosts import Bounds, Hosts
-told = json.loads(sys.argv[1])
-async def main():
-    bounds = Bounds(idle_s=5, wait_max_s=30)
-    async with Hosts(told["plc"], own=frozenset(told["own"]), bounds=bounds, rate=lambda _: told["rate"]) as hosts:
-        return await backfill(parse_config(os.environ), Choice(known=True), asyncio.Event(), hosts=hosts)
-sys.exit(asyncio.run(main()))
-"""
+from tests.integration.test_repairs import GROUP, STREAM, Scene, scene, worker  # noqa: F401 - fixtures
+from tests.services import Service
 
 
 def config_of(scene: Scene) -> Config:
     env = {"REDIS_URL": scene.config.redis_url, "DATABASE_URL": scene.config.database_url or ""}
     return parse_config({**env, "RELAY_URL": scene.sim.relay.url.replace("http", "ws")})
-
-
-def process(scene: Scene) -> subprocess.Popen[bytes]:
-    told = {"plc": scene.sim.directory.url, "own": sorted(scene.sim.own), "rate": RATE}
-    env = {"REDIS_URL": scene.config.redis_url, "DATABASE_URL": scene.config.database_url or ""}
-    return subprocess.Popen(
-        [sys.executable, "-c", _PROCESS, json.dumps(told)],
-        env=environment(env),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
 
 
 async def chosen(scene: Scene, **choice: Any) -> ExitCode:
@@ -65,36 +39,6 @@ async def chosen(scene: Scene, **choice: Any) -> ExitCode:
 async def states(pg: asyncpg.Connection) -> dict[str, int]:
     rows = await pg.fetch("SELECT state, count(*) FROM fastworker.repos GROUP BY state")
     return {row["state"]: row["count"] for row in rows}
-
-
-async def test_killed_processes_share_the_work_and_go_on(scene: Scene, worker: Service, pg: asyncpg.Connection) -> None:
-    scene.happen(450, lose=lambda n: n % 3 == 0)
-    await scene.finished()
-    known = {one.did for one in scene.network.world.accounts()}
-    for did in known:
-        await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid') ON CONFLICT DO NOTHING", did)
-    asked, killed = 3, 0
-    running = [process(scene), process(scene)]
-    async with asyncio.timeout(120):
-        while any(one.poll() is None for one in running):
-            await asyncio.sleep(0.02)
-            if sum(len(pds.asked) for pds in scene.sim.pdses) >= asked and killed < 2:
-                running[0].send_signal(signal.SIGKILL)
-                running[0].communicate()
-                killed, asked = killed + 1, asked + 3
-                running = [running[1], process(scene)]
-    for one in running:
-        assert one.communicate()[1] is not None
-        assert one.returncode == ExitCode.DONE
-    assert killed == 2
-    found = await states(pg)
-    assert found["done"] >= len(known)
-    assert not found.get("waiting")
-    assert not found.get("fetching")
-    assert await scene.differences(pg) == "no difference"
-    for server in (*scene.sim.pdses, scene.sim.directory):
-        assert server.most_in(2.0) <= RATE * 2 + RATE + 1
-    assert worker.process.poll() is None
 
 
 async def test_a_gap_is_closed_by_the_relays_list(
@@ -138,7 +82,16 @@ async def test_choices(
     pg: asyncpg.Connection,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    first: list[int] = []
+    wait = many.Live.first
+
+    async def counted(live: many.Live) -> None:
+        first.append(1)
+        await wait(live)
+
+    monkeypatch.setattr(many.Live, "first", counted)
     scene.happen(400, lose=lambda n: n % 2 == 0)
     accounts = scene.network.world.accounts()
     file = tmp_path / "dids"
@@ -164,8 +117,27 @@ async def test_choices(
     assert await chosen(scene, collection="app.bsky.feed.like") == ExitCode.DONE
     assert await chosen(scene, everybody=True) == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
+    capsys.readouterr()
+    assert await history.show(config_of(scene), hosts=scene.hosts) == ExitCode.DONE
+    assert "100.0%, " in capsys.readouterr().out
+    assert first  # batches of history wait for the live stream, those of repairs do not
+    first.clear()
+    scene.happen(60, lose=lambda _: True)
+    assert await scene.repair() == ExitCode.DONE
+    assert await scene.differences(pg) == "no difference"
+    assert not first
+    told: Any = json.loads(scene.client.get("fastworker:history") or b"")
+    assert (told["share"], told["waiting"], told["paused"], told["left_s"]) == (1.0, 0, False, None)
     assert (await history.estimate(config_of(scene), Choice(everybody=True), hosts=scene.hosts)) == ExitCode.DONE
-    assert f"accounts  {len(accounts):,}\n" in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert f"accounts  {len(accounts):,}\n" in words
+    for pds in scene.sim.pdses:
+        assert re.search(rf"{pds.url.removeprefix('http://')} +{len(pds.accounts)} +at most 100 +0 s", words)
+    assert await history.estimate(config_of(scene), Choice(dids=file), hosts=scene.hosts) == ExitCode.DONE
+    words = " ".join(capsys.readouterr().out.split())
+    assert "accounts 2 to fetch" in words
+    assert f"{scene.sim.directory.url.removeprefix('http://')}" not in words  # of this configuration: plc.directory
+    assert "plc.directory 2 at most 100" in words
 
 
 async def test_more_than_before_is_looked_at_again(postgres_url: str, pg: asyncpg.Connection) -> None:
@@ -200,6 +172,41 @@ async def test_history_that_is_paused_waits_and_repairs_do_not(scene: Scene, pg:
         assert [one.did for one in await queue.claim(5, CHOSEN)] == ["did:plc:b"]
         assert await history.pause(config_of(scene), is_paused=False, hosts=scene.hosts) == ExitCode.DONE
         assert [one.did for one in await queue.claim(5, CHOSEN)] == ["did:plc:a"]
+
+
+async def test_live_goes_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the load decides, but how old the oldest unfinished entry is: taken is not finished."""
+    client, old = scene.client, int(time.time() * 1_000) - 5_000
+    client.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    for number in range(2):
+        client.xadd(STREAM, {"a": "b"}, id=f"{old}-{number}")
+
+    async def a_batch(pace: many.Pace, seconds: float = 0.0) -> float:
+        began = time.monotonic()
+        async with pace:
+            await asyncio.sleep(seconds)
+        return time.monotonic() - began
+
+    async with open_redis(scene.config.redis_url, STREAM, client_name="test") as admin:
+        pace = many.Pace(many.Live(admin, scene.config), 1.0)
+        batch = asyncio.create_task(a_batch(pace))
+        client.xreadgroup(GROUP, "one", {STREAM: ">"})
+        client.xack(STREAM, GROUP, f"{old}-0")
+        await asyncio.sleep(3 * many.LOOK_S)
+        assert not batch.done()
+        client.xack(STREAM, GROUP, f"{old}-1")
+        async with asyncio.timeout(5):
+            await batch
+        client.xadd(STREAM, {"a": "b"})
+        await asyncio.sleep(2 * many.LOOK_S)  # younger than two seconds: nobody waits
+        assert await a_batch(pace) < many.LIVE_S
+        monkeypatch.setattr(many, "LIVE_S", 0.0)
+        monkeypatch.setattr(many, "LIVE_PAUSE_S", 0.5)
+        assert 0.5 <= await a_batch(pace) < 5  # nor for ever
+        monkeypatch.undo()
+        quarter = many.Pace(many.Live(admin, scene.config), 0.25)
+        await a_batch(quarter, 0.1)
+        assert await a_batch(quarter) >= 0.28
 
 
 async def test_turns_of_a_host_are_shared(postgres_url: str) -> None:

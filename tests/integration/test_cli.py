@@ -30,7 +30,7 @@ from fastworker.event.recording import write_frames
 from fastworker.metrics import OF_SYNCER, PARTITION_LAG, READER_METRICS, WORKER_METRICS
 from fastworker.simulator.network import Network
 from fastworker.stream.keys import Keys
-from fastworker.sync.told import Mended, RepairStatus, TableTruth
+from fastworker.sync.told import HistoryStatus, Mended, RepairStatus, TableTruth
 from tests import replies
 from tests.servers import RedisUnderTest
 from tests.services import Service, get, run, until
@@ -56,6 +56,25 @@ REPAIRS = RepairStatus(
     resting=[],
 )
 """As a syncer tells it."""
+HISTORY = HistoryStatus(
+    at=time.time(),
+    waiting=600,
+    fetching=8,
+    done=380,
+    gone=10,
+    refused=2,
+    records=165_300,
+    share=0.392,
+    accounts_per_s=4.0,
+    records_per_s=1_740.0,
+    bytes_per_s=640_000.0,
+    left_s=152.0,
+    lists_open=1,
+    paused=False,
+    resting={"slow.example.com": 240.0},
+    resting_hosts=1,
+)
+"""As a backfill tells it."""
 
 
 @pytest.fixture
@@ -259,8 +278,24 @@ def test_worker_from_entry_to_row_and_what_it_tells_meanwhile(
     assert not [one for one in held if "socket:" in one or "eventpoll" in one]
 
     client.set(Keys().repair_status, msgspec.json.encode(REPAIRS), ex=3_600)
+    client.set(Keys().history_status, msgspec.json.encode(HISTORY), ex=3_600)
     client.set(Keys().partitions, "2 2")
     until(lambda: _families(port) == known)
+    scraped = get(port, "/metrics")[1]
+    assert 'fastworker_history_accounts{state="waiting"} 600.0' in scraped
+    assert "fastworker_history_left_seconds 152.0" in scraped
+    cards = {card["title"]: card["value"] for card in json.loads(get(port, "/status.json")[1])["cards"]["History"]}
+    assert cards == {
+        "history done": "39.2%",
+        "accounts open": 608,
+        "history": 1_740.0,
+        "history is done in": 152.0,
+        "hosts that hold back": 1,
+        "accounts given up": 2,
+    }
+    words = " ".join(run("status", REDIS_URL=redis_url).stdout.split())
+    assert "39.2%, 392 of 1,000 accounts, 165,300 records, 2 refused; 4.0 accounts/s" in words
+    assert "3 min left; lists of accounts are still being read; holding back: slow.example.com (4 min)" in words
 
     started = time.monotonic()
     assert worker.stop() == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from yarl import URL
 
 from fastworker.errors import ConfigError
 from fastworker.event import proof
@@ -24,7 +25,7 @@ from fastworker.simulator.world import Account
 from fastworker.sync import hosts as edge
 from fastworker.sync import many
 from fastworker.sync.fetch import NotFetched, Refusal, fetched
-from fastworker.sync.hosts import Bounds, HostError, HostFault, Hosts, pds_of
+from fastworker.sync.hosts import Bounds, HostError, HostFault, Hosts, pds_of, rate_of
 
 BOUNDS = Bounds(
     idle_s=0.4, total_s=5.0, window_s=0.2, least_bytes=10_000, bytes_max=4_000_000, wait_max_s=2.0, connect_s=1.0
@@ -422,6 +423,13 @@ async def test_the_directory_is_never_left_alone_for_a_day(
             await asyncio.sleep(0.15)
         del sim.documents[account.did]
         assert (await hosts.document(account.did))["id"] == account.did
+
+
+def test_rates_are_by_the_name_of_the_host() -> None:
+    """As the client asks for them: an authority has the port, also that of https."""
+    names = {"plc.directory": 10.0, "bsky.social": 8.0, "morel.us-east.host.bsky.network": 8.0, "pds.example.com": 2.0}
+    for name, rate in names.items():
+        assert rate_of(name) == rate_of(URL(f"https://{name}/xrpc").authority) == rate
 
 
 def test_two_that_start_at_once_keep_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
 from fastworker.stream import feed, members
 from fastworker.stream.scripts import script
-from fastworker.sync import gaps, history, syncer, tell
+from fastworker.sync import gaps, history, progress, syncer, tell, widen
 from fastworker.table.schema import (
     DERIVED,
     FEED_GENERATORS,
@@ -241,7 +241,7 @@ def worker_statements() -> list[tuple[str, list[Any] | None]]:
     found = [
         text for text in constants if not re.search(r"\{\w+\}", text) and re.match("SELECT|INSERT|UPDATE|DELETE", text)
     ]
-    for module in (repos, gaps, tell, syncer, history):  # of the syncer
+    for module in (repos, gaps, tell, progress, syncer, history, widen):  # of the syncer
         mine = [value for name, value in vars(module).items() if name.startswith("_") and isinstance(value, str)]
         found += [text for text in mine if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)]
     found += [*sql.CIDS.values()]

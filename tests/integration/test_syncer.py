@@ -21,11 +21,12 @@ import pytest
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError
 from fastworker.simulator.hosts import SimHosts
-from fastworker.sync import sampling, syncer
+from fastworker.sync import sampling, syncer, widen
 from fastworker.sync.choice import Choice
 from fastworker.sync.history import asked_for
 from fastworker.sync.syncer import run_syncer
-from tests.integration.test_repairs import Scene, scene, worker  # noqa: F401 - fixtures
+from fastworker.table.chosen import choose, choose_accounts
+from tests.integration.test_repairs import GROUP, STREAM, Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import Service, get
 
 
@@ -318,7 +319,11 @@ async def test_a_worker_has_a_syncer_unless_it_is_switched_off(
         "RELAY_URL": scene.sim.relay.url.replace("http", "ws"),
         "FASTWORKER_SAMPLE_PER_HOUR": "0",
     }
+    env |= {"BACKFILL_DAYS": "-1", "BACKFILL_BATCH_SIZE": "5", "BACKFILL_DB_POOL_SIZE": "2"}  # an old .env.backfill
     on = services("worker", FASTWORKER_SYNC="on", **env)
+    for name in ("BACKFILL_BATCH_SIZE", "BACKFILL_DB_POOL_SIZE"):
+        on.wait_for(rf"{name} has no effect here: history is as fast as")
+    on.wait_for("History begins: FASTWORKER_BACKFILL=known BACKFILL_DAYS=-1")
     on.wait_for(r"syncer \(pid \d+\) is ready")
     on.wait_for("FASTWORKER_SYNC is on: repositories are asked for")
     port = int(on.wait_for(r"HTTP on http://127\.0\.0\.1:(\d+)")[1])
@@ -335,6 +340,7 @@ async def test_a_worker_has_a_syncer_unless_it_is_switched_off(
     assert "Equal to the network" in (await asyncio.to_thread(get, port, "/status.json"))[1]
     assert on.stop() == 0
     off = services("worker", **env)
+    off.wait_for("BACKFILL_DAYS and FASTWORKER_BACKFILL have no effect: ")
     off.wait_for(r"monitor \(pid \d+\) is ready")
     assert off.stop() == 0
     assert not any("syncer" in line or "FASTWORKER_SYNC is" in line for line in off.lines)
@@ -369,6 +375,65 @@ async def test_history_that_the_environment_asks_for_is_fetched_once(
     async with syncing(scene, backfill_days=30):
         await asyncio.sleep(2)
     assert sum(len(pds.asked) for pds in scene.sim.pdses) == asked
+
+
+async def test_what_is_added_to_the_choice_is_fetched(
+    scene: Scene,
+    services: Callable[..., Service],
+    pg: asyncpg.Connection,
+    redis_url: str,
+    postgres_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Narrow, run, widen: at the end the tables are those of the wide choice."""
+    monkeypatch.setattr(widen, "ALL_HAVE_READ_S", 0.2)
+    narrow = ("app.bsky.graph.*", "app.bsky.feed.like")
+    file = tmp_path / "accounts"
+    scene.client.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+
+    async def run(collections: tuple[str, ...], events: int) -> None:
+        """A worker and a syncer with this choice, until nothing that was added is left."""
+        env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_ACCOUNTS": str(file)}
+        env |= {"FASTWORKER_COLLECTIONS": ",".join(collections), "FASTWORKER_HTTP_PORT": "off"}
+        worker = services("worker", FASTWORKER_PROCESSES="1", FASTWORKER_KEEP_SECONDS="0", **env)
+        worker.wait_for(r"worker-0 \(pid \d+\) is ready")
+        choose(collections)
+        scene.happen(events)
+        await scene.finished()
+        async with syncing(scene, collections=collections, accounts=str(file)):
+
+            async def is_settled() -> bool:
+                row = await pg.fetchrow("SELECT collections, is_widening FROM fastworker.backfill")
+                many = await pg.fetchval("SELECT count(*) FROM fastworker.kept_accounts")
+                assert row is not None
+                return (row["collections"], row["is_widening"], many) == (list(collections), False, len(chosen))
+
+            await until(is_settled)
+        assert worker.stop() == 0
+
+    try:
+        scene.happen(250)
+        everybody = [one.did for one in scene.network.world.accounts()]
+        chosen = everybody[:6]
+        file.write_text("\n".join(chosen))
+        await run(narrow, 50)
+        assert await pg.fetchval("SELECT count(*) FROM posts") == 0
+        assert not scene.sim.counts  # a first choice is no history
+        await run((*narrow, "app.bsky.feed.*"), 50)
+        asked = [path for pds in scene.sim.pdses for _, path in pds.asked if path.endswith("getRepo")]
+        assert len(asked) == len(chosen)
+        authors = {row[0] for row in await pg.fetch("SELECT DISTINCT author_did FROM posts")}
+        assert len(authors) > 1
+        assert authors <= set(chosen)
+        await run((), 50)
+        chosen = [one.did for one in scene.network.world.accounts()]
+        file.write_text("\n".join(chosen))
+        await run((), 0)
+    finally:
+        choose(())
+        choose_accounts(None)
+    assert await scene.differences(pg) == "no difference"
 
 
 @pytest.mark.parametrize(

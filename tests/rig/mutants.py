@@ -75,6 +75,8 @@ _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
 CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
 OF_HOSTS = "tests/integration/test_hosts.py"
+OF_BACKFILL, OF_FILTER = (f"tests/integration/test_{name}.py" for name in ("backfill", "reader_filter"))
+_FILTER = "fastworker/reader/filter.py"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
@@ -214,6 +216,10 @@ MUTANTS = [
         "return not is_left_out(collection)",
     ),
     _mutant("accounts are not left out", _MAPPER, "tests/integration/test_accounts.py", "is_stranger = False"),
+    # history beside the live stream, and what is left out before it
+    _mutant("history does not wait for the live stream", "fastworker/sync/many.py", OF_BACKFILL, "pass"),
+    _mutant("the reader filters what others read", _FILTER, OF_FILTER, "if False:"),
+    _mutant("the reader leaves deletes out", _FILTER, OF_FILTER, "ops = [op for op in commit.ops if not (is_stranger or is_left_out(op.collection))]"),
     # bulk loads
     _mutant(
         "bulk loses an index",

@@ -428,7 +428,7 @@ def test_a_search_for_what_costs_more_than_its_bytes() -> None:
 def test_ten_minutes_of_searching_for_cost() -> None:
     count = search(int(time.time() * 1000), float(os.environ.get("FUZZ_SECONDS", "600")))
     sys.stdout.write(f"{count:,} guesses\n")
-    assert count > 100
+    assert count > 50
 
 
 def test_few_searches_of_a_block_for_links(monkeypatch: pytest.MonkeyPatch) -> None:

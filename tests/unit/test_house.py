@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import fastworker
+from fastworker.store.migrate import packaged
 
 ROOT = Path(fastworker.__file__).parent
 CLASS_MAX, FUNCTION_MAX = 300, 60  # lines
@@ -50,6 +51,12 @@ def test_the_command_line_imports_no_client() -> None:
     code = "import sys, fastworker.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert not {"aiohttp", "asyncio", "asyncpg", "redis", "rich", "uvloop"} & set(done.stdout.split())
+
+
+def test_each_migration_has_a_number_of_its_own() -> None:
+    """Two branches may take the same next one: each passes alone, and no database can be migrated with both."""
+    numbers = sorted(int(path.name.partition("_")[0]) for path in (ROOT / "store" / "migrations").glob("*.sql"))
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 def test_no_unit_outgrows_its_room() -> None:
@@ -121,7 +128,7 @@ def test_nothing_cites_a_document_that_is_not_here() -> None:
     assert found == []
 
 
-def test_migrations_are_numbered_one_by_one() -> None:
-    """Two branches that both take the next number break every database."""
-    numbers = [int(path.name[:4]) for path in sorted((ROOT / "store" / "migrations").glob("*.sql"))]
-    assert numbers == list(range(1, len(numbers) + 1))
+def test_every_migration_has_a_number_of_its_own() -> None:
+    """One of two with the same number would never be applied."""
+    numbers = [migration.number for migration in packaged()]
+    assert numbers == sorted(set(numbers))

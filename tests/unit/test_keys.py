@@ -37,6 +37,7 @@ def test_the_usual_stream_and_group() -> None:
         "fastworker:given",
         "fastworker:go-back",
         "fastworker:held",
+        "fastworker:history",
         "fastworker:ledger",
         "fastworker:marks",
         "fastworker:members",
