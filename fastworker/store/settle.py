@@ -305,8 +305,9 @@ async def _write(
                 raise Contended(f"{table.name}: another writer put {member.uri} elsewhere")
             else:
                 new.refused(pair)
+    puts = twin_rows(table, new)
     # mutant: twins never stored
-    if puts := twin_rows(table, new):
+    if puts:
         await db.execute(sql.TWINS_PUT, puts)
     for uri in new.applied:
         del pending[uri]
