@@ -19,6 +19,11 @@ from bench.servers import SETTINGS, Servers, command, cpu_s, environment, fill, 
 from fastworker.commands.tune import Extent
 
 HOT = "SELECT n_tup_hot_upd / nullif(n_tup_upd, 0)::float8 FROM pg_stat_user_tables WHERE relname = 'post_aggregations'"
+OWES = (
+    "SELECT EXISTS (SELECT FROM fastworker.debts) OR EXISTS (SELECT FROM fastworker.notes) "
+    "OR EXISTS (SELECT FROM fastworker.recheck)"
+)
+PAID_LIMIT_S = 120.0
 WAL = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"
 
 
@@ -68,6 +73,9 @@ async def drain(running: Servers, folder: Path, form: str, events: int, settings
             "redis": cpu_s(running.redis.pid) - before["redis"],
             "postgres": cpu_s(running.postgres.pid) - before["postgres"],
         }
+        async with asyncio.timeout(PAID_LIMIT_S):  # it ends when nothing is owed
+            while await connection.fetchval(OWES):
+                await asyncio.sleep(0.05)
     seconds = ended - began
     written = await connection.fetchval(WAL) - wal
     async with Redis.from_url(running.redis.url) as redis:

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
+from typing import Any
 
-from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
 from fastworker.store.session import Connection
 from fastworker.store.writer import Writer, columns
 from fastworker.table.batch import TimedAccount, TimedIdentity
 
 
-async def put_accounts(db: Connection, accounts: dict[str, list[TimedAccount]]) -> None:
-    """The newest event of each relay, of these the latest, and the highest deletion, which beats older records.
+def account_arguments(accounts: dict[str, list[TimedAccount]]) -> dict[str, Any]:
+    """Arguments of `fastworker.first`: #account events, and of each account the highest deletion.
 
-    Takes the lock of the account's row first: it orders the writers of one account.
+    The newest event of each relay is kept, of these the latest counts; a deletion beats older records. The lock of the
+    account's row, which is taken first, orders the writers of one account.
     """
     events = [
         (did, e.event.relay or "", e.event.seq, e.at, e.event.active, e.event.status)
         for did, some in sorted(accounts.items())
         for e in some
     ]
-    arrays = columns(events)
-    await db.execute(sql.ACCOUNTS_LOCK, *arrays)
-    await db.execute(sql.ACCOUNT_EVENTS, *arrays)
-    await db.execute(sql.ACCOUNTS, sorted(accounts))
     deleted: dict[str, tuple[str, int, datetime]] = {}
     for did, _, seq, at, active, status in events:
         if not active and status == "deleted" and seq:
             before = deleted.get(did, (did, seq, at))
             deleted[did] = (did, max(seq, before[1]), max(at, before[2]))
-    if deleted:
-        arrays = columns(deleted.values())
-        await db.execute(sql.ACCOUNTS_DELETED, *arrays)
-        # mutant: a late deletion against a floor
-        await db.execute(sql.SETTLE_AGAIN, *arrays)
-    if told := [(did, seq) for did, _, seq, _, _, _ in events if seq]:
-        await db.execute(sql.REACTIVATED, *columns(told))
+    told = [(did, seq) for did, _, seq, _, _, _ in events if seq]
+    return _named(sql.ACCOUNT, events) | _named(sql.DELETION, deleted.values()) | _named(sql.TOLD, told)
 
 
-async def put_identities(writer: Writer, db: Connection, identities: dict[str, list[TimedIdentity]]) -> None:
-    """Handles that events claim, and who shows them now; where the newest event names none, the resolver is asked."""
+def identity_arguments(writer: Writer, identities: dict[str, list[TimedIdentity]]) -> dict[str, Any]:
+    """Arguments of `fastworker.first`: handles that events claim, and who shows them then; where the newest event names
+    none, the resolver is asked."""
     claims = []
     unnamed = []
     for did, events in sorted(identities.items()):
@@ -48,11 +42,12 @@ async def put_identities(writer: Writer, db: Connection, identities: dict[str, l
         claims += [(did, e.event.handle, e.event.relay or "", e.event.seq, e.at) for e in named]
         if len(named) < len(events):
             unnamed.append((did, max(e.at for e in events if e.event.handle is None)))
-    if claims:
-        await db.execute(sql.IDENTITIES, *columns(claims), writer.verified_only)
-    if unnamed:
-        await db.execute(sql.IDENTITIES_UNRESOLVED, *columns(unnamed))
-    await writer.reach(Step.HANDLES_DECIDED)
+    return _named(sql.CLAIM[:-1], claims) | _named(sql.UNNAMED, unnamed) | {"only_verified": writer.verified_only}
+
+
+def _named(names: tuple[str, ...], rows: Collection[tuple[Any, ...]]) -> dict[str, Any]:
+    """An array for each column; nothing where there are no rows."""
+    return dict(zip(names, columns(rows), strict=True)) if rows else {}
 
 
 async def unresolved(db: Connection, limit: int) -> list[tuple[str, datetime]]:

@@ -56,11 +56,8 @@ async def write_effects(
     the commit, when both sides of a join can be seen. `floors`: what the routine is to know of floors.
     """
     if effects.profiles:
-        empty = (None,) * len(PROFILES.columns)
-        profiles = [(did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
-        await db.execute(sql.PROFILES, *columns(profiles))
-    if effects.gates_set or effects.gates_removed:
-        await write_gates(db, effects)
+        await db.execute(sql.PROFILES, profile_rows(effects))
+    await write_gates(db, effects)
     if effects.labels_added:
         await db.execute(sql.LABEL_EVENTS, sorted(effects.labels_added))
     await _copy_items(writer, db, effects)
@@ -133,8 +130,15 @@ def last_arguments(writer: Writer, effects: Effects, progress: Progress | None) 
     return arguments
 
 
-async def write_gates(db: Connection, effects: Effects) -> None:
-    """public.thread_gates and public.post_gates as the gates say that were set and removed."""
+def profile_rows(effects: Effects) -> list[Row]:
+    """Rows of the profiles, from which public.users takes its columns; empty ones where a profile is gone. Their key
+    does not matter."""
+    empty = (None,) * len(PROFILES.columns)
+    return [(did, did, *(row or empty)[PROFILE.did + 1 :]) for did, row in sorted(effects.profiles.items())]
+
+
+def gate_arguments(effects: Effects) -> dict[str, Any]:
+    """Arguments of `sql.OF_GATES`: public.thread_gates and public.post_gates by the gates that were set and removed."""
     set_rows = [row for _, row in sorted(effects.gates_set.items())]
     threads = {row[GATE.post_uri]: derive.thread_gate_row(row) for row in set_rows if row[GATE.kind] == "thread"}
     posts = {row[GATE.post_uri]: derive.post_gate_row(row) for row in set_rows if row[GATE.kind] == "post"}
@@ -142,14 +146,25 @@ async def write_gates(db: Connection, effects: Effects) -> None:
     no_thread = [p for p, row in threads.items() if row is None]
     no_thread += [post for uri, post in gone if "/app.bsky.feed.threadgate/" in uri and post not in threads]
     no_post = [post for uri, post in gone if "/app.bsky.feed.postgate/" in uri and post not in posts]
+    arguments: dict[str, Any] = {}
     if no_thread:
-        await db.execute(sql.THREAD_GATES_DELETE, sorted(no_thread))
+        arguments["no_thread_gates"] = sorted(no_thread)
     if live := {post: row for post, row in threads.items() if row is not None}:
-        await db.execute(sql.THREAD_GATES, *_sorted_columns(live))
+        arguments.update(zip(sql.THREAD_GATE, _sorted_columns(live), strict=True))
     if no_post:
-        await db.execute(sql.POST_GATES_DELETE, sorted(no_post))
+        arguments["no_post_gates"] = sorted(no_post)
     if posts:
-        await db.execute(sql.POST_GATES, *_sorted_columns(posts))
+        arguments.update(zip(sql.POST_GATE, _sorted_columns(posts), strict=True))
+    return arguments
+
+
+async def write_gates(db: Connection, effects: Effects) -> None:
+    """The rows that follow from gates."""
+    if effects.gates_set or effects.gates_removed:
+        arguments = gate_arguments(effects)
+        for statement, names in sql.OF_GATES:
+            if names[0] in arguments:
+                await db.execute(statement, *(arguments[name] for name in names))
 
 
 def _items(effects: Effects) -> tuple[tuple[Table, set[str], dict[str, Row]], ...]:

@@ -21,7 +21,7 @@ from asyncpg.exceptions import PostgresError
 
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
-from fastworker.store.accounts import put_accounts, put_identities
+from fastworker.store.accounts import account_arguments, identity_arguments
 from fastworker.store.debts import pay
 from fastworker.store.effects import Owed, write_effects, write_items
 from fastworker.store.joined import NEVER, recompute_joined, recompute_or_owe
@@ -124,43 +124,57 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
     Locks are taken in the order of their keys.
     """
     forbidden = plan.seen.forbidden
-    # mutant: opt-out of identities ignored
-    identities = {did: events for did, events in batch.identities.items() if did not in forbidden}
-    tombstones = sorted(
-        (
-            (c.uri, c.rev, c.seq)
-            for c in batch.changes.values()
-            if c.row is None and c.table.hot and c.uri not in plan.seen.superseded
-        ),
-        key=lambda t: t[0],
-    )
+    arguments = first_arguments(writer, batch, plan.seen)
     users = writer.unknown(did for did in batch.dids if did not in forbidden)
 
     async def transaction() -> None:
         async with db.transaction():
-            # mutant: tombstones not written
-            if tombstones:
-                await db.execute(sql.TOMBSTONES, *columns(tombstones))
-            if batch.accounts:
-                await put_accounts(db, batch.accounts)
-            if identities:
-                await put_identities(writer, db, identities)
-            if batch.syncs:
-                newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: (s.rev or "", s.seq or 0))}
-                await db.execute(sql.REPAIRS, *columns((s.did, s.rev, s.seq) for _, s in sorted(newest.items())))
+            await put_first(db, arguments)
+            await writer.reach(Step.HANDLES_DECIDED)
 
-    more = bool(batch.accounts or identities or batch.syncs)
+    more = not arguments.keys() <= set(sql.TOMBSTONE)
     is_first = more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH
     if users and is_first:
         await writer.retry(lambda: db.execute(sql.USERS_FIRST, users))
-    if more:
+    if sql.CLAIM[-1] in arguments:
         await writer.retry(transaction)
-    # mutant: tombstones not written (2)
-    elif tombstones:
-        await writer.retry(lambda: db.execute(sql.TOMBSTONES, *columns(tombstones)))
+    elif arguments:
+        await writer.retry(lambda: put_first(db, arguments))
     await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
-    is_durable = bool(tombstones or batch.accounts or batch.syncs) or not (users and is_first)
-    return First(users, [], is_durable) if is_first else First([], users, is_durable)
+    is_durable = any(names[0] in arguments for names in (sql.TOMBSTONE, sql.ACCOUNT, sql.REPAIR))
+    return First(users, [], is_durable or not users) if is_first else First([], users, is_durable=True)
+
+
+def first_arguments(writer: Writer, batch: Batch, seen: Seen) -> dict[str, Any]:
+    """Arguments of `fastworker.first`; none where there is nothing to commit before the rows."""
+    arguments: dict[str, Any] = {}
+    tombstones = sorted(
+        (
+            (c.uri, c.rev, c.seq)
+            for c in batch.changes.values()
+            if c.row is None and c.table.hot and c.uri not in seen.superseded
+        ),
+        key=lambda t: t[0],
+    )
+    # mutant: tombstones not written
+    if tombstones:
+        arguments.update(zip(sql.TOMBSTONE, columns(tombstones), strict=True))
+    if batch.accounts:
+        arguments |= account_arguments(batch.accounts)
+    # mutant: opt-out of identities ignored
+    identities = {did: events for did, events in batch.identities.items() if did not in seen.forbidden}
+    if identities:
+        arguments |= identity_arguments(writer, identities)
+    if batch.syncs:
+        newest = {s.did: s for s in sorted(batch.syncs, key=lambda s: (s.rev or "", s.seq or 0))}
+        repairs = [(s.did, s.rev, s.seq) for _, s in sorted(newest.items())]
+        arguments.update(zip(sql.REPAIR, columns(repairs), strict=True))
+    return arguments
+
+
+async def put_first(db: Connection, arguments: dict[str, Any]) -> Any:
+    """The routine `first` with these arguments; what it read."""
+    return await db.fetchrow(sql.FIRST, *(arguments.get(name) for name in sql.FIRST_ARGUMENTS))
 
 
 async def write_rows(

@@ -24,15 +24,20 @@ async def recompute_joined(writer: Writer, db: Connection, upserts: list[Change]
     Last in a flush, after this side has committed: of two flushes that write the two sides, the later one sees both.
     What a removal changes was owed in its own transaction, and is not repeated here.
     """
-    keys = set(seen)
+    if keys := seen | keys_of(writer, upserts):
+        await recompute_or_owe(writer, db, {}, keys)
+
+
+def keys_of(writer: Writer, upserts: list[Change]) -> set[Key]:
+    """Joined rows that upserts of cold tables may have changed."""
+    keys = set()
     flags, services = "gate_flags" in writer.derive, "like_counts" in writer.derive
     for change in upserts:
         if change.table is GATES and flags and change.row is not None:
             keys.add(("gate", change.row[GATE.post_uri]))
         elif services and change.table in (FEED_GENERATORS, LABELER_SERVICES):
             keys.add(("like_count", change.uri))
-    if keys:
-        await recompute_or_owe(writer, db, {}, keys)
+    return keys
 
 
 async def recompute_or_owe(

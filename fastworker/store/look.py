@@ -80,16 +80,7 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
     """
     if not upserts:
         return nothing()
-    likes = [c.row for c in upserts if c.table is LIKES and c.row is not None]
-    arguments = {
-        "uris": [c.uri for c in written if c.table.hot],
-        "repos": list({c.repo for c in written}),
-        "posts": [c.uri for c in upserts if c.table is POSTS],
-        "like_posts": [row[LIKE.post_uri] for row in likes],
-        "like_users": [row[LIKE.user_did] for row in likes],
-        "crowd": writer.crowd,
-        **joins(writer.derive),
-    }
+    arguments = back_arguments(writer, written, upserts)
     found = await db.fetch(sql.LOOK_BACK, *(arguments[name] for name in sql.LOOK_BACK_ARGUMENTS))
     replies = Counter(r[2] for r in found if r[0] == "context" and r[2] is not None)
     # mutant: no crowd bound
@@ -99,12 +90,19 @@ async def look_back(writer: Writer, db: Connection, written: list[Change], upser
     return _seen(written, found)
 
 
-def joins(derive: frozenset[str]) -> dict[str, bool]:
-    """The joined rows' keys, as arguments of the routines."""
+def back_arguments(writer: Writer, written: list[Change], upserts: list[Change]) -> dict[str, Any]:
+    """Arguments of `fastworker.look_back`."""
+    likes = [c.row for c in upserts if c.table is LIKES and c.row is not None]
     return {
-        "with_contexts": "thread_contexts" in derive,
-        "with_gates": "gate_flags" in derive,
-        "with_services": "like_counts" in derive,
+        "uris": [c.uri for c in written if c.table.hot],
+        "repos": list({c.repo for c in written}),
+        "posts": [c.uri for c in upserts if c.table is POSTS],
+        "like_posts": [row[LIKE.post_uri] for row in likes],
+        "like_users": [row[LIKE.user_did] for row in likes],
+        "crowd": writer.crowd,
+        "with_contexts": "thread_contexts" in writer.derive,
+        "with_gates": "gate_flags" in writer.derive,
+        "with_services": "like_counts" in writer.derive,
     }
 
 

@@ -128,9 +128,8 @@ async def _mend_profiles(writer: Writer, db: Connection, drifts: Sequence[Drift]
     async def transaction() -> None:
         async with db.transaction():
             rows = await db.fetch(sql.lock(PROFILES), keys)
-            profiles = sorted(tuple(row)[1:] for row in rows)
-            if profiles:
-                await db.execute(sql.PROFILES, *zip(*profiles, strict=True))
+            if profiles := sorted((tuple(row) for row in rows), key=lambda row: row[PROFILES.index("did")]):
+                await db.execute(sql.PROFILES, profiles)
 
     await writer.retry(transaction)
 

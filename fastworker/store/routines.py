@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
 
@@ -19,7 +19,7 @@ import msgspec
 
 from fastworker.store import statements
 from fastworker.store.schema_admin import KNOWS_FLOORS
-from fastworker.table.schema import DERIVED, TABLES, Table
+from fastworker.table.schema import DERIVED, PROFILES, TABLES, Table
 
 # mutant: a routine is not listed
 ORDER = (
@@ -31,6 +31,8 @@ ORDER = (
     "put",
     "recompute",
     "pay",
+    "first",
+    "change",
     "put_whole",
 )  # a routine comes after those that it uses
 _HOT = tuple(table for table in TABLES if table.hot)
@@ -99,6 +101,142 @@ def _insert_new(table: Table) -> str:
     END IF;"""
 
 
+def _bound(statement: str, *names: str) -> str:
+    """The statement with names, or expressions, for $1 and so on."""
+    return re.sub(r"\$(\d+)", lambda found: names[int(found[1]) - 1], statement)
+
+
+def _typed(statements_of: tuple[tuple[str, tuple[str, ...]], ...]) -> list[tuple[str, str]]:
+    """The arguments of these statements, each once, with the types that the statements give them."""
+    types: dict[str, str] = {}
+    for statement, names in statements_of:
+        for number, type_ in re.findall(r"\$(\d+)::([\w.]+(?:\[\])?)", statement):
+            types.setdefault(names[int(number) - 1], type_)
+    return list(types.items())
+
+
+def _each(statements_of: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    """Each statement where its first argument is there."""
+    texts = ((names[0], re.sub("^SELECT", "PERFORM", _bound(text, *names))) for text, names in statements_of)
+    return "\n".join(f"    IF {name} IS NOT NULL THEN\n        {text};\n    END IF;" for name, text in texts)
+
+
+def _arguments(pairs: Iterable[tuple[str, str]], mode: str = "") -> str:
+    return "\n    ".join(f"{mode}{name} {type_}," for name, type_ in pairs)
+
+
+def _change_arguments() -> list[tuple[str, str]]:
+    types = {"tables": "text[]", "read_uris": "varchar[]", "gone": "boolean[]", "seen": "text[]"}
+    types |= {"pair_tables": "text[]", "pairs": "text[]", "no_twins": "text[]", "new_twins": "fastworker.twins[]"}
+    types |= dict(statements.row_arguments("set", hot=True)) | dict(statements.row_arguments("new", hot=False))
+    types |= dict(_typed(((statements.GATE, statements.GATED), *statements.OF_GATES)))
+    types |= {"user_profiles": f"{PROFILES.row_type}[]", "label_events": "varchar[]"}
+    return [(name, types[name]) for name in statements.CHANGE_ARGUMENTS]
+
+
+def _with_pairs(table: Table) -> str:
+    """What is read beside the rows of `mine`: the winners and twins of their pairs, and of the pairs that they want."""
+    same = " AND ".join(f"t.{c} = split_part(p.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
+    cids = ""
+    if (statement := statements.CIDS.get(table.name)) is not None:
+        keys = (
+            "winners" if table.name == "reposts" else "ARRAY(SELECT u || '#notification' FROM unnest(winners) AS k (u))"
+        )
+        cids = f"""
+            cids := cids || ARRAY(SELECT c.uri || ' ' || c.cid FROM ({_bound(statement, keys)}) AS c (uri, cid)
+                WHERE c.cid IS NOT NULL);"""
+    return f"""
+        places := ARRAY(SELECT k.p FROM unnest(pair_tables, pairs) AS k (t, p) WHERE k.t = '{table.name}' UNION
+            SELECT w.pair FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.uri = ANY(mine));
+        winners := ARRAY(
+            SELECT t.uri FROM unnest(places) AS p (pair) JOIN {table.qualified} AS t ON {same});
+        IF cardinality(winners) > 0 THEN
+            mine := mine || winners;{cids}
+        END IF;
+        places := places || ARRAY(
+            SELECT {statements.pair_in(table)} FROM {table.qualified} AS t WHERE t.uri = ANY(mine));
+        SELECT array_agg(w), array_agg('twin ' || w.uri || ' ' || w.xmin), array_agg(w.uri) INTO more, got, strays
+        FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.pair = ANY(places);
+        IF more IS NOT NULL THEN
+            old_twins := old_twins || more;
+            seen := seen || got;
+            IF EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = ANY(strays)) THEN
+                RAISE EXCEPTION 'a record in two places' USING ERRCODE = 'FW003';
+            END IF;
+        END IF;"""
+
+
+def _read_stored(table: Table) -> str:
+    short = table.name.rpartition(".")[2]
+    return f"""
+    IF '{table.name}' = ANY(tables) THEN
+        mine := ARRAY(SELECT k.u FROM unnest(tables, uris) AS k (t, u) WHERE k.t = '{table.name}');\
+{_with_pairs(table) if table.pair else ""}
+        SELECT array_agg(ROW({statements.readable(table)})::{table.row_type}), array_agg(t.uri || ' ' || t.xmin)
+        INTO old_{short}, got FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
+        seen := seen || got;
+    END IF;"""
+
+
+def _as_read(table: Table) -> str:
+    """Locks what was read, unless it is not there as it was read, or something is there that was not."""
+    waiting = f"""
+        held := held + got;
+        SELECT count(*) INTO there FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
+        waiting := 0;
+        as_seen := 0;"""
+    if table.pair:
+        waiting = f"""
+        places := ARRAY(SELECT k.p FROM unnest(pair_tables, pairs) AS k (t, p) WHERE k.t = '{table.name}');
+        -- One statement, so one snapshot: a record that moves between table and twins cannot be missed.
+        SELECT count(*), count(*) FILTER (WHERE 'twin ' || w.uri || ' ' || w.xmin = ANY(seen)),
+            (SELECT count(*) FROM {table.qualified} AS t WHERE t.uri = ANY(mine))
+        INTO waiting, as_seen, there
+        FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND (w.pair = ANY(places) OR w.uri = ANY(mine));
+        held := held + got + as_seen;"""
+    return f"""
+        mine := ARRAY(SELECT k.u FROM unnest(tables, read_uris) AS k (t, u) WHERE k.t = '{table.name}');
+        WITH free AS (
+            SELECT t.uri, t.xmin FROM {table.qualified} AS t WHERE t.uri = ANY(mine)
+            ORDER BY t.uri COLLATE "C" FOR UPDATE SKIP LOCKED
+        -- mutant: a row that changed since it was read
+        ) SELECT count(*) INTO got FROM free AS f WHERE f.uri || ' ' || f.xmin = ANY(seen);{waiting}
+        -- mutant: what is there although it was not read
+        IF got <> there OR waiting <> as_seen THEN
+            RAISE EXCEPTION 'not as it was read' USING ERRCODE = 'FW001';
+        END IF;
+        dead := ARRAY(
+            SELECT k.u FROM unnest(tables, read_uris, gone) AS k (t, u, g) WHERE k.t = '{table.name}' AND k.g);
+        IF cardinality(dead) > 0 THEN
+            {_bound(statements.delete(table), "dead")};
+        END IF;"""
+
+
+def _change_hot(table: Table) -> str:
+    rows = f"set_{table.name}"
+    return f"""
+    IF '{table.name}' = ANY(tables) THEN{_as_read(table)}
+        IF {rows} IS NOT NULL THEN
+            {_bound(statements.update(table), rows)};
+        END IF;
+    END IF;"""
+
+
+def _change_cold(table: Table) -> str:
+    rows = f"new_{table.name.rpartition('.')[2]}"
+    return f"""
+    IF '{table.name}' = ANY(tables) THEN{_as_read(table)}
+        IF {rows} IS NOT NULL THEN
+            {_bound(statements.update(table), rows)};
+            GET DIAGNOSTICS changed = ROW_COUNT;
+            WITH made AS ({_bound(statements.insert(table), rows)}) SELECT count(*) INTO got FROM made;
+            IF changed + got <> cardinality({rows}) THEN
+                RAISE EXCEPTION 'not every row is new' USING ERRCODE = 'FW001';
+            END IF;
+        END IF;
+    END IF;"""
+
+
 _OF_TABLE: dict[str, Callable[[Table], str]] = {
     "columns": lambda table: ", ".join(table.columns),
     "set": lambda table: ", ".join(f"{c} = excluded.{c}" for c in _excluded(table)),
@@ -106,6 +244,26 @@ _OF_TABLE: dict[str, Callable[[Table], str]] = {
     "moves": lambda table: " OR ".join(f"excluded.{c} <> 0" for c in _excluded(table)),
 }
 _WORDS: dict[str, Callable[[], str]] = {
+    "change_arguments": lambda: _arguments(_change_arguments()),
+    "change_passed": lambda: ", ".join(f"{name} => {name}" for name in statements.CHANGE_ARGUMENTS),
+    "change_hot": lambda: "".join(_change_hot(table) for table in TABLES if table.hot).removeprefix("\n"),
+    "change_cold": lambda: "".join(_change_cold(table) for table in TABLES if not table.hot).removeprefix("\n"),
+    "crowded": lambda: _bound(statements.CROWDED, "roots", "crowd"),
+    "first_arguments": lambda: _arguments(_typed(statements.COMMITTED_FIRST)),
+    "first_statements": lambda: _each(statements.COMMITTED_FIRST),
+    "gate": lambda: _bound(statements.GATE, *statements.GATED),
+    "label_events": lambda: _bound(statements.LABEL_EVENTS, "label_events"),
+    "of_gates": lambda: _each(statements.OF_GATES),
+    "old_rows": lambda: _arguments(
+        ((f"old_{table.name.rpartition('.')[2]}", f"{table.row_type}[]") for table in TABLES), "OUT "
+    ),
+    "profiles": lambda: _bound(statements.PROFILES, "user_profiles"),
+    "read_stored": lambda: "".join(map(_read_stored, TABLES)).removeprefix("\n"),
+    "twins_delete": lambda: _bound(statements.TWINS_DELETE, "no_twins"),
+    "twins_put": lambda: _bound(statements.TWINS_PUT, "new_twins"),
+    "waiting": lambda: statements.WAITING,
+    "in_two_places": lambda: statements.IN_TWO_PLACES,
+    "users": lambda: _bound(statements.USERS, "new_users"),
     "beats": lambda: statements.BEATS,
     "counters": lambda: str(statements.COUNTERS),
     "joined": lambda: str(statements.JOINED_PARTS),

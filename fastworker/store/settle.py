@@ -8,7 +8,7 @@ what comes `later`, rows that another writer has locked are not waited for: thei
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -131,30 +131,7 @@ async def _settle_records(
     stored = {r[0]: tuple(r) for r in await db.fetch(sql.lock(table, free=later is not None), sorted(pending))}
     if later is not None and (missing := sorted(pending.keys() - stored)):
         later += [pending.pop(r[0]) for r in await db.fetch(sql.present(table), missing)]
-    updates: list[Row] = []
-    deletes: list[str] = []
-    again: list[Change] = []
-    for uri, change in list(pending.items()):
-        old = stored.get(uri)
-        if old is None:
-            if change.row is None:
-                del pending[uri]  # nothing to delete: the tombstone stands
-                if table is PROFILES and change.rkey == "self":
-                    effects.profiles[change.repo] = None  # what another writer may have put into users
-            else:
-                again.append(change)
-            continue
-        del pending[uri]
-        version = stored_version(table, old)
-        if table.hot and not replaces(change, *version, many_relays=writer.many_relays):
-            continue
-        derive.removed(effects, table, old, counted=not table.hot or version != (None, None))
-        if change.row is None:
-            # mutant: deletes ignored
-            deletes.append(uri)
-        else:
-            derive.added(effects, table, change.row, change.cid)
-            updates.append(change.row)
+    updates, deletes, again = change_records(writer, table, pending, stored, effects)
     if updates:
         await db.execute(sql.update(table), updates)
     if deletes:
@@ -166,6 +143,41 @@ async def _settle_records(
             derive.added(effects, table, change.row, change.cid)  # type: ignore[arg-type]
             inserted += 1
     return len(updates) + len(deletes) + inserted
+
+
+class Changed(NamedTuple):
+    """What becomes of changes of a table without pairs."""
+
+    updates: list[Row]
+    deletes: list[str]
+    missing: list[Change]  # upserts of what is not there
+
+
+def change_records(writer: Writer, table: Table, pending: Pending, stored: dict[str, Row], effects: Effects) -> Changed:
+    """Take from `pending` what `stored` rows decide, and collect what follows from it. What is missing stays there."""
+    result = Changed([], [], [])
+    for uri, change in list(pending.items()):
+        old = stored.get(uri)
+        if old is None:
+            if change.row is None:
+                del pending[uri]  # nothing to delete: the tombstone stands
+                if table is PROFILES and change.rkey == "self":
+                    effects.profiles[change.repo] = None  # what another writer may have put into users
+            else:
+                result.missing.append(change)
+            continue
+        del pending[uri]
+        version = stored_version(table, old)
+        if table.hot and not replaces(change, *version, many_relays=writer.many_relays):
+            continue
+        derive.removed(effects, table, old, counted=not table.hot or version != (None, None))
+        if change.row is None:
+            # mutant: deletes ignored
+            result.deletes.append(uri)
+        else:
+            derive.added(effects, table, change.row, change.cid)
+            result.updates.append(change.row)
+    return result
 
 
 # Unique pairs ---------------------------------------------------------------------------------------
@@ -277,17 +289,7 @@ async def _write(
     db: Connection, table: Table, pending: Pending, effects: Effects, found: Found, new: Arrangement
 ) -> int:
     """Make table and twins say what `new` says. Returns how many changes are settled by it."""
-
-    def left(row: Row) -> None:
-        derive.removed(effects, table, row, counted=not table.hot or stored_version(table, row) != (None, None))
-
-    for row in new.deletes:
-        left(row)
-    for old, member in new.updates:
-        left(old)
-        derive.added(effects, table, member.row, member.cid)
-    for row in new.recounts:
-        effects.recount.update(derive.subjects(table, row))
+    follow(table, effects, new)
     if new.deletes:
         await db.execute(sql.delete(table), sorted(row[0] for row in new.deletes))
     if new.twin_deletes:
@@ -303,16 +305,34 @@ async def _write(
                 raise Contended(f"{table.name}: another writer put {member.uri} elsewhere")
             else:
                 new.refused(pair)
-    puts = sorted(((m, pair) for pair, members in new.twin_puts.items() for m in members), key=lambda put: put[0].uri)
+    puts = twin_rows(table, new)
     # mutant: twins never stored
     if puts:
-        await db.execute(
-            sql.TWINS_PUT,
-            *columns([(m.uri, table.name, pair, m.rkey, m.rev, m.seq, m.cid, freeze(m.row)) for m, pair in puts]),
-        )
+        await db.execute(sql.TWINS_PUT, puts)
     for uri in new.applied:
         del pending[uri]
     return len(new.applied)
+
+
+def follow(table: Table, effects: Effects, new: Arrangement) -> None:
+    """What follows from winners that leave or stay; from new ones where they are inserted."""
+
+    def left(row: Row) -> None:
+        derive.removed(effects, table, row, counted=not table.hot or stored_version(table, row) != (None, None))
+
+    for row in new.deletes:
+        left(row)
+    for old, member in new.updates:
+        left(old)
+        derive.added(effects, table, member.row, member.cid)
+    for row in new.recounts:
+        effects.recount.update(derive.subjects(table, row))
+
+
+def twin_rows(table: Table, new: Arrangement) -> list[Row]:
+    """Rows of fastworker.twins for those that wait from now on."""
+    puts = sorted(((m, pair) for pair, members in new.twin_puts.items() for m in members), key=lambda put: put[0].uri)
+    return [(m.uri, table.name, pair, m.rkey, m.rev, m.seq, m.cid, freeze(m.row)) for m, pair in puts]
 
 
 def freeze(row: Row) -> str:

@@ -8,6 +8,7 @@ per statement.
 
 from __future__ import annotations
 
+from fastworker.table import schema
 from fastworker.table.schema import (
     AGGREGATIONS,
     COLLECTIONS,
@@ -63,17 +64,23 @@ def update(table: Table) -> str:
     return f"UPDATE {table.qualified} AS t SET {sets} FROM {_rows(table)} AS u WHERE t.{table.key} = u.{table.key}"
 
 
-def _date(column: str) -> str:
-    return f"greatest(least({column}, '9999-12-31 23:59:59.999999'), '0001-01-01') AS {column}"
+def readable(table: Table) -> str:
+    """The columns as Python can hold them: dates of other writers that it cannot (year 20000, before Christ, infinity)
+    become the nearest it can."""
+    return ", ".join(
+        f"greatest(least({c}, '9999-12-31 23:59:59.999999'), '0001-01-01')" if type_ == "timestamp" else c
+        for c, type_ in zip(table.columns, table.types, strict=True)
+    )
+
+
+def pair_in(table: Table) -> str:
+    """A row's pair as `table.pairs.pair_of` has it."""
+    return " || E'\\n' || ".join(table.pair)
 
 
 def select(table: Table) -> str:
-    """The rows of $1 uris as they are; those that do not exist are left out.
-
-    Dates of other writers that Python cannot hold (year 20000, before Christ, infinity) become the nearest it can.
-    """
-    columns = [_date(c) if type_ == "timestamp" else c for c, type_ in zip(table.columns, table.types, strict=True)]
-    return f"SELECT {', '.join(columns)} FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
+    """The rows of $1 uris as they are; those that do not exist are left out."""
+    return f"SELECT {readable(table)} FROM {table.qualified} WHERE {table.key} = ANY($1::varchar[])"
 
 
 def lock(table: Table, *, free: bool = False) -> str:
@@ -101,10 +108,9 @@ def versions_of(table: Table) -> str:
 
 def locate(table: Table) -> str:
     """Where each of $1 uris is, table or twins, with its pair: one statement, so one snapshot."""
-    pair = " || E'\\n' || ".join(table.pair)
     version = "commit_rev, commit_seq" if table.hot else "NULL::text, NULL::text"
     return (
-        f"SELECT uri, {pair} AS pair, true AS in_table, {version} FROM {table.qualified} WHERE uri = ANY($1::varchar[]) "
+        f"SELECT uri, {pair_in(table)} AS pair, true AS in_table, {version} FROM {table.qualified} WHERE uri = ANY($1::varchar[]) "
         "UNION ALL SELECT uri, pair, false, rev, seq::text FROM fastworker.twins "
         f"WHERE uri = ANY($1::text[]) AND table_name = '{table.name}'"
     )
@@ -134,7 +140,7 @@ TWINS = (
 )
 TWINS_PUT = (
     "INSERT INTO fastworker.twins (uri, table_name, pair, rkey, rev, seq, cid, row_values) "
-    "SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[], $8::jsonb[]) "
+    "SELECT * FROM unnest($1::fastworker.twins[]) "
     "ON CONFLICT (uri) DO UPDATE SET pair = excluded.pair, rev = excluded.rev, seq = excluded.seq, "
     "cid = excluded.cid, row_values = excluded.row_values "
     f"WHERE NOT fastworker.newer(twins.rev, {_seq('twins', 'excluded')}, excluded.rev, excluded.seq)"
@@ -151,14 +157,25 @@ CIDS = {
 # What a deleted account beats: within one relay all below its seq, with two of them all whose rev is before its moment.
 _GONE_REV = f"CASE WHEN {_MANY_RELAYS} THEN fastworker.tid(coalesce(deleted_at, event_at)) END"
 GONE = f"{_GONE_REV}, CASE WHEN NOT {_MANY_RELAYS} THEN deleted_seq END"
-# $1 uris of hot tables, $2 DIDs: tombstones, deleted accounts, and which of the uris are among the twins
+# $1 uris of hot tables, $2 DIDs: tombstones and deleted accounts
 BEATS = (
     "SELECT 'tombstone' AS kind, uri, rev, "
     # mutant: tombstone not read
     f"CASE WHEN rev IS NOT NULL OR NOT {_MANY_RELAYS} THEN seq END AS seq FROM fastworker.versions WHERE uri = ANY($1::text[]) AND deleted "
     f"UNION ALL SELECT 'account', did, {GONE} FROM fastworker.accounts "
-    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL "
-    "UNION ALL SELECT 'twin', uri, NULL, NULL FROM fastworker.twins WHERE uri = ANY($1::text[]) "
+    "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL"
+)
+WAITING = "SELECT 'twin', w.uri, NULL, NULL FROM fastworker.twins AS w WHERE w.uri = ANY($1::text[])"
+# Those that are in the table as well: two writers moved them, to two pairs.
+IN_TWO_PLACES = (
+    WAITING
+    + " AND CASE w.table_name "
+    + " ".join(
+        f"WHEN '{table.name}' THEN EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = w.uri COLLATE \"default\")"
+        for table in TABLES
+        if table.hot
+    )
+    + " END"
 )
 # Floors: what is older than one is superseded by a snapshot of its repository ---------------------------
 # A deletion that is older than the account's floor, and comes late, takes away what the snapshot left as it was.
@@ -352,7 +369,7 @@ ACCOUNTS_DELETED = (
     "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
 )
 # 0006_relays_and_handles.sql; the last argument: whether only verified handles are shown
-IDENTITIES = "SELECT fastworker.claim_handles($1, $2, $3, $4, $5, $6)"
+IDENTITIES = "SELECT fastworker.claim_handles($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[], $6::boolean)"
 SHOW_HANDLES = "SELECT fastworker.show_handles($1, $2, $3)"
 IDENTITIES_UNRESOLVED = (
     "INSERT INTO fastworker.identities AS t (did, event_at, marked_at, resolve_pending) "
@@ -394,8 +411,7 @@ UNRESOLVABLE = (
 PROFILES = (
     "UPDATE public.users AS t SET display_name = u.display_name, description = u.description, avatar_url = u.avatar_url, "
     "banner_url = u.banner_url, profile_record = u.profile_record, pinned_post = u.pinned_post "
-    "FROM unnest($1::varchar[], $2::varchar[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::jsonb[]) "
-    "AS u (did, display_name, description, avatar_url, banner_url, profile_record, pinned_post) WHERE t.did = u.did"
+    f"FROM {_rows(schema.PROFILES)} AS u WHERE t.did = u.did"
 )
 REPAIRS = (
     "INSERT INTO fastworker.repairs AS r (did, rev, seq) SELECT * FROM unnest($1::varchar[], $2::text[], $3::bigint[]) "
@@ -455,6 +471,23 @@ POST_GATES = (
     "ON CONFLICT (post_uri) DO UPDATE SET embedding_rules = excluded.embedding_rules, created_at = excluded.created_at"
 )
 POST_GATES_DELETE = "DELETE FROM public.post_gates WHERE post_uri = ANY($1::varchar[])"
+THREAD_GATE = (
+    "thread_posts",
+    "thread_owners",
+    "thread_mentions",
+    "thread_following",
+    "thread_members",
+    "thread_lists",
+    "thread_moments",
+)
+POST_GATE = ("postgate_posts", "postgate_rules", "postgate_moments")
+# What gates become, in this order, with the names of the statements' arguments
+OF_GATES = (
+    (THREAD_GATES_DELETE, ("no_thread_gates",)),
+    (THREAD_GATES, THREAD_GATE),
+    (POST_GATES_DELETE, ("no_post_gates",)),
+    (POST_GATES, POST_GATE),
+)
 LABEL_EVENTS = "INSERT INTO public.label_events (label_uri, action) SELECT unnest($1::varchar[]), 'created'"
 # DO UPDATE locks the row even where its WHERE is false: a touched aggregate cannot be removed under us.
 _COUNTS = AGGREGATIONS.columns[1:]
@@ -475,12 +508,53 @@ REFUSED_ROW = (
 )
 
 # The routines of the flush (store/sql), called by the names of their arguments -------------------------
-_USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in TABLES if table.hot))
+_HOT = tuple(table for table in TABLES if table.hot)
+_USERS_AND_ROWS = ("new_users", *(f"new_{table.name}" for table in _HOT))
 _PROGRESS = ("of_stream", "of_consumer", "until_seq", "until_entry")
 _ITEMS = (QUOTES, FEED_ITEMS, NOTIFICATIONS)
 _DERIVED = ("with_contexts", "with_gates", "with_services")
 COUNTED = ("with_replies", "with_quotes")
 UNSEEN = ("unseen_posts", "unseen_viewers", "unseen_likes", "unseen_reposts", "unseen_bookmarks")
+# What is committed before the rows, in this order: statements with the names of their arguments. One runs where its first
+# argument is there.
+TOMBSTONE = ("tombstone_uris", "tombstone_revs", "tombstone_seqs")
+ACCOUNT = (
+    "account_dids",
+    "account_relays",
+    "account_seqs",
+    "account_moments",
+    "account_actives",
+    "account_statuses",
+)
+DELETION = ("deletion_dids", "deletion_seqs", "deletion_moments")
+TOLD = ("told_dids", "told_seqs")
+CLAIM = ("claim_dids", "claim_handles", "claim_relays", "claim_seqs", "claim_moments", "only_verified")
+UNNAMED = ("unnamed_dids", "unnamed_moments")
+REPAIR = ("repair_dids", "repair_revs", "repair_seqs")
+COMMITTED_FIRST = (
+    (USERS, ("new_users",)),
+    (TOMBSTONES, TOMBSTONE),
+    (ACCOUNTS_LOCK, ACCOUNT),
+    (ACCOUNT_EVENTS, ACCOUNT),
+    (ACCOUNTS, ACCOUNT[:1]),
+    (ACCOUNTS_DELETED, DELETION),
+    # mutant: a late deletion against a floor
+    (SETTLE_AGAIN, DELETION),
+    (REACTIVATED, TOLD),
+    (IDENTITIES, CLAIM),
+    (IDENTITIES_UNRESOLVED, UNNAMED),
+    (REPAIRS, REPAIR),
+)
+GATED = ("gated_uris", "gated_revs", "gated_seqs", "gated_cids", "gated_deletes")
+
+
+def row_arguments(prefix: str, *, hot: bool) -> tuple[tuple[str, str], ...]:
+    """An argument for the rows of each such table, and its type."""
+    return tuple((f"{prefix}_{_short(table)}", f"{table.row_type}[]") for table in TABLES if table.hot is hot)
+
+
+def _short(table: Table) -> str:
+    return table.name.rpartition(".")[2]
 
 
 def _named(*names: str) -> str:
@@ -491,7 +565,7 @@ def _named(*names: str) -> str:
 _LOWEST = ("repos", "lowest_rev", "lowest_seq")
 LOOK = f"SELECT * FROM fastworker.look_3({_named('uris', *_LOWEST, 'dids')}, tell => true)"
 LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", "crowd", *_DERIVED)
-LOOK_BACK = f"SELECT * FROM fastworker.look_back_2({_named(*LOOK_BACK_ARGUMENTS)})"
+LOOK_BACK = f"SELECT * FROM fastworker.look_back_3({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
     "whole",
@@ -502,17 +576,39 @@ PUT_ARGUMENTS = (
     *("floors", *_LOWEST, "known_floors"),
 )
 PUT = f"SELECT * FROM fastworker.put_6({_named(*PUT_ARGUMENTS)})"
+FIRST_ARGUMENTS = (
+    *dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names),
+    "dids",
+    "tables",
+    "uris",
+    "pair_tables",
+    "pairs",
+)
+FIRST = f"SELECT * FROM fastworker.first_1({_named(*FIRST_ARGUMENTS)})"
+CHANGE_ARGUMENTS = (
+    *("tables", "read_uris", "gone", "seen", "pair_tables", "pairs", "no_twins", "new_twins"),
+    *(name for name, _ in row_arguments("set", hot=True)),
+    *GATED,
+    *(name for name, _ in row_arguments("new", hot=False)),
+    "user_profiles",
+    *(name for _, names in OF_GATES for name in names),
+    "label_events",
+)
 WHOLE_ARGUMENTS = (
     *_USERS_AND_ROWS,
-    *(f"new_{table.name}" for table in _ITEMS),
-    *("new_viewers", "deltas"),
+    *CHANGE_ARGUMENTS,
+    *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
+    *UNSEEN,
+    *("new_viewers", "deltas", "recounts", "owed_kinds", "owed_keys"),
     *_PROGRESS,
     *("uris", *_LOWEST, "dids", "crowd"),
+    *("posts", "like_posts", "like_users", "gates_of", "services_of"),
     *_DERIVED,
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_6({_named(*WHOLE_ARGUMENTS)}, is_late => NULL)"
-NOT_NEW = "FW001"  # SQLSTATE of a call that wrote nothing, because there is more to do
+PUT_WHOLE = f"CALL fastworker.put_whole_7({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
+NOT_AS_READ = "FW001"  # SQLSTATE of a call that wrote nothing: the rows are not as it was told
+LOOK_FIRST = "FW003"  # of one that wrote nothing, because something beats a record or must not be stored
 FLOOR_CAME = "FW002"  # SQLSTATE of a transaction that must begin again with its look
 JOINED = {  # kind of a joined row -> the argument that takes its keys
     "context": "contexts",

@@ -1,75 +1,231 @@
-"""A flush of few new rows as one call: all steps of store/flush.py inside PostgreSQL, one round trip instead of ten.
+"""A small flush in one call or two: the steps of store/flush.py inside PostgreSQL, without round trips between them.
 
-The routine writes nothing, and says so, unless there is nothing to do but to insert new rows.
+Few new rows of the hot tables are one call. If there is more to do, the first call (`first`) commits what comes before
+the rows and reads, without locks, what is stored of the batch's records. What has to change is decided here, and the
+second call (`put_whole`) writes it if under its locks everything is still as it was read. Otherwise it writes nothing,
+and the flush goes step by step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, NamedTuple
 
 from asyncpg.exceptions import PostgresError
 
 from fastworker.crashpoint import Step
 from fastworker.store import statements as sql
-from fastworker.store.effects import item_arguments, last_arguments
-from fastworker.store.flush import FEW_USERS, FloorCame, Plan, Written, finish
-from fastworker.store.look import joins, lowest, nothing
+from fastworker.store.effects import Owed, gate_arguments, item_arguments, last_arguments, profile_rows
+from fastworker.store.flush import FEW_USERS, FloorCame, Plan, Written, finish, first_arguments, pay_owed, put_first
+from fastworker.store.joined import keys_of
+from fastworker.store.look import back_arguments, lowest, nothing
 from fastworker.store.rows import by_table
 from fastworker.store.session import Connection
-from fastworker.store.writer import Writer
+from fastworker.store.settle import change_records, follow, thaw, twin_rows
+from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
-from fastworker.table.batch import Batch
+from fastworker.table.batch import Batch, Change, Row
 from fastworker.table.derive import Effects
+from fastworker.table.pairs import Arrangement, Found, Member, pair_of, rearrange
+from fastworker.table.schema import TABLES, Table
+
+_BY_NAME = {table.name: table for table in TABLES}
+
+
+class Stored(NamedTuple):
+    """What `first` read: rows by table, then uri; twins by table, pair and uri; which version of each it is."""
+
+    rows: dict[str, dict[str, Row]]
+    twins: dict[str, dict[str, dict[str, Member]]]
+    cids: dict[str, str | None]
+    seen: list[str]
+
+
+class Decided(NamedTuple):
+    """What a small flush writes: arguments of `put_whole`, what follows, and how many rows change."""
+
+    arguments: dict[str, Any]
+    effects: Effects
+    rows: int
 
 
 async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written | None:
-    """None: there is more to do than to insert new rows: go step by step."""
-    if not _may_be_whole(writer, batch) or len(users := writer.unknown(batch.dids)) > FEW_USERS:
+    """None: it goes step by step. Nothing is written then but what is committed before the rows."""
+    if not _is_small(writer, batch):
         return None
-    effects = Effects(writer.derive)
-    upserts = sorted(batch.changes.values(), key=lambda c: c.uri)
-    new = {}
-    for table, mine in by_table(upserts):
-        derive.add(effects, table, mine)
-        new["new_" + table.name] = [c.row for c in mine]
-    lowest_rev, lowest_seq = lowest(upserts)
+    changes = sorted(batch.changes.values(), key=lambda c: c.uri)
+    try:
+        if _is_new(batch) and (written := await _unless_read(_write(writer, db, batch, changes, None))):
+            return written
+        stored = await _first(writer, db, batch, changes)
+        await writer.reach(Step.AFTER_TOMBSTONE_COMMIT)
+        if not (changes or batch.progress or writer.unknown(batch.dids)):
+            return Written(0, 0, 0)
+        return await _unless_read(_write(writer, db, batch, changes, stored))
+    except FloorCame:
+        return None
+    except PostgresError as error:
+        if error.sqlstate != sql.LOOK_FIRST:
+            raise
+        return None
+
+
+def _is_small(writer: Writer, batch: Batch) -> bool:
+    size = len(batch.changes)
+    return (
+        size <= writer.whole_rows_max
+        and bool(size or batch.dids or batch.syncs or batch.progress)
+        and size < writer.copying.rows_min
+        and len(writer.unknown(batch.dids)) <= FEW_USERS
+    )
+
+
+def _is_new(batch: Batch) -> bool:
+    """Whether, as far as this process knows, there are only new rows of hot tables. The routine knows better."""
+    return not (batch.accounts or batch.identities or batch.syncs) and all(
+        c.row is not None and c.table.hot for c in batch.changes.values()
+    )
+
+
+async def _unless_read(work: Awaitable[Written | None]) -> Written | None:
+    """None, too, where the rows are not as the call was told."""
+    try:
+        return await work
+    except PostgresError as error:
+        if error.sqlstate != sql.NOT_AS_READ:
+            raise
+        return None
+
+
+async def _first(writer: Writer, db: Connection, batch: Batch, changes: list[Change]) -> Stored:
+    """Commit what comes before the rows, and read what is stored of them."""
+    arguments = first_arguments(writer, batch, nothing())
+    users = writer.unknown(batch.dids) if batch.identities else []
+    if batch.identities:  # a handle is shown in a row of users
+        arguments |= {"dids": list(batch.dids), "new_users": users or None}
+    if changes:
+        arguments |= {"tables": [c.table.name for c in changes], "uris": [c.uri for c in changes]}
+        if wanted := [(c.table.name, pair_of(c.table, c.row)) for c in changes if c.table.pair and c.row is not None]:
+            arguments |= zip(("pair_tables", "pairs"), columns(wanted), strict=True)
+    found = await writer.retry(lambda: put_first(db, arguments))
+    writer.remember(users)
+    rows = {
+        table.name: {row[0]: tuple(row) for row in some}
+        for table, some in zip(TABLES, found.values(), strict=False)
+        if some
+    }
+    twins: dict[str, dict[str, dict[str, Member]]] = {}
+    for uri, name, pair, rkey, rev, seq, cid, row in found["old_twins"] or ():
+        member = Member(rkey, uri, thaw(_BY_NAME[name], row), rev, seq, cid)
+        twins.setdefault(name, {}).setdefault(pair, {})[uri] = member
+    return Stored(rows, twins, dict(one.split(" ") for one in found["cids"] or ()), found["seen"] or [])
+
+
+async def _write(
+    writer: Writer, db: Connection, batch: Batch, changes: list[Change], stored: Stored | None
+) -> Written | None:
+    """`stored`: None where all rows are taken to be new. Returns None where more has to be read than that.
+
+    Raises PostgresError with SQLSTATE `NOT_AS_READ` or `LOOK_FIRST` where nothing was written.
+    """
+    decided = _decide(writer, changes, stored or Stored({}, {}, {}, []), is_read=stored is not None)
+    if decided is None:
+        return None
+    effects = decided.effects
+    users = writer.unknown(batch.dids)
+    upserts = [c for c in changes if c.row is not None]
+    lowest_rev, lowest_seq = lowest(changes)
+    owed = set(effects.owed)
+    fresh = keys_of(writer, upserts)
     arguments = {
         "new_users": users or None,
-        **new,
+        **decided.arguments,
+        **gate_arguments(effects),
         **item_arguments(writer, effects),
         **last_arguments(writer, effects, batch.progress),
-        "uris": [c.uri for c in upserts],
-        "repos": list({c.repo for c in upserts}),
+        **back_arguments(writer, upserts, upserts),
+        "repos": list({c.repo for c in changes}),
         "lowest_rev": lowest_rev,
         "lowest_seq": lowest_seq,
         "dids": list(batch.dids),
-        "crowd": writer.crowd,
-        **joins(writer.derive),
+        "gates_of": [key for kind, key in fresh if kind == "gate"] or None,
+        "services_of": [key for kind, key in fresh if kind == "like_count"] or None,
         **dict(zip(sql.COUNTED, writer.counted, strict=True)),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]
     await writer.reach(Step.BEFORE_MAIN_COMMIT)
-    try:
-        is_late = await writer.retry(lambda: db.fetchval(sql.PUT_WHOLE, *values))
-    except PostgresError as error:
-        if error.sqlstate != sql.NOT_NEW:
-            raise
-        return None
+    (done,) = await writer.retry(lambda: db.fetch(sql.PUT_WHOLE, *values))
     await writer.reach(Step.AFTER_MAIN_COMMIT)
     writer.remember(users)
-    if is_late:
-        try:
-            return await finish(writer, db, Plan(upserts, upserts, nothing()), len(upserts))
-        except FloorCame:
-            return None
+    if done["note"] is not None:
+        await pay_owed(writer, db, Owed(owed, done["note"], is_owing=False))
+    if done["is_late"]:
+        return await finish(writer, db, Plan(changes, upserts, nothing()), decided.rows)
     await writer.reach(Step.AFTER_LOOK_BACK)
-    return Written(len(upserts), 0, 0)
+    return Written(decided.rows, max(0, len(upserts) - decided.rows), 0)
 
 
-def _may_be_whole(writer: Writer, batch: Batch) -> bool:
-    """Whether, as far as this process knows, there are only new rows of hot tables. The routine knows better."""
-    changes = batch.changes
-    return (
-        0 < len(changes) <= writer.whole_rows_max
-        and len(changes) < writer.copying.rows_min
-        and not (batch.accounts or batch.identities or batch.syncs)
-        and all(c.row is not None and c.table.hot for c in changes.values())
-    )
+def _decide(writer: Writer, changes: list[Change], stored: Stored, *, is_read: bool) -> Decided | None:
+    """What has to change, if everything is as it was read. None where nothing was read, and one of two new records of a
+    pair has to wait; or where a record was read in two places."""
+    effects = Effects(writer.derive)
+    arguments: dict[str, Any] = {}
+    read: list[tuple[str, str, bool]] = []
+    places: list[tuple[str, str]] = []
+    no_twins: list[str] = []
+    new_twins: list[Row] = []
+    count = 0
+    for table, mine in by_table(changes):
+        have = stored.rows.get(table.name, {})
+        if table.pair:
+            if any(not have.keys().isdisjoint(members) for members in stored.twins.get(table.name, {}).values()):
+                return None  # a record in two places, to be settled under its locks
+            new = _arrange(writer, table, mine, stored)
+            follow(table, effects, new)
+            updates, deletes = [member.row for _, member in new.updates], {row[0] for row in new.deletes}
+            inserts = [member.row for _, member in new.inserts]
+            for _, member in new.inserts:
+                derive.added(effects, table, member.row, member.cid)
+            places += [(table.name, pair) for pair in new.members]
+            no_twins += new.twin_deletes
+            # mutant: two of a pair in a small flush
+            new_twins += twin_rows(table, new)
+        else:
+            updates, gone, missing = change_records(writer, table, {c.uri: c for c in mine}, have, effects)
+            derive.add(effects, table, missing)
+            deletes, inserts = set(gone), [c.row for c in missing if c.row is not None]
+        count += len(updates) + len(deletes) + len(inserts)
+        short = table.name.rpartition(".")[2]
+        if table.hot:
+            arguments |= {"set_" + short: updates or None, "new_" + short: inserts or None}
+        else:
+            arguments["new_" + short] = [*updates, *inserts] or None
+        there = have.keys() | {c.uri for c in mine if c.row is None or not table.hot or (is_read and table.pair)}
+        read += [(table.name, uri, uri in deletes) for uri in sorted(there)]
+    if new_twins and not is_read:
+        return None
+    if read:
+        arguments.update(zip(("tables", "read_uris", "gone"), columns(read), strict=True))
+        arguments |= {"seen": stored.seen, "no_twins": sorted(no_twins) or None}
+        arguments["new_twins"] = sorted(new_twins) or None
+        if places:
+            arguments |= zip(("pair_tables", "pairs"), columns(places), strict=True)
+    if gated := [(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in changes if not c.table.hot]:
+        arguments.update(zip(sql.GATED, columns(gated), strict=True))
+    arguments["user_profiles"] = profile_rows(effects) or None
+    arguments["label_events"] = sorted(effects.labels_added) or None
+    return Decided(arguments, effects, count)
+
+
+def _arrange(writer: Writer, table: Table, changes: list[Change], stored: Stored) -> Arrangement:
+    """The same as `settle` does under the locks."""
+    have, twins = stored.rows.get(table.name, {}), stored.twins.get(table.name, {})
+    winners = {pair_of(table, row): row for row in have.values()}
+    homes: dict[str, list[str]] = {uri: [pair_of(table, row)] for uri, row in have.items()}
+    for pair, members in twins.items():
+        homes.update((uri, [pair]) for uri in members)
+    # What is not there has not to be deleted: the tombstone stands.
+    pending = {c.uri: c for c in changes if c.row is not None or c.uri in homes}
+    pairs = {pair_of(table, c.row) for c in changes if c.row is not None}.union(winners, twins)
+    found = Found(winners, twins, homes, stored.cids)
+    return rearrange(table, pending, pairs, found, writer.trusted, many_relays=writer.many_relays)

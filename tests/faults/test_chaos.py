@@ -25,6 +25,13 @@ def test_the_seed_fixes_the_plan() -> None:
     assert places == set(PLACES) == set(Step) - {Step.IN_MIGRATION}
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.redis or 'one'}-{form.partitions}")
+def test_a_short_plan_has_what_is_of_its_form(form: Form) -> None:
+    kinds = {fault.kind for fault in plan(7, 60, form)}
+    assert kinds >= set(form.weights)
+    assert kinds - set(form.weights) <= set(WEIGHTS)
+
+
 @pytest.mark.timeout(300)  # each fault waits until the pipeline is at work again: a busy machine takes its time
 async def test_a_minute_of_faults(server_dir: Path) -> None:
     async with chaos(server_dir, seed=1) as started:

@@ -1,4 +1,7 @@
-"""Three hosts on one stream, one of which is cut off from Redis and PostgreSQL for a minute, and comes back."""
+"""Three hosts on one stream, one of which is cut off from Redis and PostgreSQL for a minute, and comes back.
+
+`pytest --extended -s` tells how long it took.
+"""
 
 from __future__ import annotations
 

@@ -281,7 +281,13 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
     yield sql.PUT + words["put_6"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_6"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_7"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.FIRST + words["first_1"], [[] if name != "only_verified" else False for name in sql.FIRST_ARGUMENTS]
+    changes = {"gone": [False], "read_uris": ["at://none"], "tables": ["likes"]}
+    yield (
+        f"SELECT * FROM fastworker.change_1({sql._named(*sql.CHANGE_ARGUMENTS)})" + words["change_1"],
+        [changes.get(name, []) for name in sql.CHANGE_ARGUMENTS],
+    )
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
     yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]

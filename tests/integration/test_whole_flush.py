@@ -1,4 +1,4 @@
-"""A flush of few new rows as one call (store/sql/put_whole.sql): when it is taken, when not, and what it leaves to the caller."""
+"""A small flush in one call or two (store/whole.py): when it is taken, when not, and what it leaves to the caller."""
 
 from __future__ import annotations
 
@@ -47,10 +47,14 @@ async def store(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     await store.close()
 
 
-def commits(*ops: tuple[str, str, dict[str, Any] | None]) -> list[Event]:
-    """(repo, path, record; None deletes), in their order."""
+def commits(*ops: tuple[str, str, dict[str, Any] | None] | Event) -> list[Event]:
+    """(repo, path, record; None deletes), or another event, in their order."""
     events: list[Event] = []
-    for repo, path, record in ops:
+    for one in ops:
+        if isinstance(one, dict):
+            events.append(one)
+            continue
+        repo, path, record = one
         full = record and {"$type": path.split("/", maxsplit=1)[0], "createdAt": "2026-01-01T00:00:00Z", **record}
         action = "delete" if full is None else "create"
         op = {"action": action, "path": path, "cid": cid_of(full) if full else None, "record": full}
@@ -147,15 +151,15 @@ async def test_a_post_that_is_locked_is_not_waited_for_but_owed(
 
 
 @pytest.mark.parametrize(
-    "before",
+    ("before", "whole"),
     [
-        pytest.param([like(A)], id="delivered before"),
-        pytest.param([like(A, rkey="k")], id="its pair is taken"),
-        pytest.param([gone(A, "app.bsky.feed.like/l")], id="deleted before"),
+        pytest.param([like(A)], True, id="delivered before"),
+        pytest.param([like(A, rkey="k")], True, id="its pair is taken"),
+        pytest.param([gone(A, "app.bsky.feed.like/l")], False, id="deleted before"),
     ],
 )
 async def test_nothing_is_written_unless_every_row_is_new(
-    store: Told, pg: asyncpg.Connection, before: list[Any]
+    store: Told, pg: asyncpg.Connection, before: list[Any], whole: bool
 ) -> None:
     events = commits(post(B), *before, like(A), like(C))
     count = 1 + len(before)
@@ -165,7 +169,7 @@ async def test_nothing_is_written_unless_every_row_is_new(
     await store.write(batch_of(events[1:count]))
     store.whole.clear()
     await store.write(batch_of(events[count:]))
-    assert store.whole == [False]
+    assert store.whole == [whole]
     await settle(store)
     assert await differences(lawful(events), pg) == "no difference"
 
@@ -178,16 +182,111 @@ async def test_who_must_not_be_stored_is_not(store: Told, pg: asyncpg.Connection
     assert [r[0] for r in await pg.fetch("SELECT user_did FROM likes")] == [C]
 
 
-async def test_only_few_and_only_new_rows_take_it(store: Told) -> None:
+async def test_only_few_rows_and_few_new_users_take_it(store: Told) -> None:
     did = "did:plc:" + "d" * 21
     many = [like(f"{did}{n:03}") for n in range(FEW_USERS + 1)]
     await store.write(batch_of(commits(*many)))
     assert store.whole == [False], "so many new users are committed first"
-    store.whole.clear()
     await store.write(batch_of(commits(*[like(A, f"{POST}{n}", str(n)) for n in range(store.writer.copying.rows_min)])))
-    await store.write(batch_of(commits(post(B), gone(A, "app.bsky.feed.like/0"))))
-    await store.write(batch_of(commits((B, "app.bsky.actor.profile/self", {"displayName": "B"}))))
-    assert store.whole == [False] * 3, "COPY, deletes and cold tables go step by step"
+    assert store.whole == [False] * 2, "COPY"
+
+
+# Round trips ---------------------------------------------------------------------------------------------------
+
+
+def quote(repo: str, uri: str, rkey: str = "q", action: str = "create") -> tuple[str, str, dict[str, Any]]:
+    embed = {"$type": "app.bsky.embed.record", "record": {"uri": uri, "cid": cid_of(uri)}}
+    return repo, f"app.bsky.feed.post/{rkey}", {"text": action, "embed": embed}
+
+
+def item(repo: str, rkey: str = "i", name: str = "one") -> tuple[str, str, dict[str, Any]]:
+    record = {"list": f"at://{repo}/app.bsky.graph.list/{name}", "subject": C}
+    return repo, f"app.bsky.graph.listitem/{rkey}", record
+
+
+def repost(repo: str, rkey: str = "s") -> tuple[str, str, dict[str, Any]]:
+    return repo, f"app.bsky.feed.repost/{rkey}", {"subject": {"uri": POST, "cid": cid_of(POST)}}
+
+
+def account(did: str, status: str | None) -> Event:
+    return {"kind": "account", "did": did, "active": status is None, "status": status}
+
+
+def identity(did: str, handle: str) -> Event:
+    return {"kind": "identity", "did": did, "handle": handle}
+
+
+PROFILE = (A, "app.bsky.actor.profile/self", {"displayName": "one"})
+GENERATOR = (C, "app.bsky.feed.generator/g", {"did": "did:web:feeds.example", "displayName": "Feed"})
+LABELER: tuple[str, str, dict[str, Any]] = (C, "app.bsky.labeler.service/self", {"policies": {"labelValues": []}})
+GATE = (B, "app.bsky.feed.threadgate/p", {"post": POST, "allow": []})
+POSTGATE = (B, "app.bsky.feed.postgate/p", {"post": POST, "embeddingRules": []})
+REPLY = f"at://{A}/app.bsky.feed.post/r"
+PATHS = ("app.bsky.feed.like/l", "app.bsky.feed.repost/s", "app.bsky.graph.follow/f", "app.bsky.graph.block/b")
+STORED = [
+    post(B),
+    post(A, "r", POST),
+    like(B, REPLY),
+    like(A),
+    repost(A),
+    (A, "app.bsky.graph.follow/f", {"subject": B}),
+    (A, "app.bsky.graph.block/b", {"subject": C}),
+    quote(C, POST),
+]
+COLD = [PROFILE, item(A), GENERATOR, LABELER, GATE, POSTGATE, (B, "com.example.note/n", {"text": "x"})]
+SMALL: dict[str, tuple[list[Any], list[Any], int]] = {
+    "new rows": ([post(B)], [like(A), post(A, "r", POST)], 1),
+    "deletes of hot rows": (STORED, [gone(A, path) for path in PATHS], 2),
+    "a delete of a post with all that follows": (STORED, [gone(B, "app.bsky.feed.post/p"), gone(A, PATHS[0])], 2),
+    "a delete of what is not known": ([], [gone(A, "app.bsky.feed.like/x"), like(C)], 2),
+    "a like that is taken back and given again": (STORED, [gone(A, PATHS[0]), like(A, POST, "l2")], 2),
+    "a second like": ([post(B), like(A, POST, "l2")], [like(A, POST, "l1"), like(A, POST, "l3")], 2),
+    "the second like comes first": ([post(B), like(A, POST, "l1")], [like(A, POST, "l2")], 3),
+    "the next like in turn": ([post(B), like(A, POST, "l1"), like(A, POST, "l2")], [gone(A, PATHS[0] + "1")], 2),
+    "a second repost": ([post(B), repost(A, "s2")], [repost(A, "s1"), gone(C, PATHS[0])], 2),
+    "a second list item": ([item(A)], [item(A, "h"), item(A, "j")], 2),
+    "an update of a post": (STORED, [quote(C, REPLY, action="update")], 3),
+    "delivered again": (STORED, STORED[3:5], 3),
+    "records of cold tables": ([post(B)], [*COLD, like(A)], 2),
+    "updates of cold records": ([post(B), *COLD], [(r, p, {**v, "description": "2"}) for r, p, v in COLD], 2),
+    "deletes of cold records": ([post(B), *COLD], [gone(r, p) for r, p, _ in COLD], 2),
+    "a delete of a cold record that is not known": ([], [gone(A, "app.bsky.actor.profile/self")], 2),
+    "accounts": ([post(B)], [account(A, "takendown"), account(B, None), like(C)], 2),
+    "identities": ([post(B)], [identity(A, "a.test"), identity(B, "b.test"), like(C)], 2),
+    "nothing but identities": ([], [identity(A, "a.test")], 1),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+async def test_a_small_flush_takes_three_round_trips_at_most(
+    kind: str, store: Told, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after, most = SMALL[kind]
+    events = commits(*before, *after)
+    if kind == "delivered again":
+        events[len(before) :] = events[3:5]
+    warm = commits(post(C, "w"), gone(C, "app.bsky.feed.post/w"))  # the driver asks for types once
+    await store.write(batch_of(warm))
+    if before:
+        await store.write(batch_of(events[: len(before)]))
+    trips: list[str] = []
+    of_driver = {name: getattr(asyncpg.Connection, name) for name in ("execute", "_execute")}
+
+    async def execute(self: Any, query: str, *args: Any, **options: Any) -> Any:
+        trips.extend([] if args else [query])  # with arguments it is counted below
+        return await of_driver["execute"](self, query, *args, **options)
+
+    async def _execute(self: Any, query: str, *args: Any, **options: Any) -> Any:
+        trips.append(query)
+        return await of_driver["_execute"](self, query, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "execute", execute)
+        patch.setattr(asyncpg.Connection, "_execute", _execute)
+        await store.write(batch_of(events[len(before) :]))
+    assert len(trips) == most <= 3, trips
+    await settle(store)
+    assert await differences(lawful([*warm, *events]), pg) == "no difference"
 
 
 def test_routines_are_made_from_the_schema() -> None:
@@ -198,19 +297,19 @@ def test_routines_are_made_from_the_schema() -> None:
     put = next(one for one in routines.packaged() if one.name.startswith("put_") and "whole" not in one.name)
     for table in TABLES:
         assert (f"INSERT INTO public.{table.name} ({', '.join(table.columns)})" in put.sql) == table.hot
-    for call in (sql.LOOK, sql.LOOK_BACK, sql.PUT, sql.PUT_WHOLE, sql.RECOMPUTE):
+    for call in (sql.LOOK, sql.LOOK_BACK, sql.FIRST, sql.PUT, sql.PUT_WHOLE, sql.RECOMPUTE):
         assert re.search(r"\(\w+ => \$1", call)
 
 
 async def test_routines_are_installed_again_and_again(postgres_url: str, pg: asyncpg.Connection) -> None:
     """One that is gone, and one of another build, are missed by `check` and made by `migrate`; the old ones stay."""
     assert await migrate(postgres_url) == []
-    await pg.execute("DROP PROCEDURE fastworker.put_whole_6")
+    await pg.execute("DROP PROCEDURE fastworker.put_whole_7")
     await pg.execute("COMMENT ON FUNCTION fastworker.look_3 IS 'of another build'")
     assert await check(postgres_url) == [
         f"Routine fastworker.{name} is not this release's: run `fastworker migrate`."
-        for name in ("look_3", "put_whole_6")
+        for name in ("look_3", "put_whole_7")
     ]
-    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_6"]
+    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_7"]
     assert await check(postgres_url) == []
     assert await pg.fetchval("SELECT to_regproc('fastworker.put') IS NOT NULL"), "the release before ours calls it"

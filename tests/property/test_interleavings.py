@@ -186,6 +186,12 @@ def create_and_delete_of_a_cold_record(s: Scene) -> Any:
     return [], [s.item(s.a, "i", "one", s.b)], [s.delete(s.a, "app.bsky.graph.listitem/i")]
 
 
+def one_delete_given_twice(s: Scene) -> Any:
+    base = [s.post(s.b), s.like(s.a, s.uri(s.b)), s.like(s.c, s.uri(s.b))]
+    gone = s.delete(s.a, "app.bsky.feed.like/l")
+    return base, [gone], [gone]
+
+
 def delete_and_create_again(s: Scene) -> Any:
     return [s.post(s.a)], [s.delete(s.a, "app.bsky.feed.post/p")], [s.post(s.a, text="again")]
 
@@ -305,6 +311,7 @@ RACES: tuple[Race, ...] = (
     create_and_delete,
     create_and_delete_of_a_post,
     create_and_delete_of_a_cold_record,
+    one_delete_given_twice,
     delete_and_create_again,
     two_updates,
     two_updates_of_a_profile,
@@ -343,7 +350,9 @@ async def stage(postgres_url: str, pg: asyncpg.Connection) -> Any:
 
 
 FORMS = {"copy": (1, 0), "arrays": (200, 0), "whole": (200, 200)}
-"""How rows are written: from how many on by COPY, up to how many in one call."""
+"""How rows are written: from how many on by COPY, up to how many in one call or two."""
+BESIDE = ((1, 1), (1, 0), (0, 1))
+"""Which of two writers write in that form, in turns; the other one goes step by step."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -363,11 +372,11 @@ async def test_every_interleaving_ends_as_the_law_says(
         base, *parts = race(scene)
         if turned:
             parts.reverse()
-        for held in stage.held:
+        for held, is_whole in zip(stage.held, BESIDE[case % len(BESIDE)], strict=True):
             held.hold(None)
             writer = held.store.writer
             writer.copying.rows_min, writer.copying.pause = copy_rows_min, 0
-            writer.whole_rows_max = whole_rows_max
+            writer.whole_rows_max = whole_rows_max * is_whole
         if base:
             await stage.stores[0].write(batch_of(base))
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))

@@ -53,8 +53,9 @@ def _mutant(name: str, file: str, tests: str, new: str, old: str = "", *more: Ed
 
 _STATEMENTS, _DERIVE = "fastworker/store/statements.py", "fastworker/table/derive.py"
 _FLUSH, _SETTLE, _EFFECTS = (f"fastworker/store/{name}.py" for name in ("flush", "settle", "effects"))
-_PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY = (
-    f"fastworker/store/sql/{name}.sql" for name in ("put", "put_whole", "recompute", "recount", "pay_bucket")
+_PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY, _FIRST, _CHANGE = (
+    f"fastworker/store/sql/{name}.sql"
+    for name in ("put", "put_whole", "recompute", "recount", "pay_bucket", "first", "change")
 )
 _APART, _PAY_ALL = "fastworker/store/sql/pay_apart.sql", "fastworker/store/sql/pay.sql"
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
@@ -64,6 +65,7 @@ _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", 
 
 LAW = "tests/property/test_law.py tests/property/test_histories.py"
 RACES = "tests/property/test_interleavings.py"
+IN_TWO_CALLS = RACES + "::test_every_interleaving_ends_as_the_law_says[{}-whole]"
 FLOORS, _SYNC = "tests/property/test_floors.py", "fastworker/sync/settle.py"
 BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
@@ -99,7 +101,7 @@ MUTANTS = [
     _mutant("op index ignored", _BATCH, LAW, "(0, a.row is None", "(a.op_index, a.row is None"),
     _mutant("deletes ignored", _SETTLE, LAW, "pass"),
     _mutant("delete mapped to update", _MAPPER, LAW, 'if op.action == "never":'),
-    _mutant("tombstones not written", _FLUSH, LAW, "if False:", "", Edit("elif False:")),
+    _mutant("tombstones not written", _FLUSH, LAW, "if False:"),
     _mutant("tombstone not read", _STATEMENTS, LAW, "AND NOT deleted", "AND deleted"),
     _mutant("cold gate open", _SETTLE, LAW, "newest = {c.uri for c in changes}"),
     # what others commit meanwhile
@@ -124,12 +126,19 @@ MUTANTS = [
     _mutant("the first floor that came since the look", _PUT, FLOORS, "ELSIF false AND", "ELSIF NOT floors AND"),
     _mutant("a floor goes down", _STATEMENTS, FLOORS, "WHERE true OR", "WHERE $4::boolean OR"),
     _mutant("a tombstone below a floor", _STATEMENTS, FLOORS, "AS f WHERE false AND", "AS f WHERE"),
-    _mutant("a late deletion against a floor", "fastworker/store/accounts.py", FLOORS, "pass"),
+    _mutant("a late deletion against a floor", _STATEMENTS, FLOORS, "", "(SETTLE_AGAIN, DELETION),"),
     # one call
     _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
     _mutant("no look back after a whole flush", _WHOLE, OF_WHOLE, "SELECT false"),
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
+    _mutant("a row that changed since it was read", "fastworker/store/routines.py", IN_TWO_CALLS.format("two_updates"), "true;", "f.uri || ' ' || f.xmin = ANY(seen);"),
+    _mutant("what is there although it was not read", "fastworker/store/routines.py", IN_TWO_CALLS.format("a_winner_deleted_while_its_twin_arrives"), "IF false THEN"),
+    _mutant("a row that is gone since it was read", _CHANGE, IN_TWO_CALLS.format("one_delete_given_twice"), "IF false THEN"),
+    _mutant("the gate of a small flush open", _CHANGE, IN_TWO_CALLS.format("create_and_delete_of_a_cold_record"), "IF false THEN"),
+    _mutant("identities of who must not be stored", _FIRST, BUGS, "IF false THEN"),
+    _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
+    _mutant("a record in two places", "fastworker/store/sql/look_back.sql", IN_TWO_CALLS.format("a_pair_changed_both_ways"), "SELECT 'twin', NULL, NULL, NULL WHERE false"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
@@ -146,6 +155,7 @@ MUTANTS = [
     _mutant("a counter beside its debt that is put back", _PUT, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a debt overtakes one that is put back", _PAY, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a counter that is refused stops the others", _APART, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "EXCEPTION WHEN division_by_zero THEN"),
+    _mutant("a joined row that is refused stops a small flush", _WHOLE, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
     _mutant("a joined row that is refused stops its flush", "fastworker/store/joined.py", f"{DEBTS}::test_a_joined_row_that_is_refused_is_put_back_alone", "raise"),
     _mutant("joined rows that are owed wait for maintenance", _PAY_ALL, f"{DEBTS}::test_what_another_leaves_is_paid_by_a_tick_and_told", "IF false THEN"),
     _mutant("debts that are never paid are not noticed", "fastworker/monitor/readiness.py", RULES, "if False:"),
@@ -175,7 +185,7 @@ MUTANTS = [
     _mutant("deleted accounts not looked at", "fastworker/store/look.py", BUGS, "False", "is_gone(change.rev, change.seq, *gone)"),
     _mutant("purge never begins", _STATEMENTS, LAW, "", ", purge_pending = true, purged_at = NULL"),
     _mutant("opt-out ignored", _FLUSH, BUGS, "", " if c.row is None or c.repo not in forbidden"),
-    _mutant("opt-out of identities ignored", _FLUSH, BUGS, "", " if did not in forbidden"),
+    _mutant("opt-out of identities ignored", _FLUSH, BUGS, "", " if did not in seen.forbidden"),
     _mutant("older account event wins", _STATEMENTS, RELAYS, "(0,", "(coalesce({t}.seq, -1),"),
     _mutant("account events of relays by seq", _STATEMENTS, RELAYS, "did, seq DESC", "did, event_at DESC"),
     _mutant("a deletion by the seq of another relay", _STATEMENTS, RELAYS, "count(*) > 9", "count(*) > 1"),

@@ -12,6 +12,8 @@ CREATE OR REPLACE FUNCTION fastworker.look_3(
 ) RETURNS TABLE (kind text, key text, rev text, seq bigint) LANGUAGE sql STABLE AS $$
     {{beats}}
     UNION ALL
+    {{waiting}}
+    UNION ALL
     SELECT 'forbidden', s.user_did, NULL, NULL FROM public.user_settings AS s
     WHERE s.data_collection_forbidden AND s.user_did = ANY(dids)
     UNION ALL

@@ -1,8 +1,9 @@
--- After the commit of a flush: what overtook its records (as in `look`), and which rows that join two records it may
+-- After the commit of a flush: what overtook its records (as in `look`; of twins those that are in the table as well, with
+-- another pair, because two writers moved them), and which rows that join two records it may
 -- have changed: thread contexts of its `posts`, of replies to them, and of posts that their root's author liked
 -- (`like_posts`, `like_users`); gate flags of its posts; like counts of the feed generators and labelers it liked.
 -- Of the replies to one post, `crowd` + 1 at most, with the post in `rev`: so many are not recomputed at once.
-CREATE OR REPLACE FUNCTION fastworker.look_back_2(
+CREATE OR REPLACE FUNCTION fastworker.look_back_3(
     uris text[],
     repos varchar[],
     posts varchar[],
@@ -14,6 +15,9 @@ CREATE OR REPLACE FUNCTION fastworker.look_back_2(
     with_services boolean
 ) RETURNS TABLE (kind text, key text, rev text, seq bigint) LANGUAGE sql STABLE AS $$
     {{beats}}
+    UNION ALL
+    -- mutant: a record in two places
+    {{in_two_places}}
     UNION ALL
     SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p
     WHERE with_contexts AND p.uri = ANY(posts) AND p.root_uri <> p.uri
