@@ -72,7 +72,7 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
         *_CONNECTION,
         *("xreadgroup", "xack", "xclaim", "xpending", "xrange", "xrevrange", "xadd", "xlen", "xtrim"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers", "xgroup|create", "xgroup|delconsumer", "xgroup|setid"),
-        *("get", "set", "del", "exists", "type", "multi", "exec", "memory|usage"),
+        *("get", "set", "del", "exists", "pttl", "pexpire", "type", "multi", "exec", "memory|usage"),
         *(
             "hget",
             "hgetall",
@@ -92,7 +92,7 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
         *_CONNECTION,
         *("xadd", "xdel", "xlen", "xtrim", "xrange", "xpending", "xack", "memory|usage"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers"),
-        *("get", "set", "del", "exists", "type", "multi", "exec", "publish"),
+        *("get", "set", "del", "exists", "pttl", "pexpire", "type", "multi", "exec", "publish"),
         *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
     ),
 }

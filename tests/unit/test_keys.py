@@ -8,6 +8,7 @@ from importlib import resources
 
 from redis.crc import key_slot
 
+from fastworker.commands.grants import COMMANDS
 from fastworker.stream import admin, consumer, database, feed, members, skipped
 from fastworker.stream.keys import CLUSTERED, USUAL, Keys, slot, stream_of
 from fastworker.stream.scripts import script
@@ -128,3 +129,12 @@ def test_every_script_is_used_and_whole() -> None:
     files = {one.name.removesuffix(".lua") for one in resources.files("fastworker.stream").joinpath("lua").iterdir()}
     assert files == {*used, *included}
     assert all("-- include" not in script(name) for name in used)
+
+
+def test_what_scripts_call_is_granted() -> None:
+    """A role of least rights runs them: Redis refuses a whole script for one command that its user may not call."""
+    granted = {command.partition("|")[0] for commands in COMMANDS.values() for command in commands}
+    lua = resources.files("fastworker.stream").joinpath("lua").iterdir()
+    called = {name.lower() for one in lua for name in re.findall(r"redis\.p?call\('(\w+)'", one.read_text("utf-8"))}
+    assert len(called) > 20
+    assert called <= granted
