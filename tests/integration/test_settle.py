@@ -220,14 +220,14 @@ async def test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer(
 
 @pytest.mark.parametrize("order", [1, -1])
 async def test_two_snapshots_of_one_account_at_once(scene: Scene, tmp_path: Path, order: int) -> None:
-    """The newer one counts, whichever comes first."""
+    """Of two files the newer one counts, whichever comes first."""
     folder = tmp_path / "early"
     folder.mkdir()
     early = Network(7, accounts=14, signed=True)  # the same world, earlier
     list(early.frames(700))
     old = Scene(early, (), folder, scene.store, scene.url)
     did = next(one.did for one in early.world.accounts() if len(one.live) > 20)
-    found = [next(s.snapshot(one) for one in s.network.world.accounts() if one.did == did) for s in (old, scene)]
+    found = [next(s.snapshot(one, seq=0) for one in s.network.world.accounts() if one.did == did) for s in (old, scene)]
     async with open_stored(scene.url) as stored:
         settle = Settle(stored, scene.store)
         with Repository(found[0][0]) as before, Repository(found[1][0]) as now:
