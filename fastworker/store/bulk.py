@@ -434,7 +434,7 @@ _FLOORS: Final = (
 _OF_UNWANTED: Final = "DELETE FROM fastworker.{} AS s USING unwanted AS u WHERE split_part(s.uri, '/', 3) = u.did"
 _TWINS_OF_KNOWN: Final = (
     "DELETE FROM fastworker.staged_twins AS s USING fastworker.bulk_repos AS r "
-    "WHERE r.did = s.did AND r.later IS NOT NULL"
+    f"WHERE r.did = s.did AND r.later <> '{ONLY_SOME}'"
 )
 _WITHOUT_POST: Final = tuple(
     f"DELETE FROM fastworker.staged_{name} AS s WHERE NOT EXISTS ("
