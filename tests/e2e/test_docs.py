@@ -204,7 +204,7 @@ def tools(servers_dir: Path) -> Path:
     """A folder for PATH with the servers' own tools under the names that pages use."""
     folder = servers_dir / "bin"
     folder.mkdir()
-    postgres = EmbeddedPostgres(servers_dir / "x")._bin
+    postgres = EmbeddedPostgres(servers_dir / "x").programs
     for tool in ("psql", "pg_dump", "pg_restore", "pg_basebackup"):
         (folder / tool).symlink_to(postgres / tool)
     (folder / "redis-server").symlink_to(EmbeddedRedis(servers_dir / "y")._binary)

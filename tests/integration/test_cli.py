@@ -536,9 +536,11 @@ def test_a_reader_that_waits_for_postgresql_says_it_once(services: Callable[...,
     "words", ["migrate", "export did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "sample", "backfill --status", "repair --recorded"]
 )
 def test_every_command_looks_for_the_servers_of_its_home(tmp_path: Path, words: str) -> None:
-    done = run(*words.split(), FASTWORKER_HOME=str(tmp_path))
+    home = tmp_path / "home"
+    done = run(*words.split(), FASTWORKER_HOME=str(home))
     assert done.returncode == 3, done.stderr
-    assert str(tmp_path) in done.stderr, "it asked there, and nobody answered"
+    assert str(home) in done.stderr, "it asked there, and nobody answered"
+    assert not home.exists(), "only `up` makes it"
 
 
 def test_settings_of_files(tmp_path: Path, redis_url: str) -> None:
