@@ -36,6 +36,7 @@ from bench.scale import table as scale_table
 from bench.settings import CHANGES, has_huge_pages, of_change
 from bench.targets import compare
 from bench.verify import verify
+from bench.wal import wal
 from fastworker.commands.tune import Extent
 from fastworker.simulator.keys import Curve
 
@@ -92,6 +93,11 @@ def _strategies(session: Session) -> None:
 
 def _derived(session: Session) -> None:
     session.measure("derived", {"rows": "likes"}, functools.partial(derived, session.seed))
+
+
+def _wal(session: Session) -> None:
+    work = functools.partial(wal, session.folder, form="native", events=session.events)
+    session.measure("wal", {"form": "native"}, work)
 
 
 def _flush(session: Session) -> None:
@@ -278,6 +284,7 @@ BENCHES: dict[str, Bench] = {
         "a full stream, `fastworker worker` with its defaults, until acked: events/s, CPU of each, memory, WAL, "
         "share of the floor, multiple of the baseline; full and core, all forms",
     ),
+    "wal": Bench(_wal, 2, "the write-ahead log of a full stream by table, its indexes with it"),
     "presets": Bench(_presets, 6, "the same with the guide's presets and an old environment file"),
     "settings": Bench(
         _settings,

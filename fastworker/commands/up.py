@@ -169,6 +169,7 @@ def _with_servers(config: Config) -> Iterator[tuple[Config, list[Server]]]:
     with ExitStack() as stack:
         if wants_postgres or wants_redis:
             home = _home(config)
+            _make(home)
             stack.enter_context(_only_one(home))
             config = msgspec.structs.replace(config, home=str(home))
             if wants_redis:
@@ -195,7 +196,7 @@ def with_servers_of_home(config: Config) -> Config:
 
 
 def _home(config: Config) -> Path:
-    """FASTWORKER_HOME, made if it is not there."""
+    """FASTWORKER_HOME, or where it is when it is not set."""
     if config.home is not None:
         home = Path(config.home).expanduser()
     else:
@@ -204,11 +205,14 @@ def _home(config: Config) -> Path:
             home = (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "fastworker"
         except RuntimeError as error:
             raise ConfigError("There is no home directory: set FASTWORKER_HOME") from error
+    return home.absolute()
+
+
+def _make(home: Path) -> None:
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"FASTWORKER_HOME: {home} cannot be made: {error.strerror or error}") from error
-    return home.absolute()
 
 
 @contextmanager

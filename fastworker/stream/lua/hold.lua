@@ -6,7 +6,8 @@ local function hold(held, reads, given, consumer, id, told)
   if told == '' then return end
   local known = string.match(redis.call('GET', given) or '', '^%S+') or ''
   for first, last in string.gmatch(told, '(%S+) (%S+)') do
-    last = padded(last)
-    if known < last then redis.call('HSET', reads, padded(first), last) end
+    first, last = padded(first), padded(last)
+    -- What is read back is told alone, perhaps after the read that it came with.
+    if known < last and (redis.call('HGET', reads, first) or '') < last then redis.call('HSET', reads, first, last) end
   end
 end
