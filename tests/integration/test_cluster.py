@@ -23,7 +23,7 @@ from tests.services import Service, run, until
 
 STREAM, CURSOR = CLUSTERED
 SLOT = slot(STREAM)
-FRAMES = 6_000
+FRAMES = 3_000
 
 
 class Nodes(NamedTuple):

@@ -24,7 +24,7 @@ from tests.services import Service, run, until
 
 MASTER = "events"
 SENTINELS = 3
-FRAMES = 6_000
+FRAMES = 3_000
 
 
 class Watched(NamedTuple):
