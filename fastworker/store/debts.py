@@ -42,17 +42,24 @@ async def look(db: Connection) -> Debts:
     return Debts(*row)
 
 
-async def pay(writer: Writer, db: Connection) -> int:
+async def pay(writer: Writer, db: Connection) -> int | None:
     """Ours and others'; what another one is paying is left to him. Returns how many were paid.
 
-    In transactions of its own, in which no other lock is held: nobody waits for it.
+    In transactions of its own, in which no other lock is held: nobody waits for it. None: joined rows were refused or
+    not ready in time, and are still owed. Counters of which this is true are put back where they are paid.
     """
     try:
         with translating():
-            paid: int = await writer.retry(lambda: db.fetchval(sql.PAY, *writer.counted))
-    except RowRejected:  # a joined row: a counter that is refused is put back where it is paid
-        return await _recompute_due(writer, db, age_s=0)
+            paid: int | None = await writer.retry(lambda: db.fetchval(sql.PAY, *writer.counted))
+    except RowRejected:  # by a constraint that is checked at commit
+        return None
     return paid
+
+
+async def pay_apart(writer: Writer, db: Connection) -> int:
+    """As `pay`, for who has no flush to finish: joined rows that are refused are found one by one and put back."""
+    paid = await pay(writer, db)
+    return await _recompute_due(writer, db, age_s=0) if paid is None else paid
 
 
 async def recompute_owed(writer: Writer, db: Connection, *, age_s: float) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from functools import partial
 
-from fastworker.errors import RowRejected
+from asyncpg.exceptions import QueryCanceledError
+
+from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.look import Key
 from fastworker.store.session import STATEMENT_TIMEOUT, Connection, translating
@@ -43,14 +45,17 @@ def keys_of(writer: Writer, upserts: list[Change]) -> set[Key]:
 async def recompute_or_owe(
     writer: Writer, db: Connection, owed: dict[Key, datetime], fresh: set[Key], *, note: int | None = None
 ) -> None:
-    """What a flush does after its commit: nothing is waited for, and what the database refuses is left owed by key.
+    """What a flush does after its commit: nothing is waited for, and what the database refuses, or
+    has not ready in time, is left owed by key.
 
     Whoever pays finds out which of the keys it is, and puts that one back.
     """
     try:
         with translating():
             await recompute(writer, db, owed, fresh, note=note, wait=False)
-    except RowRejected:
+    except (RowRejected, StoreUnavailable) as error:
+        if isinstance(error, StoreUnavailable) and not isinstance(error.__cause__, QueryCanceledError):
+            raise
         # mutant: a joined row that is refused stops its flush
         await _owe(writer, db, owed.keys() | fresh, note)
 

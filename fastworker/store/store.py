@@ -157,7 +157,7 @@ class Store:
         done = 0
         failure: StoreUnavailable | RowRejected | None = None
         acts: tuple[Callable[[Connection], Awaitable[int]], ...] = (
-            partial(debts.pay, self.writer),
+            partial(debts.pay_apart, self.writer),
             partial(debts.recompute_owed, self.writer, age_s=owed_age_s),
             partial(upkeep.look_again, self.writer, dead_commit=dead_commit),
             partial(upkeep.purge, self.writer, dead_commit=dead_commit),
@@ -175,7 +175,7 @@ class Store:
     async def pay(self) -> int:
         """What flushes owe who died before they paid, or whose payer had looked already. For a quick tick."""
         async with self.connection() as db:
-            return await debts.pay(self.writer, db)
+            return await debts.pay_apart(self.writer, db)
 
     async def debts(self) -> Debts:
         """What is owed now."""

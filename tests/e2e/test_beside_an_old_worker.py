@@ -22,7 +22,7 @@ from tests.property.feeding import differences, lawful
 from tests.rig.foreign import Foreign
 from tests.rig.histories import random_history, to_recording
 
-EVENTS = 1_500
+EVENTS = 900
 
 
 async def test_reapply_and_verify_make_it_right(

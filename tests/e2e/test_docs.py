@@ -39,6 +39,7 @@ import redis
 from fastworker.cli import cli
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.rig.histories import random_history, to_entry
+from tests.runs import usually
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -349,7 +350,7 @@ async def test_queries_of_the_cookbook(pg: asyncpg.Connection[Any]) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", usually(PRESETS, "low-memory.env"))
 def test_a_preset_runs(preset: str, shell: Shell) -> None:
     """Sourced as it is, but for the addresses: a worker starts with it, stores, says what it made of it, and drains."""
     lines = (ROOT / "docs/env" / preset).read_text()

@@ -33,8 +33,18 @@ async def assert_equal(expected: Tables, pg: asyncpg.Connection) -> None:
     assert not differences, report(differences)
 
 
-@pytest.mark.parametrize("form", ["json", "native", "frame"])
-@pytest.mark.parametrize("mix", ["production", "adversarial"])
+@pytest.mark.parametrize(
+    ("mix", "form"),
+    [
+        ("production", "json"),
+        ("adversarial", "native"),
+        ("adversarial", "frame"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.extended)
+            for pair in (("adversarial", "json"), ("production", "native"), ("production", "frame"))
+        ),
+    ],
+)
 async def test_both_mixes_in_every_form(house: House, pg: asyncpg.Connection, mix: Any, form: Form) -> None:
     frames = list(Network(5, mix=mix, accounts=300 if mix == "production" else 8).frames(EVENTS))
     await house.ingest(frames, form=form, last_seq=max(frame.seq or 0 for frame in frames))

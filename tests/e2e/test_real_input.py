@@ -23,6 +23,7 @@ from fastworker.simulator.network import repo_to_frames
 from fastworker.simulator.repo import START_TIME, read_car
 from tests.e2e.house import Form, House
 from tests.integration.test_settle import comparable
+from tests.runs import usually
 
 pytestmark = pytest.mark.real_data
 
@@ -137,7 +138,7 @@ async def _check_commit(pg: asyncpg.Connection, did: str, commit: dict[str, Any]
         assert json.loads(row["record"]) == record
 
 
-@pytest.mark.parametrize("name", ["little.car", "jetstream-repo.car", "bsky.app.car"])
+@pytest.mark.parametrize("name", usually(RECORDS, "little.car", "jetstream-repo.car"))
 async def test_a_whole_real_repository(real_data: Path, house: House, pg: asyncpg.Connection, name: str) -> None:
     car = (real_data / "cars" / name).read_bytes()
     frames = list(repo_to_frames(car))

@@ -142,7 +142,7 @@ async def same_tables(
 
 
 async def test_two_ways(redis_url: str, postgres_url: str) -> None:
-    await same_tables(redis_url, postgres_url, 1_000, WAYS[:2], 60)
+    await same_tables(redis_url, postgres_url, 400, WAYS[:2], 60)
 
 
 @pytest.mark.extended

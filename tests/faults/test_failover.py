@@ -30,6 +30,7 @@ from fastworker.table.batch import Batch, Progress
 from fastworker.table.mapper import map_commit
 from fastworker.worker import worker as worker_module
 from tests.e2e.house import House
+from tests.runs import usually
 from tests.servers import PostgresUnderTest, connected
 
 CID = "bafyreiak664675wz3p7tvpu3eos35tw33b4dfhaod3jt63lat3sw7ralge"
@@ -119,7 +120,7 @@ def replace(postgres: EmbeddedPostgres, backup: Path) -> None:
         shutil.chown(path, owner, group)
 
 
-@pytest.mark.parametrize("how", ["restored", "promoted"])
+@pytest.mark.parametrize("how", usually(["restored", "promoted"], "promoted"))
 async def test_what_a_postgresql_that_went_back_has_lost_comes_again(
     how: str, server_dir: Path, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,6 +32,7 @@ from fastworker.simulator.network import Network
 from fastworker.stream.keys import Keys
 from fastworker.sync.told import HistoryStatus, Mended, RepairStatus, TableTruth
 from tests import replies
+from tests.runs import usually
 from tests.servers import RedisUnderTest
 from tests.services import Service, get, run, until
 
@@ -182,16 +183,16 @@ def test_refusal(
     code: int,
     words: str,
     client: redis.Redis,
-    redis_url: str,
-    postgres_url: str,
-    empty_postgres_url: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     client.rpush("a-list", "x")
-    urls = {"{redis}": redis_url, "{pg}": postgres_url, "{empty}": empty_postgres_url}
-    for name, url in urls.items():
-        env = {key: value.replace(name, url) for key, value in env.items()}
+    for name, fixture in {"{redis}": "redis_url", "{pg}": "postgres_url", "{empty}": "empty_postgres_url"}.items():
+        if any(name in value for value in env.values()):  # a database is made for those that name it
+            env = {key: value.replace(name, request.getfixturevalue(fixture)) for key, value in env.items()}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
+        if args[0] in {"worker", "reader"}:  # the usual port may be a neighbour's, which is worth a line of its own
+            env = {"FASTWORKER_HTTP_PORT": "0", **env}
         done = run(*(arg.replace("{port}", port) for arg in args), **env)
     said = done.stderr
     assert done.returncode == code, said
@@ -308,7 +309,12 @@ def test_a_worker_that_cannot_finish_entries_is_not_ready(
     services: Callable[..., Service], client: redis.Redis, redis_url: str, postgres_url: str
 ) -> None:
     """Health means progress: the sockets are open, the processes live, and nothing gets done."""
-    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "0"}
+    env = {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": postgres_url,
+        "FASTWORKER_HTTP_PORT": "0",
+        "FASTWORKER_PROCESSES": "1",
+    }
     worker = services("worker", **env)
     port = int(worker.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1])
     until(lambda: get(port, "/readyz")[0] == 200)
@@ -368,7 +374,7 @@ def test_series_that_others_name_are_bounded(
 def test_a_port_that_the_operator_chose_must_be_free(
     services: Callable[..., Service], redis_url: str, postgres_url: str
 ) -> None:
-    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url}
+    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_PROCESSES": "1"}
     first = services("worker", FASTWORKER_HTTP_PORT="0", **env)
     port = first.wait_for(r"HTTP on http://127.0.0.1:(\d+)")[1]
     second = services("worker", FASTWORKER_HTTP_PORT=port, **env)
@@ -382,7 +388,12 @@ def test_a_port_that_the_operator_chose_must_be_free(
 def test_a_default_port_that_is_taken_gives_way_and_everybody_says_where(
     services: Callable[..., Service], redis_url: str, postgres_url: str, tmp_path: Path
 ) -> None:
-    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "TMPDIR": str(tmp_path)}
+    env = {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": postgres_url,
+        "TMPDIR": str(tmp_path),
+        "FASTWORKER_PROCESSES": "1",
+    }
     with suppress(OSError), closing(socket.create_server(("127.0.0.1", 9400))):  # if it is not another test's
         worker = services("worker", **env)
         port = worker.wait_for(r"Port 9400 of 127.0.0.1 is in use: this service is at port (\d+)")[1]
@@ -432,7 +443,12 @@ def test_up_keeps_its_data_and_is_alone(services: Callable[..., Service], tmp_pa
     relay = services("relay", "--events", "200", "--port", "0", "--seed", "7")
     url = relay.wait_for("RELAY_URL=(.+)")[1]
     home = tmp_path / "a home"
-    env = {"RELAY_URL": url, "FASTWORKER_HOME": str(home), "FASTWORKER_HTTP_PORT": "0"}
+    env = {
+        "RELAY_URL": url,
+        "FASTWORKER_HOME": str(home),
+        "FASTWORKER_HTTP_PORT": "0",
+        "FASTWORKER_PROCESSES": "1",
+    }
     up = services("up", **env)
     database = up.wait_for("psql '(.+)'", 60)[1]
     stream = up.wait_for("REDIS_URL='(.+)' fastworker status")[1]
@@ -528,7 +544,12 @@ def test_a_reader_that_waits_for_postgresql_says_it_once(services: Callable[...,
 
 
 @pytest.mark.parametrize(
-    "words", ["migrate", "export did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "sample", "backfill --status", "repair --recorded"]
+    "words",
+    usually(
+        ["migrate", "export did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "sample", "backfill --status", "repair --recorded"],
+        "migrate",
+        "repair --recorded",
+    ),
 )
 def test_every_command_looks_for_the_servers_of_its_home(tmp_path: Path, words: str) -> None:
     home = tmp_path / "home"
@@ -737,16 +758,17 @@ def test_dead_letters_cannot_speak_to_the_terminal(client: redis.Redis, redis_ur
     evil = "x\n[2026-11-27 00:00:00] [CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:"
     fields = dict.fromkeys(("type", "reason", "error", "consumer", "form", "deliveries", "origId", "seq"), evil)
     letter_id = replies.text(client.xadd(DEAD, replies.to_add(fields | {"data": evil, "setAsideAt": "9" * 30})))
+    told = []
     for args in (["list"], ["list", "--json"], ["show", letter_id]):
         done = run("dlq", *args, REDIS_URL=redis_url, COLUMNS="1000")
+        told.append(done.stdout)
         said = done.stdout + done.stderr
         assert done.returncode == 0, said
         assert not set(said) & set("\x1b\x07\x9b\r\u202e\u2028"), args
         assert not re.search(r"(?m)^\[2026", said), said
-    listed = run("dlq", "list", REDIS_URL=redis_url, COLUMNS="1000").stdout
+    listed, as_json, shown = told
     assert r"[CRITICAL] lost \x1b[31m\x1b]0;title\x07\x9b1m\r\u202e\u2028[/bold] [red] :smile:" in listed
-    assert json.loads(run("dlq", "list", "--json", REDIS_URL=redis_url).stdout)["error"] == evil
-    assert json.loads(run("dlq", "show", letter_id, REDIS_URL=redis_url).stdout)["error"] == evil
+    assert json.loads(as_json)["error"] == json.loads(shown)["error"] == evil
 
 
 def test_dlq_retry_gives_back_what_the_entry_was(letters: dict[str, str], client: redis.Redis, redis_url: str) -> None:
@@ -774,7 +796,12 @@ def test_a_retry_goes_through_the_version_guard_and_the_horizon(
     client.xadd(STREAM, replies.to_add(post(1)), id=f"{days}-1")  # without a time of its own: its id tells
     for number in (2, 3):
         client.xadd(STREAM, replies.to_add(post(number)))
-    env = {"REDIS_URL": redis_url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "off"}
+    env = {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": postgres_url,
+        "FASTWORKER_HTTP_PORT": "off",
+        "FASTWORKER_PROCESSES": "1",
+    }
     worker = services("worker", **env)
     until(lambda: client.xlen(DEAD) == 3)
     op = {"action": "delete", "path": "app.bsky.feed.post/3k00000000002"}

@@ -337,10 +337,11 @@ async def test_removals_of_one_key_do_not_wait_for_each_other(postgres_url: str,
 
 
 @contextlib.asynccontextmanager
-async def refusing(pg: asyncpg.Connection[Any], table: str, key: str) -> AsyncIterator[None]:
-    """Rows with this key cannot be written."""
+async def refusing(pg: asyncpg.Connection[Any], table: str, key: str, code: str = "P0001") -> AsyncIterator[None]:
+    """Rows with this key cannot be written. 57014: as if it took too long."""
     await pg.execute(
-        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not this one'; END $$; "
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"RAISE EXCEPTION 'not this one' USING ERRCODE = '{code}'; END $$; "
         f"CREATE TRIGGER no BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW "
         f"WHEN (NEW.post_uri = '{key}') EXECUTE FUNCTION no()"
     )
@@ -399,12 +400,38 @@ async def test_a_counter_that_is_refused_is_put_back_alone(
     assert await differences(lawful(events), pg) == "no difference"
 
 
-async def test_a_joined_row_that_is_refused_is_put_back_alone(store: Store, pg: asyncpg.Connection[Any]) -> None:
+async def test_a_counter_that_is_not_ready_in_time_is_put_back_alone(
+    store: Store, pg: asyncpg.Connection[Any], postgres_url: str
+) -> None:
+    """With those that were tried beside it: after a timeout nothing else is tried. Then each is tried alone."""
+    bucket = await pg.fetchval("SELECT fastworker.bucket($1)", POST)
+    others = [uri for n in range(2_000) if await pg.fetchval(
+        "SELECT fastworker.bucket($1) = $2", uri := f"at://{B}/app.bsky.feed.post/o{n}", bucket)][:3]  # fmt: skip
+    events = commits(post(B), like(A), *(like(A, uri, f"o{n}") for n, uri in enumerate(others)))
+    await store.write(batch_of(events[:1]))
+    async with refusing(pg, "post_aggregations", POST, "57014"):
+        async with paying(postgres_url):
+            await store.write(batch_of(events[1:]))
+        await store.pay()
+        assert (await store.debts())[:3] == (len(events) - 1, 0.0, len(events) - 1)
+        await pg.execute("UPDATE fastworker.debts SET not_before = now()")
+        await store.pay()
+        assert [await likes(pg, uri) for uri in (POST, *others)] == [0, 1, 1, 1]
+        debts = await store.debts()
+        assert (debts[:3], POST in debts.error, "57014" in debts.error) == ((1, 0.0, 1), True, True)
+    await store.pay()
+    assert await differences(lawful(events), pg) == "no difference"
+
+
+@pytest.mark.parametrize("code", ["P0001", "57014"])
+async def test_a_joined_row_that_is_refused_is_put_back_alone(
+    store: Store, pg: asyncpg.Connection[Any], code: str
+) -> None:
     """Not even its flush fails: what follows from it is owed."""
     events = commits(post(B), *(post(A, f"r{n}", POST) for n in range(4)))
     bad = f"at://{A}/app.bsky.feed.post/r2"
     await store.write(batch_of(events[:1]))
-    async with refusing(pg, "thread_contexts", bad):
+    async with refusing(pg, "thread_contexts", bad, code):
         await store.write(batch_of(events[1:]))
         await store.pay()
         found = await pg.fetch("SELECT post_uri FROM thread_contexts ORDER BY 1")

@@ -25,6 +25,7 @@ import redis
 from fastworker.edge import embedded
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.errors import ConfigError, Unreachable
+from tests.runs import usually
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS: list[type[EmbeddedPostgres | EmbeddedRedis]] = [EmbeddedPostgres, EmbeddedRedis]
@@ -205,7 +206,10 @@ def test_second_owner_of_one_directory_is_refused(
 
 
 @pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize("name", ["a space ' and \" %41", "comma, space", "long " + "x" * 120])
+@pytest.mark.parametrize(
+    "name",
+    usually(["a space ' and \" %41", "comma, space", "long " + "x" * 120], "a space ' and \" %41", "long " + "x" * 120),
+)
 def test_odd_paths(
     server: type, name: str, server_dir: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,8 +206,10 @@ async def bench(redis_url: str, postgres_url: str, pg: asyncpg.Connection[Any]) 
         await redis.aclose()
 
 
-@pytest.mark.parametrize("partitions", [1, 4])
-@pytest.mark.parametrize("processes", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("processes", "partitions"),
+    [(3, 4), (6, 1), *(pytest.param(*pair, marks=pytest.mark.extended) for pair in ((1, 1), (1, 4), (3, 1), (6, 4)))],
+)
 async def test_the_same_tables_however_it_is_cut(bench: Bench, partitions: int, processes: int) -> None:
     frames = list(Network(5, mix="adversarial", accounts=30).frames(800))
     async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:

@@ -31,6 +31,7 @@ from tests.property.feeding import batch_of, clear, settle
 from tests.property.test_histories import Bench
 from tests.property.test_interleavings import FORMS, Died, Held, Scene
 from tests.rig.histories import Event, History, Record, cid_of, entry_ms, histories, tid
+from tests.runs import in_turns
 
 TAKEN_AT = datetime(2026, 2, 1)  # noqa: DTZ001 - naive UTC, as in the tables
 LONG_AGO = "2023-01-01T00:00:00.000Z"
@@ -241,7 +242,7 @@ def _examples(count: int, bench: Settling) -> None:
 
 
 def test_lost_events_and_settles_anywhere(bench: Settling) -> None:
-    _examples(60, bench)
+    _examples(30, bench)
 
 
 @pytest.mark.extended
@@ -404,8 +405,7 @@ def _form(held: Held, form: str) -> None:
     writer.copying.pause = 0
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("race", RACES, ids=lambda race: race.__name__)
+@pytest.mark.parametrize(("race", "form"), in_turns(RACES, list(FORMS), lambda race: race.__name__))
 async def test_an_account_is_settled_while_a_flush_is_held(race: Race, form: str, beside: Beside) -> None:
     """The flush stands at each of its steps until the settle is at its end, or waits for it."""
     for number, place in enumerate(FLUSH):
@@ -427,8 +427,7 @@ async def test_an_account_is_settled_while_a_flush_is_held(race: Race, form: str
     assert await beside.told() == "no difference"
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("race", RACES, ids=lambda race: race.__name__)
+@pytest.mark.parametrize(("race", "form"), in_turns(RACES, list(FORMS), lambda race: race.__name__))
 async def test_a_flush_comes_while_a_settle_is_held(race: Race, form: str, beside: Beside) -> None:
     for number, place in enumerate(SETTLE):
         _form(beside.flush, form)

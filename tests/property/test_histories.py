@@ -93,7 +93,7 @@ def _examples(count: int, bench: Bench) -> None:
 
 
 def test_new_histories(bench: Bench) -> None:
-    _examples(60, bench)
+    _examples(40, bench)
 
 
 @pytest.mark.extended

@@ -21,6 +21,7 @@ from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from tests.property.feeding import batch_of, clear, differences, lawful, settle
 from tests.rig.histories import Event, cid_of, number
+from tests.runs import usually
 
 POST = "app.bsky.feed.post"
 RKEYS = ["r1", "r2", "r3"]
@@ -177,7 +178,7 @@ async def deliver(store: Store, events: list[dict[str, Any]], r: random.Random) 
         at += size
 
 
-@pytest.mark.parametrize("first", [0, 300, 600])
+@pytest.mark.parametrize("first", usually([0, 300, 600], 0))
 async def test_tables_follow_the_set_of_events(first: int, postgres_url: str, pg: asyncpg.Connection) -> None:
     for seed in range(first, first + 4):
         await clear(pg)

@@ -156,6 +156,7 @@ MUTANTS = [
     _mutant("a debt overtakes one that is put back", _PAY, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a counter that is refused stops the others", _APART, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "EXCEPTION WHEN division_by_zero THEN"),
     _mutant("a joined row that is refused stops a small flush", _WHOLE, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
+    _mutant("a joined row that is refused stops who pays", _PAY_ALL, "tests/faults/test_postgres_faults.py::test_one_owed_key_that_cannot_be_paid_waits_alone", "EXCEPTION WHEN division_by_zero THEN"),
     _mutant("a joined row that is refused stops its flush", "fastworker/store/joined.py", f"{DEBTS}::test_a_joined_row_that_is_refused_is_put_back_alone", "raise"),
     _mutant("joined rows that are owed wait for maintenance", _PAY_ALL, f"{DEBTS}::test_what_another_leaves_is_paid_by_a_tick_and_told", "IF false THEN"),
     _mutant("debts that are never paid are not noticed", "fastworker/monitor/readiness.py", RULES, "if False:"),
@@ -313,6 +314,7 @@ def try_one(mutant: Mutant, jobs: int) -> tuple[str, float]:
                 str(jobs),
                 "-p",
                 "no:cacheprovider",
+                *(["--extended"] if RACES in mutant.tests else []),  # all of their orders
                 *mutant.tests.split(),
             ],
             cwd=copy,

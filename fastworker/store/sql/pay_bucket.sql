@@ -1,14 +1,18 @@
 -- Pays what committed flushes owe in one bucket, whose lock the caller holds, in the order in which it was owed: who saw a
 -- row before taking it away owes later than who put it there, so no sum below zero is cut. What is owed for a row that a
 -- stranger has locked stays owed: nobody waits for it. What the database refuses is put back, a debt for each counter, with
--- its reason, and what is owed for that counter meanwhile is added to it; tried again later, from half a minute to a day.
+-- its reason, and what is owed for that counter meanwhile is added to it; tried again later, from half a minute to a day;
+-- alone, if it was not ready in time.
 -- Returns how many debts are gone; it looks at 200 at most.
 CREATE OR REPLACE FUNCTION fastworker.pay_bucket_2(
     of_bucket int, with_replies boolean, with_quotes boolean
 ) RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
-    ids bigint[] := ARRAY(
-        SELECT id FROM fastworker.debts WHERE bucket = of_bucket AND not_before <= now() ORDER BY id LIMIT 200);
+    alone bigint := (
+        SELECT id FROM fastworker.debts
+        WHERE bucket = of_bucket AND error LIKE '%57014%' AND not_before <= now() ORDER BY id LIMIT 1);
+    ids bigint[] := CASE WHEN alone IS NOT NULL THEN ARRAY[alone] ELSE ARRAY(
+        SELECT id FROM fastworker.debts WHERE bucket = of_bucket AND not_before <= now() ORDER BY id LIMIT 200) END;
     sums fastworker.post_aggregations_row[] := ARRAY(
         SELECT (d.post_uri, sum(d.like_count), sum(d.repost_count), sum(d.reply_count), sum(d.bookmark_count),
             sum(d.quote_count))::fastworker.post_aggregations_row

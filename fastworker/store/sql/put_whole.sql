@@ -122,7 +122,7 @@ BEGIN
                 note => CASE WHEN owed_keys IS NOT NULL THEN note END, patient => false,
                 with_replies => with_replies, with_quotes => with_quotes);
         -- mutant: a joined row that is refused stops a small flush
-        EXCEPTION WHEN {{refused}} THEN
+        EXCEPTION WHEN {{refused}} OR query_canceled THEN
             is_late := true;
             owed_keys := NULL;
         END;
