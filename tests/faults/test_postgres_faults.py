@@ -429,15 +429,16 @@ def batch(number: int) -> Batch:
     return made
 
 
+@pytest.mark.parametrize("times", usually([25, 60], 25))
 async def test_backends_that_are_terminated_and_statements_that_are_cancelled(
-    house: House, pg: asyncpg.Connection
+    house: House, pg: asyncpg.Connection, times: int
 ) -> None:
     """At any moment of a flush: in the prologue, in the main transaction, in a commit, between two of them."""
     r = random.Random(5)
     added = 0
     errors = set()
     async with house.worker():
-        for _ in range(60):
+        for _ in range(times):
             pipe = house.redis.pipeline(transaction=False)
             for number in range(added + 1, added + 21):
                 pipe.xadd("firehose:events", replies.to_add(like(number)))

@@ -307,7 +307,7 @@ def test_foreign_socket_directory_is_refused(server_dir: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", usually(SERVERS, EmbeddedPostgres))
 def test_as_an_ordinary_user(server: type, server_dir: Path) -> None:
     server_dir.parent.chmod(0o711)
     server_dir.mkdir()
