@@ -43,6 +43,7 @@ async def test_a_minute_of_faults(server_dir: Path, seed: int, count: int) -> No
     assert sum(outcome.faults.values()) == count
 
 
+@pytest.mark.extended  # each act by itself is in every run: test_stream.py, test_relays.py, test_reader.py
 @pytest.mark.timeout(300)
 async def test_what_people_do(server_dir: Path) -> None:
     """A few of their acts, with small limits: what the relay sent is in the tables, whatever they removed."""

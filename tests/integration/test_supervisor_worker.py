@@ -296,6 +296,7 @@ async def test_an_entry_that_kills_whoever_touches_it_is_set_aside_alone(bench: 
     assert await pg.fetchval("SELECT count(*) FROM likes") == bench.likes
 
 
+@pytest.mark.extended  # on a busy stream: the test above, in every run
 async def test_an_entry_that_kills_on_a_quiet_stream_is_set_aside_too(bench: Any, pg: asyncpg.Connection) -> None:
     """There are not enough others to learn from: what a process did before and without it is the control."""
     await bench.add(7)
