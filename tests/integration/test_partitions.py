@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -321,17 +322,35 @@ async def test_two_owners_cost_no_row(bench: Bench) -> None:
     await bench.assert_lawful(frames)
 
 
-@pytest.fixture
-def stuck(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+class Stuck(set[int]):
     """Partitions in it are not read, by whoever owns them."""
-    partitions: set[int] = set()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[int] = Counter()  # that are on their way
+
+    async def hold(self, partition: int) -> None:
+        """Also a read that waits already would take what comes."""
+        self.add(partition)
+        async with asyncio.timeout(20):
+            while self.reads[partition]:
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Stuck:
+    partitions = Stuck()
     read = WorkerStream.read
 
     async def read_or_not(self: WorkerStream, block_ms: int) -> list[Entry]:
         if self.partition in partitions:
             await asyncio.sleep(block_ms / 1000)
             return []
-        return await read(self, block_ms)
+        partitions.reads[self.partition] += 1
+        try:
+            return await read(self, block_ms)
+        finally:
+            partitions.reads[self.partition] -= 1
 
     monkeypatch.setattr(WorkerStream, "read", read_or_not)
     return partitions
@@ -346,7 +365,7 @@ async def _all_known(bench: Bench, partitions: int) -> bool:
     return len(await _progress(bench)) == partitions
 
 
-async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Bench, stuck: set[int]) -> None:
+async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Bench, stuck: Stuck) -> None:
     """What was in one that nobody got on with is read from the relay again."""
     frames = list(Network(12, accounts=30).frames(400))
     behind = Keys(partition=2).stream
@@ -355,7 +374,7 @@ async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Benc
         async with bench.reader(relay, partitions=4) as stats:
             await bench.settled(stats, last_of(frames[:200]), 4)
             await bench.until(lambda: _all_known(bench, 4))
-            stuck.add(2)
+            await stuck.hold(2)
             relay.emit(*frames[200:])
             await bench.appended(stats, last_of(frames))
             assert await bench.redis.xlen(behind)
@@ -378,7 +397,7 @@ async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Benc
     await bench.assert_lawful(frames)
 
 
-async def test_a_partition_that_is_deleted_is_read_again_from_where_it_was(bench: Bench, stuck: set[int]) -> None:
+async def test_a_partition_that_is_deleted_is_read_again_from_where_it_was(bench: Bench, stuck: Stuck) -> None:
     """Without PostgreSQL: the reader's own marks, of which the lowest counts."""
     frames = list(Network(13, accounts=30).frames(400))
     behind = Keys(partition=2).stream
@@ -387,7 +406,7 @@ async def test_a_partition_that_is_deleted_is_read_again_from_where_it_was(bench
         async with bench.reader(relay, partitions=4, resume=False) as stats:
             await bench.settled(stats, last_of(frames[:200]), 4)
             await asyncio.sleep(0.3)  # two looks of the reader
-            stuck.add(2)
+            await stuck.hold(2)
             relay.emit(*frames[200:])
             await bench.appended(stats, last_of(frames))
             assert await bench.redis.xlen(behind)
