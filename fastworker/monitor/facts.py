@@ -62,7 +62,7 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DebtStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What committed transactions owe: counters and joined rows, paid within a second (docs/invariants.md)."""
+    """What committed transactions owe: counters and joined rows, usually paid within a second (docs/invariants.md)."""
 
     owed: Annotated[int, _is("How many debts there are.")]
     oldest_s: Annotated[float, _is("Seconds since the oldest was owed, of those that are not put back; 0: none.")]

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import fastworker
-from fastworker.store.migrate import packaged
 
 ROOT = Path(fastworker.__file__).parent
 CLASS_MAX, FUNCTION_MAX = 300, 60  # lines
@@ -133,9 +132,3 @@ def test_nothing_cites_a_document_that_is_not_here() -> None:
         if wrong.search(line)
     ]
     assert found == []
-
-
-def test_every_migration_has_a_number_of_its_own() -> None:
-    """One of two with the same number would never be applied."""
-    numbers = [migration.number for migration in packaged()]
-    assert numbers == sorted(set(numbers))
