@@ -20,7 +20,7 @@ from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
 from fastworker.process.board import Snapshot
 from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
-from fastworker.stream.repairs import history_told, repairs_told
+from fastworker.stream.repairs import told
 from fastworker.sync.told import HistoryStatus, Mended, RepairStatus, TableTruth
 
 GAPS_SHOWN: Final = 3
@@ -337,8 +337,8 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         workers=(workers := told_workers(await admin.statuses())),
         debts=_debts_told(workers),
         partitions=partitions_of(stream, config.group, server.time_ms),
-        repair=told_repairs(await repairs_told(admin)),
-        history=told_history(await history_told(admin)),
+        repair=told_repairs(await told(admin, admin.keys.repair_status)),
+        history=told_history(await told(admin, admin.keys.history_status)),
     ), reading
 
 

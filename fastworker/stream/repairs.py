@@ -10,28 +10,16 @@ from fastworker.stream.client import translating
 KEPT_S: Final = 3_600
 
 
-async def tell_repairs(admin: RedisAdmin, text: bytes) -> None:
-    """Raises StreamUnavailable."""
+async def tell(admin: RedisAdmin, key: str, text: bytes) -> None:
+    """`key`: `repair_status` or `history_status` of the stream's keys. Raises StreamUnavailable."""
     async with translating(admin.redis):
-        await admin.redis.set(admin.keys.repair_status, text, ex=KEPT_S)
+        await admin.redis.set(key, text, ex=KEPT_S)
 
 
-async def repairs_told(admin: RedisAdmin) -> bytes | None:
+async def told(admin: RedisAdmin, key: str) -> bytes | None:
     """None: nothing within an hour. Raises StreamUnavailable."""
     async with translating(admin.redis):
-        return cast("bytes | None", await admin.redis.get(admin.keys.repair_status))
-
-
-async def tell_history(admin: RedisAdmin, text: bytes) -> None:
-    """Raises StreamUnavailable."""
-    async with translating(admin.redis):
-        await admin.redis.set(admin.keys.history_status, text, ex=KEPT_S)
-
-
-async def history_told(admin: RedisAdmin) -> bytes | None:
-    """None: nothing within an hour. Raises StreamUnavailable."""
-    async with translating(admin.redis):
-        return cast("bytes | None", await admin.redis.get(admin.keys.history_status))
+        return cast("bytes | None", await admin.redis.get(key))
 
 
 async def cursor_relay(admin: RedisAdmin) -> str | None:

@@ -9,7 +9,7 @@ import msgspec
 
 from fastworker.store.repos import CHOSEN, RESTS_S, Queue
 from fastworker.stream.admin import RedisAdmin
-from fastworker.stream.repairs import tell_history
+from fastworker.stream.repairs import tell
 from fastworker.sync.hosts import without_port
 from fastworker.sync.told import HistoryStatus
 
@@ -80,4 +80,4 @@ class Teller:
         status = await history_status(queue)
         self._due = time.monotonic() + max(TELL_S, COST * (time.monotonic() - began))
         if status.open or status.ended:
-            await tell_history(admin, msgspec.json.encode(status))
+            await tell(admin, admin.keys.history_status, msgspec.json.encode(status))

@@ -20,7 +20,7 @@ from fastworker.process.backoff import Backoff, pause
 from fastworker.redact import redact
 from fastworker.store.repos import REPAIR, SAMPLE, Queue, Wanted, open_queue
 from fastworker.stream.admin import RedisAdmin, open_redis
-from fastworker.stream.repairs import repairs_told, tell_repairs
+from fastworker.stream.repairs import tell, told
 from fastworker.sync.gaps import close_gaps, read_gaps
 from fastworker.sync.history import fetch_some, is_wanted
 from fastworker.sync.hosts import Hosts
@@ -224,15 +224,16 @@ async def _keep(scene: Scene, did: str, looked: Looked) -> None:
 
 
 async def _tell(admin: RedisAdmin, queue: Queue, resting: list[str]) -> None:
-    await tell_repairs(admin, msgspec.json.encode(await repair_status(queue, resting)))
+    await tell(admin, admin.keys.repair_status, msgspec.json.encode(await repair_status(queue, resting)))
 
 
 async def _tell_error(config: Config, why: str) -> None:
     """PostgreSQL may be away: what was told last stays, with the reason."""
     try:
         async with open_redis(config.redis_url, config.stream_key, client_name="fastworker-sync") as admin:
-            told = await repairs_told(admin)
-            if told is not None:
-                await tell_repairs(admin, msgspec.json.encode(msgspec.json.decode(told) | {"error": why[:300]}))
+            before = await told(admin, admin.keys.repair_status)
+            if before is not None:
+                now = msgspec.json.decode(before) | {"error": why[:300]}
+                await tell(admin, admin.keys.repair_status, msgspec.json.encode(now))
     except (Unreachable, StreamUnavailable):
         return
