@@ -40,7 +40,7 @@ from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
 from fastworker.monitor.rates import Rates, Sample
 from fastworker.monitor.reader_port import left_in_redis, trouble
-from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness
+from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness, redis_away
 from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats, Snapshot, State, now_ms
@@ -113,6 +113,7 @@ class _WorkerMonitor:
         self._reader_moved = (0, self._started)
         self._port: int | None = None
         self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
+        self._refused = 0  # readings in a row in which a worker waited for a Redis that answers here
         self._others: dict[str, str] = {}  # what every worker on this stream last told
         self._history = History(HISTORY, worst=WORST)
 
@@ -275,10 +276,13 @@ class _WorkerMonitor:
     # --- what others see
 
     def _tell_of_outages(self) -> None:
-        self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
+        now, workers = now_ms(), self._workers()
+        refused = next((why for one in workers if (why := redis_away(process_of(one, now))) is not None), None)
+        self._refused = self._refused + 1 if refused else 0
+        why = self._error or (refused if self._refused * READ_S > FRESH_S else None)
+        self._redis_outage.look(why or None, "nothing is read or written; the relay keeps one to three days")
         if self._error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
             return
-        now, workers = now_ms(), self._workers()
         away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)
         answered_at = max((one.gauges.store_ms for one in workers), default=0) / 1000
         self._postgres_outage.look(away, self._what_waits(), answered_at=answered_at)

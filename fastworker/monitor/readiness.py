@@ -144,6 +144,12 @@ def postgres_away(one: Process) -> str | None:
     return (one.error or "it does not answer") if is_silent or one.state == State.WAITING_FOR_STORE else None
 
 
+def redis_away(one: Process) -> str | None:
+    """What a process says that waits for Redis."""
+    waits = one.is_worker and one.ready and one.state == State.WAITING_FOR_STREAM
+    return one.error if waits and one.error.startswith("StreamUnavailable") else None
+
+
 def process_of(snapshot: Snapshot, now: int) -> Process:
     gauges = snapshot.gauges
 
