@@ -40,7 +40,7 @@ from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
 from fastworker.monitor.rates import Rates, Sample
 from fastworker.monitor.reader_port import left_in_redis, trouble
-from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness, redis_away
+from fastworker.monitor.readiness import FRESH_S, Facts, Refused, Watch, postgres_away, process_of, readiness
 from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats, Snapshot, State, now_ms
@@ -57,6 +57,7 @@ from fastworker.stream.skipped import give_skipped
 log = logging.getLogger(__name__)
 
 READ_S: Final = 1.0
+SO_REDIS: Final = "nothing is read or written; the relay keeps one to three days"
 PUBLISH_EVERY: Final = 2  # readings
 LOG_EVERY: Final = 5
 MEASURE_EVERY: Final = 5
@@ -112,8 +113,7 @@ class _WorkerMonitor:
         self._watch = Watch()
         self._reader_moved = (0, self._started)
         self._port: int | None = None
-        self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
-        self._refused = 0  # readings in a row in which a worker waited for a Redis that answers here
+        self._redis_outage, self._postgres_outage, self._refused = Outage("Redis"), Outage("PostgreSQL"), Refused()
         self._others: dict[str, str] = {}  # what every worker on this stream last told
         self._history = History(HISTORY, worst=WORST)
 
@@ -277,10 +277,8 @@ class _WorkerMonitor:
 
     def _tell_of_outages(self) -> None:
         now, workers = now_ms(), self._workers()
-        refused = next((why for one in workers if (why := redis_away(process_of(one, now))) is not None), None)
-        self._refused = self._refused + 1 if refused else 0
-        why = self._error or (refused if self._refused * READ_S > FRESH_S else None)
-        self._redis_outage.look(why or None, "nothing is read or written; the relay keeps one to three days")
+        refused = self._refused.look([process_of(one, now) for one in workers], time.monotonic())
+        self._redis_outage.look(self._error or refused or None, SO_REDIS)
         if self._error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
             return
         away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)

@@ -144,12 +144,6 @@ def postgres_away(one: Process) -> str | None:
     return (one.error or "it does not answer") if is_silent or one.state == State.WAITING_FOR_STORE else None
 
 
-def redis_away(one: Process) -> str | None:
-    """What a process says that waits for Redis."""
-    waits = one.is_worker and one.ready and one.state == State.WAITING_FOR_STREAM
-    return one.error if waits and one.error.startswith("StreamUnavailable") else None
-
-
 def process_of(snapshot: Snapshot, now: int) -> Process:
     gauges = snapshot.gauges
 
@@ -172,6 +166,23 @@ def process_of(snapshot: Snapshot, now: int) -> Process:
         maintain_error=snapshot.maintain_error,
         locked=snapshot.locked,
     )
+
+
+class Refused:
+    """A worker waits for a Redis that answers others: it may not run some command."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def look(self, processes: Sequence[Process], now: float) -> str:
+        """What it says, once it has waited for long enough."""
+        for one in processes:
+            waits = one.is_worker and one.ready and one.state == State.WAITING_FOR_STREAM
+            if waits and one.error.startswith("StreamUnavailable"):
+                self._since = now if self._since is None else self._since
+                return one.error if now - self._since > FRESH_S else ""
+        self._since = None
+        return ""
 
 
 class Watch:
