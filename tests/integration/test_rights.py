@@ -279,16 +279,23 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     bodies = dict(re.findall(r"(?:FUNCTION|PROCEDURE) fastworker\.(\w+)\(.*?AS \$\$(.*?)\$\$;", text, re.DOTALL))
     bodies |= {one.name: one.sql.partition("AS $$")[2] for one in routines.packaged()}
     words = {name: f" /* {body} */" for name, body in bodies.items()}
-    empty: dict[str, Any] = {"whole": False, "until_entry": "1-1", "until_seq": 1, "of_stream": "s", "of_consumer": "c"}
+    empty: dict[str, Any] = {
+        "whole": False,
+        "fresh": False,
+        "until_entry": "1-1",
+        "until_seq": 1,
+        "of_stream": "s",
+        "of_consumer": "c",
+    }
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT + words["put_6"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_7"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_7"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
-    yield sql.FIRST + words["first_1"], [[] if name != "only_verified" else False for name in sql.FIRST_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_8"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.FIRST + words["first_2"], [[] if name != "only_verified" else False for name in sql.FIRST_ARGUMENTS]
     changes = {"gone": [False], "read_uris": ["at://none"], "tables": ["likes"]}
     yield (
-        f"SELECT * FROM fastworker.change_1({sql._named(*sql.CHANGE_ARGUMENTS)})" + words["change_1"],
+        f"SELECT * FROM fastworker.change_2({sql._named(*sql.CHANGE_ARGUMENTS)})" + words["change_2"],
         [changes.get(name, []) for name in sql.CHANGE_ARGUMENTS],
     )
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
