@@ -38,7 +38,8 @@ from fastworker.store.sizes import row_bytes
 from fastworker.store.staged import LEFT_OUT
 from fastworker.sync.bulk import file_of, stage
 from fastworker.sync.files import Car, Settings, settle_cars
-from fastworker.sync.settle import Report, Settled, duration, unless_stopped
+from fastworker.sync.report import Report, duration, unless_stopped
+from fastworker.sync.settle import Settled
 from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.snapshot import Snapshot, tid_moment
 

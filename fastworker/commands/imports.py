@@ -15,7 +15,8 @@ from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, first_of
 from fastworker.store.migrate import check as check_schema
 from fastworker.sync.files import Car, Settings, settle_cars
-from fastworker.sync.settle import Report, Settled, unless_stopped
+from fastworker.sync.report import Report, unless_stopped
+from fastworker.sync.settle import Settled
 
 
 async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Event, *, dry_run: bool) -> ExitCode:

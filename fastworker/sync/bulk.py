@@ -20,9 +20,8 @@ from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
 from fastworker.store.bulk import File
 from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
-from fastworker.sync.settle import covered
 from fastworker.table.chosen import Part, choose
-from fastworker.table.snapshot import Snapshot, pieces
+from fastworker.table.snapshot import Snapshot, covered, pieces
 
 CLAIM: Final = 16
 PIECE: Final = 2_000

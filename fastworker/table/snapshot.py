@@ -20,6 +20,7 @@ from fastworker.event.record import cid_text
 from fastworker.event.repository import TreeRecord
 from fastworker.event.syntax import is_tid
 from fastworker.table.batch import Change, newer
+from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.dates import EPOCH, SKEW, latest_date
 from fastworker.table.mapper import map_at
 from fastworker.table.schema import BOOKMARKS, LABELS
@@ -58,6 +59,10 @@ class Piece(msgspec.Struct):
     dids: dict[str, list[str]] = {}
     moments: dict[str, datetime] = {}
     drops: Counter[str] = msgspec.field(default_factory=Counter)
+
+
+def covered(records: Iterable[TreeRecord], part: Part) -> Iterable[TreeRecord]:
+    return records if part == WHOLE else (one for one in records if part.covers(one.collection, one.rkey))
 
 
 def pieces(records: Iterable[TreeRecord], snapshot: Snapshot, size: int) -> Iterator[Piece]:
