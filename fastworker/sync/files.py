@@ -73,8 +73,14 @@ def groups(cars: Iterable[Car]) -> Iterator[list[Car]]:
 
 
 async def settle_cars(settings: Settings, cars: Sequence[Car], told: Told) -> None:
-    """All of them. Raises StoreUnavailable."""
+    """All of them; `told` of one at a time. Raises StoreUnavailable."""
     waiting = groups(cars)
+    telling = asyncio.Lock()
+
+    async def tell(car: Car, became: Settled | str) -> None:
+        async with telling:
+            await told(car, became)
+
     if sum(car.size for car in cars) <= ALONE_BYTES:
         async with _settling(settings) as settle:
             for group in waiting:
@@ -83,7 +89,7 @@ async def settle_cars(settings: Settings, cars: Sequence[Car], told: Told) -> No
         return
     async with asyncio.TaskGroup() as tasks:
         for _ in range(max(1, min(4, os.cpu_count() or 1))):
-            tasks.create_task(_feed(settings, waiting, told))
+            tasks.create_task(_feed(settings, waiting, tell))
 
 
 async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settled | str]]:

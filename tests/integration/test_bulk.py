@@ -16,6 +16,7 @@ from fastworker.errors import ExitCode, StoreUnavailable
 from fastworker.law import compare
 from fastworker.simulator.network import Network
 from fastworker.store.store import Store
+from fastworker.sync import files
 from tests.integration.test_settle import Scene, batch_of, comparable, may_be_lost
 from tests.runs import usually
 from tests.services import run
@@ -213,3 +214,22 @@ async def test_files_that_cannot_be_read_cost_themselves(bulk: Bulk) -> None:
     assert "none.car: " in done.stdout
     assert "cut.car: " in done.stdout
     assert await bulk.differences() == "no difference"
+
+
+async def test_what_became_of_files_is_told_one_at_a_time(bulk: Bulk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where several processes settle them: whoever is told writes it down by one connection."""
+    await deliver(bulk, 0)
+    monkeypatch.setattr(files, "ALONE_BYTES", 0)
+    monkeypatch.setattr(files, "GROUP", 1)
+    cars = [files.Car(str(path), path.stat().st_size) for path in sorted(bulk.cars().glob("*.car"))]
+    told, at_once = 0, set[int]()
+
+    async def tell(_: files.Car, __: object) -> None:
+        nonlocal told
+        told += 1
+        await asyncio.sleep(0.05)
+        at_once.add(told)
+        told -= 1
+
+    await files.settle_cars(files.Settings(bulk.url, "import", frozenset({"counts"}), (), dry_run=True), cars, tell)
+    assert at_once == {1}
