@@ -30,13 +30,13 @@ from fastworker.errors import (
     first_of,
 )
 from fastworker.event.proof import Unproved
-from fastworker.event.repository import Repository
+from fastworker.event.repository import Repository, read_head
 from fastworker.store.bulk import LOADING, SETTLING, STAGING, Bulk, Counts, File, Load, State, open_bulk
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import EVERYBODY
 from fastworker.store.sizes import row_bytes
 from fastworker.store.staged import LEFT_OUT
-from fastworker.sync.bulk import file_of, stage
+from fastworker.sync.bulk import stage
 from fastworker.sync.files import Car, Settings, settle_cars
 from fastworker.sync.report import Report, duration, unless_stopped
 from fastworker.sync.settle import Settled
@@ -94,7 +94,8 @@ async def load_choice(
                 async def keep(did: str, repository: Repository, snapshot: Snapshot, entry_id: str) -> None:
                     target = state.folder / f"{did.replace(':', '_').replace('/', '_')[:100]}.car"
                     _link(repository.path, target)
-                    await bulk.add([file_of(target, repository, snapshot, entry_id)])
+                    rev, seq, taken_at = snapshot.rev, snapshot.seq, snapshot.taken_at
+                    await bulk.add([File(did, str(target), rev, seq, entry_id, taken_at, repository.size)])
 
                 work = Work(priority_max=EVERYBODY, tries=TRIES)
                 feed = feed_of(scene, choice, report)
@@ -185,17 +186,22 @@ def _link(source: Path, target: Path) -> None:
 
 
 async def _register(bulk: Bulk, files: Sequence[Path], stop: asyncio.Event) -> None:
+    """Staging reads them whole. Of one account's second file that is done here: a broken one must not take the place of
+    a whole one."""
     found: list[File] = []
+    seen: set[str] = set()
     for number, path in enumerate(files, 1):
         try:
-            with Repository(path) as repository:
-                commit = repository.commit
-                now = datetime.now(UTC).replace(tzinfo=None)
-                snapshot = Snapshot(commit.did, commit.rev, 0, min(tid_moment(commit.rev) or now, now))
-                found.append(file_of(path, repository, snapshot, None))
+            commit, size = read_head(path)
+            if commit.did in seen:
+                Repository(path).close()
         except (Unproved, OSError) as error:
             _console.print(f"{path}: {error}", markup=False)
             continue
+        seen.add(commit.did)
+        now = datetime.now(UTC).replace(tzinfo=None)
+        taken_at = min(tid_moment(commit.rev) or now, now)
+        found.append(File(commit.did, str(path.absolute()), commit.rev, 0, None, taken_at, size))
         if len(found) >= 500 or number == len(files):
             await bulk.add(found)
             found = []

@@ -27,6 +27,7 @@ FILE_BYTES_MAX: Final = 1 << 30
 BLOCK_BYTES_MAX: Final = 2 * 1024 * 1024
 BLOCKS_MAX: Final = 8_000_000
 _PIECE: Final = 1 << 20
+_HEAD: Final = 16 * 1024  # a header, and a commit
 _SIZE_BITS: Final = 24
 _AT_BITS: Final = 40
 _REST_BITS: Final = _SIZE_BITS + _AT_BITS
@@ -44,6 +45,24 @@ class TreeRecord(NamedTuple):
     rkey: str
     cid: bytes
     block: bytes | None
+
+
+def read_head(path: Path) -> tuple[SignedCommit, int]:
+    """The commit and the size of a CAR, of which no more is read: hosts send the commit first. Nothing else of it is
+    known to be whole. Raises Unproved and OSError."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            root, at = read_header(head := file.read(_HEAD))
+            length, start = read_varint(head, at)
+        except (IndexError, ValueError) as error:
+            raise Unproved(Flaw.BAD_CAR, str(error)[:200]) from None
+    content = start + RECORD_CID_BYTES
+    block = head[content : start + length]
+    if head[start:content] == root == RECORD_CID + sha256(block).digest():
+        return read_commit(block), size
+    with Repository(path) as repository:  # in another order
+        return repository.commit, size
 
 
 class Repository:

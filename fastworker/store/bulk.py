@@ -34,8 +34,8 @@ from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
 CONNECTIONS: Final = 2
-PROBE_ROWS: Final = 20_000
-PROBE_ROWS_MIN: Final = 2_000  # fewer say little: making the copy takes longer than filling it
+PROBE_ROWS: Final = 5_000
+PROBE_ROWS_MIN: Final = 500  # fewer say little
 ROW_SHARE: Final = 0.8
 """What a record costs the load, indexes and derived tables included, in seconds that one row of the largest table takes
 with its indexes there (docs/history.md has what was measured)."""
@@ -48,7 +48,7 @@ _SESSION: Final = (
     f"{NO_TRANSACTION_TIMEOUT}SET statement_timeout = 0; SET lock_timeout = '60s'; SET TIME ZONE 'UTC'; SET jit = off; "
     "SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET work_mem = '128MB'; "
     "SET maintenance_work_mem = '256MB'; SET client_connection_check_interval = '10s'; "
-    "SET fastworker.loading = 'on'; " + PATH
+    "SET fastworker.loading = 'on'; SET default_statistics_target = 10; " + PATH
 )
 _CONNECT_S: Final = 10.0
 _LOCK: Final = 0x6677626C  # "fwbl"
@@ -186,19 +186,20 @@ class Bulk:
                 row = await self._row(f"SELECT count(*) FROM fastworker.{staged_name(table)}")
                 sizes[table] = int(row[0])
         table = max(sizes, key=lambda one: sizes[one])
-        columns, began = ", ".join(table.columns), time.monotonic()
+        columns = ", ".join(table.columns)
         with translating():
             transaction = self._connection.transaction()
             await transaction.start()
             await self._connection.execute(
                 f"CREATE TABLE fastworker.staged_probe (LIKE {table.qualified} INCLUDING ALL)"
             )
+            began = time.monotonic()
             await self._connection.execute(
                 f"INSERT INTO fastworker.staged_probe ({columns}) SELECT {columns} "
                 f"FROM fastworker.{staged_name(table)} LIMIT {PROBE_ROWS} ON CONFLICT DO NOTHING"
             )
+            row_s = (time.monotonic() - began) / max(PROBE_ROWS_MIN, min(PROBE_ROWS, sizes[table]))
             await transaction.rollback()
-        row_s = (time.monotonic() - began) / max(PROBE_ROWS_MIN, min(PROBE_ROWS, sizes[table]))
         names = [f"fastworker.{staged.name}" for staged in ALL]
         staged = await self._row(
             "SELECT coalesce(sum(pg_total_relation_size(oid)), 0)::bigint FROM pg_class "
@@ -300,14 +301,11 @@ class Load:
             done = {row[0] for row in await connection.fetch("SELECT name FROM fastworker.bulk_steps")}
             if "new" not in done:
                 await self._step(connection, "new", partial(_only_new, floor=self._floor))
-            sizes: dict[str, int] = {}
-            for staged in ALL:
-                await connection.execute(f"ANALYZE fastworker.{staged.name}")
-                sizes[staged.name] = await connection.fetchval(
-                    "SELECT reltuples::bigint FROM pg_class WHERE oid = $1::text::regclass", f"fastworker.{staged.name}"
-                )
-        steps = [_Step("fastworker.twins", _TWINS)]
-        steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if sizes[staged_name(table)]]
+            sizes: dict[str, int] = dict(await connection.fetch(_SIZES, [staged.name for staged in ALL]))
+            for name in sizes:
+                await connection.execute(f"ANALYZE fastworker.{name}")
+        steps = [_Step("fastworker.twins", _TWINS)] if "staged_twins" in sizes else []
+        steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if staged_name(table) in sizes]
         steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", 0))
         fills = derived.fills(self._derive)
         for some in (
@@ -330,7 +328,6 @@ class Load:
                 while left:
                     step = left.pop()
                     await self._step(connection, step.table, step.run)
-                    await connection.execute(f"ANALYZE {step.table}")
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(CONNECTIONS, len(steps))):
@@ -361,6 +358,8 @@ class _Step(NamedTuple):
         rows = await _execute(connection, self.inserts)
         # mutant: bulk loses an index
         await build(connection, self.table, indexes)
+        # A coarse look, for the steps that follow. In the same transaction: so autovacuum makes a finer one afterwards.
+        await connection.execute(f"ANALYZE {self.table}")
         return rows
 
 
@@ -368,6 +367,10 @@ async def _execute(connection: asyncpg.Connection[Any], statements: Sequence[str
     return sum([int((await connection.execute(one)).rpartition(" ")[2]) for one in statements])
 
 
+_SIZES: Final = (
+    "SELECT relname::text, pg_relation_size(oid) FROM pg_class WHERE relnamespace = 'fastworker'::regnamespace "
+    "AND relname = ANY($1::text[]) AND pg_relation_size(oid) > 0"
+)
 _VERSION: Final = "INSERT INTO fastworker.versions (uri, rev, seq, cid, deleted) SELECT {} FROM fastworker.{}"
 
 

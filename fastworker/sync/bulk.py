@@ -18,7 +18,6 @@ from fastworker.crashpoint import Step, arm, crashpoint
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
-from fastworker.store.bulk import File
 from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
 from fastworker.table.chosen import Part, choose
 from fastworker.table.snapshot import Snapshot, covered, pieces
@@ -135,9 +134,3 @@ async def _repository(staging: Staging, rows: Rows, job: Job, part: Part) -> tup
                 await staging.copy(rows.take())
     rows.end_repository()
     return records, later
-
-
-def file_of(path: Path, repository: Repository, snapshot: Snapshot, entry_id: str | None) -> File:
-    return File(
-        snapshot.did, str(path.absolute()), snapshot.rev, snapshot.seq, entry_id, snapshot.taken_at, repository.size
-    )
