@@ -32,6 +32,7 @@ from fastworker.sync.status import Word, take_handle, take_word
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
 from fastworker.table.derive import did_of
+from fastworker.table.mapper import users_of
 from fastworker.table.schema import Table, collection_table
 from fastworker.table.snapshot import Piece, Snapshot, covered, pieces
 
@@ -92,7 +93,6 @@ class _Look:
         self.result = Settled(job.snapshot.did) if job.result is None else job.result
         self.account = AccountState(None, None, None, is_forbidden=False)
         self.changes: list[Change] = []
-        self.dids: dict[str, list[str]] = {}
 
     def is_extra(self, one: Standing) -> bool:
         return is_extra(one, self.snapshot) and _is_covered(one.uri, self.job.part)
@@ -104,12 +104,11 @@ class _Look:
         self.result.extra[table.name] += 1
         _example(self.result, f"{table.name} {uri} extra")
 
-    def put(self, change: Change, piece: Piece, problem: str) -> None:
+    def put(self, change: Change, problem: str) -> None:
         """What is missing or different."""
         kind = self.result.missing if problem == "missing" else self.result.different
         kind[change.table.name] += 1
         self.changes.append(change)
-        self.dids[change.uri] = piece.dids[change.uri]
         _example(self.result, f"{change.table.name} {change.uri} {problem}")
 
     def take(self) -> list[Change]:
@@ -227,8 +226,8 @@ class Settle:
         told = time.monotonic() + TELL_S
         async with self._stored.standing(look.snapshot.did) as standing:
             for piece in _pieces_of(look, PIECE):
-                if piece.uris:
-                    there = await self._standing_of(look, piece, standing, piece.uris[-1])
+                if piece.records:
+                    there = await self._standing_of(look, piece, standing, piece.last)
                     await self._states([look])
                     await self._judge([(look, piece)], await self._rows_of(piece, there))
                     await self._write([look])
@@ -251,8 +250,9 @@ class Settle:
     ) -> dict[str, list[Standing]]:
         """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
         there: dict[str, list[Standing]] = {}
+        present = piece.present
         async for one in standing.up_to(last):
-            if one.uri in piece.present:
+            if one.uri in present:
                 there.setdefault(one.uri, []).append(one)
             elif look.is_extra(one):
                 look.remove(one.uri)
@@ -270,27 +270,27 @@ class Settle:
         """Records that are missing or different. What is neither as it must be nor unknown is looked at once more, by
         the law's own statement."""
         unclear: list[Change] = []
-        of: dict[str, tuple[_Look, Piece]] = {}
+        of: dict[str, _Look] = {}
         for look, piece in read:
             result = look.result
-            result.records += len(piece.uris)
+            result.records += piece.records
             result.drops += piece.drops
             result.compared.update(change.table.name for change in piece.changes)
             for change in piece.changes:
                 standing = holding.standing.get(change.uri, ())
-                if agrees(change, standing, holding.rows.get(change.uri), look.account, piece):
+                if agrees(change, standing, holding.rows.get(change.uri), look.account, look.snapshot):
                     continue
                 if is_unknown(change, standing):
-                    look.put(change, piece, "missing")
+                    look.put(change, "missing")
                 else:
                     unclear.append(change)
-                    of[change.uri] = (look, piece)
+                    of[change.uri] = look
         for table, changes in _by_table(unclear):
             for change, held in await self._held(table, changes):
-                look, piece = of[change.uri]
+                look = of[change.uri]
                 standing = holding.standing.get(change.uri, ())
-                if problem := judge(change, held, standing[0] if standing else None, look.snapshot, piece):
-                    look.put(change, piece, problem)
+                if problem := judge(change, held, standing[0] if standing else None, look.snapshot):
+                    look.put(change, problem)
 
     async def _held(self, table: Table, changes: list[Change]) -> list[tuple[Change, StoredRecord]]:
         """What is stored of these records, among the twins or not."""
@@ -311,21 +311,18 @@ class Settle:
         """In as few flushes as their bound allows."""
         if self._store is None:
             return
-        dids: dict[str, list[str]] = {}
         changes: list[Change] = []
         for look in looks:
             changes += look.take()
-            dids |= look.dids
-            look.dids = {}
         by_did = {look.snapshot.did: look for look in looks}
         for start in range(0, len(changes), FLUSH):
-            await self._flush(changes[start : start + FLUSH], dids, by_did)
+            await self._flush(changes[start : start + FLUSH], by_did)
 
-    async def _flush(self, changes: list[Change], dids: dict[str, list[str]], looks: dict[str, _Look]) -> None:
+    async def _flush(self, changes: list[Change], looks: dict[str, _Look]) -> None:
         assert self._store is not None
         batch = Batch()
         for change in changes:
-            batch.put(Mapped([change], dids.get(change.uri, []), []))
+            batch.put(Mapped([change], [] if change.row is None else users_of(change), []))
         try:
             old = max(look.snapshot.taken_at for look in looks.values()) - OLD
             async with self._pace:
@@ -335,8 +332,8 @@ class Settle:
                 looks[changes[0].repo].result.drops["row_rejected"] += 1
                 return
             half = len(changes) // 2
-            await self._flush(changes[:half], dids, looks)
-            await self._flush(changes[half:], dids, looks)
+            await self._flush(changes[:half], looks)
+            await self._flush(changes[half:], looks)
             return
         for did, count in Counter(change.repo for change in changes).items():
             looks[did].result.written += count
