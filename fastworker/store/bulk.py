@@ -286,7 +286,8 @@ class Bulk:
 
 
 class Load:
-    """The loading phase, on several connections. Every step may be done again."""
+    """The loading phase, on several connections. Every step may be done again, so none waits for the disk: what a crash
+    of the server loses is the last steps, with what is known of them. `Bulk.release` waits for all of them."""
 
     def __init__(self, database_url: str, derive: frozenset[str], told: Told, *, floor: bool) -> None:
         """`floor`: snapshots are whole, of a known moment, and every worker knows floors."""
@@ -297,7 +298,7 @@ class Load:
 
     async def all(self) -> None:
         """Raises StoreUnavailable, RowRejected: then the same again, or `Bulk.give_up`."""
-        async with _session(self._url) as connection:
+        async with _session(self._url, is_durable=False) as connection:
             done = {row[0] for row in await connection.fetch("SELECT name FROM fastworker.bulk_steps")}
             if "new" not in done:
                 await self._step(connection, "new", partial(_only_new, floor=self._floor))
@@ -314,7 +315,7 @@ class Load:
             [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if fill.is_joined],
         ):
             await self._steps([step for step in some if step.table not in done])
-        async with _session(self._url) as connection:
+        async with _session(self._url, is_durable=False) as connection:
             for name, statements in derived.updates(self._derive):
                 if name not in done:
                     await self._step(connection, name, lambda db, s=statements: _execute(db, s))
@@ -324,7 +325,7 @@ class Load:
         left = list(reversed(steps))
 
         async def work() -> None:
-            async with _session(self._url) as connection:
+            async with _session(self._url, is_durable=False) as connection:
                 while left:
                     step = left.pop()
                     await self._step(connection, step.table, step.run)
@@ -528,7 +529,7 @@ _AGAIN: Final = (
 
 
 @asynccontextmanager
-async def _session(database_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+async def _session(database_url: str, *, is_durable: bool = True) -> AsyncIterator[asyncpg.Connection[Any]]:
     """Plans for sets, not for keys."""
     with translating():
         connection = await asyncpg.connect(
@@ -538,7 +539,7 @@ async def _session(database_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
             server_settings={"application_name": "fastworker-bulk"},
         )
         try:
-            await connection.execute(_SESSION)
+            await connection.execute(_SESSION if is_durable else f"{_SESSION}; SET synchronous_commit = off")
             yield connection
         finally:
             connection.terminate()

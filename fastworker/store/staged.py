@@ -242,7 +242,8 @@ async def open_staging(database_url: str) -> Staging:
             server_settings={"application_name": "fastworker-bulk"},
         )
         await connection.execute(
-            f"SET statement_timeout = '600s'; {NO_TRANSACTION_TIMEOUT}SET TIME ZONE 'UTC'; "
+            # A crash of the server may lose the newest transactions: then their repositories wait again.
+            f"SET synchronous_commit = off; SET statement_timeout = '600s'; {NO_TRANSACTION_TIMEOUT}SET TIME ZONE 'UTC'; "
             f"SET idle_in_transaction_session_timeout = 0; {PATH}"
         )
     return Staging(connection)

@@ -22,7 +22,7 @@ from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
 from fastworker.table.chosen import Part, choose
 from fastworker.table.snapshot import Snapshot, covered, pieces
 
-CLAIM: Final = 16
+CLAIM: Final = 8
 PIECE: Final = 2_000
 GIANT_BYTES: Final = 64 * 1024 * 1024
 """Larger repositories are settled one by one: their pairs would fill the memory of every process."""
