@@ -306,7 +306,7 @@ async def _settle_later(
     if later:
         _console.print(f"{len(later):,} accounts are settled one by one, beside the stream.")
         floor = await _all_are_ours(config, admin)
-        cars = [_car(file, Part(None, (LEFT_OUT,)) if is_some else part, floor=floor) for file, is_some in later]
+        cars = [_car(file, part, floor=floor, is_some=is_some) for file, is_some in later]
 
         async def told(car: Car, became: Settled | str) -> None:
             assert car.snapshot is not None
@@ -334,9 +334,11 @@ async def _settle_later(
 
 
 async def _all_are_ours(config: Config, admin: RedisAdmin | None) -> bool:
+    if admin is None:
+        return False
     from fastworker.sync.many import Live  # noqa: PLC0415
 
-    return admin is not None and await Live(admin, config).all_are_ours()
+    return await Live(admin, config).all_are_ours()
 
 
 async def _finished(config: Config, admin: RedisAdmin, files: Iterable[File]) -> None:
@@ -349,8 +351,10 @@ async def _finished(config: Config, admin: RedisAdmin, files: Iterable[File]) ->
             await live.finished(Mark(file.seq, file.entry_id, file.taken_at))
 
 
-def _car(file: File, part: Part, *, floor: bool) -> Car:
-    return Car(file.file, file.size, Snapshot(file.did, file.rev, file.seq, file.taken_at), part, floor)
+def _car(file: File, part: Part, *, floor: bool, is_some: bool) -> Car:
+    """`is_some`: the rest of it was loaded, so that nothing older is in the tables."""
+    snapshot = Snapshot(file.did, file.rev, file.seq, file.taken_at)
+    return Car(file.file, file.size, snapshot, Part(None, (LEFT_OUT,)) if is_some else part, floor, is_some)
 
 
 def _remove_spool(state: State) -> None:

@@ -44,6 +44,7 @@ class Car(msgspec.Struct, frozen=True):
     snapshot: Snapshot | None = None
     part: Part = WHOLE
     floor: bool = False
+    accept_older: bool = False
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -106,7 +107,8 @@ async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settle
                 found.append((car, str(error)))
                 continue
             opened.append(car)
-            jobs.append(Job(repository, car.snapshot or _snapshot_of(repository), car.part, car.floor and may_floor))
+            snapshot = car.snapshot or _snapshot_of(repository)
+            jobs.append(Job(repository, snapshot, car.part, car.floor and may_floor, car.accept_older))
         async with settle.alone([job.snapshot.did for job in jobs]):
             settled = await settle.settle_some(jobs)
         found += zip(opened, settled, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -17,6 +17,11 @@ from fastworker.table.snapshot import Snapshot, is_judged_date, moment_of
 YOUNG: Final = timedelta(minutes=10)
 """Rows without a version of ours that are not older than this before the snapshot: the API may have written them."""
 _VERSION: Final = 3  # columns of a hot row's version, at its end
+
+
+def is_same(change: Change, row: Sequence[Any]) -> bool:
+    """Whether a hot row is as it must be but for its version. `row`: as it was read, when it was made at its end."""
+    return change.row is not None and change.row[:-_VERSION] == row[: -_VERSION - 1]
 
 
 def agrees(

@@ -27,7 +27,7 @@ from fastworker.store.audit import StoredRecord
 from fastworker.store.floors import all_know_floors, put_floors, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import AccountState, Holding, Standing, StandingRows, Stored
-from fastworker.sync.judge import agrees, differing, is_extra, is_unknown, judge
+from fastworker.sync.judge import agrees, differing, is_extra, is_same, is_unknown, judge
 from fastworker.sync.status import Word, take_handle, take_word
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
@@ -146,7 +146,8 @@ class Settle:
         looks = [_Look(job) for job in jobs]
         open_ones = await self._allowed(looks)
         small = [look for look in open_ones if look.job.repository.size <= SMALL_BYTES]
-        together = small and await self._stored.holding([look.snapshot.did for look in small], STORED_MAX)
+        parts = {look.job.part for look in small}
+        together = small and await self._stored.holding([look.snapshot.did for look in small], STORED_MAX, parts)
         if together:
             await self._together(small, together)
         else:
@@ -203,7 +204,9 @@ class Settle:
         return await self._not_refused([look for look in looks if not look.result.refused])
 
     async def _not_refused(self, looks: list[_Look]) -> list[_Look]:
-        states = await self._stored.account_states({look.snapshot.did: look.snapshot.seq for look in looks})
+        until = {look.snapshot.did: look.snapshot.seq for look in looks}
+        is_newest_asked = not all(look.job.accept_older for look in looks)
+        states = await self._stored.account_states(until, is_newest_asked=is_newest_asked)
         for look in looks:
             look.account = states[look.snapshot.did]
             look.result.refused = _refusal(look.job, look.account)
@@ -213,10 +216,10 @@ class Settle:
         """Small accounts: all that is stored of them was read at once."""
         await self._states(looks)
         read = [(look, piece) for look in looks for piece in _pieces_of(look, PIECE)]
-        present = set[str]().union(*(piece.present for _, piece in read))
+        absent = {*holding.hot, *holding.standing}.difference(*(piece.present for _, piece in read))
         by_did = {look.snapshot.did: look for look in looks}
-        for uri, standing in holding.standing.items():
-            if uri not in present and (look := by_did.get(did_of(uri))) and any(map(look.is_extra, standing)):
+        for uri in absent:
+            if (look := by_did.get(did_of(uri))) and any(map(look.is_extra, holding.standing_of(uri))):
                 look.remove(uri)
         await self._judge(read, holding)
         await self._write(looks)
@@ -264,21 +267,26 @@ class Settle:
         rows: dict[str, Row] = {}
         for table, changes in _by_table(change for change in piece.changes if change.uri in there):
             rows |= await self._stored.table_rows(table, [change.uri for change in changes])
-        return Holding(there, rows)
+        return Holding(there, rows, {})
 
     async def _judge(self, read: list[tuple[_Look, Piece]], holding: Holding) -> None:
         """Records that are missing or different. What is neither as it must be nor unknown is looked at once more, by
         the law's own statement."""
         unclear: list[Change] = []
         of: dict[str, _Look] = {}
+        hot, others = holding.hot, holding.standing
         for look, piece in read:
             result = look.result
             result.records += piece.records
             result.drops += piece.drops
             result.compared.update(change.table.name for change in piece.changes)
+            was_deleted = look.account.deleted_seq is not None or look.account.deleted_rev is not None
             for change in piece.changes:
-                standing = holding.standing.get(change.uri, ())
-                if agrees(change, standing, holding.rows.get(change.uri), look.account, look.snapshot):
+                uri = change.uri
+                if not was_deleted and uri not in others and (row := hot.get(uri)) is not None and is_same(change, row):
+                    continue  # nearly all of what is in sync
+                standing = holding.standing_of(uri)
+                if agrees(change, standing, holding.row_of(uri), look.account, look.snapshot):
                     continue
                 if is_unknown(change, standing):
                     look.put(change, "missing")
@@ -288,7 +296,7 @@ class Settle:
         for table, changes in _by_table(unclear):
             for change, held in await self._held(table, changes):
                 look = of[change.uri]
-                standing = holding.standing.get(change.uri, ())
+                standing = holding.standing_of(change.uri)
                 if problem := judge(change, held, standing[0] if standing else None, look.snapshot):
                     look.put(change, problem)
 
