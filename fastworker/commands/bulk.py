@@ -35,8 +35,8 @@ from fastworker.store.bulk import LOADING, SETTLING, STAGING, Bulk, Counts, File
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import EVERYBODY
 from fastworker.store.sizes import row_bytes
-from fastworker.store.staged import LEFT_OUT
-from fastworker.sync.bulk import stage
+from fastworker.store.store import Store
+from fastworker.sync.bulk import stage, write_verifications
 from fastworker.sync.files import Car, Settings, settle_cars
 from fastworker.sync.report import Report, duration, unless_stopped
 from fastworker.sync.settle import Settled
@@ -299,14 +299,21 @@ async def _runway_s(admin: RedisAdmin, config: Config) -> float:
 async def _settle_later(
     config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, stop: asyncio.Event
 ) -> ExitCode:
-    """Accounts that need a comparison, or of which something was not loaded, beside the stream."""
+    """What was not loaded, beside the stream: verifications, and accounts that need a comparison."""
     state, later = await bulk.state(), await bulk.later()
     part = WHOLE if state is None else state.part
     report = Report(dry_run=False)
+    store = await Store.connect(
+        url, application_name=OURS[0], derive=config.derive, trusted_verifiers=config.trusted_verifiers
+    )
+    try:
+        await write_verifications(bulk, store)
+    finally:
+        await store.close()
     if later:
         _console.print(f"{len(later):,} accounts are settled one by one, beside the stream.")
         floor = await _all_are_ours(config, admin)
-        cars = [_car(file, part, floor=floor, is_some=is_some) for file, is_some in later]
+        cars = [_car(file, part, floor=floor) for file in later]
 
         async def told(car: Car, became: Settled | str) -> None:
             assert car.snapshot is not None
@@ -318,7 +325,7 @@ async def _settle_later(
 
         async def all_of_them() -> None:
             if admin is not None:
-                await _finished(config, admin, {file for file, _ in later})
+                await _finished(config, admin, later)
             settings = Settings(url, "fastworker-bulk", config.derive, config.collections)
             await settle_cars(settings, cars, told)
 
@@ -351,10 +358,8 @@ async def _finished(config: Config, admin: RedisAdmin, files: Iterable[File]) ->
             await live.finished(Mark(file.seq, file.entry_id, file.taken_at))
 
 
-def _car(file: File, part: Part, *, floor: bool, is_some: bool) -> Car:
-    """`is_some`: the rest of it was loaded, so that nothing older is in the tables."""
-    snapshot = Snapshot(file.did, file.rev, file.seq, file.taken_at)
-    return Car(file.file, file.size, snapshot, Part(None, (LEFT_OUT,)) if is_some else part, floor, is_some)
+def _car(file: File, part: Part, *, floor: bool) -> Car:
+    return Car(file.file, file.size, Snapshot(file.did, file.rev, file.seq, file.taken_at), part, floor)
 
 
 def _remove_spool(state: State) -> None:

@@ -27,9 +27,11 @@ from fastworker.errors import Unreachable
 from fastworker.store import derived
 from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
-from fastworker.store.staged import ALL, OF_GATES, OF_POSTS, ONLY_SOME, PRIMARY, staged_name
+from fastworker.store.staged import ALL, OF_GATES, OF_POSTS, PRIMARY, STAGED_VERIFICATIONS, Staged, staged_name
 from fastworker.store.statements import GONE
+from fastworker.table.batch import Change
 from fastworker.table.chosen import WHOLE, Part
+from fastworker.table.derive import did_of
 from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
@@ -143,15 +145,24 @@ class Bulk:
             rows = await self._connection.fetch("SELECT did, error FROM fastworker.bulk_repos WHERE state = 'refused'")
         return [(did, error) for did, error in rows]
 
-    async def later(self) -> list[tuple[File, bool]]:
-        """What is to be settled afterwards; whether only that of it which was not staged (`staged.LEFT_OUT`)."""
-        with translating():
-            rows = await self._connection.fetch(
-                "SELECT did, file, rev, seq, entry_id, taken_at, bytes, later = $1 FROM fastworker.bulk_repos "
-                "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did",
-                ONLY_SOME,
-            )
-        return [(File(*row), is_some) for *row, is_some in rows]
+    async def later(self) -> list[File]:
+        """What is to be settled afterwards."""
+        rows = await self.rows(
+            "SELECT did, file, rev, seq, entry_id, taken_at, bytes FROM fastworker.bulk_repos "
+            "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did"
+        )
+        return [File(*row) for row in rows]
+
+    async def verifications(self) -> list[Change]:
+        """What is to be written afterwards."""
+        name = f"fastworker.{STAGED_VERIFICATIONS.name}"
+        if await self.rows("SELECT WHERE to_regclass($1) IS NULL", name):
+            return []
+        rows = await self.rows(f"SELECT {', '.join(STAGED_VERIFICATIONS.columns)} FROM {name} ORDER BY uri")
+        return [
+            Change(VERIFICATIONS, row[0], did_of(row[0]), row[0].rpartition("/")[2], rev, seq, 0, cid, tuple(row))
+            for *row, cid, rev, seq in rows
+        ]
 
     async def settled(self, did: str, error: str | None) -> None:
         with translating():
@@ -250,8 +261,9 @@ class Bulk:
                         await self._connection.execute(f"TRUNCATE fastworker.{name}")
                     if "fastworker.twins" not in done:
                         await self._connection.execute("TRUNCATE fastworker.staged_twins")
+                    await self._connection.execute(f"TRUNCATE fastworker.{STAGED_VERIFICATIONS.name}")
                 elif state.phase == STAGING:
-                    await self._drop_staged()
+                    await self._drop(ALL)
                     await self._connection.execute(_AGAIN)
                     await self._forget()
         return state.phase
@@ -260,16 +272,17 @@ class Bulk:
         with translating():
             async with self._connection.transaction():
                 await self._connection.execute(_SETTLED)
+                await self._drop([STAGED_VERIFICATIONS])
                 await self._forget()
 
     async def _release(self) -> None:
         for table in _GUARDED:
             await self._connection.execute(f"DROP TRIGGER IF EXISTS fastworker_loading ON {table}")
-        await self._drop_staged()
+        await self._drop([staged for staged in ALL if staged is not STAGED_VERIFICATIONS])
         await self._connection.execute("UPDATE fastworker.bulk SET phase = $1", SETTLING)
 
-    async def _drop_staged(self) -> None:
-        for staged in ALL:
+    async def _drop(self, tables: Sequence[Staged]) -> None:
+        for staged in tables:
             await self._connection.execute(f"DROP TABLE IF EXISTS fastworker.{staged.name}")
 
     async def _forget(self) -> None:
@@ -409,8 +422,7 @@ _KNOWN: Final = " UNION ALL ".join(
     + [f"SELECT {_AUTHOR}, rev, seq FROM fastworker.{name}" for name in ("versions", "twins")]
 )
 _MARK_KNOWN: Final = (
-    f"UPDATE fastworker.bulk_repos AS r SET later = coalesce(nullif(later, '{ONLY_SOME}'), "
-    "'something of it was stored before') "
+    "UPDATE fastworker.bulk_repos AS r SET later = coalesce(later, 'something of it was stored before') "
     f"FROM (SELECT DISTINCT did FROM ({_KNOWN}) AS k (did, rev, seq)) AS k WHERE k.did = r.did AND r.state = 'staged'"
 )
 # Those that a settle would refuse: it says why.
@@ -438,7 +450,7 @@ _FLOORS: Final = (
 _OF_UNWANTED: Final = "DELETE FROM fastworker.{} AS s USING unwanted AS u WHERE split_part(s.uri, '/', 3) = u.did"
 _TWINS_OF_KNOWN: Final = (
     "DELETE FROM fastworker.staged_twins AS s USING fastworker.bulk_repos AS r "
-    f"WHERE r.did = s.did AND r.later <> '{ONLY_SOME}'"
+    "WHERE r.did = s.did AND r.later IS NOT NULL"
 )
 _WITHOUT_POST: Final = tuple(
     f"DELETE FROM fastworker.staged_{name} AS s WHERE NOT EXISTS ("
@@ -486,6 +498,7 @@ async def _only_new(connection: asyncpg.Connection[Any], *, floor: bool) -> int:
         await _execute(connection, [_MARK_UNWANTED])
         for table in PRIMARY:
             taken += await _execute(connection, [_OF_UNWANTED.format(staged_name(table))])
+        await connection.execute(_OF_UNWANTED.format(STAGED_VERIFICATIONS.name))
     if await connection.fetchval("SELECT EXISTS (SELECT FROM fastworker.bulk_repos WHERE later IS NOT NULL)"):
         # mutant: bulk loads what is known
         taken += await _execute(connection, [_not_new(table) for table in PRIMARY])
@@ -515,8 +528,7 @@ _OTHERS: Final = (
 )
 _DONE: Final = "UPDATE fastworker.bulk_repos SET state = 'done' WHERE state = 'staged' AND later IS NULL"
 _GIVEN_UP: Final = (
-    f"UPDATE fastworker.bulk_repos SET later = coalesce(nullif(later, '{ONLY_SOME}'), 'the load was given up') "
-    "WHERE state = 'staged'"
+    "UPDATE fastworker.bulk_repos SET later = coalesce(later, 'the load was given up') WHERE state = 'staged'"
 )
 _SETTLED: Final = (
     "UPDATE fastworker.repos AS q SET state = CASE b.state WHEN 'done' THEN 'done' ELSE 'refused' END, rev = b.rev, "

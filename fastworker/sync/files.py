@@ -44,7 +44,6 @@ class Car(msgspec.Struct, frozen=True):
     snapshot: Snapshot | None = None
     part: Part = WHOLE
     floor: bool = False
-    accept_older: bool = False
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -108,7 +107,7 @@ async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settle
                 continue
             opened.append(car)
             snapshot = car.snapshot or _snapshot_of(repository)
-            jobs.append(Job(repository, snapshot, car.part, car.floor and may_floor, car.accept_older))
+            jobs.append(Job(repository, snapshot, car.part, car.floor and may_floor))
         async with settle.alone([job.snapshot.did for job in jobs]):
             settled = await settle.settle_some(jobs)
         found += zip(opened, settled, strict=True)

@@ -123,7 +123,7 @@ async def test_pairs_and_records_that_come_again(postgres_url: str, tmp_path: Pa
     bulk = Bulk(network, list(network.frames(1_200)), tmp_path, store, postgres_url)
     if share:
         await deliver(bulk, share)
-    else:  # into empty tables: of accounts with verifications only these are left to compare
+    else:  # into empty tables
         await bulk.store.close()
     bulk.cars()
     done = bulk.load()
