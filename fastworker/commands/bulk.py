@@ -326,7 +326,7 @@ async def _settle_later(
         async def all_of_them() -> None:
             if admin is not None:
                 await _finished(config, admin, later)
-            settings = Settings(url, "fastworker-bulk", config.derive, config.collections)
+            settings = Settings(url, OURS[0], config.derive, config.collections, tuple(config.trusted_verifiers))
             await settle_cars(settings, cars, told)
 
         if not await unless_stopped(all_of_them(), stop):

@@ -28,7 +28,9 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
     if problems := await check_schema(url):
         raise Unreachable("\n".join(problems))
     report = Report(dry_run=dry_run)
-    settings = Settings(url, "fastworker-import", config.derive, config.collections, dry_run)
+    settings = Settings(
+        url, "fastworker-import", config.derive, config.collections, tuple(config.trusted_verifiers), dry_run
+    )
 
     async def told(car: Car, became: Settled | str) -> None:
         if isinstance(became, str):

@@ -51,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True):
     application_name: str
     derive: frozenset[str]
     collections: tuple[str, ...]
+    trusted_verifiers: tuple[str, ...] = ()
     dry_run: bool = False
 
 
@@ -131,6 +132,7 @@ async def _settling(settings: Settings) -> AsyncIterator[Settle]:
                 pool_size=1,
                 application_name=settings.application_name,
                 derive=settings.derive,
+                trusted_verifiers=settings.trusted_verifiers,
             )
             stack.push_async_callback(store.close)
         yield Settle(stored, store)

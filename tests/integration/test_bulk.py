@@ -14,7 +14,9 @@ import pytest
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode, StoreUnavailable
 from fastworker.law import compare
+from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
+from fastworker.simulator.repo import Repo, car_bytes
 from fastworker.store.store import Store
 from fastworker.sync import files
 from tests.integration.test_settle import Scene, batch_of, comparable, may_be_lost
@@ -28,6 +30,7 @@ INDEXES = (
     "WHERE contype IN ('p', 'u', 'f', 'x') AND connamespace IN ('public'::regnamespace, 'fastworker'::regnamespace) "
     "ORDER BY 1"
 )
+VERIFICATION = "app.bsky.graph.verification"
 OPERATORS = (
     "CREATE INDEX theirs ON likes (created_at DESC) WHERE via IS NOT NULL; COMMENT ON INDEX theirs IS 'it''s ours'; "
     "CREATE INDEX lower_handle ON users (lower(handle)) WITH (fillfactor = 70); "
@@ -233,3 +236,18 @@ async def test_what_became_of_files_is_told_one_at_a_time(bulk: Bulk, monkeypatc
 
     await files.settle_cars(files.Settings(bulk.url, "import", frozenset({"counts"}), (), dry_run=True), cars, tell)
     assert at_once == {1}
+
+
+@pytest.mark.parametrize("words", [("import",), ("import", "--bulk")], ids=["live", "bulk"])
+async def test_trusted_verifiers_come_first_in_history(
+    postgres_url: str, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    record = {"$type": VERIFICATION, "subject": "did:plc:" + "s" * 24, "handle": "a.test", "displayName": "A"}
+    for letter in "ab":
+        repo = Repo("did:plc:" + letter * 24, key=SigningKey(letter))
+        repo.commit([("create", f"{VERIFICATION}/3k{letter * 11}", record)])
+        (tmp_path / f"{letter}.car").write_bytes(car_bytes(*repo.export()))
+    env = {"DATABASE_URL": postgres_url, "FASTWORKER_TRUSTED_VERIFIERS": "did:plc:" + "b" * 24}
+    done = await asyncio.to_thread(run, *words, str(tmp_path), **env)
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert await asked(postgres_url, "SELECT split_part(uri, '/', 3) FROM verifications") == ["did:plc:" + "b" * 24]
