@@ -76,7 +76,7 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("environment") / "opt"
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", "--no-compile", built[1])
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", built[1])
     site = Path(run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     ours = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(ours))
