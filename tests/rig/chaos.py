@@ -5,7 +5,7 @@ with two processes, each connection through a proxy. The seed fixes the plan of 
 is the machine's business. Afterwards the tables must equal the model of the state law, every entry must have ended
 exactly once, nothing may be pending, and only the poison that was put there may be in the dead letters.
 
-`--operator`: people are at work as well (`rig/operator.py`), with limits that the seed draws (`rig/shrunk.py`). They remove
+`--operator`: people are at work as well (`rig/operators.py`), with limits that the seed draws (`rig/shrunk.py`). They remove
 entries and counts, so that the ledger says little; what the relay sent must be in the tables all the same, since the
 relay still has all of it, and no gap may be recorded. After each step /readyz may not say that all is well when an
 outsider sees that it is not.
@@ -39,7 +39,7 @@ from fastworker.simulator.network import Network
 from fastworker.simulator.relay import Fault as RelayFault
 from fastworker.simulator.repo import SimFrame
 from tests.rig import operator, shrunk
-from tests.rig.operator import Operator
+from tests.rig.operators import Operator
 from tests.rig.proxy import Proxy
 from tests.rig.redises import Cluster, Place, Sentinels
 from tests.rig.stage import GROUP, Stage, ended_in, entries_of
