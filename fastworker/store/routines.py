@@ -86,18 +86,26 @@ def _excluded(table: Table) -> list[str]:
 
 
 def _insert_new(table: Table) -> str:
-    """A pair that is taken is not tried: where another flush is removing its row, the insert would wait for it."""
+    """A pair that is taken is not tried: where another flush is removing its row, the insert would wait for it.
+
+    Where it is all of them or nothing, PostgreSQL does not look before each row: one that is there is an error.
+    """
     short = table.name
     same = " AND ".join(f"t.{column} = n.{column}" for column in table.pair)
     free = f" WHERE NOT EXISTS (SELECT FROM public.{short} AS t WHERE {same})" if table.pair else ""
+    rows = f"INSERT INTO public.{short} ({', '.join(table.columns)}) SELECT n.* FROM unnest(new_{short}) AS n{free}"
     return f"""
     IF new_{short} IS NOT NULL THEN
-        WITH new AS (
-            INSERT INTO public.{short} ({", ".join(table.columns)})
-            SELECT n.* FROM unnest(new_{short}) AS n{free} ON CONFLICT DO NOTHING RETURNING uri
-        ) SELECT array_agg(uri) INTO got FROM new;
-        placed := placed || got;
-        wanted := wanted + cardinality(new_{short});
+        missing := missing + cardinality(new_{short});
+        IF whole THEN
+            {rows};
+            GET DIAGNOSTICS made = ROW_COUNT;
+            missing := missing - made;
+        ELSE
+            WITH new AS ({rows} ON CONFLICT DO NOTHING RETURNING uri) SELECT array_agg(uri) INTO got FROM new;
+            placed := placed || got;
+            missing := missing - coalesce(cardinality(got), 0);
+        END IF;
     END IF;"""
 
 
@@ -126,8 +134,8 @@ def _arguments(pairs: Iterable[tuple[str, str]], mode: str = "") -> str:
 
 
 def _change_arguments() -> list[tuple[str, str]]:
-    types = {"tables": "text[]", "read_uris": "varchar[]", "gone": "boolean[]", "seen": "text[]"}
-    types |= {"pair_tables": "text[]", "pairs": "text[]", "no_twins": "text[]", "new_twins": "fastworker.twins[]"}
+    types = dict(statements.key_arguments(statements.KEYS_CHANGED))
+    types |= {"seen": "text[]", "no_twins": "text[]", "new_twins": "fastworker.twins[]"}
     types |= dict(statements.row_arguments("set", hot=True)) | dict(statements.row_arguments("new", hot=False))
     types |= dict(_typed(((statements.GATE, statements.GATED), *statements.OF_GATES)))
     types |= {"user_profiles": f"{PROFILES.row_type}[]", "label_events": "varchar[]"}
@@ -135,79 +143,99 @@ def _change_arguments() -> list[tuple[str, str]]:
 
 
 def _with_pairs(table: Table) -> str:
-    """What is read beside the rows of `mine`: the winners and twins of their pairs, and of the pairs that they want."""
+    """What is read beside the records of `mine`: the winners and twins of their pairs, and of the pairs that they want.
+    Records that are taken to be new are among them only if one of these is taken."""
     same = " AND ".join(f"t.{c} = split_part(p.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
+    winners = f"ARRAY(SELECT t.uri FROM unnest(places) AS p (pair) JOIN {table.qualified} AS t ON {same})"
+    fresh = ""
+    if statements.may_be_taken(table):
+        fresh = f"""
+        IF {statements.has_any("fresh_uris", table)} THEN
+            IF cardinality(winners) = 0 THEN
+                places := NULL;
+            ELSE
+                mine := mine || {statements.slice_of("fresh_uris", table)};
+                taken := taken || '{table.name}'::text;
+            END IF;
+        END IF;"""
     cids = ""
     if (statement := statements.CIDS.get(table.name)) is not None:
         keys = (
             "winners" if table.name == "reposts" else "ARRAY(SELECT u || '#notification' FROM unnest(winners) AS k (u))"
         )
         cids = f"""
-            cids := cids || ARRAY(SELECT c.uri || ' ' || c.cid FROM ({_bound(statement, keys)}) AS c (uri, cid)
-                WHERE c.cid IS NOT NULL);"""
-    return f"""
-        places := ARRAY(SELECT k.p FROM unnest(pair_tables, pairs) AS k (t, p) WHERE k.t = '{table.name}' UNION
-            SELECT w.pair FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.uri = ANY(mine));
-        winners := ARRAY(
-            SELECT t.uri FROM unnest(places) AS p (pair) JOIN {table.qualified} AS t ON {same});
         IF cardinality(winners) > 0 THEN
-            mine := mine || winners;{cids}
-        END IF;
-        places := places || ARRAY(
-            SELECT {statements.pair_in(table)} FROM {table.qualified} AS t WHERE t.uri = ANY(mine));
-        SELECT array_agg(w), array_agg('twin ' || w.uri || ' ' || w.xmin), array_agg(w.uri) INTO more, got, strays
-        FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.pair = ANY(places);
-        IF more IS NOT NULL THEN
-            old_twins := old_twins || more;
-            seen := seen || got;
-            IF EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = ANY(strays)) THEN
-                RAISE EXCEPTION 'a record in two places' USING ERRCODE = 'FW003';
-            END IF;
+            cids := cids || ARRAY(SELECT c.uri || ' ' || c.cid FROM ({_bound(statement, keys)}) AS c (uri, cid)
+                WHERE c.cid IS NOT NULL);
         END IF;"""
+    return f"""
+        places := {statements.slice_of("read_pairs", table)};
+        winners := NULL;
+        IF cardinality(places) > 0 THEN
+            winners := {winners};
+        END IF;{fresh}
+        mine := mine || winners;
+        IF cardinality(mine) > 0 THEN
+            SELECT array_agg(w), array_agg('twin ' || w.uri || ' ' || w.xmin), array_agg(w.uri),
+                array_agg(DISTINCT w.pair)
+            INTO more, got, strays, places
+            FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.pair = ANY(places || ARRAY(
+                SELECT {statements.pair_in(table)} FROM {table.qualified} AS t WHERE t.uri = ANY(mine) UNION ALL
+                SELECT v.pair FROM fastworker.twins AS v WHERE v.table_name = '{table.name}' AND v.uri = ANY(mine)));
+            IF more IS NOT NULL THEN
+                old_twins := old_twins || more;
+                seen := seen || got;
+                winners := winners || {winners};
+                mine := mine || winners;
+                IF EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = ANY(strays)) THEN
+                    RAISE EXCEPTION 'a record in two places' USING ERRCODE = 'FW003';
+                END IF;
+            END IF;
+        END IF;{cids}"""
 
 
 def _read_stored(table: Table) -> str:
     short = table.name.rpartition(".")[2]
+    asked = " OR ".join(statements.has_any(name, table) for name in ("read_uris", "fresh_uris"))
     return f"""
-    IF '{table.name}' = ANY(tables) THEN
-        mine := ARRAY(SELECT k.u FROM unnest(tables, uris) AS k (t, u) WHERE k.t = '{table.name}');\
-{_with_pairs(table) if table.pair else ""}
-        SELECT array_agg(ROW({statements.readable(table)})::{table.row_type}), array_agg(t.uri || ' ' || t.xmin)
-        INTO old_{short}, got FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
-        seen := seen || got;
+    IF {asked} THEN
+        mine := {statements.slice_of("read_uris", table)};{_with_pairs(table) if table.pair else ""}
+        IF cardinality(mine) > 0 THEN
+            SELECT array_agg(ROW({statements.readable(table)})::{table.row_type}), array_agg(t.uri || ' ' || t.xmin)
+            INTO old_{short}, got FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
+            seen := seen || got;
+        END IF;
     END IF;"""
 
 
 def _as_read(table: Table) -> str:
     """Locks what was read, unless it is not there as it was read, or something is there that was not."""
-    waiting = f"""
-        held := held + got;
-        SELECT count(*) INTO there FROM {table.qualified} AS t WHERE t.uri = ANY(mine);
-        waiting := 0;
-        as_seen := 0;"""
+    there = f"(SELECT count(*) FROM {table.qualified} AS t WHERE t.uri = ANY(mine))"
+    counted, twins, differs = f", {there} INTO got, there", "", "got <> there"
     if table.pair:
-        waiting = f"""
-        places := ARRAY(SELECT k.p FROM unnest(pair_tables, pairs) AS k (t, p) WHERE k.t = '{table.name}');
-        -- One statement, so one snapshot: a record that moves between table and twins cannot be missed.
-        SELECT count(*), count(*) FILTER (WHERE 'twin ' || w.uri || ' ' || w.xmin = ANY(seen)),
-            (SELECT count(*) FROM {table.qualified} AS t WHERE t.uri = ANY(mine))
-        INTO waiting, as_seen, there
-        FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND (w.pair = ANY(places) OR w.uri = ANY(mine));
-        held := held + got + as_seen;"""
+        counted, differs = " INTO got", "got <> there OR waiting <> as_seen"
+        twins = f"""
+        places := {statements.slice_of("read_pairs", table)};
+        -- Under the lock of the winner. One statement, so one snapshot: a record that moves between table and twins
+        -- cannot be missed.
+        SELECT count(*), count(*) FILTER (WHERE 'twin ' || w.uri || ' ' || w.xmin = ANY(seen)), {there}
+        INTO waiting, as_seen, there FROM fastworker.twins AS w
+        WHERE w.table_name = '{table.name}' AND (w.pair = ANY(places) OR w.uri = ANY(mine));
+        held := held + as_seen;"""
     return f"""
-        mine := ARRAY(SELECT k.u FROM unnest(tables, read_uris) AS k (t, u) WHERE k.t = '{table.name}');
+        mine := {statements.slice_of("read_uris", table)};
         WITH free AS (
             SELECT t.uri, t.xmin FROM {table.qualified} AS t WHERE t.uri = ANY(mine)
             ORDER BY t.uri COLLATE "C" FOR UPDATE SKIP LOCKED
         -- mutant: a row that changed since it was read
-        ) SELECT count(*) INTO got FROM free AS f WHERE f.uri || ' ' || f.xmin = ANY(seen);{waiting}
+        ) SELECT count(*) FILTER (WHERE f.uri || ' ' || f.xmin = ANY(seen)){counted} FROM free AS f;{twins}
+        held := held + got;
         -- mutant: what is there although it was not read
-        IF got <> there OR waiting <> as_seen THEN
+        IF {differs} THEN
             RAISE EXCEPTION 'not as it was read' USING ERRCODE = 'FW001';
         END IF;
-        dead := ARRAY(
-            SELECT k.u FROM unnest(tables, read_uris, gone) AS k (t, u, g) WHERE k.t = '{table.name}' AND k.g);
-        IF cardinality(dead) > 0 THEN
+        IF {statements.has_any("gone_uris", table)} THEN
+            dead := {statements.slice_of("gone_uris", table)};
             {_bound(statements.delete(table), "dead")};
         END IF;"""
 
@@ -215,7 +243,7 @@ def _as_read(table: Table) -> str:
 def _change_hot(table: Table) -> str:
     rows = f"set_{table.name}"
     return f"""
-    IF '{table.name}' = ANY(tables) THEN{_as_read(table)}
+    IF {statements.has_any("read_uris", table)} THEN{_as_read(table)}
         IF {rows} IS NOT NULL THEN
             {_bound(statements.update(table), rows)};
         END IF;
@@ -225,13 +253,18 @@ def _change_hot(table: Table) -> str:
 def _change_cold(table: Table) -> str:
     rows = f"new_{table.name.rpartition('.')[2]}"
     return f"""
-    IF '{table.name}' = ANY(tables) THEN{_as_read(table)}
+    IF {statements.has_any("read_uris", table)} THEN{_as_read(table)}
         IF {rows} IS NOT NULL THEN
-            {_bound(statements.update(table), rows)};
-            GET DIAGNOSTICS changed = ROW_COUNT;
-            WITH made AS ({_bound(statements.insert(table), rows)}) SELECT count(*) INTO got FROM made;
-            IF changed + got <> cardinality({rows}) THEN
-                RAISE EXCEPTION 'not every row is new' USING ERRCODE = 'FW001';
+            changed := 0;
+            IF got > 0 THEN
+                {_bound(statements.update(table), rows)};
+                GET DIAGNOSTICS changed = ROW_COUNT;
+            END IF;
+            IF changed < cardinality({rows}) THEN
+                WITH made AS ({_bound(statements.insert(table), rows)}) SELECT count(*) INTO got FROM made;
+                IF changed + got <> cardinality({rows}) THEN
+                    RAISE EXCEPTION 'not every row is new' USING ERRCODE = 'FW001';
+                END IF;
             END IF;
         END IF;
     END IF;"""
@@ -250,6 +283,7 @@ _WORDS: dict[str, Callable[[], str]] = {
     "change_cold": lambda: "".join(_change_cold(table) for table in TABLES if not table.hot).removeprefix("\n"),
     "crowded": lambda: _bound(statements.CROWDED, "roots", "crowd"),
     "first_arguments": lambda: _arguments(_typed(statements.COMMITTED_FIRST)),
+    "read_arguments": lambda: _arguments(statements.key_arguments(statements.KEYS_READ)),
     "first_statements": lambda: _each(statements.COMMITTED_FIRST),
     "gate": lambda: _bound(statements.GATE, *statements.GATED),
     "label_events": lambda: _bound(statements.LABEL_EVENTS, "label_events"),

@@ -54,6 +54,9 @@ async def settle_cold(
 
     Their versions are in fastworker.versions: that row is the gate, whose lock orders all writers of a record until
     they commit. Only what the gate finds to be the newest is written.
+
+    The gate does not keep the writer of another record from moving a row among the twins. Then the row is gone, and the
+    insert succeeds: so twins are looked at after it, too.
     """
     if not changes:
         return 0
@@ -62,13 +65,16 @@ async def settle_cold(
     newest = {r[0] for r in gate}
     changes = [c for c in changes if c.uri in newest]
     pairs = [c.uri for c in changes if c.table.pair and c.row is not None]
-    if pairs:  # under the gate's locks, so that the answer stays true
+    if pairs:
         waiting = waiting.union(r[0] for r in await db.fetch(sql.AMONG_TWINS, pairs))
     rows = 0
     for table, mine in by_table(changes):
         new, pending = divide(mine, waiting)
         if new:
             placed = {r[0] for r in await db.fetch(sql.insert(table), [c.row for c in new])}
+            # mutant: a cold record becomes a twin meanwhile
+            if table.pair and await db.fetch(sql.AMONG_TWINS, sorted(placed)):
+                raise Contended(f"{table.name}: another writer put a record among the twins")
             derive.add(effects, table, [c for c in new if c.uri in placed])
             pending.update((c.uri, c) for c in new if c.uri not in placed)
             rows += len(placed)

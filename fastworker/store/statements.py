@@ -8,6 +8,9 @@ per statement.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from fastworker.table import schema
 from fastworker.table.schema import (
     AGGREGATIONS,
@@ -548,13 +551,49 @@ COMMITTED_FIRST = (
 GATED = ("gated_uris", "gated_revs", "gated_seqs", "gated_cids", "gated_deletes")
 
 
+def _short(table: Table) -> str:
+    return table.name.rpartition(".")[2]
+
+
+def may_be_taken(table: Table) -> bool:
+    """Whether a small flush takes upserts of it to be new if their pairs are free: new rows of these are refused if not."""
+    return table.hot and bool(table.pair)
+
+
 def row_arguments(prefix: str, *, hot: bool) -> tuple[tuple[str, str], ...]:
     """An argument for the rows of each such table, and its type."""
     return tuple((f"{prefix}_{_short(table)}", f"{table.row_type}[]") for table in TABLES if table.hot is hot)
 
 
-def _short(table: Table) -> str:
-    return table.name.rpartition(".")[2]
+# Keys of all tables in one argument, one table's after the other's (a routine has 100 arguments at most), and beside it
+# how many there are before each table, and in all. `slice_of` is one table's.
+KEYS_READ = ("read_uris", "fresh_uris", "read_pairs")
+KEYS_CHANGED = ("read_uris", "gone_uris", "read_pairs")
+_ENDS = "_ends"
+
+
+def key_arguments(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((name + ends, type_) for name in names for ends, type_ in (("", "varchar[]"), (_ENDS, "int[]")))
+
+
+def slice_of(name: str, table: Table) -> str:
+    number = TABLES.index(table) + 1
+    return f"{name}[{name}{_ENDS}[{number}] + 1:{name}{_ENDS}[{number + 1}]]"
+
+
+def has_any(name: str, table: Table) -> str:
+    number = TABLES.index(table) + 1
+    return f"{name}{_ENDS}[{number}] < {name}{_ENDS}[{number + 1}]"
+
+
+def keys_of_tables(name: str, keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Two arguments: `keys` by table, one after the other; none where there are none."""
+    ends = [0]
+    values: list[str] = []
+    for table in TABLES:
+        values += keys.get(table.name, ())
+        ends.append(len(values))
+    return {name: values, name + _ENDS: ends} if values else {}
 
 
 def _named(*names: str) -> str:
@@ -569,24 +608,23 @@ LOOK_BACK = f"SELECT * FROM fastworker.look_back_3({_named(*LOOK_BACK_ARGUMENTS)
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
     "whole",
+    "fresh",
     *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
     *UNSEEN,
     *("new_viewers", "deltas", "recounts", *COUNTED, "owed_kinds", "owed_keys"),
     *_PROGRESS,
     *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_6({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_7({_named(*PUT_ARGUMENTS)})"
 FIRST_ARGUMENTS = (
     *dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names),
     "dids",
-    "tables",
-    "uris",
-    "pair_tables",
-    "pairs",
+    *(name for name, _ in key_arguments(KEYS_READ)),
 )
-FIRST = f"SELECT * FROM fastworker.first_1({_named(*FIRST_ARGUMENTS)})"
+FIRST = f"SELECT * FROM fastworker.first_2({_named(*FIRST_ARGUMENTS)})"
 CHANGE_ARGUMENTS = (
-    *("tables", "read_uris", "gone", "seen", "pair_tables", "pairs", "no_twins", "new_twins"),
+    *(name for name, _ in key_arguments(KEYS_CHANGED)),
+    *("seen", "no_twins", "new_twins"),
     *(name for name, _ in row_arguments("set", hot=True)),
     *GATED,
     *(name for name, _ in row_arguments("new", hot=False)),
@@ -596,18 +634,20 @@ CHANGE_ARGUMENTS = (
 )
 WHOLE_ARGUMENTS = (
     *_USERS_AND_ROWS,
+    "fresh",
     *CHANGE_ARGUMENTS,
     *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
     *UNSEEN,
     *("new_viewers", "deltas", "recounts", "owed_kinds", "owed_keys"),
     *_PROGRESS,
-    *("uris", *_LOWEST, "dids", "crowd"),
+    *("uris", "new_uris", *_LOWEST, "dids", "crowd"),
     *("posts", "like_posts", "like_users", "gates_of", "services_of"),
     *_DERIVED,
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_7({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
-NOT_AS_READ = "FW001"  # SQLSTATE of a call that wrote nothing: the rows are not as it was told
+PUT_WHOLE = f"CALL fastworker.put_whole_8({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
+# SQLSTATE of a call that wrote nothing: the rows are not as it was told, or one of them is not new (unique_violation)
+NOT_AS_READ = ("FW001", "23505")
 LOOK_FIRST = "FW003"  # of one that wrote nothing, because something beats a record or must not be stored
 FLOOR_CAME = "FW002"  # SQLSTATE of a transaction that must begin again with its look
 JOINED = {  # kind of a joined row -> the argument that takes its keys

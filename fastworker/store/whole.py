@@ -39,6 +39,8 @@ class Stored(NamedTuple):
     twins: dict[str, dict[str, dict[str, Member]]]
     cids: dict[str, str | None]
     seen: list[str]
+    read: frozenset[str]
+    """Tables of which all that comes was read; of others, where pairs are taken to be free, only what may be there."""
 
 
 class Decided(NamedTuple):
@@ -47,6 +49,8 @@ class Decided(NamedTuple):
     arguments: dict[str, Any]
     effects: Effects
     rows: int
+    is_fresh: bool  # no row is replaced: what follows from it may be there
+    new: list[str]  # uris that were not read: they must not be among the twins
 
 
 async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written | None:
@@ -92,7 +96,7 @@ async def _unless_read(work: Awaitable[Written | None]) -> Written | None:
     try:
         return await work
     except PostgresError as error:
-        if error.sqlstate != sql.NOT_AS_READ:
+        if error.sqlstate not in sql.NOT_AS_READ:
             raise
         return None
 
@@ -103,10 +107,9 @@ async def _first(writer: Writer, db: Connection, batch: Batch, changes: list[Cha
     users = writer.unknown(batch.dids) if batch.identities else []
     if batch.identities:  # a handle is shown in a row of users
         arguments |= {"dids": list(batch.dids), "new_users": users or None}
-    if changes:
-        arguments |= {"tables": [c.table.name for c in changes], "uris": [c.uri for c in changes]}
-        if wanted := [(c.table.name, pair_of(c.table, c.row)) for c in changes if c.table.pair and c.row is not None]:
-            arguments |= zip(("pair_tables", "pairs"), columns(wanted), strict=True)
+    reading = _reading(changes)
+    for name, keys in reading.items():
+        arguments |= sql.keys_of_tables(name, keys)
     found = await writer.retry(lambda: put_first(db, arguments))
     writer.remember(users)
     rows = {
@@ -118,7 +121,23 @@ async def _first(writer: Writer, db: Connection, batch: Batch, changes: list[Cha
     for uri, name, pair, rkey, rev, seq, cid, row in found["old_twins"] or ():
         member = Member(rkey, uri, thaw(_BY_NAME[name], row), rev, seq, cid)
         twins.setdefault(name, {}).setdefault(pair, {})[uri] = member
-    return Stored(rows, twins, dict(one.split(" ") for one in found["cids"] or ()), found["seen"] or [])
+    read = frozenset(_BY_NAME).difference(reading["fresh_uris"]).union(found["taken"] or ())
+    return Stored(rows, twins, dict(one.split(" ") for one in found["cids"] or ()), found["seen"] or [], read)
+
+
+def _reading(changes: list[Change]) -> dict[str, dict[str, list[str]]]:
+    """What `first` reads, by argument and table."""
+    keys: dict[str, dict[str, list[str]]] = {name: {} for name in sql.KEYS_READ}
+    for table, mine in by_table(changes):
+        upserts = [(c.uri, pair_of(table, c.row)) for c in mine if c.row is not None] if table.pair else []
+        pairs = list(dict.fromkeys(pair for _, pair in upserts))
+        # mutant: two of a pair taken to be new
+        is_fresh = bool(pairs) and sql.may_be_taken(table) and len(pairs) == len(upserts)
+        if is_fresh:
+            keys["fresh_uris"][table.name] = [uri for uri, _ in upserts]
+        keys["read_uris"][table.name] = [c.uri for c in mine if c.row is None or not is_fresh]
+        keys["read_pairs"][table.name] = pairs
+    return keys
 
 
 async def _write(
@@ -128,7 +147,7 @@ async def _write(
 
     Raises PostgresError with SQLSTATE `NOT_AS_READ` or `LOOK_FIRST` where nothing was written.
     """
-    decided = _decide(writer, changes, stored or Stored({}, {}, {}, []), is_read=stored is not None)
+    decided = _decide(writer, changes, stored or Stored({}, {}, {}, [], frozenset()))
     if decided is None:
         return None
     effects = decided.effects
@@ -139,11 +158,13 @@ async def _write(
     fresh = keys_of(writer, upserts)
     arguments = {
         "new_users": users or None,
+        "fresh": decided.is_fresh,
         **decided.arguments,
         **gate_arguments(effects),
         **item_arguments(writer, effects),
         **last_arguments(writer, effects, batch.progress),
         **back_arguments(writer, upserts, upserts),
+        "new_uris": decided.new,
         "repos": list({c.repo for c in changes}),
         "lowest_rev": lowest_rev,
         "lowest_seq": lowest_seq,
@@ -165,56 +186,74 @@ async def _write(
     return Written(decided.rows, max(0, len(upserts) - decided.rows), 0)
 
 
-def _decide(writer: Writer, changes: list[Change], stored: Stored, *, is_read: bool) -> Decided | None:
-    """What has to change, if everything is as it was read. None where nothing was read, and one of two new records of a
-    pair has to wait; or where a record was read in two places."""
+def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | None:
+    """What has to change, if everything is as it was read. None where one of two new records of a pair that was not
+    read has to wait; or where a record was read in two places."""
     effects = Effects(writer.derive)
     arguments: dict[str, Any] = {}
-    read: list[tuple[str, str, bool]] = []
-    places: list[tuple[str, str]] = []
     no_twins: list[str] = []
     new_twins: list[Row] = []
+    new: list[str] = []
+    keys: dict[str, dict[str, list[str]]] = {name: {} for name in sql.KEYS_CHANGED}
     count = 0
+    is_fresh = True
     for table, mine in by_table(changes):
         have = stored.rows.get(table.name, {})
+        unread: set[str] = {c.uri for c in mine if c.row is not None and table.hot}
+        pairs: list[str] = []
         if table.pair:
             if any(not have.keys().isdisjoint(members) for members in stored.twins.get(table.name, {}).values()):
                 return None  # a record in two places, to be settled under its locks
-            new = _arrange(writer, table, mine, stored)
-            follow(table, effects, new)
-            updates, deletes = [member.row for _, member in new.updates], {row[0] for row in new.deletes}
-            inserts = [member.row for _, member in new.inserts]
-            for _, member in new.inserts:
+            arrangement = _arrange(writer, table, mine, stored)
+            unread, pairs = _not_read(table, mine, stored, arrangement)
+            if any(members for pair, members in arrangement.twin_puts.items() if pair not in pairs):
+                return None
+            follow(table, effects, arrangement)
+            updates = [member.row for _, member in arrangement.updates]
+            deletes = {row[0] for row in arrangement.deletes}
+            inserts = [member.row for _, member in arrangement.inserts]
+            for _, member in arrangement.inserts:
                 derive.added(effects, table, member.row, member.cid)
-            places += [(table.name, pair) for pair in new.members]
-            no_twins += new.twin_deletes
+            no_twins += arrangement.twin_deletes
             # mutant: two of a pair in a small flush
-            new_twins += twin_rows(table, new)
+            new_twins += twin_rows(table, arrangement)
         else:
             updates, gone, missing = change_records(writer, table, {c.uri: c for c in mine}, have, effects)
             derive.add(effects, table, missing)
             deletes, inserts = set(gone), [c.row for c in missing if c.row is not None]
         count += len(updates) + len(deletes) + len(inserts)
+        is_fresh = is_fresh and not updates
+        new += sorted(unread)
+        there = (have.keys() | {c.uri for c in mine}) - (unread - have.keys())
+        for name, values in zip(sql.KEYS_CHANGED, (there, deletes, pairs), strict=True):
+            keys[name][table.name] = sorted(values)
         short = table.name.rpartition(".")[2]
         if table.hot:
             arguments |= {"set_" + short: updates or None, "new_" + short: inserts or None}
         else:
             arguments["new_" + short] = [*updates, *inserts] or None
-        there = have.keys() | {c.uri for c in mine if c.row is None or not table.hot or (is_read and table.pair)}
-        read += [(table.name, uri, uri in deletes) for uri in sorted(there)]
-    if new_twins and not is_read:
-        return None
-    if read:
-        arguments.update(zip(("tables", "read_uris", "gone"), columns(read), strict=True))
+    for name in sql.KEYS_CHANGED:
+        arguments |= sql.keys_of_tables(name, keys[name])
+    if "read_uris" in arguments:
         arguments |= {"seen": stored.seen, "no_twins": sorted(no_twins) or None}
         arguments["new_twins"] = sorted(new_twins) or None
-        if places:
-            arguments |= zip(("pair_tables", "pairs"), columns(places), strict=True)
     if gated := [(c.uri, c.rev, c.seq, c.cid, c.row is None) for c in changes if not c.table.hot]:
         arguments.update(zip(sql.GATED, columns(gated), strict=True))
     arguments["user_profiles"] = profile_rows(effects) or None
     arguments["label_events"] = sorted(effects.labels_added) or None
-    return Decided(arguments, effects, count)
+    return Decided(arguments, effects, count, is_fresh, new)
+
+
+def _not_read(
+    table: Table, changes: list[Change], stored: Stored, arrangement: Arrangement
+) -> tuple[set[str], list[str]]:
+    """Which uris are taken to be new, and the pairs that were read."""
+    if table.name in stored.read:
+        return set(), list(arrangement.members)
+    known = {pair_of(table, row) for row in stored.rows.get(table.name, {}).values()}
+    known.update(stored.twins.get(table.name, ()))
+    unread = {c.uri for c in changes if c.row is not None and pair_of(table, c.row) not in known}
+    return unread, sorted(known)
 
 
 def _arrange(writer: Writer, table: Table, changes: list[Change], stored: Stored) -> Arrangement:

@@ -240,6 +240,7 @@ SMALL: dict[str, tuple[list[Any], list[Any], int]] = {
     "a delete of a post with all that follows": (STORED, [gone(B, "app.bsky.feed.post/p"), gone(A, PATHS[0])], 2),
     "a delete of what is not known": ([], [gone(A, "app.bsky.feed.like/x"), like(C)], 2),
     "a like that is taken back and given again": (STORED, [gone(A, PATHS[0]), like(A, POST, "l2")], 2),
+    "two likes of one post": ([post(B)], [like(A, POST, "l1"), like(A, POST, "l3")], 2),
     "a second like": ([post(B), like(A, POST, "l2")], [like(A, POST, "l1"), like(A, POST, "l3")], 2),
     "the second like comes first": ([post(B), like(A, POST, "l1")], [like(A, POST, "l2")], 3),
     "the next like in turn": ([post(B), like(A, POST, "l1"), like(A, POST, "l2")], [gone(A, PATHS[0] + "1")], 2),
@@ -304,12 +305,12 @@ def test_routines_are_made_from_the_schema() -> None:
 async def test_routines_are_installed_again_and_again(postgres_url: str, pg: asyncpg.Connection) -> None:
     """One that is gone, and one of another build, are missed by `check` and made by `migrate`; the old ones stay."""
     assert await migrate(postgres_url) == []
-    await pg.execute("DROP PROCEDURE fastworker.put_whole_7")
+    await pg.execute("DROP PROCEDURE fastworker.put_whole_8")
     await pg.execute("COMMENT ON FUNCTION fastworker.look_3 IS 'of another build'")
     assert await check(postgres_url) == [
         f"Routine fastworker.{name} is not this release's: run `fastworker migrate`."
-        for name in ("look_3", "put_whole_7")
+        for name in ("look_3", "put_whole_8")
     ]
-    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_7"]
+    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_8"]
     assert await check(postgres_url) == []
     assert await pg.fetchval("SELECT to_regproc('fastworker.put') IS NOT NULL"), "the release before ours calls it"

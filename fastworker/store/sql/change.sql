@@ -1,9 +1,10 @@
 -- What a small flush changes beside new rows of the hot tables: existing rows, and the cold tables behind their gate. The
 -- caller has decided it by what `first` read. Here that is read once more under the locks, of which none is waited for: if
 -- a row or a twin is not as it was read (`seen`), is locked, or is there although it was not, nothing is written, with
--- SQLSTATE FW001; so, too, if an operation is not the newest of its cold record. `tables`, `read_uris`: each row that was
--- read, and each record that was not there and must not be; `gone`: whether it is deleted. `pairs`: those that change.
-CREATE OR REPLACE FUNCTION fastworker.change_1(
+-- SQLSTATE FW001; so, too, if an operation is not the newest of its cold record. `read_uris`: each row that was
+-- read, and each record that was not there and must not be; `gone_uris`: those of them that are deleted; `read_pairs`:
+-- those that change. `read_uris_ends` and the like: where each table's begin and end.
+CREATE OR REPLACE FUNCTION fastworker.change_2(
     {{change_arguments}}
     OUT held int
 ) LANGUAGE plpgsql AS $$

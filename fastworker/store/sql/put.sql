@@ -1,13 +1,15 @@
 -- New rows of the hot tables and what follows from them; NULL where there is nothing. `placed`: the uris of the new rows
--- that were inserted, NULL if all of them were. `whole`: all of them or nothing, else SQLSTATE FW001.
+-- that were inserted, NULL if all of them were. `whole`: all of them or nothing, else SQLSTATE FW001, or
+-- 23505. `fresh`: what follows from new rows is new as well, else SQLSTATE 23505.
 -- `note`: of the keys that are owed. Counters whose bucket nobody else is paying are written, else they
 -- are owed (fastworker.debts); `is_owing`: something is owed, by us or by others, that `pay` pays. `floors`: whether the look found
 -- any floor; NULL where it does not matter. If so: `repos` of all changes, the lowest rev and, of what has none, the
 -- lowest seq of them, and the floors above those that are known.
-CREATE OR REPLACE FUNCTION fastworker.put_6(
+CREATE OR REPLACE FUNCTION fastworker.put_7(
     new_users varchar[],
     {{new_rows_arguments}}
     whole boolean,
+    fresh boolean,
     no_quotes varchar[],
     new_quotes fastworker.quotes_row[],
     no_feed_items varchar[],
@@ -42,14 +44,15 @@ CREATE OR REPLACE FUNCTION fastworker.put_6(
 DECLARE
     got varchar[];
     moving varchar[];
-    wanted int := 0;
+    missing int := 0;
+    made int;
 BEGIN
     IF new_users IS NOT NULL THEN
         INSERT INTO public.users (did, handle) SELECT did, 'handle.invalid' FROM unnest(new_users) AS u (did)
         ON CONFLICT (did) DO NOTHING;
     END IF;
 {{insert_new_rows}}
-    IF coalesce(cardinality(placed), 0) = wanted THEN
+    IF missing = 0 THEN
         placed := NULL;
     -- mutant: a whole flush that is not whole
     ELSIF whole THEN
@@ -61,21 +64,27 @@ BEGIN
     IF no_quotes IS NOT NULL THEN
         DELETE FROM public.quotes WHERE uri = ANY(no_quotes);
     END IF;
-    IF new_quotes IS NOT NULL THEN
+    IF fresh AND new_quotes IS NOT NULL THEN
+        INSERT INTO public.quotes ({{columns quotes}}) SELECT * FROM unnest(new_quotes);
+    ELSIF new_quotes IS NOT NULL THEN
         INSERT INTO public.quotes AS t ({{columns quotes}})
         SELECT * FROM unnest(new_quotes) ON CONFLICT (uri) DO UPDATE SET {{set quotes}};
     END IF;
     IF no_feed_items IS NOT NULL THEN
         DELETE FROM public.feed_items WHERE uri = ANY(no_feed_items);
     END IF;
-    IF new_feed_items IS NOT NULL THEN
+    IF fresh AND new_feed_items IS NOT NULL THEN
+        INSERT INTO public.feed_items ({{columns feed_items}}) SELECT * FROM unnest(new_feed_items);
+    ELSIF new_feed_items IS NOT NULL THEN
         INSERT INTO public.feed_items AS t ({{columns feed_items}})
         SELECT * FROM unnest(new_feed_items) ON CONFLICT (uri) DO UPDATE SET {{set feed_items}};
     END IF;
     IF no_notifications IS NOT NULL THEN
         DELETE FROM public.notifications WHERE uri = ANY(no_notifications);
     END IF;
-    IF new_notifications IS NOT NULL THEN
+    IF fresh AND new_notifications IS NOT NULL THEN
+        INSERT INTO public.notifications ({{columns notifications}}) SELECT * FROM unnest(new_notifications);
+    ELSIF new_notifications IS NOT NULL THEN
         INSERT INTO public.notifications AS t ({{columns notifications}})
         SELECT * FROM unnest(new_notifications) ON CONFLICT (uri) DO UPDATE SET {{set notifications}};
     END IF;
@@ -111,13 +120,15 @@ BEGIN
             SELECT bool_and(pg_try_advisory_xact_lock({{counters}}, b.bucket))
             FROM (SELECT DISTINCT fastworker.bucket(d.post_uri) AS bucket FROM unnest(deltas) AS d) AS b);
         -- A later statement than the one that locks: what was owed before that is seen.
-        -- mutant: counters beside a debt
-        is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts WHERE attempts = 0);
-        -- What is put back is in nobody's way but that of its own counter.
-        is_owing := is_owing OR EXISTS (
-            -- mutant: a counter beside its debt that is put back
-            SELECT FROM fastworker.debts AS o WHERE o.attempts > 0
-                AND (o.deltas[1]).post_uri = ANY(ARRAY(SELECT d.post_uri FROM unnest(put_6.deltas) AS d)));
+        IF EXISTS (SELECT FROM fastworker.debts) THEN
+            -- mutant: counters beside a debt
+            is_owing := is_owing OR EXISTS (SELECT FROM fastworker.debts WHERE attempts = 0);
+            -- What is put back is in nobody's way but that of its own counter.
+            is_owing := is_owing OR EXISTS (
+                -- mutant: a counter beside its debt that is put back
+                SELECT FROM fastworker.debts AS o WHERE o.attempts > 0
+                    AND (o.deltas[1]).post_uri = ANY(ARRAY(SELECT d.post_uri FROM unnest(put_7.deltas) AS d)));
+        END IF;
         -- mutant: a busy counter is not owed
         IF is_owing THEN
             -- A counter that a session which is not ours has locked is waited for, as if nothing were owed: the entries
@@ -164,9 +175,11 @@ BEGIN
                 AND f.did || ' ' || f.rev || ' ' || f.seq <> ALL(known_floors)) THEN
             RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
         END IF;
-    -- mutant: the first floor that came since the look
-    ELSIF NOT floors AND EXISTS (SELECT FROM fastworker.floors) THEN
-        RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
+    ELSIF NOT floors THEN
+        -- mutant: the first floor that came since the look
+        IF EXISTS (SELECT FROM fastworker.floors) THEN
+            RAISE EXCEPTION 'a floor came' USING ERRCODE = 'FW002';
+        END IF;
     END IF;
     IF until_entry IS NOT NULL THEN
         INSERT INTO fastworker.progress (stream, consumer, seq, entry_id)

@@ -1,12 +1,13 @@
 -- A whole small flush, as docs/invariants.md has it: look, the main transaction, look back, rows that join two records. If
 -- something beats a record, or it must not be stored, or is older than a floor, nothing is written, with
--- SQLSTATE FW003; if the rows are not as the caller takes them to be (new, or as `first` read them), with FW001.
--- `is_late`: it is all written, and something overtook it, or more than `crowd` thread contexts follow: the look back is the
+-- SQLSTATE FW003; if the rows are not as the caller takes them to be (new, or as `first` read them), with FW001 or 23505.
+-- `new_uris`: those of the uris that were not read. `is_late`: it is all written, and something overtook it, or more than `crowd` thread contexts follow: the look back is the
 -- caller's; so, too, if a joined row was refused. `note`: what was owed with it is the caller's, because of that, or because
 -- one of the roots has more replies than `crowd`.
-CREATE OR REPLACE PROCEDURE fastworker.put_whole_7(
+CREATE OR REPLACE PROCEDURE fastworker.put_whole_8(
     new_users varchar[],
     {{new_rows_arguments}}
+    fresh boolean,
     {{change_arguments}}
     no_quotes varchar[],
     new_quotes fastworker.quotes_row[],
@@ -29,6 +30,7 @@ CREATE OR REPLACE PROCEDURE fastworker.put_whole_7(
     until_seq bigint,
     until_entry text,
     uris text[],
+    new_uris text[],
     repos varchar[],
     lowest_rev text,
     lowest_seq bigint,
@@ -58,22 +60,22 @@ DECLARE
     is_owing boolean;
     paid int;
 BEGIN
-    SELECT bool_or(kind <> 'twin'), bool_or(kind = 'twin') INTO is_beaten, is_waiting
+    SELECT bool_or(kind <> 'twin'), bool_or(kind = 'twin' AND key = ANY(new_uris)) INTO is_beaten, is_waiting
     FROM fastworker.look_3(uris, repos, lowest_rev, lowest_seq, dids, false);
     IF is_beaten THEN
         -- mutant: no look before a whole flush
         RAISE EXCEPTION 'something beats a record' USING ERRCODE = 'FW003';
-    ELSIF is_waiting AND tables IS NULL THEN
+    ELSIF is_waiting THEN
         RAISE EXCEPTION 'not only new rows' USING ERRCODE = 'FW001';
     END IF;
     IF new_users IS NOT NULL THEN
         {{users}};
     END IF;
-    IF tables IS NOT NULL THEN
-        PERFORM fastworker.change_1({{change_passed}});
+    IF seen IS NOT NULL OR gated_uris IS NOT NULL THEN
+        PERFORM fastworker.change_2({{change_passed}});
     END IF;
-    SELECT p.is_owing, p.note INTO is_owing, note FROM fastworker.put_6(
-        new_users => NULL, {{new_rows_passed}}, whole => true,
+    SELECT p.is_owing, p.note INTO is_owing, note FROM fastworker.put_7(
+        new_users => NULL, {{new_rows_passed}}, whole => true, fresh => fresh,
         no_quotes => no_quotes, new_quotes => new_quotes, no_feed_items => no_feed_items, new_feed_items => new_feed_items,
         no_notifications => no_notifications, new_notifications => new_notifications, unseen_posts => unseen_posts,
         unseen_viewers => unseen_viewers, unseen_likes => unseen_likes, unseen_reposts => unseen_reposts,
@@ -99,8 +101,10 @@ BEGIN
         services := services || services_of;
     END IF;
     IF note IS NOT NULL THEN
-        roots := ARRAY(SELECT o.k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE o.kind = 'root');
-        IF cardinality(roots) > 0 AND EXISTS ({{crowded}}) THEN
+        IF 'root' = ANY(owed_kinds) THEN
+            roots := ARRAY(SELECT o.k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE o.kind = 'root');
+        END IF;
+        IF roots IS NOT NULL AND EXISTS ({{crowded}}) THEN
             owed_kinds := NULL;
             owed_keys := NULL;
             roots := NULL;

@@ -17,7 +17,7 @@ CREATE OR REPLACE FUNCTION fastworker.recompute_5(
     with_quotes boolean
 ) RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
-    stale varchar[] := ARRAY(SELECT k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE kind = 'context');
+    stale varchar[] := '{}';
     got varchar[];
     missing varchar[];
     busy varchar[] := '{}';
@@ -26,6 +26,9 @@ DECLARE
     paid int := 0;
     unpaid varchar[] := '{}'; -- services and aggregates whose counters another flush is paying
 BEGIN
+    IF 'context' = ANY(owed_kinds) THEN
+        stale := ARRAY(SELECT k FROM unnest(owed_kinds, owed_keys) AS o (kind, k) WHERE kind = 'context');
+    END IF;
     IF cardinality(roots) > 0 THEN
         got := ARRAY(SELECT uri FROM public.posts WHERE root_uri = ANY(roots) AND uri <> root_uri);
         stale := stale || got;
@@ -42,8 +45,8 @@ BEGIN
                 SELECT uri FROM public.posts WHERE uri = ANY(contexts || gates) ORDER BY uri COLLATE "C"
                 FOR NO KEY UPDATE SKIP LOCKED
             ) SELECT array_agg(uri) INTO got FROM mine;
-            missing := ARRAY(SELECT unnest(contexts || gates) EXCEPT SELECT unnest(got));
-            IF cardinality(missing) > 0 THEN
+            IF cardinality(got) IS DISTINCT FROM cardinality(contexts || gates) THEN
+                missing := ARRAY(SELECT unnest(contexts || gates) EXCEPT SELECT unnest(got));
                 busy := ARRAY(SELECT uri FROM public.posts WHERE uri = ANY(missing));
             END IF;
             -- mutant: a locked post is not owed
@@ -60,8 +63,10 @@ BEGIN
                 ON CONFLICT (kind, key) DO UPDATE SET owed_at = now();
             END IF;
         END IF;
-        contexts := ARRAY(SELECT unnest(contexts) INTERSECT SELECT unnest(got));
-        gates := ARRAY(SELECT unnest(gates) INTERSECT SELECT unnest(got));
+        IF cardinality(got) IS DISTINCT FROM cardinality(contexts || gates) THEN
+            contexts := ARRAY(SELECT unnest(contexts) INTERSECT SELECT unnest(got));
+            gates := ARRAY(SELECT unnest(gates) INTERSECT SELECT unnest(got));
+        END IF;
     END IF;
     IF cardinality(contexts) > 0 THEN
         INSERT INTO public.thread_contexts AS t (post_uri, root_author_like_uri)
@@ -93,10 +98,12 @@ BEGIN
             SELECT DISTINCT fastworker.bucket(k) AS bucket FROM unnest(services || aggregates) AS k ORDER BY 1) AS b
             WHERE CASE WHEN patient THEN pg_advisory_xact_lock({{counters}}, b.bucket) IS NOT NULL
                 ELSE pg_try_advisory_xact_lock({{counters}}, b.bucket) END);
-        FOREACH one IN ARRAY mine LOOP
-            -- mutant: an aggregate goes before it is paid
-            WHILE fastworker.pay_bucket_2(one, with_replies, with_quotes) > 0 LOOP END LOOP;
-        END LOOP;
+        IF EXISTS (SELECT FROM fastworker.debts) THEN
+            FOREACH one IN ARRAY mine LOOP
+                -- mutant: an aggregate goes before it is paid
+                WHILE fastworker.pay_bucket_2(one, with_replies, with_quotes) > 0 LOOP END LOOP;
+            END LOOP;
+        END IF;
         unpaid := ARRAY(SELECT k FROM unnest(services || aggregates) AS k WHERE fastworker.bucket(k) <> ALL(mine)
             OR EXISTS (SELECT FROM fastworker.debts AS o, unnest(o.deltas) AS d WHERE d.post_uri = k));
     END IF;
