@@ -15,7 +15,8 @@ from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, first_of
 from fastworker.store.migrate import check as check_schema
 from fastworker.sync.files import Car, Settings, settle_cars
-from fastworker.sync.settle import Report, Settled, unless_stopped
+from fastworker.sync.report import Report, unless_stopped
+from fastworker.sync.settle import Settled
 
 
 async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Event, *, dry_run: bool) -> ExitCode:
@@ -27,7 +28,9 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
     if problems := await check_schema(url):
         raise Unreachable("\n".join(problems))
     report = Report(dry_run=dry_run)
-    settings = Settings(url, "fastworker-import", config.derive, config.collections, dry_run)
+    settings = Settings(
+        url, "fastworker-import", config.derive, config.collections, tuple(config.trusted_verifiers), dry_run
+    )
 
     async def told(car: Car, became: Settled | str) -> None:
         if isinstance(became, str):

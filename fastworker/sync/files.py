@@ -51,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True):
     application_name: str
     derive: frozenset[str]
     collections: tuple[str, ...]
+    trusted_verifiers: tuple[str, ...] = ()
     dry_run: bool = False
 
 
@@ -73,8 +74,14 @@ def groups(cars: Iterable[Car]) -> Iterator[list[Car]]:
 
 
 async def settle_cars(settings: Settings, cars: Sequence[Car], told: Told) -> None:
-    """All of them. Raises StoreUnavailable."""
+    """All of them; `told` of one at a time. Raises StoreUnavailable."""
     waiting = groups(cars)
+    telling = asyncio.Lock()
+
+    async def tell(car: Car, became: Settled | str) -> None:
+        async with telling:
+            await told(car, became)
+
     if sum(car.size for car in cars) <= ALONE_BYTES:
         async with _settling(settings) as settle:
             for group in waiting:
@@ -83,7 +90,7 @@ async def settle_cars(settings: Settings, cars: Sequence[Car], told: Told) -> No
         return
     async with asyncio.TaskGroup() as tasks:
         for _ in range(max(1, min(4, os.cpu_count() or 1))):
-            tasks.create_task(_feed(settings, waiting, told))
+            tasks.create_task(_feed(settings, waiting, tell))
 
 
 async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settled | str]]:
@@ -100,7 +107,8 @@ async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settle
                 found.append((car, str(error)))
                 continue
             opened.append(car)
-            jobs.append(Job(repository, car.snapshot or _snapshot_of(repository), car.part, car.floor and may_floor))
+            snapshot = car.snapshot or _snapshot_of(repository)
+            jobs.append(Job(repository, snapshot, car.part, car.floor and may_floor))
         async with settle.alone([job.snapshot.did for job in jobs]):
             settled = await settle.settle_some(jobs)
         found += zip(opened, settled, strict=True)
@@ -124,6 +132,7 @@ async def _settling(settings: Settings) -> AsyncIterator[Settle]:
                 pool_size=1,
                 application_name=settings.application_name,
                 derive=settings.derive,
+                trusted_verifiers=settings.trusted_verifiers,
             )
             stack.push_async_callback(store.close)
         yield Settle(stored, store)
