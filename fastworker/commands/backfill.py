@@ -21,7 +21,7 @@ from fastworker.sync.hosts import HostError, Hosts, without_port
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.progress import history_status
-from fastworker.sync.settle import Report, duration
+from fastworker.sync.report import Report, duration
 
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000

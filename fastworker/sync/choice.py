@@ -15,7 +15,7 @@ from fastworker.store.repos import CHOSEN, EVERYBODY, Queue, Wanted
 from fastworker.sync.hosts import HostError, KnownHost
 from fastworker.sync.lists import read_host, read_repos, relay_of
 from fastworker.sync.many import Scene
-from fastworker.sync.settle import Report
+from fastworker.sync.report import Report
 from fastworker.table.chosen import Part, is_account_left_out
 from fastworker.table.snapshot import tid_of
 
