@@ -23,7 +23,7 @@ from fastworker.store.bulk import Bulk
 from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch, Change, Mapped
-from fastworker.table.chosen import Part, choose
+from fastworker.table.chosen import Part, choose, choose_accounts, chosen_accounts
 from fastworker.table.mapper import users_of
 from fastworker.table.snapshot import Snapshot, covered, pieces
 
@@ -49,7 +49,9 @@ async def stage(
     """Everything that waits, in processes of its own. Raises StoreUnavailable when one of them could not go on."""
     context = multiprocessing.get_context("spawn")  # no fork of a process that has loops and sockets
     children = [
-        context.Process(target=_child, args=(database_url, derive, collections, part, crash), daemon=True)
+        context.Process(
+            target=_child, args=(database_url, derive, collections, chosen_accounts(), part, crash), daemon=True
+        )
         for _ in range(processes())
     ]
     for child in children:
@@ -67,10 +69,16 @@ async def stage(
 
 
 def _child(
-    database_url: str, derive: frozenset[str], collections: tuple[str, ...], part: Part, crash: str | None
+    database_url: str,
+    derive: frozenset[str],
+    collections: tuple[str, ...],
+    accounts: frozenset[str] | None,
+    part: Part,
+    crash: str | None,
 ) -> None:
     arm(crash)
     choose(collections)
+    choose_accounts(accounts)
     asyncio.run(stage_all(database_url, derive, part))
 
 
