@@ -296,14 +296,14 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.monitor.page import ask_health, real_port
+    from fastworker.monitor.health import ask_health, real_port
 
     config = _config()
     if config.http_port in (0, "off"):
         raise ConfigError("FASTWORKER_HTTP_PORT is 0 or off: `fastworker health` needs a port that it can know")
     chosen = config.http_port
     ports = [real_port(WORKER_PORT), real_port(READER_PORT)] if chosen is None else [int(chosen)]
-    well, words = _run(ask_health(config.http_host, ports, "/livez" if live else "/readyz"))
+    well, words = ask_health(config.http_host, ports, "/livez" if live else "/readyz")
     click.echo(printable_lines(words), err=not well)
     return ExitCode.DONE if well else ExitCode.NO
 
