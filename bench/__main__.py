@@ -213,6 +213,15 @@ def _latency(session: Session) -> None:
         session.measure("latency", {"rate": rate}, work)
 
 
+def _beside(session: Session) -> None:
+    accounts = 400 if session.quick else 3_000
+    for repaired in (0, accounts):
+        work = functools.partial(
+            latency, session.seed, rate=1_000, seconds=3.0 if session.quick else 20.0, repaired=repaired
+        )
+        session.measure("beside", {"repaired": repaired}, work)
+
+
 def _life(session: Session) -> None:
     session.measure("life", {"form": "native"}, functools.partial(life, session.folder, events=session.events))
 
@@ -296,6 +305,7 @@ BENCHES: dict[str, Bench] = {
     "latency": Bench(
         _latency, 6, "relay, reader and worker at 100, 1,000 and 5,000 events/s: append to commit, and CPU"
     ),
+    "beside": Bench(_beside, 6, "latency at 1,000 events/s, alone and beside the repair of 3,000 accounts"),
     "life": Bench(_life, 1, "from exec to the first ack, and from SIGTERM under full load to the end"),
     "memory": Bench(_memory, 9, "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
     "proof": Bench(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from redis.asyncio import Redis
 
 from bench.corpus import frames_only
 from bench.end_to_end import worker
+from bench.repairing import Repair, Served, repairing, served
 from bench.servers import Servers, command, cpu_s, environment, relay, servers, settled
 from fastworker.errors import InvalidEvent
 from fastworker.event import Commit
@@ -26,19 +28,32 @@ from fastworker.event.entry import decode_entry
 STREAM = "firehose:events"
 START_S = 6.0  # more than reader and warm-up need: for so long the relay has frames before those that count
 WARM_UP_S = 2.0
+REPAIR_START_S = 10.0  # until the first account is settled
 TABLES = {"post": "posts", "like": "likes", "repost": "reposts", "follow": "follows"}
 # A post whose gate came later was changed by it: its xmin is not that of its own event.
 _COMMITS = "SELECT uri, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 * 1000 FROM {table}"
 _UNCHANGED = " WHERE NOT has_thread_gate AND NOT has_post_gate"
 
 
-def latency(seed: int, *, rate: int, seconds: float) -> dict[str, Any]:
-    frames = frames_only(seed, int(rate * (START_S + seconds)))
+def latency(seed: int, *, rate: int, seconds: float, repaired: int = 0) -> dict[str, Any]:
+    """`repaired`: so many accounts are fetched from simulated hosts and settled meanwhile."""
+    frames = frames_only(seed, int(rate * (START_S + seconds + (REPAIR_START_S if repaired else 0))))
     with servers() as running:
-        return uvloop.run(_run(running, frames, rate, seconds))
+        if repaired:
+            return uvloop.run(_repaired(running, frames, rate, seconds, served(seed + 1, repaired)))
+        return uvloop.run(_run(running, frames, rate, seconds, nullcontext()))
 
 
-async def _run(running: Servers, frames: Path, rate: int, seconds: float) -> dict[str, Any]:
+async def _repaired(
+    running: Servers, frames: Path, rate: int, seconds: float, hosts: AbstractAsyncContextManager[Served]
+) -> dict[str, Any]:
+    async with hosts as there:
+        return await _run(running, frames, rate, seconds, repairing(running, there))
+
+
+async def _run(
+    running: Servers, frames: Path, rate: int, seconds: float, beside: AbstractAsyncContextManager[Repair | None]
+) -> dict[str, Any]:
     keep = {"FASTWORKER_KEEP_SECONDS": 86_400}  # finished entries are looked at afterwards
     redis: Any
     async with Redis.from_url(running.redis.url) as redis:
@@ -60,11 +75,14 @@ async def _run(running: Servers, frames: Path, rate: int, seconds: float) -> dic
                         while not await redis.xlen(STREAM):
                             await asyncio.sleep(0.01)
                     await asyncio.sleep(WARM_UP_S)  # what the relay sent before the reader came is caught up with
-                    first, began, clock_ms = await redis.xlen(STREAM), time.monotonic(), time.time() * 1e3
-                    before = {name: cpu_s(pid) for name, pid in pids.items()}
-                    await asyncio.sleep(seconds)
-                    took, appended_count = time.monotonic() - began, await redis.xlen(STREAM) - first
-                    cpu = {name: (cpu_s(pid) - before[name]) / took for name, pid in pids.items()}
+                    async with beside as repair:
+                        first, began, clock_ms = await redis.xlen(STREAM), time.monotonic(), time.time() * 1e3
+                        before = {name: cpu_s(pid) for name, pid in pids.items()}
+                        repaired = await repair.so_far() if repair else {}
+                        await asyncio.sleep(seconds)
+                        now = await repair.so_far() if repair else {}
+                        took, appended_count = time.monotonic() - began, await redis.xlen(STREAM) - first
+                        cpu = {name: (cpu_s(pid) - before[name]) / took for name, pid in pids.items()}
             await settled(running.redis.url, await redis.xlen(STREAM), limit_s=60)
         appended = await _creates(redis)
     connection = await asyncpg.connect(running.postgres.url)
@@ -82,6 +100,7 @@ async def _run(running: Servers, frames: Path, rate: int, seconds: float) -> dic
     figures["WAL flush ms"] = await _flush_ms(connection)
     await connection.close()
     figures["reader and worker, share of a core"] = cpu["reader"] + cpu["worker"]
+    figures |= {f"{name}/s": (now[name] - repaired[name]) / took for name in now}
     return figures | {f"{name} CPU, share of a core": share for name, share in cpu.items()}
 
 

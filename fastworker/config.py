@@ -490,7 +490,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         _env(
             "FASTWORKER_TRUSTED_VERIFIERS",
-            "worker up compare verify",
+            "worker up compare verify import repair backfill",
             "Accounts whose verifications count before all others, the first one most. An account has one row in "
             "`verifications`: theirs, else that with the lowest record key. When you change it, restart the workers "
             "and run `fastworker verify --repair`.",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from fastworker.commands.imports import files_of
+from fastworker.commands.imports import files_of, read_whose
 from fastworker.config import Config
 from fastworker.crashpoint import arm
 from fastworker.errors import (
@@ -30,16 +30,17 @@ from fastworker.errors import (
     first_of,
 )
 from fastworker.event.proof import Unproved
-from fastworker.event.repository import Repository
+from fastworker.event.repository import Repository, read_head
 from fastworker.store.bulk import LOADING, SETTLING, STAGING, Bulk, Counts, File, Load, State, open_bulk
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repos import EVERYBODY
 from fastworker.store.sizes import row_bytes
-from fastworker.store.staged import LEFT_OUT
-from fastworker.sync.bulk import file_of, stage
+from fastworker.store.store import Store
+from fastworker.sync.bulk import stage, write_verifications
 from fastworker.sync.files import Car, Settings, settle_cars
-from fastworker.sync.settle import Report, Settled, duration, unless_stopped
-from fastworker.table.chosen import WHOLE, Part
+from fastworker.sync.report import Report, duration, unless_stopped
+from fastworker.sync.settle import Settled
+from fastworker.table.chosen import WHOLE, Part, chosen_accounts
 from fastworker.table.snapshot import Snapshot, tid_moment
 
 if TYPE_CHECKING:  # what talks to Redis and to hosts is imported where it is used: files need neither
@@ -93,7 +94,8 @@ async def load_choice(
                 async def keep(did: str, repository: Repository, snapshot: Snapshot, entry_id: str) -> None:
                     target = state.folder / f"{did.replace(':', '_').replace('/', '_')[:100]}.car"
                     _link(repository.path, target)
-                    await bulk.add([file_of(target, repository, snapshot, entry_id)])
+                    rev, seq, taken_at = snapshot.rev, snapshot.seq, snapshot.taken_at
+                    await bulk.add([File(did, str(target), rev, seq, entry_id, taken_at, repository.size)])
 
                 work = Work(priority_max=EVERYBODY, tries=TRIES)
                 feed = feed_of(scene, choice, report)
@@ -110,6 +112,7 @@ async def load_choice(
 async def load_files(config: Config, paths: Sequence[Path], stop: asyncio.Event) -> ExitCode:
     """The same for CAR files that are there already. Signatures are not checked: a file is the operator's."""
     url = await _ready(config, "import")
+    await read_whose(config, url)
     async with open_bulk(url) as bulk:
         state = await bulk.state()
         if state is None:
@@ -184,17 +187,22 @@ def _link(source: Path, target: Path) -> None:
 
 
 async def _register(bulk: Bulk, files: Sequence[Path], stop: asyncio.Event) -> None:
+    """Staging reads them whole. Of one account's second file that is done here: a broken one must not take the place of
+    a whole one."""
     found: list[File] = []
+    seen: set[str] = set()
     for number, path in enumerate(files, 1):
         try:
-            with Repository(path) as repository:
-                commit = repository.commit
-                now = datetime.now(UTC).replace(tzinfo=None)
-                snapshot = Snapshot(commit.did, commit.rev, 0, min(tid_moment(commit.rev) or now, now))
-                found.append(file_of(path, repository, snapshot, None))
+            commit, size = read_head(path)
+            if commit.did in seen:
+                Repository(path).close()
         except (Unproved, OSError) as error:
             _console.print(f"{path}: {error}", markup=False)
             continue
+        seen.add(commit.did)
+        now = datetime.now(UTC).replace(tzinfo=None)
+        taken_at = min(tid_moment(commit.rev) or now, now)
+        found.append(File(commit.did, str(path.absolute()), commit.rev, 0, None, taken_at, size))
         if len(found) >= 500 or number == len(files):
             await bulk.add(found)
             found = []
@@ -292,14 +300,21 @@ async def _runway_s(admin: RedisAdmin, config: Config) -> float:
 async def _settle_later(
     config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, stop: asyncio.Event
 ) -> ExitCode:
-    """Accounts that need a comparison, or of which something was not loaded, beside the stream."""
+    """What was not loaded, beside the stream: verifications, and accounts that need a comparison."""
     state, later = await bulk.state(), await bulk.later()
     part = WHOLE if state is None else state.part
     report = Report(dry_run=False)
+    store = await Store.connect(
+        url, application_name=OURS[0], derive=config.derive, trusted_verifiers=config.trusted_verifiers
+    )
+    try:
+        await write_verifications(bulk, store)
+    finally:
+        await store.close()
     if later:
         _console.print(f"{len(later):,} accounts are settled one by one, beside the stream.")
         floor = await _all_are_ours(config, admin)
-        cars = [_car(file, Part(None, (LEFT_OUT,)) if is_some else part, floor=floor) for file, is_some in later]
+        cars = [_car(file, part, floor=floor) for file in later]
 
         async def told(car: Car, became: Settled | str) -> None:
             assert car.snapshot is not None
@@ -311,8 +326,10 @@ async def _settle_later(
 
         async def all_of_them() -> None:
             if admin is not None:
-                await _finished(config, admin, {file for file, _ in later})
-            settings = Settings(url, "fastworker-bulk", config.derive, config.collections)
+                await _finished(config, admin, later)
+            settings = Settings(
+                url, OURS[0], config.derive, config.collections, config.trusted_verifiers, chosen_accounts()
+            )
             await settle_cars(settings, cars, told)
 
         if not await unless_stopped(all_of_them(), stop):
@@ -327,9 +344,11 @@ async def _settle_later(
 
 
 async def _all_are_ours(config: Config, admin: RedisAdmin | None) -> bool:
+    if admin is None:
+        return False
     from fastworker.sync.many import Live  # noqa: PLC0415
 
-    return admin is not None and await Live(admin, config).all_are_ours()
+    return await Live(admin, config).all_are_ours()
 
 
 async def _finished(config: Config, admin: RedisAdmin, files: Iterable[File]) -> None:

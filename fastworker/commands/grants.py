@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from fastworker.errors import ExitCode
-from fastworker.store.schema_admin import open_schema
+from fastworker.store.schema_admin import ADVISORY_LOCK, open_schema
 from fastworker.stream.keys import BROADCAST
 from fastworker.table.schema import DERIVED, TABLES, qualified
 
@@ -99,15 +99,29 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
 
 
 def sql(service: Service, role: str) -> str:
-    """Makes the role if it is not there, and gives it exactly what this release needs. `role`: a plain identifier."""
-    by_rights: dict[tuple[str, ...], list[str]] = {}
-    for table, rights in TABLE_RIGHTS[service].items():
-        by_rights.setdefault(rights, []).append(qualified(table))
+    """Makes the role if it is not there, and gives it exactly what this release needs. `role`: a plain identifier.
+
+    Two that change the rights on one table at the same time are refused by PostgreSQL, so it waits for whoever migrates
+    or grants.
+    """
     lines = [
         f"-- What `fastworker {service}` needs, and nothing else. Run it as the owner of the tables after `fastworker",
         f"-- migrate`, and again after each upgrade. A new role has no password yet: \\password {role}",
         "BEGIN;",
-        f"DO $$ BEGIN CREATE ROLE {role} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;",
+        f"DO $$ BEGIN PERFORM pg_advisory_xact_lock({ADVISORY_LOCK}); END $$;",
+        _statements(service, role),
+        "COMMIT;",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _statements(service: Service, role: str) -> str:
+    by_rights: dict[tuple[str, ...], list[str]] = {}
+    for table, rights in TABLE_RIGHTS[service].items():
+        by_rights.setdefault(rights, []).append(qualified(table))
+    lines = [
+        f"DO $$ BEGIN CREATE ROLE {role} LOGIN; EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$;",
         f"DO $$ BEGIN EXECUTE format('GRANT CONNECT ON DATABASE %I TO {role}', current_database()); END $$;",
         f"GRANT USAGE ON SCHEMA public, fastworker TO {role};",
         f"REVOKE ALL ON ALL TABLES IN SCHEMA public, fastworker FROM {role};",
@@ -118,7 +132,7 @@ def sql(service: Service, role: str) -> str:
         lines.append(f"GRANT EXECUTE ON ALL ROUTINES IN SCHEMA fastworker TO {role};")
     if sequences := SEQUENCES[service]:
         lines.append(f"GRANT USAGE ON SEQUENCE {', '.join(qualified(one) for one in sequences)} TO {role};")
-    return "\n".join([*lines, "COMMIT;", ""])
+    return "\n".join(lines)
 
 
 def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
@@ -140,8 +154,8 @@ def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
 
 
 async def grant(database_url: str, service: Service, role: str, password: str | None) -> ExitCode:
-    """Run `sql` as the owner of the tables; the role gets the password, if there is one."""
-    async with open_schema(database_url) as admin:
-        await admin.grant(sql(service, role), role, password)
+    """What `sql` does, as the owner of the tables; the role gets the password, if there is one."""
+    async with open_schema(database_url) as admin, admin.exclusive():
+        await admin.grant(_statements(service, role), role, password)
     sys.stdout.write(f"{role} may do what its service needs.\n")
     return ExitCode.DONE

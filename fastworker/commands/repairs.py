@@ -13,7 +13,7 @@ from fastworker.sync.gaps import close_gaps, read_gaps
 from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import read_host, relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
-from fastworker.sync.settle import Report
+from fastworker.sync.report import Report
 
 
 class RepairOptions(NamedTuple):

@@ -20,13 +20,14 @@ from typing import Final, NamedTuple, Self
 
 from fastworker.event.car import HEADER_BYTES_MAX, RECORD_CID, RECORD_CID_BYTES, read_header, read_varint
 from fastworker.event.proof import LAYER_MAX, Flaw, SignedCommit, Unproved, is_cid, layer_of, read_commit, read_entries
-from fastworker.event.syntax import split_path
+from fastworker.event.syntax import is_nsid, is_rkey
 
 IN_MEMORY_MAX: Final = 16 * 1024 * 1024
 FILE_BYTES_MAX: Final = 1 << 30
 BLOCK_BYTES_MAX: Final = 2 * 1024 * 1024
 BLOCKS_MAX: Final = 8_000_000
 _PIECE: Final = 1 << 20
+_HEAD: Final = 16 * 1024  # a header, and a commit
 _SIZE_BITS: Final = 24
 _AT_BITS: Final = 40
 _REST_BITS: Final = _SIZE_BITS + _AT_BITS
@@ -46,6 +47,24 @@ class TreeRecord(NamedTuple):
     block: bytes | None
 
 
+def read_head(path: Path) -> tuple[SignedCommit, int]:
+    """The commit and the size of a CAR, of which no more is read: hosts send the commit first. Nothing else of it is
+    known to be whole. Raises Unproved and OSError."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            root, at = read_header(head := file.read(_HEAD))
+            length, start = read_varint(head, at)
+        except (IndexError, ValueError) as error:
+            raise Unproved(Flaw.BAD_CAR, str(error)[:200]) from None
+    content = start + RECORD_CID_BYTES
+    block = head[content : start + length]
+    if head[start:content] == root == RECORD_CID + sha256(block).digest():
+        return read_commit(block), size
+    with Repository(path) as repository:  # in another order
+        return repository.commit, size
+
+
 class Repository:
     """An open CAR: `commit` is there at once, `records` walks. A context manager (it holds the file open).
 
@@ -57,6 +76,7 @@ class Repository:
         self.bad_paths = 0
         self._held: bytes | None = None  # the file, while it is small
         self._blocks: dict[bytes, bytes] = {}  # of a small one, by CID
+        self._walked: list[TreeRecord] | None = None  # of a small one that was checked
         self._file = path.open("rb", buffering=0)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
@@ -86,8 +106,23 @@ class Repository:
 
     def records(self) -> Iterator[TreeRecord]:
         """Every record, in key order. What comes after an error is unknown, so nothing may be done before the end."""
-        before = b""
+        if self._walked is not None:
+            return iter(self._walked)
+        return self._walk()
+
+    def check(self) -> None:
+        """The whole walk, to know that it has an end: before anything is done with the records."""
+        if self._held is not None:
+            self._walked = list(self._walk())
+            return
+        for _ in self._walk():
+            pass
+
+    def _walk(self) -> Iterator[TreeRecord]:
         self.bad_paths = 0
+        before = prefix = b""
+        collection = ""
+        blocks = self._blocks
         pending: list[_Visit] = [(self.commit.data, None, None)]
         while pending:
             name, layer, value = pending.pop()
@@ -97,14 +132,16 @@ class Repository:
             if not name > before:
                 raise Unproved(Flaw.BAD_TREE, "keys that do not ascend")
             before = name
-            held = self._record(name, value)
-            if held is not None:
-                yield held
-
-    def check(self) -> None:
-        """The whole walk, to know that it has an end: before anything is done with the records."""
-        for _ in self.records():
-            pass
+            if not prefix or not name.startswith(prefix):  # a collection has many records in a row
+                prefix, collection = _collection_of(name)
+            rkey = name[len(prefix) :].decode("latin-1")
+            if not collection or not is_rkey(rkey):
+                self.bad_paths += 1
+                continue
+            block = blocks.get(value)
+            if block is None and is_cid(value):
+                block = self._block(value, f"{collection}/{rkey}")
+            yield TreeRecord(collection, rkey, value, block)
 
     def _parts(self, cid: bytes, layer: int | None) -> list[_Visit]:
         """A node's subtrees and entries, in order. `layer` None: the top, whose keys say it."""
@@ -124,16 +161,6 @@ class Repository:
             if after is not None:
                 parts.append((after, layer - 1, None))
         return parts
-
-    def _record(self, key: bytes, cid: bytes) -> TreeRecord | None:
-        try:
-            path = split_path(key.decode("ascii"))
-        except UnicodeDecodeError:
-            path = None
-        if path is None:
-            self.bad_paths += 1
-            return None
-        return TreeRecord(*path, cid, self._block(cid, key.decode("ascii")) if is_cid(cid) else None)
 
     def _block(self, cid: bytes, what: str) -> bytes:
         """Of a file it is hashed again: the index knows 64 bits of the CID, and the file may have changed."""
@@ -158,10 +185,14 @@ class Repository:
         return os.pread(self._file.fileno(), size, at)
 
     def _read_index(self) -> tuple[bytes, list[int]]:
-        """(root, one integer per block: 64 bits of its hash, where it is, its size), sorted, each block once."""
+        """(root, one integer per block: 64 bits of its hash, where it is, its size), sorted, each block once. Nothing
+        but the root of a file that is held: its blocks are known then."""
         try:
             root, position = read_header(self._read(0, HEADER_BYTES_MAX + 16))
             index: list[int] = []
+            if self._held is not None:
+                self._read_blocks(self._held, position)
+                return root, index
             piece = self._read(position, _PIECE)
             base = position  # of the piece in the file
             while position < self.size:
@@ -178,11 +209,8 @@ class Repository:
                     digest = piece[start + 4 : content]
                     if sha256(piece[content : start + size]).digest() != digest:
                         raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
-                    if self._held is not None:
-                        self._blocks[piece[start:content]] = piece[content : start + size]
-                    else:
-                        number = int.from_bytes(digest[:8], "big")
-                        index.append((number << _AT_BITS | base + content) << _SIZE_BITS | size - RECORD_CID_BYTES)
+                    number = int.from_bytes(digest[:8], "big")
+                    index.append((number << _AT_BITS | base + content) << _SIZE_BITS | size - RECORD_CID_BYTES)
                     if len(index) > BLOCKS_MAX:
                         raise Unproved(Flaw.TOO_LARGE, f"more than {BLOCKS_MAX} blocks")
                 position = base + start + size
@@ -192,3 +220,36 @@ class Repository:
             raise Unproved(Flaw.BAD_CAR, str(error)[:200]) from None
         index.sort()
         return root, index
+
+    def _read_blocks(self, car: bytes, position: int) -> None:
+        """Raises Unproved, and IndexError at the end of what was cut."""
+        blocks, end = self._blocks, len(car)
+        while position < end:
+            size = car[position]
+            if size < 128:
+                position += 1
+            elif (high := car[position + 1]) < 128:  # nearly every block is 128 bytes to 16 KB
+                size += (high << 7) - 128
+                position += 2
+            else:
+                size, position = read_varint(car, position)
+            stop = position + size
+            if size > BLOCK_BYTES_MAX:
+                raise Unproved(Flaw.TOO_LARGE, f"a block of {size} bytes")
+            if stop > end:
+                raise IndexError
+            content = position + RECORD_CID_BYTES
+            cid = car[position:content]
+            block = car[content:stop]
+            if cid == RECORD_CID + sha256(block).digest():
+                blocks[cid] = block
+            elif size >= RECORD_CID_BYTES and cid.startswith(RECORD_CID):
+                raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
+            position = stop
+
+
+def _collection_of(key: bytes) -> tuple[bytes, str]:
+    """How all keys of its collection begin, and the collection; nothing where it is none."""
+    before, slash, _ = key.partition(b"/")
+    collection = before.decode("latin-1")
+    return (before + slash, collection) if slash and is_nsid(collection) else (b"", "")

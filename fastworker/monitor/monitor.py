@@ -40,7 +40,7 @@ from fastworker.monitor.page import HttpSettings, listen, pss
 from fastworker.monitor.prometheus import figures_of
 from fastworker.monitor.rates import Rates, Sample
 from fastworker.monitor.reader_port import left_in_redis, trouble
-from fastworker.monitor.readiness import FRESH_S, Facts, Watch, postgres_away, process_of, readiness
+from fastworker.monitor.readiness import FRESH_S, Facts, Refused, Watch, postgres_away, process_of, readiness
 from fastworker.monitor.view import Reading, View, buckets, since_s
 from fastworker.process.backoff import pause
 from fastworker.process.board import Heartbeats, Snapshot, State, now_ms
@@ -90,6 +90,24 @@ async def run_monitor(
         await redis.aclose()
 
 
+class _Outages:
+    """Of both servers, for the log."""
+
+    def __init__(self) -> None:
+        self._redis, self._refused, self._postgres = Outage("Redis"), Refused(), Outage("PostgreSQL")
+
+    def look(self, error: str, workers: list[Snapshot], what_waits: str) -> None:
+        """`error`: why Redis cannot be read from here."""
+        now = now_ms()
+        refused = self._refused.look([process_of(one, now) for one in workers], time.monotonic())
+        self._redis.look(error or refused or None, "nothing is read or written; the relay keeps one to three days")
+        if error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
+            return
+        away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)
+        answered_at = max((one.gauges.store_ms for one in workers), default=0) / 1000
+        self._postgres.look(away, what_waits, answered_at=answered_at)
+
+
 class _WorkerMonitor:
     """Also the `Source` of the HTTP answers."""
 
@@ -112,7 +130,7 @@ class _WorkerMonitor:
         self._watch = Watch()
         self._reader_moved = (0, self._started)
         self._port: int | None = None
-        self._redis_outage, self._postgres_outage = Outage("Redis"), Outage("PostgreSQL")
+        self._outages = _Outages()
         self._others: dict[str, str] = {}  # what every worker on this stream last told
         self._history = History(HISTORY, worst=WORST)
 
@@ -129,7 +147,7 @@ class _WorkerMonitor:
                     self._error = str(error)
                 self._judge()
                 self._remember()
-                self._tell_of_outages()
+                self._outages.look(self._error, self._workers(), self._what_waits())
                 if turn % LOG_EVERY == LOG_EVERY - 1:
                     self._log()
                 turn += 1
@@ -273,15 +291,6 @@ class _WorkerMonitor:
         return why
 
     # --- what others see
-
-    def _tell_of_outages(self) -> None:
-        self._redis_outage.look(self._error or None, "nothing is read or written; the relay keeps one to three days")
-        if self._error:  # nobody asks PostgreSQL meanwhile, so no answer is expected
-            return
-        now, workers = now_ms(), self._workers()
-        away = next((why for one in workers if (why := postgres_away(process_of(one, now))) is not None), None)
-        answered_at = max((one.gauges.store_ms for one in workers), default=0) / 1000
-        self._postgres_outage.look(away, self._what_waits(), answered_at=answered_at)
 
     def _what_waits(self) -> str:
         """As of the latest reading."""

@@ -168,6 +168,23 @@ def process_of(snapshot: Snapshot, now: int) -> Process:
     )
 
 
+class Refused:
+    """A worker waits for a Redis that answers others: it may not run some command."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def look(self, processes: Sequence[Process], now: float) -> str:
+        """What it says, once it has waited for long enough."""
+        for one in processes:
+            waits = one.is_worker and one.ready and one.state == State.WAITING_FOR_STREAM
+            if waits and one.error.startswith("StreamUnavailable"):
+                self._since = now if self._since is None else self._since
+                return one.error if now - self._since > FRESH_S else ""
+        self._since = None
+        return ""
+
+
 class Watch:
     """What rules about time need: since when something is so. `look` once a reading."""
 

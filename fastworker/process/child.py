@@ -90,11 +90,11 @@ async def _pulse(slot: Slot, stopping: asyncio.Event) -> None:
 
 def dump_stacks_on(number: signal.Signals) -> None:
     """On this signal print the stacks of all threads, also while the loop hangs; if it runs, those of all tasks too."""
-    signal.signal(number, _dump_tasks)
+    signal.signal(number, lambda _number, _frame: log_tasks())
     faulthandler.register(number, file=descriptor(), all_threads=True, chain=True)
 
 
-def _dump_tasks(_number: int, _frame: object) -> None:
+def log_tasks() -> None:
     """Each task with the whole chain of its awaits: asyncio's own print shows the first of them only."""
     try:
         tasks = asyncio.all_tasks()

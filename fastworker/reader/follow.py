@@ -72,7 +72,7 @@ class Follower:
                 continue  # stopped, or redirected to another sequence space
             except RelayRefused as refused:
                 error, at_least = f"{relay.host}: {refused}", refused.at_least
-                leave = at_least > PATIENCE_S
+                leave = at_least > PATIENCE_S or refused.silent
             except RelayLost as lost:
                 error = f"{relay.host}: {lost}"
                 leave = lost.silent

@@ -36,11 +36,13 @@ _SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
 class RelayRefused(Exception):
-    """No connection was made. `at_least`: seconds that the relay (or its answer) asks us to stay away."""
+    """No connection was made. `at_least`: seconds that the relay (or its answer) asks us to stay away. `silent`: it let
+    us wait to the end."""
 
-    def __init__(self, detail: str, at_least: float = 0.0) -> None:
+    def __init__(self, detail: str, at_least: float = 0.0, *, silent: bool = False) -> None:
         super().__init__(detail)
         self.at_least = at_least
+        self.silent = silent
 
 
 class RelayLost(Exception):
@@ -138,7 +140,6 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
         _keep_alive(connection)
         end = RelayAddress.parse(str(answered.without_query_params("cursor")))
         if url.scheme == "wss" and not end.url.startswith("wss:"):
-            await connection.close()
             raise RelayRefused(f"{relay.host} redirects to {end.host} without TLS")  # noqa: TRY301
     except aiohttp.WSServerHandshakeError as error:
         await session.close()
@@ -147,7 +148,8 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
         await session.close()
         slow = isinstance(error, TimeoutError) and not str(error)
         raise RelayRefused(
-            f"no open connection within {HANDSHAKE_S:.0f} s" if slow else redact(_words(error))
+            f"no open connection within {HANDSHAKE_S:.0f} s" if slow else redact(_words(error)),
+            silent=isinstance(error, TimeoutError),
         ) from None
     except BaseException:
         await session.close()

@@ -27,15 +27,17 @@ from fastworker.errors import Unreachable
 from fastworker.store import derived
 from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
-from fastworker.store.staged import ALL, OF_GATES, OF_POSTS, ONLY_SOME, PRIMARY, staged_name
+from fastworker.store.staged import ALL, OF_GATES, OF_POSTS, PRIMARY, STAGED_VERIFICATIONS, Staged, staged_name
 from fastworker.store.statements import GONE
+from fastworker.table.batch import Change
 from fastworker.table.chosen import WHOLE, Part
+from fastworker.table.derive import did_of
 from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
 CONNECTIONS: Final = 2
-PROBE_ROWS: Final = 20_000
-PROBE_ROWS_MIN: Final = 2_000  # fewer say little: making the copy takes longer than filling it
+PROBE_ROWS: Final = 5_000
+PROBE_ROWS_MIN: Final = 500  # fewer say little
 ROW_SHARE: Final = 0.8
 """What a record costs the load, indexes and derived tables included, in seconds that one row of the largest table takes
 with its indexes there (docs/history.md has what was measured)."""
@@ -48,7 +50,7 @@ _SESSION: Final = (
     f"{NO_TRANSACTION_TIMEOUT}SET statement_timeout = 0; SET lock_timeout = '60s'; SET TIME ZONE 'UTC'; SET jit = off; "
     "SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET work_mem = '128MB'; "
     "SET maintenance_work_mem = '256MB'; SET client_connection_check_interval = '10s'; "
-    "SET fastworker.loading = 'on'; " + PATH
+    "SET fastworker.loading = 'on'; SET default_statistics_target = 10; " + PATH
 )
 _CONNECT_S: Final = 10.0
 _LOCK: Final = 0x6677626C  # "fwbl"
@@ -143,15 +145,24 @@ class Bulk:
             rows = await self._connection.fetch("SELECT did, error FROM fastworker.bulk_repos WHERE state = 'refused'")
         return [(did, error) for did, error in rows]
 
-    async def later(self) -> list[tuple[File, bool]]:
-        """What is to be settled afterwards; whether only that of it which was not staged (`staged.LEFT_OUT`)."""
-        with translating():
-            rows = await self._connection.fetch(
-                "SELECT did, file, rev, seq, entry_id, taken_at, bytes, later = $1 FROM fastworker.bulk_repos "
-                "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did",
-                ONLY_SOME,
-            )
-        return [(File(*row), is_some) for *row, is_some in rows]
+    async def later(self) -> list[File]:
+        """What is to be settled afterwards."""
+        rows = await self.rows(
+            "SELECT did, file, rev, seq, entry_id, taken_at, bytes FROM fastworker.bulk_repos "
+            "WHERE later IS NOT NULL AND state = 'staged' ORDER BY did"
+        )
+        return [File(*row) for row in rows]
+
+    async def verifications(self) -> list[Change]:
+        """What is to be written afterwards."""
+        name = f"fastworker.{STAGED_VERIFICATIONS.name}"
+        if await self.rows("SELECT WHERE to_regclass($1) IS NULL", name):
+            return []
+        rows = await self.rows(f"SELECT {', '.join(STAGED_VERIFICATIONS.columns)} FROM {name} ORDER BY uri")
+        return [
+            Change(VERIFICATIONS, row[0], did_of(row[0]), row[0].rpartition("/")[2], rev, seq, 0, cid, tuple(row))
+            for *row, cid, rev, seq in rows
+        ]
 
     async def settled(self, did: str, error: str | None) -> None:
         with translating():
@@ -186,19 +197,20 @@ class Bulk:
                 row = await self._row(f"SELECT count(*) FROM fastworker.{staged_name(table)}")
                 sizes[table] = int(row[0])
         table = max(sizes, key=lambda one: sizes[one])
-        columns, began = ", ".join(table.columns), time.monotonic()
+        columns = ", ".join(table.columns)
         with translating():
             transaction = self._connection.transaction()
             await transaction.start()
             await self._connection.execute(
                 f"CREATE TABLE fastworker.staged_probe (LIKE {table.qualified} INCLUDING ALL)"
             )
+            began = time.monotonic()
             await self._connection.execute(
                 f"INSERT INTO fastworker.staged_probe ({columns}) SELECT {columns} "
                 f"FROM fastworker.{staged_name(table)} LIMIT {PROBE_ROWS} ON CONFLICT DO NOTHING"
             )
+            row_s = (time.monotonic() - began) / max(PROBE_ROWS_MIN, min(PROBE_ROWS, sizes[table]))
             await transaction.rollback()
-        row_s = (time.monotonic() - began) / max(PROBE_ROWS_MIN, min(PROBE_ROWS, sizes[table]))
         names = [f"fastworker.{staged.name}" for staged in ALL]
         staged = await self._row(
             "SELECT coalesce(sum(pg_total_relation_size(oid)), 0)::bigint FROM pg_class "
@@ -249,8 +261,9 @@ class Bulk:
                         await self._connection.execute(f"TRUNCATE fastworker.{name}")
                     if "fastworker.twins" not in done:
                         await self._connection.execute("TRUNCATE fastworker.staged_twins")
+                    await self._connection.execute(f"TRUNCATE fastworker.{STAGED_VERIFICATIONS.name}")
                 elif state.phase == STAGING:
-                    await self._drop_staged()
+                    await self._drop(ALL)
                     await self._connection.execute(_AGAIN)
                     await self._forget()
         return state.phase
@@ -259,16 +272,17 @@ class Bulk:
         with translating():
             async with self._connection.transaction():
                 await self._connection.execute(_SETTLED)
+                await self._drop([STAGED_VERIFICATIONS])
                 await self._forget()
 
     async def _release(self) -> None:
         for table in _GUARDED:
             await self._connection.execute(f"DROP TRIGGER IF EXISTS fastworker_loading ON {table}")
-        await self._drop_staged()
+        await self._drop([staged for staged in ALL if staged is not STAGED_VERIFICATIONS])
         await self._connection.execute("UPDATE fastworker.bulk SET phase = $1", SETTLING)
 
-    async def _drop_staged(self) -> None:
-        for staged in ALL:
+    async def _drop(self, tables: Sequence[Staged]) -> None:
+        for staged in tables:
             await self._connection.execute(f"DROP TABLE IF EXISTS fastworker.{staged.name}")
 
     async def _forget(self) -> None:
@@ -285,7 +299,8 @@ class Bulk:
 
 
 class Load:
-    """The loading phase, on several connections. Every step may be done again."""
+    """The loading phase, on several connections. Every step may be done again, so none waits for the disk: what a crash
+    of the server loses is the last steps, with what is known of them. `Bulk.release` waits for all of them."""
 
     def __init__(self, database_url: str, derive: frozenset[str], told: Told, *, floor: bool) -> None:
         """`floor`: snapshots are whole, of a known moment, and every worker knows floors."""
@@ -296,18 +311,15 @@ class Load:
 
     async def all(self) -> None:
         """Raises StoreUnavailable, RowRejected: then the same again, or `Bulk.give_up`."""
-        async with _session(self._url) as connection:
+        async with _session(self._url, is_durable=False) as connection:
             done = {row[0] for row in await connection.fetch("SELECT name FROM fastworker.bulk_steps")}
             if "new" not in done:
                 await self._step(connection, "new", partial(_only_new, floor=self._floor))
-            sizes: dict[str, int] = {}
-            for staged in ALL:
-                await connection.execute(f"ANALYZE fastworker.{staged.name}")
-                sizes[staged.name] = await connection.fetchval(
-                    "SELECT reltuples::bigint FROM pg_class WHERE oid = $1::text::regclass", f"fastworker.{staged.name}"
-                )
-        steps = [_Step("fastworker.twins", _TWINS)]
-        steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if sizes[staged_name(table)]]
+            sizes: dict[str, int] = dict(await connection.fetch(_SIZES, [staged.name for staged in ALL]))
+            for name in sizes:
+                await connection.execute(f"ANALYZE fastworker.{name}")
+        steps = [_Step("fastworker.twins", _TWINS)] if "staged_twins" in sizes else []
+        steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if staged_name(table) in sizes]
         steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", 0))
         fills = derived.fills(self._derive)
         for some in (
@@ -316,7 +328,7 @@ class Load:
             [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if fill.is_joined],
         ):
             await self._steps([step for step in some if step.table not in done])
-        async with _session(self._url) as connection:
+        async with _session(self._url, is_durable=False) as connection:
             for name, statements in derived.updates(self._derive):
                 if name not in done:
                     await self._step(connection, name, lambda db, s=statements: _execute(db, s))
@@ -326,11 +338,10 @@ class Load:
         left = list(reversed(steps))
 
         async def work() -> None:
-            async with _session(self._url) as connection:
+            async with _session(self._url, is_durable=False) as connection:
                 while left:
                     step = left.pop()
                     await self._step(connection, step.table, step.run)
-                    await connection.execute(f"ANALYZE {step.table}")
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(CONNECTIONS, len(steps))):
@@ -361,6 +372,8 @@ class _Step(NamedTuple):
         rows = await _execute(connection, self.inserts)
         # mutant: bulk loses an index
         await build(connection, self.table, indexes)
+        # A coarse look, for the steps that follow. In the same transaction: so autovacuum makes a finer one afterwards.
+        await connection.execute(f"ANALYZE {self.table}")
         return rows
 
 
@@ -368,6 +381,10 @@ async def _execute(connection: asyncpg.Connection[Any], statements: Sequence[str
     return sum([int((await connection.execute(one)).rpartition(" ")[2]) for one in statements])
 
 
+_SIZES: Final = (
+    "SELECT relname::text, pg_relation_size(oid) FROM pg_class WHERE relnamespace = 'fastworker'::regnamespace "
+    "AND relname = ANY($1::text[]) AND pg_relation_size(oid) > 0"
+)
 _VERSION: Final = "INSERT INTO fastworker.versions (uri, rev, seq, cid, deleted) SELECT {} FROM fastworker.{}"
 
 
@@ -405,8 +422,7 @@ _KNOWN: Final = " UNION ALL ".join(
     + [f"SELECT {_AUTHOR}, rev, seq FROM fastworker.{name}" for name in ("versions", "twins")]
 )
 _MARK_KNOWN: Final = (
-    f"UPDATE fastworker.bulk_repos AS r SET later = coalesce(nullif(later, '{ONLY_SOME}'), "
-    "'something of it was stored before') "
+    "UPDATE fastworker.bulk_repos AS r SET later = coalesce(later, 'something of it was stored before') "
     f"FROM (SELECT DISTINCT did FROM ({_KNOWN}) AS k (did, rev, seq)) AS k WHERE k.did = r.did AND r.state = 'staged'"
 )
 # Those that a settle would refuse: it says why.
@@ -434,7 +450,7 @@ _FLOORS: Final = (
 _OF_UNWANTED: Final = "DELETE FROM fastworker.{} AS s USING unwanted AS u WHERE split_part(s.uri, '/', 3) = u.did"
 _TWINS_OF_KNOWN: Final = (
     "DELETE FROM fastworker.staged_twins AS s USING fastworker.bulk_repos AS r "
-    f"WHERE r.did = s.did AND r.later <> '{ONLY_SOME}'"
+    "WHERE r.did = s.did AND r.later IS NOT NULL"
 )
 _WITHOUT_POST: Final = tuple(
     f"DELETE FROM fastworker.staged_{name} AS s WHERE NOT EXISTS ("
@@ -482,6 +498,7 @@ async def _only_new(connection: asyncpg.Connection[Any], *, floor: bool) -> int:
         await _execute(connection, [_MARK_UNWANTED])
         for table in PRIMARY:
             taken += await _execute(connection, [_OF_UNWANTED.format(staged_name(table))])
+        await connection.execute(_OF_UNWANTED.format(STAGED_VERIFICATIONS.name))
     if await connection.fetchval("SELECT EXISTS (SELECT FROM fastworker.bulk_repos WHERE later IS NOT NULL)"):
         # mutant: bulk loads what is known
         taken += await _execute(connection, [_not_new(table) for table in PRIMARY])
@@ -511,8 +528,7 @@ _OTHERS: Final = (
 )
 _DONE: Final = "UPDATE fastworker.bulk_repos SET state = 'done' WHERE state = 'staged' AND later IS NULL"
 _GIVEN_UP: Final = (
-    f"UPDATE fastworker.bulk_repos SET later = coalesce(nullif(later, '{ONLY_SOME}'), 'the load was given up') "
-    "WHERE state = 'staged'"
+    "UPDATE fastworker.bulk_repos SET later = coalesce(later, 'the load was given up') WHERE state = 'staged'"
 )
 _SETTLED: Final = (
     "UPDATE fastworker.repos AS q SET state = CASE b.state WHEN 'done' THEN 'done' ELSE 'refused' END, rev = b.rev, "
@@ -525,7 +541,7 @@ _AGAIN: Final = (
 
 
 @asynccontextmanager
-async def _session(database_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+async def _session(database_url: str, *, is_durable: bool = True) -> AsyncIterator[asyncpg.Connection[Any]]:
     """Plans for sets, not for keys."""
     with translating():
         connection = await asyncpg.connect(
@@ -535,7 +551,7 @@ async def _session(database_url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
             server_settings={"application_name": "fastworker-bulk"},
         )
         try:
-            await connection.execute(_SESSION)
+            await connection.execute(_SESSION if is_durable else f"{_SESSION}; SET synchronous_commit = off")
             yield connection
         finally:
             connection.terminate()

@@ -176,9 +176,9 @@ def _like_counts(table: str, collection: str) -> str:
 def _fills(derive: frozenset[str]) -> tuple[Fill, ...]:
     return (
         Fill("public.notifications", "notifications", _NOTIFICATIONS),
-        Fill("public.feed_items", "feed_items", _FEED_ITEMS),
         Fill("public.post_viewer_states", "viewer_states", _VIEWS_NEW, (_VIEWS_THERE,)),
         _aggregates(derive),
+        Fill("public.feed_items", "feed_items", _FEED_ITEMS),
         Fill("public.quotes", "quotes", _QUOTES),
         Fill("public.users", None, _USERS_NEW, (_USERS_THERE,)),
         Fill("public.thread_contexts", "thread_contexts", _CONTEXTS_NEW, (_CONTEXTS_THERE,), is_joined=True),

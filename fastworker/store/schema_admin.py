@@ -25,8 +25,8 @@ AUTHORITY = "sslrootcert=FILE in DATABASE_URL"
 STATEMENT_SECONDS_MAX = 600.0  # a guess: an index on a large table takes minutes
 OPTION_REFUSED = {"42704", "42602", "22023", "55P02", "08P01"}
 """SQLSTATEs of a connection whose setting the server or a pooler does not know, or does not take from a client."""
-LOCK_WAIT = "60s"  # another process migrates; our migrations take about a second
-ADVISORY_LOCK = 0x66617374776F726B  # "fastwork": one lock per database, held by whoever migrates
+LOCK_WAIT = "60s"  # another process migrates or grants; our migrations take about a second
+ADVISORY_LOCK = 0x66617374776F726B  # "fastwork": one lock per database, held by whoever migrates or grants
 
 
 NOT_CONNECTED = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, InternalClientError)
@@ -96,7 +96,7 @@ class SchemaAdmin:
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        """One transaction around everything inside; other processes that migrate wait for its end."""
+        """One transaction around everything inside; other processes that migrate or grant wait for its end."""
         async with self._transaction():
             await self.connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
             yield
@@ -140,7 +140,7 @@ class SchemaAdmin:
         return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines, encoding=encoding)
 
     async def grant(self, statements: str, role: str, password: str | None) -> None:
-        """Run what `fastworker grants` prints; a password that is given is the role's from now on."""
+        """Run them; a password that is given is the role's from now on. Only inside `exclusive`."""
         await self.connection.execute(statements)
         if password is not None:
             quoted = await self.connection.fetchval("SELECT quote_literal($1::text)", password)

@@ -38,10 +38,8 @@ ROWS: Final = 20_000
 _CONNECT_S: Final = 10.0
 
 PRIMARY: Final = tuple(table for table in TABLES if table.name not in UNTOUCHED and table is not VERIFICATIONS)
-"""Verifications of one account by several others are one pair: whose row it is cannot be told from one repository."""
-LEFT_OUT: Final = "app.bsky.graph.verification"
-ONLY_SOME: Final = "it has verifications"
-"""Why an account is settled afterwards: nothing but these is left of it."""
+"""Verifications of one account by several others are one pair: whose row it is cannot be told from one repository. They
+are staged, too, and written as events are, after the load."""
 _WITH_CID: Final = (LIKES, REPOSTS, FOLLOWS)
 
 
@@ -69,6 +67,7 @@ def _staged(table: Table) -> Staged:
     return Staged(staged_name(table), (*table.columns, *(m[0] for m in more)), (*table.types, *(m[1] for m in more)))
 
 
+STAGED_VERIFICATIONS: Final = _staged(VERIFICATIONS)
 _OF: Final = {table.name: _staged(table) for table in PRIMARY}
 _QUOTES: Final = Staged("staged_quotes", QUOTES.columns, QUOTES.types)
 _NOTES: Final = Staged("staged_notifications", NOTIFICATIONS.columns, NOTIFICATIONS.types)
@@ -87,11 +86,11 @@ _TWINS: Final = Staged(
 )
 OF_POSTS: Final = (_QUOTES.name, _NOTES.name)
 OF_GATES: Final = (_THREAD_GATES.name, _POST_GATES.name)
-ALL: Final = (*_OF.values(), _QUOTES, _NOTES, _THREAD_GATES, _POST_GATES, _TWINS)
+ALL: Final = (*_OF.values(), STAGED_VERIFICATIONS, _QUOTES, _NOTES, _THREAD_GATES, _POST_GATES, _TWINS)
 
 
 class Rows:
-    """What one transaction stages. `later` of a repository: why it needs a comparison afterwards."""
+    """What one transaction stages."""
 
     def __init__(self, features: frozenset[str]) -> None:
         self._features = features & {"quotes", "notifications"}
@@ -101,14 +100,15 @@ class Rows:
         self.dids: list[str] = []
         self.count = 0
 
-    def put(self, changes: Sequence[Change]) -> str | None:
-        """Rows of one repository, in the order of its keys. Returns why it is settled later, if it is."""
-        later = None
+    def put(self, changes: Sequence[Change]) -> None:
+        """Rows of one repository, in the order of its keys."""
         effects = Effects(self._features)
         for change in changes:
             table, row = change.table, change.row
-            if row is None or table.name not in _OF:
-                later = ONLY_SOME
+            if row is None:
+                continue
+            if table is VERIFICATIONS:
+                self._add(STAGED_VERIFICATIONS, (*row, change.cid, change.rev, change.seq))
                 continue
             if table.pair and self._is_twin(change, row):
                 continue
@@ -124,7 +124,6 @@ class Rows:
             self._add(_QUOTES, quote)
         for note in effects.notes_added.values():
             self._add(_NOTES, note)
-        return later
 
     def end_repository(self) -> None:
         self._pairs.clear()
@@ -242,7 +241,8 @@ async def open_staging(database_url: str) -> Staging:
             server_settings={"application_name": "fastworker-bulk"},
         )
         await connection.execute(
-            f"SET statement_timeout = '600s'; {NO_TRANSACTION_TIMEOUT}SET TIME ZONE 'UTC'; "
-            f"SET idle_in_transaction_session_timeout = 0; {PATH}"
+            # A crash of the server may lose the newest transactions: then their repositories wait again.
+            f"{NO_TRANSACTION_TIMEOUT}SET synchronous_commit = off; SET statement_timeout = '600s'; "
+            f"SET TIME ZONE 'UTC'; SET idle_in_transaction_session_timeout = 0; {PATH}"
         )
     return Staging(connection)

@@ -8,7 +8,7 @@ only those with a version of ours.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
@@ -20,7 +20,8 @@ from fastworker.store.audit import Audit, StoredRecord
 from fastworker.store.session import translating
 from fastworker.store.settle import thaw
 from fastworker.table.batch import Change, Row, seq_of
-from fastworker.table.schema import BOOKMARKS, TABLES, Table, collection_table
+from fastworker.table.chosen import Part
+from fastworker.table.schema import BOOKMARKS, COLLECTIONS, TABLES, Table, collection_table
 from fastworker.table.snapshot import UNTOUCHED
 
 _SESSION: Final = (
@@ -117,10 +118,24 @@ class AccountState(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """All that is stored of some accounts, by URI: where it stands, and the rows as the tables have them."""
+    """All that is stored of some accounts, by URI.
+
+    `hot`: rows of hot tables as they were read, when they were made at their end. `standing`: where everything else
+    stands, and `rows`: those of the others' rows that are in their tables.
+    """
 
     standing: dict[str, list[Standing]]
     rows: dict[str, Row]
+    hot: Mapping[str, Sequence[Any]]
+
+    def standing_of(self, uri: str) -> Sequence[Standing]:
+        others = self.standing.get(uri, ())
+        row = self.hot.get(uri)
+        return others if row is None else (Standing(uri, row[-2], seq_of(row[-3]), row[-1]), *others)
+
+    def row_of(self, uri: str) -> Row | None:
+        row = self.hot.get(uri)
+        return self.rows.get(uri) if row is None else tuple(row[:-1])
 
 
 class Stored:
@@ -136,29 +151,28 @@ class Stored:
             rows = await self._connection.fetch(_ACCOUNT_STATES, list(until), list(until.values()), is_newest_asked)
         return {did: AccountState(*state) for did, *state in rows}
 
-    async def holding(self, dids: Sequence[str], rows_max: int) -> Holding | None:
-        """All of these accounts; None where that is more than `rows_max` rows of a table.
+    async def holding(self, dids: Sequence[str], rows_max: int, parts: Collection[Part]) -> Holding | None:
+        """All of these accounts in these parts of them, or more; None where that is over `rows_max` rows of a table.
 
         Reads each table once, so that nothing is looked up by its key but what is rare.
         """
-        standing: dict[str, list[Standing]] = {}
-        rows: dict[str, Row] = {}
+        tables = {table.name for name, table in COLLECTIONS.items() if any(part.has(name) for part in parts)}
+        hot: dict[str, Sequence[Any]] = {}
         for table, statement in _ROWS_OF_MANY:
+            if table.name not in tables:
+                continue
             author = 0 if table.author is None else table.index(table.author)
             with translating():
                 found = await self._connection.fetch(statement, dids, rows_max)
             if len(found) == rows_max:
                 return None
-            for record in found:
-                *values, indexed_at = record
-                uri = values[0]
-                if uri.startswith(f"at://{values[author]}/"):
-                    standing[uri] = [Standing(uri, values[-1], seq_of(values[-2]), indexed_at)]
-                    rows[uri] = tuple(values)
+            hot.update((row[0], row) for row in found if row[0].startswith(f"at://{row[author]}/"))
         with translating():
             found = await self._connection.fetch(_OF_MANY, dids, rows_max)
         if len(found) == rows_max:
             return None
+        standing: dict[str, list[Standing]] = {}
+        rows: dict[str, Row] = {}
         cold: dict[str, tuple[Table, list[str]]] = {}
         for record in found:
             one = Standing(*record)
@@ -170,7 +184,7 @@ class Stored:
                 cold.setdefault(table.name, (table, []))[1].append(one.uri)
         for table, uris in cold.values():
             rows |= await self.table_rows(table, uris)
-        return Holding(standing, rows)
+        return Holding(standing, rows, hot)
 
     @contextlib.asynccontextmanager
     async def alone(self, dids: Sequence[str]) -> AsyncIterator[None]:

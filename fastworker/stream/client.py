@@ -1,8 +1,9 @@
 """One way to reach Redis, shared by reader, worker and monitor: explicit timeouts, no hidden retries, typed errors.
 
 The client never repeats a command by itself: a repeated XADD would double an entry, and only the caller
-knows what may be done again. `translating` turns the client's many errors into the two that callers act on:
-`StreamUnavailable` (wait and try again) and `Unreachable` (an operator has to change something).
+knows what may be done again. `translating` turns the client's many errors into the one that callers act on:
+`StreamUnavailable`, wait and try again. What only an operator can change is waited for, too: a service that is at work
+goes on by itself when it is mended. Where it begins, or a command runs, the same error ends it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import NoBackoff
 
-from fastworker.errors import ConfigError, StreamUnavailable, Unreachable, words_of
+from fastworker.errors import ConfigError, StreamUnavailable, words_of
 from fastworker.redact import redact
 from fastworker.stream.bounded import BoundedParser
 from fastworker.stream.cluster import SlotPool, slot_pool
@@ -38,8 +39,8 @@ HEALTH_CHECK_S: Final = 15.0
 _KINDS: Final = ("sentinel", "cluster")  # of servers that one URL names together
 _SCHEMES: Final = ("redis://", "rediss://", "unix://", *(f"redis{s}+{kind}://" for s in ("", "s") for kind in _KINDS))
 
-# Error codes that pass by themselves or when the server is mended, and what they mean to an operator.
-_PASSING: Final = {
+# Error codes, and what they mean to an operator.
+_STATES: Final = {
     "LOADING": "is loading its data",
     "READONLY": "is a read-only replica",
     "MASTERDOWN": "is a replica that has lost its master",
@@ -53,9 +54,9 @@ _PASSING: Final = {
     "NOAUTH": "asks for a password",
     "WRONGPASS": "refuses the user name or password",
 }
-# Error codes that no waiting mends.
-_LASTING: Final = {
-    "NOPERM": "the user lacks a permission",
+# Those where the server's own words say more.
+_REFUSALS: Final = {
+    "NOPERM": "the user lacks a permission that `fastworker grants` prints",
     "WRONGTYPE": "a key has the wrong type",
     "MOVED": "it is a node of a cluster, which REDIS_URL=redis+cluster://host,host means",
     "ASK": "it is a node of a cluster, which REDIS_URL=redis+cluster://host,host means",
@@ -79,6 +80,7 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
 # Redis 6.2 wraps what a command in a script answered: `Error running script (...): @user_script: 1: -OOM ...`;
 # newer ones lead with the code. The client's pipelines wrap once more.
 _CODE: Final = re.compile(r"""(?:^|@user_script: ?\d+: |caused error: (?:\(['"])?)-?([A-Z]{3,})\b""")
+_FORBIDDEN: Final = re.compile(r"permissions to run the '([^']+)' command")
 # What a script is told that does what its user may not: without a code of its own (from 7.0, then 6.2).
 _NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executing the script can't ")
 
@@ -160,15 +162,17 @@ def _of_several(error: Exception, redis: Redis) -> Exception | None:
 
 
 def translate(error: Exception, place: str = "") -> Exception:
-    """What `error` means to a caller: `StreamUnavailable`, `Unreachable`, or the error itself (ours to fix)."""
+    """What `error` means to a caller: `StreamUnavailable`, or the error itself (ours to fix)."""
     code = error_code(error) if isinstance(error, exceptions.RedisError) else ""
     at = f" at {place}" if place else ""
-    if code in _PASSING:
-        return StreamUnavailable(f"Redis{at} {_PASSING[code]}")
-    if code in _LASTING:
-        return Unreachable(f"Redis{at} cannot be used: {_LASTING[code]} ({redact(str(error))})")
+    if code in _STATES:
+        return StreamUnavailable(f"Redis{at} {_STATES[code]}")
+    if code in _REFUSALS:
+        found, why = _FORBIDDEN.search(str(error)), _REFUSALS[code]
+        what = f"refuses {found[1].upper()}: {why}" if found else f"cannot be used: {why} ({redact(str(error))})"
+        return StreamUnavailable(f"Redis{at} {what}")
     if isinstance(error, exceptions.ResponseError) and str(error).lower().startswith("unknown command"):
-        return Unreachable(
+        return StreamUnavailable(
             f"this server lacks a command that is needed ({redact(str(error))[:60]}): REDIS_URL must name a Redis or "
             "Valkey, 6.2 or newer, not Sentinel's port (26379 as a rule) or a proxy"
         )

@@ -1,8 +1,9 @@
 """A bulk load from beginning to end: repositories on disk become rows of an empty or nearly empty database.
 
 Staging reads them in several processes, each with a connection of its own, beside the live stream. Loading
-(store/bulk.py) needs the database to itself. What cannot be told from one repository alone, and accounts of which
-something was stored before, is settled one by one afterwards, as `backfill` does it, beside the stream again.
+(store/bulk.py) needs the database to itself. What cannot be told from one repository alone is written as events are
+afterwards, and accounts of which something was stored before are settled one by one, as `backfill` does it, beside the
+stream again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,13 +19,15 @@ from fastworker.crashpoint import Step, arm, crashpoint
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
-from fastworker.store.bulk import File
+from fastworker.store.bulk import Bulk
 from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
-from fastworker.sync.settle import covered
-from fastworker.table.chosen import Part, choose
-from fastworker.table.snapshot import Snapshot, pieces
+from fastworker.store.store import Store
+from fastworker.table.batch import Batch, Change, Mapped
+from fastworker.table.chosen import Part, choose, choose_accounts, chosen_accounts
+from fastworker.table.mapper import users_of
+from fastworker.table.snapshot import Snapshot, covered, pieces
 
-CLAIM: Final = 16
+CLAIM: Final = 8
 PIECE: Final = 2_000
 GIANT_BYTES: Final = 64 * 1024 * 1024
 """Larger repositories are settled one by one: their pairs would fill the memory of every process."""
@@ -46,7 +49,9 @@ async def stage(
     """Everything that waits, in processes of its own. Raises StoreUnavailable when one of them could not go on."""
     context = multiprocessing.get_context("spawn")  # no fork of a process that has loops and sockets
     children = [
-        context.Process(target=_child, args=(database_url, derive, collections, part, crash), daemon=True)
+        context.Process(
+            target=_child, args=(database_url, derive, collections, chosen_accounts(), part, crash), daemon=True
+        )
         for _ in range(processes())
     ]
     for child in children:
@@ -64,10 +69,16 @@ async def stage(
 
 
 def _child(
-    database_url: str, derive: frozenset[str], collections: tuple[str, ...], part: Part, crash: str | None
+    database_url: str,
+    derive: frozenset[str],
+    collections: tuple[str, ...],
+    accounts: frozenset[str] | None,
+    part: Part,
+    crash: str | None,
 ) -> None:
     arm(crash)
     choose(collections)
+    choose_accounts(accounts)
     asyncio.run(stage_all(database_url, derive, part))
 
 
@@ -121,7 +132,6 @@ async def _fill(staging: Staging, rows: Rows, part: Part) -> bool:
 
 
 async def _repository(staging: Staging, rows: Rows, job: Job, part: Part) -> tuple[int, str | None]:
-    later = None
     records = 0
     snapshot = Snapshot(job.did, job.rev, job.seq, job.taken_at)
     with Repository(Path(job.file)) as repository:
@@ -130,15 +140,31 @@ async def _repository(staging: Staging, rows: Rows, job: Job, part: Part) -> tup
         if repository.size > GIANT_BYTES:
             return 0, "it is large"
         for piece in pieces(covered(repository.records(), part), snapshot, PIECE):
-            later = rows.put(piece.changes) or later
+            rows.put(piece.changes)
             records += len(piece.changes)
             if rows.count >= ROWS:
                 await staging.copy(rows.take())
     rows.end_repository()
-    return records, later
+    return records, None
 
 
-def file_of(path: Path, repository: Repository, snapshot: Snapshot, entry_id: str | None) -> File:
-    return File(
-        snapshot.did, str(path.absolute()), snapshot.rev, snapshot.seq, entry_id, snapshot.taken_at, repository.size
-    )
+async def write_verifications(bulk: Bulk, store: Store) -> None:
+    """What `staged.STAGED_VERIFICATIONS` holds, by the law; what is there already stays. Raises StoreUnavailable."""
+    changes = await bulk.verifications()
+    for start in range(0, len(changes), PIECE):
+        await _write(store, changes[start : start + PIECE])
+    while await store.maintain():
+        pass
+
+
+async def _write(store: Store, changes: Sequence[Change]) -> None:
+    batch = Batch()
+    for change in changes:
+        batch.put(Mapped([change], users_of(change), []))
+    try:
+        await store.write(batch)
+    except RowRejected:  # the database refuses one of them: its siblings live
+        if len(changes) > 1:
+            half = len(changes) // 2
+            await _write(store, changes[:half])
+            await _write(store, changes[half:])

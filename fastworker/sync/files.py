@@ -27,7 +27,7 @@ from fastworker.event.repository import Repository
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync.settle import SMALL_BYTES, Job, Settle, Settled
-from fastworker.table.chosen import WHOLE, Part, choose
+from fastworker.table.chosen import WHOLE, Part, choose, choose_accounts
 from fastworker.table.snapshot import Snapshot, tid_moment
 
 GROUP: Final = 64
@@ -51,6 +51,8 @@ class Settings(msgspec.Struct, frozen=True):
     application_name: str
     derive: frozenset[str]
     collections: tuple[str, ...]
+    trusted_verifiers: tuple[str, ...] = ()
+    accounts: frozenset[str] | None = None
     dry_run: bool = False
 
 
@@ -73,8 +75,14 @@ def groups(cars: Iterable[Car]) -> Iterator[list[Car]]:
 
 
 async def settle_cars(settings: Settings, cars: Sequence[Car], told: Told) -> None:
-    """All of them. Raises StoreUnavailable."""
+    """All of them; `told` of one at a time. Raises StoreUnavailable."""
     waiting = groups(cars)
+    telling = asyncio.Lock()
+
+    async def tell(car: Car, became: Settled | str) -> None:
+        async with telling:
+            await told(car, became)
+
     if sum(car.size for car in cars) <= ALONE_BYTES:
         async with _settling(settings) as settle:
             for group in waiting:
@@ -83,7 +91,7 @@ async def settle_cars(settings: Settings, cars: Sequence[Car], told: Told) -> No
         return
     async with asyncio.TaskGroup() as tasks:
         for _ in range(max(1, min(4, os.cpu_count() or 1))):
-            tasks.create_task(_feed(settings, waiting, told))
+            tasks.create_task(_feed(settings, waiting, tell))
 
 
 async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settled | str]]:
@@ -100,7 +108,8 @@ async def _settle(settle: Settle, cars: Sequence[Car]) -> list[tuple[Car, Settle
                 found.append((car, str(error)))
                 continue
             opened.append(car)
-            jobs.append(Job(repository, car.snapshot or _snapshot_of(repository), car.part, car.floor and may_floor))
+            snapshot = car.snapshot or _snapshot_of(repository)
+            jobs.append(Job(repository, snapshot, car.part, car.floor and may_floor))
         async with settle.alone([job.snapshot.did for job in jobs]):
             settled = await settle.settle_some(jobs)
         found += zip(opened, settled, strict=True)
@@ -124,6 +133,7 @@ async def _settling(settings: Settings) -> AsyncIterator[Settle]:
                 pool_size=1,
                 application_name=settings.application_name,
                 derive=settings.derive,
+                trusted_verifiers=settings.trusted_verifiers,
             )
             stack.push_async_callback(store.close)
         yield Settle(stored, store)
@@ -166,6 +176,7 @@ async def _ask(ours: Connection, group: list[Car], told: Told) -> None:
 def _child(settings: Settings, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     choose(settings.collections)
+    choose_accounts(settings.accounts)
     try:
         uvloop.run(_answer(settings, pipe))
     except StoreUnavailable as error:

@@ -17,7 +17,7 @@ from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store.repos import EVERYBODY, Queue
 from fastworker.sync.choice import REASON, Choice, feed_of
 from fastworker.sync.many import Scene, Work, settle_all
-from fastworker.sync.settle import Report, unless_stopped
+from fastworker.sync.report import Report, unless_stopped
 
 log = logging.getLogger(__name__)
 

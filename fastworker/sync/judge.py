@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -12,14 +12,21 @@ from fastworker.store.audit import StoredRecord
 from fastworker.store.stored import AccountState, Place, Standing
 from fastworker.table.batch import Change, Row, is_gone, newer
 from fastworker.table.schema import Table
-from fastworker.table.snapshot import Piece, Snapshot, is_judged_date
+from fastworker.table.snapshot import Snapshot, is_judged_date, moment_of
 
 YOUNG: Final = timedelta(minutes=10)
 """Rows without a version of ours that are not older than this before the snapshot: the API may have written them."""
 _VERSION: Final = 3  # columns of a hot row's version, at its end
 
 
-def agrees(change: Change, standing: Sequence[Standing], row: Row | None, account: AccountState, piece: Piece) -> bool:
+def is_same(change: Change, row: Sequence[Any]) -> bool:
+    """Whether a hot row is as it must be but for its version. `row`: as it was read, when it was made at its end."""
+    return change.row is not None and change.row[:-_VERSION] == row[: -_VERSION - 1]
+
+
+def agrees(
+    change: Change, standing: Sequence[Standing], row: Row | None, account: AccountState, snapshot: Snapshot
+) -> bool:
     """Whether a record is stored as it must be, and nothing else is known of it. False: it has to be judged."""
     if row is None or len(standing) != 1 or standing[0].place != Place.ROW:
         return False
@@ -31,7 +38,7 @@ def agrees(change: Change, standing: Sequence[Standing], row: Row | None, accoun
             return True
     elif expected == row:
         return True
-    moment = piece.moments[change.uri]
+    moment = moment_of(change.rkey, snapshot.taken_at)
     return all(is_judged_date(expected[table.index(column)], moment) for column in differing(table, expected, row))
 
 
@@ -60,7 +67,7 @@ def _is_same_json(a: str | None, b: str | None) -> bool:
     return orjson.dumps(orjson.loads(a), option=option) == orjson.dumps(orjson.loads(b), option=option)
 
 
-def judge(change: Change, held: StoredRecord, standing: Standing | None, snapshot: Snapshot, piece: Piece) -> str:
+def judge(change: Change, held: StoredRecord, standing: Standing | None, snapshot: Snapshot) -> str:
     """`missing`, `different in ...`, or nothing. What is newer than the snapshot is right."""
     if held.is_gone and not snapshot.beats(held.gone_rev, held.gone_seq):
         return ""
@@ -68,7 +75,7 @@ def judge(change: Change, held: StoredRecord, standing: Standing | None, snapsho
         return "missing"
     if not snapshot.beats(held.rev, held.seq):
         return ""
-    moment = piece.moments[change.uri]
+    moment = moment_of(change.rkey, snapshot.taken_at)
     row = change.row or ()
     differs = [
         column

@@ -6,15 +6,18 @@ A list's `rev` is a time: what was settled at that revision, or a later one, is 
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from yarl import URL
 
 from fastworker.errors import Unreachable
+from fastworker.event import Account
 from fastworker.event.syntax import is_did
-from fastworker.store.repos import Sweep, Wanted
+from fastworker.store.repos import REPAIR, Sweep, Wanted
+from fastworker.stream.repairs import cursor_relay
 from fastworker.sync.hosts import HostError, HostFault, RepoHead
-from fastworker.sync.status import take_status
+from fastworker.table.batch import Batch
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ QUEUED_MAX: Final = 200_000
 GAP: Final = "gap"
 """The reason of a list that is read because events were lost."""
 _LOOK_S: Final = 5.0
+_STATUSES: Final = "SELECT did, active, status FROM fastworker.accounts WHERE did = ANY($1::varchar[])"
 _TRIES: Final = 5
 
 
@@ -65,7 +69,7 @@ async def read_repos(
         mark = await scene.live.mark() if reason == GAP else None
         repos, cursor = await _page(scene, sweep)
         if mark is not None:
-            await take_status(scene, mark.seq, repos)
+            await _take_status(scene, mark.seq, repos)
         wanted = [
             Wanted(one.did, one.rev or None)
             for one in repos
@@ -100,3 +104,28 @@ async def _page(scene: Scene, sweep: Sweep) -> tuple[list[RepoHead], str | None]
                 raise Unreachable(f"the list of accounts cannot be read: {error}") from error
             await asyncio.sleep(min(max(error.wait_s, 1.0), 600.0))
     raise AssertionError
+
+
+async def _take_status(scene: Scene, seq: int, repos: list[RepoHead]) -> None:
+    """Where the list says otherwise than the newest event, its word is an event of that relay.
+
+    `seq`: the reader's cursor before the list was asked for, so that every event after it wins. Nothing is taken from a
+    relay that the cursor does not belong to, nor where a list does not say whether an account is active. Who is active
+    again is settled: a deletion has taken its rows away.
+    """
+    relay = await cursor_relay(scene.admin)
+    if scene.store is None or relay is None or relay != URL(scene.config.relay_urls[0]).host:
+        return
+    told = {one.did: one for one in repos if one.active is not None and is_did(one.did)}
+    known = {row[0]: (row[1], row[2]) for row in await scene.queue.rows(_STATUSES, list(told))}
+    batch, now, back = Batch(), datetime.now(UTC), []
+    for did, one in told.items():
+        active, status = known.get(did, (True, None))
+        if one.active == active and (active or one.status == status):
+            continue
+        batch.put_account(Account(seq, did, bool(one.active), None if one.active else one.status, None, relay), now)
+        if one.active:
+            back.append(Wanted(did))
+    if batch.accounts:
+        await scene.store.write(batch)
+        await scene.queue.put(back, "reactivated", REPAIR, again=True)

@@ -44,9 +44,10 @@ from fastworker.stream.admin import RedisAdmin, age_s, open_redis
 from fastworker.stream.consumer import FOREIGN_IDLE_MS
 from fastworker.stream.repairs import cursor_relay
 from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
-from fastworker.sync.hosts import HostError, Hosts, pds_of
+from fastworker.sync.hosts import HostError, Hosts, handle_in, pds_of
 from fastworker.sync.progress import Teller
-from fastworker.sync.settle import SMALL_BYTES, Job, Report, Settle, Settled, unless_stopped
+from fastworker.sync.report import Report, unless_stopped
+from fastworker.sync.settle import SMALL_BYTES, Job, Settle, Settled
 from fastworker.sync.status import Word
 from fastworker.table.snapshot import Snapshot
 
@@ -297,7 +298,7 @@ class Many:
                 return found
             status = None if said.active else said.status
         await self._settle.status(word, status, found)
-        await self._settle.handle(word, document, found)
+        await self._settle.handle(word, handle_in(document), found)
         return found
 
     async def _fetched(self, one: Claim, work: Work, mark: Mark) -> None:
@@ -415,7 +416,9 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             stored = await stack.enter_async_context(open_stored(url))
             store = None
             if not reads_only:
-                store = await Store.connect(url, application_name=name, derive=config.derive)
+                store = await Store.connect(
+                    url, application_name=name, derive=config.derive, trusted_verifiers=config.trusted_verifiers
+                )
                 stack.push_async_callback(store.close)
             queue = await stack.enter_async_context(open_queue(url))
             if hosts is None:

@@ -16,7 +16,8 @@ import msgspec
 from fastworker.errors import ExitCode
 from fastworker.process.backoff import pause
 from fastworker.store.repos import SAMPLE, Listed
-from fastworker.sync.settle import Report, Settled
+from fastworker.sync.report import Report
+from fastworker.sync.settle import Settled
 
 if TYPE_CHECKING:
     import asyncio

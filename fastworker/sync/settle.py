@@ -10,38 +10,31 @@ all the same is kept away by a floor (store/floors.py), where every worker knows
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import sys
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table as Grid
-from rich.text import Text
 
 from fastworker.crashpoint import Step
-from fastworker.errors import ExitCode, Reason, RowRejected
-from fastworker.event.repository import Repository, TreeRecord
+from fastworker.errors import RowRejected
+from fastworker.event.repository import Repository
 from fastworker.store.audit import StoredRecord
 from fastworker.store.floors import all_know_floors, put_floors, readers_are_through
 from fastworker.store.store import Store
 from fastworker.store.stored import AccountState, Holding, Standing, StandingRows, Stored
-from fastworker.sync.hosts import handle_in
-from fastworker.sync.judge import agrees, differing, is_extra, is_unknown, judge
+from fastworker.sync.judge import agrees, differing, is_extra, is_same, is_unknown, judge
 from fastworker.sync.status import Word, take_handle, take_word
 from fastworker.table.batch import Batch, Change, Mapped, Row, is_gone
 from fastworker.table.chosen import WHOLE, Part, is_account_left_out, is_choosing, is_left_out
 from fastworker.table.derive import did_of
+from fastworker.table.mapper import users_of
 from fastworker.table.schema import Table, collection_table
-from fastworker.table.snapshot import Piece, Snapshot, pieces
+from fastworker.table.snapshot import Piece, Snapshot, covered, pieces
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +93,6 @@ class _Look:
         self.result = Settled(job.snapshot.did) if job.result is None else job.result
         self.account = AccountState(None, None, None, is_forbidden=False)
         self.changes: list[Change] = []
-        self.dids: dict[str, list[str]] = {}
 
     def is_extra(self, one: Standing) -> bool:
         return is_extra(one, self.snapshot) and _is_covered(one.uri, self.job.part)
@@ -112,12 +104,11 @@ class _Look:
         self.result.extra[table.name] += 1
         _example(self.result, f"{table.name} {uri} extra")
 
-    def put(self, change: Change, piece: Piece, problem: str) -> None:
+    def put(self, change: Change, problem: str) -> None:
         """What is missing or different."""
         kind = self.result.missing if problem == "missing" else self.result.different
         kind[change.table.name] += 1
         self.changes.append(change)
-        self.dids[change.uri] = piece.dids[change.uri]
         _example(self.result, f"{change.table.name} {change.uri} {problem}")
 
     def take(self) -> list[Change]:
@@ -155,7 +146,8 @@ class Settle:
         looks = [_Look(job) for job in jobs]
         open_ones = await self._allowed(looks)
         small = [look for look in open_ones if look.job.repository.size <= SMALL_BYTES]
-        together = small and await self._stored.holding([look.snapshot.did for look in small], STORED_MAX)
+        parts = {look.job.part for look in small}
+        together = small and await self._stored.holding([look.snapshot.did for look in small], STORED_MAX, parts)
         if together:
             await self._together(small, together)
         else:
@@ -179,9 +171,9 @@ class Settle:
         """What its host says of the account, compared and taken: see sync/status.py."""
         _count(result, "fastworker.accounts", await take_word(self._stored, self._store, word, status))
 
-    async def handle(self, word: Word, document: dict[str, Any], result: Settled) -> None:
+    async def handle(self, word: Word, handle: str | None, result: Settled) -> None:
         """The same of the handle that its document claims."""
-        _count(result, "users", await take_handle(self._stored, self._store, word, handle_in(document)))
+        _count(result, "users", await take_handle(self._stored, self._store, word, handle))
 
     async def may_floor(self) -> bool:
         """Whether every fastworker that is connected to PostgreSQL knows floors."""
@@ -212,7 +204,9 @@ class Settle:
         return await self._not_refused([look for look in looks if not look.result.refused])
 
     async def _not_refused(self, looks: list[_Look]) -> list[_Look]:
-        states = await self._stored.account_states({look.snapshot.did: look.snapshot.seq for look in looks})
+        until = {look.snapshot.did: look.snapshot.seq for look in looks}
+        is_newest_asked = not all(look.job.accept_older for look in looks)
+        states = await self._stored.account_states(until, is_newest_asked=is_newest_asked)
         for look in looks:
             look.account = states[look.snapshot.did]
             look.result.refused = _refusal(look.job, look.account)
@@ -222,10 +216,10 @@ class Settle:
         """Small accounts: all that is stored of them was read at once."""
         await self._states(looks)
         read = [(look, piece) for look in looks for piece in _pieces_of(look, PIECE)]
-        present = set[str]().union(*(piece.present for _, piece in read))
+        absent = {*holding.hot, *holding.standing}.difference(*(piece.present for _, piece in read))
         by_did = {look.snapshot.did: look for look in looks}
-        for uri, standing in holding.standing.items():
-            if uri not in present and (look := by_did.get(did_of(uri))) and any(map(look.is_extra, standing)):
+        for uri in absent:
+            if (look := by_did.get(did_of(uri))) and any(map(look.is_extra, holding.standing_of(uri))):
                 look.remove(uri)
         await self._judge(read, holding)
         await self._write(looks)
@@ -235,8 +229,8 @@ class Settle:
         told = time.monotonic() + TELL_S
         async with self._stored.standing(look.snapshot.did) as standing:
             for piece in _pieces_of(look, PIECE):
-                if piece.uris:
-                    there = await self._standing_of(look, piece, standing, piece.uris[-1])
+                if piece.records:
+                    there = await self._standing_of(look, piece, standing, piece.last)
                     await self._states([look])
                     await self._judge([(look, piece)], await self._rows_of(piece, there))
                     await self._write([look])
@@ -259,8 +253,9 @@ class Settle:
     ) -> dict[str, list[Standing]]:
         """What is stored of a piece's records; what is stored beside them up to `last`, and should not be, goes."""
         there: dict[str, list[Standing]] = {}
+        present = piece.present
         async for one in standing.up_to(last):
-            if one.uri in piece.present:
+            if one.uri in present:
                 there.setdefault(one.uri, []).append(one)
             elif look.is_extra(one):
                 look.remove(one.uri)
@@ -272,33 +267,38 @@ class Settle:
         rows: dict[str, Row] = {}
         for table, changes in _by_table(change for change in piece.changes if change.uri in there):
             rows |= await self._stored.table_rows(table, [change.uri for change in changes])
-        return Holding(there, rows)
+        return Holding(there, rows, {})
 
     async def _judge(self, read: list[tuple[_Look, Piece]], holding: Holding) -> None:
         """Records that are missing or different. What is neither as it must be nor unknown is looked at once more, by
         the law's own statement."""
         unclear: list[Change] = []
-        of: dict[str, tuple[_Look, Piece]] = {}
+        of: dict[str, _Look] = {}
+        hot, others = holding.hot, holding.standing
         for look, piece in read:
             result = look.result
-            result.records += len(piece.uris)
+            result.records += piece.records
             result.drops += piece.drops
             result.compared.update(change.table.name for change in piece.changes)
+            was_deleted = look.account.deleted_seq is not None or look.account.deleted_rev is not None
             for change in piece.changes:
-                standing = holding.standing.get(change.uri, ())
-                if agrees(change, standing, holding.rows.get(change.uri), look.account, piece):
+                uri = change.uri
+                if not was_deleted and uri not in others and (row := hot.get(uri)) is not None and is_same(change, row):
+                    continue  # nearly all of what is in sync
+                standing = holding.standing_of(uri)
+                if agrees(change, standing, holding.row_of(uri), look.account, look.snapshot):
                     continue
                 if is_unknown(change, standing):
-                    look.put(change, piece, "missing")
+                    look.put(change, "missing")
                 else:
                     unclear.append(change)
-                    of[change.uri] = (look, piece)
+                    of[change.uri] = look
         for table, changes in _by_table(unclear):
             for change, held in await self._held(table, changes):
-                look, piece = of[change.uri]
-                standing = holding.standing.get(change.uri, ())
-                if problem := judge(change, held, standing[0] if standing else None, look.snapshot, piece):
-                    look.put(change, piece, problem)
+                look = of[change.uri]
+                standing = holding.standing_of(change.uri)
+                if problem := judge(change, held, standing[0] if standing else None, look.snapshot):
+                    look.put(change, problem)
 
     async def _held(self, table: Table, changes: list[Change]) -> list[tuple[Change, StoredRecord]]:
         """What is stored of these records, among the twins or not."""
@@ -319,21 +319,18 @@ class Settle:
         """In as few flushes as their bound allows."""
         if self._store is None:
             return
-        dids: dict[str, list[str]] = {}
         changes: list[Change] = []
         for look in looks:
             changes += look.take()
-            dids |= look.dids
-            look.dids = {}
         by_did = {look.snapshot.did: look for look in looks}
         for start in range(0, len(changes), FLUSH):
-            await self._flush(changes[start : start + FLUSH], dids, by_did)
+            await self._flush(changes[start : start + FLUSH], by_did)
 
-    async def _flush(self, changes: list[Change], dids: dict[str, list[str]], looks: dict[str, _Look]) -> None:
+    async def _flush(self, changes: list[Change], looks: dict[str, _Look]) -> None:
         assert self._store is not None
         batch = Batch()
         for change in changes:
-            batch.put(Mapped([change], dids.get(change.uri, []), []))
+            batch.put(Mapped([change], [] if change.row is None else users_of(change), []))
         try:
             old = max(look.snapshot.taken_at for look in looks.values()) - OLD
             async with self._pace:
@@ -343,8 +340,8 @@ class Settle:
                 looks[changes[0].repo].result.drops["row_rejected"] += 1
                 return
             half = len(changes) // 2
-            await self._flush(changes[:half], dids, looks)
-            await self._flush(changes[half:], dids, looks)
+            await self._flush(changes[:half], looks)
+            await self._flush(changes[half:], looks)
             return
         for did, count in Counter(change.repo for change in changes).items():
             looks[did].result.written += count
@@ -364,10 +361,6 @@ def _refusal(job: Job, account: AccountState) -> str | None:
 
 def _pieces_of(look: _Look, size: int) -> Iterator[Piece]:
     return pieces(covered(look.job.repository.records(), look.job.part), look.snapshot, size)
-
-
-def covered(records: Iterable[TreeRecord], part: Part) -> Iterable[TreeRecord]:
-    return records if part == WHOLE else (one for one in records if part.covers(one.collection, one.rkey))
 
 
 def _is_covered(uri: str, part: Part) -> bool:
@@ -395,149 +388,3 @@ def _count(result: Settled, table: str, differs: bool | None) -> None:
 def _example(result: Settled, words: str) -> None:
     if len(result.examples) < EXAMPLES:
         result.examples.append(words)
-
-
-async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
-    """Await it, or cancel it at a stop. Whether it came to its end."""
-    task = asyncio.create_task(work)
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopping.cancel()
-        task.cancel()
-        await asyncio.wait({task, stopping})
-    if task.cancelled():
-        return False
-    task.result()
-    return True
-
-
-class Report:
-    """What all accounts of one run came to, for people."""
-
-    def __init__(self, *, dry_run: bool) -> None:
-        self.stopped: str | None = None
-        self.failures = 0
-        self._dry_run = dry_run
-        self._accounts = self._records = self._written = self._left = 0
-        self._kinds = {kind: Counter[str]() for kind in ("missing", "different", "extra")}
-        self._drops: Counter[str] = Counter()
-        self._examples: list[str] = []
-        self._began = self._told = time.monotonic()
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._side = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live: Live | None = None
-
-    def add(self, settled: Settled) -> None:
-        self._accounts += not settled.refused
-        self._records += settled.records
-        self._written += settled.written
-        for kind, counts in self._kinds.items():
-            counts.update(getattr(settled, kind))
-        self._drops.update(settled.drops)
-        self._examples += settled.examples[: EXAMPLES - len(self._examples)]
-
-    def gone(self, found: Settled) -> None:
-        """An account whose host says why it gives no repository."""
-        for kind, counts in self._kinds.items():
-            counts.update(getattr(found, kind))
-
-    def kept(self) -> None:
-        """A repository is on disk, to be loaded."""
-        self._accounts += 1
-
-    def failed(self, name: str, why: str) -> None:
-        self.failures += 1
-        self._side.print(f"{name}: {why}", markup=False)
-
-    def tell(self, left: int, resting: Sequence[str] = ()) -> None:
-        """How many are left, and hosts that hold back: a bar on a terminal, else a line from time to time."""
-        self._left = left
-        now = time.monotonic()
-        if now - self._told < (0.5 if self._side.is_terminal else 5.0):
-            return
-        self._told = now
-        words = self._progress(now - self._began, resting)
-        if not self._side.is_terminal:
-            self._side.print(words, markup=False)
-            return
-        if self._live is None:
-            self._live = Live(console=self._side, auto_refresh=False, transient=True)
-            self._live.start()
-        bar = ProgressBar(total=max(self.done + left, 1), completed=self.done, width=40)
-        self._live.update(Group(bar, Text(words)), refresh=True)
-
-    def _progress(self, seconds: float, resting: Sequence[str]) -> str:
-        done, of = self.done, self.done + self._left
-        words = (
-            f"{done:,} of {of:,} accounts ({done / max(of, 1):.1%}), {self._records:,} records "
-            f"({self._records / seconds:,.0f}/s), {self._differences:,} differences"
-        )
-        if done and self._left:
-            words += f", {duration(seconds / done * self._left)} left"
-        if resting:
-            few = ", ".join(resting[:3]) + (f" and {len(resting) - 3} more" if len(resting) > 3 else "")
-            words += f"; holding back: {few}"
-        return words
-
-    @property
-    def done(self) -> int:
-        return self._accounts + self.failures
-
-    def stop(self) -> None:
-        self.stopped = f"{self.done} of {self.done + self._left} accounts"
-
-    @property
-    def _differences(self) -> int:
-        return sum(counts.total() for counts in self._kinds.values())
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def end(self) -> ExitCode:
-        self.close()
-        tables = sorted({table for counts in self._kinds.values() for table in counts})
-        if tables:
-            grid = Grid(box=None, pad_edge=False, header_style="bold")
-            grid.add_column("table", no_wrap=True)
-            for kind in self._kinds:
-                grid.add_column(kind, justify="right", no_wrap=True)
-            for table in tables:
-                cells = (counts[table] for counts in self._kinds.values())
-                grid.add_row(table, *(f"{cell:,}" if cell else "" for cell in cells))
-            self._console.print(grid)
-        for line in self._examples if self._dry_run else ():
-            self._console.print(f"  {line}"[:300], markup=False)
-        words = f"{self._differences:,} differences" if self._differences else "no difference"
-        if self._differences:
-            words += ", nothing was written" if self._dry_run else f", {self._written:,} rows written"
-        if left_out := self._drops.pop(Reason.FILTERED, 0):
-            words += f"; left out by FASTWORKER_COLLECTIONS: {left_out:,}"
-        if left_out := self._drops.pop(Reason.FILTERED_ACCOUNT, 0):
-            words += f"; left out by FASTWORKER_ACCOUNTS: {left_out:,}"
-        if self._drops:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self._drops.items()))
-            words += f"; records that cannot be stored: {reasons}"
-        seconds = time.monotonic() - self._began
-        self._console.print(
-            f"{self._accounts:,} accounts, {self._records:,} records in {seconds:.1f} s: {words}", markup=False
-        )
-        if self.failures:
-            self._console.print(f"{self.failures:,} could not be settled: the reasons are above.")
-        if self.stopped:
-            self._console.print(f"Stopped after {self.stopped}. Run the same command again.")
-        sys.stdout.flush()
-        is_well = not (self.failures or self.stopped or (self._dry_run and self._differences))
-        return ExitCode.DONE if is_well else ExitCode.NO
-
-
-def duration(seconds: float) -> str:
-    """For people: 40 s, 12 min, 5.3 h, 4.1 days."""
-    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= size * (2 if unit == "days" else 1):
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
-    return f"{seconds:.0f} s"

@@ -27,8 +27,9 @@ from fastworker.sync.hosts import Hosts
 from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.progress import Teller
+from fastworker.sync.report import Report
 from fastworker.sync.sampling import Looked, draw, draw_active, look_twice
-from fastworker.sync.settle import Report, Settled
+from fastworker.sync.settle import Settled
 from fastworker.sync.tell import repair_status
 from fastworker.sync.widen import Widening, fetch_widened
 

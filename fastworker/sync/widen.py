@@ -18,7 +18,7 @@ from fastworker.store.repos import CHOSEN, WIDENED, Queue, Wanted
 from fastworker.sync.choice import PIECE, Choice, known
 from fastworker.sync.history import a_turn
 from fastworker.sync.many import Scene
-from fastworker.sync.settle import Report
+from fastworker.sync.report import Report
 from fastworker.table.chosen import Part, added_to, chosen_accounts
 
 log = logging.getLogger(__name__)

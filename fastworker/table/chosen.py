@@ -74,8 +74,12 @@ class Part(NamedTuple):
     since_rev: str | None = None
     collections: tuple[str, ...] | None = None
 
+    def has(self, collection: str) -> bool:
+        """Whether any of its records is in it."""
+        return self.collections is None or bool(_matching(self.collections)(collection))
+
     def covers(self, collection: str, rkey: str) -> bool:
-        if self.collections is not None and not _matching(self.collections)(collection):
+        if not self.has(collection):
             return False
         # mutant: days ignored
         return self.since_rev is None or collection not in DATED or not is_tid(rkey) or rkey >= self.since_rev

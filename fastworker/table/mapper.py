@@ -133,6 +133,12 @@ def map_at(commit: Commit, commit_time: datetime | None, happened: datetime) -> 
     return Mapped(changes, dids, drops, commit.relay)
 
 
+def users_of(change: Change) -> list[str]:
+    """The users that a row needs: whose record it is, and whom it is about. As `Mapped.dids` of it alone."""
+    subject = _MAPPERS.get(change.uri.split("/")[3], _GENERIC)[3]
+    return [change.repo] if subject is None or change.row is None else [change.repo, change.row[subject]]
+
+
 def _not_read(collection: str, cid: str) -> Drop:
     """Why an op's record is not even looked at."""
     if is_left_out(collection):

@@ -18,15 +18,17 @@ from fastworker.errors import Reason
 from fastworker.event import Commit, Op
 from fastworker.event.record import cid_text
 from fastworker.event.repository import TreeRecord
-from fastworker.event.syntax import is_tid
 from fastworker.table.batch import Change, newer
+from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.dates import EPOCH, SKEW, latest_date
 from fastworker.table.mapper import map_at
 from fastworker.table.schema import BOOKMARKS, LABELS
 
 _FIRST_TID: Final = datetime(2022, 1, 1)  # noqa: DTZ001 - naive UTC; the protocol is younger
 _LETTERS: Final = "234567abcdefghijklmnopqrstuvwxyz"
-_AS_PYTHON: Final = str.maketrans(_LETTERS, "0123456789abcdefghijklmnopqrstuv")
+_AS_PYTHON: Final = bytes(b"0123456789abcdefghijklmnopqrstuv!"[_LETTERS.find(chr(byte))] for byte in range(256))
+"""A TID's letters as Python's digits to the base of 32, everything else as none."""
+_LAST: Final = "j" + 12 * "z"
 PIECE_BYTES: Final = 8 * 1024 * 1024
 UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
 """Tables whose rows others write, too: no snapshot touches them."""
@@ -46,18 +48,27 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Piece(msgspec.Struct):
-    """Records of consecutive keys. `uris`: of all of them, also of those that cannot be stored, which are in `drops`.
+    """Records of consecutive keys: `records` of them, up to the URI `last`, also those that cannot be stored, which are
+    in `drops`.
 
-    `present`: those that may be in the tables. What cannot be stored is not there, except where only its block is bad.
-    `dids` and `moments` are by URI: users that a record needs, and what its dates were judged by.
+    `others`: no changes, but they may be in the tables all the same. What cannot be stored is not there, except where
+    only its block is bad.
     """
 
-    uris: list[str] = []
-    present: set[str] = set()
+    records: int = 0
+    last: str = ""
     changes: list[Change] = []
-    dids: dict[str, list[str]] = {}
-    moments: dict[str, datetime] = {}
+    others: set[str] = set()
     drops: Counter[str] = msgspec.field(default_factory=Counter)
+
+    @property
+    def present(self) -> set[str]:
+        """Records that may be in the tables."""
+        return self.others.union([change.uri for change in self.changes])
+
+
+def covered(records: Iterable[TreeRecord], part: Part) -> Iterable[TreeRecord]:
+    return records if part == WHOLE else (one for one in records if part.covers(one.collection, one.rkey))
 
 
 def pieces(records: Iterable[TreeRecord], snapshot: Snapshot, size: int) -> Iterator[Piece]:
@@ -66,7 +77,7 @@ def pieces(records: Iterable[TreeRecord], snapshot: Snapshot, size: int) -> Iter
     for record in records:
         _put(piece, record, snapshot)
         held += len(record.block or b"")
-        if len(piece.uris) >= size or held >= PIECE_BYTES:
+        if piece.records >= size or held >= PIECE_BYTES:
             yield piece
             piece, held = Piece(), 0
     yield piece
@@ -75,9 +86,10 @@ def pieces(records: Iterable[TreeRecord], snapshot: Snapshot, size: int) -> Iter
 def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
     collection, rkey, cid, block = record
     uri = f"at://{snapshot.did}/{collection}/{rkey}"
-    piece.uris.append(uri)
+    piece.records += 1
+    piece.last = uri
     if block is None:
-        piece.present.add(uri)
+        piece.others.add(uri)
         piece.drops[str(Reason.BAD_HASH)] += 1
         return
     moment = moment_of(rkey, snapshot.taken_at)
@@ -86,11 +98,10 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
     for drop in mapped.drops:
         piece.drops[str(drop.reason)] += 1
     for change in mapped.changes:
-        piece.present.add(uri)
-        if change.table.name not in UNTOUCHED:
+        if change.table.name in UNTOUCHED:
+            piece.others.add(uri)
+        else:
             piece.changes.append(change)
-            piece.dids[uri] = mapped.dids
-            piece.moments[uri] = moment
 
 
 def moment_of(rkey: str, taken_at: datetime) -> datetime:
@@ -101,9 +112,12 @@ def moment_of(rkey: str, taken_at: datetime) -> datetime:
 
 def tid_moment(tid: str) -> datetime | None:
     """The moment that a TID names, as naive UTC."""
-    if not is_tid(tid):
+    if len(tid) != 13 or tid > _LAST or not tid.isascii():
         return None
-    return EPOCH + timedelta(microseconds=int(tid.translate(_AS_PYTHON), 32) >> 10)
+    try:
+        return EPOCH + timedelta(microseconds=int(tid.encode().translate(_AS_PYTHON), 32) >> 10)
+    except ValueError:  # a letter that is none of a TID's
+        return None
 
 
 def tid_of(moment: datetime) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 
@@ -218,11 +218,13 @@ async def _run(
 ) -> None:
     """Everything in one group: an unexpected end of any task ends them all, and the process."""
     renew_s = settings.lease_ms / 1000 / RENEWALS
+    failing: Failing = {}
+    maintaining = partial(_maintain, slot, store, failover, readers, failing)
     async with asyncio.TaskGroup() as group:
         side_tasks = [
-            group.create_task(_every(renew_s, partial(_renew, readers)), name="renew leases"),
-            group.create_task(_every(TELL_S, partial(_tell_held, readers)), name="tell what is held"),
-            group.create_task(_every(MAINTAIN_S, partial(_maintain, slot, store, failover, readers)), name="maintain"),
+            group.create_task(_every(renew_s, partial(_renew, readers, failing)), name="renew leases"),
+            group.create_task(_every(TELL_S, partial(_tell_held, readers, failing)), name="tell what is held"),
+            group.create_task(_every(MAINTAIN_S, maintaining), name="maintain"),
             group.create_task(_pay(slot, store), name="pay what is owed"),
             group.create_task(_figures(slot, store, readers), name="figures"),
             *_choosing(settings, store, group),
@@ -230,7 +232,7 @@ async def _run(
         ]
         readers.start(group)
         following = group.create_task(
-            _every(FOLLOW_S, partial(_follow, slot, store, readers)), name="follow partitions"
+            _every(FOLLOW_S, partial(_follow, slot, store, readers, failing)), name="follow partitions"
         )
         slot.set(ready=1, state=State.RUNNING, maintained_ms=now_ms())
         await stopping.wait()
@@ -257,16 +259,30 @@ def _choosing(settings: Config, store: Store, group: asyncio.TaskGroup) -> list[
     return [group.create_task(keep_reading(settings.accounts, store.followed), name="read the accounts")]
 
 
-async def _follow(slot: Slot, store: Store, readers: Readers) -> None:
+Failing = dict[str, str]
+"""What is done beside the pipelines and fails: why. They wait for a server that is away, and say so; what is refused
+here alone (a right to one command) would be said by nobody, so maintenance says it."""
+
+
+@contextlib.contextmanager
+def _noting(failing: Failing, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (StreamUnavailable, StoreUnavailable) as error:
+        failing[what] = redact(str(error))
+    else:
+        failing.pop(what, None)
+
+
+async def _follow(slot: Slot, store: Store, readers: Readers, failing: Failing) -> None:
     """The partitions that this process should read, and nothing else."""
     before = readers.pipelines
     try:
-        await readers.follow()
-        if readers.pipelines != before:
-            slot.text("consumers", readers.names)
-            await _take_entry_rules(store, readers)
-    except (StreamUnavailable, StoreUnavailable):
-        pass  # the pipelines wait for the servers, and say so
+        with _noting(failing, "follow"):
+            await readers.follow()
+            if readers.pipelines != before:
+                slot.text("consumers", readers.names)
+                await _take_entry_rules(store, readers)
     except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
 
@@ -277,12 +293,11 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
 
-async def _renew(readers: Readers) -> None:
+async def _renew(readers: Readers, failing: Failing) -> None:
     try:
-        for stream in readers.streams:
-            await stream.renew()
-    except StreamUnavailable:
-        pass  # the pipelines wait for Redis, and say so
+        with _noting(failing, "renew"):
+            for stream in readers.streams:
+                await stream.renew()
     except ConsumerLeaseLost as error:
         raise StartAgain(str(error)) from error
 
@@ -316,15 +331,13 @@ async def _look_at_debts(slot: Slot, store: Store) -> Debts:
     return debts
 
 
-async def _tell_held(readers: Readers) -> None:
-    try:
+async def _tell_held(readers: Readers, failing: Failing) -> None:
+    with _noting(failing, "tell"):
         for stream in readers.streams:
             await stream.tell_held()
-    except StreamUnavailable:
-        pass  # the pipelines wait for Redis, and say so
 
 
-async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Readers) -> None:
+async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Readers, failing: Failing) -> None:
     """Store how far the group has come, then do what committed transactions left owed, in bounded pieces."""
 
     async def note() -> None:
@@ -340,7 +353,7 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
             slot.set(maintained_ms=now_ms())
         await _look_at_debts(slot, store)
 
-    failure = ""
+    failure = next(iter(failing.values()), "")
     for act in (
         note,
         partial(_take_entry_rules, store, readers),

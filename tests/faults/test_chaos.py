@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastworker.crashpoint import Step
-from tests.rig import operator
+from tests.rig import operators
 from tests.rig.chaos import PLACES, SERVERS, WEIGHTS, Form, chaos, plan
 
 PEOPLE = Form(with_operator=True)
@@ -48,9 +48,9 @@ async def test_a_minute_of_faults(server_dir: Path, seed: int, count: int) -> No
 async def test_what_people_do(server_dir: Path) -> None:
     """A few of their acts, with small limits: what the relay sent is in the tables, whatever they removed."""
     faults = plan(5, 15, PEOPLE)
-    assert {fault.kind for fault in faults} >= set(operator.WEIGHTS) - set(operator.SERVERS)
+    assert {fault.kind for fault in faults} >= set(operators.WEIGHTS) - set(operators.SERVERS)
     async with chaos(server_dir, 5, PEOPLE) as started:
-        outcome = await started.run([fault for fault in faults if fault.kind in operator.WEIGHTS][:5], recovery_s=2.0)
+        outcome = await started.run([fault for fault in faults if fault.kind in operators.WEIGHTS][:5], recovery_s=2.0)
     assert outcome.problems == [], outcome.report()
 
 

@@ -14,8 +14,11 @@ import pytest
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode, StoreUnavailable
 from fastworker.law import compare
+from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
+from fastworker.simulator.repo import Repo, car_bytes
 from fastworker.store.store import Store
+from fastworker.sync import files
 from tests.integration.test_settle import Scene, batch_of, comparable, may_be_lost
 from tests.runs import usually
 from tests.services import run
@@ -27,6 +30,7 @@ INDEXES = (
     "WHERE contype IN ('p', 'u', 'f', 'x') AND connamespace IN ('public'::regnamespace, 'fastworker'::regnamespace) "
     "ORDER BY 1"
 )
+VERIFICATION = "app.bsky.graph.verification"
 OPERATORS = (
     "CREATE INDEX theirs ON likes (created_at DESC) WHERE via IS NOT NULL; COMMENT ON INDEX theirs IS 'it''s ours'; "
     "CREATE INDEX lower_handle ON users (lower(handle)) WITH (fillfactor = 70); "
@@ -122,7 +126,7 @@ async def test_pairs_and_records_that_come_again(postgres_url: str, tmp_path: Pa
     bulk = Bulk(network, list(network.frames(1_200)), tmp_path, store, postgres_url)
     if share:
         await deliver(bulk, share)
-    else:  # into empty tables: of accounts with verifications only these are left to compare
+    else:  # into empty tables
         await bulk.store.close()
     bulk.cars()
     done = bulk.load()
@@ -213,3 +217,57 @@ async def test_files_that_cannot_be_read_cost_themselves(bulk: Bulk) -> None:
     assert "none.car: " in done.stdout
     assert "cut.car: " in done.stdout
     assert await bulk.differences() == "no difference"
+
+
+async def test_what_became_of_files_is_told_one_at_a_time(bulk: Bulk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where several processes settle them: whoever is told writes it down by one connection."""
+    await deliver(bulk, 0)
+    monkeypatch.setattr(files, "ALONE_BYTES", 0)
+    monkeypatch.setattr(files, "GROUP", 1)
+    cars = [files.Car(str(path), path.stat().st_size) for path in sorted(bulk.cars().glob("*.car"))]
+    told, at_once = 0, set[int]()
+
+    async def tell(_: files.Car, __: object) -> None:
+        nonlocal told
+        told += 1
+        await asyncio.sleep(0.05)
+        at_once.add(told)
+        told -= 1
+
+    await files.settle_cars(files.Settings(bulk.url, "import", frozenset({"counts"}), (), dry_run=True), cars, tell)
+    assert at_once == {1}
+
+
+IMPORTS = pytest.mark.parametrize("words", [("import",), ("import", "--bulk")], ids=["live", "bulk"])
+A, B = ("did:plc:" + letter * 24 for letter in "ab")
+WHOSE = "SELECT split_part(uri, '/', 3) FROM verifications UNION SELECT split_part(uri, '/', 3) FROM fastworker.twins"
+
+
+def verifiers(folder: Path) -> Path:
+    """Two accounts that verify the same one."""
+    record = {"$type": VERIFICATION, "subject": "did:plc:" + "s" * 24, "handle": "a.test", "displayName": "A"}
+    for did in (A, B):
+        repo = Repo(did, key=SigningKey(did))
+        repo.commit([("create", f"{VERIFICATION}/3k{did[-11:]}", record)])
+        (folder / f"{did[-1]}.car").write_bytes(car_bytes(*repo.export()))
+    return folder
+
+
+@IMPORTS
+async def test_trusted_verifiers_come_first_in_history(
+    postgres_url: str, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    env = {"DATABASE_URL": postgres_url, "FASTWORKER_TRUSTED_VERIFIERS": B}
+    done = await asyncio.to_thread(run, *words, str(verifiers(tmp_path)), **env)
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert await asked(postgres_url, "SELECT split_part(uri, '/', 3) FROM verifications") == [B]
+    assert sorted(await asked(postgres_url, WHOSE)) == [A, B]
+
+
+@IMPORTS
+async def test_only_chosen_accounts_are_imported(postgres_url: str, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (file := tmp_path / "accounts").write_text(B)
+    env = {"DATABASE_URL": postgres_url, "FASTWORKER_ACCOUNTS": str(file)}
+    done = await asyncio.to_thread(run, *words, str(verifiers(tmp_path)), **env)
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert await asked(postgres_url, WHOSE) == [B]

@@ -653,12 +653,18 @@ async def test_a_relay_that_never_answers_close_is_closed() -> None:
         await relay.stop()
 
 
-async def test_a_handshake_byte_by_byte_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_handshake_byte_by_byte_ends(
+    relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with another relay at hand the reader goes on to it at once."""
     monkeypatch.setattr(relay_module, "HANDSHAKE_S", 0.5)
 
     gone = asyncio.Event()
+    calls = 0
 
     async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
         writer.write(b"HTTP/1.1 101 Switching Protocols\r\nX-A: ")
         with suppress(ConnectionError):
             while not writer.is_closing():
@@ -673,6 +679,15 @@ async def test_a_handshake_byte_by_byte_ends(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(relay_module.RelayRefused, match="no open connection within"):
             await asyncio.wait_for(relay_module.subscribe(address, None), 5)
         await asyncio.wait_for(gone.wait(), 5)
+        calls = 0
+        relay.add(1)
+        await redis.set(CURSOR, "0")
+        await redis.set(USUAL.relay, address.host)
+        await redis.set(USUAL.cursor_of(relay.host), "0")
+        given = Config(redis_url=redis_url, relay_urls=(address.url, relay.url))
+        async with reading(given) as stats:
+            await until(lambda: stats.last_seq == 1)
+        assert calls == 1
 
 
 @pytest.mark.usefixtures("quick")

@@ -18,7 +18,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from redis import exceptions
 from redis.asyncio import Redis
 
-from fastworker.errors import ConfigError, StreamUnavailable, Unreachable
+from fastworker.errors import ConfigError, StreamUnavailable
 from fastworker.process.backoff import Backoff, pause
 from fastworker.reader import outbox as outbox_module
 from fastworker.reader.outbox import Outbox
@@ -89,18 +89,18 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
         (exceptions.TimeoutError("Timeout reading"), "", StreamUnavailable),
         (ConnectionResetError("reset"), "", StreamUnavailable),
         (exceptions.AuthenticationError("invalid username-password pair"), "WRONGPASS", StreamUnavailable),
-        (exceptions.NoPermissionError("this user has no permissions to run"), "NOPERM", Unreachable),
-        (exceptions.ResponseError("ACL failure in script: User x has no permissions to"), "NOPERM", Unreachable),
+        (exceptions.NoPermissionError("this user has no permissions to run"), "NOPERM", StreamUnavailable),
+        (exceptions.ResponseError("ACL failure in script: User x has no permissions to"), "NOPERM", StreamUnavailable),
         (
             exceptions.ResponseError(
                 "Error running script (call to f_1): @user_script:1: @user_script: 1: The user executing the script "
                 "can't run this command or subcommand"
             ),
             "NOPERM",
-            Unreachable,
+            StreamUnavailable,
         ),
-        (exceptions.ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE", Unreachable),
-        (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", Unreachable),
+        (exceptions.ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE", StreamUnavailable),
+        (exceptions.MovedError("1 127.0.0.1:1"), "MOVED", StreamUnavailable),
         (exceptions.ResponseError("NOGROUP No such key"), "NOGROUP", StreamUnavailable),
         (exceptions.ResponseError("no such key"), "", StreamUnavailable),
         (
@@ -109,7 +109,11 @@ def test_options_in_a_url_do_not_change_the_replies() -> None:
             StreamUnavailable,
         ),
         (exceptions.ResponseError("wrong number of arguments"), "", exceptions.ResponseError),
-        (exceptions.ResponseError("unknown command 'TIME', with args beginning with:"), "", Unreachable),  # a Sentinel
+        (
+            exceptions.ResponseError("unknown command 'TIME', with args beginning with:"),
+            "",
+            StreamUnavailable,
+        ),  # a Sentinel
     ],
 )
 def test_errors_say_what_to_do(error: Exception, code: str, kind: type[Exception]) -> None:
@@ -121,7 +125,7 @@ def test_errors_say_what_to_do(error: Exception, code: str, kind: type[Exception
 @pytest.mark.parametrize("code", ["LOADING", "READONLY", "MISCONF", "OOM", "NOPERM", "WRONGPASS"])
 async def test_a_refusal_names_the_server_and_no_password(code: str) -> None:
     redis = connect("redis://user:hunter2@10.0.0.7:6380")
-    with pytest.raises((StreamUnavailable, Unreachable), match=r"^Redis at 10\.0\.0\.7:6380 ") as caught:
+    with pytest.raises(StreamUnavailable, match=r"^Redis at 10\.0\.0\.7:6380 ") as caught:
         async with translating(redis):
             raise exceptions.ResponseError(f"{code} something")
     assert "hunter2" not in str(caught.value)
@@ -565,7 +569,7 @@ async def test_what_is_kept_yields_to_what_comes(redis: Redis) -> None:
 
 async def test_errors_are_translated_around_the_scripts(redis: Redis) -> None:
     await redis.set(STREAM, "x")
-    with pytest.raises(Unreachable, match="wrong type"):
+    with pytest.raises(StreamUnavailable, match="wrong type"):
         await trim_finished(redis, STREAM)
     unreachable = connect("redis://127.0.0.1:1")
     with pytest.raises(StreamUnavailable, match="cannot be reached"):

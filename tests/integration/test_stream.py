@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastworker.errors import Reason, StreamUnavailable, Unreachable
+from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import (
@@ -523,7 +523,7 @@ async def test_every_stream_and_group_has_its_own_keys(redis: Any, key: Any, gro
 
 async def test_a_key_of_the_wrong_type_is_for_the_operator(redis: Any) -> None:
     await redis.set(KEY, "text")
-    with pytest.raises(Unreachable, match="wrong type"):
+    with pytest.raises(StreamUnavailable, match="wrong type"):
         await consumer(redis)
 
 

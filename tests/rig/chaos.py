@@ -5,7 +5,7 @@ with two processes, each connection through a proxy. The seed fixes the plan of 
 is the machine's business. Afterwards the tables must equal the model of the state law, every entry must have ended
 exactly once, nothing may be pending, and only the poison that was put there may be in the dead letters.
 
-`--operator`: people are at work as well (`rig/operator.py`), with limits that the seed draws (`rig/shrunk.py`). They remove
+`--operator`: people are at work as well (`rig/operators.py`), with limits that the seed draws (`rig/shrunk.py`). They remove
 entries and counts, so that the ledger says little; what the relay sent must be in the tables all the same, since the
 relay still has all of it, and no gap may be recorded. After each step /readyz may not say that all is well when an
 outsider sees that it is not.
@@ -38,11 +38,11 @@ from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import Fault as RelayFault
 from fastworker.simulator.repo import SimFrame
-from tests.rig import operator, shrunk
-from tests.rig.operator import Operator
+from tests.rig import operators, shrunk
+from tests.rig.operators import Operator
 from tests.rig.proxy import Proxy
 from tests.rig.redises import Cluster, Place, Sentinels
-from tests.rig.stage import GROUP, Stage, ended_in, entries_of
+from tests.rig.stage import GROUP, Stage, ended_in, entries_of, unless_over
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.
 WEIGHTS = {
@@ -72,9 +72,9 @@ WEIGHTS = {
 PARTITIONED = {"partitions": 6, "owners_lost": 3, "owners_taken": 3}
 PARTITIONS, PARTITIONS_MAX = "FASTWORKER_STREAM_PARTITIONS", 6
 PLACES_OF_REDIS: dict[str, type[Place]] = {"sentinel": Sentinels, "cluster": Cluster}
-SERVERS = ("postgres_kill", "redis_kill", "primary_kill", "primary_stop", *operator.SERVERS)
-# What the pipeline passes; the migration's is tested with the migration.
-PLACES = [place for place in Step if place is not Step.IN_MIGRATION]
+SERVERS = ("postgres_kill", "redis_kill", "primary_kill", "primary_stop", *operators.SERVERS)
+# What the pipeline passes; the others are tested with the migration and with bulk loads.
+PLACES = [place for place in Step if place is not Step.IN_MIGRATION and not place.startswith("bulk_")]
 ON_TOP = 0.2  # faults of a smaller amount leave no time to recover: the next one comes on top
 RECOVERY_S = 15.0
 RATE = 150.0
@@ -111,7 +111,7 @@ class Form(NamedTuple):
         """Of the faults that only this form has."""
         own: dict[str, int] = {}
         if self.with_operator:
-            own |= operator.WEIGHTS
+            own |= operators.WEIGHTS
         if self.partitions:
             own |= PARTITIONED
         if self.redis:
@@ -259,8 +259,9 @@ class Chaos:
         """
         before = ended_in(await self.stage.ledger())
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as limit:
                 while ended_in(await self.stage.ledger()) <= before:
+                    unless_over(limit)
                     await asyncio.sleep(0.1)
         except TimeoutError:
             is_long = limit_s >= RECOVERY_S  # readiness gives work some seconds
@@ -310,7 +311,7 @@ class Chaos:
                 await self.stage.redis.delete(self.stage.keys.owners, self.stage.keys.members)
             case "owners_taken":
                 await self._owned_by_one()
-            case _ if self._operator is not None and kind in operator.WEIGHTS:
+            case _ if self._operator is not None and kind in operators.WEIGHTS:
                 await self._operator.act(kind)
             case _ if kind in self.stage.place.weights:
                 await self.stage.place.act(kind, amount)

@@ -49,8 +49,12 @@ def read(path: Path, car: bytes, in_memory_max: int = 0) -> list[TreeRecord]:
 
 
 def flaw(path: Path, car: bytes) -> Flaw:
+    """The same, whether blocks are held or read from the file."""
     with pytest.raises(Unproved) as caught:
         read(path, car)
+    with pytest.raises(Unproved) as held:
+        read(path, car, 1 << 30)
+    assert held.value.flaw == caught.value.flaw
     return caught.value.flaw
 
 
@@ -145,6 +149,18 @@ def test_a_key_or_a_value_that_nothing_can_be_stored_of_costs_no_other(tmp_path:
         found = {held.rkey: held.block for held in repository.records()}
         assert repository.bad_paths == 1
     assert found == {LEAF[0].decode()[6:]: None, LEAF[1].decode()[6:]: b"\xa0"}
+
+
+def test_a_key_without_a_slash_says_nothing_of_the_next(tmp_path: Path, in_memory_max: int) -> None:
+    names = [f"a.b.c{n}" for n in range(60)]
+    first = next(name for name in names if mst.layer_of(name.encode()) == 0)
+    keys = [first, next(f"{first}0/{n}" for n in range(60) if mst.layer_of(f"{first}0/{n}".encode()) == 0)]
+    file = tmp_path / "repo.car"
+    file.write_bytes(made(node([(key.encode(), EMPTY_RECORD, None) for key in keys])))
+    with Repository(file, in_memory_max=in_memory_max) as repository:
+        repository.check()
+        assert [f"{one.collection}/{one.rkey}" for one in repository.records()] == keys[1:]
+        assert repository.bad_paths == 1
 
 
 def test_headers_and_sizes(tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ WELL = {
     "fastworker_unaccounted_entries": "0x90",
     "fastworker_oldest_debt_seconds": "0.4x90",
     "fastworker_debts_put_back": "0x90",
+    'fastworker_truth_ratio{table="posts"}': "1x90",
+    "fastworker_repair_oldest_seconds": "900x90",
 }
 # What is otherwise when an alert should fire.
 ILL = {
@@ -182,13 +184,18 @@ ILL = {
     "FastworkerMemory": {"process_memory_bytes": "600000000x90"},
     "FastworkerDebtsOld": {"oldest_debt_seconds": "0+60x90"},
     "FastworkerDebtsPutBack": {"debts_put_back": "1x90"},
+    "FastworkerUntrue": {"truth_ratio": "0.99x90"},
+    "FastworkerRepairsLate": {"repair_oldest_seconds": "20000+60x90"},
     "FastworkerUnaccounted": {"unaccounted_entries": "12x90"},
 }
 
 
+def test_every_alert_has_a_state_in_which_it_should_fire() -> None:
+    assert set(ILL) == set(rules())
+
+
 def test_every_alert_fires_when_it_should_and_no_other_does(promtool: str, tmp_path: Path) -> None:
     """One instance for each alert, ill in that way alone, and one that is well."""
-    assert set(ILL) == set(rules())
     lines = [f"rule_files: [{MONITORING / 'alerts.yml'}]", "evaluation_interval: 1m", "tests:"]
     lines += ["- interval: 1m", "  input_series:"]
     for instance, changes in [("well", {}), *ILL.items()]:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fastworker.monitor.readiness import Facts, Process, Watch, postgres_away, readiness
+from fastworker.monitor.readiness import Facts, Process, Refused, Watch, postgres_away, readiness
 from fastworker.process.board import Heartbeats, State, now_ms
 
 WELL = Facts(processes=[Process(name="worker-0"), Process(name="worker-1"), Process(name="monitor", is_worker=False)])
@@ -50,6 +50,16 @@ def test_well() -> None:
 def test_each_rule_speaks_alone(facts: Facts, words: str) -> None:
     [reason] = readiness(facts)
     assert re.search(words, reason)
+
+
+def test_a_worker_that_waits_for_a_redis_that_answers_others_is_told_of() -> None:
+    refused, one = (
+        Refused(),
+        Process(name="worker-0", state=State.WAITING_FOR_STREAM, error="StreamUnavailable: no XACK"),
+    )
+    assert [refused.look([one], now) for now in (1.0, 6.9, 7.1)] == ["", "", "StreamUnavailable: no XACK"]
+    assert refused.look([msgspec.structs.replace(one, state=State.RUNNING)], 8.0) == ""
+    assert refused.look([one], 9.0) == ""
 
 
 @pytest.mark.parametrize(
