@@ -395,7 +395,12 @@ def _patterns(_context: click.Context, _option: click.Parameter, text: str | Non
 @click.option("--follows-of", multiple=True, metavar="DID", help="This account and whom it follows. May be repeated.")
 @click.option("--depth", type=click.IntRange(1, 2), default=1, show_default=True, help="2: also whom these follow.")
 @click.option("--host", metavar="NAME", help="Every account that this host lists.")
-@click.option("--collection", metavar="NSID", help="Every account that has such a record, as the relay lists them.")
+@click.option(
+    "--collection",
+    multiple=True,
+    metavar="NSID",
+    help="Every account that has such a record, as the relay lists them. May be repeated.",
+)
 @click.option("--all", "everybody", is_flag=True, help="Every account of every host that the relay lists. Needs --yes.")
 @click.option("--yes", is_flag=True, help="With --all: yes, the whole network.")
 @click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")
