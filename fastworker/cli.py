@@ -296,14 +296,14 @@ def health(*, live: bool) -> ExitCode:
 
     Exit 1 when it does not, or when nobody answers on its port.
     """
-    from fastworker.monitor.page import ask_health, real_port
+    from fastworker.monitor.health import ask_health, real_port
 
     config = _config()
     if config.http_port in (0, "off"):
         raise ConfigError("FASTWORKER_HTTP_PORT is 0 or off: `fastworker health` needs a port that it can know")
     chosen = config.http_port
     ports = [real_port(WORKER_PORT), real_port(READER_PORT)] if chosen is None else [int(chosen)]
-    well, words = _run(ask_health(config.http_host, ports, "/livez" if live else "/readyz"))
+    well, words = ask_health(config.http_host, ports, "/livez" if live else "/readyz")
     click.echo(printable_lines(words), err=not well)
     return ExitCode.DONE if well else ExitCode.NO
 
@@ -395,7 +395,12 @@ def _patterns(_context: click.Context, _option: click.Parameter, text: str | Non
 @click.option("--follows-of", multiple=True, metavar="DID", help="This account and whom it follows. May be repeated.")
 @click.option("--depth", type=click.IntRange(1, 2), default=1, show_default=True, help="2: also whom these follow.")
 @click.option("--host", metavar="NAME", help="Every account that this host lists.")
-@click.option("--collection", metavar="NSID", help="Every account that has such a record, as the relay lists them.")
+@click.option(
+    "--collection",
+    multiple=True,
+    metavar="NSID",
+    help="Every account that has such a record, as the relay lists them. May be repeated.",
+)
 @click.option("--all", "everybody", is_flag=True, help="Every account of every host that the relay lists. Needs --yes.")
 @click.option("--yes", is_flag=True, help="With --all: yes, the whole network.")
 @click.option("--estimate", is_flag=True, help="Only print accounts, bytes, rows, disk and time.")

@@ -139,6 +139,8 @@ def words_of(error: BaseException, authority: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:
         return os.strerror(error.errno)  # type: ignore[arg-type] # its own words are those of the event loop
+    if isinstance(error, ConnectionError) and error.errno is None:  # a driver's words about its own calls
+        return "it closed the connection"
     return re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
 
 

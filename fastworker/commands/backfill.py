@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final
 
 from rich.console import Console
@@ -101,9 +102,9 @@ async def _count(scene: Scene, choice: Choice) -> Counter[str]:
     if choice.everybody:
         return Counter({_of_list(scene, one.hostname): one.accountCount or 0 async for one in all_hosts(scene)})
     if choice.host is not None:
-        listed = await _listed(scene, scene.hosts.origin(choice.host), None)
+        listed = await _listed(scene, scene.hosts.origin(choice.host))
         return Counter({_of_list(scene, choice.host): listed.total()})
-    if choice.collection is not None:
+    if choice.collection:
         return await _listed(scene, relay_of(scene.config.relay_urls[0]), choice.collection)
     found: Counter[str] = Counter()
     if choice.dids is not None:
@@ -129,22 +130,27 @@ async def _by_host(scene: Scene, dids: list[str]) -> Counter[str]:
     return Counter({row[0]: row[1] for row in await scene.queue.rows(_HOSTS, dids)})
 
 
-async def _listed(scene: Scene, source: str, collection: str | None) -> Counter[str]:
-    """The accounts of a list."""
+async def _listed(scene: Scene, source: str, collections: Sequence[str | None] = (None,)) -> Counter[str]:
+    """The accounts of a list, or of one for each collection. Who is in several of them counts once."""
     found: Counter[str] = Counter()
-    cursor = None
-    while True:
-        try:
-            if collection is None:
-                repos, cursor = await scene.hosts.list_repos(source, cursor)
-            else:
-                repos, cursor = await scene.hosts.list_collection(source, collection, cursor)
-        except HostError as error:
-            raise Unreachable(f"the list of accounts cannot be read: {error}") from error
-        dids = [one.did for one in repos]
-        found += await _by_host(scene, dids)
-        if cursor is None or not dids:
-            return found
+    seen: set[str] = set()
+    for collection in collections:
+        cursor = None
+        while True:
+            try:
+                if collection is None:
+                    repos, cursor = await scene.hosts.list_repos(source, cursor)
+                else:
+                    repos, cursor = await scene.hosts.list_collection(source, collection, cursor)
+            except HostError as error:
+                raise Unreachable(f"the list of accounts cannot be read: {error}") from error
+            dids = [one.did for one in repos if one.did not in seen]
+            if len(collections) > 1:
+                seen.update(dids)
+            found += await _by_host(scene, dids)
+            if cursor is None or not repos:
+                break
+    return found
 
 
 _HOSTS: Final = """

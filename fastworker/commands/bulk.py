@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from fastworker.commands.imports import files_of
+from fastworker.commands.imports import files_of, read_whose
 from fastworker.config import Config
 from fastworker.crashpoint import arm
 from fastworker.errors import (
@@ -40,7 +40,7 @@ from fastworker.sync.bulk import stage, write_verifications
 from fastworker.sync.files import Car, Settings, settle_cars
 from fastworker.sync.report import Report, duration, unless_stopped
 from fastworker.sync.settle import Settled
-from fastworker.table.chosen import WHOLE, Part
+from fastworker.table.chosen import WHOLE, Part, chosen_accounts
 from fastworker.table.snapshot import Snapshot, tid_moment
 
 if TYPE_CHECKING:  # what talks to Redis and to hosts is imported where it is used: files need neither
@@ -112,6 +112,7 @@ async def load_choice(
 async def load_files(config: Config, paths: Sequence[Path], stop: asyncio.Event) -> ExitCode:
     """The same for CAR files that are there already. Signatures are not checked: a file is the operator's."""
     url = await _ready(config, "import")
+    await read_whose(config, url)
     async with open_bulk(url) as bulk:
         state = await bulk.state()
         if state is None:
@@ -326,7 +327,9 @@ async def _settle_later(
         async def all_of_them() -> None:
             if admin is not None:
                 await _finished(config, admin, later)
-            settings = Settings(url, OURS[0], config.derive, config.collections, tuple(config.trusted_verifiers))
+            settings = Settings(
+                url, OURS[0], config.derive, config.collections, config.trusted_verifiers, chosen_accounts()
+            )
             await settle_cars(settings, cars, told)
 
         if not await unless_stopped(all_of_them(), stop):

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from fastworker.config import Config
 from fastworker.errors import ConfigError, ExitCode, StoreUnavailable, Unreachable, first_of
+from fastworker.store.chosen_accounts import read_accounts
 from fastworker.store.migrate import check as check_schema
+from fastworker.store.repos import open_queue
 from fastworker.sync.files import Car, Settings, settle_cars
 from fastworker.sync.report import Report, unless_stopped
 from fastworker.sync.settle import Settled
+from fastworker.table.chosen import chosen_accounts
 
 
 async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Event, *, dry_run: bool) -> ExitCode:
@@ -27,9 +30,16 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
     url = config.require_database_url("import")
     if problems := await check_schema(url):
         raise Unreachable("\n".join(problems))
+    await read_whose(config, url)
     report = Report(dry_run=dry_run)
     settings = Settings(
-        url, "fastworker-import", config.derive, config.collections, tuple(config.trusted_verifiers), dry_run
+        url,
+        "fastworker-import",
+        config.derive,
+        config.collections,
+        config.trusted_verifiers,
+        chosen_accounts(),
+        dry_run,
     )
 
     async def told(car: Car, became: Settled | str) -> None:
@@ -48,6 +58,17 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
     except* StoreUnavailable as group:
         raise Unreachable(str(first_of(group))) from None
     return report.end()
+
+
+async def read_whose(config: Config, url: str) -> None:
+    """Whose records are kept. Raises ConfigError and Unreachable."""
+    if config.accounts is None:
+        return
+    try:
+        async with open_queue(url) as queue:
+            await read_accounts(config.accounts, queue.followed)
+    except StoreUnavailable as error:
+        raise Unreachable(str(error)) from None
 
 
 def _size(path: Path) -> int:

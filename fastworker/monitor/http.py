@@ -21,7 +21,6 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any, Protocol
 
-import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -32,7 +31,6 @@ from fastworker.metrics import Figures
 
 log = logging.getLogger(__name__)
 
-REQUEST_TIMEOUT_S = 10.0
 SHUTDOWN_S = 1.0
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -216,17 +214,3 @@ async def serve(source: Source, host: str, port: int, names: Iterable[str] = ())
 
 def port_is_taken(host: str, port: int) -> Unreachable:
     return Unreachable(f"Port {port} of {host} is in use: set FASTWORKER_HTTP_PORT to another one, to 0 or to off")
-
-
-async def ask(host: str, port: int, path: str) -> tuple[bool, str] | None:
-    """Whether a service's own port says that it is well, and its words; None when nobody listens."""
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-    url = f"http://[{address}]:{port}{path}" if ":" in address else f"http://{address}:{port}{path}"
-    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-    try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
-            return response.status == 200, (await response.text())[:2000].strip()
-    except aiohttp.ClientConnectorError:
-        return None
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        return False, str(error) or "no answer in time"

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -17,7 +16,8 @@ import msgspec
 from fastworker.config import Config
 from fastworker.errors import ConfigError, Unreachable
 from fastworker.monitor.facts import ProcessStatus
-from fastworker.monitor.http import Source, ask, port_is_taken, serve
+from fastworker.monitor.health import note_of
+from fastworker.monitor.http import Source, port_is_taken, serve
 from fastworker.monitor.rates import Written
 from fastworker.stream.letters import Letter
 
@@ -190,24 +190,9 @@ def _fell_back(http: HttpSettings, port: int) -> None:
     log.warning("Port %d of %s is in use: this service is at port %d", http.port, http.host, port)
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(_note(http.port or 0), flags, 0o600)
+        fd = os.open(note_of(http.port or 0), flags, 0o600)
         with open(fd, "w", encoding="ascii") as note:  # noqa: PTH123 - a descriptor
             note.write(f"{port} {os.getpid()}")
-
-
-def _note(default: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"fastworker-{os.getuid()}-http-{default}"
-
-
-def real_port(default: int) -> int:
-    """The port of the service that left a note (`_fell_back`), while it lives; else the default."""
-    with suppress(OSError, ValueError):
-        fd = os.open(_note(default), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(fd, encoding="ascii") as note:  # noqa: PTH123 - a descriptor
-            port, pid = map(int, note.read(40).split())
-            if os.fstat(fd).st_uid == os.getuid() and Path(f"/proc/{pid}").exists():
-                return port
-    return default
 
 
 async def listen(stack: AsyncExitStack, source: Source, http: HttpSettings) -> int | None:
@@ -223,14 +208,6 @@ async def listen(stack: AsyncExitStack, source: Source, http: HttpSettings) -> i
         found = await stack.enter_async_context(serve(source, http.host, 0, http.names))
         _fell_back(http, found)
         return found
-
-
-async def ask_health(host: str, ports: Sequence[int], path: str) -> tuple[bool, str]:
-    """Whether every service that answers on these ports is well (at least one must), and what they say."""
-    answers = [answer for port in ports if (answer := await ask(host, port, path)) is not None]
-    if not answers:
-        return False, f"nobody answers on {host}, port {' or '.join(map(str, ports))}"
-    return all(well for well, _ in answers), "; ".join(words for _, words in answers)
 
 
 def pss(pid: int) -> int:

@@ -1,7 +1,8 @@
 """Whose fault a refusal of PostgreSQL is: one row's content, the database's state, or a bug of ours.
 
 Most SQLSTATEs say it. A constraint, a trigger or a type can be in the way of everybody's rows or of one: such an error
-is in doubt, and store/blame.py asks with a row of its own (table/control.py).
+is in doubt, and store/blame.py asks with a row of its own (table/control.py). So is whatever code of the database's own
+(the API's triggers) raises, by any SQLSTATE: it may look at what one row says.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _STATES = {
     "22P05",  # an encoding without the character
     "23503",  # a foreign key: nobody of ours makes one that rows of ours can break
 }
-_BUGS = {"21000", "42601", "42P02"}  # unless code of the database's own ran into them
+_BUGS = {"21000", "42601", "42P02"}
+_USED_UP = {"2200H", "22P05"}  # whoever runs into them
+_SERVERS = ("08", "25", "28", "3D", "40", "53", "57", "58", "F0", "XX")  # classes: whoever runs into them
+_SERVERS_CODES = {"55P03"}
 _OUR_FUNCTIONS = {"put", "put_whole", "recompute", "newer", *(routine.name for routine in packaged())}
 _CODE = re.compile(r'(?:PL/\w+ function |SQL function )"?([\w.]+)', re.ASCII)
 _QUOTED = re.compile(r"[\"«„]([^\"»“]+)[\"»“]")
@@ -35,9 +39,12 @@ _QUOTED = re.compile(r"[\"«„]([^\"»“]+)[\"»“]")
 
 def whose(error: PostgresError) -> Whose:
     state = error.sqlstate or ""
+    is_servers = state[:2] in _SERVERS or state in _SERVERS_CODES or state in _USED_UP
+    if not is_servers and _foreign_code(error):
+        return Whose.ROW
     if state in _STATES:
         return Whose.STATE
-    if state in _BUGS and not _foreign_code(error):
+    if state in _BUGS:
         return Whose.OURS
     return Whose.ROW if state[:2] in _IN_DOUBT or state in _IN_DOUBT_CODES else Whose.STATE
 

@@ -196,7 +196,8 @@ def _with_pairs(table: Table) -> str:
 
 def _read_stored(table: Table) -> str:
     short = table.name.rpartition(".")[2]
-    asked = " OR ".join(statements.has_any(name, table) for name in ("read_uris", "fresh_uris"))
+    names = ("read_uris", "fresh_uris") if statements.may_be_taken(table) else ("read_uris",)
+    asked = " OR ".join(statements.has_any(name, table) for name in names)
     return f"""
     IF {asked} THEN
         mine := {statements.slice_of("read_uris", table)};{_with_pairs(table) if table.pair else ""}
@@ -240,6 +241,17 @@ def _as_read(table: Table) -> str:
         END IF;"""
 
 
+def _of_cold(each: Callable[[Table], str]) -> str:
+    """One after the other, four to a condition: most flushes have records of no or one such table, and PL/pgSQL
+    prepares each condition anew in each transaction."""
+    cold = [table for table in TABLES if not table.hot]
+    groups = [cold[at : at + 4] for at in range(0, len(cold), 4)]
+    return "".join(
+        f"\n    IF {statements.has_any('read_uris', some[0], some[-1])} THEN{''.join(map(each, some))}\n    END IF;"
+        for some in groups
+    )
+
+
 def _change_hot(table: Table) -> str:
     rows = f"set_{table.name}"
     return f"""
@@ -280,7 +292,7 @@ _WORDS: dict[str, Callable[[], str]] = {
     "change_arguments": lambda: _arguments(_change_arguments()),
     "change_passed": lambda: ", ".join(f"{name} => {name}" for name in statements.CHANGE_ARGUMENTS),
     "change_hot": lambda: "".join(_change_hot(table) for table in TABLES if table.hot).removeprefix("\n"),
-    "change_cold": lambda: "".join(_change_cold(table) for table in TABLES if not table.hot).removeprefix("\n"),
+    "change_cold": lambda: _of_cold(_change_cold).removeprefix("\n"),
     "crowded": lambda: _bound(statements.CROWDED, "roots", "crowd"),
     "first_arguments": lambda: _arguments(_typed(statements.COMMITTED_FIRST)),
     "read_arguments": lambda: _arguments(statements.key_arguments(statements.KEYS_READ)),
@@ -292,7 +304,7 @@ _WORDS: dict[str, Callable[[], str]] = {
         ((f"old_{table.name.rpartition('.')[2]}", f"{table.row_type}[]") for table in TABLES), "OUT "
     ),
     "profiles": lambda: _bound(statements.PROFILES, "user_profiles"),
-    "read_stored": lambda: "".join(map(_read_stored, TABLES)).removeprefix("\n"),
+    "read_stored": lambda: ("".join(map(_read_stored, _HOT)) + _of_cold(_read_stored)).removeprefix("\n"),
     "twins_delete": lambda: _bound(statements.TWINS_DELETE, "no_twins"),
     "twins_put": lambda: _bound(statements.TWINS_PUT, "new_twins"),
     "waiting": lambda: statements.WAITING,

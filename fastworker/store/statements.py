@@ -581,17 +581,17 @@ def slice_of(name: str, table: Table) -> str:
     return f"{name}[{name}{_ENDS}[{number}] + 1:{name}{_ENDS}[{number + 1}]]"
 
 
-def has_any(name: str, table: Table) -> str:
-    number = TABLES.index(table) + 1
-    return f"{name}{_ENDS}[{number}] < {name}{_ENDS}[{number + 1}]"
+def has_any(name: str, table: Table, last: Table | None = None) -> str:
+    """Whether there are keys of the table, or of one from it to the last."""
+    return f"{name}{_ENDS}[{TABLES.index(table) + 1}] < {name}{_ENDS}[{TABLES.index(last or table) + 2}]"
 
 
 def keys_of_tables(name: str, keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Two arguments: `keys` by table, one after the other; none where there are none."""
-    ends = [0]
-    values: list[str] = []
+    ends, values = [0], list[str]()
     for table in TABLES:
-        values += keys.get(table.name, ())
+        if table.name in keys:
+            values += keys[table.name]
         ends.append(len(values))
     return {name: values, name + _ENDS: ends} if values else {}
 

@@ -198,11 +198,11 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
     count = 0
     is_fresh = True
     for table, mine in by_table(changes):
-        have = stored.rows.get(table.name, {})
+        have, twins = stored.rows.get(table.name, {}), stored.twins.get(table.name, {})
         unread: set[str] = {c.uri for c in mine if c.row is not None and table.hot}
         pairs: list[str] = []
-        if table.pair:
-            if any(not have.keys().isdisjoint(members) for members in stored.twins.get(table.name, {}).values()):
+        if table.pair and (have or twins or table.name in stored.read):
+            if any(not have.keys().isdisjoint(members) for members in twins.values()):
                 return None  # a record in two places, to be settled under its locks
             arrangement = _arrange(writer, table, mine, stored)
             unread, pairs = _not_read(table, mine, stored, arrangement)
@@ -218,6 +218,10 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
             # mutant: two of a pair in a small flush
             new_twins += twin_rows(table, arrangement)
         else:
+            wanted = [pair_of(table, c.row) for c in mine if c.row is not None] if table.pair else []
+            # mutant: two new records of a pair
+            if len(set(wanted)) < len(wanted):
+                return None
             updates, gone, missing = change_records(writer, table, {c.uri: c for c in mine}, have, effects)
             derive.add(effects, table, missing)
             deletes, inserts = set(gone), [c.row for c in missing if c.row is not None]

@@ -23,7 +23,7 @@ from fastworker.store.bulk import Bulk
 from fastworker.store.staged import ROWS, Job, Rows, Staging, open_staging
 from fastworker.store.store import Store
 from fastworker.table.batch import Batch, Change, Mapped
-from fastworker.table.chosen import Part, choose
+from fastworker.table.chosen import Part, choose, choose_accounts, chosen_accounts
 from fastworker.table.mapper import users_of
 from fastworker.table.snapshot import Snapshot, covered, pieces
 
@@ -49,14 +49,16 @@ async def stage(
     """Everything that waits, in processes of its own. Raises StoreUnavailable when one of them could not go on."""
     context = multiprocessing.get_context("spawn")  # no fork of a process that has loops and sockets
     children = [
-        context.Process(target=_child, args=(database_url, derive, collections, part, crash), daemon=True)
+        context.Process(
+            target=_child, args=(database_url, derive, collections, chosen_accounts(), part, crash), daemon=True
+        )
         for _ in range(processes())
     ]
     for child in children:
         child.start()
     try:
         while any(child.exitcode is None for child in children):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
             await told()
     finally:
         for child in children:
@@ -67,10 +69,16 @@ async def stage(
 
 
 def _child(
-    database_url: str, derive: frozenset[str], collections: tuple[str, ...], part: Part, crash: str | None
+    database_url: str,
+    derive: frozenset[str],
+    collections: tuple[str, ...],
+    accounts: frozenset[str] | None,
+    part: Part,
+    crash: str | None,
 ) -> None:
     arm(crash)
     choose(collections)
+    choose_accounts(accounts)
     asyncio.run(stage_all(database_url, derive, part))
 
 

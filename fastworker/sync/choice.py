@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     follows_of: tuple[str, ...] = ()
     depth: int = 1
     host: str | None = None
-    collection: str | None = None
+    collection: tuple[str, ...] = ()
     everybody: bool = False
     days: int | None = None
     collections: tuple[str, ...] | None = None
@@ -82,11 +82,9 @@ class _Feed:
             await self._follows(list(choice.follows_of), choice.depth)
         if choice.host is not None:
             await read_host(scene, choice.host, REASON, CHOSEN, again=choice.again, part=self._part)
-        if choice.collection is not None:
+        for collection in choice.collection:
             relay = relay_of(scene.config.relay_urls[0])
-            await read_repos(
-                scene, relay, REASON, CHOSEN, collection=choice.collection, again=choice.again, part=self._part
-            )
+            await read_repos(scene, relay, REASON, CHOSEN, collection=collection, again=choice.again, part=self._part)
         if choice.everybody:
             async for host in all_hosts(scene):
                 try:

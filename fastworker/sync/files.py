@@ -27,7 +27,7 @@ from fastworker.event.repository import Repository
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync.settle import SMALL_BYTES, Job, Settle, Settled
-from fastworker.table.chosen import WHOLE, Part, choose
+from fastworker.table.chosen import WHOLE, Part, choose, choose_accounts
 from fastworker.table.snapshot import Snapshot, tid_moment
 
 GROUP: Final = 64
@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True):
     derive: frozenset[str]
     collections: tuple[str, ...]
     trusted_verifiers: tuple[str, ...] = ()
+    accounts: frozenset[str] | None = None
     dry_run: bool = False
 
 
@@ -175,6 +176,7 @@ async def _ask(ours: Connection, group: list[Car], told: Told) -> None:
 def _child(settings: Settings, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     choose(settings.collections)
+    choose_accounts(settings.accounts)
     try:
         uvloop.run(_answer(settings, pipe))
     except StoreUnavailable as error:

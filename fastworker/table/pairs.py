@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from fastworker.table.batch import Change, Row, newer, replaces, stored_version
 from fastworker.table.rows import own_cid
-from fastworker.table.schema import Table, twin_order
+from fastworker.table.schema import TABLES, Table, twin_order
+
+_PAIR_AT = {table.name: tuple(table.index(column) for column in table.pair) for table in TABLES}
 
 
 class Member(NamedTuple):
@@ -60,7 +62,7 @@ class Arrangement:
 
 def pair_of(table: Table, row: Row) -> str:
     """The key of a row's pair: the values of its pair columns, one a line."""
-    return "\n".join(row[table.index(column)] for column in table.pair)
+    return "\n".join([row[at] for at in _PAIR_AT[table.name]])
 
 
 def rearrange(

@@ -18,6 +18,7 @@ from fastworker.commands.backfill import backfill
 from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
+from fastworker.simulator import mst
 from fastworker.store.repos import CHOSEN, Wanted, open_queue
 from fastworker.stream.admin import open_redis
 from fastworker.sync import many
@@ -114,7 +115,16 @@ async def test_choices(
     done = {row[0] for row in await pg.fetch("SELECT did FROM fastworker.repos WHERE state IN ('done', 'gone')")}
     assert done >= {follower, *follows}
 
-    assert await chosen(scene, collection="app.bsky.feed.like") == ExitCode.DONE
+    likes_and_posts = ("app.bsky.feed.like", "app.bsky.feed.post")
+    capsys.readouterr()
+    choice = Choice(collection=likes_and_posts)
+    assert await history.estimate(config_of(scene), choice, hosts=scene.hosts) == ExitCode.DONE
+    starts = tuple(f"{name}/".encode() for name in likes_and_posts)
+    have = {one.did for one in accounts if any(key.startswith(starts) for key, _ in mst.items(one.repo.root))}
+    assert f"accounts  {len(have):,}\n" in capsys.readouterr().out  # who has both is counted once
+    assert await chosen(scene, collection=likes_and_posts) == ExitCode.DONE
+    lists = {row[0] for row in await pg.fetch("SELECT collection FROM fastworker.sweeps WHERE collection <> ''")}
+    assert lists == {*likes_and_posts}
     assert await chosen(scene, everybody=True) == ExitCode.DONE
     assert await scene.differences(pg) == "no difference"
     capsys.readouterr()

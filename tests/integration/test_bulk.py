@@ -238,16 +238,36 @@ async def test_what_became_of_files_is_told_one_at_a_time(bulk: Bulk, monkeypatc
     assert at_once == {1}
 
 
-@pytest.mark.parametrize("words", [("import",), ("import", "--bulk")], ids=["live", "bulk"])
+IMPORTS = pytest.mark.parametrize("words", [("import",), ("import", "--bulk")], ids=["live", "bulk"])
+A, B = ("did:plc:" + letter * 24 for letter in "ab")
+WHOSE = "SELECT split_part(uri, '/', 3) FROM verifications UNION SELECT split_part(uri, '/', 3) FROM fastworker.twins"
+
+
+def verifiers(folder: Path) -> Path:
+    """Two accounts that verify the same one."""
+    record = {"$type": VERIFICATION, "subject": "did:plc:" + "s" * 24, "handle": "a.test", "displayName": "A"}
+    for did in (A, B):
+        repo = Repo(did, key=SigningKey(did))
+        repo.commit([("create", f"{VERIFICATION}/3k{did[-11:]}", record)])
+        (folder / f"{did[-1]}.car").write_bytes(car_bytes(*repo.export()))
+    return folder
+
+
+@IMPORTS
 async def test_trusted_verifiers_come_first_in_history(
     postgres_url: str, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    record = {"$type": VERIFICATION, "subject": "did:plc:" + "s" * 24, "handle": "a.test", "displayName": "A"}
-    for letter in "ab":
-        repo = Repo("did:plc:" + letter * 24, key=SigningKey(letter))
-        repo.commit([("create", f"{VERIFICATION}/3k{letter * 11}", record)])
-        (tmp_path / f"{letter}.car").write_bytes(car_bytes(*repo.export()))
-    env = {"DATABASE_URL": postgres_url, "FASTWORKER_TRUSTED_VERIFIERS": "did:plc:" + "b" * 24}
-    done = await asyncio.to_thread(run, *words, str(tmp_path), **env)
+    env = {"DATABASE_URL": postgres_url, "FASTWORKER_TRUSTED_VERIFIERS": B}
+    done = await asyncio.to_thread(run, *words, str(verifiers(tmp_path)), **env)
     assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
-    assert await asked(postgres_url, "SELECT split_part(uri, '/', 3) FROM verifications") == ["did:plc:" + "b" * 24]
+    assert await asked(postgres_url, "SELECT split_part(uri, '/', 3) FROM verifications") == [B]
+    assert sorted(await asked(postgres_url, WHOSE)) == [A, B]
+
+
+@IMPORTS
+async def test_only_chosen_accounts_are_imported(postgres_url: str, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (file := tmp_path / "accounts").write_text(B)
+    env = {"DATABASE_URL": postgres_url, "FASTWORKER_ACCOUNTS": str(file)}
+    done = await asyncio.to_thread(run, *words, str(verifiers(tmp_path)), **env)
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert await asked(postgres_url, WHOSE) == [B]

@@ -333,3 +333,16 @@ async def test_settings_of_the_role_change_nothing(postgres_url: str, empty_post
     assert await migrate(empty_postgres_url) == DONE
     assert await migrate(postgres_url) == []
     assert await check(postgres_url) == []
+
+
+async def test_a_server_that_hangs_up_is_told_in_our_words() -> None:
+    """As Docker's proxy does in front of a container whose PostgreSQL does not listen yet."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unreachable, match=r"cannot be reached: it closed the connection$"):
+            await migrate(f"postgresql://postgres@127.0.0.1:{port}/atproto")

@@ -35,6 +35,7 @@ from fastworker.config import VARIABLES
 from fastworker.edge.embedded import free_port
 from fastworker.law.compare import diff, dump, report
 from fastworker.law.model import Model
+from fastworker.process.child import LEFT_S
 from fastworker.simulator.network import Network
 from fastworker.simulator.relay import SimRelay
 from tests.servers import PostgresUnderTest, RedisUnderTest, connected
@@ -314,6 +315,18 @@ def test_the_names_that_the_guide_s_commands_use() -> None:
             assert source in file["volumes"] or (ROOT / source).is_file(), f"{name} wants {source}"
 
 
+def test_every_platform_waits_longer_for_a_stop_than_a_service_takes() -> None:
+    """Who is killed in that second does not say any more what it waited for."""
+    waits = [compose()["services"][name]["stop_grace_period"] for name in ("python-worker", "python-firehose")]
+    for pattern, pages in {
+        r"terminationGracePeriodSeconds: (\d+)": ROOT.glob("deploy/kubernetes/base/*er.yaml"),
+        r"TimeoutStopSec=(\d+)": [*ROOT.glob("docs/systemd/*.service"), ROOT / "docs/operations.md"],
+    }.items():
+        waits += [re.findall(pattern, page.read_text())[0] for page in pages]
+    assert len(waits) == 7
+    assert all(float(wait.removesuffix("s")) > LEFT_S for wait in waits), waits
+
+
 def volume_of(service: dict[str, Any]) -> str:
     """Where its one volume is mounted; the image has that directory, and it belongs to the image's user."""
     (volume,) = service["volumes"]
@@ -328,20 +341,24 @@ OLD_STACK = {"redis", "python-firehose", "python-worker", "python-backfill-worke
 """The services of the compose file that fastworker takes over from."""
 
 
-def test_the_documents_name_services_that_the_compose_files_have() -> None:
+COMPOSE_WORDS = {"up", "stop", "start", "down", "ps", "logs", "exec", "run", "config"}
+"""What the documents may use: both composes (1.29 and 2) take any number of services after these. `stats` is no word of
+1.29, and takes one service in 2."""
+
+
+def test_the_documents_name_words_and_services_that_compose_knows() -> None:
     ours, seen = set(compose()["services"]), 0
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for line in re.findall(r"docker[ -]compose ([^`#\n]+)", page.read_text()):
+    pages = [ROOT / "README.md", ROOT / "docker-compose.yml", *ROOT.glob("deploy/*.yml"), *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for line in re.findall(r"docker[ -]compose ((?:--?\w+ \S+ )*[a-z][^`#)\n]*)", page.read_text()):
             words = shlex.split(line)
-            files = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "-f"]
-            at = next(
-                (n for n, word in enumerate(words) if word in {"up", "stop", "start", "run", "logs", "exec", "stats"}),
-                None,
-            )
-            if at is None:
-                continue
-            named = [word for word in words[at + 1 :] if not word.startswith("-")]
-            named = named[:1] if words[at] in {"exec", "run"} else named  # what follows is the command's
+            files = []
+            while words[0].startswith("-"):  # -f FILE, -p NAME, --profile NAME
+                option, value, *words = words
+                files += [value] if option == "-f" else []
+            assert words[0] in COMPOSE_WORDS, f"{page.name}: {line}"
+            named = [word for word in words[1:] if not word.startswith("-")]
+            named = named[:1] if words[0] in {"exec", "run"} else named  # what follows is the command's
             known = OLD_STACK if files == ["/srv/appview/docker-compose.yml"] else ours
             assert set(named) <= known, f"{page.name}: {line}"
             seen += len(named)

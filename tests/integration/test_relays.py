@@ -128,6 +128,23 @@ async def test_of_claims_by_two_relays_the_earliest_shows_the_handle(store: Stor
     assert await differences(lawful(events), pg) == "no difference"
 
 
+async def test_a_claim_locks_only_those_whose_handle_changes(
+    store: Store, pg: asyncpg.Connection, postgres_url: str
+) -> None:
+    """Anybody's accounts may claim a handle: the next claim must not lock, or wait for, all who claimed it before."""
+    events = number([identity(A, "one.test"), identity(B, "one.test"), identity(C, "one.test")], bare=False)
+    await store.write(batch_of(events[:2]))
+    another = await asyncpg.connect(postgres_url)
+    try:
+        async with another.transaction():
+            await another.execute("SELECT FROM users WHERE did = ANY($1) FOR UPDATE", [A, B])
+            await store.write(batch_of(events[2:]))
+    finally:
+        await another.close()
+    shown = {row[0]: row[1] for row in await pg.fetch("SELECT did, handle FROM users")}
+    assert shown == {A: "one.test", B: "handle.invalid", C: "handle.invalid"}
+
+
 async def test_a_deletion_of_the_only_relay_goes_by_its_seq(store: Store, pg: asyncpg.Connection) -> None:
     """A repository's own clock does not matter there, nor does it afterwards to what was purged before."""
     events = [event | {"relay": "a.test"} for event in number([*records("one"), account("deleted")], bare=False)]

@@ -417,6 +417,39 @@ async def test_the_command_applies_it_and_sets_the_password(
     assert "NOWHERE is not set" in said
 
 
+@pytest.mark.parametrize("by", ["the command", "the SQL"])
+async def test_rights_of_two_roles_are_given_at_once(postgres_url: str, pg: asyncpg.Connection, by: str) -> None:
+    """As `docker compose up` does. PostgreSQL refuses who changes a table's rights while another does ("tuple
+    concurrently updated"), so the second waits for the first.
+    """
+    roles: dict[rights.Service, str] = {"worker": f"one_{os.getpid()}", "reader": f"two_{os.getpid()}"}
+    begun, separator, _ = rights.sql("worker", roles["worker"]).rpartition("COMMIT;")
+    assert separator
+    await pg.execute("".join(f"CREATE ROLE {role} LOGIN;" for role in roles.values()))
+    other = await asyncpg.connect(postgres_url)
+    try:
+        await pg.execute(begun)
+        second: asyncio.Task[object] = asyncio.create_task(
+            rights.grant(postgres_url, "reader", roles["reader"], "secret")
+            if by == "the command"
+            else other.execute(rights.sql("reader", roles["reader"]))
+        )
+        while not second.done() and not await pg.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            await asyncio.sleep(0.02)
+        await pg.execute("COMMIT")
+        await second
+        for service, role in roles.items():
+            found = await postgres_admin.facts(
+                postgres_url.replace("postgres@", f"{role}@", 1), rights.TABLE_RIGHTS[service]
+            )
+            assert found.lacking == ()
+    finally:
+        await other.close()
+        await pg.execute("ROLLBACK")
+        for role in roles.values():
+            await pg.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 @pytest.mark.parametrize(
     "words", ["worker", "verify", "migrate", "repair did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "grants worker --apply"]
 )

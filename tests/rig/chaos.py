@@ -42,7 +42,7 @@ from tests.rig import operators, shrunk
 from tests.rig.operators import Operator
 from tests.rig.proxy import Proxy
 from tests.rig.redises import Cluster, Place, Sentinels
-from tests.rig.stage import GROUP, Stage, ended_in, entries_of
+from tests.rig.stage import GROUP, Stage, ended_in, entries_of, unless_over
 
 # How often each fault comes in a hundred. The servers themselves: a tenth.
 WEIGHTS = {
@@ -268,8 +268,9 @@ class Chaos:
         """
         before = ended_in(await self.stage.ledger())
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as limit:
                 while ended_in(await self.stage.ledger()) <= before:
+                    unless_over(limit)
                     await asyncio.sleep(0.1)
         except TimeoutError:
             is_long = limit_s >= RECOVERY_S  # readiness gives work some seconds

@@ -138,6 +138,7 @@ MUTANTS = [
     _mutant("the gate of a small flush open", _CHANGE, IN_TWO_CALLS.format("create_and_delete_of_a_cold_record"), "IF false THEN"),
     _mutant("identities of who must not be stored", _FIRST, BUGS, "IF false THEN"),
     _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
+    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "if False:"),
     _mutant("two of a pair taken to be new", "fastworker/store/whole.py", OF_WHOLE, "is_fresh = bool(pairs) and sql.may_be_taken(table)"),
     _mutant("a record in two places", "fastworker/store/sql/look_back.sql", IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "SELECT 'twin', NULL, NULL, NULL WHERE false"),
     _mutant("a cold record becomes a twin meanwhile", _SETTLE, RACES + "::test_every_interleaving_ends_as_the_law_says[cold_pairs_changed-copy]", "if False:"),

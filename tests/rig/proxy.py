@@ -97,7 +97,8 @@ class Proxy:
             finally:
                 for one in (writer, far_writer):
                     self._writers.discard(one)
-                    one.transport.abort()
+                    with contextlib.suppress(AttributeError):  # asyncio's, of a transport that is closed by now
+                        one.transport.abort()
         finally:
             self._tasks.discard(task)
 

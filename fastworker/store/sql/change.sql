@@ -38,6 +38,9 @@ BEGIN
     IF new_twins IS NOT NULL THEN
         {{twins_put}};
     END IF;
+    IF gated_uris IS NULL THEN
+        RETURN;
+    END IF;
     IF user_profiles IS NOT NULL THEN
         {{profiles}};
     END IF;
