@@ -75,7 +75,7 @@ def backfill(folder: Path, *, derive: str, bulk: bool, likes: int = 0) -> Figure
 def _in_sync(running: Servers, folder: Path, derive: str) -> Figures:
     """The same once more, with nothing to write: as the command itself says it, without the start of Python."""
     words = [PYTHON, "-m", "fastworker", "import", str(folder)]
-    before = cpu_s(running.postgres.pid)
+    before, before_us = cpu_s(running.postgres.pid), _ended_s()
     done = subprocess.run(
         words, env=environment(running, FASTWORKER_DERIVE=derive), capture_output=True, text=True, check=True
     )
@@ -84,6 +84,7 @@ def _in_sync(running: Servers, folder: Path, derive: str) -> Figures:
     records = int(found[1].replace(",", ""))
     return {
         "in sync records/s": records / float(found[2]),
+        "in sync command CPU us/record": (_ended_s() - before_us) / records * 1e6,
         "in sync postgres CPU us/record": (cpu_s(running.postgres.pid) - before) / records * 1e6,
     }
 

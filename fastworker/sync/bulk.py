@@ -58,7 +58,7 @@ async def stage(
         child.start()
     try:
         while any(child.exitcode is None for child in children):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
             await told()
     finally:
         for child in children:

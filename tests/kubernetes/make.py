@@ -2,10 +2,14 @@
 
 FOLDER is `kubernetes-json-schema/v1.31.0-local-strict` of the package kubernetes-validate. The package is not installed
 for the tests: its schemas of all releases are 17,000 files, more than half of what the whole set-up would write.
+
+`python -m tests.kubernetes.make monitor > tests/kubernetes/monitor.json`: the Prometheus operator's, where the package
+cloudcoil-models-prometheus-operator (0.80.1) is installed. Its models let unknown members through; what is made here does not.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -46,6 +50,25 @@ def references(node: Any) -> set[str]:
     return set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(node)))
 
 
+def monitor() -> None:
+    """Of pydantic's words: a member may be left out, which is not to say that it may be null; there are no others."""
+
+    def strict(node: Any) -> Any:
+        if isinstance(node, list):
+            return [strict(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        made = {name: strict(value) for name, value in node.items() if not (name == "default" and value is None)}
+        if "anyOf" in made:
+            made["anyOf"] = [one for one in made["anyOf"] if one != {"type": "null"}]
+        if isinstance(made.get("title"), str):
+            del made["title"]
+        return made | ({"additionalProperties": False} if isinstance(made.get("properties"), dict) else {})
+
+    model = importlib.import_module("cloudcoil.models.prometheus_operator.v1").ServiceMonitor
+    print(json.dumps(bare(strict(model.model_json_schema())), separators=(",", ":"), sort_keys=True))  # noqa: T201
+
+
 def main(folder: Path) -> None:
     definitions = json.loads((folder / "_definitions.json").read_text())["$defs"]
     kinds = {kind: bare(json.loads((folder / file_of(kind)).read_text())) for kind in KINDS}
@@ -59,4 +82,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    monitor() if sys.argv[1] == "monitor" else main(Path(sys.argv[1]))
