@@ -17,6 +17,7 @@ from bench.servers import cpu_s, servers
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
 from fastworker.store import statements as sql
+from fastworker.store.rules import Rules
 from fastworker.store.session import SESSION
 from fastworker.store.store import Store
 from fastworker.table import derive as derived
@@ -44,7 +45,9 @@ def flush(folder: Path, *, size: int, events: int, derive: str) -> dict[str, Any
     with servers() as running:
 
         async def write() -> tuple[float, float]:
-            store = await Store.connect(running.postgres.url, derive=derived.FULL if derive == "full" else derived.CORE)
+            store = await Store.connect(
+                running.postgres.url, rules=Rules(derived.FULL if derive == "full" else derived.CORE)
+            )
             start, own = time.perf_counter(), time.process_time()
             for batch in batches:
                 await store.write(batch)

@@ -332,12 +332,11 @@ def verify(
     if "list" in only:
         click.echo("\n".join(verification.names()))
         return ExitCode.DONE
-    options = verification.VerifyOptions(repair, only, rows, pause_s, start, as_json, config.resolve_handles)
+    options = verification.VerifyOptions(repair, only, rows, pause_s, start, as_json)
 
     async def run() -> ExitCode:
         with stop_on_signals() as stop:
-            url, trusted = config.require_database_url("verify"), config.trusted_verifiers
-            return await verification.verify(url, config.derive, options, stop, trusted_verifiers=trusted)
+            return await verification.verify(config.require_database_url("verify"), config.rules, options, stop)
 
     return _run(run())
 

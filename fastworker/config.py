@@ -25,6 +25,7 @@ from fastworker import urls
 from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
+from fastworker.store.rules import Rules
 from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM, slot
 from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, PARTITIONS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
@@ -366,7 +367,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Literal["on", "keep"],
         _env(
             "FASTWORKER_SYNCHRONOUS_COMMIT",
-            "worker up check",
+            "worker up check verify import repair backfill",
             "`on`: where a role, a database or the server has `synchronous_commit = off`, the worker's sessions turn "
             "it on, so that a crash of PostgreSQL loses nothing that was acknowledged; any other value stays. `keep`: "
             "off stays off, too.",
@@ -607,7 +608,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         _env(
             "FASTWORKER_RESOLVE_HANDLES",
-            "worker up",
+            "worker up verify repair backfill import",
             "Whether handles are verified over DNS and HTTPS, beside the stream (one more connection), before they are "
             "shown; off shows what the account's host claims.",
             read=_flag,
@@ -670,6 +671,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """How long a consumer's name is kept for a process that does not renew it."""
     foreign_idle_ms: int = 60_000
     """Idle for so long, pending entries of a worker without leases are claimed."""
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(self.derive, self.trusted_verifiers, self.resolve_handles, self.synchronous_commit)
 
     def require_form(self) -> None:
         """Raises ConfigError where the entries' form does not allow partitions."""

@@ -304,9 +304,7 @@ async def _settle_later(
     state, later = await bulk.state(), await bulk.later()
     part = WHOLE if state is None else state.part
     report = Report(dry_run=False)
-    store = await Store.connect(
-        url, application_name=OURS[0], derive=config.derive, trusted_verifiers=config.trusted_verifiers
-    )
+    store = await Store.connect(url, application_name=OURS[0], rules=config.rules)
     try:
         await write_verifications(bulk, store)
     finally:
@@ -327,9 +325,7 @@ async def _settle_later(
         async def all_of_them() -> None:
             if admin is not None:
                 await _finished(config, admin, later)
-            settings = Settings(
-                url, OURS[0], config.derive, config.collections, config.trusted_verifiers, chosen_accounts()
-            )
+            settings = Settings(url, OURS[0], config.rules, config.collections, chosen_accounts())
             await settle_cars(settings, cars, told)
 
         if not await unless_stopped(all_of_them(), stop):

@@ -35,9 +35,8 @@ async def import_files(config: Config, paths: Sequence[Path], stop: asyncio.Even
     settings = Settings(
         url,
         "fastworker-import",
-        config.derive,
+        config.rules,
         config.collections,
-        config.trusted_verifiers,
         chosen_accounts(),
         dry_run,
     )

@@ -106,10 +106,7 @@ async def reapply(settings: Config, from_id: str) -> ExitCode:
                 settings.require_database_url("worker --reapply"),
                 pool_size=1,
                 application_name="fastworker-reapply",
-                derive=settings.derive,
-                synchronous_commit=settings.synchronous_commit,
-                trusted_verifiers=settings.trusted_verifiers,
-                verified_only=settings.resolve_handles,
+                rules=settings.rules,
             )
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error

@@ -23,6 +23,7 @@ from fastworker.process.backoff import pause
 from fastworker.store.audit import CHECKS, Audit, Check, Drift, Key, open_audit
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.repair import mend
+from fastworker.store.rules import Rules
 from fastworker.store.store import Store
 from fastworker.terminal import Terminal, write_json
 
@@ -42,7 +43,6 @@ class VerifyOptions(msgspec.Struct, frozen=True):
     pause_s: float = 0.0
     start: str | None = None
     as_json: bool = False
-    verified_only: bool = False  # as the worker's
 
 
 class Found(msgspec.Struct):
@@ -67,11 +67,9 @@ def names() -> list[str]:
 
 async def verify(
     database_url: str,
-    derive: frozenset[str],
+    rules: Rules,
     options: VerifyOptions,
     stop: asyncio.Event | None = None,
-    *,
-    trusted_verifiers: Sequence[str] = (),
 ) -> ExitCode:
     """0: no drift, or all of it was mended; 1: drift is left. Raises Unreachable, ConfigError."""
     stop = stop or asyncio.Event()
@@ -84,14 +82,12 @@ async def verify(
                 database_url,
                 pool_size=1,
                 application_name="fastworker-repair",
-                derive=derive,
-                trusted_verifiers=trusted_verifiers,
-                verified_only=options.verified_only,
+                rules=rules,
             )
             with contextlib.suppress(StoreUnavailable):  # of a piece that cannot be recomputed; the rest is
                 while not stop.is_set() and await repair.maintain():  # what is owed is no drift
                     pass
-        async with open_audit(database_url, derive, trusted_verifiers) as audit:
+        async with open_audit(database_url, rules.derive, rules.trusted_verifiers) as audit:
             run = _Run(audit, repair, options, stop)
             await run.conduct()
     except (StoreUnavailable, RowRejected) as error:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import asyncpg
 from asyncpg.exceptions import InterfaceError, PostgresError
@@ -18,11 +18,11 @@ from fastworker.store import statements as sql
 from fastworker.store.blame import LockedRow
 from fastworker.store.debts import Debts
 from fastworker.store.flush import Written
+from fastworker.store.rules import DEFAULTS, Rules
 from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Batch, Change, Progress, Refused
-from fastworker.table.derive import FULL
 
 PING_S = 3.0
 
@@ -38,26 +38,22 @@ class Store:
         """How many were begun: what was found out before the newest may be of another server."""
 
     @classmethod
-    async def connect(  # noqa: PLR0913 - what a session begins with comes together here
+    async def connect(
         cls,
         database_url: str,
         *,
+        rules: Rules = DEFAULTS,
         pool_size: int = 1,
         application_name: str = "fastworker",
-        derive: frozenset[str] = FULL,
         connect_timeout_s: float = 10.0,
         command_timeout_s: float = 90.0,
-        synchronous_commit: Literal["on", "keep"] = "on",
-        trusted_verifiers: Sequence[str] = (),
-        verified_only: bool = False,
         meet: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
     ) -> Self:
         """Raises StoreUnavailable where the server cannot be reached or refuses.
 
-        `synchronous_commit`: `on` turns it on where it is off, `keep` leaves it. `verified_only`: no
-        handle is shown that a host only claims. `meet` is called before anything is written in a new session.
+        `meet` is called before anything is written in a new session.
         """
-        store = cls(Writer(derive, trusted_verifiers, verified_only=verified_only))
+        store = cls(Writer(rules))
 
         async def begin(connection: asyncpg.Connection[Any]) -> None:
             if meet is not None:
@@ -71,7 +67,7 @@ class Store:
             application_name=application_name,
             connect_timeout_s=connect_timeout_s,
             command_timeout_s=command_timeout_s,
-            settings=SESSION + (DURABLE if synchronous_commit == "on" else ""),
+            settings=SESSION + (DURABLE if rules.synchronous_commit == "on" else ""),
             begin=begin,
         )
         return store

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from fastworker.crashpoint import Step, crashpoint
 from fastworker.errors import StoreUnavailable
+from fastworker.store.rules import Rules
 from fastworker.store.session import RETRYABLE
 
 ATTEMPTS_MAX = 20  # deadlocks and serialisation failures of one transaction; each resolves one writer
@@ -51,13 +52,10 @@ class Copying:
 class Writer:
     """State that outlives a flush, but not the process. Nothing here is needed for a right result, only for speed."""
 
-    def __init__(
-        self, derive: frozenset[str], trusted_verifiers: Sequence[str] = (), *, verified_only: bool = False
-    ) -> None:
-        """`verified_only`: no handle is shown that a host only claims."""
-        self.derive = derive
-        self.trusted = {did: place for place, did in enumerate(trusted_verifiers)}
-        self.verified_only = verified_only
+    def __init__(self, rules: Rules) -> None:
+        self.derive = rules.derive
+        self.trusted = {did: place for place, did in enumerate(rules.trusted_verifiers)}
+        self.verified_only = rules.verified_only
         self.many_relays = False  # seq alone orders nothing, and what has no rev is older than what has one
         self.copying = Copying()
         self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call
@@ -66,7 +64,10 @@ class Writer:
         self.known: dict[str, None] = {}  # DIDs whose users row is committed
         self.relays: set[str] = set()  # hosts that are in fastworker.relays
         self.conflicts = 0  # transactions begun again because another writer came first
-        self.counted = ("reply_counts" in derive, "quotes" in derive)  # counters beside those of likes, as routines ask
+        self.counted = (
+            "reply_counts" in rules.derive,
+            "quotes" in rules.derive,
+        )  # counters beside those of likes, as routines ask
         self.read_before: datetime | None = None  # new notifications of records that are older come in read
         self.unread: set[str] = set()  # of these, those that are to be marked after the commit
         self.on_step: Callable[[Step], Awaitable[None]] | None = None  # for tests that hold a writer at a step

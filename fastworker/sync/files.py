@@ -24,6 +24,7 @@ import uvloop
 from fastworker.errors import StoreUnavailable
 from fastworker.event.proof import Unproved
 from fastworker.event.repository import Repository
+from fastworker.store.rules import Rules
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync.settle import SMALL_BYTES, Job, Settle, Settled
@@ -49,9 +50,8 @@ class Car(msgspec.Struct, frozen=True):
 class Settings(msgspec.Struct, frozen=True):
     database_url: str
     application_name: str
-    derive: frozenset[str]
+    rules: Rules
     collections: tuple[str, ...]
-    trusted_verifiers: tuple[str, ...] = ()
     accounts: frozenset[str] | None = None
     dry_run: bool = False
 
@@ -132,8 +132,7 @@ async def _settling(settings: Settings) -> AsyncIterator[Settle]:
                 settings.database_url,
                 pool_size=1,
                 application_name=settings.application_name,
-                derive=settings.derive,
-                trusted_verifiers=settings.trusted_verifiers,
+                rules=settings.rules,
             )
             stack.push_async_callback(store.close)
         yield Settle(stored, store)

@@ -416,9 +416,7 @@ async def opened(config: Config, command: str, hosts: Hosts | None, *, reads_onl
             stored = await stack.enter_async_context(open_stored(url))
             store = None
             if not reads_only:
-                store = await Store.connect(
-                    url, application_name=name, derive=config.derive, trusted_verifiers=config.trusted_verifiers
-                )
+                store = await Store.connect(url, application_name=name, rules=config.rules)
                 stack.push_async_callback(store.close)
             queue = await stack.enter_async_context(open_queue(url))
             if hosts is None:

@@ -17,6 +17,7 @@ import msgspec
 from fastworker.errors import StoreUnavailable, counted
 from fastworker.process.backoff import Backoff, pause
 from fastworker.store.repos import PooledTurns
+from fastworker.store.rules import Rules
 from fastworker.store.store import Store
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ async def run_resolver(settings: ResolverSettings, stop: asyncio.Event) -> None:
         try:
             async with AsyncExitStack() as stack:
                 store = await Store.connect(
-                    settings.database_url, application_name="fastworker-resolver", verified_only=True
+                    settings.database_url, application_name="fastworker-resolver", rules=Rules(verified_only=True)
                 )
                 stack.push_async_callback(store.close)
                 await _resolve(settings, store, stack, stop, backoff)

@@ -112,10 +112,7 @@ async def work(settings: Config, slot: Slot, stopping: asyncio.Event, *, shared:
                 settings.require_database_url("worker"),
                 pool_size=_pool_size(settings, known),
                 application_name="fastworker",
-                derive=settings.derive,
-                synchronous_commit=settings.synchronous_commit,
-                trusted_verifiers=settings.trusted_verifiers,
-                verified_only=settings.resolve_handles,
+                rules=settings.rules,
                 meet=failover.meet,
             )
         except (StreamUnavailable, StoreUnavailable) as error:

@@ -14,6 +14,7 @@ from fastworker.commands.reapply import reapply
 from fastworker.commands.verify import VerifyOptions, verify
 from fastworker.config import Config
 from fastworker.errors import ExitCode
+from fastworker.store.rules import DEFAULTS
 from fastworker.stream.keys import USUAL
 from fastworker.table import derive
 from tests import replies
@@ -67,13 +68,13 @@ async def test_reapply_and_verify_make_it_right(
     expected = lawful(history.events)
     assert await differences(expected, pg) != "no difference"
 
-    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.NO
-    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
+    assert await verify(postgres_url, DEFAULTS, VerifyOptions(as_json=True)) is ExitCode.NO
+    assert await verify(postgres_url, DEFAULTS, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, DEFAULTS, VerifyOptions(as_json=True)) is ExitCode.DONE
 
     settings = Config(redis_url=redis_url, database_url=postgres_url, derive=derive.FULL, resolve_handles=False)
     assert await reapply(settings, "0") is ExitCode.DONE
-    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
+    assert await verify(postgres_url, DEFAULTS, VerifyOptions(as_json=True, repair=True)) is ExitCode.DONE
     # A follow of nobody ("subject": "") made the old worker a user of that name, which is nobody's to take away.
     await pg.execute("DELETE FROM users WHERE did = ''")
     assert await differences(expected, pg) == "no difference"

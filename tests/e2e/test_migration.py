@@ -181,7 +181,7 @@ async def test_there_and_back(
         return found
 
     async def verified(*, repair: bool = False) -> tuple[ExitCode, int]:
-        code = await verify(postgres_url, config.derive, VerifyOptions(as_json=True, repair=repair))
+        code = await verify(postgres_url, config.rules, VerifyOptions(as_json=True, repair=repair))
         return code, json.loads(capsys.readouterr().out)["drift"]
 
     async with (

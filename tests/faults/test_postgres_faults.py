@@ -25,6 +25,7 @@ from fastworker.process.board import State
 from fastworker.store.admin import past
 from fastworker.store.blame import RowLocked
 from fastworker.store.migrate import migrate
+from fastworker.store.rules import Rules
 from fastworker.store.schema_admin import open_schema
 from fastworker.store.session import SESSION
 from fastworker.store.store import Store
@@ -913,7 +914,7 @@ async def test_what_is_acknowledged_is_on_disk(
     postgres_url: str, pg: asyncpg.Connection, role: str, value: str, wish: Literal["on", "keep"], then: str
 ) -> None:
     await pg.execute(f"ALTER ROLE {role} SET synchronous_commit = {value}")
-    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"), synchronous_commit=wish)
+    store = await Store.connect(postgres_url.replace("postgres@", f"{role}@"), rules=Rules(synchronous_commit=wish))
     try:
         async with store.connection() as connection:
             assert await connection.fetchval("SHOW synchronous_commit") == then

@@ -17,6 +17,7 @@ from fastworker.law import compare
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import Repo, car_bytes
+from fastworker.store.rules import Rules
 from fastworker.store.staged import PRIMARY
 from fastworker.store.store import Store
 from fastworker.sync import files
@@ -245,7 +246,9 @@ async def test_what_became_of_files_is_told_one_at_a_time(bulk: Bulk, monkeypatc
         at_once.add(told)
         told -= 1
 
-    await files.settle_cars(files.Settings(bulk.url, "import", frozenset({"counts"}), (), dry_run=True), cars, tell)
+    await files.settle_cars(
+        files.Settings(bulk.url, "import", Rules(frozenset({"counts"})), (), dry_run=True), cars, tell
+    )
     assert at_once == {1}
 
 

@@ -18,8 +18,8 @@ from fastworker.process.board import Heartbeats
 from fastworker.store import statements as sql
 from fastworker.store.blame import RowLocked
 from fastworker.store.joined import recompute
+from fastworker.store.rules import DEFAULTS
 from fastworker.store.store import Store
-from fastworker.table import derive
 from fastworker.worker import worker
 from tests.integration.test_whole_flush import POST, A, B, C, commits, gone, like, post
 from tests.property.feeding import batch_of, differences, lawful, settle
@@ -60,7 +60,7 @@ async def likes(pg: asyncpg.Connection[Any], uri: str = POST) -> int | None:
 
 
 async def drift(url: str, capsys: pytest.CaptureFixture[str]) -> ExitCode:
-    code = await verify(url, derive.FULL, VerifyOptions(only=("post_aggregations",)))
+    code = await verify(url, DEFAULTS, VerifyOptions(only=("post_aggregations",)))
     capsys.readouterr()
     return code
 

@@ -26,6 +26,7 @@ from redis.asyncio import Redis
 from fastworker.edge.embedded import free_port
 from fastworker.event import Identity
 from fastworker.law.model import Model
+from fastworker.store.rules import Rules
 from fastworker.store.store import Store
 from fastworker.sync import hosts as client
 from fastworker.sync import resolver
@@ -233,7 +234,7 @@ async def test_a_handle_that_nobody_vouches_for(
 @pytest.fixture
 async def strict(postgres_url: str, store: Store) -> AsyncIterator[Store]:
     """A worker's with the resolver on: what a host only claims is not shown."""
-    strict = await Store.connect(postgres_url, verified_only=True)
+    strict = await Store.connect(postgres_url, rules=Rules(verified_only=True))
     yield strict
     await strict.close()
 
@@ -306,7 +307,7 @@ async def test_contested_handles_with_and_without_verification(postgres_url: str
         r = random.Random(seed)
         verified_only = bool(seed % 2)
         await clear(pg)
-        store = await Store.connect(postgres_url, verified_only=verified_only)
+        store = await Store.connect(postgres_url, rules=Rules(verified_only=verified_only))
         model = Model(verified_only=verified_only)
         steps = [(r.choice(dids), r.choice(["one.test", "two.test", "three.test"]), n) for n in range(8)]
         for did, handle, n in steps:

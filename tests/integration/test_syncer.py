@@ -110,7 +110,8 @@ async def test_a_gap_is_closed_by_itself(scene: Scene, worker: Service, pg: asyn
     scene.happen(50)
     await scene.finished()
     assert await scene.differences(pg) != "no difference"
-    async with syncing(scene, relay_urls=(scene.sim.relay.url.replace("http", "ws"),)):
+    relays = (scene.sim.relay.url.replace("http", "ws"),)
+    async with syncing(scene, relay_urls=relays, resolve_handles=False):  # nobody here would verify what it finds
 
         async def closed() -> bool:
             return not scene.client.llen("fastworker:gaps")

@@ -19,9 +19,9 @@ from fastworker.errors import ExitCode
 from fastworker.event import Commit
 from fastworker.event.entry import decode_entry
 from fastworker.store.migrate import check, packaged
+from fastworker.store.rules import DEFAULTS
 from fastworker.store.schema_admin import SchemaRefused
 from fastworker.store.store import Store
-from fastworker.table import derive
 from fastworker.table.batch import Batch
 from fastworker.table.mapper import map_commit
 from tests.rig.histories import entry_ms, random_history, to_entry
@@ -77,7 +77,7 @@ def advised() -> dict[str, set[str]]:
 
 async def write(url: str, seed: int) -> None:
     """A random history, as the worker writes it."""
-    store = await Store.connect(url, derive=derive.FULL)
+    store = await Store.connect(url)
     try:
         events = random_history(seed, 300).events
         for start in range(0, len(events), 50):
@@ -320,7 +320,7 @@ async def test_the_worker_writes_on_while_it_is_tuned(postgres_url: str, pg: asy
     assert after[1] - were_hot > (after[0] - updates) / 2
     await asyncio.gather(write(postgres_url, 4), untune(postgres_url, nothing, only_check=False))
     options = VerifyOptions(False, (), 10_000, 0.0, None, True)
-    assert await verify(postgres_url, derive.FULL, options, asyncio.Event()) == ExitCode.DONE
+    assert await verify(postgres_url, DEFAULTS, options, asyncio.Event()) == ExitCode.DONE
 
 
 def test_the_command(postgres_url: str) -> None:

@@ -23,6 +23,7 @@ from fastworker.event import Account, Commit, Op
 from fastworker.law import compare
 from fastworker.law.model import Model, tid_time
 from fastworker.store.audit import first_tid
+from fastworker.store.rules import DEFAULTS, Rules
 from fastworker.store.store import Store
 from fastworker.table import derive
 from fastworker.table.batch import Batch
@@ -41,7 +42,7 @@ async def write(
     size: int = 400,
     trusted: tuple[str, ...] = (),
 ) -> None:
-    store = await Store.connect(url, derive=features, trusted_verifiers=trusted)
+    store = await Store.connect(url, rules=Rules(features, trusted))
     try:
         for start in range(0, len(events), size):
             batch = Batch()
@@ -112,7 +113,7 @@ async def told(
     trusted: tuple[str, ...] = (),
 ) -> tuple[ExitCode, dict[str, dict[str, int]]]:
     """The exit code and the drift by check."""
-    code = await verify(url, features, wish, trusted_verifiers=trusted)
+    code = await verify(url, Rules(features, trusted), wish)
     report = json.loads(capsys.readouterr().out)
     return code, {found["check"]: found["drift"] for found in report["checks"] if found["drift"]}
 
@@ -544,12 +545,12 @@ async def test_a_stopped_run_says_where_to_go_on(
         return stopping.is_set()
 
     monkeypatch.setattr("fastworker.commands.verify.pause", pause)
-    code = await verify(url, derive.FULL, VerifyOptions(rows=5, as_json=True), stop)
+    code = await verify(url, DEFAULTS, VerifyOptions(rows=5, as_json=True), stop)
     report = json.loads(capsys.readouterr().out)
     assert code is ExitCode.NO
     assert report["continue_from"].partition(":")[0] in names()
     done = len(report["checks"])
-    code = await verify(url, derive.FULL, VerifyOptions(start=report["continue_from"], as_json=True))
+    code = await verify(url, DEFAULTS, VerifyOptions(start=report["continue_from"], as_json=True))
     rest = json.loads(capsys.readouterr().out)
     assert code is ExitCode.NO
     assert rest["checks"][0]["check"] == report["checks"][-1]["check"]
@@ -559,11 +560,11 @@ async def test_a_stopped_run_says_where_to_go_on(
 
 async def test_wishes_that_cannot_be(url: str, empty_postgres_url: str) -> None:
     with pytest.raises(ConfigError, match="--check nonsense: there are"):
-        await verify(url, derive.FULL, VerifyOptions(only=("nonsense",)))
+        await verify(url, DEFAULTS, VerifyOptions(only=("nonsense",)))
     with pytest.raises(ConfigError, match="--from"):
-        await verify(url, derive.FULL, VerifyOptions(start="nonsense:at://"))
+        await verify(url, DEFAULTS, VerifyOptions(start="nonsense:at://"))
     with pytest.raises(Unreachable, match="fastworker migrate"):
-        await verify(empty_postgres_url, derive.FULL, VerifyOptions())
+        await verify(empty_postgres_url, DEFAULTS, VerifyOptions())
 
 
 def test_the_command(url: str) -> None:
@@ -716,6 +717,6 @@ async def test_a_handle_that_an_older_worker_wrote_is_no_drift(
     await pg.execute("UPDATE fastworker.identities SET resolve_pending = true")  # an event without a handle came
     found = {row["did"]: row["handle"] for row in await pg.fetch("SELECT did, handle FROM users")}
     assert found == {winner: "bob.test", loser: "handle.invalid"}
-    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.DONE
+    assert await verify(postgres_url, DEFAULTS, VerifyOptions(as_json=True)) is ExitCode.DONE
     await pg.execute("UPDATE users SET handle = 'handle.invalid'")
-    assert await verify(postgres_url, derive.FULL, VerifyOptions(as_json=True)) is ExitCode.NO
+    assert await verify(postgres_url, DEFAULTS, VerifyOptions(as_json=True)) is ExitCode.NO

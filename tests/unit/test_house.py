@@ -135,3 +135,15 @@ def test_nothing_cites_a_document_that_is_not_here() -> None:
         if wrong.search(line)
     ]
     assert found == []
+
+
+def test_everybody_writes_by_the_operators_rules() -> None:
+    """A store opened by defaults would write other rows than the worker does. The demo has no operator, and the resolver
+    writes handles alone."""
+    defaults = {"commands/demo.py", "sync/resolver.py"}
+    for path, nodes in product():
+        for call in nodes:
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "Store.connect":
+                rules = {word.arg: ast.unparse(word.value) for word in call.keywords}.get("rules", "")
+                place = str(path.relative_to(ROOT))
+                assert place in defaults or rules in ("settings.rules", "config.rules", "rules"), place
