@@ -90,10 +90,11 @@ COMMANDS: Final[Mapping[Service, tuple[str, ...]]] = {
     ),
     "reader": (
         *_CONNECTION,
-        *("xadd", "xdel", "xlen", "xtrim", "xrange", "xpending", "xack", "memory|usage"),
+        *("xadd", "xdel", "xlen", "xtrim", "xrange", "xpending", "xack", "xclaim", "memory|usage"),
         *("xinfo|stream", "xinfo|groups", "xinfo|consumers"),
         *("get", "set", "del", "exists", "pttl", "pexpire", "type", "multi", "exec", "publish"),
-        *("hset", "hsetnx", "hvals", "hincrby", "lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
+        *("hget", "hgetall", "hset", "hsetnx", "hvals", "hdel", "hincrby", "sadd"),
+        *("lpush", "ltrim", "rpush", "rpop", "lpop", "lindex", "llen", "lrange"),
     ),
 }
 

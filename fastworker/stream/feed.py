@@ -244,6 +244,7 @@ class Feed:
         self._token = secrets.token_hex(8)
         self._host = ""
         self._cursor = ""  # the cursor key's text as this reader saw or wrote it last
+        self._asked = ""  # what an append was to make of it that nobody saw answered: it is one of the two
         self._bytes = 0  # of the stream: as last measured, plus what was appended since
         self._append = redis.register_script(script("append"))
         self._go_back = redis.register_script(script("reader_go_back"))
@@ -343,7 +344,10 @@ class Feed:
             held = text[:40].decode("utf-8", "replace")
             raise ConfigError(f"{self._cursor_key} holds {held!r}, which is not a cursor: delete it or correct it")
         seq = int(text) if text is not None else None
-        if left is not None and seq is not None and seq > left and await _is_newest_ours(self._redis, self._parts):
+        asked, self._asked = self._asked, ""
+        # mutant: an append without an answer is somebody else's
+        is_foreign = left is not None and seq is not None and seq > left and self._cursor != asked
+        if is_foreign and await _is_newest_ours(self._redis, self._parts):
             log.warning(
                 "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",
                 self._cursor_key, left, seq, left,
@@ -388,8 +392,10 @@ class Feed:
             int(time.time() * 1000),
             chunk.body,
         ]
+        self._asked = after
         async with translating(self._redis):
             answer, detail, *more = cast("list[bytes]", await self._append(keys=names, args=arguments))
+        self._asked = ""
         if answer == b"full":
             return False
         if answer == b"broken":
@@ -455,8 +461,10 @@ class Feed:
             *[key for part in self._parts[1:] for key in (part.keys.tail, part.keys.marks, part.keys.finished)],
         ]
         after = "" if seq is None else str(seq)
+        asked = self._asked or self._cursor
+        args: list[bytes | str | int] = [self._token, self._cursor, after, gap, GAPS_KEPT, request, asked]
         async with translating(self._redis):
-            done = await self._go_back(keys=keys, args=[self._token, self._cursor, after, gap, GAPS_KEPT, request])
+            done = await self._go_back(keys=keys, args=args)
         if done:
             for part in self._parts:
                 part.newest = part.unread = ""

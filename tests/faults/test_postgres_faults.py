@@ -477,7 +477,7 @@ async def test_backends_that_are_terminated_and_statements_that_are_cancelled(
 async def test_a_connection_whose_rollback_did_not_come_through_is_not_used_again(postgres_url: str) -> None:
     store = await Store.connect(postgres_url)
     try:
-        with pytest.raises(StoreUnavailable, match="gone"):
+        with pytest.raises(StoreUnavailable, match="it closed the connection"):
             async with store.connection() as connection:
                 await connection.execute("BEGIN")
                 raise ConnectionResetError("gone")

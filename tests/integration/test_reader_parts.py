@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from aiohttp import WSServerHandshakeError
@@ -338,6 +338,36 @@ async def test_a_chunk_given_again_is_put_down_once(redis: Redis) -> None:
     assert await redis.xlen(STREAM) == 2
     assert await again.append(chunk_of(3))
     assert await redis.get(CURSOR) == b"3"
+
+
+async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A term that ends in the middle of an append does not hear of it."""
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1))
+    run = feed._append
+
+    async def unheard(**told: Any) -> NoReturn:
+        await run(**told)
+        raise asyncio.CancelledError
+
+    for seq in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(asyncio.CancelledError):
+            patch.setattr(feed, "_append", unheard)
+            await feed.append(chunk_of(seq))
+        if seq == 2:
+            assert (await feed.go_to("relay.test")).seq == 2
+    assert await feed.go_back(1, b"")
+    assert await redis.get(CURSOR) == b"1"
+    assert (await feed.go_to("relay.test")).seq == 1
+    assert "Somebody" not in caplog.text
+    assert await feed.append(chunk_of(2))
+    await redis.set(CURSOR, "9")
+    assert not await feed.go_back(1, b"")  # that one is somebody's
+    assert (await feed.go_to("relay.test")).seq == 2
 
 
 async def test_append_refuses_without_the_lease_or_with_a_moved_cursor(redis: Redis) -> None:

@@ -1,8 +1,10 @@
 -- KEYS cursor, lease, the relay's cursor, tail, marks, finished, gaps, go back, then tail, marks and finished of each
--- other partition. ARGV token, cursor expected, cursor after, a gap's text or '', gaps kept, what was asked for.
+-- other partition. ARGV token, cursor expected, cursor after, a gap's text or '', gaps kept, what was asked for, the
+-- cursor of an append that nobody saw answered: it is expected, too.
 -- What a reader knows of a stream that is not there any more is forgotten.
 local owner = redis.call('GET', KEYS[2])
-if (owner and owner ~= ARGV[1]) or (redis.call('GET', KEYS[1]) or '') ~= ARGV[2] then return 0 end
+local cursor = redis.call('GET', KEYS[1]) or ''
+if (owner and owner ~= ARGV[1]) or (cursor ~= ARGV[2] and cursor ~= ARGV[7]) then return 0 end
 if ARGV[3] ~= '' then
   redis.call('SET', KEYS[1], ARGV[3])
   redis.call('SET', KEYS[3], ARGV[3])
