@@ -86,7 +86,7 @@ def test_it_verifies_every_table_and_leaves_nothing(folder: Path) -> None:
 )
 def test_an_interrupt_leaves_nothing_behind(folder: Path, after: str, number: signal.Signals) -> None:
     """And it is no success: it says what was done and that nothing was verified."""
-    with demo(folder, "--events", "20000", "--rate", "500") as process:
+    with demo(folder, "--events", "3000", "--rate", "300") as process:
         assert process.stdout is not None
         heard: list[str] = []
         for line in process.stdout:
@@ -99,7 +99,7 @@ def test_an_interrupt_leaves_nothing_behind(folder: Path, after: str, number: si
     assert "Traceback" not in "".join(heard) + rest
     assert process.returncode == 130, rest
     assert "NOT verified: interrupted" in rest, rest
-    assert re.search(r"^events +[\d,]+ of 20,000 made, [\d,]+ settled", rest, re.MULTILINE), rest
+    assert re.search(r"^events +[\d,]+ of 3,000 made, [\d,]+ settled", rest, re.MULTILINE), rest
     assert "Verified:" not in rest
     if after.startswith("events"):
         assert ", 0 settled" not in rest
