@@ -365,20 +365,10 @@ class Feed:
         after = "" if chunk.seq is None else str(chunk.seq)
         keys = self._keys
         names = [
-            self._stream,
-            self._cursor_key,
-            keys.reader_lease,
-            keys.cursor_of(self._host),
-            keys.relay,
-            keys.dead_letters,
-            keys.repairs,
-            keys.gaps,
-            keys.relays,
-            keys.tail,
-            keys.unverified,
-            *[part.keys.stream for part in self._parts[1:]],
-            *[part.keys.tail for part in self._parts[1:]],
-        ]
+            self._stream, self._cursor_key, keys.reader_lease, keys.cursor_of(self._host), keys.relay,
+            keys.dead_letters, keys.repairs, keys.gaps, keys.relays, keys.tail, keys.unverified,
+            *[part.keys.stream for part in self._parts[1:]], *[part.keys.tail for part in self._parts[1:]],
+        ]  # fmt: skip
         arguments: list[bytes | str | int] = [
             self._token,
             LEASE_MS,
