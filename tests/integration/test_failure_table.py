@@ -225,7 +225,9 @@ async def test_each_fault(
     assert not wrong, "\n".join(wrong)
     await pay(scene)
     for name, row in TABLE.items():
-        assert hosts[name].most_in(0.9) <= RATE, name
+        # A request that this busy process sends late comes nearer to the next one, 0.2 s later: no burst, and on average.
+        assert hosts[name].most_in(0.6) <= RATE, name
+        assert hosts[name].most_in(3.0) <= 3 * RATE + 1, name
         after = await rows_of(pg, accounts[name].did)
         assert (after != before[name]) == (row.state == "done" or row.status == "deleted"), name
     assert list(tmp_path.iterdir()) == []
