@@ -306,7 +306,8 @@ async def _settle_later(
     report = Report(dry_run=False)
     store = await Store.connect(url, application_name=OURS[0], rules=config.rules)
     try:
-        await write_verifications(bulk, store)
+        for uri, why in await write_verifications(bulk, store):
+            report.failed(uri, why)
     finally:
         await store.close()
     if later:

@@ -148,23 +148,27 @@ async def _repository(staging: Staging, rows: Rows, job: Job, part: Part) -> tup
     return records, None
 
 
-async def write_verifications(bulk: Bulk, store: Store) -> None:
-    """What `staged.STAGED_VERIFICATIONS` holds, by the law; what is there already stays. Raises StoreUnavailable."""
+async def write_verifications(bulk: Bulk, store: Store) -> list[tuple[str, str]]:
+    """What `staged.STAGED_VERIFICATIONS` holds, by the law; what is there already stays. Returns the URIs of those that
+    the database refuses, and why. Raises StoreUnavailable."""
     changes = await bulk.verifications()
+    refused: list[tuple[str, str]] = []
     for start in range(0, len(changes), PIECE):
-        await _write(store, changes[start : start + PIECE])
+        refused += await _write(store, changes[start : start + PIECE])
     while await store.maintain():
         pass
+    return refused
 
 
-async def _write(store: Store, changes: Sequence[Change]) -> None:
+async def _write(store: Store, changes: Sequence[Change]) -> list[tuple[str, str]]:
     batch = Batch()
     for change in changes:
         batch.put(Mapped([change], users_of(change), []))
     try:
         await store.write(batch)
-    except RowRejected:  # the database refuses one of them: its siblings live
-        if len(changes) > 1:
-            half = len(changes) // 2
-            await _write(store, changes[:half])
-            await _write(store, changes[half:])
+    except RowRejected as error:  # the database refuses one of them: its siblings live
+        if len(changes) == 1:
+            return [(changes[0].uri, str(error))]
+        half = len(changes) // 2
+        return [*await _write(store, changes[:half]), *await _write(store, changes[half:])]
+    return []

@@ -23,6 +23,7 @@ from fastworker.store.store import Store
 from fastworker.sync import files
 from tests.integration.test_settle import Scene, batch_of, comparable, may_be_lost
 from tests.runs import usually
+from tests.servers import connected
 from tests.services import run
 
 INDEXES = (
@@ -285,3 +286,17 @@ async def test_only_chosen_accounts_are_imported(postgres_url: str, tmp_path: Pa
     done = await asyncio.to_thread(run, *words, str(verifiers(tmp_path)), **env)
     assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
     assert await asked(postgres_url, WHOSE) == [B]
+
+
+async def test_a_verification_that_the_database_refuses_is_told(postgres_url: str, tmp_path: Path) -> None:
+    for letter, handle in (("a", "odd.test"), ("b", "b.test")):
+        record = {"$type": VERIFICATION, "subject": "did:plc:" + letter * 24, "handle": handle, "displayName": "A"}
+        repo = Repo("did:plc:" + letter * 24, key=SigningKey(letter))
+        repo.commit([("create", f"{VERIFICATION}/3k{letter * 11}", record)])
+        (tmp_path / f"{letter}.car").write_bytes(car_bytes(*repo.export()))
+    async with connected(postgres_url) as connection:
+        await connection.execute("ALTER TABLE verifications ADD CHECK (handle <> 'odd.test')")
+    done = await asyncio.to_thread(run, "import", "--bulk", str(tmp_path), DATABASE_URL=postgres_url)
+    assert done.returncode == ExitCode.NO, done.stdout + done.stderr
+    assert f"at://did:plc:{'a' * 24}/{VERIFICATION}/3kaaaaaaaaaaa: " in done.stdout + done.stderr
+    assert await asked(postgres_url, "SELECT split_part(uri, '/', 3) FROM verifications") == ["did:plc:" + "b" * 24]

@@ -370,6 +370,30 @@ async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
     assert (await feed.go_to("relay.test")).seq == 2
 
 
+@pytest.mark.parametrize("seq", [1, None])
+async def test_going_back_again_after_no_answer_is_done_once(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, seq: int | None
+) -> None:
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1, 2))
+    run, gap = feed._go_back, b"" if seq else b"a gap"
+
+    async def unheard(**told: Any) -> NoReturn:
+        await run(**told)
+        raise ConnectionError("the connection was closed while it was used")
+
+    with monkeypatch.context() as patch, pytest.raises(StreamUnavailable):
+        patch.setattr(feed, "_go_back", unheard)
+        await feed.go_back(seq, gap)
+    assert await feed.go_back(seq, gap)
+    assert await redis.get(CURSOR) == (b"1" if seq else b"2")
+    assert replies.number(await redis.llen(USUAL.gaps)) == (0 if seq else 1)
+    await redis.set(CURSOR, "9")
+    assert not await feed.go_back(seq, gap)
+
+
 async def test_append_refuses_without_the_lease_or_with_a_moved_cursor(redis: Redis) -> None:
     first, second = feed_on(redis), feed_on(redis)
     assert await first.acquire()
