@@ -111,10 +111,10 @@ def test_a_server_that_stops_a_child_that_hangs_a_relay_that_falls_silent(house:
 
     pid = house.pid_of("worker-1")
     assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
     house.relay.process.send_signal(signal.SIGSTOP)
+    until_red(house.reader_port, "connected, but no data for")  # looked at first: it soon leaves such a relay
+    os.kill(pid, signal.SIGSTOP)
     until_red(house.worker_port, "worker-1: its loop has not turned")
-    until_red(house.reader_port, "connected, but no data for")
     house.relay.process.send_signal(signal.SIGCONT)
     until_green(house.reader_port)
     until(lambda: house.pid_of("worker-1") not in {None, pid})  # the supervisor replaces it
