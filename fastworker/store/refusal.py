@@ -84,6 +84,8 @@ def _cure(error: PostgresError) -> str:
         return f"The function {code} of this database was at work: make it quicker." if code else ""
     if code := foreign_code(error):
         return f"The function {code} of this database refuses it: mend it, or drop its trigger."
+    if state in ("0A000", "428C9", "55000"):
+        return "Somebody has changed this table, or published it: `fastworker check` names what is in the way."
     if state in ("22001", "42804", "42P10", "42703", "42704", "42883", "42P01", "42809"):
         return "The schema is not what ingestion needs: `fastworker check` names what differs."
     if state == "42501" and "row-level security" in str(error):

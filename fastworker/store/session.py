@@ -79,6 +79,14 @@ class Contended(Exception):
     """Another writer has changed what this transaction had read, and part of it is written: roll back, begin again."""
 
 
+class RowsKept(RowRejected):
+    """Something of the database's own keeps rows as they are, without an error.
+
+    If it is a rule, a statement that was prepared meanwhile does nothing after the rule is gone, too: PostgreSQL does
+    not see that its plan is out of date.
+    """
+
+
 RETRYABLE = (DeadlockDetectedError, SerializationError, Contended)
 
 
@@ -185,8 +193,9 @@ async def borrow(pool: asyncpg.Pool[Any]) -> AsyncIterator[Connection]:
             try:
                 yield connection
             except Exception as error:
-                # it lost count, leads to what is a replica now, or the server went before the rollback
-                useless = isinstance(error, InternalClientError | ReadOnlySQLTransactionError)
+                # it lost count, leads to what is a replica now, has plans that do nothing, or the server went before
+                # the rollback
+                useless = isinstance(error, InternalClientError | ReadOnlySQLTransactionError | RowsKept)
                 if useless or _is_left_open(connection):
                     connection.terminate()
                 raise

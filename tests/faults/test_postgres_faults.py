@@ -310,6 +310,14 @@ STATES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ),
         "lists: a trigger or a rule",
     ),
+    "a trigger that says nothing of what is copied": (
+        "app.bsky.feed.like",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON likes FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "likes: a trigger or a rule",
+    ),
     "a trigger with an error in it": (
         "app.bsky.feed.post",
         (
@@ -364,6 +372,46 @@ async def test_what_the_database_refuses_of_everybody_is_no_rows_fault(
         assert not await pg.fetchval(
             "SELECT count(*) FROM posts WHERE text = 'edited' OR NOT $1", "index of ours" in name
         )
+
+
+KEEPS = [f"{how} {act}" for how in ("trigger", "rule") for act in ("UPDATE", "DELETE")]
+
+
+@pytest.mark.parametrize("name", usually(KEEPS, "trigger DELETE"))
+async def test_rows_that_a_trigger_keeps_as_they_are_are_not_taken_for_changed(
+    postgres_url: str, pg: asyncpg.Connection, name: str
+) -> None:
+    """Without an error: what was deleted would stay, and be acknowledged."""
+    how, act = name.split()
+    store = await Store.connect(postgres_url)
+    action: Action = "update" if act == "UPDATE" else "delete"
+    kinds = "app.bsky.feed.post", "app.bsky.feed.like"
+    try:
+        for kind in kinds:
+            await store.write(records(kind, 300))
+        await pg.execute("CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+        for table in ("posts", "likes"):
+            await pg.execute(
+                f"CREATE TRIGGER no BEFORE {act} ON {table} FOR EACH ROW EXECUTE FUNCTION no()"
+                if how == "trigger"
+                else f"CREATE RULE no AS ON {act} TO {table} DO INSTEAD NOTHING"
+            )
+        for kind in kinds:
+            for count in (3, 300):  # in one call, and step by step
+                with pytest.raises(StoreUnavailable, match="a trigger or a rule|fastworker check"):
+                    await store.write(records(kind, count, action=action, createdAt="2024-02-02T00:00:00.000Z"))
+        # one row only: that row's fault
+        await pg.execute("DROP FUNCTION no CASCADE; DROP RULE IF EXISTS no ON posts; DROP RULE IF EXISTS no ON likes")
+        kept = records(kinds[0], 3, action=action, text="edited")
+        await pg.execute(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; "
+            f"CREATE TRIGGER no BEFORE {act} ON posts FOR EACH ROW WHEN (OLD.uri = '{next(iter(kept.changes))}') "
+            "EXECUTE FUNCTION no()"
+        )
+        with pytest.raises(RowRejected, match="a trigger or a rule"):
+            await store.write(kept)
+    finally:
+        await store.close()
 
 
 def of_odd(what: str) -> tuple[str, str]:
