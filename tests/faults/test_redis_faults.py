@@ -358,6 +358,15 @@ async def test_a_reader_waits_for_a_right_that_is_revoked(house: House, redis_ur
     assert await house.redis.xlen(KEY) == sum(map(is_entry, frames))
 
 
+async def test_a_reader_waits_for_a_right_that_is_revoked_on_redis_6_2(redis_6_2: str, postgres_url: str) -> None:
+    """There a script cannot ask what it may."""
+    client = connect(redis_6_2)
+    try:
+        await test_a_reader_waits_for_a_right_that_is_revoked(House(client, redis_6_2, postgres_url), redis_6_2, "set")
+    finally:
+        await client.aclose()
+
+
 def _as_limited(url: str) -> str:
     separator = "&" if "?" in url else "?"
     return f"{url}{separator}username=limited&password=x"
