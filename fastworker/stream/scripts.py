@@ -11,6 +11,7 @@ wrong, and is told first if it may not. Not the others: tried at `maxmemory`, th
 
 from __future__ import annotations
 
+import hashlib
 import re
 from functools import cache
 from importlib import resources
@@ -61,6 +62,20 @@ def script(name: str) -> str:
         if f"{command}|" in called
     ]
     return _ASK % (" ".join(called), "".join(tries)) + text
+
+
+def command_at(sha: str, line: int) -> str | None:
+    """What the script with this checksum calls in this line, in capitals. Redis 6.2 names no command, but the line."""
+    lines = _by_checksum().get(sha, [])
+    found = _CALLED.search(lines[line - 1]) if 0 < line <= len(lines) else None
+    return " ".join(filter(None, found.groups())) if found else None
+
+
+@cache
+def _by_checksum() -> dict[str, list[str]]:
+    files = resources.files("fastworker.stream").joinpath("lua").iterdir()
+    texts = [script(file.name.removesuffix(".lua")) for file in files]
+    return {hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(): text.split("\n") for text in texts}
 
 
 @cache

@@ -335,6 +335,8 @@ async def test_a_reader_waits_out_a_failover(house: House, redis_url: str) -> No
 @pytest.mark.parametrize("command", usually(["xadd", "evalsha", "set", "xtrim", "publish"], "set", "xtrim"))
 async def test_a_reader_waits_for_a_right_that_is_revoked(house: House, redis_url: str, command: str) -> None:
     """SET is asked for after XADD: a chunk is appended whole or not at all, however often it is tried."""
+    if command == "xtrim" and (await house.redis.info("server"))["redis_version"].startswith("6."):
+        pytest.skip("before 7.0 a script cannot ask, and is refused only where something is to be trimmed")
     frames = list(Network(6, accounts=50).frames(200))
     stats, stop = ReaderStats(), asyncio.Event()
     await house.redis.execute_command("ACL", "SETUSER", "limited", "reset", "on", ">x", "~*", "&*", "+@all")
