@@ -262,9 +262,11 @@ MUTANTS = [
     _mutant("type spoofed", _MAPPER, OF_MAPPER, "if False:"),
     _mutant("the moment of the entry ignored", "fastworker/table/dates.py", OF_DATES, "return told or received"),
     _mutant("control record not asked", "fastworker/store/store.py", FAULTS, "pass"),
+    _mutant("rows that a trigger keeps", _SETTLE, FAULTS + "::test_rows_that_a_trigger_keeps_as_they_are_are_not_taken_for_changed", "if False:"),
     _mutant("a refusal of state is isolated", "fastworker/store/blame.py", FAULTS, "raise error"),
     # entries
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
+    _mutant("what is too slow is tried for ever", "fastworker/worker/slow.py", OF_PIPELINE, "if False:"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
