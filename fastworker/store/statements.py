@@ -180,6 +180,12 @@ IN_TWO_PLACES = (
     )
     + " END"
 )
+# Whether anything may beat them; whether it does depends on versions. As a number, so that the index of all tombstones,
+# which has no URIs, is not taken.
+IS_BEATEN = (
+    "EXISTS (SELECT FROM fastworker.versions AS v WHERE v.uri = ANY($1) AND v.deleted::int = 1) "
+    "OR EXISTS (SELECT FROM fastworker.accounts AS a WHERE a.did = ANY($2) AND a.deleted_seq IS NOT NULL)"
+)
 # Floors: what is older than one is superseded by a snapshot of its repository ---------------------------
 # A deletion that is older than the account's floor, and comes late, takes away what the snapshot left as it was.
 SETTLE_AGAIN = (
@@ -505,6 +511,8 @@ COUNTERS = 0x66776374  # "fwct": class of the advisory locks that say who pays t
 
 JOINED_PARTS = 0x66776A74  # "fwjt": of those that say who recomputes a part of the joined rows that are owed
 # What the database refuses for the row's sake, as conditions of PL/pgSQL (store/refusal.py has the same classes).
+# Whether a joined row is owed that `pay` recomputes; crowds are `maintain`'s.
+STALE_JOINED = "EXISTS (SELECT FROM fastworker.recheck AS k WHERE k.not_before <= now() AND k.kind <> 'root')"
 REFUSED_ROW = (
     "data_exception OR integrity_constraint_violation OR with_check_option_violation OR external_routine_exception "
     "OR external_routine_invocation_exception OR program_limit_exceeded OR plpgsql_error"
@@ -607,7 +615,6 @@ LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", "cr
 LOOK_BACK = f"SELECT * FROM fastworker.look_back_3({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
-    "whole",
     "fresh",
     *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
     *UNSEEN,
@@ -615,7 +622,7 @@ PUT_ARGUMENTS = (
     *_PROGRESS,
     *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_7({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_8({_named(*PUT_ARGUMENTS)})"
 FIRST_ARGUMENTS = (
     *dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names),
     "dids",
@@ -642,10 +649,10 @@ WHOLE_ARGUMENTS = (
     *_PROGRESS,
     *("uris", "new_uris", *_LOWEST, "dids", "crowd"),
     *("posts", "like_posts", "like_users", "gates_of", "services_of"),
-    *_DERIVED,
+    *("with_contexts", "with_gates"),
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_8({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_9({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
 # SQLSTATE of a call that wrote nothing: the rows are not as it was told, or one of them is not new (unique_violation)
 NOT_AS_READ = ("FW001", "23505")
 LOOK_FIRST = "FW003"  # of one that wrote nothing, because something beats a record or must not be stored

@@ -156,6 +156,10 @@ async def _write(
     lowest_rev, lowest_seq = lowest(changes)
     owed = set(effects.owed)
     fresh = keys_of(writer, upserts)
+    back = back_arguments(writer, upserts, upserts)
+    services = [key for kind, key in fresh if kind == "like_count"]
+    if back["with_services"]:
+        services += [uri for uri in back["like_posts"] if derive.is_liked_service(uri)]
     arguments = {
         "new_users": users or None,
         "fresh": decided.is_fresh,
@@ -163,14 +167,14 @@ async def _write(
         **gate_arguments(effects),
         **item_arguments(writer, effects),
         **last_arguments(writer, effects, batch.progress),
-        **back_arguments(writer, upserts, upserts),
+        **{name: None if value == [] else value for name, value in back.items()},
         "new_uris": decided.new,
         "repos": list({c.repo for c in changes}),
         "lowest_rev": lowest_rev,
         "lowest_seq": lowest_seq,
         "dids": list(batch.dids),
         "gates_of": [key for kind, key in fresh if kind == "gate"] or None,
-        "services_of": [key for kind, key in fresh if kind == "like_count"] or None,
+        "services_of": services or None,
         **dict(zip(sql.COUNTED, writer.counted, strict=True)),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]

@@ -289,9 +289,9 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     }
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT + words["put_7"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_8"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_8"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_9"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     yield sql.FIRST + words["first_2"], [[] if name != "only_verified" else False for name in sql.FIRST_ARGUMENTS]
     changes = {"gone": [False], "read_uris": ["at://none"], "tables": ["likes"]}
     yield (

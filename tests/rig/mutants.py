@@ -57,6 +57,7 @@ _PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY, _FIRST, _CHANGE = (
     f"fastworker/store/sql/{name}.sql"
     for name in ("put", "put_whole", "recompute", "recount", "pay_bucket", "first", "change")
 )
+_WRITTEN = "fastworker/store/sql/written.sql"
 _APART, _PAY_ALL = "fastworker/store/sql/pay_apart.sql", "fastworker/store/sql/pay.sql"
 _HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
@@ -128,7 +129,7 @@ MUTANTS = [
     _mutant("a tombstone below a floor", _STATEMENTS, FLOORS, "AS f WHERE false AND", "AS f WHERE"),
     _mutant("a late deletion against a floor", _STATEMENTS, FLOORS, "", "(SETTLE_AGAIN, DELETION),"),
     # one call
-    _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
+    _mutant("a whole flush that is not whole", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
     _mutant("no look back after a whole flush", _WHOLE, OF_WHOLE, "SELECT false"),
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
@@ -147,15 +148,15 @@ MUTANTS = [
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
     # debts
     _mutant("notes that are left are forgotten", "fastworker/store/debts.py", DEBTS, "pass"),
-    _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
-    _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
+    _mutant("a busy counter is not owed", _WRITTEN, DEBTS, "IF false THEN"),
+    _mutant("counters beside a debt", _WRITTEN, DEBTS, "is_owing := is_owing;"),
     _mutant("a debt is paid twice", _PAY, DEBTS, "PERFORM 1;"),
-    _mutant("owed for a counter that a stranger has locked", _PUT, DEBTS, "IF false THEN"),
+    _mutant("owed for a counter that a stranger has locked", _WRITTEN, DEBTS, "IF false THEN"),
     _mutant("a payment waits for a stranger", _PAY, DEBTS, "FOR NO KEY UPDATE) AS f);"),
     _mutant("an owed recount is forgotten", _APART, DEBTS, "IF false THEN"),
     _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
     _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
-    _mutant("a counter beside its debt that is put back", _PUT, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
+    _mutant("a counter beside its debt that is put back", _WRITTEN, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a debt overtakes one that is put back", _PAY, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a counter that is refused stops the others", _APART, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "EXCEPTION WHEN division_by_zero THEN"),
     _mutant("a joined row that is refused stops a small flush", _WHOLE, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
@@ -175,8 +176,8 @@ MUTANTS = [
     # what follows from rows
     _mutant("notifications to oneself", _DERIVE, LAW, 'if parent is not None and (to := did_of(parent)) != "":'),
     _mutant("no allow means nobody", _DERIVE, LAW, "allow = []"),
-    _mutant("unlike drops the state of the API", _PUT, BUGS, "AND NOT t.bookmarked;"),
-    _mutant("a like resets the viewer state", _PUT, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
+    _mutant("unlike drops the state of the API", _WRITTEN, BUGS, "AND NOT t.bookmarked;"),
+    _mutant("a like resets the viewer state", _WRITTEN, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
     _mutant("profile stays after its delete", _DERIVE, LAW, "pass"),
     _mutant("no reply decrement", _DERIVE, LAW, "pass"),
     _mutant("no like decrement", _DERIVE, LAW, "pass"),
@@ -221,6 +222,7 @@ MUTANTS = [
     _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
     _mutant("an older state is judged by what was known of the newer one", f"{_LUA}/watch.lua", "tests/integration/test_reader_parts.py", "if false then return end"),
     _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
+    _mutant("progress with every flush", _WRITING, OF_PIPELINE, "if False:"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
