@@ -31,6 +31,8 @@ ORDER = (
     "put",
     "recompute",
     "pay",
+    "show_handles",
+    "claim_handles",
     "first",
     "change",
     "put_whole",

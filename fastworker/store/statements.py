@@ -377,9 +377,9 @@ ACCOUNTS_DELETED = (
     "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
     "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
 )
-# 0006_relays_and_handles.sql; the last argument: whether only verified handles are shown
-IDENTITIES = "SELECT fastworker.claim_handles($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[], $6::boolean)"
-SHOW_HANDLES = "SELECT fastworker.show_handles($1, $2, $3)"
+# The last argument: whether only verified handles are shown
+IDENTITIES = "SELECT fastworker.claim_handles_1($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[], $6::boolean)"
+SHOW_HANDLES = "SELECT fastworker.show_handles_1($1, $2, $3)"
 IDENTITIES_UNRESOLVED = (
     "INSERT INTO fastworker.identities AS t (did, event_at, marked_at, resolve_pending) "
     "SELECT u.did, u.at, u.at, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u (did, at) "

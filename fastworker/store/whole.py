@@ -147,7 +147,7 @@ async def _write(
 
     Raises PostgresError with SQLSTATE `NOT_AS_READ` or `LOOK_FIRST` where nothing was written.
     """
-    decided = _decide(writer, changes, stored or Stored({}, {}, {}, [], frozenset()))
+    decided = _all_new(writer, changes) if stored is None else _decide(writer, changes, stored)
     if decided is None:
         return None
     effects = decided.effects
@@ -190,6 +190,18 @@ async def _write(
     return Written(decided.rows, max(0, len(upserts) - decided.rows), 0)
 
 
+def _all_new(writer: Writer, changes: list[Change]) -> Decided | None:
+    """The same where nothing was read: most flushes of a quiet stream. None where two records are of one pair."""
+    effects = Effects(writer.derive)
+    arguments: dict[str, Any] = {}
+    for table, mine in by_table(changes):
+        if _is_double(table, mine):
+            return None
+        derive.add(effects, table, mine)
+        arguments["new_" + table.name] = [c.row for c in mine]
+    return Decided(arguments, effects, len(changes), is_fresh=True, new=[c.uri for c in changes])
+
+
 def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | None:
     """What has to change, if everything is as it was read. None where one of two new records of a pair that was not
     read has to wait; or where a record was read in two places."""
@@ -222,9 +234,7 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
             # mutant: two of a pair in a small flush
             new_twins += twin_rows(table, arrangement)
         else:
-            wanted = [pair_of(table, c.row) for c in mine if c.row is not None] if table.pair else []
-            # mutant: two new records of a pair
-            if len(set(wanted)) < len(wanted):
+            if _is_double(table, mine):
                 return None
             updates, gone, missing = change_records(writer, table, {c.uri: c for c in mine}, have, effects)
             derive.add(effects, table, missing)
@@ -250,6 +260,13 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
     arguments["user_profiles"] = profile_rows(effects) or None
     arguments["label_events"] = sorted(effects.labels_added) or None
     return Decided(arguments, effects, count, is_fresh, new)
+
+
+def _is_double(table: Table, changes: list[Change]) -> bool:
+    """Whether two of these records want one place."""
+    wanted = [pair_of(table, c.row) for c in changes if c.row is not None] if table.pair else []
+    # mutant: two new records of a pair
+    return len(set(wanted)) < len(wanted)
 
 
 def _not_read(

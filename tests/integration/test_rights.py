@@ -300,8 +300,8 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     )
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
-    yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
-    yield sql.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
+    yield sql.IDENTITIES + words["claim_handles_1"] + words["show_handles_1"], [*event, False]
+    yield sql.SHOW_HANDLES + words["show_handles_1"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
     yield sql.RECOMPUTE + words["recompute_5"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
     yield (

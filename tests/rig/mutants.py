@@ -59,7 +59,8 @@ _PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY, _FIRST, _CHANGE = (
 )
 _WRITTEN = "fastworker/store/sql/written.sql"
 _APART, _PAY_ALL = "fastworker/store/sql/pay_apart.sql", "fastworker/store/sql/pay.sql"
-_HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_WANTED = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_SHOWN, _CLAIMS = (f"fastworker/store/sql/{name}_handles.sql" for name in ("show", "claim"))
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
 _PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
 _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
@@ -139,15 +140,17 @@ MUTANTS = [
     _mutant("the gate of a small flush open", _CHANGE, IN_TWO_CALLS.format("create_and_delete_of_a_cold_record"), "IF false THEN"),
     _mutant("identities of who must not be stored", _FIRST, BUGS, "IF false THEN"),
     _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
-    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "if False:"),
+    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "return False"),
     _mutant("two of a pair taken to be new", "fastworker/store/whole.py", OF_WHOLE, "is_fresh = bool(pairs) and sql.may_be_taken(table)"),
-    _mutant("a record in two places", "fastworker/store/sql/look_back.sql", IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "SELECT 'twin', NULL, NULL, NULL WHERE false"),
+    _mutant("a record in two places", _WHOLE, IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "is_late := false;"),
+    _mutant("a record in two places, step by step", "fastworker/store/sql/look_back.sql", RACES + "::test_every_interleaving_ends_as_the_law_says[a_new_record_that_changes_its_pair-copy]", "SELECT 'twin', NULL, NULL, NULL WHERE false"),
     _mutant("a cold record becomes a twin meanwhile", _SETTLE, RACES + "::test_every_interleaving_ends_as_the_law_says[cold_pairs_changed-copy]", "if False:"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
     # debts
     _mutant("notes that are left are forgotten", "fastworker/store/debts.py", DEBTS, "pass"),
+    _mutant("all new users at once", _FLUSH, DEBTS, "size = len(users)"),
     _mutant("a busy counter is not owed", _WRITTEN, DEBTS, "IF false THEN"),
     _mutant("counters beside a debt", _WRITTEN, DEBTS, "is_owing := is_owing;"),
     _mutant("a debt is paid twice", _PAY, DEBTS, "PERFORM 1;"),
@@ -197,12 +200,12 @@ MUTANTS = [
     _mutant("a stored seq against another relay", _BATCH, RELAYS, "if False:"),
     _mutant("the gate of many relays", _FLUSH, RELAYS, "pass"),
     _mutant("entries without a rev beside two relays", _HELD, HORIZON, "if False:"),
-    _mutant("older identity wins", _HANDLES, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
-    _mutant("handles are not locked", _HANDLES, RACES, "", "        PERFORM pg_advisory_xact_lock(one);\n"),
-    _mutant("the last claim shows a handle", _HANDLES, RELAYS, "is_verified DESC, at DESC,", "is_verified DESC, at DESC, first_at,"),
-    _mutant("a claim takes a verified handle", _HANDLES, RESOLVER, "handle, at DESC", "handle, is_verified DESC, at DESC"),
-    _mutant("claims are shown at once", _HANDLES, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
-    _mutant("a handle shown by two", _HANDLES, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
+    _mutant("older identity wins", _CLAIMS, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
+    _mutant("handles are not locked", _SHOWN, RACES, "NULL;"),
+    _mutant("the last claim shows a handle", _SHOWN, RELAYS, "at DESC,", "at DESC, first_at,"),
+    _mutant("a claim takes a verified handle", _SHOWN, RESOLVER, "is_verified IS NULL,"),
+    _mutant("claims are shown at once", _WANTED, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
+    _mutant("a handle shown by two", _SHOWN, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
     # what one record may do
     _mutant("identifiers mended", _MAPPER, OF_MAPPER, "if type(value) is not str or (found := _is_uri(value := clean_text(value).strip())) is None:"),
     _mutant("list items of others", _MAPPER, f"{OF_MAPPER} {LAW}", 'if list_uri.split("/", 3)[2] == "":'),
