@@ -38,6 +38,7 @@ class Reason(StrEnum):
     AMBIGUOUS_SEQ = "ambiguous_seq"  # no rev, and a second relay is known: seq alone orders nothing
     OLDER_THAN_TOMBSTONES = "older_than_tombstones"  # before the horizon: its delete may be forgotten
     ROW_REJECTED = "row_rejected"  # PostgreSQL refused the data
+    TOO_SLOW = "too_slow"  # the database's own code did not get it done in time, three times, while others were done
     KILLS_WORKER = "kills_worker"  # three processes died while they held only this entry
     ABANDONED = "abandoned"  # at the head of a full stream, its consumer long gone
     OVERSIZED = "oversized"  # beyond the size limits of the protocol, or more values than can be decoded at a stretch

@@ -527,6 +527,8 @@ def postgres_rights(found: Facts) -> Iterator[Finding]:
             f"Row-level security would hide rows of {_some(list(found.hidden), 5)} from {found.role}: ALTER TABLE ... "
             f"DISABLE ROW LEVEL SECURITY for each, or ALTER ROLE {found.role} BYPASSRLS.",
         )
+    for remark in found.remarks:
+        yield _warn("postgresql", remark)
     if found.superuser:
         yield _warn(
             "postgresql",

@@ -125,6 +125,7 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
     trace = aiohttp.TraceConfig()
     trace.on_request_end.append(request_ended)
     session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(socket_factory=_kept_alive),
         timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=CONNECT_TIMEOUT_S),
         trace_configs=[trace],
     )
@@ -137,7 +138,6 @@ async def subscribe(relay: RelayAddress, cursor: int | None) -> Subscription:
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
                 headers={"User-Agent": "fastworker"},
             )
-        _keep_alive(connection)
         end = RelayAddress.parse(str(answered.without_query_params("cursor")))
         if url.scheme == "wss" and not end.url.startswith("wss:"):
             raise RelayRefused(f"{relay.host} redirects to {end.host} without TLS")  # noqa: TRY301
@@ -164,16 +164,14 @@ def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _keep_alive(connection: aiohttp.ClientWebSocketResponse) -> None:
+def _kept_alive(address: aiohttp.AddrInfoType) -> socket.socket:
     """A peer that vanished without a word is noticed by the kernel in about a minute, however quiet the stream."""
-    raw = connection.get_extra_info("socket")
-    if raw is None:
-        return
-    with contextlib.suppress(OSError):
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+        made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def _host_of(url: URL) -> str:

@@ -12,6 +12,7 @@ import asyncpg
 import msgspec
 
 from fastworker.errors import Unreachable
+from fastworker.store.odd import UNSAFE, Odd, remarks
 from fastworker.store.schema_admin import LOST, NOT_CONNECTED, not_connected, why_lost
 from fastworker.store.statements import FOLLOWED
 from fastworker.urls import place_of
@@ -71,6 +72,8 @@ class Facts(msgspec.Struct, frozen=True):
     """Who else is connected, the one with the most sessions first."""
     sequences: tuple[Sequence, ...] = ()
     """Of those tables in which the role needs rights."""
+    remarks: tuple[str, ...] = ()
+    """What is unsafe about these tables, as sentences."""
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -163,6 +166,7 @@ async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Fac
         hidden = await connection.fetchval(_HIDDEN, list(rights))
         clients = await connection.fetch(_CLIENTS)
         sequences = await connection.fetch(_SEQUENCES, list(rights))
+        unsafe = [Odd(*one) for one in await connection.fetch(UNSAFE)]
         await connection.execute("SET fastworker.probe = 'kept'")
         kept = await connection.fetchval("SELECT current_setting('fastworker.probe', true)")
     return Facts(
@@ -188,6 +192,7 @@ async def facts(database_url: str, rights: Mapping[str, Collection[str]]) -> Fac
         may_read_schema=row["usage"],
         clients=tuple(Client(*client) for client in clients),
         sequences=tuple(Sequence(*one) for one in sequences),
+        remarks=tuple(remarks(unsafe, rights)),
     )
 
 

@@ -19,12 +19,13 @@ from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.effects import write_effects
 from fastworker.store.flush import put_rows
-from fastworker.store.refusal import sentence
+from fastworker.store.refusal import OUT_OF_TIME, foreign_code, sentence
 from fastworker.store.session import RETRYABLE, Connection
 from fastworker.store.writer import Writer
 from fastworker.table import control
 from fastworker.table.derive import Effects
 
+CONTROL_S = 20  # a statement of a control record
 STRING_TOO_LONG, LOCK_TIMEOUT = "22001", "55P03"
 _RENAME = "UPDATE public.users SET handle = $2 WHERE did = $1"
 Connect = Callable[[], AbstractAsyncContextManager[Connection]]
@@ -50,17 +51,49 @@ class RowLocked(StoreUnavailable):
         self.row = row
 
 
+class TooSlow(StoreUnavailable):
+    """A batch was not done in time while a control record was: something in it is slow, or needs what others do not.
+
+    `is_contents`: code of the database's own ran out of time, so it may be what one row says, for ever.
+    """
+
+    def __init__(self, words: str, *, is_contents: bool) -> None:
+        super().__init__(words)
+        self.is_contents = is_contents
+
+
 class _RolledBack(Exception):
     """Raised to roll a transaction back."""
 
 
-def is_lock_timeout(error: StoreUnavailable) -> bool:
-    return getattr(error.__cause__, "sqlstate", None) == LOCK_TIMEOUT
+async def not_in_time(
+    writer: Writer, connect: Connect, tables: set[str], error: StoreUnavailable | TimeoutError
+) -> StoreUnavailable:
+    """What it means that a batch of rows in these tables was not written.
+
+    RowLocked: another transaction has locked a row; TooSlow: it was not done in time, and a control record is;
+    `error` itself, where it is something else.
+    """
+    cause = error.__cause__
+    state = getattr(cause, "sqlstate", None)
+    if state not in OUT_OF_TIME and isinstance(error, StoreUnavailable):
+        return error
+    words = str(error) or "PostgreSQL: a flush was not done in time"
+    if state == LOCK_TIMEOUT:
+        words = f"{words.removesuffix('.')}. {await who_locks(connect)}"
+        if (row := await _locked_row(connect, cause)) is not None:
+            return RowLocked(words, row)
+    try:
+        await refuse_state(writer, connect, tables, error)
+    except StoreUnavailable:
+        return StoreUnavailable(words)
+    is_contents = isinstance(cause, PostgresError) and state != LOCK_TIMEOUT and foreign_code(cause) is not None
+    return TooSlow(words, is_contents=is_contents)
 
 
-async def locked_row(connect: Connect, error: StoreUnavailable) -> LockedRow | None:
+async def _locked_row(connect: Connect, cause: BaseException | None) -> LockedRow | None:
     """Which row a statement has waited for; None where it was a whole table, or a row that nobody can see."""
-    context = getattr(error.__cause__, "context", None) or ""
+    context = getattr(cause, "context", None) or ""
     found = _TUPLE.search(context.partition("\n")[0])
     if found is None:
         return None
@@ -93,7 +126,7 @@ async def who_locks(connect: Connect) -> str:
     return "Nobody holds a lock any more"
 
 
-async def refuse_state(writer: Writer, connect: Connect, tables: set[str], error: RowRejected) -> None:
+async def refuse_state(writer: Writer, connect: Connect, tables: set[str], error: Exception) -> None:
     """Raise StoreUnavailable where the database refuses rows of ours as well; `error`: what it said of the batch."""
     is_wide = getattr(error.__cause__, "sqlstate", None) == STRING_TOO_LONG
     try:
@@ -111,6 +144,7 @@ async def refuse_state(writer: Writer, connect: Connect, tables: set[str], error
 async def _write_control(writer: Writer, db: Connection, tables: set[str], *, wide: bool) -> None:
     """Write control records into these tables, as any other record, and take them back."""
     async with _taken_back(db):
+        await db.execute(f"SET LOCAL statement_timeout = '{CONTROL_S}s'")
         for changes, dids in control.steps(tables, datetime.now(UTC), wide=wide):
             effects = Effects(writer.derive)
             await db.execute(sql.USERS, dids)

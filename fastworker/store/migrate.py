@@ -16,6 +16,7 @@ import msgspec
 
 from fastworker.crashpoint import Step, crashpoint
 from fastworker.store import routines
+from fastworker.store.odd import cures
 from fastworker.store.schema_admin import Applied, NotAllowed, Schema, SchemaRefused, open_schema
 
 __all__ = ["Migration", "SchemaRefused", "check", "encoding_problem", "migrate", "packaged"]
@@ -152,9 +153,12 @@ def _is_there(migration: Migration, schema: Schema) -> bool:
 
 
 def _missing(migration: Migration, schema: Schema) -> list[str]:
-    found = []
-    for table in _expected(migration.sql):
+    expected = _expected(migration.sql)
+    found = cures(schema.odd, {table.name: table.columns for table in expected})
+    for table in expected:
         columns = schema.columns.get(table.name)
+        if columns is None and any(table.name == odd.table and odd.name == "" for odd in schema.odd):
+            continue  # something else has its name
         if columns is None:
             found.append(f"Table {table.name} is missing: {_mend(table.name)}.")
             continue

@@ -32,6 +32,7 @@ _BUGS = {"21000", "42601", "42P02"}
 _USED_UP = {"2200H", "22P05"}  # whoever runs into them
 _SERVERS = ("08", "25", "28", "3D", "40", "53", "57", "58", "F0", "XX")  # classes: whoever runs into them
 _SERVERS_CODES = {"55P03"}
+OUT_OF_TIME = {"57014", "55P03"}  # a statement, or its wait for a lock; the first, too, where somebody cancels it
 _OUR_FUNCTIONS = {"put", "put_whole", "recompute", "newer", *(routine.name for routine in packaged())}
 _CODE = re.compile(r'(?:PL/\w+ function |SQL function )"?([\w.]+)', re.ASCII)
 _QUOTED = re.compile(r"[\"«„]([^\"»“]+)[\"»“]")
@@ -40,7 +41,7 @@ _QUOTED = re.compile(r"[\"«„]([^\"»“]+)[\"»“]")
 def whose(error: PostgresError) -> Whose:
     state = error.sqlstate or ""
     is_servers = state[:2] in _SERVERS or state in _SERVERS_CODES or state in _USED_UP
-    if not is_servers and _foreign_code(error):
+    if not is_servers and foreign_code(error):
         return Whose.ROW
     if state in _STATES:
         return Whose.STATE
@@ -78,8 +79,13 @@ def _cure(error: PostgresError) -> str:
         return f"Make a partition of {table or 'the table'} for every row, such as a DEFAULT one."
     if state[:2] in ("23", "44") and table and constraint:
         return f"It is not ingestion's: ALTER TABLE {table} DROP CONSTRAINT {constraint}, or DROP INDEX, or loosen it."
-    if state != "55P03" and (code := _foreign_code(error)):
+    if state in OUT_OF_TIME:
+        code = foreign_code(error)
+        return f"The function {code} of this database was at work: make it quicker." if code else ""
+    if code := foreign_code(error):
         return f"The function {code} of this database refuses it: mend it, or drop its trigger."
+    if state in ("0A000", "428C9", "55000"):
+        return "Somebody has changed this table, or published it: `fastworker check` names what is in the way."
     if state in ("22001", "42804", "42P10", "42703", "42704", "42883", "42P01", "42809"):
         return "The schema is not what ingestion needs: `fastworker check` names what differs."
     if state == "42501" and "row-level security" in str(error):
@@ -97,7 +103,7 @@ def _name(error: PostgresError, which: str) -> str | None:
     return getattr(error, which, None)
 
 
-def _foreign_code(error: PostgresError) -> str | None:
+def foreign_code(error: PostgresError) -> str | None:
     """A function that is not ours and was running."""
     for name in _CODE.findall(_name(error, "context") or ""):
         if not name.startswith("fastworker.") and name not in _OUR_FUNCTIONS:

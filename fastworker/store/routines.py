@@ -249,8 +249,17 @@ def _as_read(table: Table) -> str:
         END IF;
         IF {statements.has_any("gone_uris", table)} THEN
             dead := {statements.slice_of("gone_uris", table)};
-            {_bound(statements.delete(table), "dead")};
+            {_bound(statements.delete(table), "dead")};{_all_of("dead")}
         END IF;"""
+
+
+def _all_of(rows: str) -> str:
+    """What a trigger or a rule keeps without an error is told step by step."""
+    return f"""
+            GET DIAGNOSTICS changed = ROW_COUNT;
+            IF changed <> cardinality({rows}) THEN
+                RAISE EXCEPTION 'rows stay as they are' USING ERRCODE = 'FW001';
+            END IF;"""
 
 
 def _of_cold(each: Callable[[Table], str]) -> str:
@@ -269,7 +278,7 @@ def _change_hot(table: Table) -> str:
     return f"""
     IF {statements.has_any("read_uris", table)} THEN{_as_read(table)}
         IF {rows} IS NOT NULL THEN
-            {_bound(statements.update(table), rows)};
+            {_bound(statements.update(table), rows)};{_all_of(rows)}
         END IF;
     END IF;"""
 

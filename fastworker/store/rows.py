@@ -61,18 +61,22 @@ async def put(db: Connection, arguments: dict[str, Any]) -> Any:
     return await db.fetchrow(sql.PUT, *(arguments.get(name) for name in sql.PUT_ARGUMENTS))
 
 
-async def copy(writer: Writer, db: Connection, table: Table, rows: Sequence[Any]) -> None:
-    """COPY rows that no other writer should have written. If one did, raises Contended: begin again, without COPY."""
+async def copy(writer: Writer, db: Connection, table: Table, rows: Sequence[Any]) -> int:
+    """COPY rows that no other writer should have written. If one did, raises Contended: begin again, without COPY.
+
+    Returns how many there are now: a trigger can keep some away without an error.
+    """
     if not rows:
-        return
+        return 0
     schema, _, name = table.qualified.rpartition(".")
     try:
-        await db.copy_records_to_table(name, schema_name=schema, columns=table.columns, records=rows)
+        done: str = await db.copy_records_to_table(name, schema_name=schema, columns=table.columns, records=rows)
     except UniqueViolationError as error:
         writer.copying.failed()
         raise Contended(f"COPY of {name}: {error}") from error
     except TypeError as error:  # of the driver: a column has another type
         raise RowRejected(f"{table.name}: {error}") from error
+    return int(done.rpartition(" ")[2])
 
 
 async def _copy_new(
@@ -92,7 +96,9 @@ async def _copy_new(
                 if len(pairs) == before:
                     taken.add(change.uri)
     fresh = [c for c in upserts if c.uri not in taken] if taken else upserts
-    await copy(writer, db, table, [c.row for c in fresh])
+    if await copy(writer, db, table, [c.row for c in fresh]) < len(fresh):
+        writer.copying.failed()  # without COPY it is told which rows these are
+        raise Contended(f"COPY of {table.name}: rows were kept away")
     return fresh, [c for c in upserts if c.uri in taken]
 
 

@@ -14,6 +14,7 @@ import msgspec
 from asyncpg.exceptions import InternalClientError
 
 from fastworker.errors import ConfigError, ExitCode, FastworkerError, Unreachable, words_of
+from fastworker.store.odd import BLOCKING, Odd
 from fastworker.urls import place_of
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ class Schema(msgspec.Struct, frozen=True):
 
     applied: list[Applied]
     columns: dict[str, dict[str, str]]
-    uniques: dict[str, set[frozenset[str]]]  # column sets of complete (no predicate), valid unique indexes
+    uniques: dict[str, set[frozenset[str]]]  # column sets of complete (no predicate), valid, immediate unique indexes
     routines: dict[str, str | None]  # of schema fastworker: name to comment
     encoding: str
+    odd: list[Odd] = []
+    """What stands in the way, of any table."""
 
 
 class SchemaAdmin:
@@ -137,7 +140,8 @@ class SchemaAdmin:
             ]
         routines = {row[0]: row[1] for row in await fetch(INSTALLED)}
         encoding = await self.connection.fetchval("SHOW server_encoding")
-        return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines, encoding=encoding)
+        odd = [Odd(*row) for row in await fetch(BLOCKING)]
+        return Schema(applied=applied, columns=columns, uniques=uniques, routines=routines, encoding=encoding, odd=odd)
 
     async def grant(self, statements: str, role: str, password: str | None) -> None:
         """Run them; a password that is given is the role's from now on. Only inside `exclusive`."""
@@ -214,7 +218,7 @@ SELECT CASE WHEN n.nspname = 'public' THEN '' ELSE n.nspname || '.' END || c.rel
        array_agg(a.attname::text)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])
-WHERE n.nspname IN ('public', 'fastworker') AND i.indisunique AND i.indisvalid
+WHERE n.nspname IN ('public', 'fastworker') AND i.indisunique AND i.indisvalid AND i.indimmediate
   AND i.indpred IS NULL AND i.indexprs IS NULL
 GROUP BY n.nspname, c.relname, i.indexrelid
 """

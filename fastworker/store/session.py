@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 from asyncpg.exceptions import (
@@ -52,9 +52,10 @@ NO_TRANSACTION_TIMEOUT = (
 # connecting: poolers refuse start-up parameters that they do not know. With row_security off a policy that would hide
 # rows is an error: else a delete finds nothing, and is acknowledged.
 STATEMENT_TIMEOUT = "SET statement_timeout = '60s'"
+LOCK_TIMEOUT = "SET lock_timeout = '5s'"
 SESSION = (
     f"{STATEMENT_TIMEOUT}; {NO_TRANSACTION_TIMEOUT}"
-    "SET lock_timeout = '5s'; SET idle_in_transaction_session_timeout = '20s'; "
+    f"{LOCK_TIMEOUT}; SET idle_in_transaction_session_timeout = '20s'; "
     "SET idle_session_timeout = 0; SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; "
     "SET enable_indexscan = on; SET enable_bitmapscan = on; SET enable_nestloop = on; SET enable_sort = on; "
     "SET jit = off; SET plan_cache_mode = force_generic_plan; SET TIME ZONE 'UTC'; SET DateStyle = 'ISO, MDY'; "
@@ -67,8 +68,23 @@ SESSION = (
 DURABLE = "; SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
 
 
+class Time(NamedTuple):
+    """How long a flush may take: each statement of it (None: what the session allows), and all of it, in seconds."""
+
+    statement_s: float | None
+    all_s: float
+
+
 class Contended(Exception):
     """Another writer has changed what this transaction had read, and part of it is written: roll back, begin again."""
+
+
+class RowsKept(RowRejected):
+    """Something of the database's own keeps rows as they are, without an error.
+
+    If it is a rule, a statement that was prepared meanwhile does nothing after the rule is gone, too: PostgreSQL does
+    not see that its plan is out of date.
+    """
 
 
 RETRYABLE = (DeadlockDetectedError, SerializationError, Contended)
@@ -177,11 +193,32 @@ async def borrow(pool: asyncpg.Pool[Any]) -> AsyncIterator[Connection]:
             try:
                 yield connection
             except Exception as error:
-                # it lost count, leads to what is a replica now, or the server went before the rollback
-                useless = isinstance(error, InternalClientError | ReadOnlySQLTransactionError)
+                # it lost count, leads to what is a replica now, has plans that do nothing, or the server went before
+                # the rollback
+                useless = isinstance(error, InternalClientError | ReadOnlySQLTransactionError | RowsKept)
                 if useless or _is_left_open(connection):
                     connection.terminate()
                 raise
+
+
+@contextlib.asynccontextmanager
+async def hurried(db: Connection, statement_s: float | None) -> AsyncIterator[None]:
+    """Statements end earlier than usual. A lock is waited for a shorter time still: so that it shows which it was."""
+    if statement_s is None:
+        yield
+        return
+    lock_s = min(5, statement_s / 2)
+    await db.execute(f"SET statement_timeout = {statement_s * 1000:.0f}; SET lock_timeout = {lock_s * 1000:.0f}")
+    try:
+        yield
+    except PostgresError:
+        if not db.is_closed():
+            await db.execute(f"{STATEMENT_TIMEOUT}; {LOCK_TIMEOUT}")
+        raise
+    except BaseException:  # cut off: nobody knows what it is at
+        db.terminate()
+        raise
+    await db.execute(f"{STATEMENT_TIMEOUT}; {LOCK_TIMEOUT}")
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ import orjson
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
 from fastworker.store.rows import Pending, by_table, divide
-from fastworker.store.session import Connection, Contended
+from fastworker.store.session import Connection, Contended, RowsKept
 from fastworker.store.writer import Writer, columns
 from fastworker.table import derive
 from fastworker.table.batch import Change, Row, replaces, seq_of, stored_version
@@ -139,9 +139,9 @@ async def _settle_records(
         later += [pending.pop(r[0]) for r in await db.fetch(sql.present(table), missing)]
     updates, deletes, again = change_records(writer, table, pending, stored, effects)
     if updates:
-        await db.execute(sql.update(table), updates)
+        await _all(db, table, sql.update(table), updates)
     if deletes:
-        await db.execute(sql.delete(table), deletes)
+        await _all(db, table, sql.delete(table), deletes)
     inserted = 0
     if again:
         for row in await db.fetch(sql.insert(table), [c.row for c in again]):
@@ -149,6 +149,20 @@ async def _settle_records(
             derive.added(effects, table, change.row, change.cid)  # type: ignore[arg-type]
             inserted += 1
     return len(updates) + len(deletes) + inserted
+
+
+async def _all(db: Connection, table: Table, statement: str, values: list[Any]) -> None:
+    """Change these rows, which are there and locked.
+
+    Raises RowsKept where a trigger or a rule keeps one as it is, without an error: a delete would be acknowledged.
+    """
+    done: str = await db.execute(statement, values)
+    # mutant: rows that a trigger keeps
+    if done.rpartition(" ")[2] != str(len(values)):
+        raise RowsKept(
+            f"{table.name}: a trigger or a rule of this database keeps rows as they are, without an error. It has to "
+            "let them change, or to be dropped"
+        )
 
 
 class Changed(NamedTuple):
@@ -297,11 +311,11 @@ async def _write(
     """Make table and twins say what `new` says. Returns how many changes are settled by it."""
     follow(table, effects, new)
     if new.deletes:
-        await db.execute(sql.delete(table), sorted(row[0] for row in new.deletes))
+        await _all(db, table, sql.delete(table), sorted(row[0] for row in new.deletes))
     if new.twin_deletes:
         await db.execute(sql.TWINS_DELETE, sorted(new.twin_deletes))
     if new.updates:
-        await db.execute(sql.update(table), [member.row for _, member in new.updates])
+        await _all(db, table, sql.update(table), [member.row for _, member in new.updates])
     if new.inserts:
         placed = {r[0] for r in await db.fetch(sql.insert(table), [member.row for _, member in new.inserts])}
         for pair, member in new.inserts:

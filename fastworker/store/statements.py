@@ -305,16 +305,22 @@ def absent(table: Table) -> str:
 
 # Users, accounts, identities ----------------------------------------------------------------------
 # A role that may not read statistics sees of others' sessions who they are and what they have locked.
-WHO_LOCKS = (
+_WHO = (
     "SELECT 'PID ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '') || ' as ' || a.usename "
     "|| coalesce(', ' || a.state, '') "
     "|| coalesce(', in a transaction for ' || extract(epoch FROM now() - a.xact_start)::int || ' s', '') "
     "|| ': let it end, or SELECT pg_terminate_backend(' || a.pid || ')' FROM pg_stat_activity AS a "
     "WHERE coalesce(a.application_name, '') NOT LIKE 'fastworker%' AND a.usename IS NOT NULL AND EXISTS ("
-    "SELECT FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+)
+WHO_LOCKS = (
+    f"{_WHO}SELECT FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation "
+    "JOIN pg_namespace AS n ON n.oid = c.relnamespace "
     "WHERE l.pid = a.pid AND l.granted AND l.mode <> 'AccessShareLock' AND n.nspname IN ('public', 'fastworker')) "
     "UNION ALL SELECT 'the prepared transaction ' || gid || ': COMMIT PREPARED or ROLLBACK PREPARED it' "
-    "FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1"
+    "FROM pg_prepared_xacts WHERE database = current_database() "
+    # an advisory lock, which a trigger of the API's may ask for
+    f"UNION ALL {_WHO}SELECT FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database "
+    "WHERE l.pid = a.pid AND l.granted AND l.locktype = 'advisory' AND d.datname = current_database()) LIMIT 1"
 )
 # The first column of the primary key of a table of ours, by its name alone.
 FIRST_OF_KEY = (

@@ -19,12 +19,13 @@ from fastworker.store.blame import LockedRow
 from fastworker.store.debts import Debts
 from fastworker.store.flush import Written
 from fastworker.store.rules import DEFAULTS, Rules
-from fastworker.store.session import DURABLE, SESSION, Connection, borrow, open_pool, translating
+from fastworker.store.session import DURABLE, SESSION, Connection, Time, borrow, hurried, open_pool, translating
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Batch, Change, Progress, Refused
 
 PING_S = 3.0
+NO_HURRY = Time(statement_s=None, all_s=86_400)
 
 
 class Store:
@@ -100,28 +101,28 @@ class Store:
                     db.terminate()
                     raise
 
-    async def write(self, batch: Batch, *, read_before: datetime | None = None) -> Written:
+    async def write(self, batch: Batch, *, read_before: datetime | None = None, time: Time = NO_HURRY) -> Written:
         """One flush. Raises StoreUnavailable (write the same batch again later), of it RowLocked (what does not touch
-        that row may be written now), or RowRejected (write it in halves).
+        that row may be written now) and TooSlow (write it in pieces), or RowRejected (write it in halves).
 
         `read_before`: new notifications of records that are older come in read.
         """
         is_sure = False
+        tables = {change.table.name for change in batch.changes.values()}
         self.writer.read_before = read_before
         self.writer.unread.clear()
         while True:
             try:
-                written = await self._write(batch)
-                await self._mark_read()
-            except StoreUnavailable as error:
+                async with asyncio.timeout(time.all_s):
+                    written = await self._write(batch, time.statement_s)
+                    await self._mark_read()
+            except (StoreUnavailable, TimeoutError) as error:
                 self.writer.forget()
-                if not blame.is_lock_timeout(error):
+                told = await blame.not_in_time(self.writer, self.connection, tables, error)
+                if told is error:
                     raise
-                words = f"{str(error).removesuffix('.')}. {await blame.who_locks(self.connection)}"
-                row = await blame.locked_row(self.connection, error)
-                raise (StoreUnavailable(words) if row is None else blame.RowLocked(words, row)) from error
+                raise told from error.__cause__
             except RowRejected as error:
-                tables = {change.table.name for change in batch.changes.values()}
                 # mutant: control record not asked
                 await blame.refuse_state(self.writer, self.connection, tables, error)
                 if is_sure or len(batch.entries) > 1:
@@ -130,8 +131,8 @@ class Store:
             else:
                 return written
 
-    async def _write(self, batch: Batch) -> Written:
-        async with self.connection() as db:
+    async def _write(self, batch: Batch, statement_s: float | None) -> Written:
+        async with self.connection() as db, hurried(db, statement_s):
             if batch.progress is not None and batch.progress.session not in (None, self.sessions):
                 batch.progress = None
             await flush.note_relays(self.writer, db, batch)

@@ -16,13 +16,15 @@ from fastworker.event import Account, Commit, Identity, Sync
 from fastworker.process.backoff import Backoff
 from fastworker.process.board import Slot, State, now_ms
 from fastworker.redact import redact
-from fastworker.store.blame import LockedRow, RowLocked
+from fastworker.store.blame import LockedRow, RowLocked, TooSlow
 from fastworker.store.flush import Written
+from fastworker.store.session import Time
 from fastworker.stream.consumer import SetAside, Tally
 from fastworker.table.batch import Batch, Change, Progress, Refused
 from fastworker.worker.held import NEVER, Held, names_of_letter
 from fastworker.worker.limits import DeadLetterLimit
 from fastworker.worker.locked import Waiting
+from fastworker.worker.slow import Slow
 from fastworker.worker.turn import Turn
 
 log = logging.getLogger(__name__)
@@ -52,18 +54,18 @@ class Store(Protocol):
 
     @property
     def sessions(self) -> int: ...
-    async def write(self, batch: Batch) -> Written: ...
+    async def write(self, batch: Batch, *, time: Time) -> Written: ...
     async def absent(self, changes: list[Change]) -> set[str]: ...
     async def still_locked(self, rows: list[LockedRow]) -> set[LockedRow]: ...
     async def keep(self, refused: Sequence[Refused]) -> None: ...
 
 
 class _GoAround(Exception):
-    """A row is locked, and it is not to be waited for."""
+    """A row is locked, or the batch is too slow: it is not to be waited for."""
 
-    def __init__(self, locked: RowLocked) -> None:
-        super().__init__(str(locked))
-        self.locked = locked
+    def __init__(self, found: RowLocked | TooSlow) -> None:
+        super().__init__(str(found))
+        self.found = found
 
 
 class Half:
@@ -107,6 +109,7 @@ class Flush:
     ) -> None:
         self.half = Half(stream.name, slot)
         self.waiting = waiting or Waiting()
+        self.slow = Slow()
         self.is_unsure = False  # a write was begun and has not ended: its commit may still arrive
         self.progress: Progress | None = None  # stored with the next batch, and not again
         self.stream = stream
@@ -115,11 +118,14 @@ class Flush:
         self.dead_letters = dead_letters
         self.open_span = open_span
 
-    async def settle(self, held: Held, span: Span, *, patient: bool = False) -> RowRejected | RowLocked | None:
+    async def settle(
+        self, held: Held, span: Span, *, patient: bool = False
+    ) -> RowRejected | RowLocked | TooSlow | None:
         """Write, then ack. Cancelled or killed anywhere, it can be done again.
 
         Returns the error, and then nothing is written or acked: RowRejected where PostgreSQL refuses a value,
-        RowLocked where another transaction has locked a row (`patient`: that is waited for instead).
+        RowLocked where another transaction has locked a row (`patient`: that is waited for instead), TooSlow where it
+        does not get this batch done in time, but others.
         """
         if held.before_horizon:
             await self._judge(held)
@@ -136,9 +142,9 @@ class Flush:
         held.batch.progress = self.progress
         try:
             # mutant: ack before commit
-            store_drops = await self.write(held.batch, None if patient else held)
-        except _GoAround as found:
-            return found.locked
+            store_drops = await self.write(held.batch, held, patient=patient)
+        except (RowLocked, TooSlow) as found:
+            return found
         except RowRejected as error:
             span.set_attribute("fastworker.row_rejected", str(error))
             return error
@@ -164,10 +170,10 @@ class Flush:
             if turn.is_over():
                 await turn.next()
 
-    async def write(self, batch: Batch, held: Held | None = None) -> list[Reason]:
+    async def write(self, batch: Batch, held: Held | None = None, *, patient: bool = True) -> list[Reason]:
         """One flush, as often as it takes; the reasons of ops that the store itself dropped.
 
-        `held`: what the batch came from, where locked rows are gone around.
+        `held`: what the batch came from. Raises RowRejected, TooSlow, and, where it is not `patient`, RowLocked.
         """
         if not (batch.changes or batch.dids or batch.accounts or batch.identities or batch.syncs):
             return []
@@ -176,15 +182,15 @@ class Flush:
 
         async def attempt() -> Written:
             # another pipeline may have found the locked row while this one waited
-            if held is not None and (locked := self.waiting.first_of(held)) is not None:
+            if held is not None and not patient and (locked := self.waiting.first_of(held)) is not None:
                 raise _GoAround(locked)
             del batch.drops[drops:]  # drops that an earlier attempt added
             self.is_unsure = True
             try:
-                written = await self.store.write(batch)
-            except RowLocked as found:
-                self.is_unsure = False
-                if held is not None:
+                written = await self.store.write(batch, time=self.slow.time_for(held))
+            except (RowLocked, TooSlow) as found:
+                self.is_unsure = found.__cause__ is None  # else the server has said no
+                if isinstance(found, TooSlow) or not patient:
                     raise _GoAround(found) from found
                 raise
             except RowRejected:
@@ -193,7 +199,11 @@ class Flush:
             self.is_unsure = False
             return written
 
-        written = await self.persist(State.WAITING_FOR_STORE, attempt)
+        try:
+            written = await self.persist(State.WAITING_FOR_STORE, attempt)
+        except _GoAround as around:
+            self.half.go_on()
+            raise around.found from around.found.__cause__
         batch.beaten = written.beaten
         took_us = int((time.perf_counter() - started) * 1e6)
         entries = len(batch.entries)
@@ -255,7 +265,10 @@ class Flush:
                 locks.keep(await self.store.still_locked(list(locks.rows)))
             except StoreUnavailable:
                 return  # the next flush finds it out
-        self.slot.text("locked", redact(str(next(iter(locks.rows.values()), ""))))
+        self.tell_what_waits()
+
+    def tell_what_waits(self) -> None:
+        self.slot.text("locked", redact(str(next(iter(self.waiting.locks.rows.values()), self.slow.words))))
 
     async def persist(self, waiting: State, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """Try until it works; a stop cancels it. Reading pauses meanwhile."""

@@ -118,7 +118,8 @@ class Pipeline:
     @property
     def held_count(self) -> int:
         writing = len(self._writing.entries) if self._writing else 0
-        waiting = len(self._postponed) + len(self._waiting.entries) + len(self._trial) + len(self._later)
+        put_by = len(self._waiting.entries) + len(self._flush.slow.entries)
+        waiting = len(self._postponed) + put_by + len(self._trial) + len(self._later)
         return len(self._filling.entries) + writing + waiting
 
     @property
@@ -130,7 +131,8 @@ class Pipeline:
     def oldest_ms(self) -> int:
         """When the oldest unsettled entry was read; 0 if there is none."""
         postponed = next((since_ms for _, since_ms in self._postponed.values()), 0)
-        since = ((self._writing or self._filling).since_ms, postponed, self._waiting.since_ms)
+        put_by = self._waiting.since_ms, self._flush.slow.since_ms
+        since = ((self._writing or self._filling).since_ms, postponed, *put_by)
         return min(filter(None, since), default=0)
 
     async def note_progress(self) -> None:
@@ -168,8 +170,8 @@ class Pipeline:
                     self._postponed |= self._waiting.take_free()
                 if writing is None and self._postponed:
                     await self._bring_back(at_last=stopping.is_set() or bool(self._trial))
-                if writing is None and self._filling:
-                    self._writing, self._filling = self._filling, Held(self._entry_rules)
+                if writing is None and (held := self._next_batch(stopping)):
+                    self._writing = held
                     self._flush_at = time.monotonic()
                     writing = asyncio.create_task(
                         settle(self._flush, self._refusals, self._writing), name=f"flush {self.stream.name}"
@@ -177,7 +179,7 @@ class Pipeline:
                 may_read = not (
                     stopping.is_set()
                     or self._filling.is_full(self._limits)
-                    or len(self._waiting.entries) >= self._limits.entries_max
+                    or len(self._waiting.entries) + len(self._flush.slow.entries) >= self._limits.entries_max
                     or self.state is not State.RUNNING
                     or self._quiet.wanted
                     or self._trial
@@ -213,6 +215,15 @@ class Pipeline:
                     task.cancel()
                     await asyncio.wait([task])
 
+    def _next_batch(self, stopping: asyncio.Event) -> Held | None:
+        """What is written next: what has filled, or, in turns with it, one entry that was too slow."""
+        if not stopping.is_set() and (slow := self._flush.slow.take_due(others=bool(self._filling))) is not None:
+            return slow
+        if not self._filling:
+            return None
+        filled, self._filling = self._filling, Held(self._entry_rules)
+        return filled
+
     async def _read(self, stopping: asyncio.Event) -> list[Entry]:
         backoff = Backoff()
         # Without a backlog one read a flush is enough: it finds everything that came meanwhile.
@@ -238,6 +249,7 @@ class Pipeline:
             or (self._writing is not None and entry_id in self._writing.entries)
             or entry_id in self._postponed
             or entry_id in self._waiting.entries
+            or entry_id in self._flush.slow.entries
         )
 
     async def _take(self, entries: list[Entry]) -> None:

@@ -23,11 +23,11 @@ from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
 from fastworker.event import Account, Action, Commit, Op
 from fastworker.process.board import State
 from fastworker.store.admin import past
-from fastworker.store.blame import RowLocked
+from fastworker.store.blame import RowLocked, TooSlow
 from fastworker.store.migrate import migrate
 from fastworker.store.rules import Rules
 from fastworker.store.schema_admin import open_schema
-from fastworker.store.session import SESSION
+from fastworker.store.session import SESSION, Time
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
@@ -310,6 +310,14 @@ STATES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ),
         "lists: a trigger or a rule",
     ),
+    "a trigger that says nothing of what is copied": (
+        "app.bsky.feed.like",
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+            "CREATE TRIGGER no BEFORE INSERT ON likes FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "likes: a trigger or a rule",
+    ),
     "a trigger with an error in it": (
         "app.bsky.feed.post",
         (
@@ -364,6 +372,46 @@ async def test_what_the_database_refuses_of_everybody_is_no_rows_fault(
         assert not await pg.fetchval(
             "SELECT count(*) FROM posts WHERE text = 'edited' OR NOT $1", "index of ours" in name
         )
+
+
+KEEPS = [f"{how} {act}" for how in ("trigger", "rule") for act in ("UPDATE", "DELETE")]
+
+
+@pytest.mark.parametrize("name", usually(KEEPS, "trigger DELETE"))
+async def test_rows_that_a_trigger_keeps_as_they_are_are_not_taken_for_changed(
+    postgres_url: str, pg: asyncpg.Connection, name: str
+) -> None:
+    """Without an error: what was deleted would stay, and be acknowledged."""
+    how, act = name.split()
+    store = await Store.connect(postgres_url)
+    action: Action = "update" if act == "UPDATE" else "delete"
+    kinds = "app.bsky.feed.post", "app.bsky.feed.like"
+    try:
+        for kind in kinds:
+            await store.write(records(kind, 300))
+        await pg.execute("CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+        for table in ("posts", "likes"):
+            await pg.execute(
+                f"CREATE TRIGGER no BEFORE {act} ON {table} FOR EACH ROW EXECUTE FUNCTION no()"
+                if how == "trigger"
+                else f"CREATE RULE no AS ON {act} TO {table} DO INSTEAD NOTHING"
+            )
+        for kind in kinds:
+            for count in (3, 300):  # in one call, and step by step
+                with pytest.raises(StoreUnavailable, match="a trigger or a rule|fastworker check"):
+                    await store.write(records(kind, count, action=action, createdAt="2024-02-02T00:00:00.000Z"))
+        # one row only: that row's fault
+        await pg.execute("DROP FUNCTION no CASCADE; DROP RULE IF EXISTS no ON posts; DROP RULE IF EXISTS no ON likes")
+        kept = records(kinds[0], 3, action=action, text="edited")
+        await pg.execute(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; "
+            f"CREATE TRIGGER no BEFORE {act} ON posts FOR EACH ROW WHEN (OLD.uri = '{next(iter(kept.changes))}') "
+            "EXECUTE FUNCTION no()"
+        )
+        with pytest.raises(RowRejected, match="a trigger or a rule"):
+            await store.write(kept)
+    finally:
+        await store.close()
 
 
 def of_odd(what: str) -> tuple[str, str]:
@@ -615,6 +663,96 @@ async def test_a_locked_row_holds_up_only_what_touches_it(
     likes = await pg.fetchval("SELECT count(*) FROM likes")
     assert likes == (70 if by_account else 69)
     assert await pg.fetchval("SELECT sum(like_count) FROM post_aggregations") == likes
+
+
+def post(number: int, text: str) -> dict[str, str]:
+    entry = like(number)
+    data = json.loads(entry["data"])
+    [op] = data["ops"]
+    record = {"$type": "app.bsky.feed.post", "text": text, "createdAt": "2024-01-01T00:00:00.000Z"}
+    op |= {"path": op["path"].replace("like", "post"), "record": record}
+    return entry | {"data": json.dumps(data)}
+
+
+@pytest.mark.parametrize("how", usually(["slow", "locked"], "locked"))
+async def test_what_one_row_makes_a_trigger_wait_for_holds_up_no_other(
+    house: House, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """For ever: set aside at the third try. A lock is waited for."""
+    monkeypatch.setattr("fastworker.worker.slow.PAUSES_S", (0.1,))
+    monkeypatch.setattr("fastworker.worker.slow.HURRY", Time(statement_s=5.0, all_s=90))
+    monkeypatch.setattr(
+        "fastworker.store.store.SESSION", SESSION.replace("lock_timeout = '5s'", "lock_timeout = '100ms'")
+    )
+    await pg.execute("SELECT pg_advisory_lock(7)")
+    act = "RAISE EXCEPTION 'late' USING ERRCODE = '57014'" if how == "slow" else "PERFORM pg_advisory_xact_lock(7)"
+    for fault in of_odd(act):
+        await pg.execute(fault)
+    async with house.worker():
+        for number in range(1, 41):
+            await house.redis.xadd("firehose:events", replies.to_add(post(number, "odd" if number == 7 else "even")))
+        async with asyncio.timeout(60):
+            while await pg.fetchval("SELECT count(*) FROM posts") < 39:
+                await asyncio.sleep(0.02)
+            if how == "slow":
+                await house.settled()
+            else:
+                while await house.pending() > 1 or "no()" not in house.slot.snapshot().locked:
+                    await asyncio.sleep(0.02)
+                pid = await pg.fetchval("SELECT pg_backend_pid()")
+                assert f"A lock is held by PID {pid}" in house.slot.snapshot().locked
+                await pg.execute("SELECT pg_advisory_unlock(7)")
+                await house.settled()
+    letters = [(letter["reason"], letter["seq"]) for letter in await house.letters()]
+    assert letters == ([("too_slow", "7")] if how == "slow" else [])
+    assert await pg.fetchval("SELECT count(*) FROM posts") == (39 if how == "slow" else 40)
+
+
+async def test_a_batch_that_takes_too_long_is_told_from_a_database_that_does(
+    postgres_url: str, pg: asyncpg.Connection
+) -> None:
+    store = await Store.connect(postgres_url)
+    try:
+        for count in (5, 300):  # in one call, and step by step
+            for fault in of_odd("PERFORM pg_sleep(600)"):
+                await pg.execute(fault)
+            made = records("app.bsky.feed.post", count)
+            made.changes |= records("app.bsky.feed.post", first=count, text="odd").changes
+            statement_s, told = 0.1, ""
+            while (
+                "no() of this database was at work" not in told
+            ):  # a busy machine needs the time for what comes before
+                statement_s *= 2
+                with pytest.raises(TooSlow) as caught:
+                    await store.write(made, time=Time(statement_s, all_s=60))
+                told = str(caught.value)
+                assert caught.value.is_contents == ("no()" in told)
+            with pytest.raises(TooSlow) as caught:  # no statement of it is cut off by the server
+                await store.write(made, time=Time(statement_s=None, all_s=0.3))
+            assert not caught.value.is_contents
+            async with store.connection() as connection:
+                assert await connection.fetchval("SHOW statement_timeout") == "1min"
+                assert await connection.fetchval("SHOW lock_timeout") == "5s"
+            await pg.execute("DROP FUNCTION no CASCADE")
+    finally:
+        await store.close()
+
+
+async def test_a_trigger_that_is_slow_for_all_is_waited_for(
+    postgres_url: str, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastworker.store.blame.CONTROL_S", 1)
+    await pg.execute(
+        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(600); RETURN NEW; END $$; "
+        "CREATE TRIGGER no BEFORE INSERT ON posts FOR EACH ROW EXECUTE FUNCTION no()"
+    )
+    store = await Store.connect(postgres_url)
+    try:
+        with pytest.raises(StoreUnavailable, match="no\\(\\) of this database was at work") as caught:
+            await store.write(records("app.bsky.feed.post"), time=Time(statement_s=0.2, all_s=60))
+        assert not isinstance(caught.value, TooSlow)
+    finally:
+        await store.close()
 
 
 async def test_a_locked_table_is_waited_for_by_all(postgres_url: str, pg: asyncpg.Connection) -> None:

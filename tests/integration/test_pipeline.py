@@ -20,8 +20,9 @@ from fastworker.edge.tracing import no_span
 from fastworker.errors import Reason, RowRejected, StoppedItself, StoreUnavailable
 from fastworker.event.entry import decode_entry
 from fastworker.process.board import Heartbeats, State, now_ms
-from fastworker.store.blame import LockedRow
+from fastworker.store.blame import LockedRow, TooSlow
 from fastworker.store.flush import Written
+from fastworker.store.session import Time
 from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import WorkerStream
@@ -64,9 +65,11 @@ class MemoryStore:
     """Keeps uris; refuses batches that hold a poisonous one; may be down."""
 
     sessions = 1
+    poison = "poison"
 
     def __init__(self) -> None:
         self.uris: set[str] = set()
+        self.refusal: Exception = RowRejected("poison")
         self.kept: list[Refused] = []
         self.batches: list[Batch] = []
         self.writes = 0
@@ -83,13 +86,13 @@ class MemoryStore:
     async def keep(self, refused: Sequence[Refused]) -> None:
         self.kept += refused
 
-    async def write(self, batch: Batch) -> Written:
+    async def write(self, batch: Batch, *, time: Time) -> Written:  # noqa: ARG002
         self.writes += 1
         await self.open.wait()
         if self.down.is_set():
             raise StoreUnavailable("down")
-        if any("poison" in uri for uri in batch.changes):
-            raise RowRejected("poison")
+        if any(self.poison in uri for uri in batch.changes):
+            raise self.refusal
         self.uris |= set(batch.changes)
         self.batches.append(batch)
         beaten = frozenset(uri for uri in batch.changes if "beaten" in uri)
@@ -321,6 +324,35 @@ async def test_more_accounts_than_are_remembered_stop_nobody_and_lose_nothing(
     assert len(letters) < 200
     assert await bench.ledger() == {"committed": 3, "set_aside": 300, "drop:row_rejected": 300}
     assert await bench.pending() == 0
+
+
+@pytest.mark.parametrize("is_contents", [True, False], ids=["a trigger", "a lock"])
+async def test_what_is_too_slow_waits_alone(bench: Any, monkeypatch: pytest.MonkeyPatch, is_contents: bool) -> None:
+    """The others go on. What a trigger of the database's own is slow at is set aside at the third try."""
+    monkeypatch.setattr("fastworker.worker.slow.PAUSES_S", (0.0,))
+    bench.store.refusal = TooSlow("no() was at work", is_contents=is_contents)
+    ids = await bench.add(likes(40, frozenset({3, 30})))
+    async with bench.running():
+        await bench.until_settled(38)
+        if is_contents:
+            await bench.until_settled(40)
+        else:
+            await bench.until(lambda: bench.store.writes > 30)
+            await bench.add(likes(50)[40:])
+            await bench.until_settled(48)
+            assert bench.pipeline.oldest_ms > 0
+            assert "no() was at work" in bench.slot.snapshot().locked
+            bench.store.refusal = StoreUnavailable("a moment")
+            await bench.until(lambda: bench.slot.get("store_retries") > 0)
+            bench.store.uris.clear()
+            monkeypatch.setattr(MemoryStore, "poison", "none")
+            await bench.until_settled(50)
+    letters = [fields[b"origId"].decode() for _, fields in await bench.redis.xrange("firehose:dead-letters")]
+    assert sorted(letters) == ([ids[3], ids[30]] if is_contents else [])
+    assert await bench.pending() == 0
+    assert not bench.slot.snapshot().locked
+    aside = {"set_aside": 2, "drop:too_slow": 2} if is_contents else {}
+    assert await bench.ledger() == {"committed": 38 if is_contents else 50, **aside}
 
 
 async def test_too_much_garbage_stops_the_worker_before_it_is_set_aside(bench: Any) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from socket import IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET, TCP_KEEPIDLE
 from typing import Any
 
 import libipld
@@ -648,6 +649,9 @@ async def test_a_relay_that_never_answers_close_is_closed() -> None:
     try:
         subscription = await relay_module.subscribe(relay_module.RelayAddress.parse(relay.url), None)
         await subscription.receive()
+        used = subscription._socket.get_extra_info("socket")
+        assert used.getsockopt(SOL_SOCKET, SO_KEEPALIVE) == 1  # one that vanished is noticed by the kernel
+        assert used.getsockopt(IPPROTO_TCP, TCP_KEEPIDLE) == 30
         await asyncio.wait_for(subscription.close(), 5)
     finally:
         await relay.stop()

@@ -78,10 +78,18 @@ OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
 CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
-OF_HOSTS = "tests/integration/test_hosts.py"
+OF_HOSTS, OF_FAULTS = "tests/integration/test_hosts.py", "tests/integration/test_failure_table.py"
 OF_BACKFILL, OF_FILTER = (f"tests/integration/test_{name}.py" for name in ("backfill", "reader_filter"))
 _FILTER = "fastworker/reader/filter.py"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
+OF_SETTLE, OF_REPAIRS, OF_SYNCER = (f"tests/integration/test_{name}.py" for name in ("settle", "repairs", "syncer"))
+OF_JUDGE, OF_REPOSITORY, OF_VERIFY = (
+    f"tests/unit/test_{name}.py" for name in ("judge", "event_repository", "reader_verify")
+)
+_MANY, _JUDGE, _FETCH, _GAPS, _SYNCER = (
+    f"fastworker/sync/{name}.py" for name in ("many", "judge", "fetch", "gaps", "syncer")
+)
+_REPOSITORY = "fastworker/event/repository.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
 MUTANTS = [
@@ -90,6 +98,12 @@ MUTANTS = [
     _mutant("a replay moves the chain", _CHAIN, OF_CHAIN, "if state == known:"),
     _mutant("a break is forgotten by a crash", _CHAIN, OF_CHAIN, "if verdict is Verdict.BREAK and False:"),
     _mutant("prevData is not compared", _CHAIN, OF_CHAIN, "return Verdict.OK"),
+    _mutant("since is not compared", _CHAIN, f"{OF_CHAIN}::test_commits_that_do_not {OF_CHAIN}::test_commits_of_old_hosts", "is_next = since is not None"),
+    _mutant("a commit that takes since away", _CHAIN, f"{OF_VERIFY}::test_what_each_level_says_of_a_commit_of_which_something_was_taken", "if is_next:"),
+    _mutant("ops without prevData are not undone", _VERIFY, f"{OF_VERIFY}::test_what_each_level_says_of_a_commit_of_which_something_was_taken", "if False:"),
+    _mutant("a bad commit is none", _VERIFY, f"{OF_LEVELS}::test_another_accounts_commit", "elif False:"),
+    _mutant("nobody is unverified", _VERIFY, f"{OF_LEVELS}::test_an_unknown_key_is_asked_for_beside_the_stream", "elif False:"),
+    _mutant("two ops on one path", _PROOF, "tests/unit/test_event_proof.py", "if False:"),
     _mutant("commits from the future", _VERIFY, OF_LEVELS, "if False:"),
     _mutant("commits that the account did not sign", _VERIFY, OF_LEVELS, "if False:"),
     _mutant("ops that nothing proves", _VERIFY, OF_LEVELS, "if False:"),
@@ -129,6 +143,46 @@ MUTANTS = [
     _mutant("a floor goes down", _STATEMENTS, FLOORS, "WHERE true OR", "WHERE $4::boolean OR"),
     _mutant("a tombstone below a floor", _STATEMENTS, FLOORS, "AS f WHERE false AND", "AS f WHERE"),
     _mutant("a late deletion against a floor", _STATEMENTS, FLOORS, "", "(SETTLE_AGAIN, DELETION),"),
+    # settles
+    _mutant("S0 after the fetch", _MANY, f"{OF_REPAIRS}::test_s0_is_the_cursor_before_the_request", "mark = await self._live.mark()\nsnapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)"),
+    _mutant("a settle does not wait for the worker", _MANY, f"{OF_REPAIRS}::test_nobody_is_compared_before_the_worker_has_finished_what_was_there", "if False:"),
+    _mutant("older than the list said", _MANY, f"{OF_REPAIRS}::test_what_is_older_than_the_list_said_is_no_answer", "if False:"),
+    _mutant("a floor beside others who know none", _MANY, f"{OF_REPAIRS}::test_beside_a_worker_that_knows_no_floors_none_is_set", "floor = True"),
+    _mutant("an account twice at once", _MANY, f"{OF_REPAIRS}::test_who_is_asked_for_again_is_not_fetched_twice_at_once", "if False:"),
+    _mutant("a refused account counts as settled", _MANY, f"{OF_FAULTS}", "if False:"),
+    _mutant("a 429 spends a try", _MANY, f"{OF_FAULTS}", "is_limited = False"),
+    _mutant("two snapshots of one account in a group", _SYNC, f"{OF_SETTLE}::test_two_snapshots_of_one_account_at_once", "if False:"),
+    _mutant("who was deleted before the floor", _SYNC, f"{OF_SETTLE}::test_a_deletion_that_comes_before_the_floor", "return [look for look in looks if not look.result.refused]"),
+    _mutant("a deletion while small accounts are read", _SYNC, f"{OF_SETTLE}::test_a_deletion_that_comes_while_it_is_read", "pass"),
+    _mutant("a deletion while a large account is read", _SYNC, f"{OF_SETTLE}::test_a_deletion_that_comes_while_it_is_read", "pass"),
+    _mutant("what small accounts lack stays", _SYNC, f"{OF_SETTLE}::test_what_others_wrote", "pass"),
+    _mutant("what a large account lacks stays", _SYNC, f"{OF_SETTLE}::test_what_others_wrote", "pass"),
+    _mutant("who does not want it is settled", _SYNC, f"{OF_SETTLE}::test_who_may_not_be_settled", "if False:"),
+    _mutant("who was deleted is settled", _SYNC, f"{OF_SETTLE}::test_who_may_not_be_settled", "if False:"),
+    _mutant("an older repository is taken", _SYNC, f"{OF_SETTLE}::test_who_may_not_be_settled", "if False:"),
+    _mutant("a newer tombstone is overwritten", _JUDGE, f"{OF_SETTLE}::test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer", "if False:"),
+    _mutant("a newer record is overwritten", _JUDGE, f"{OF_SETTLE}::test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer", "if False:"),
+    _mutant("an equal row that is older than a deletion", _JUDGE, f"{OF_SETTLE}::test_a_deleted_account_that_came_back_keeps_what_its_repository_holds", "if False:"),
+    _mutant("what an API wrote just now goes", _JUDGE, f"{OF_SETTLE}::test_what_others_wrote", "return True"),
+    _mutant("a newer record that the snapshot lacks goes", _JUDGE, f"{OF_SETTLE}::test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer", "return True"),
+    # repositories and their hosts
+    _mutant("the repository of another account", _FETCH, f"{OF_HOSTS}::test_what_ends_a_fetch", "if False:"),
+    _mutant("a repository from the future", _FETCH, f"{OF_HOSTS}::test_what_ends_a_fetch", "if False:"),
+    _mutant("a rotated key is not looked up", _FETCH, f"{OF_HOSTS}::test_a_rotated_key_is_looked_up_again", "pass"),
+    _mutant("a repository that nobody signed", _FETCH, f"{OF_HOSTS}::test_what_ends_a_fetch", "if False:"),
+    _mutant("a repository is not walked", _FETCH, f"{OF_HOSTS}::test_what_is_not_whole_is_asked_for_again", "pass"),
+    _mutant("keys that do not ascend", _REPOSITORY, f"{OF_REPOSITORY}::test_trees_that_are_none", "if False:"),
+    _mutant("a key in another layer", _REPOSITORY, f"{OF_REPOSITORY}::test_trees_that_are_none", "if False:"),
+    _mutant("an empty node in a tree", _REPOSITORY, f"{OF_REPOSITORY}::test_trees_that_are_none", "if False:"),
+    # gaps, and what events ask for
+    _mutant("a gap closes while its list is read", _GAPS, f"{OF_BACKFILL}::test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled", "", " AND s.done_at IS NOT NULL"),
+    _mutant("a gap closes while somebody waits", _GAPS, f"{OF_BACKFILL}::test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled", "AND r.state = 'fetching')", "AND r.state IN ('waiting', 'fetching', 'refused'))"),
+    _mutant("a list that began before a gap covers it", _GAPS, f"{OF_BACKFILL}::test_a_list_that_began_before_a_gap_does_not_cover_it", "if True:"),
+    _mutant("a gap is forgotten before it is closed", _GAPS, f"{OF_BACKFILL}::test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled", "if gap is not None:"),
+    _mutant("hosts' clocks are ours", _GAPS, f"{OF_BACKFILL}::test_a_list_that_began_before_a_gap_does_not_cover_it", "", " - MARGIN"),
+    _mutant("who breaks at each commit is repaired each time", _SYNCER, f"{OF_SYNCER}::test_a_host_that_breaks_at_each_commit_costs_less_and_less", "due = new"),
+    _mutant("the time between repairs does not grow", _SYNCER, f"{OF_SYNCER}::test_a_host_that_breaks_at_each_commit_costs_less_and_less", "THEN apart_s", "THEN least(2 * apart_s, {APART_MAX_S})"),
+    _mutant("who asks again while it is repaired is forgotten", _SYNCER, f"{OF_SYNCER}::test_who_is_asked_for_again_while_it_is_repaired_is_repaired_again", "new = [did for did in found if did not in records]"),
     # one call
     _mutant("a whole flush that is not whole", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
@@ -212,9 +266,11 @@ MUTANTS = [
     _mutant("type spoofed", _MAPPER, OF_MAPPER, "if False:"),
     _mutant("the moment of the entry ignored", "fastworker/table/dates.py", OF_DATES, "return told or received"),
     _mutant("control record not asked", "fastworker/store/store.py", FAULTS, "pass"),
+    _mutant("rows that a trigger keeps", _SETTLE, FAULTS + "::test_rows_that_a_trigger_keeps_as_they_are_are_not_taken_for_changed", "if False:"),
     _mutant("a refusal of state is isolated", "fastworker/store/blame.py", FAULTS, "raise error"),
     # entries
     _mutant("ack before commit", _WRITING, f"{OF_PIPELINE} tests/integration/test_supervisor_worker.py", "await self._ack(held, [])\nstore_drops = await self.write(held.batch)"),
+    _mutant("what is too slow is tried for ever", "fastworker/worker/slow.py", OF_PIPELINE, "if False:"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
