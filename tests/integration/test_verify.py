@@ -739,7 +739,7 @@ async def test_a_handle_that_an_older_worker_wrote_is_no_drift(
     """It counts as verified, in its own letters; a claim that is newer than it wants another one, and has to share."""
     winner, loser = "did:plc:aaaaaaaaaaa2222222222222", "did:plc:aaaaaaaaaaa2222222222223"
     await pg.execute("INSERT INTO users (did, handle) VALUES ($1, 'handle.invalid'), ($2, $3)", winner, loser, shown)
-    claim = "SELECT fastworker.claim_handles($1, $2, $3, $4, $5, false)"
+    claim = "SELECT fastworker.claim_handles_1($1, $2, $3, $4, $5, false)"
     at = datetime(2026, 1, 1, tzinfo=UTC)
     for seq, did in enumerate((winner, loser), 1):
         await pg.execute(claim, [did], ["bob.test"], [""], [seq], [at])
