@@ -57,8 +57,10 @@ _PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY, _FIRST, _CHANGE = (
     f"fastworker/store/sql/{name}.sql"
     for name in ("put", "put_whole", "recompute", "recount", "pay_bucket", "first", "change")
 )
+_WRITTEN = "fastworker/store/sql/written.sql"
 _APART, _PAY_ALL = "fastworker/store/sql/pay_apart.sql", "fastworker/store/sql/pay.sql"
-_HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_WANTED = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_SHOWN, _CLAIMS = (f"fastworker/store/sql/{name}_handles.sql" for name in ("show", "claim"))
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
 _PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
 _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
@@ -182,7 +184,7 @@ MUTANTS = [
     _mutant("the time between repairs does not grow", _SYNCER, f"{OF_SYNCER}::test_a_host_that_breaks_at_each_commit_costs_less_and_less", "THEN apart_s", "THEN least(2 * apart_s, {APART_MAX_S})"),
     _mutant("who asks again while it is repaired is forgotten", _SYNCER, f"{OF_SYNCER}::test_who_is_asked_for_again_while_it_is_repaired_is_repaired_again", "new = [did for did in found if did not in records]"),
     # one call
-    _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
+    _mutant("a whole flush that is not whole", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
     _mutant("no look back after a whole flush", _WHOLE, OF_WHOLE, "SELECT false"),
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
@@ -192,24 +194,26 @@ MUTANTS = [
     _mutant("the gate of a small flush open", _CHANGE, IN_TWO_CALLS.format("create_and_delete_of_a_cold_record"), "IF false THEN"),
     _mutant("identities of who must not be stored", _FIRST, BUGS, "IF false THEN"),
     _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
-    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "if False:"),
+    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "return False"),
     _mutant("two of a pair taken to be new", "fastworker/store/whole.py", OF_WHOLE, "is_fresh = bool(pairs) and sql.may_be_taken(table)"),
-    _mutant("a record in two places", "fastworker/store/sql/look_back.sql", IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "SELECT 'twin', NULL, NULL, NULL WHERE false"),
+    _mutant("a record in two places", _WHOLE, IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "is_late := false;"),
+    _mutant("a record in two places, step by step", "fastworker/store/sql/look_back.sql", RACES + "::test_every_interleaving_ends_as_the_law_says[a_new_record_that_changes_its_pair-copy]", "SELECT 'twin', NULL, NULL, NULL WHERE false"),
     _mutant("a cold record becomes a twin meanwhile", _SETTLE, RACES + "::test_every_interleaving_ends_as_the_law_says[cold_pairs_changed-copy]", "if False:"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
     # debts
     _mutant("notes that are left are forgotten", "fastworker/store/debts.py", DEBTS, "pass"),
-    _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
-    _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
+    _mutant("all new users at once", _FLUSH, DEBTS, "size = len(users)"),
+    _mutant("a busy counter is not owed", _WRITTEN, DEBTS, "IF false THEN"),
+    _mutant("counters beside a debt", _WRITTEN, DEBTS, "is_owing := is_owing;"),
     _mutant("a debt is paid twice", _PAY, DEBTS, "PERFORM 1;"),
-    _mutant("owed for a counter that a stranger has locked", _PUT, DEBTS, "IF false THEN"),
+    _mutant("owed for a counter that a stranger has locked", _WRITTEN, DEBTS, "IF false THEN"),
     _mutant("a payment waits for a stranger", _PAY, DEBTS, "FOR NO KEY UPDATE) AS f);"),
     _mutant("an owed recount is forgotten", _APART, DEBTS, "IF false THEN"),
     _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
     _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
-    _mutant("a counter beside its debt that is put back", _PUT, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
+    _mutant("a counter beside its debt that is put back", _WRITTEN, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a debt overtakes one that is put back", _PAY, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a counter that is refused stops the others", _APART, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "EXCEPTION WHEN division_by_zero THEN"),
     _mutant("a joined row that is refused stops a small flush", _WHOLE, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
@@ -229,8 +233,8 @@ MUTANTS = [
     # what follows from rows
     _mutant("notifications to oneself", _DERIVE, LAW, 'if parent is not None and (to := did_of(parent)) != "":'),
     _mutant("no allow means nobody", _DERIVE, LAW, "allow = []"),
-    _mutant("unlike drops the state of the API", _PUT, BUGS, "AND NOT t.bookmarked;"),
-    _mutant("a like resets the viewer state", _PUT, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
+    _mutant("unlike drops the state of the API", _WRITTEN, BUGS, "AND NOT t.bookmarked;"),
+    _mutant("a like resets the viewer state", _WRITTEN, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
     _mutant("profile stays after its delete", _DERIVE, LAW, "pass"),
     _mutant("no reply decrement", _DERIVE, LAW, "pass"),
     _mutant("no like decrement", _DERIVE, LAW, "pass"),
@@ -250,12 +254,12 @@ MUTANTS = [
     _mutant("a stored seq against another relay", _BATCH, RELAYS, "if False:"),
     _mutant("the gate of many relays", _FLUSH, RELAYS, "pass"),
     _mutant("entries without a rev beside two relays", _HELD, HORIZON, "if False:"),
-    _mutant("older identity wins", _HANDLES, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
-    _mutant("handles are not locked", _HANDLES, RACES, "", "        PERFORM pg_advisory_xact_lock(one);\n"),
-    _mutant("the last claim shows a handle", _HANDLES, RELAYS, "is_verified DESC, at DESC,", "is_verified DESC, at DESC, first_at,"),
-    _mutant("a claim takes a verified handle", _HANDLES, RESOLVER, "handle, at DESC", "handle, is_verified DESC, at DESC"),
-    _mutant("claims are shown at once", _HANDLES, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
-    _mutant("a handle shown by two", _HANDLES, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
+    _mutant("older identity wins", _CLAIMS, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
+    _mutant("handles are not locked", _SHOWN, RACES, "NULL;"),
+    _mutant("the last claim shows a handle", _SHOWN, RELAYS, "at DESC,", "at DESC, first_at,"),
+    _mutant("a claim takes a verified handle", _SHOWN, RESOLVER, "is_verified IS NULL,"),
+    _mutant("claims are shown at once", _WANTED, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
+    _mutant("a handle shown by two", _SHOWN, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
     # what one record may do
     _mutant("identifiers mended", _MAPPER, OF_MAPPER, "if type(value) is not str or (found := _is_uri(value := clean_text(value).strip())) is None:"),
     _mutant("list items of others", _MAPPER, f"{OF_MAPPER} {LAW}", 'if list_uri.split("/", 3)[2] == "":'),
@@ -277,6 +281,7 @@ MUTANTS = [
     _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
     _mutant("an older state is judged by what was known of the newer one", f"{_LUA}/watch.lua", "tests/integration/test_reader_parts.py", "if false then return end"),
     _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
+    _mutant("progress with every flush", _WRITING, OF_PIPELINE, "if False:"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
@@ -298,10 +303,11 @@ MUTANTS = [
         "bulk loses an index",
         _BULK,
         OF_BULK,
-        "await build(connection, self.table, indexes[:-1])",
-        "await build(connection, self.table, indexes)",
+        "await build(connection, table, indexes[:-1])",
+        "await build(connection, table, indexes)",
     ),
     _mutant("bulk loads what is known", _BULK, OF_BULK, "[]", "[_not_new(table) for table in PRIMARY]"),
+    _mutant("bulk forgets a crash", _BULK, OF_BULK, "return False"),
     _mutant("bulk without versions", _BULK, OF_BULK, "return (rows,)"),
 ]  # fmt: skip
 
