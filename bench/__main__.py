@@ -34,6 +34,7 @@ from bench.report import RESULTS, Figures, Report, medians
 from bench.scale import scale
 from bench.scale import table as scale_table
 from bench.settings import CHANGES, has_huge_pages, of_change
+from bench.syncer import syncer
 from bench.targets import compare
 from bench.verify import verify
 from bench.wal import wal
@@ -222,6 +223,12 @@ def _beside(session: Session) -> None:
         session.measure("beside", {"repaired": repaired}, work)
 
 
+def _syncer(session: Session) -> None:
+    for records in (0, 20_000 if session.quick else 1_000_000):
+        work = functools.partial(syncer, session.seed, records=records)
+        session.measure("syncer", {"records": records}, work, runs=1)
+
+
 def _life(session: Session) -> None:
     session.measure("life", {"form": "native"}, functools.partial(life, session.folder, events=session.events))
 
@@ -306,6 +313,9 @@ BENCHES: dict[str, Bench] = {
         _latency, 6, "relay, reader and worker at 100, 1,000 and 5,000 events/s: append to commit, and CPU"
     ),
     "beside": Bench(_beside, 6, "latency at 1,000 events/s, alone and beside the repair of 3,000 accounts"),
+    "syncer": Bench(
+        _syncer, 15, "memory of what fetches and settles 400 accounts, without and with one of 1,000,000 records"
+    ),
     "life": Bench(_life, 1, "from exec to the first ack, and from SIGTERM under full load to the end"),
     "memory": Bench(_memory, 9, "relay, reader and worker over 2,000,000 events: memory every 5 s, connections"),
     "proof": Bench(

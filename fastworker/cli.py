@@ -366,11 +366,13 @@ def repair(
         raise click.UsageError("--dry-run is for DIDs and --recorded: a list is read into the queue.")
     from fastworker.commands.repairs import RepairOptions
     from fastworker.commands.repairs import repair as run_repair
+    from fastworker.process.priority import give_way
     from fastworker.process.signals import stop_on_signals
 
     config = _operator()
 
     async def run() -> ExitCode:
+        give_way()
         with stop_on_signals() as stop:
             return await run_repair(config, RepairOptions(dids, dry_run, accept_older, recorded, host, gap), stop)
 
@@ -437,6 +439,7 @@ def backfill(
     """
     from fastworker.commands import backfill as history
     from fastworker.commands.bulk import give_up, load_choice
+    from fastworker.process.priority import give_way
     from fastworker.process.signals import stop_on_signals
     from fastworker.sync.choice import Choice
 
@@ -459,6 +462,7 @@ def backfill(
         with stop_on_signals() as stop:
             if bulk:
                 return await load_choice(config, choice, spool, stop)
+            give_way()
             return await history.backfill(config, choice, stop)
 
     return _run(run())
@@ -476,11 +480,13 @@ def sample(*, repos: int, no_repair: bool, as_json: bool) -> ExitCode:
     services run. Needs the extra `verify`. Exit 1 when differences remain.
     """
     from fastworker.commands.sample import sample as run_sample
+    from fastworker.process.priority import give_way
     from fastworker.process.signals import stop_on_signals
 
     config = _operator()
 
     async def run() -> ExitCode:
+        give_way()
         with stop_on_signals() as stop:
             return await run_sample(config, repos=repos, is_repaired=not no_repair, as_json=as_json, stop=stop)
 

@@ -27,6 +27,7 @@ from fastworker.monitor.page import HttpSettings, http_of, settle_port
 from fastworker.process.board import Heartbeats, Slot, State
 from fastworker.process.child import run_child
 from fastworker.process.children import ChildSpec
+from fastworker.process.priority import give_way
 from fastworker.process.supervisor import Supervisor
 from fastworker.process.wards import Server
 from fastworker.reader.levels import require_curves
@@ -89,6 +90,7 @@ def _syncer_main(config: Config, slot: Slot) -> int:
     from fastworker.sync.syncer import run_syncer  # noqa: PLC0415 - needs the extra `verify`
 
     async def main(slot: Slot, stopping: asyncio.Event) -> None:
+        give_way()
         slot.set(ready=1, state=State.RUNNING)
         await run_syncer(config, stopping)
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from enum import StrEnum
 from hashlib import sha256
 from itertools import accumulate
+from struct import Struct
 from typing import Any, Final, TypeGuard
 
 import libipld
@@ -31,6 +32,10 @@ NODE_ENTRIES_MAX: Final = 10_000  # keys can be mined, so that one node holds th
 LAYER_MAX: Final = 64  # by chance a key of this layer is one of 2**128
 KEY_BYTES_MAX: Final = 1_024
 LINK: Final = b"\xd8\x2a\x58\x25\x00"  # CBOR before a CID of 36 bytes
+_FORM: Final = Struct("7s 32s 5s 13s 6s 64s 14s 32s 15s")  # of a plain commit block
+_BETWEEN: Final = (b"\xa6cdidx ", b"crevm", b"csigX@", b"ddata" + LINK + RECORD_CID, b"dprev\xf6gversion\x03")
+_FIVE: Final = b"\xa5"  # a map of so many members: without `sig`
+_SIG_AT, _SIG_END = 57, 127
 _NODE: Final = b"\xa2ae"  # how every node begins
 _BRIDGE: Final = b"\xa2ae\x80al"  # a node without keys, up to its subtree
 _ONE: Final = b"\xa2ae\x81"  # a node of one key
@@ -92,6 +97,8 @@ class SignedCommit(msgspec.Struct, frozen=True, gc=False):
 
 def read_commit(block: bytes) -> SignedCommit:
     """The signed bytes are cut out of the block: encoding them again could make others."""
+    if (plain := _plain(block)) is not None:
+        return plain
     if len(block) > COMMIT_BYTES_MAX:
         raise Unproved(Flaw.TOO_LARGE, f"a commit block of {len(block)} bytes")
     commit = _decode(block, Flaw.BAD_COMMIT)
@@ -112,16 +119,32 @@ def read_commit(block: bytes) -> SignedCommit:
     return SignedCommit(did, rev, data, signature, signed)
 
 
+def _plain(block: bytes) -> SignedCommit | None:
+    """A commit block as every host writes that of a `did:plc`, read by the places of its members: what decoding
+    would find. None: it has another form."""
+    if len(block) != _FORM.size:
+        return None
+    a, name, b, moment, c, signature, d, digest, e = _FORM.unpack(block)
+    if (a, b, c, d, e) != _BETWEEN:
+        return None
+    did, rev = name.decode("latin-1"), moment.decode("latin-1")
+    if not is_did(did) or not is_tid(rev):
+        raise Unproved(Flaw.BAD_COMMIT, "did or rev is none")
+    return SignedCommit(did, rev, RECORD_CID + digest, signature, _FIVE + block[1:_SIG_AT] + block[_SIG_END:])
+
+
 class Link(msgspec.Struct, frozen=True, gc=False):
     """Where a commit stands in its account's chain: what it says of the state before, and the root after it.
 
-    `data` None: the message does not hold the commit that it names, of this account and revision.
+    `data` None: the message does not hold the commit that it names, of this account and revision. `is_undone`: the
+    message does not say what was before; undoing its ops did.
     """
 
     since: str | None
     before: bytes | None
     data: bytes | None
     is_too_big: bool
+    is_undone: bool = False
 
 
 def read_link(payload: Mapping[str, Any], repo: str, rev: str) -> Link:
@@ -315,6 +338,7 @@ def _steps(ops: Any) -> list[Step]:
         if not (cid is None if action == "delete" else is_cid(cid)) or not (prev is None or is_cid(prev)):
             raise Unproved(Flaw.INVERSION, f"{path}: no CID of a record")
         steps.append((action, path.encode(), cid, prev))
+    # mutant: two ops on one path
     if len({step[1] for step in steps}) != len(steps):
         raise Unproved(Flaw.INVERSION, "two ops on one path")
     return steps

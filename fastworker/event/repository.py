@@ -129,6 +129,7 @@ class Repository:
             if value is None:
                 pending += reversed(self._parts(name, layer))
                 continue
+            # mutant: keys that do not ascend
             if not name > before:
                 raise Unproved(Flaw.BAD_TREE, "keys that do not ascend")
             before = name
@@ -151,10 +152,12 @@ class Repository:
             layer = layer_of(entries[0][0]) if entries else 0
         if not 0 <= layer <= LAYER_MAX:
             raise Unproved(Flaw.TOO_DEEP, "a tree that is too deep")
+        # mutant: an empty node in a tree
         if not entries and (left is None) is not is_top:  # an empty node is a bridge, or the whole of an empty tree
             raise Unproved(Flaw.BAD_TREE, "an empty node")
         parts: list[_Visit] = [] if left is None else [(left, layer - 1, None)]
         for key, value, after, _ in entries:
+            # mutant: a key in another layer
             if layer_of(key) != layer:
                 raise Unproved(Flaw.BAD_TREE, "a key in the wrong layer")
             parts.append((key, None, value))

@@ -160,12 +160,17 @@ class Chain:
 
 def _verdict(known: bytes, link: Link) -> Verdict:
     since, before = link.since, link.before
-    if before is not None and since is not None and not link.is_too_big and since.encode() == known[:_REV]:
+    if link.is_too_big:
+        return _BREAK
+    # mutant: since is not compared
+    is_next = since is not None and since.encode() == known[:_REV]
+    if before is None:
+        return Verdict.LEGACY if is_next or since is None else _BREAK
+    # mutant: a commit that takes since away
+    if is_next or (since is None and link.is_undone):
         # mutant: prevData is not compared
         return _OK[0] if before[4:15] == known[_REV:] or known[_REV:] == _UNKNOWN else _BREAK
-    if before is not None or link.is_too_big:
-        return _BREAK
-    return Verdict.LEGACY if since is None or since.encode() == known[:_REV] else _BREAK
+    return _BREAK
 
 
 def _find(four: bytes, tag: bytes) -> int:

@@ -125,18 +125,21 @@ class Verifier:
         # mutant: commits that the account did not sign
         elif proof is not None and not proof.is_signed and not proof.is_bad_commit:
             verdict = Verdict.BAD_SIGNATURE
+        # mutant: a bad commit is none
         elif (link.data is None or (proof is not None and proof.is_bad_commit)) and not link.is_too_big:
             verdict = Verdict.BAD_COMMIT
         else:
-            before = None if proof is None or link.since is None else proof.before
+            before = None if proof is None else proof.before
+            # mutant: ops without prevData are not undone
             if before is not None:
-                link = Link(link.since, before, link.data, link.is_too_big)
+                link = Link(link.since, before, link.data, link.is_too_big, is_undone=True)
             verdict, broke = self.chain.follow(commit.repo, rev, link)
             if before is not None and verdict is Verdict.OK:
                 verdict = Verdict.LEGACY
             if verdict is not _BREAK:
                 if proof is not None and proof.proved is not None:
                     verdict = Verdict.INVERSION
+                # mutant: nobody is unverified
                 elif proof is None and self.keys is not None:
                     verdict = Verdict.UNVERIFIED
         if verdict in _PASSING:

@@ -33,6 +33,7 @@ from fastworker.store.writer import SMALL_FLUSH, Writer, columns
 from fastworker.table.batch import Batch, Change, Progress
 from fastworker.table.derive import Effects
 
+USERS_AT_ONCE = 200  # so many new users are one transaction: who makes one of them as well waits for no more than that
 FEW_USERS = 50  # new users of a small flush are inserted with its rows; more would make other writers wait too long
 
 
@@ -135,7 +136,10 @@ async def commit_first(writer: Writer, db: Connection, batch: Batch, plan: Plan)
     more = not arguments.keys() <= set(sql.TOMBSTONE)
     is_first = more or len(users) > FEW_USERS or not 0 < len(plan.changes) <= SMALL_FLUSH
     if users and is_first:
-        await writer.retry(lambda: db.execute(sql.USERS_FIRST, users))
+        # mutant: all new users at once
+        size = USERS_AT_ONCE
+        for at in range(0, len(users), size):
+            await writer.retry(partial(db.execute, sql.USERS_FIRST, users[at : at + size]))
     if sql.CLAIM[-1] in arguments:
         await writer.retry(transaction)
     elif arguments:

@@ -31,6 +31,8 @@ ORDER = (
     "put",
     "recompute",
     "pay",
+    "show_handles",
+    "claim_handles",
     "first",
     "change",
     "put_whole",
@@ -65,12 +67,19 @@ def missing(installed: dict[str, str | None]) -> list[Routine]:
 @cache
 def packaged() -> tuple[Routine, ...]:
     """The routines that this release calls, in the order in which they can be made."""
-    folder = resources.files("fastworker.store").joinpath("sql")
-    return tuple(_routine(folder.joinpath(f"{name}.sql").read_text("utf-8")) for name in ORDER)
+    return tuple(_routine(_text(name)) for name in ORDER)
+
+
+def _text(name: str) -> str:
+    return resources.files("fastworker.store").joinpath("sql", f"{name}.sql").read_text("utf-8")
+
+
+def _filled(template: str) -> str:
+    return re.sub(r"\{\{(\w+)(?: (\w+))?\}\}", _fill, template)
 
 
 def _routine(template: str) -> Routine:
-    sql = re.sub(r"\{\{(\w+)(?: (\w+))?\}\}", _fill, template)
+    sql = _filled(template)
     name = re.search(r"CREATE OR REPLACE (?:FUNCTION|PROCEDURE) fastworker\.(\w+)", sql)
     assert name is not None
     return Routine(name[1], sql)
@@ -85,27 +94,30 @@ def _excluded(table: Table) -> list[str]:
     return [column for column in table.columns if column not in table.key.split(", ")]
 
 
-def _insert_new(table: Table) -> str:
-    """A pair that is taken is not tried: where another flush is removing its row, the insert would wait for it.
-
-    Where it is all of them or nothing, PostgreSQL does not look before each row: one that is there is an error.
-    """
-    short = table.name
+def _new_rows(table: Table) -> str:
+    """A pair that is taken is not tried: where another flush is removing its row, the insert would wait for it."""
     same = " AND ".join(f"t.{column} = n.{column}" for column in table.pair)
-    free = f" WHERE NOT EXISTS (SELECT FROM public.{short} AS t WHERE {same})" if table.pair else ""
-    rows = f"INSERT INTO public.{short} ({', '.join(table.columns)}) SELECT n.* FROM unnest(new_{short}) AS n{free}"
+    free = f" WHERE NOT EXISTS (SELECT FROM public.{table.name} AS t WHERE {same})" if table.pair else ""
+    columns = ", ".join(table.columns)
+    return f"INSERT INTO public.{table.name} ({columns}) SELECT n.* FROM unnest(new_{table.name}) AS n{free}"
+
+
+def _insert_new(table: Table) -> str:
     return f"""
-    IF new_{short} IS NOT NULL THEN
-        missing := missing + cardinality(new_{short});
-        IF whole THEN
-            {rows};
-            GET DIAGNOSTICS made = ROW_COUNT;
-            missing := missing - made;
-        ELSE
-            WITH new AS ({rows} ON CONFLICT DO NOTHING RETURNING uri) SELECT array_agg(uri) INTO got FROM new;
-            placed := placed || got;
-            missing := missing - coalesce(cardinality(got), 0);
-        END IF;
+    IF new_{table.name} IS NOT NULL THEN
+        WITH new AS ({_new_rows(table)} ON CONFLICT DO NOTHING RETURNING uri) SELECT array_agg(uri) INTO got FROM new;
+        placed := placed || got;
+        missing := missing + cardinality(new_{table.name}) - coalesce(cardinality(got), 0);
+    END IF;"""
+
+
+def _insert_whole(table: Table) -> str:
+    """All of them or nothing: PostgreSQL does not look before each row, and one that is there is an error."""
+    return f"""
+    IF new_{table.name} IS NOT NULL THEN
+        {_new_rows(table)};
+        GET DIAGNOSTICS made = ROW_COUNT;
+        missing := missing + cardinality(new_{table.name}) - made;
     END IF;"""
 
 
@@ -324,6 +336,11 @@ _WORDS: dict[str, Callable[[], str]] = {
     "joined": lambda: str(statements.JOINED_PARTS),
     "refused": lambda: statements.REFUSED_ROW,
     "insert_new_rows": lambda: "".join(map(_insert_new, _HOT)).removeprefix("\n"),
+    "insert_whole_rows": lambda: "".join(map(_insert_whole, _HOT)).removeprefix("\n"),
+    "is_beaten": lambda: _bound(statements.IS_BEATEN, "uris", "repos"),
+    "stale_joined": lambda: statements.STALE_JOINED,
+    "written": lambda: _filled(_text("written")).removesuffix("\n"),
+    "written_variables": lambda: "moving varchar[];\n    are_debts boolean;\n    is_stale boolean;",
     "new_rows_arguments": lambda: "\n    ".join(f"new_{table.name} {table.row_type}[]," for table in _HOT),
     "ours": lambda: str(KNOWS_FLOORS),
     "new_rows_passed": lambda: ", ".join(f"new_{table.name} => new_{table.name}" for table in _HOT),

@@ -180,6 +180,12 @@ IN_TWO_PLACES = (
     )
     + " END"
 )
+# Whether anything may beat them; whether it does depends on versions. As a number, so that the index of all tombstones,
+# which has no URIs, is not taken.
+IS_BEATEN = (
+    "EXISTS (SELECT FROM fastworker.versions AS v WHERE v.uri = ANY($1) AND v.deleted::int = 1) "
+    "OR EXISTS (SELECT FROM fastworker.accounts AS a WHERE a.did = ANY($2) AND a.deleted_seq IS NOT NULL)"
+)
 # Floors: what is older than one is superseded by a snapshot of its repository ---------------------------
 # A deletion that is older than the account's floor, and comes late, takes away what the snapshot left as it was.
 SETTLE_AGAIN = (
@@ -377,9 +383,9 @@ ACCOUNTS_DELETED = (
     "FROM unnest($1::varchar[], $2::bigint[], $3::timestamptz[]) AS u (did, seq, at) "
     "WHERE a.did = u.did AND (coalesce(a.deleted_seq, -1) < u.seq OR coalesce(a.deleted_at, '-infinity') < u.at)"
 )
-# 0006_relays_and_handles.sql; the last argument: whether only verified handles are shown
-IDENTITIES = "SELECT fastworker.claim_handles($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[], $6::boolean)"
-SHOW_HANDLES = "SELECT fastworker.show_handles($1, $2, $3)"
+# The last argument: whether only verified handles are shown
+IDENTITIES = "SELECT fastworker.claim_handles_1($1::varchar[], $2::text[], $3::text[], $4::bigint[], $5::timestamptz[], $6::boolean)"
+SHOW_HANDLES = "SELECT fastworker.show_handles_1($1, $2, $3)"
 IDENTITIES_UNRESOLVED = (
     "INSERT INTO fastworker.identities AS t (did, event_at, marked_at, resolve_pending) "
     "SELECT u.did, u.at, u.at, true FROM unnest($1::varchar[], $2::timestamptz[]) AS u (did, at) "
@@ -511,6 +517,8 @@ COUNTERS = 0x66776374  # "fwct": class of the advisory locks that say who pays t
 
 JOINED_PARTS = 0x66776A74  # "fwjt": of those that say who recomputes a part of the joined rows that are owed
 # What the database refuses for the row's sake, as conditions of PL/pgSQL (store/refusal.py has the same classes).
+# Whether a joined row is owed that `pay` recomputes; crowds are `maintain`'s.
+STALE_JOINED = "EXISTS (SELECT FROM fastworker.recheck AS k WHERE k.not_before <= now() AND k.kind <> 'root')"
 REFUSED_ROW = (
     "data_exception OR integrity_constraint_violation OR with_check_option_violation OR external_routine_exception "
     "OR external_routine_invocation_exception OR program_limit_exceeded OR plpgsql_error"
@@ -613,7 +621,6 @@ LOOK_BACK_ARGUMENTS = ("uris", "repos", "posts", "like_posts", "like_users", "cr
 LOOK_BACK = f"SELECT * FROM fastworker.look_back_3({_named(*LOOK_BACK_ARGUMENTS)})"
 PUT_ARGUMENTS = (
     *_USERS_AND_ROWS,
-    "whole",
     "fresh",
     *(f"{which}_{table.name}" for table in _ITEMS for which in ("no", "new")),
     *UNSEEN,
@@ -621,7 +628,7 @@ PUT_ARGUMENTS = (
     *_PROGRESS,
     *("floors", *_LOWEST, "known_floors"),
 )
-PUT = f"SELECT * FROM fastworker.put_7({_named(*PUT_ARGUMENTS)})"
+PUT = f"SELECT * FROM fastworker.put_8({_named(*PUT_ARGUMENTS)})"
 FIRST_ARGUMENTS = (
     *dict.fromkeys(n for _, names in COMMITTED_FIRST for n in names),
     "dids",
@@ -648,10 +655,10 @@ WHOLE_ARGUMENTS = (
     *_PROGRESS,
     *("uris", "new_uris", *_LOWEST, "dids", "crowd"),
     *("posts", "like_posts", "like_users", "gates_of", "services_of"),
-    *_DERIVED,
+    *("with_contexts", "with_gates"),
     *COUNTED,
 )
-PUT_WHOLE = f"CALL fastworker.put_whole_8({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
+PUT_WHOLE = f"CALL fastworker.put_whole_9({_named(*WHOLE_ARGUMENTS)}, is_late => NULL, note => NULL)"
 # SQLSTATE of a call that wrote nothing: the rows are not as it was told, or one of them is not new (unique_violation)
 NOT_AS_READ = ("FW001", "23505")
 LOOK_FIRST = "FW003"  # of one that wrote nothing, because something beats a record or must not be stored

@@ -147,7 +147,7 @@ async def _write(
 
     Raises PostgresError with SQLSTATE `NOT_AS_READ` or `LOOK_FIRST` where nothing was written.
     """
-    decided = _decide(writer, changes, stored or Stored({}, {}, {}, [], frozenset()))
+    decided = _all_new(writer, changes) if stored is None else _decide(writer, changes, stored)
     if decided is None:
         return None
     effects = decided.effects
@@ -156,6 +156,10 @@ async def _write(
     lowest_rev, lowest_seq = lowest(changes)
     owed = set(effects.owed)
     fresh = keys_of(writer, upserts)
+    back = back_arguments(writer, upserts, upserts)
+    services = [key for kind, key in fresh if kind == "like_count"]
+    if back["with_services"]:
+        services += [uri for uri in back["like_posts"] if derive.is_liked_service(uri)]
     arguments = {
         "new_users": users or None,
         "fresh": decided.is_fresh,
@@ -163,14 +167,14 @@ async def _write(
         **gate_arguments(effects),
         **item_arguments(writer, effects),
         **last_arguments(writer, effects, batch.progress),
-        **back_arguments(writer, upserts, upserts),
+        **{name: None if value == [] else value for name, value in back.items()},
         "new_uris": decided.new,
         "repos": list({c.repo for c in changes}),
         "lowest_rev": lowest_rev,
         "lowest_seq": lowest_seq,
         "dids": list(batch.dids),
         "gates_of": [key for kind, key in fresh if kind == "gate"] or None,
-        "services_of": [key for kind, key in fresh if kind == "like_count"] or None,
+        "services_of": services or None,
         **dict(zip(sql.COUNTED, writer.counted, strict=True)),
     }
     values = [arguments.get(name) for name in sql.WHOLE_ARGUMENTS]
@@ -184,6 +188,18 @@ async def _write(
         return await finish(writer, db, Plan(changes, upserts, nothing()), decided.rows)
     await writer.reach(Step.AFTER_LOOK_BACK)
     return Written(decided.rows, max(0, len(upserts) - decided.rows), 0)
+
+
+def _all_new(writer: Writer, changes: list[Change]) -> Decided | None:
+    """The same where nothing was read: most flushes of a quiet stream. None where two records are of one pair."""
+    effects = Effects(writer.derive)
+    arguments: dict[str, Any] = {}
+    for table, mine in by_table(changes):
+        if _is_double(table, mine):
+            return None
+        derive.add(effects, table, mine)
+        arguments["new_" + table.name] = [c.row for c in mine]
+    return Decided(arguments, effects, len(changes), is_fresh=True, new=[c.uri for c in changes])
 
 
 def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | None:
@@ -218,9 +234,7 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
             # mutant: two of a pair in a small flush
             new_twins += twin_rows(table, arrangement)
         else:
-            wanted = [pair_of(table, c.row) for c in mine if c.row is not None] if table.pair else []
-            # mutant: two new records of a pair
-            if len(set(wanted)) < len(wanted):
+            if _is_double(table, mine):
                 return None
             updates, gone, missing = change_records(writer, table, {c.uri: c for c in mine}, have, effects)
             derive.add(effects, table, missing)
@@ -246,6 +260,13 @@ def _decide(writer: Writer, changes: list[Change], stored: Stored) -> Decided | 
     arguments["user_profiles"] = profile_rows(effects) or None
     arguments["label_events"] = sorted(effects.labels_added) or None
     return Decided(arguments, effects, count, is_fresh, new)
+
+
+def _is_double(table: Table, changes: list[Change]) -> bool:
+    """Whether two of these records want one place."""
+    wanted = [pair_of(table, c.row) for c in changes if c.row is not None] if table.pair else []
+    # mutant: two new records of a pair
+    return len(set(wanted)) < len(wanted)
 
 
 def _not_read(

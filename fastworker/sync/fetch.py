@@ -158,6 +158,7 @@ async def _checked(hosts: Hosts, did: str, document: dict[str, Any], path: Path)
     repository = Repository(path, in_memory_max=HELD_BYTES)
     try:
         await _prove(hosts, did, document, repository.commit)
+        # mutant: a repository is not walked
         repository.check()
     except BaseException:
         repository.close()
@@ -166,14 +167,18 @@ async def _checked(hosts: Hosts, did: str, document: dict[str, Any], path: Path)
 
 
 async def _prove(hosts: Hosts, did: str, document: dict[str, Any], commit: SignedCommit) -> None:
+    # mutant: the repository of another account
     if commit.did != did:
         raise NotFetched(Refusal.BAD_SIGNATURE, f"the repository of {commit.did}")
     moment = tid_moment(commit.rev)
+    # mutant: a repository from the future
     if moment is None or moment > datetime.now(UTC).replace(tzinfo=None) + AHEAD:
         raise NotFetched(Refusal.FUTURE_REV, f"its revision {commit.rev} is from the future")
     if _is_signed(document, commit.signature, commit.signed):
         return
+    # mutant: a rotated key is not looked up
     document = await hosts.document(did)  # the key may have been another one since
+    # mutant: a repository that nobody signed
     if not _is_signed(document, commit.signature, commit.signed):
         raise NotFetched(Refusal.BAD_SIGNATURE, "not signed with the key of the DID document")
 

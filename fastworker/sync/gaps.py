@@ -45,7 +45,9 @@ WHERE state = 'refused' AND sweep IN (SELECT sweep FROM fastworker.gaps WHERE cl
 """
 _CLOSE: Final = """
 UPDATE fastworker.gaps AS g SET closed_at = now() FROM fastworker.sweeps AS s
+-- mutant: a gap closes while its list is read
 WHERE g.closed_at IS NULL AND s.id = g.sweep AND s.done_at IS NOT NULL AND NOT EXISTS (
+    -- mutant: a gap closes while somebody waits
     SELECT FROM fastworker.repos AS r WHERE r.sweep = s.id AND r.state IN ('waiting', 'fetching', 'refused'))
 """
 
@@ -61,6 +63,7 @@ async def read_gaps(scene: Scene, relay: str) -> None:
         if unread:
             since = await _since(scene, min(row["from_seq"] for row in unread))
             sweep = await scene.queue.sweep(relay, GAP, REPAIR, since_rev=since)
+            # mutant: a list that began before a gap covers it
             if sweep.cursor is None and sweep.since_rev <= since:  # one that has begun does not cover them
                 await scene.queue.execute(_COVER, sweep.id)
         if not await scene.queue.value(_READING, relay):
@@ -86,6 +89,7 @@ async def _since(scene: Scene, seq: int) -> str:
     moment = await scene.queue.value(_SINCE, seq) if seq else None
     if moment is None:
         return ""
+    # mutant: hosts' clocks are ours
     return tid_of(min(moment, datetime.now(UTC).replace(tzinfo=None)) - MARGIN)
 
 
@@ -100,6 +104,7 @@ async def close_gaps(scene: Scene) -> ExitCode:
     }
     for text in await scene.admin.newest_gaps(READ_MAX):
         gap = _gap(text)
+        # mutant: a gap is forgotten before it is closed
         if gap is not None and closed.get(gap[:2], -1) >= gap[2]:
             await scene.admin.forget_gap(text)
     return ExitCode.NO if await scene.queue.rows(_OPEN) else ExitCode.DONE

@@ -69,10 +69,12 @@ def _is_same_json(a: str | None, b: str | None) -> bool:
 
 def judge(change: Change, held: StoredRecord, standing: Standing | None, snapshot: Snapshot) -> str:
     """`missing`, `different in ...`, or nothing. What is newer than the snapshot is right."""
+    # mutant: a newer tombstone is overwritten
     if held.is_gone and not snapshot.beats(held.gone_rev, held.gone_seq):
         return ""
     if not held.is_there:
         return "missing"
+    # mutant: a newer record is overwritten
     if not snapshot.beats(held.rev, held.seq):
         return ""
     moment = moment_of(change.rkey, snapshot.taken_at)
@@ -85,6 +87,7 @@ def judge(change: Change, held: StoredRecord, standing: Standing | None, snapsho
     is_ours = held.rev is not None or held.seq is not None
     if differs and (is_ours or standing is None or not _is_young(standing, snapshot)):
         return f"different in {', '.join(differs)}"
+    # mutant: an equal row that is older than a deletion
     if is_gone(held.rev, held.seq, held.deleted_rev, held.deleted_seq):
         return "different in its version"  # the account was deleted since: what is older is taken away
     # mutant: an equal row under a tombstone
@@ -98,7 +101,9 @@ def is_extra(standing: Standing, snapshot: Snapshot) -> bool:
     if standing.place == Place.TOMBSTONE:
         return False
     if standing.rev is None and standing.seq is None:
+        # mutant: what an API wrote just now goes
         return not _is_young(standing, snapshot)
+    # mutant: a newer record that the snapshot lacks goes
     return snapshot.beats(standing.rev, standing.seq)
 
 

@@ -47,7 +47,7 @@ from fastworker.sync.fetch import NotFetched, Refusal, document_of, fetched
 from fastworker.sync.hosts import HostError, Hosts, handle_in, pds_of
 from fastworker.sync.progress import Teller
 from fastworker.sync.report import Report, unless_stopped
-from fastworker.sync.settle import SMALL_BYTES, Job, Settle, Settled
+from fastworker.sync.settle import FLUSH_BESIDE, SMALL_BYTES, Job, Settle, Settled
 from fastworker.sync.status import Word
 from fastworker.table.snapshot import Snapshot
 
@@ -257,6 +257,7 @@ class Many:
             await self._waiting.renew()
 
     async def _account(self, one: Claim, work: Work) -> None:
+        # mutant: an account twice at once
         if one.did in self._at_work:  # asked for once more while it is being settled
             await self._waiting.again(one.did, 1.0, "", spends=False)
             return
@@ -306,13 +307,16 @@ class Many:
         if host != one.host and not await self._waiting.moved(one.did, host):
             return
         async with fetched(self._hosts, one.did, self._folder, document=document) as repository:
+            # mutant: a settle does not wait for the worker
             if self._keep is None:
                 await self._live.finished(mark)
             commit = repository.commit
+            # mutant: older than the list said
             if one.want_rev is not None and commit.rev < one.want_rev:
                 raise NotFetched(
                     Refusal.STALE, f"its revision {commit.rev} is older than {one.want_rev}, as was listed"
                 )
+            # mutant: S0 after the fetch
             snapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)
             if self._keep is not None:
                 async with self._one:
@@ -357,6 +361,7 @@ class Many:
 
     async def _settle_group(self, group: list[_Ready]) -> None:
         settle = group[0].settle
+        # mutant: a floor beside others who know none
         floor = await settle.may_floor() and await self._live.all_are_ours()
         jobs = [one.job._replace(floor=floor) for one in group]
         for found, one in zip(await settle.settle_some(jobs), group, strict=True):
@@ -365,6 +370,7 @@ class Many:
 
     async def _settled(self, one: Claim, settled: Settled, snapshot: Snapshot, size: int) -> None:
         self._report.add(settled)
+        # mutant: a refused account counts as settled
         if settled.refused:
             self._report.failed(one.did, settled.refused)
             await self._waiting.ended(one.did, "refused", settled.refused)
@@ -374,6 +380,7 @@ class Many:
         await self._waiting.done(one.did, snapshot.rev, snapshot.seq, records, size, differences)
 
     async def _not_fetched(self, one: Claim, work: Work, error: NotFetched) -> None:
+        # mutant: a 429 spends a try
         is_limited = error.refusal == Refusal.LIMITED
         if work.tries > 1 and (is_limited or (error.refusal in _PASSING and one.attempts + 1 < work.tries)):
             pause = 1.0 if is_limited else AGAIN_S[min(one.attempts, len(AGAIN_S) - 1)]
@@ -453,8 +460,8 @@ async def settle_all(
 
     waiting: Waiting = scene.queue if only is None else only
     store = scene.store if only is None else None
-    settle = Settle(scene.stored, store)
-    history = Settle(scene.stored, store, Pace(scene.live, scene.config.backfill_share))
+    settle = Settle(scene.stored, store, at_once=FLUSH_BESIDE)
+    history = Settle(scene.stored, store, Pace(scene.live, scene.config.backfill_share), at_once=FLUSH_BESIDE)
     many = Many(waiting, scene.hosts, scene.live, settle, history, scene.folder, report, forget, keep)
     telling = None
     if only is None and work.priority_max >= CHOSEN:

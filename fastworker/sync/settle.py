@@ -42,6 +42,8 @@ PIECE: Final = 2_000
 TELL_S: Final = 5.0
 FLUSH: Final = 4_000
 """Changes that are written at once."""
+FLUSH_BESIDE: Final = 500
+"""The same beside a live stream, whose own flush is slower for as long as one of these takes."""
 SMALL_BYTES: Final = 2 * 1024 * 1024
 STORED_MAX: Final = 20_000
 """Rows of one table that are held at once, for the small accounts that are settled together."""
@@ -117,14 +119,20 @@ class _Look:
 
 
 class Settle:
-    """`store` None: only look. `pace`: entered for each batch that is written, so that others have their turn."""
+    """`store` None: only look. `pace`: entered for each batch that is written, so that others have their turn.
+    `at_once`: changes of a batch."""
 
     def __init__(
-        self, stored: Stored, store: Store | None, pace: AbstractAsyncContextManager[object] | None = None
+        self,
+        stored: Stored,
+        store: Store | None,
+        pace: AbstractAsyncContextManager[object] | None = None,
+        at_once: int = FLUSH,
     ) -> None:
         self._stored = stored
         self._store = store
         self._pace = pace or nullcontext()
+        self._at_once = at_once
 
     async def settle(
         self,
@@ -141,6 +149,7 @@ class Settle:
 
     async def settle_some(self, jobs: Sequence[Job]) -> list[Settled]:
         """Several accounts, in one flush as far as they are small: each costs a share of the statements."""
+        # mutant: two snapshots of one account in a group
         if len({job.snapshot.did for job in jobs}) < len(jobs):  # the second must see what the first has written
             return [(await self.settle_some([job]))[0] for job in jobs]
         looks = [_Look(job) for job in jobs]
@@ -201,6 +210,7 @@ class Settle:
         for look in floored:
             if look.snapshot.did in refused:
                 look.result.refused = f"its revision {look.snapshot.rev} is older than one that was settled"
+        # mutant: who was deleted before the floor
         return await self._not_refused([look for look in looks if not look.result.refused])
 
     async def _not_refused(self, looks: list[_Look]) -> list[_Look]:
@@ -214,12 +224,14 @@ class Settle:
 
     async def _together(self, looks: list[_Look], holding: Holding) -> None:
         """Small accounts: all that is stored of them was read at once."""
+        # mutant: a deletion while small accounts are read
         await self._states(looks)
         read = [(look, piece) for look in looks for piece in _pieces_of(look, PIECE)]
         absent = {*holding.hot, *holding.standing}.difference(*(piece.present for _, piece in read))
         by_did = {look.snapshot.did: look for look in looks}
         for uri in absent:
             if (look := by_did.get(did_of(uri))) and any(map(look.is_extra, holding.standing_of(uri))):
+                # mutant: what small accounts lack stays
                 look.remove(uri)
         await self._judge(read, holding)
         await self._write(looks)
@@ -231,6 +243,7 @@ class Settle:
             for piece in _pieces_of(look, PIECE):
                 if piece.records:
                     there = await self._standing_of(look, piece, standing, piece.last)
+                    # mutant: a deletion while a large account is read
                     await self._states([look])
                     await self._judge([(look, piece)], await self._rows_of(piece, there))
                     await self._write([look])
@@ -258,6 +271,7 @@ class Settle:
             if one.uri in present:
                 there.setdefault(one.uri, []).append(one)
             elif look.is_extra(one):
+                # mutant: what a large account lacks stays
                 look.remove(one.uri)
                 if len(look.changes) >= PIECE:
                     await self._write([look])
@@ -323,8 +337,8 @@ class Settle:
         for look in looks:
             changes += look.take()
         by_did = {look.snapshot.did: look for look in looks}
-        for start in range(0, len(changes), FLUSH):
-            await self._flush(changes[start : start + FLUSH], by_did)
+        for start in range(0, len(changes), self._at_once):
+            await self._flush(changes[start : start + self._at_once], by_did)
 
     async def _flush(self, changes: list[Change], looks: dict[str, _Look]) -> None:
         assert self._store is not None
@@ -350,10 +364,13 @@ class Settle:
 
 def _refusal(job: Job, account: AccountState) -> str | None:
     snapshot = job.snapshot
+    # mutant: who does not want it is settled
     if account.is_forbidden:
         return "the account does not want its data collected"
+    # mutant: who was deleted is settled
     if is_gone(snapshot.rev, snapshot.seq, account.deleted_rev, account.deleted_seq):
         return "the account was deleted, and the snapshot may be older"
+    # mutant: an older repository is taken
     if account.newest_rev is not None and account.newest_rev > snapshot.rev and not job.accept_older:
         return f"its revision {snapshot.rev} is older than what is stored ({account.newest_rev})"
     return None

@@ -52,6 +52,7 @@ SELECT did FROM fastworker.repos WHERE did = ANY($1::varchar[]) AND ended_at > n
 """
 _APART: Final = f"""
 UPDATE fastworker.repos SET apart_s = CASE WHEN ended_at > now() - make_interval(secs => 2 * apart_s)
+    -- mutant: the time between repairs does not grow
     THEN least(2 * apart_s, {APART_MAX_S}) ELSE {APART_S} END
 WHERE did = ANY($1::varchar[]) AND reason = 'event' AND state NOT IN ('waiting', 'fetching')
 """
@@ -180,11 +181,13 @@ async def _mend(scene: Scene, stop: asyncio.Event) -> None:
 async def _take_recorded(scene: Scene, records: dict[str, bytes]) -> None:
     """Accounts that events asked to be settled, into the queue: each again when it was asked for again."""
     found = await scene.admin.recorded_repairs()
+    # mutant: who asks again while it is repaired is forgotten
     new = [did for did, record in found.items() if records.get(did) != record]
     records |= found
     new += [row[0] for row in await scene.queue.rows(_RECORDED) if row[0] not in records]
     if new:
         lately = {row[0] for row in await scene.queue.rows(_LATELY, new)}  # these stay recorded, and are taken later
+        # mutant: who breaks at each commit is repaired each time
         due = [did for did in new if did not in lately]
         await scene.queue.execute(_APART, due)
         await scene.queue.put([Wanted(did) for did in due], "event", REPAIR, again=True)

@@ -111,7 +111,7 @@ class Flush:
         self.waiting = waiting or Waiting()
         self.slow = Slow()
         self.is_unsure = False  # a write was begun and has not ended: its commit may still arrive
-        self.progress: Progress | None = None  # stored with the next batch
+        self.progress: Progress | None = None  # stored with the next batch, and not again
         self.stream = stream
         self.store = store
         self.slot = slot
@@ -148,6 +148,9 @@ class Flush:
         except RowRejected as error:
             span.set_attribute("fastworker.row_rejected", str(error))
             return error
+        # mutant: progress with every flush
+        if self.progress is held.batch.progress:
+            self.progress = None
         await self._ack(held, store_drops)
         return None
 

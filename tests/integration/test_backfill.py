@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from fastworker.commands.repairs import RepairOptions, repair
 from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.simulator import mst
-from fastworker.store.repos import CHOSEN, Wanted, open_queue
+from fastworker.store.repos import CHOSEN, REPAIR, Wanted, open_queue
 from fastworker.stream.admin import open_redis
-from fastworker.sync import many
+from fastworker.sync import gaps, many
 from fastworker.sync.choice import Choice
+from fastworker.sync.lists import GAP
 from fastworker.table.chosen import Part
+from fastworker.table.snapshot import tid_of
 from tests.integration.test_repairs import GROUP, STREAM, Scene, scene, worker  # noqa: F401 - fixtures
 from tests.services import Service
 
@@ -77,6 +80,62 @@ async def test_a_gap_is_closed_by_the_relays_list(
     assert worker.process.poll() is None
 
 
+async def test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
+    gap = {"relay": "sim.test", "reason": "outdated_cursor", "after": 5, "resumed": 9}
+    scene.client.lpush("fastworker:gaps", json.dumps(gap))
+    async with many.opened(scene.config, "test", scene.hosts, reads_only=True) as there:
+        sweep = await there.queue.sweep("sim.test", GAP, REPAIR)
+        await pg.execute(
+            "INSERT INTO fastworker.gaps (relay, from_seq, to_seq, reason, sweep) VALUES ('sim.test', 5, 9, 'x', $1)",
+            sweep.id,
+        )
+        assert await gaps.close_gaps(there) == ExitCode.NO, "a list that broke off has named nobody yet"
+        await there.queue.put([Wanted("did:plc:" + "a" * 24)], GAP, REPAIR, sweep=sweep.id)
+        await pg.execute("UPDATE fastworker.sweeps SET done_at = now()")
+        for state in ("waiting", "fetching", "refused"):
+            await pg.execute("UPDATE fastworker.repos SET state = $1", state)
+            assert await gaps.close_gaps(there) == ExitCode.NO, state
+        assert scene.client.llen("fastworker:gaps") == 1
+        await pg.execute("UPDATE fastworker.repos SET state = 'done'")
+        assert await gaps.close_gaps(there) == ExitCode.DONE
+    assert scene.client.llen("fastworker:gaps") == 0
+
+
+async def test_a_list_that_began_before_a_gap_does_not_cover_it(
+    scene: Scene, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages that were read may name accounts that changed in the gap, with their revisions of before. The next list
+    names who has changed since ten minutes before the gap: hosts have their own clocks."""
+    stored = datetime(2026, 7, 1)  # noqa: DTZ001 - as the tables have it
+    await pg.execute(
+        "INSERT INTO posts (uri, cid, author_did, text, created_at, indexed_at, commit_seq) "
+        "VALUES ('at://a/app.bsky.feed.post/1', 'c', 'a', '', $1, $1, '5')",
+        stored,
+    )
+    covered: list[int | None] = []
+
+    async def read(*_: object) -> None:
+        covered.append(await pg.fetchval("SELECT sweep FROM fastworker.gaps"))
+        await pg.execute("UPDATE fastworker.sweeps SET done_at = now()")
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(gaps, "read_repos", read)
+    monkeypatch.setattr(gaps, "read_handles", nothing)
+    gap = {"relay": "sim.test", "reason": "outdated_cursor", "after": 5, "resumed": 9}
+    scene.client.lpush("fastworker:gaps", json.dumps(gap))
+    async with many.opened(scene.config, "test", scene.hosts, reads_only=True) as there:
+        begun = await there.queue.sweep("sim.test", GAP, REPAIR)
+        await pg.execute("UPDATE fastworker.sweeps SET cursor = 'page 2'")
+        await gaps.read_gaps(there, "sim.test")
+    lists = await pg.fetch("SELECT id, since_rev FROM fastworker.sweeps ORDER BY id")
+    assert [tuple(one) for one in lists] == [(begun.id, ""), (covered[1], tid_of(stored - timedelta(minutes=10)))]
+    assert covered[0] is None
+
+
 async def test_choices(
     scene: Scene,
     worker: Service,
@@ -122,6 +181,11 @@ async def test_choices(
     starts = tuple(f"{name}/".encode() for name in likes_and_posts)
     have = {one.did for one in accounts if any(key.startswith(starts) for key, _ in mst.items(one.repo.root))}
     assert f"accounts  {len(have):,}\n" in capsys.readouterr().out  # who has both is counted once
+    several = Choice(collection=likes_and_posts, known=True, dids=file, host=host, follows_of=(follower,))
+    assert await history.estimate(config_of(scene), several, hosts=scene.hosts) == ExitCode.DONE
+    users = {row[0] for row in await pg.fetch("SELECT did FROM users")}
+    everyone = have | users | {*pds.accounts, accounts[0].did, accounts[1].did, follower, *follows}
+    assert f"accounts  {len(everyone):,}\n" in capsys.readouterr().out  # each once
     assert await chosen(scene, collection=likes_and_posts) == ExitCode.DONE
     lists = {row[0] for row in await pg.fetch("SELECT collection FROM fastworker.sweeps WHERE collection <> ''")}
     assert lists == {*likes_and_posts}

@@ -17,6 +17,7 @@ from fastworker.errors import ExitCode
 from fastworker.process.board import Heartbeats
 from fastworker.store import statements as sql
 from fastworker.store.blame import RowLocked
+from fastworker.store.flush import USERS_AT_ONCE
 from fastworker.store.joined import recompute
 from fastworker.store.rules import DEFAULTS
 from fastworker.store.store import Store
@@ -270,6 +271,30 @@ async def test_users_are_made_without_waiting_and_are_durable(postgres_url: str,
         assert await pg.fetchval("SELECT count(*) FROM users WHERE did LIKE 'did:plc:ddd%'") == 60
         assert told.index(sql.USERS_FIRST) < told.index(sql.DURABLE)
     finally:
+        await store.close()
+
+
+async def test_new_users_are_made_piece_by_piece(postgres_url: str, pg: asyncpg.Connection[Any]) -> None:
+    """Who makes the same users waits for one piece of them: those before it are there."""
+    dids = [f"did:plc:{'d' * 21}{n:03}" for n in range(2 * USERS_AT_ONCE + 1)]
+    store, other = await Store.connect(postgres_url), await asyncpg.connect(postgres_url)
+    writing = None
+    try:
+        held = other.transaction()
+        await held.start()
+        await other.execute(sql.USERS, dids[-1:])
+        writing = asyncio.create_task(store.write(batch_of(commits(*map(like, dids)))))
+        async with asyncio.timeout(20):
+            while await pg.fetchval("SELECT count(*) FROM users") < 2 * USERS_AT_ONCE:
+                await asyncio.sleep(0.01)
+            assert not writing.done()
+            await held.rollback()
+            await writing
+        assert await pg.fetchval("SELECT count(*) FROM users") == len(dids)
+    finally:
+        await other.close()
+        if writing is not None:
+            await writing
         await store.close()
 
 

@@ -558,9 +558,13 @@ async def test_progress_is_stored_only_as_far_as_the_group_has_finished(bench: A
         await pipeline.note_progress()
         await bench.add([commit(12, like("last"))])
         await bench.until_settled(7)
-    progress: Progress | None = bench.store.batches[-1].progress
-    assert progress is not None
-    assert (progress.stream, progress.consumer, progress.seq, progress.entry_id) == (KEY, "w-0", 11, more)
+        progress: Progress | None = bench.store.batches[-1].progress
+        assert progress is not None
+        assert (progress.stream, progress.consumer, progress.seq, progress.entry_id) == (KEY, "w-0", 11, more)
+        await bench.add([commit(13, like("once"))])
+        await bench.until_settled(8)
+    again: Progress | None = bench.store.batches[-1].progress
+    assert again is None  # it is stored already
 
 
 @pytest.fixture

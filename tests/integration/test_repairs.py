@@ -23,6 +23,7 @@ from fastworker.law.model import Model
 from fastworker.simulator.hosts import SimHosts
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import SimFrame
+from fastworker.store.repos import REPAIR, Claim, Wanted, open_queue
 from fastworker.sync import many
 from fastworker.sync.hosts import Bounds, Hosts
 from tests.integration.test_settle import comparable, may_be_lost
@@ -194,6 +195,121 @@ async def test_a_stop_ends_a_fetch_that_would_take_long(
     assert "Stopped after 0 of 1 accounts" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     assert worker.process.poll() is None
+
+
+async def test_s0_is_the_cursor_before_the_request(
+    scene: Scene, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the reader appends while a host answers may be newer than the answer."""
+    for _ in scene.network.frames(60):
+        pass
+    scene.sim.settle()
+    scene.client.set(CURSOR, 5)
+    get_repo = scene.hosts.get_repo
+
+    async def slow(host: str, did: str, path: Path) -> int:
+        size = await get_repo(host, did, path)
+        scene.client.set(CURSOR, 50)
+        return size
+
+    monkeypatch.setattr(scene.hosts, "get_repo", slow)
+    did = next(one.did for one in scene.network.world.accounts() if one.live)
+    assert await scene.repair(did) == ExitCode.DONE
+    assert await pg.fetchval("SELECT seq FROM fastworker.repos WHERE did = $1 AND state = 'done'", did) == 5
+    assert await pg.fetchval("SELECT seq FROM fastworker.floors WHERE did = $1", did) == 5
+
+
+async def test_nobody_is_compared_before_the_worker_has_finished_what_was_there(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
+    """Else what is on its way would be taken for lost, and written once more."""
+    for _ in scene.network.frames(60):
+        pass
+    scene.sim.settle()
+    scene.client.set(CURSOR, 5)
+    scene.client.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    entry = scene.client.xadd(STREAM, {"a": "b"})
+    scene.client.xreadgroup(GROUP, "one", {STREAM: ">"})
+    did = next(one.did for one in scene.network.world.accounts() if one.live)
+    work = asyncio.create_task(scene.repair(did))
+    async with asyncio.timeout(20):
+        while not any(pds.asked for pds in scene.sim.pdses):
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(4 * many.LOOK_S)
+    assert await pg.fetchval("SELECT state FROM fastworker.repos") == "fetching"
+    scene.client.xack(STREAM, GROUP, raw(entry))
+    async with asyncio.timeout(20):
+        assert await work == ExitCode.DONE
+    assert await pg.fetchval("SELECT state FROM fastworker.repos") == "done"
+
+
+async def test_what_is_older_than_the_list_said_is_no_answer(
+    scene: Scene, pg: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in scene.network.frames(60):
+        pass
+    scene.sim.settle()
+    scene.client.set(CURSOR, 5)
+    did = next(one.did for one in scene.network.world.accounts() if one.live)
+    async with open_queue(str(scene.config.database_url)) as queue:
+        await queue.put([Wanted(did, "7" * 13)], "gap", REPAIR)
+    assert await scene.repair(did) == ExitCode.NO
+    assert "as was listed" in capsys.readouterr().err + capsys.readouterr().out
+    assert await pg.fetchval("SELECT state FROM fastworker.repos WHERE did = $1", did) == "refused"
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.floors") == 0
+
+
+async def test_beside_a_worker_that_knows_no_floors_none_is_set(scene: Scene, pg: asyncpg.Connection) -> None:
+    for _ in scene.network.frames(60):
+        pass
+    scene.sim.settle()
+    scene.client.set(CURSOR, 5)
+    did = next(one.did for one in scene.network.world.accounts() if one.live)
+    scene.client.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+    scene.client.xgroup_createconsumer(STREAM, GROUP, "typescript-worker-1")
+    assert await scene.repair(did) == ExitCode.DONE
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.floors") == 0
+    scene.client.xgroup_delconsumer(STREAM, GROUP, "typescript-worker-1")
+    assert await scene.repair(did) == ExitCode.DONE
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.floors") == 1
+
+
+async def test_who_is_asked_for_again_is_not_fetched_twice_at_once(
+    scene: Scene, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in scene.network.frames(60):
+        pass
+    scene.sim.settle()
+    scene.client.set(CURSOR, 5)
+    did = next(one.did for one in scene.network.world.accounts() if one.live)
+    asked, at_once, most = 0, 0, 0
+    account = many.Many._account
+
+    async def watched(self: many.Many, one: Claim, work: many.Work) -> None:
+        nonlocal asked
+        asked += 1
+        await account(self, one, work)
+
+    get_repo = scene.hosts.get_repo
+
+    async def slow(host: str, did: str, path: Path) -> int:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        if asked == 1:
+            async with open_queue(str(scene.config.database_url)) as queue:
+                await queue.put([Wanted(did)], "event", REPAIR, again=True)
+            async with asyncio.timeout(20):
+                while asked < 2:
+                    await asyncio.sleep(0.05)
+        at_once -= 1
+        return await get_repo(host, did, path)
+
+    monkeypatch.setattr(many.Many, "_account", watched)
+    monkeypatch.setattr(scene.hosts, "get_repo", slow)
+    assert await scene.repair(did) == ExitCode.DONE
+    assert (most, asked > 2) == (1, True)
+    assert await pg.fetchval("SELECT state FROM fastworker.repos WHERE did = $1", did) == "done"
 
 
 async def test_what_it_needs(scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -289,9 +289,9 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     }
     empty |= {"deltas": [(POST, 0, 0, 0, 0, 0)], **dict.fromkeys(sql.COUNTED, True)}
     empty |= {"floors": False, "lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT + words["put_7"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
+    yield sql.PUT + words["put_8"], [empty.get(name, []) for name in sql.PUT_ARGUMENTS]
     empty = dict.fromkeys(("with_contexts", "with_gates", "with_services"), True) | {"lowest_rev": "", "lowest_seq": 0}
-    yield sql.PUT_WHOLE + words["put_whole_8"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
+    yield sql.PUT_WHOLE + words["put_whole_9"], [empty.get(name) for name in sql.WHOLE_ARGUMENTS]
     yield sql.FIRST + words["first_2"], [[] if name != "only_verified" else False for name in sql.FIRST_ARGUMENTS]
     changes = {"gone": [False], "read_uris": ["at://none"], "tables": ["likes"]}
     yield (
@@ -300,8 +300,8 @@ def worker_calls() -> Iterator[tuple[str, list[Any]]]:
     )
     owed = [["context"], ["at://none"], [datetime.now(UTC)]]
     event = [["did:web:a"], ["a.test"], [""], [1], [datetime.now(UTC)]]
-    yield sql.IDENTITIES + words["claim_handles"] + words["show_handles"], [*event, False]
-    yield sql.SHOW_HANDLES + words["show_handles"], [["did:web:a"], ["a.test"], False]
+    yield sql.IDENTITIES + words["claim_handles_1"] + words["show_handles_1"], [*event, False]
+    yield sql.SHOW_HANDLES + words["show_handles_1"], [["did:web:a"], ["a.test"], False]
     services = [GENERATOR, LABELER]
     yield sql.RECOMPUTE + words["recompute_5"], [[POST], [POST], [POST], services, [POST], *owed, 1, True, True, True]
     yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastworker.cli import cli
+from fastworker.crashpoint import Step
 from fastworker.event import Account, Commit, Identity, Op
 from fastworker.event.frame import decode_frame
 from fastworker.event.repository import Repository
@@ -26,8 +28,10 @@ from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import Repo, SimFrame, account_frame, car_bytes, tid
 from fastworker.simulator.world import Account as SimAccount
+from fastworker.store.flush import Written
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
+from fastworker.sync import settle as settle_module
 from fastworker.sync.settle import Job, Settle, Settled
 from fastworker.table.batch import Batch
 from fastworker.table.chosen import WHOLE, Part, choose
@@ -56,6 +60,12 @@ def batch_of(frames: Iterable[SimFrame]) -> Batch:
         elif isinstance(event, Account):
             batch.put_account(event, at)
     return batch
+
+
+DELETED = (
+    "INSERT INTO fastworker.accounts (did, active, event_at, deleted_seq) VALUES ($1, true, now(), $2) "
+    "ON CONFLICT (did) DO UPDATE SET deleted_seq = excluded.deleted_seq"
+)
 
 
 def may_be_lost(frame: SimFrame) -> bool:
@@ -155,6 +165,29 @@ async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection) -> N
     assert sum(one.differences for one in again) == 0, [one.examples for one in again if one.examples]
 
 
+async def test_no_more_is_written_at_once_than_it_may(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live flush that comes meanwhile is slower for as long as one of these takes."""
+    sizes: list[int] = []
+    write = scene.store.write
+
+    async def watched(batch: Batch, *, read_before: datetime | None = None) -> Written:
+        sizes.append(len(batch.changes))
+        return await write(batch, read_before=read_before)
+
+    monkeypatch.setattr(scene.store, "write", watched)
+    async with open_stored(scene.url) as stored:
+        jobs, opened = [], []
+        for account in scene.network.world.accounts():
+            path, snapshot = scene.snapshot(account)
+            opened.append(Repository(path))
+            jobs.append(Job(opened[-1], snapshot))
+        found = await Settle(stored, scene.store, at_once=9).settle_some(jobs)
+        for repository in opened:
+            repository.close()
+    assert max(sizes) == 9
+    assert sum(sizes) == sum(one.differences for one in found) > 100
+
+
 async def test_a_part_of_a_repository_touches_nothing_else(scene: Scene, pg: asyncpg.Connection) -> None:
     """Neither written nor deleted; what is left is found by a whole one."""
     await scene.deliver(0.4)
@@ -237,6 +270,14 @@ async def test_two_snapshots_of_one_account_at_once(scene: Scene, tmp_path: Path
             assert (await settle.settle(now, found[1][1])).differences == 0
 
 
+@pytest.fixture(params=["small", "large"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accounts are settled as if they were of that size."""
+    if request.param == "large":
+        monkeypatch.setattr(settle_module, "SMALL_BYTES", 0)
+
+
+@pytest.mark.usefixtures("_size")
 async def test_what_others_wrote(scene: Scene, pg: asyncpg.Connection) -> None:
     """Rows without a version: the API's, which may be younger than the snapshot, or what an earlier system left."""
     await scene.deliver(0)
@@ -441,6 +482,56 @@ async def test_a_deleted_account_that_came_back_keeps_what_its_repository_holds(
     while await scene.store.maintain(owed_age_s=0):
         pass
     assert await pg.fetchval("SELECT count(*) FROM likes WHERE user_did = $1", account.did) == before
+
+
+@pytest.mark.usefixtures("_size")
+async def test_a_deletion_that_comes_while_it_is_read(
+    scene: Scene, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is older than the snapshot: what it would take away is written once more."""
+    await scene.deliver(0)
+    account = max(scene.network.world.accounts(), key=lambda one: len(one.live))
+    path, snapshot = scene.snapshot(account)
+    async with open_stored(scene.url) as stored:
+        holding, standing = stored.holding, stored.standing
+
+        async def deleted() -> None:
+            await pg.execute(DELETED, account.did, snapshot.seq)
+
+        async def held(*what: Any) -> Any:
+            found = await holding(*what)
+            await deleted()
+            return found
+
+        @contextlib.asynccontextmanager
+        async def stood(did: str) -> AsyncIterator[Any]:
+            async with standing(did) as rows:
+                await deleted()
+                yield rows
+
+        monkeypatch.setattr(stored, "holding", held)
+        monkeypatch.setattr(stored, "standing", stood)
+        with Repository(path) as repository:
+            found = await Settle(stored, scene.store).settle(repository, snapshot)
+    rows = await pg.fetchval("SELECT count(*) FROM likes WHERE user_did = $1", account.did)
+    assert found.different["likes"] >= rows > 0  # and those that wait in the shadow of a twin
+
+
+async def test_a_deletion_that_comes_before_the_floor(
+    scene: Scene, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is newer than S0, and nobody knew of it at the first look: nothing is written."""
+    path, snapshot = scene.snapshot(scene.network.world.accounts()[0])
+
+    async def reach(step: Step) -> None:
+        if step is Step.FLOOR_COMMITTED:
+            await pg.execute(DELETED, snapshot.did, snapshot.seq + 1)
+
+    monkeypatch.setattr(scene.store.writer, "on_step", reach)
+    async with open_stored(scene.url) as stored:
+        with Repository(path) as repository:
+            found = await Settle(stored, scene.store).settle(repository, snapshot, floor=True)
+    assert (found.refused, found.written) == ("the account was deleted, and the snapshot may be older", 0)
 
 
 async def test_late_notifications_are_read(scene: Scene, pg: asyncpg.Connection) -> None:

@@ -20,8 +20,9 @@ import pytest
 
 from fastworker.config import Config, parse_config
 from fastworker.errors import ConfigError
+from fastworker.process.priority import NICE
 from fastworker.simulator.hosts import SimHosts
-from fastworker.sync import sampling, syncer, widen
+from fastworker.sync import many, sampling, syncer, widen
 from fastworker.sync.choice import Choice
 from fastworker.sync.history import asked_for
 from fastworker.sync.syncer import run_syncer
@@ -234,6 +235,22 @@ async def test_a_host_that_breaks_at_each_commit_costs_less_and_less(
     assert asked() == 5
 
 
+async def test_who_is_asked_for_again_while_it_is_repaired_is_repaired_again(
+    scene: Scene, pg: asyncpg.Connection
+) -> None:
+    """What is fetched just now may be older than what asked."""
+    did = "did:plc:" + "a" * 24
+    records: dict[str, bytes] = {}
+    async with many.opened(scene.config, "test", scene.hosts, reads_only=True) as there:
+        for reason in ("break", "sync"):
+            scene.client.hset("fastworker:repairs", did, json.dumps({"reason": reason}))
+            await syncer._take_recorded(there, records)
+            assert await pg.fetchval("SELECT state FROM fastworker.repos WHERE did = $1", did) == "waiting"
+            await pg.execute("UPDATE fastworker.repos SET state = 'fetching'")
+            await syncer._take_recorded(there, records)  # nobody asks once more
+            assert await pg.fetchval("SELECT state FROM fastworker.repos WHERE did = $1", did) == "fetching"
+
+
 @pytest.mark.parametrize("missing", ["REDIS_URL", "DATABASE_URL"])
 async def test_nothing_is_fetched_while_a_server_is_away(
     missing: str, scene: Scene, worker: Service, pg: asyncpg.Connection, caplog: pytest.LogCaptureFixture
@@ -326,7 +343,8 @@ async def test_a_worker_has_a_syncer_unless_it_is_switched_off(
     for name in ("BACKFILL_BATCH_SIZE", "BACKFILL_DB_POOL_SIZE"):
         on.wait_for(rf"{name} has no effect here: history is as fast as")
     on.wait_for("History begins: FASTWORKER_BACKFILL=known BACKFILL_DAYS=-1")
-    on.wait_for(r"syncer \(pid \d+\) is ready")
+    syncer = int(on.wait_for(r"syncer \(pid (\d+)\) is ready")[1])
+    assert os.getpriority(os.PRIO_PROCESS, syncer) == max(NICE, os.nice(0))  # live events go first
     on.wait_for("FASTWORKER_SYNC is on: repositories are asked for")
     port = int(on.wait_for(r"HTTP on http://127\.0\.0\.1:(\d+)")[1])
 

@@ -305,12 +305,12 @@ def test_routines_are_made_from_the_schema() -> None:
 async def test_routines_are_installed_again_and_again(postgres_url: str, pg: asyncpg.Connection) -> None:
     """One that is gone, and one of another build, are missed by `check` and made by `migrate`; the old ones stay."""
     assert await migrate(postgres_url) == []
-    await pg.execute("DROP PROCEDURE fastworker.put_whole_8")
+    await pg.execute("DROP PROCEDURE fastworker.put_whole_9")
     await pg.execute("COMMENT ON FUNCTION fastworker.look_3 IS 'of another build'")
     assert await check(postgres_url) == [
         f"Routine fastworker.{name} is not this release's: run `fastworker migrate`."
-        for name in ("look_3", "put_whole_8")
+        for name in ("look_3", "put_whole_9")
     ]
-    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_8"]
+    assert await migrate(postgres_url) == ["routine look_3", "routine put_whole_9"]
     assert await check(postgres_url) == []
     assert await pg.fetchval("SELECT to_regproc('fastworker.put') IS NOT NULL"), "the release before ours calls it"

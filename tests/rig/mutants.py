@@ -57,8 +57,10 @@ _PUT, _WHOLE, _RECOMPUTE, _RECOUNT, _PAY, _FIRST, _CHANGE = (
     f"fastworker/store/sql/{name}.sql"
     for name in ("put", "put_whole", "recompute", "recount", "pay_bucket", "first", "change")
 )
+_WRITTEN = "fastworker/store/sql/written.sql"
 _APART, _PAY_ALL = "fastworker/store/sql/pay_apart.sql", "fastworker/store/sql/pay.sql"
-_HANDLES = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_WANTED = "fastworker/store/migrations/0006_relays_and_handles.sql"
+_SHOWN, _CLAIMS = (f"fastworker/store/sql/{name}_handles.sql" for name in ("show", "claim"))
 _BATCH, _MAPPER, _PIPELINE = "fastworker/table/batch.py", "fastworker/table/mapper.py", "fastworker/worker/pipeline.py"
 _PROOF, _CHAIN, _VERIFY = "fastworker/event/proof.py", "fastworker/reader/chain.py", "fastworker/reader/verify.py"
 _HELD, _WRITING, _LIMITS = (f"fastworker/worker/{name}.py" for name in ("held", "flush", "limits"))
@@ -76,10 +78,18 @@ OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
 CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
-OF_HOSTS = "tests/integration/test_hosts.py"
+OF_HOSTS, OF_FAULTS = "tests/integration/test_hosts.py", "tests/integration/test_failure_table.py"
 OF_BACKFILL, OF_FILTER = (f"tests/integration/test_{name}.py" for name in ("backfill", "reader_filter"))
 _FILTER = "fastworker/reader/filter.py"
 OF_CHAIN, OF_LEVELS = "tests/unit/test_chain.py", "tests/integration/test_reader_levels.py"
+OF_SETTLE, OF_REPAIRS, OF_SYNCER = (f"tests/integration/test_{name}.py" for name in ("settle", "repairs", "syncer"))
+OF_JUDGE, OF_REPOSITORY, OF_VERIFY = (
+    f"tests/unit/test_{name}.py" for name in ("judge", "event_repository", "reader_verify")
+)
+_MANY, _JUDGE, _FETCH, _GAPS, _SYNCER = (
+    f"fastworker/sync/{name}.py" for name in ("many", "judge", "fetch", "gaps", "syncer")
+)
+_REPOSITORY = "fastworker/event/repository.py"
 OF_MAPPER, OF_DATES, OF_PAIRS = (f"tests/unit/test_{name}.py" for name in ("mapper", "mapper_dates", "pairs"))
 
 MUTANTS = [
@@ -88,6 +98,12 @@ MUTANTS = [
     _mutant("a replay moves the chain", _CHAIN, OF_CHAIN, "if state == known:"),
     _mutant("a break is forgotten by a crash", _CHAIN, OF_CHAIN, "if verdict is Verdict.BREAK and False:"),
     _mutant("prevData is not compared", _CHAIN, OF_CHAIN, "return Verdict.OK"),
+    _mutant("since is not compared", _CHAIN, f"{OF_CHAIN}::test_commits_that_do_not {OF_CHAIN}::test_commits_of_old_hosts", "is_next = since is not None"),
+    _mutant("a commit that takes since away", _CHAIN, f"{OF_VERIFY}::test_what_each_level_says_of_a_commit_of_which_something_was_taken", "if is_next:"),
+    _mutant("ops without prevData are not undone", _VERIFY, f"{OF_VERIFY}::test_what_each_level_says_of_a_commit_of_which_something_was_taken", "if False:"),
+    _mutant("a bad commit is none", _VERIFY, f"{OF_LEVELS}::test_another_accounts_commit", "elif False:"),
+    _mutant("nobody is unverified", _VERIFY, f"{OF_LEVELS}::test_an_unknown_key_is_asked_for_beside_the_stream", "elif False:"),
+    _mutant("two ops on one path", _PROOF, "tests/unit/test_event_proof.py", "if False:"),
     _mutant("commits from the future", _VERIFY, OF_LEVELS, "if False:"),
     _mutant("commits that the account did not sign", _VERIFY, OF_LEVELS, "if False:"),
     _mutant("ops that nothing proves", _VERIFY, OF_LEVELS, "if False:"),
@@ -127,8 +143,48 @@ MUTANTS = [
     _mutant("a floor goes down", _STATEMENTS, FLOORS, "WHERE true OR", "WHERE $4::boolean OR"),
     _mutant("a tombstone below a floor", _STATEMENTS, FLOORS, "AS f WHERE false AND", "AS f WHERE"),
     _mutant("a late deletion against a floor", _STATEMENTS, FLOORS, "", "(SETTLE_AGAIN, DELETION),"),
+    # settles
+    _mutant("S0 after the fetch", _MANY, f"{OF_REPAIRS}::test_s0_is_the_cursor_before_the_request", "mark = await self._live.mark()\nsnapshot = Snapshot(one.did, commit.rev, mark.seq, mark.at)"),
+    _mutant("a settle does not wait for the worker", _MANY, f"{OF_REPAIRS}::test_nobody_is_compared_before_the_worker_has_finished_what_was_there", "if False:"),
+    _mutant("older than the list said", _MANY, f"{OF_REPAIRS}::test_what_is_older_than_the_list_said_is_no_answer", "if False:"),
+    _mutant("a floor beside others who know none", _MANY, f"{OF_REPAIRS}::test_beside_a_worker_that_knows_no_floors_none_is_set", "floor = True"),
+    _mutant("an account twice at once", _MANY, f"{OF_REPAIRS}::test_who_is_asked_for_again_is_not_fetched_twice_at_once", "if False:"),
+    _mutant("a refused account counts as settled", _MANY, f"{OF_FAULTS}", "if False:"),
+    _mutant("a 429 spends a try", _MANY, f"{OF_FAULTS}", "is_limited = False"),
+    _mutant("two snapshots of one account in a group", _SYNC, f"{OF_SETTLE}::test_two_snapshots_of_one_account_at_once", "if False:"),
+    _mutant("who was deleted before the floor", _SYNC, f"{OF_SETTLE}::test_a_deletion_that_comes_before_the_floor", "return [look for look in looks if not look.result.refused]"),
+    _mutant("a deletion while small accounts are read", _SYNC, f"{OF_SETTLE}::test_a_deletion_that_comes_while_it_is_read", "pass"),
+    _mutant("a deletion while a large account is read", _SYNC, f"{OF_SETTLE}::test_a_deletion_that_comes_while_it_is_read", "pass"),
+    _mutant("what small accounts lack stays", _SYNC, f"{OF_SETTLE}::test_what_others_wrote", "pass"),
+    _mutant("what a large account lacks stays", _SYNC, f"{OF_SETTLE}::test_what_others_wrote", "pass"),
+    _mutant("who does not want it is settled", _SYNC, f"{OF_SETTLE}::test_who_may_not_be_settled", "if False:"),
+    _mutant("who was deleted is settled", _SYNC, f"{OF_SETTLE}::test_who_may_not_be_settled", "if False:"),
+    _mutant("an older repository is taken", _SYNC, f"{OF_SETTLE}::test_who_may_not_be_settled", "if False:"),
+    _mutant("a newer tombstone is overwritten", _JUDGE, f"{OF_SETTLE}::test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer", "if False:"),
+    _mutant("a newer record is overwritten", _JUDGE, f"{OF_SETTLE}::test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer", "if False:"),
+    _mutant("an equal row that is older than a deletion", _JUDGE, f"{OF_SETTLE}::test_a_deleted_account_that_came_back_keeps_what_its_repository_holds", "if False:"),
+    _mutant("what an API wrote just now goes", _JUDGE, f"{OF_SETTLE}::test_what_others_wrote", "return True"),
+    _mutant("a newer record that the snapshot lacks goes", _JUDGE, f"{OF_SETTLE}::test_a_snapshot_that_comes_late_takes_nothing_from_what_is_newer", "return True"),
+    # repositories and their hosts
+    _mutant("the repository of another account", _FETCH, f"{OF_HOSTS}::test_what_ends_a_fetch", "if False:"),
+    _mutant("a repository from the future", _FETCH, f"{OF_HOSTS}::test_what_ends_a_fetch", "if False:"),
+    _mutant("a rotated key is not looked up", _FETCH, f"{OF_HOSTS}::test_a_rotated_key_is_looked_up_again", "pass"),
+    _mutant("a repository that nobody signed", _FETCH, f"{OF_HOSTS}::test_what_ends_a_fetch", "if False:"),
+    _mutant("a repository is not walked", _FETCH, f"{OF_HOSTS}::test_what_is_not_whole_is_asked_for_again", "pass"),
+    _mutant("keys that do not ascend", _REPOSITORY, f"{OF_REPOSITORY}::test_trees_that_are_none", "if False:"),
+    _mutant("a key in another layer", _REPOSITORY, f"{OF_REPOSITORY}::test_trees_that_are_none", "if False:"),
+    _mutant("an empty node in a tree", _REPOSITORY, f"{OF_REPOSITORY}::test_trees_that_are_none", "if False:"),
+    # gaps, and what events ask for
+    _mutant("a gap closes while its list is read", _GAPS, f"{OF_BACKFILL}::test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled", "", " AND s.done_at IS NOT NULL"),
+    _mutant("a gap closes while somebody waits", _GAPS, f"{OF_BACKFILL}::test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled", "AND r.state = 'fetching')", "AND r.state IN ('waiting', 'fetching', 'refused'))"),
+    _mutant("a list that began before a gap covers it", _GAPS, f"{OF_BACKFILL}::test_a_list_that_began_before_a_gap_does_not_cover_it", "if True:"),
+    _mutant("a gap is forgotten before it is closed", _GAPS, f"{OF_BACKFILL}::test_a_gap_is_open_until_its_list_is_read_and_everybody_is_settled", "if gap is not None:"),
+    _mutant("hosts' clocks are ours", _GAPS, f"{OF_BACKFILL}::test_a_list_that_began_before_a_gap_does_not_cover_it", "", " - MARGIN"),
+    _mutant("who breaks at each commit is repaired each time", _SYNCER, f"{OF_SYNCER}::test_a_host_that_breaks_at_each_commit_costs_less_and_less", "due = new"),
+    _mutant("the time between repairs does not grow", _SYNCER, f"{OF_SYNCER}::test_a_host_that_breaks_at_each_commit_costs_less_and_less", "THEN apart_s", "THEN least(2 * apart_s, {APART_MAX_S})"),
+    _mutant("who asks again while it is repaired is forgotten", _SYNCER, f"{OF_SYNCER}::test_who_is_asked_for_again_while_it_is_repaired_is_repaired_again", "new = [did for did in found if did not in records]"),
     # one call
-    _mutant("a whole flush that is not whole", _PUT, OF_WHOLE, "ELSIF false THEN"),
+    _mutant("a whole flush that is not whole", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("no look before a whole flush", _WHOLE, OF_WHOLE, "NULL;"),
     _mutant("no look back after a whole flush", _WHOLE, OF_WHOLE, "SELECT false"),
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
@@ -138,24 +194,26 @@ MUTANTS = [
     _mutant("the gate of a small flush open", _CHANGE, IN_TWO_CALLS.format("create_and_delete_of_a_cold_record"), "IF false THEN"),
     _mutant("identities of who must not be stored", _FIRST, BUGS, "IF false THEN"),
     _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
-    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "if False:"),
+    _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "return False"),
     _mutant("two of a pair taken to be new", "fastworker/store/whole.py", OF_WHOLE, "is_fresh = bool(pairs) and sql.may_be_taken(table)"),
-    _mutant("a record in two places", "fastworker/store/sql/look_back.sql", IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "SELECT 'twin', NULL, NULL, NULL WHERE false"),
+    _mutant("a record in two places", _WHOLE, IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "is_late := false;"),
+    _mutant("a record in two places, step by step", "fastworker/store/sql/look_back.sql", RACES + "::test_every_interleaving_ends_as_the_law_says[a_new_record_that_changes_its_pair-copy]", "SELECT 'twin', NULL, NULL, NULL WHERE false"),
     _mutant("a cold record becomes a twin meanwhile", _SETTLE, RACES + "::test_every_interleaving_ends_as_the_law_says[cold_pairs_changed-copy]", "if False:"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
     _mutant("an installed routine is never replaced", "fastworker/store/routines.py", OF_WHOLE, "return []"),
     _mutant("a routine is not listed", "fastworker/store/routines.py", OF_WHOLE, "", '"recompute",'),
     # debts
     _mutant("notes that are left are forgotten", "fastworker/store/debts.py", DEBTS, "pass"),
-    _mutant("a busy counter is not owed", _PUT, DEBTS, "IF false THEN"),
-    _mutant("counters beside a debt", _PUT, DEBTS, "is_owing := is_owing;"),
+    _mutant("all new users at once", _FLUSH, DEBTS, "size = len(users)"),
+    _mutant("a busy counter is not owed", _WRITTEN, DEBTS, "IF false THEN"),
+    _mutant("counters beside a debt", _WRITTEN, DEBTS, "is_owing := is_owing;"),
     _mutant("a debt is paid twice", _PAY, DEBTS, "PERFORM 1;"),
-    _mutant("owed for a counter that a stranger has locked", _PUT, DEBTS, "IF false THEN"),
+    _mutant("owed for a counter that a stranger has locked", _WRITTEN, DEBTS, "IF false THEN"),
     _mutant("a payment waits for a stranger", _PAY, DEBTS, "FOR NO KEY UPDATE) AS f);"),
     _mutant("an owed recount is forgotten", _APART, DEBTS, "IF false THEN"),
     _mutant("a recount counts what is owed", _RECOUNT, DEBTS, "WHERE false AND d.post_uri", "WHERE d.post_uri"),
     _mutant("an aggregate goes before it is paid", _RECOMPUTE, DEBTS, "WHILE false LOOP END LOOP;"),
-    _mutant("a counter beside its debt that is put back", _PUT, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
+    _mutant("a counter beside its debt that is put back", _WRITTEN, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a debt overtakes one that is put back", _PAY, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "WHERE false AND", "WHERE"),
     _mutant("a counter that is refused stops the others", _APART, f"{DEBTS}::test_a_counter_that_is_refused_is_put_back_alone", "EXCEPTION WHEN division_by_zero THEN"),
     _mutant("a joined row that is refused stops a small flush", _WHOLE, DEBTS, "EXCEPTION WHEN division_by_zero THEN"),
@@ -175,8 +233,8 @@ MUTANTS = [
     # what follows from rows
     _mutant("notifications to oneself", _DERIVE, LAW, 'if parent is not None and (to := did_of(parent)) != "":'),
     _mutant("no allow means nobody", _DERIVE, LAW, "allow = []"),
-    _mutant("unlike drops the state of the API", _PUT, BUGS, "AND NOT t.bookmarked;"),
-    _mutant("a like resets the viewer state", _PUT, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
+    _mutant("unlike drops the state of the API", _WRITTEN, BUGS, "AND NOT t.bookmarked;"),
+    _mutant("a like resets the viewer state", _WRITTEN, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
     _mutant("profile stays after its delete", _DERIVE, LAW, "pass"),
     _mutant("no reply decrement", _DERIVE, LAW, "pass"),
     _mutant("no like decrement", _DERIVE, LAW, "pass"),
@@ -196,12 +254,12 @@ MUTANTS = [
     _mutant("a stored seq against another relay", _BATCH, RELAYS, "if False:"),
     _mutant("the gate of many relays", _FLUSH, RELAYS, "pass"),
     _mutant("entries without a rev beside two relays", _HELD, HORIZON, "if False:"),
-    _mutant("older identity wins", _HANDLES, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
-    _mutant("handles are not locked", _HANDLES, RACES, "", "        PERFORM pg_advisory_xact_lock(one);\n"),
-    _mutant("the last claim shows a handle", _HANDLES, RELAYS, "is_verified DESC, at DESC,", "is_verified DESC, at DESC, first_at,"),
-    _mutant("a claim takes a verified handle", _HANDLES, RESOLVER, "handle, at DESC", "handle, is_verified DESC, at DESC"),
-    _mutant("claims are shown at once", _HANDLES, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
-    _mutant("a handle shown by two", _HANDLES, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
+    _mutant("older identity wins", _CLAIMS, RELAYS, "r.did, r.last_at,", "r.did, r.last_at DESC,"),
+    _mutant("handles are not locked", _SHOWN, RACES, "NULL;"),
+    _mutant("the last claim shows a handle", _SHOWN, RELAYS, "at DESC,", "at DESC, first_at,"),
+    _mutant("a claim takes a verified handle", _SHOWN, RESOLVER, "is_verified IS NULL,"),
+    _mutant("claims are shown at once", _WANTED, RESOLVER, "WHEN i.handle", "WHEN only_verified OR i.handle"),
+    _mutant("a handle shown by two", _SHOWN, RELAYS, "LEFT JOIN wanting AS h ON", "LEFT JOIN holders AS h ON"),
     # what one record may do
     _mutant("identifiers mended", _MAPPER, OF_MAPPER, "if type(value) is not str or (found := _is_uri(value := clean_text(value).strip())) is None:"),
     _mutant("list items of others", _MAPPER, f"{OF_MAPPER} {LAW}", 'if list_uri.split("/", 3)[2] == "":'),
@@ -223,6 +281,7 @@ MUTANTS = [
     _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
     _mutant("an older state is judged by what was known of the newer one", f"{_LUA}/watch.lua", "tests/integration/test_reader_parts.py", "if false then return end"),
     _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
+    _mutant("progress with every flush", _WRITING, OF_PIPELINE, "if False:"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),
     _mutant("letters of one account not counted", _LIMITS, OF_PIPELINE, "pass"),
@@ -244,10 +303,11 @@ MUTANTS = [
         "bulk loses an index",
         _BULK,
         OF_BULK,
-        "await build(connection, self.table, indexes[:-1])",
-        "await build(connection, self.table, indexes)",
+        "await build(connection, table, indexes[:-1])",
+        "await build(connection, table, indexes)",
     ),
     _mutant("bulk loads what is known", _BULK, OF_BULK, "[]", "[_not_new(table) for table in PRIMARY]"),
+    _mutant("bulk forgets a crash", _BULK, OF_BULK, "return False"),
     _mutant("bulk without versions", _BULK, OF_BULK, "return (rows,)"),
 ]  # fmt: skip
 

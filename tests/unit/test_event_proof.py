@@ -288,6 +288,24 @@ def test_commit_blocks_that_are_none() -> None:
         proof.read_commit(good + bytes(10_000))
 
 
+def test_a_commit_block_is_read_by_its_places_as_by_decoding_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(block: bytes) -> proof.SignedCommit | Flaw:
+        try:
+            return proof.read_commit(block)
+        except Unproved as error:
+            return error.flaw
+
+    plain = commit_block("did:plc:" + "a" * 24, "3lzzzzzzzzzzz", cid_of(b"x"))
+    others = [
+        plain[:at] + bytes((plain[at] ^ 1 << bit,)) + plain[at + 1 :] for at in range(len(plain)) for bit in (0, 7)
+    ]
+    blocks = [plain, *others, commit_block("did:web:a.test", "3lzzzzzzzzzzz", cid_of(b"x"))]
+    found = [read(block) for block in blocks]
+    monkeypatch.setattr(proof, "_plain", lambda _: None)
+    assert found == [read(block) for block in blocks]
+    assert len({str(one) for one in found}) > 200
+
+
 def test_ten_thousand_keys_in_one_node_are_undone_in_a_moment() -> None:
     keys = [f"a.b.c/{n}" for n in range(40_000)]
     flat = [key for key in keys if proof.layer_of(key.encode()) == 0][:9_000]

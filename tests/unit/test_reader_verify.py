@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ class Known(dict[str, str]):
         pass
 
 
-def verdict(frame: bytes, keys: Known, *, since: str, before: bytes) -> str | None:
-    """At level `full`, after that state; None where it is no commit at all."""
+def verdict(frame: bytes, keys: Known | None, *, since: str, before: bytes, full: bool = True) -> str | None:
+    """At level `full`, after that state; None where it is no commit at all. `keys` None: at level `chain`."""
     try:
         header, payload = open_frame(frame)
         commit = read_frame(header, payload, "relay.test")
@@ -48,10 +49,9 @@ def verdict(frame: bytes, keys: Known, *, since: str, before: bytes) -> str | No
     if not isinstance(commit, Commit):
         return None
     chain = Chain(None, 1 << 16)
-    for did in keys:
-        chain.replace(did, since, before)
+    chain.replace(commit.repo if keys is None else next(iter(keys)), since, before)
     stats = ReaderStats()
-    Verifier(chain, keys, stats, lambda *_: None, full=True).put(Chunk(), commit, payload, frame)
+    Verifier(chain, keys, stats, lambda *_: None, full=full).put(Chunk(), commit, payload, frame)
     chain.close()
     return next((name for name, count in stats.verdicts.items() if count), "aside")
 
@@ -132,8 +132,46 @@ def test_prev_data_that_a_relay_takes_away_hides_nothing() -> None:
     for number in range(3):
         assert judged(stripped(frame, without_op=number)) == "inversion"
         assert judged(stripped(frame, "prevData", without_op=number)) == "break"
+        assert judged(stripped(frame, "prevData", "since", without_op=number)) == "break"
     assert judged(stripped(frame, "prevData", "prev")) == "legacy"  # nothing can be said of a delete without its prev
     assert judged(stripped(frame, "prevData", "since")) == "legacy"
+
+
+TAKEN = re.compile(
+    r"^\| ((?:\(nothing\)|`[a-zA-Z]+`(?:, )?)+) \| ([a-z`, ]+) \| (`[a-z]+`) \| (`[a-z]+`) \| (`[a-z]+`) \|$",
+    re.MULTILINE,
+)
+
+
+def test_what_each_level_says_of_a_commit_of_which_something_was_taken() -> None:
+    """The table in docs/proofs.md, which says it to operators."""
+    table = TAKEN.findall((Path(__file__).resolve().parents[2] / "docs" / "proofs.md").read_text("utf-8"))
+    repo, key = Repo(DID, Clock(), key=(signer := SigningKey("one"))), signer.multikey
+    repo.commit([("create", path(number), like(number)) for number in range(60)])
+    lost = open_frame(repo.commit([("create", path(700), like(1))]).data)[1]
+    writes: list[Write] = [("create", path(900), like(1)), ("create", path(901), like(2)), ("delete", path(8), None)]
+    frame = repo.commit(writes).data
+    payload = open_frame(frame)[1]
+    known = {"since": payload["since"], "before": payload["prevData"]}
+    older = {"since": lost["since"], "before": lost["prevData"]}
+    levels: dict[str, tuple[Known | None, bool]] = {
+        "chain": (None, False),
+        "signed": (Known({DID: key}), False),
+        "full": (Known({DID: key}), True),
+    }
+    seen = set()
+    for taken, at, *expected in table:
+        names = [name.strip("`") for name in taken.split(", ") if name != "(nothing)"]
+        for level in at.replace("`", "").split(", "):
+            keys, full = levels[level]
+            found = [
+                verdict(stripped(frame, *names), keys, full=full, **known),
+                verdict(stripped(frame, *names, without_op=0), keys, full=full, **known),
+                verdict(stripped(frame, *names), keys, full=full, **older),
+            ]
+            assert found == [one.strip("`") for one in expected], (names, level)
+            seen.add((frozenset(names), level))
+    assert len(seen) == 8 * 3, "each set of the three members, at each level"
 
 
 @pytest.mark.real_data

@@ -16,7 +16,7 @@ CREATE OR REPLACE FUNCTION fastworker.look_back_3(
 ) RETURNS TABLE (kind text, key text, rev text, seq bigint) LANGUAGE sql STABLE AS $$
     {{beats}}
     UNION ALL
-    -- mutant: a record in two places
+    -- mutant: a record in two places, step by step
     {{in_two_places}}
     UNION ALL
     SELECT 'context', p.uri, NULL, NULL FROM public.posts AS p

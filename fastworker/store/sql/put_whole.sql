@@ -4,7 +4,7 @@
 -- `new_uris`: those of the uris that were not read. `is_late`: it is all written, and something overtook it, or more than `crowd` thread contexts follow: the look back is the
 -- caller's; so, too, if a joined row was refused. `note`: what was owed with it is the caller's, because of that, or because
 -- one of the roots has more replies than `crowd`.
-CREATE OR REPLACE PROCEDURE fastworker.put_whole_8(
+CREATE OR REPLACE PROCEDURE fastworker.put_whole_9(
     new_users varchar[],
     {{new_rows_arguments}}
     fresh boolean,
@@ -43,7 +43,6 @@ CREATE OR REPLACE PROCEDURE fastworker.put_whole_8(
     services_of varchar[],
     with_contexts boolean,
     with_gates boolean,
-    with_services boolean,
     with_replies boolean,
     with_quotes boolean,
     INOUT is_late boolean,
@@ -58,10 +57,19 @@ DECLARE
     is_beaten boolean;
     is_waiting boolean;
     is_owing boolean;
+    missing int := 0;
+    made int;
     paid int;
+    {{written_variables}}
 BEGIN
-    SELECT bool_or(kind <> 'twin'), bool_or(kind = 'twin' AND key = ANY(new_uris)) INTO is_beaten, is_waiting
-    FROM fastworker.look_3(uris, repos, lowest_rev, lowest_seq, dids, false);
+    -- What `look` finds, told by yes or no. Floors are read in this transaction: who sets one waits for it.
+    SELECT {{is_beaten}} OR EXISTS (
+            SELECT FROM public.user_settings AS s WHERE s.data_collection_forbidden AND s.user_did = ANY(dids))
+        OR EXISTS (
+            SELECT FROM fastworker.floors AS f WHERE f.did = ANY(repos)
+                AND (f.rev > lowest_rev COLLATE "C" OR f.seq >= lowest_seq)),
+        EXISTS (SELECT FROM fastworker.twins AS w WHERE w.uri = ANY(new_uris))
+    INTO is_beaten, is_waiting;
     IF is_beaten THEN
         -- mutant: no look before a whole flush
         RAISE EXCEPTION 'something beats a record' USING ERRCODE = 'FW003';
@@ -74,31 +82,43 @@ BEGIN
     IF seen IS NOT NULL OR gated_uris IS NOT NULL THEN
         PERFORM fastworker.change_2({{change_passed}});
     END IF;
-    SELECT p.is_owing, p.note INTO is_owing, note FROM fastworker.put_7(
-        new_users => NULL, {{new_rows_passed}}, whole => true, fresh => fresh,
-        no_quotes => no_quotes, new_quotes => new_quotes, no_feed_items => no_feed_items, new_feed_items => new_feed_items,
-        no_notifications => no_notifications, new_notifications => new_notifications, unseen_posts => unseen_posts,
-        unseen_viewers => unseen_viewers, unseen_likes => unseen_likes, unseen_reposts => unseen_reposts,
-        unseen_bookmarks => unseen_bookmarks, new_viewers => new_viewers, deltas => deltas, recounts => recounts,
-        with_replies => with_replies, with_quotes => with_quotes, owed_kinds => owed_kinds, owed_keys => owed_keys,
-        of_stream => of_stream, of_consumer => of_consumer, until_seq => until_seq, until_entry => until_entry,
-        floors => NULL, repos => NULL, lowest_rev => NULL, lowest_seq => NULL, known_floors => NULL) AS p;
+{{insert_whole_rows}}
+    -- mutant: a whole flush that is not whole
+    IF missing > 0 THEN
+        RAISE EXCEPTION 'not every row is new' USING ERRCODE = 'FW001';
+    END IF;
+
+{{written}}
     COMMIT;
+    -- What `look_back` finds; each question only where it may have an answer.
     -- mutant: no look back after a whole flush
-    SELECT coalesce(bool_or(kind IN ('tombstone', 'account', 'twin')), false)
-            OR count(*) FILTER (WHERE kind = 'context') > crowd,
-        array_agg(DISTINCT key) FILTER (WHERE kind = 'context'),
-        array_agg(DISTINCT key) FILTER (WHERE kind = 'gate'),
-        array_agg(DISTINCT key) FILTER (WHERE kind = 'like_count')
-    INTO is_late, contexts, gates, services
-    FROM fastworker.look_back_3(uris, repos, posts, like_posts, like_users, crowd, with_contexts, with_gates, with_services);
+    SELECT {{is_beaten}}, EXISTS (SELECT FROM fastworker.twins AS w WHERE w.uri = ANY(uris)) INTO is_late, is_waiting;
+    IF is_waiting AND NOT is_late THEN
+        -- mutant: a record in two places
+        is_late := EXISTS ({{in_two_places}});
+    END IF;
+    IF posts IS NOT NULL AND with_contexts THEN
+        contexts := ARRAY(
+            SELECT p.uri FROM public.posts AS p WHERE p.uri = ANY(posts) AND p.root_uri <> p.uri UNION ALL
+            SELECT p.uri FROM unnest(posts) AS r (uri), LATERAL (
+                SELECT q.uri FROM public.posts AS q WHERE q.root_uri = r.uri AND q.uri <> r.uri LIMIT crowd + 1) AS p);
+    END IF;
+    IF posts IS NOT NULL AND with_gates THEN
+        gates := ARRAY(SELECT DISTINCT g.post_uri FROM fastworker.gates AS g WHERE g.post_uri = ANY(posts));
+    END IF;
+    IF like_posts IS NOT NULL AND with_contexts THEN
+        contexts := contexts || ARRAY(
+            SELECT p.uri FROM unnest(like_posts, like_users) AS l (post, did) JOIN public.posts AS p ON p.uri = l.post
+            WHERE starts_with(p.root_uri, 'at://' || l.did || '/'));
+    END IF;
+    is_late := is_late OR coalesce(cardinality(contexts) > crowd, false);
     IF is_late THEN
         contexts := NULL;
         gates := NULL;
         services := NULL;
     ELSE
         gates := gates || gates_of;
-        services := services || services_of;
+        services := services_of;
     END IF;
     IF note IS NOT NULL THEN
         IF 'root' = ANY(owed_kinds) THEN
@@ -117,7 +137,7 @@ BEGIN
         END IF;
     END IF;
     -- mutant: joined rows of a whole flush never recomputed
-    IF coalesce(contexts, gates, services, roots, aggregates) IS NOT NULL THEN
+    IF cardinality(contexts || gates || services || roots || aggregates) > 0 THEN
         BEGIN
             PERFORM fastworker.recompute_5(
                 contexts => coalesce(contexts, '{}'), gates => coalesce(gates, '{}'), roots => coalesce(roots, '{}'),

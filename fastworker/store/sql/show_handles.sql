@@ -1,5 +1,8 @@
--- As it was (0006), but only rows whose handle changes are locked: anybody's accounts may claim a handle, as many as they like.
-CREATE OR REPLACE FUNCTION fastworker.show_handles(dids varchar[], others text[], only_verified boolean)
+-- Decides who shows which handle, for these DIDs and everybody who wants one of their handles, old and new. A handle is
+-- locked while it is decided, in one order; whoever has changed what a DID wants holds the row of its identity.
+
+-- Only rows whose handle changes are locked: anybody's accounts may claim a handle, as many as they like.
+CREATE OR REPLACE FUNCTION fastworker.show_handles_1(dids varchar[], others text[], only_verified boolean)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     contested text[];
@@ -13,6 +16,7 @@ BEGIN
             UNION SELECT unnest(ARRAY[handle, verified_handle]) FROM fastworker.identities WHERE did = ANY(dids)
         ) AS a (h) WHERE h <> 'handle.invalid');
     FOR one IN SELECT DISTINCT hashtextextended(h, 0) FROM unnest(contested) AS a (h) ORDER BY 1 LOOP
+        -- mutant: handles are not locked
         PERFORM pg_advisory_xact_lock(one);
     END LOOP;
     -- Who shows one of them without a claim that we know (an older worker or the API wrote it) keeps it until somebody
@@ -38,11 +42,16 @@ BEGIN
             c.first_at, w.did COLLATE "C"
     ), holders AS (
         SELECT DISTINCT ON (handle) handle, did FROM first
-        ORDER BY handle, is_verified DESC, at DESC, first_at, relay, did COLLATE "C"
+        ORDER BY handle,
+            -- mutant: a claim takes a verified handle
+            is_verified DESC,
+            -- mutant: the last claim shows a handle
+            at DESC, first_at, relay, did COLLATE "C"
     )
     SELECT array_agg(a.did ORDER BY a.did COLLATE "C"), array_agg(coalesce(h.handle, 'handle.invalid') ORDER BY a.did COLLATE "C")
     INTO shown_dids, shown
     FROM (SELECT did FROM wanting UNION SELECT unnest(dids)) AS a (did) JOIN public.users AS u ON u.did = a.did
+        -- mutant: a handle shown by two
         LEFT JOIN holders AS h ON h.did = a.did
     WHERE u.handle IS DISTINCT FROM coalesce(h.handle, 'handle.invalid');
     PERFORM did FROM public.users WHERE did = ANY(shown_dids) ORDER BY did COLLATE "C" FOR NO KEY UPDATE;
