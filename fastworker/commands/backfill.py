@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from fastworker.sync.lists import relay_of
 from fastworker.sync.many import Scene, Work, opened, settle_all
 from fastworker.sync.progress import history_status
 from fastworker.sync.report import Report, duration
+from fastworker.table.chosen import is_account_left_out
 
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000
@@ -98,28 +99,40 @@ def _show_hosts(console: Console, requests: Counter[str], rates: dict[str, float
 
 
 async def _count(scene: Scene, choice: Choice) -> Counter[str]:
-    """Accounts by host, as in a URL; those whose host nobody has asked for are at ''."""
-    if choice.everybody:
+    """Accounts by host, as in a URL; those whose host nobody has asked for are at ''. Who is chosen in several ways
+    counts once: of millions only a hash is remembered."""
+    if choice.everybody:  # the others are among them
         return Counter({_of_list(scene, one.hostname): one.accountCount or 0 async for one in all_hosts(scene)})
-    if choice.host is not None:
-        listed = await _listed(scene, scene.hosts.origin(choice.host))
-        return Counter({_of_list(scene, choice.host): listed.total()})
-    if choice.collection:
-        return await _listed(scene, relay_of(scene.config.relay_urls[0]), choice.collection)
     found: Counter[str] = Counter()
+    seen: set[int] = set()
+    async for host, dids in _chosen(scene, choice):
+        new = [did for did in dict.fromkeys(dids) if hash(did) not in seen and not is_account_left_out(did)]
+        seen.update(map(hash, new))
+        found += await _by_host(scene, new) if host is None else Counter({_of_list(scene, host): len(new)})
+    return found
+
+
+async def _chosen(scene: Scene, choice: Choice) -> AsyncIterator[tuple[str | None, list[str]]]:
+    """Those that `sync/choice.py` queues, and their host where a list of it names them."""
+    if choice.host is not None:
+        async for dids in _listed(scene, scene.hosts.origin(choice.host)):
+            yield choice.host, dids
     if choice.dids is not None:
-        for piece in pieces_of(choice.dids):
-            found += await _by_host(scene, piece)
-        return found
+        for dids in pieces_of(choice.dids):
+            yield None, dids
     if choice.known:
-        async for piece in known(scene.queue):
-            found += await _by_host(scene, piece)
-        return found
-    level, seen = list(choice.follows_of), set(choice.follows_of)
-    for _ in range(choice.depth):
-        level = [did for did in await scene.queue.followed(level) if did not in seen]
-        seen.update(level)
-    return await _by_host(scene, list(seen))
+        async for dids in known(scene.queue):
+            yield None, dids
+    if choice.follows_of:
+        level, seen = list(choice.follows_of), set(choice.follows_of)
+        yield None, level
+        for _ in range(choice.depth):
+            level = [did for did in await scene.queue.followed(level) if did not in seen]
+            seen.update(level)
+            yield None, level
+    for collection in choice.collection:
+        async for dids in _listed(scene, relay_of(scene.config.relay_urls[0]), collection):
+            yield None, dids
 
 
 def _of_list(scene: Scene, hostname: str) -> str:
@@ -130,27 +143,20 @@ async def _by_host(scene: Scene, dids: list[str]) -> Counter[str]:
     return Counter({row[0]: row[1] for row in await scene.queue.rows(_HOSTS, dids)})
 
 
-async def _listed(scene: Scene, source: str, collections: Sequence[str | None] = (None,)) -> Counter[str]:
-    """The accounts of a list, or of one for each collection. Who is in several of them counts once."""
-    found: Counter[str] = Counter()
-    seen: set[str] = set()
-    for collection in collections:
-        cursor = None
-        while True:
-            try:
-                if collection is None:
-                    repos, cursor = await scene.hosts.list_repos(source, cursor)
-                else:
-                    repos, cursor = await scene.hosts.list_collection(source, collection, cursor)
-            except HostError as error:
-                raise Unreachable(f"the list of accounts cannot be read: {error}") from error
-            dids = [one.did for one in repos if one.did not in seen]
-            if len(collections) > 1:
-                seen.update(dids)
-            found += await _by_host(scene, dids)
-            if cursor is None or not repos:
-                break
-    return found
+async def _listed(scene: Scene, source: str, collection: str | None = None) -> AsyncIterator[list[str]]:
+    """The accounts of a list."""
+    cursor = None
+    while True:
+        try:
+            if collection is None:
+                repos, cursor = await scene.hosts.list_repos(source, cursor)
+            else:
+                repos, cursor = await scene.hosts.list_collection(source, collection, cursor)
+        except HostError as error:
+            raise Unreachable(f"the list of accounts cannot be read: {error}") from error
+        yield [one.did for one in repos]
+        if cursor is None or not repos:
+            return
 
 
 _HOSTS: Final = """

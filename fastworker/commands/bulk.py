@@ -134,6 +134,8 @@ async def give_up(config: Config) -> ExitCode:
         state = await bulk.state()
         if state is None:
             return ExitCode.NO
+        if state.phase == LOADING and not await _staged_again(config, bulk, url, state, asyncio.Event()):
+            return ExitCode.NO
         phase = await bulk.give_up()
         if phase == STAGING:
             _remove_spool(state)
@@ -221,9 +223,10 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
     assert state is not None
     try:
         told = Told(bulk)
+        if not await _staged_again(config, bulk, url, state, stop):
+            return _stopped()
         if state.phase == STAGING:
-            staging = stage(url, state.derive, config.collections, state.part, told.staging, crash=config.crashpoint)
-            if not await unless_stopped(staging, stop):
+            if not await _staged(config, bulk, url, state, stop):
                 return _stopped()
             counts = await bulk.counts()
             if why := await _why_not(config, bulk, counts, admin):
@@ -243,6 +246,26 @@ async def _load(config: Config, bulk: Bulk, url: str, admin: RedisAdmin | None, 
     except* (StoreUnavailable, StreamUnavailable, Unreachable) as group:
         raise Unreachable(str(first_of(group))) from None
     return done
+
+
+async def _staged(config: Config, bulk: Bulk, url: str, state: State, stop: asyncio.Event) -> bool:
+    """Whether it has come to its end."""
+    told = Told(bulk).staging
+    staging = stage(url, state.derive, config.collections, state.part, told, crash=config.crashpoint)
+    return await unless_stopped(staging, stop)
+
+
+async def _staged_again(config: Config, bulk: Bulk, url: str, state: State, stop: asyncio.Event) -> bool:
+    """What a crash of the server has taken. Before the load it only waits again. Whether it has come to its end."""
+    if state.phase == SETTLING or not await bulk.is_lost():
+        return True
+    _console.print("The database server has crashed: what was staged is staged again, from the same files.")
+    await bulk.stage_again()
+    if state.phase == LOADING:
+        if not await _staged(config, bulk, url, state, stop):
+            return False
+        await bulk.staged_again()
+    return True
 
 
 def _stopped() -> ExitCode:

@@ -28,6 +28,7 @@ Where = Callable[..., str]
 _SESSION = (
     f"{NO_TRANSACTION_TIMEOUT}"
     "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off; "
+    "SET max_parallel_workers_per_gather = 0; "
     "SET plan_cache_mode = force_custom_plan; SET default_transaction_read_only = on; SET TIME ZONE 'UTC'; "
     "SET statement_timeout = '300s'; SET lock_timeout = 0; SET idle_session_timeout = 0; "
     "SET idle_in_transaction_session_timeout = 0; SET transform_null_equals = off; SET array_nulls = on; "
@@ -110,7 +111,8 @@ def _told(column: str) -> str:
 
 
 def _did(uri: str) -> str:
-    return f"split_part({uri}, '/', 3)"
+    """In the collation of the contract's columns, whose indexes could not be looked into with another one."""
+    return f"split_part({uri} COLLATE \"default\", '/', 3)"
 
 
 def _elements(value: str) -> str:
@@ -177,7 +179,9 @@ def _twins(where: Where, _: frozenset[str]) -> str:
     """Twins that wait although the table holds no row of their pair, or one that comes after them."""
 
     def of(table: Table) -> str:
-        on = " AND ".join(f"w.{c} = split_part(t.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
+        # The collation of the contract's columns: with that of ours their index would not be looked into.
+        pair = 't.pair COLLATE "default"'
+        on = " AND ".join(f"w.{c} = split_part({pair}, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
         return (
             f"SELECT t.uri, t.pair, w.uri AS holder, t.rkey, {_rank(table, 'w.uri')} AS holds, "
             f"{_rank(table, 't.uri')} AS waits FROM fastworker.twins AS t "

@@ -7,13 +7,16 @@ and a trigger on every table keeps everybody else from writing: live events wait
 
 Staged rows are new by then: what has a row, a twin, a tombstone or a version already was taken out, and so was what
 belongs to an account that may not be stored. Those accounts are compared one by one afterwards, beside the stream.
+
+A crash of the server empties the staging tables (store/staged.py). What is loaded stays, and so does what is known of
+it: the rows are staged again from the same files, what was taken out is taken out again, and the load goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -23,20 +26,31 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from fastworker.crashpoint import Step, crashpoint
-from fastworker.errors import Unreachable
+from fastworker.errors import StoreUnavailable, Unreachable
 from fastworker.store import derived
 from fastworker.store.indexes import build, put_off
 from fastworker.store.session import NO_TRANSACTION_TIMEOUT, PATH, translating
-from fastworker.store.staged import ALL, OF_GATES, OF_POSTS, PRIMARY, STAGED_VERIFICATIONS, Staged, staged_name
+from fastworker.store.staged import (
+    ALL,
+    MARK,
+    OF_GATES,
+    OF_POSTS,
+    PRIMARY,
+    ROWS_OF,
+    STAGED_VERIFICATIONS,
+    TAKEN_OUT,
+    Staged,
+    staged_name,
+)
 from fastworker.store.statements import GONE
 from fastworker.table.batch import Change
 from fastworker.table.chosen import WHOLE, Part
 from fastworker.table.derive import did_of
-from fastworker.table.schema import DERIVED, TABLES, VERIFICATIONS, Table
+from fastworker.table.schema import DERIVED, GATES, POSTS, TABLES, VERIFICATIONS, Table
 
 STAGING, LOADING, SETTLING = "staging", "loading", "settling"
 CONNECTIONS: Final = 2
-PROBE_ROWS: Final = 5_000
+PROBE_ROWS: Final = 2_000
 PROBE_ROWS_MIN: Final = 500  # fewer say little
 ROW_SHARE: Final = 0.8
 """What a record costs the load, indexes and derived tables included, in seconds that one row of the largest table takes
@@ -49,6 +63,8 @@ _GUARDED: Final = (
 _SESSION: Final = (
     f"{NO_TRANSACTION_TIMEOUT}SET statement_timeout = 0; SET lock_timeout = '60s'; SET TIME ZONE 'UTC'; SET jit = off; "
     "SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0; SET work_mem = '128MB'; "
+    # Steps run beside each other: helpers of one would take what another needs, and cost their start.
+    "SET max_parallel_maintenance_workers = 0; SET max_parallel_workers_per_gather = 0; "
     "SET maintenance_work_mem = '256MB'; SET client_connection_check_interval = '10s'; "
     "SET fastworker.loading = 'on'; SET default_statistics_target = 10; " + PATH
 )
@@ -126,10 +142,38 @@ class Bulk:
                     *part,
                 )
                 for staged in ALL:
-                    await self._connection.execute(staged.create.replace("TABLE", "TABLE IF NOT EXISTS", 1))
+                    await self._connection.execute(staged.create)
+                await self._connection.execute(_MARK)
         state = await self.state()
         assert state is not None
         return state
+
+    async def is_lost(self) -> bool:
+        """Whether a crash of the server has taken what was staged."""
+        # mutant: bulk forgets a crash
+        return bool((await self._row(_IS_LOST))[0])
+
+    async def stage_again(self) -> None:
+        """Everything waits once more. While it loads, what is staged then is whole only after `staged_again`."""
+        with translating():
+            async with self._connection.transaction():
+                for staged in ROWS_OF:
+                    await self._connection.execute(f"TRUNCATE fastworker.{staged.name}")
+                await self._connection.execute(_WAIT_AGAIN, LOADING)
+                await self._connection.execute(
+                    f"{_MARK} WHERE EXISTS (SELECT FROM fastworker.bulk WHERE phase = '{STAGING}')"
+                )
+
+    async def staged_again(self) -> None:
+        """What was taken out, or given up, is taken out of what was staged again."""
+        with translating():
+            async with self._connection.transaction():
+                if await self._connection.fetchval(
+                    "SELECT EXISTS (SELECT FROM fastworker.bulk_steps WHERE name = 'new')"
+                ):
+                    await _take_out_again(self._connection)
+                await self._empty_given_up()
+                await self._connection.execute(_MARK)
 
     async def add(self, files: Sequence[File]) -> None:
         """Repositories to stage. Of one account the newest counts, unless it is staged already."""
@@ -253,15 +297,8 @@ class Bulk:
             async with self._connection.transaction():
                 if state.phase == LOADING:
                     await self._connection.execute(_GIVEN_UP)
-                    done = {row[0] for row in await self._connection.fetch("SELECT name FROM fastworker.bulk_steps")}
-                    left = [staged_name(table) for table in PRIMARY if table.qualified not in done]
-                    for name in (*left, *(OF_POSTS if "public.posts" not in done else ())):
-                        await self._connection.execute(f"TRUNCATE fastworker.{name}")
-                    for name in () if "fastworker.gates" in done else OF_GATES:
-                        await self._connection.execute(f"TRUNCATE fastworker.{name}")
-                    if "fastworker.twins" not in done:
-                        await self._connection.execute("TRUNCATE fastworker.staged_twins")
-                    await self._connection.execute(f"TRUNCATE fastworker.{STAGED_VERIFICATIONS.name}")
+                    await self._connection.execute(_GIVEN_UP_STEPS, list(_GIVEN_UP_WITH), _GIVEN_UP_ROWS)
+                    await self._empty_given_up()
                 elif state.phase == STAGING:
                     await self._drop(ALL)
                     await self._connection.execute(_AGAIN)
@@ -274,6 +311,11 @@ class Bulk:
                 await self._connection.execute(_SETTLED)
                 await self._drop([STAGED_VERIFICATIONS])
                 await self._forget()
+
+    async def _empty_given_up(self) -> None:
+        rows = await self._connection.fetch("SELECT name FROM fastworker.bulk_steps WHERE rows = $1", _GIVEN_UP_ROWS)
+        for name in [staged for row in rows for staged in _GIVEN_UP_WITH[row[0]]]:
+            await self._connection.execute(f"TRUNCATE fastworker.{name}")
 
     async def _release(self) -> None:
         for table in _GUARDED:
@@ -316,40 +358,59 @@ class Load:
             if "new" not in done:
                 await self._step(connection, "new", partial(_only_new, floor=self._floor))
             sizes: dict[str, int] = dict(await connection.fetch(_SIZES, [staged.name for staged in ALL]))
-            for name in sizes:
-                await connection.execute(f"ANALYZE fastworker.{name}")
-        steps = [_Step("fastworker.twins", _TWINS)] if "staged_twins" in sizes else []
-        steps += [_Step(table.qualified, _inserts(table)) for table in PRIMARY if staged_name(table) in sizes]
-        steps.sort(key=lambda step: -sizes.get(f"staged_{step.table.rpartition('.')[2]}", 0))
-        fills = derived.fills(self._derive)
-        for some in (
-            steps,
-            [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if not fill.is_joined],
-            [_Step(fill.table, (fill.insert,), fill.first) for fill in fills if fill.is_joined],
-        ):
-            await self._steps([step for step in some if step.table not in done])
-        async with _session(self._url, is_durable=False) as connection:
-            for name, statements in derived.updates(self._derive):
-                if name not in done:
-                    await self._step(connection, name, lambda db, s=statements: _execute(db, s))
+            for name, columns in derived.KEYS.items():  # of the others the size says enough
+                await connection.execute(f"ANALYZE fastworker.staged_{name} ({columns})")
+        steps = [step for step in self._steps(sizes) if step.name not in done]
+        # Made from the end: what others wait for, then the largest, so that the last ones are small.
+        steps.sort(key=lambda step: (not step.after, sum(sizes.get(f"staged_{name}", 0) for name in step.reads)))
+        await self._make(steps)
 
-    async def _steps(self, steps: list[_Step]) -> None:
-        """The largest first, from several connections."""
-        left = list(reversed(steps))
+    def _steps(self, sizes: dict[str, int]) -> list[_Step]:
+        """Of the primary tables only those of which something is staged."""
+        steps = [_Step("fastworker.twins", _loaded("fastworker.twins", _TWINS), ("twins",), ())]
+        for table in PRIMARY:
+            own = table.name.rpartition(".")[2]
+            steps.append(_Step(table.qualified, _loaded(table.qualified, _inserts(table)), (own,), ()))
+        steps = [step for step in steps if f"staged_{step.reads[0]}" in sizes]
+        for fill in derived.fills(self._derive):
+            steps.append(_Step(fill.table, _loaded(fill.table, (fill.insert,), fill.first), fill.reads, fill.reads))
+        for update in derived.updates(self._derive):
+            steps.append(
+                _Step(update.name, partial(_execute, statements=update.statements), update.reads, update.reads)
+            )
+        return steps
+
+    async def _make(self, left: list[_Step]) -> None:
+        """The last first, from several connections. A derived table comes after the tables from which it follows: a
+        load that is given up between them may forget what was staged for the others."""
+        unmade = {step.name for step in left}
+        news = asyncio.Condition()
+
+        def ready() -> _Step | None:
+            return next((step for step in reversed(left) if unmade.isdisjoint(_loads(step.after))), None)
 
         async def work() -> None:
             async with _session(self._url, is_durable=False) as connection:
                 while left:
-                    step = left.pop()
-                    await self._step(connection, step.table, step.run)
+                    async with news:
+                        await news.wait_for(lambda: not left or ready() is not None)
+                    if (step := ready()) is None:
+                        continue
+                    left.remove(step)
+                    await self._step(connection, step.name, step.run)
+                    unmade.remove(step.name)
+                    async with news:
+                        news.notify_all()
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(CONNECTIONS, len(steps))):
+            for _ in range(min(CONNECTIONS, len(left))):
                 tasks.create_task(work())
 
     async def _step(self, connection: asyncpg.Connection[Any], name: str, run: Any) -> None:
         began = time.monotonic()
         async with connection.transaction():
+            if await connection.fetchval(_IS_LOST):
+                raise StoreUnavailable("The database server has crashed. Run the same command again.")
             rows = await run(connection)
             seconds = time.monotonic() - began
             await connection.execute(
@@ -361,26 +422,53 @@ class Load:
 
 
 class _Step(NamedTuple):
-    table: str
-    inserts: tuple[str, ...]
-    first: tuple[str, ...] = ()
+    """One transaction. `reads`: tables that say how much there is to do; `after`: those that are complete before it."""
 
-    async def run(self, connection: asyncpg.Connection[Any]) -> int:
-        if self.first and await connection.fetchval(f"SELECT EXISTS (SELECT FROM {self.table})"):
-            await _execute(connection, self.first)
-        indexes = await put_off(connection, self.table)
-        rows = await _execute(connection, self.inserts)
+    name: str
+    run: Callable[[asyncpg.Connection[Any]], Awaitable[int]]
+    reads: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+_OF_STAGED: Final = {
+    "quotes": POSTS.qualified,
+    "notifications": POSTS.qualified,
+    **{table.name.rpartition(".")[2]: table.qualified for table in PRIMARY},
+}
+
+
+def _loads(names: tuple[str, ...]) -> set[str]:
+    """The steps after which nothing that is staged in these is given up."""
+    return {_OF_STAGED[name] for name in names}
+
+
+def _loaded(
+    table: str, inserts: tuple[str, ...], first: tuple[str, ...] = ()
+) -> Callable[[asyncpg.Connection[Any]], Awaitable[int]]:
+    async def run(connection: asyncpg.Connection[Any]) -> int:
+        if first and await connection.fetchval(f"SELECT EXISTS (SELECT FROM {table})"):
+            await _execute(connection, first)
+        indexes = await put_off(connection, table)
+        rows = await _execute(connection, inserts)
         # mutant: bulk loses an index
-        await build(connection, self.table, indexes)
-        # A coarse look, for the steps that follow. In the same transaction: so autovacuum makes a finer one afterwards.
-        await connection.execute(f"ANALYZE {self.table}")
+        await build(connection, table, indexes)
+        # A coarse look at the keys, for what follows. Autovacuum makes a finer one, of all columns, afterwards.
+        columns = await connection.fetchval(_KEYS, table)
+        await connection.execute(f"ANALYZE {table}" + (f" ({columns})" if columns else ""))
         return rows
+
+    return run
 
 
 async def _execute(connection: asyncpg.Connection[Any], statements: Sequence[str]) -> int:
     return sum([int((await connection.execute(one)).rpartition(" ")[2]) for one in statements])
 
 
+_KEYS: Final = (
+    "SELECT string_agg(DISTINCT quote_ident(a.attname), ', ') FROM pg_index AS i JOIN pg_attribute AS a "
+    "ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) "
+    "WHERE i.indrelid = $1::text::regclass AND a.atttypid <> 'tsvector'::regtype"
+)
 _SIZES: Final = (
     "SELECT relname::text, pg_relation_size(oid) FROM pg_class WHERE relnamespace = 'fastworker'::regnamespace "
     "AND relname = ANY($1::text[]) AND pg_relation_size(oid) > 0"
@@ -437,8 +525,9 @@ _UNWANTED: Final = (
     f"UNION SELECT r.did::text FROM ({_KNOWN}) AS k (did, rev, seq) JOIN fastworker.bulk_repos AS r ON r.did = k.did "
     'WHERE k.seq <= r.seq AND k.rev COLLATE "C" > r.rev'
 )
+_MAY_NOT: Final = "it may not be stored"
 _MARK_UNWANTED: Final = (
-    "UPDATE fastworker.bulk_repos AS r SET later = 'it may not be stored' FROM unwanted AS u "
+    f"UPDATE fastworker.bulk_repos AS r SET later = '{_MAY_NOT}' FROM unwanted AS u "
     "WHERE u.did = r.did AND r.state = 'staged'"
 )
 _FLOORS: Final = (
@@ -448,6 +537,11 @@ _FLOORS: Final = (
     "WHERE excluded.rev > f.rev OR (excluded.rev = f.rev AND excluded.seq >= f.seq)"
 )
 _OF_UNWANTED: Final = "DELETE FROM fastworker.{} AS s USING unwanted AS u WHERE split_part(s.uri, '/', 3) = u.did"
+_UNWANTED_AGAIN: Final = (
+    "DELETE FROM fastworker.{} AS s USING fastworker.bulk_repos AS r "
+    f"WHERE r.later = '{_MAY_NOT}' AND split_part(s.uri, '/', 3) = r.did"
+)
+_TAKEN_OUT_AGAIN: Final = f"DELETE FROM fastworker.{{}} AS s USING fastworker.{TAKEN_OUT.name} AS t WHERE t.uri = s.uri"
 _TWINS_OF_KNOWN: Final = (
     "DELETE FROM fastworker.staged_twins AS s USING fastworker.bulk_repos AS r "
     "WHERE r.did = s.did AND r.later IS NOT NULL"
@@ -480,8 +574,9 @@ def _not_new(table: Table) -> str:
         )
     conditions = " OR ".join(f"EXISTS ({one})" for one in known)
     return (
-        f"DELETE FROM fastworker.{staged_name(table)} AS s WHERE split_part(s.uri, '/', 3) IN ("
-        f"SELECT did FROM fastworker.bulk_repos WHERE later IS NOT NULL) AND ({conditions})"
+        f"WITH taken AS (DELETE FROM fastworker.{staged_name(table)} AS s WHERE split_part(s.uri, '/', 3) IN ("
+        f"SELECT did FROM fastworker.bulk_repos WHERE later IS NOT NULL) AND ({conditions}) RETURNING s.uri) "
+        f"INSERT INTO fastworker.{TAKEN_OUT.name} SELECT uri FROM taken"
     )
 
 
@@ -500,6 +595,7 @@ async def _only_new(connection: asyncpg.Connection[Any], *, floor: bool) -> int:
             taken += await _execute(connection, [_OF_UNWANTED.format(staged_name(table))])
         await connection.execute(_OF_UNWANTED.format(STAGED_VERIFICATIONS.name))
     if await connection.fetchval("SELECT EXISTS (SELECT FROM fastworker.bulk_repos WHERE later IS NOT NULL)"):
+        await connection.execute(TAKEN_OUT.create)  # a release before may have begun
         # mutant: bulk loads what is known
         taken += await _execute(connection, [_not_new(table) for table in PRIMARY])
         taken += await _execute(connection, [_TWINS_OF_KNOWN, *_WITHOUT_POST, *_WITHOUT_GATE])
@@ -508,7 +604,27 @@ async def _only_new(connection: asyncpg.Connection[Any], *, floor: bool) -> int:
     return taken
 
 
+async def _take_out_again(connection: asyncpg.Connection[Any]) -> None:
+    """What `_only_new` has taken out, from what was staged once more. The tables hold what is loaded by now, so that
+    they cannot be asked."""
+    for table in PRIMARY:
+        await connection.execute(_TAKEN_OUT_AGAIN.format(staged_name(table)))
+    for staged in (*(staged_name(table) for table in PRIMARY), STAGED_VERIFICATIONS.name):
+        await connection.execute(_UNWANTED_AGAIN.format(staged))
+    await _execute(connection, [_TWINS_OF_KNOWN, *_WITHOUT_POST, *_WITHOUT_GATE])
+
+
 # The record ----------------------------------------------------------------------------------------------
+
+_MARK: Final = f"INSERT INTO fastworker.{MARK.name} SELECT true"
+_IS_LOST: Final = (  # a load that an earlier release has begun has no mark, and cannot be lost
+    "SELECT EXISTS (SELECT FROM pg_class WHERE relnamespace = 'fastworker'::regnamespace "
+    f"AND relname = '{MARK.name}' AND pg_relation_size(oid) = 0)"
+)
+_WAIT_AGAIN: Final = (
+    "UPDATE fastworker.bulk_repos SET state = 'waiting', records = 0, "
+    "later = CASE WHEN (SELECT phase FROM fastworker.bulk) = $1 THEN later END WHERE state = 'staged'"
+)
 
 _ADD: Final = (
     "INSERT INTO fastworker.bulk_repos AS r (did, file, rev, seq, entry_id, taken_at, bytes) "
@@ -529,6 +645,19 @@ _OTHERS: Final = (
 _DONE: Final = "UPDATE fastworker.bulk_repos SET state = 'done' WHERE state = 'staged' AND later IS NULL"
 _GIVEN_UP: Final = (
     "UPDATE fastworker.bulk_repos SET later = coalesce(later, 'the load was given up') WHERE state = 'staged'"
+)
+# Steps that are not made any more, and what was staged for each.
+_GIVEN_UP_ROWS: Final = -1
+_GIVEN_UP_WITH: Final = {
+    **{table.qualified: (staged_name(table),) for table in PRIMARY},
+    POSTS.qualified: (staged_name(POSTS), *OF_POSTS),
+    GATES.qualified: (staged_name(GATES), *OF_GATES),
+    "fastworker.twins": ("staged_twins",),
+    "verifications": (STAGED_VERIFICATIONS.name,),
+}
+_GIVEN_UP_STEPS: Final = (
+    "INSERT INTO fastworker.bulk_steps (name, rows, seconds) SELECT name, $2, 0 FROM unnest($1::text[]) AS s (name) "
+    "ON CONFLICT DO NOTHING"
 )
 _SETTLED: Final = (
     "UPDATE fastworker.repos AS q SET state = CASE b.state WHEN 'done' THEN 'done' ELSE 'refused' END, rev = b.rev, "

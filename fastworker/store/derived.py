@@ -11,16 +11,32 @@ from typing import Final, NamedTuple
 
 
 class Fill(NamedTuple):
-    """How one table is filled. `first`: changes of rows that are there, while the table still has its indexes."""
+    """How one table is filled. `reads`: staged tables, or the primary ones of that name: they are complete by then.
+    `first`: changes of rows that are there, while the table still has its indexes."""
 
     table: str
     feature: str | None
     insert: str
+    reads: tuple[str, ...]
     first: tuple[str, ...] = ()
-    is_joined: bool = False  # reads primary tables, which are complete by then
+
+
+class Update(NamedTuple):
+    """What is changed in rows that are there. `reads` as in a fill."""
+
+    name: str
+    feature: str | None
+    statements: tuple[str, ...]
+    reads: tuple[str, ...]
 
 
 _S: Final = "fastworker.staged_"
+KEYS: Final = {
+    "posts": "uri, author_did, parent_uri",
+    "likes": "uri, user_did, post_uri",
+    "reposts": "uri, user_did, post_uri",
+}
+"""Columns by which large staged tables are joined and counted."""
 
 
 def _did(uri: str) -> str:
@@ -113,6 +129,7 @@ def _aggregates(derive: frozenset[str]) -> Fill:
         "counts",
         f"INSERT INTO public.post_aggregations ({columns}) SELECT {columns} FROM ({added}) AS a "
         f"WHERE {_absent('post_aggregations', 'a', 'post_uri')}",
+        tuple(sorted({table for _, table, *_ in counted})),
         (f"UPDATE public.post_aggregations AS t SET {sets} FROM ({added}) AS a WHERE t.post_uri = a.post_uri",),
     )
 
@@ -175,27 +192,35 @@ def _like_counts(table: str, collection: str) -> str:
 
 def _fills(derive: frozenset[str]) -> tuple[Fill, ...]:
     return (
-        Fill("public.notifications", "notifications", _NOTIFICATIONS),
-        Fill("public.post_viewer_states", "viewer_states", _VIEWS_NEW, (_VIEWS_THERE,)),
+        Fill("public.notifications", "notifications", _NOTIFICATIONS, ("likes", "reposts", "follows", "notifications")),
+        Fill("public.post_viewer_states", "viewer_states", _VIEWS_NEW, ("likes", "reposts"), (_VIEWS_THERE,)),
         _aggregates(derive),
-        Fill("public.feed_items", "feed_items", _FEED_ITEMS),
-        Fill("public.quotes", "quotes", _QUOTES),
-        Fill("public.users", None, _USERS_NEW, (_USERS_THERE,)),
-        Fill("public.thread_contexts", "thread_contexts", _CONTEXTS_NEW, (_CONTEXTS_THERE,), is_joined=True),
+        Fill("public.feed_items", "feed_items", _FEED_ITEMS, ("posts", "reposts")),
+        Fill("public.quotes", "quotes", _QUOTES, ("quotes",)),
+        Fill("public.users", None, _USERS_NEW, ("follows", "blocks", "list_items", "profiles"), (_USERS_THERE,)),
+        Fill("public.thread_contexts", "thread_contexts", _CONTEXTS_NEW, ("posts", "likes"), (_CONTEXTS_THERE,)),
     )
 
 
 def fills(derive: frozenset[str]) -> list[Fill]:
-    """Tables that are filled, the largest first."""
+    """Tables that are filled."""
     return [fill for fill in _fills(derive) if fill.feature is None or fill.feature in derive]
 
 
-def updates(derive: frozenset[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """What is changed at the end, when the primary tables are complete: (name, statements)."""
-    found: list[tuple[str, tuple[str, ...]]] = [("gates", (_THREAD_GATES, _POST_GATES))]
-    if "gate_flags" in derive:
-        found.append(("gate flags", _GATE_FLAGS))
-    if "like_counts" in derive:
-        services = (("feed_generators", "app.bsky.feed.generator"), ("labeler_services", "app.bsky.labeler.service"))
-        found.append(("like counts", tuple(_like_counts(*one) for one in services)))
-    return found
+_UPDATES: Final = (
+    Update("gates", None, (_THREAD_GATES, _POST_GATES), ("gates",)),
+    Update("gate flags", "gate_flags", _GATE_FLAGS, ("posts", "gates")),
+    Update(
+        "like counts",
+        "like_counts",
+        (
+            _like_counts("feed_generators", "app.bsky.feed.generator"),
+            _like_counts("labeler_services", "app.bsky.labeler.service"),
+        ),
+        ("likes", "feed_generators", "labeler_services"),
+    ),
+)
+
+
+def updates(derive: frozenset[str]) -> list[Update]:
+    return [update for update in _UPDATES if update.feature is None or update.feature in derive]

@@ -1,5 +1,8 @@
 """Rows of history on their way: tables without indexes in our schema, filled by COPY from any number of processes.
 
+They are not in the write-ahead log: that makes a load a tenth cheaper, and a crash of the server empties them. `MARK`
+says whether it did: then they are made again from the files (`Bulk.is_lost`).
+
 One table for each primary one, with what a load needs beside its row: the CID of records whose table has no column for
 it, and the version of those whose table has none. What follows from a single record alone and needs its JSON (quotes,
 notifications of posts, gates) is staged as rows too, made by the writer's own rules (table/derive.py).
@@ -44,16 +47,19 @@ _WITH_CID: Final = (LIKES, REPOSTS, FOLLOWS)
 
 
 class Staged(NamedTuple):
-    """A staging table: columns and their types."""
+    """A staging table: columns and their types. `is_lasting`: it outlives a crash of the server."""
 
     name: str
     columns: tuple[str, ...]
     types: tuple[str, ...]
+    is_lasting: bool = False
 
     @property
     def create(self) -> str:
+        """Where it is not there yet."""
         columns = ", ".join(f"{c} {kind}" for c, kind in zip(self.columns, self.types, strict=True))
-        return f"CREATE TABLE fastworker.{self.name} ({columns}) WITH (autovacuum_enabled = false)"
+        kind = "TABLE" if self.is_lasting else "UNLOGGED TABLE"
+        return f"CREATE {kind} IF NOT EXISTS fastworker.{self.name} ({columns}) WITH (autovacuum_enabled = false)"
 
 
 def staged_name(table: Table) -> str:
@@ -67,7 +73,7 @@ def _staged(table: Table) -> Staged:
     return Staged(staged_name(table), (*table.columns, *(m[0] for m in more)), (*table.types, *(m[1] for m in more)))
 
 
-STAGED_VERIFICATIONS: Final = _staged(VERIFICATIONS)
+STAGED_VERIFICATIONS: Final = _staged(VERIFICATIONS)._replace(is_lasting=True)  # needed after the load
 _OF: Final = {table.name: _staged(table) for table in PRIMARY}
 _QUOTES: Final = Staged("staged_quotes", QUOTES.columns, QUOTES.types)
 _NOTES: Final = Staged("staged_notifications", NOTIFICATIONS.columns, NOTIFICATIONS.types)
@@ -84,9 +90,14 @@ _TWINS: Final = Staged(
     ("did", "uri", "table_name", "pair", "rkey", "rev", "seq", "cid", "row_values"),
     ("text", "text", "text", "text", "text", "text", "bigint", "text", "jsonb"),
 )
+MARK: Final = Staged("staged_mark", ("is_whole",), ("boolean",))
+"""One row, while nothing that was staged is lost."""
+TAKEN_OUT: Final = Staged("staged_taken_out", ("uri",), ("text",), is_lasting=True)
+"""URIs of records that were known before the load, which are not loaded."""
 OF_POSTS: Final = (_QUOTES.name, _NOTES.name)
 OF_GATES: Final = (_THREAD_GATES.name, _POST_GATES.name)
-ALL: Final = (*_OF.values(), STAGED_VERIFICATIONS, _QUOTES, _NOTES, _THREAD_GATES, _POST_GATES, _TWINS)
+ROWS_OF: Final = (*_OF.values(), STAGED_VERIFICATIONS, _QUOTES, _NOTES, _THREAD_GATES, _POST_GATES, _TWINS)
+ALL: Final = (*ROWS_OF, MARK, TAKEN_OUT)
 
 
 class Rows:
@@ -173,7 +184,7 @@ _CLAIM: Final = (
     "RETURNING r.did, r.file, r.rev, r.seq, r.taken_at"
 )
 _STAGED: Final = (
-    "UPDATE fastworker.bulk_repos AS r SET records = u.records, later = u.later "
+    "UPDATE fastworker.bulk_repos AS r SET records = u.records, later = coalesce(r.later, u.later) "
     "FROM unnest($1::varchar[], $2::bigint[], $3::text[]) AS u (did, records, later) WHERE r.did = u.did"
 )
 
@@ -221,7 +232,7 @@ class Staging:
     async def leave(self, dids: Sequence[str], why: str) -> None:
         with translating():
             await self._connection.execute(
-                "UPDATE fastworker.bulk_repos SET state = 'staged', records = 0, later = $2 "
+                "UPDATE fastworker.bulk_repos SET state = 'staged', records = 0, later = coalesce(later, $2) "
                 "WHERE did = ANY($1::varchar[]) AND state = 'waiting'",
                 list(dids),
                 why[:500],

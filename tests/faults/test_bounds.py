@@ -25,6 +25,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^asyncio\.(sleep|wait|wait_for|gather|to_thread)\(", "our own tasks and threads; nothing of a peer's"),
     (r"^(pause|backoff\.wait)\(", "given seconds"),
     (r"^self\._(wake|room|idle|news|flowing|passing)\.wait\(|^stop(ping)?\.wait\(", "our own event"),
+    (r"^news\.wait_for\(", "the steps of our other connections, which end with those"),
     (r"^(task|writing|reading|self\._producer|sender|_task|stopped)$", "our own task"),
     (r"^asyncio\.get_running_loop\(\)\.create_future\(", "only in the simulated relay"),
     # provers: processes of ours at the other end of a socket pair

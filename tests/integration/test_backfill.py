@@ -181,6 +181,11 @@ async def test_choices(
     starts = tuple(f"{name}/".encode() for name in likes_and_posts)
     have = {one.did for one in accounts if any(key.startswith(starts) for key, _ in mst.items(one.repo.root))}
     assert f"accounts  {len(have):,}\n" in capsys.readouterr().out  # who has both is counted once
+    several = Choice(collection=likes_and_posts, known=True, dids=file, host=host, follows_of=(follower,))
+    assert await history.estimate(config_of(scene), several, hosts=scene.hosts) == ExitCode.DONE
+    users = {row[0] for row in await pg.fetch("SELECT did FROM users")}
+    everyone = have | users | {*pds.accounts, accounts[0].did, accounts[1].did, follower, *follows}
+    assert f"accounts  {len(everyone):,}\n" in capsys.readouterr().out  # each once
     assert await chosen(scene, collection=likes_and_posts) == ExitCode.DONE
     lists = {row[0] for row in await pg.fetch("SELECT collection FROM fastworker.sweeps WHERE collection <> ''")}
     assert lists == {*likes_and_posts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,18 +14,25 @@ import pytest
 
 from fastworker.crashpoint import Step
 from fastworker.errors import ExitCode, StoreUnavailable
+from fastworker.event.repository import read_head
 from fastworker.law import compare
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.network import Network
 from fastworker.simulator.repo import Repo, car_bytes
+from fastworker.store.bulk import Bulk as StoredBulk
+from fastworker.store.bulk import File, Load, open_bulk
+from fastworker.store.migrate import migrate
 from fastworker.store.rules import Rules
 from fastworker.store.staged import PRIMARY
 from fastworker.store.store import Store
 from fastworker.sync import files
+from fastworker.sync.bulk import stage_all
+from fastworker.table.chosen import WHOLE
+from fastworker.table.snapshot import tid_moment
 from tests.integration.test_settle import Scene, batch_of, comparable, may_be_lost
 from tests.runs import usually
-from tests.servers import connected
-from tests.services import run
+from tests.servers import PostgresUnderTest, connected
+from tests.services import Service, run
 
 INDEXES = (
     "SELECT schemaname || '.' || tablename || ': ' || indexdef AS it FROM pg_indexes "
@@ -187,6 +195,103 @@ async def test_a_kill_leaves_every_table_whole(bulk: Bulk, place: str) -> None:
     await write_one(bulk)
     assert await bulk.differences() == "no difference"
     await verified(bulk.url)
+
+
+class Enough(Exception):
+    """A load has come as far as it should."""
+
+
+# What a crash of the server empties.
+UNLOGGED = "SELECT oid::regclass::text FROM pg_class WHERE relpersistence = 'u' AND relkind = 'r'"
+FEATURES = Rules().derive
+PHASES = ("staging", "new", "tables", "given up")
+
+
+@pytest.mark.parametrize("phase", usually(PHASES, "tables"))
+@pytest.mark.parametrize("share", usually([0, 5], 5))
+async def test_what_a_crash_of_the_server_took_is_staged_again(bulk: Bulk, share: int, phase: str) -> None:
+    """The staging tables are empty afterwards; what was taken out of them is not loaded by the second staging either."""
+    await deliver(bulk, share)
+    bulk.cars()
+    told: list[str] = []
+
+    def tell(name: str, rows: int, _: float) -> None:
+        told.append(name)
+        if rows < 0 or len(told) > {"staging": 0, "new": 0}.get(phase, 7):
+            raise Enough
+
+    async with open_bulk(bulk.url) as state:
+        await state.begin(Path(), FEATURES)
+        await register(state, bulk.folder)
+        await stage_all(bulk.url, FEATURES, WHOLE)
+        assert not await state.is_lost()
+        if phase != "staging":
+            await state.hold()
+            with pytest.raises(ExceptionGroup) if phase != "new" else pytest.raises(Enough):
+                await Load(bulk.url, FEATURES, tell, floor=False).all()
+        if phase == "given up":
+            await state.give_up()
+    async with connected(bulk.url) as connection:
+        for name in [row[0] for row in await connection.fetch(UNLOGGED)]:
+            await connection.execute(f"TRUNCATE {name}")
+    if phase not in ("staging", "given up"):
+        with pytest.raises(ExceptionGroup) as refused:
+            await Load(bulk.url, FEATURES, lambda *_: None, floor=False).all()
+        assert "has crashed" in repr(refused.value.exceptions)
+    if phase == "given up":
+        given_up = await asyncio.to_thread(run, "backfill", "--bulk", "--cancel", DATABASE_URL=bulk.url)
+        assert "given up" in given_up.stdout, given_up.stdout + given_up.stderr
+    done = await asyncio.to_thread(bulk.load)
+    assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+    assert ("staged again" in done.stdout) is (phase != "given up")
+    assert await bulk.differences() == "no difference"
+
+
+async def register(state: StoredBulk, folder: Path) -> None:
+    files = []
+    for path in folder.glob("*.car"):
+        commit, size = read_head(path)
+        at = tid_moment(commit.rev)
+        assert at is not None
+        files.append(File(commit.did, str(path), commit.rev, 0, None, at, size))
+    await state.add(files)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=["killed", "immediate"])
+@pytest.mark.parametrize("line", ["", "Loading", "likes: ", "post_aggregations: ", "users: "])
+async def test_a_crash_of_the_server_while_it_loads(
+    server_dir: Path, tmp_path: Path, how: signal.Signals, line: str
+) -> None:
+    """Steps do not wait for the disk (`synchronous_commit` is off), and staged rows are not in the log: whatever the
+    crash takes comes again, and nothing comes twice."""
+    network = Network(7, accounts=40, signed=True)
+    frames = list(network.frames(2_000))
+    with PostgresUnderTest(server_dir, settings={"full_page_writes": "off", "fsync": "off"}) as server:
+        await migrate(server.url)
+        bulk = Bulk(network, frames, tmp_path, await Store.connect(server.url), server.url)
+        await deliver(bulk, 20)
+        bulk.cars()
+        load = Service("import", "--bulk", str(tmp_path), DATABASE_URL=server.url, PYTHONUNBUFFERED="1")
+        if line:
+            load.wait_for(line)
+        else:  # in the midst of staging
+            async with asyncio.timeout(30), connected(server.url) as connection:
+                while not await connection.fetchval(
+                    "SELECT count(*) FROM pg_locks WHERE relation = "
+                    "to_regclass('fastworker.staged_likes') AND mode = 'RowExclusiveLock'"
+                ):
+                    await asyncio.sleep(0.005)
+        pid = server.pid
+        assert pid is not None
+        os.kill(pid, how)
+        server.kill()
+        assert load.stop() != ExitCode.DONE
+        server.start()
+        done = await asyncio.to_thread(bulk.load)
+        assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
+        assert await bulk.differences() == "no difference"
+        await verified(server.url)
 
 
 async def write_one(bulk: Bulk) -> None:

@@ -303,10 +303,11 @@ MUTANTS = [
         "bulk loses an index",
         _BULK,
         OF_BULK,
-        "await build(connection, self.table, indexes[:-1])",
-        "await build(connection, self.table, indexes)",
+        "await build(connection, table, indexes[:-1])",
+        "await build(connection, table, indexes)",
     ),
     _mutant("bulk loads what is known", _BULK, OF_BULK, "[]", "[_not_new(table) for table in PRIMARY]"),
+    _mutant("bulk forgets a crash", _BULK, OF_BULK, "return False"),
     _mutant("bulk without versions", _BULK, OF_BULK, "return (rows,)"),
 ]  # fmt: skip
 
