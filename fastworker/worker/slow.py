@@ -24,8 +24,11 @@ USUAL = Time(statement_s=None, all_s=95)
 """The session's own limit. More than a command may take (90 s): the edge speaks first; and less than an attempt."""
 TRIES: Final = 3
 PAUSES_S: Final = (10.0, 40.0, 60.0)
-HURRY_FOR_S: Final = 600.0
-"""After a batch that was not done in time: so long every batch has little time."""
+HURRY_FOR_S: Final = 60.0
+"""After a batch that was not done in time, and was perhaps in the way of a lock that is gone: so long every batch has
+little time."""
+ALERT_S: Final = 600.0
+"""After an entry that was not done in time alone: there may be more of its kind."""
 
 
 class _One(NamedTuple):
@@ -66,10 +69,11 @@ class Slow:
         """From now on every batch has little time, since one had too little."""
         if time.monotonic() >= self._hurry_until:
             log.warning("%d entries were not done in time: they are written in small pieces. %s", count, error)
-        self._hurry_until = time.monotonic() + HURRY_FOR_S
+        self._hurry_until = max(self._hurry_until, time.monotonic() + HURRY_FOR_S)
 
     def put_by(self, entry_id: str, fields: dict[bytes, bytes], since_ms: int, error: TooSlow) -> bool:
         """Keep an entry that was alone. False: it was tried often enough, and is to be set aside."""
+        self._hurry_until = time.monotonic() + ALERT_S
         tries = self._tries[entry_id] = self._tries.get(entry_id, 0) + 1
         # mutant: what is too slow is tried for ever
         if tries >= TRIES and error.is_contents:
