@@ -197,7 +197,7 @@ MUTANTS = [
     _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
     _mutant("two new records of a pair", "fastworker/store/whole.py", OF_WHOLE, "return False"),
     _mutant("two of a pair taken to be new", "fastworker/store/whole.py", OF_WHOLE, "is_fresh = bool(pairs) and sql.may_be_taken(table)"),
-    _mutant("a record in two places", _WHOLE, IN_TWO_CALLS.format("a_new_record_that_changes_its_pair"), "is_late := false;"),
+    _mutant("a record in two places", _WHOLE, OF_WHOLE, "is_late := false;"),
     _mutant("a record in two places, step by step", "fastworker/store/sql/look_back.sql", RACES + "::test_every_interleaving_ends_as_the_law_says[a_new_record_that_changes_its_pair-copy]", "SELECT 'twin', NULL, NULL, NULL WHERE false"),
     _mutant("a cold record becomes a twin meanwhile", _SETTLE, RACES + "::test_every_interleaving_ends_as_the_law_says[cold_pairs_changed-copy]", "if False:"),
     _mutant("a locked post is not owed", _RECOMPUTE, OF_WHOLE, "IF false THEN"),
