@@ -350,7 +350,10 @@ class Many:
             job = Job(repository, snapshot, one.part, accept_older=work.accept_older, result=found)
             size = repository.size
             # mutant: everybody waits for a large account
-            settled = await (self._together if size <= SMALL_BYTES else self._large)(job, settle)
+            if size > SMALL_BYTES:
+                settled = await self._large(job, settle)
+            else:
+                settled = await self._together(job, settle)
         await self._settled(one, settled, snapshot, size)
 
     async def _together(self, job: Job, settle: Settle) -> Settled:
@@ -494,11 +497,10 @@ async def settle_all(
 
     @asynccontextmanager
     async def beside(of: Settle) -> AsyncIterator[Settle]:
-        url = scene.config.require_database_url("sync")
+        config = scene.config
+        url = config.require_database_url("sync")
         async with open_stored(url) as stored:
-            second = (
-                None if store is None else await Store.connect(url, application_name=LARGE, rules=scene.config.rules)
-            )
+            second = None if store is None else await Store.connect(url, application_name=LARGE, rules=config.rules)
             try:
                 yield of.beside(stored, second)
             finally:
