@@ -171,6 +171,10 @@ class Settle:
                 look.result.drops["bad_path"] += bad
         return [look.result for look in looks]
 
+    def beside(self, stored: Stored, store: Store | None) -> Settle:
+        """One with connections of its own, which writes in turns with this one."""
+        return Settle(stored, store, self._pace, self._at_once)
+
     def alone(self, dids: Sequence[str]) -> AbstractAsyncContextManager[None]:
         """See Stored.alone."""
         return self._stored.alone(dids)

@@ -149,6 +149,7 @@ MUTANTS = [
     _mutant("older than the list said", _MANY, f"{OF_REPAIRS}::test_what_is_older_than_the_list_said_is_no_answer", "if False:"),
     _mutant("a floor beside others who know none", _MANY, f"{OF_REPAIRS}::test_beside_a_worker_that_knows_no_floors_none_is_set", "floor = True"),
     _mutant("an account twice at once", _MANY, f"{OF_REPAIRS}::test_who_is_asked_for_again_is_not_fetched_twice_at_once", "if False:"),
+    _mutant("everybody waits for a large account", _MANY, f"{OF_REPAIRS}::test_nobody_waits_for_a_large_account", "if False:"),
     _mutant("a refused account counts as settled", _MANY, f"{OF_FAULTS}", "if False:"),
     _mutant("a 429 spends a try", _MANY, f"{OF_FAULTS}", "is_limited = False"),
     _mutant("two snapshots of one account in a group", _SYNC, f"{OF_SETTLE}::test_two_snapshots_of_one_account_at_once", "if False:"),
