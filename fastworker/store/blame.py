@@ -55,11 +55,13 @@ class TooSlow(StoreUnavailable):
     """A batch was not done in time while a control record was: something in it is slow, or needs what others do not.
 
     `is_contents`: code of the database's own ran out of time, so it may be what one row says, for ever.
+    `is_ended`: PostgreSQL ended it; else we did, and a commit may be on its way.
     """
 
-    def __init__(self, words: str, *, is_contents: bool) -> None:
+    def __init__(self, words: str, *, is_contents: bool, is_ended: bool = True) -> None:
         super().__init__(words)
         self.is_contents = is_contents
+        self.is_ended = is_ended
 
 
 class _RolledBack(Exception):
@@ -88,7 +90,7 @@ async def not_in_time(
     except StoreUnavailable:
         return StoreUnavailable(words)
     is_contents = isinstance(cause, PostgresError) and state != LOCK_TIMEOUT and foreign_code(cause) is not None
-    return TooSlow(words, is_contents=is_contents)
+    return TooSlow(words, is_contents=is_contents, is_ended=state is not None)
 
 
 async def _locked_row(connect: Connect, cause: BaseException | None) -> LockedRow | None:

@@ -189,7 +189,7 @@ class Flush:
             try:
                 written = await self.store.write(batch, time=self.slow.time_for(held))
             except (RowLocked, TooSlow) as found:
-                self.is_unsure = found.__cause__ is None  # else the server has said no
+                self.is_unsure = isinstance(found, TooSlow) and not found.is_ended
                 if isinstance(found, TooSlow) or not patient:
                     raise _GoAround(found) from found
                 raise

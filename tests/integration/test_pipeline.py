@@ -330,7 +330,7 @@ async def test_more_accounts_than_are_remembered_stop_nobody_and_lose_nothing(
 async def test_what_is_too_slow_waits_alone(bench: Any, monkeypatch: pytest.MonkeyPatch, is_contents: bool) -> None:
     """The others go on. What a trigger of the database's own is slow at is set aside at the third try."""
     monkeypatch.setattr("fastworker.worker.slow.PAUSES_S", (0.0,))
-    bench.store.refusal = TooSlow("no() was at work", is_contents=is_contents)
+    bench.store.refusal = TooSlow("no() was at work", is_contents=is_contents, is_ended=is_contents)
     ids = await bench.add(likes(40, frozenset({3, 30})))
     async with bench.running():
         await bench.until_settled(38)
@@ -338,6 +338,7 @@ async def test_what_is_too_slow_waits_alone(bench: Any, monkeypatch: pytest.Monk
             await bench.until_settled(40)
         else:
             await bench.until(lambda: bench.store.writes > 30)
+            await bench.until(lambda: bench.pipeline.is_unsure)
             await bench.add(likes(50)[40:])
             await bench.until_settled(48)
             assert bench.pipeline.oldest_ms > 0

@@ -7,7 +7,8 @@
 -- group's last id was given to somebody if it is pending or if somebody told so. What was skipped is made pending for a
 -- consumer that is nobody's: workers adopt it. Everything up to `given` is known to be given.
 -- Consumers that do not tell (older releases, other workers): while one is at work, the group's last id is believed.
--- A reader gives nothing out, and alone says that something is gone.
+-- A reader gives nothing out, and alone says that something is gone. While none is at work, it is left to the next one for
+-- ten minutes: a reader that is started again.
 -- include padded
 -- include ids
 local nothing = {0, '', '', 0, 0}
@@ -41,7 +42,7 @@ table.sort(reads, function(a, b) return a[1] < b[1] end)
 local finish = string.rep('9', 20)
 reads[#reads + 1] = {finish, finish}
 
-local marks, lost = redis.call('LRANGE', KEYS[7], 0, 99), 0
+local marks, lost, gone_ms = redis.call('LRANGE', KEYS[7], 0, 99), 0, 0
 local function lost_before(from)
   for _, mark in ipairs(marks) do
     local id = padded(string.match(mark, '^%S+'))
@@ -49,6 +50,7 @@ local function lost_before(from)
     if id > at then
       local one = plain(id)
       if not redis.call('XRANGE', KEYS[1], one, one)[1] and not redis.call('XPENDING', KEYS[1], ARGV[1], one, one, 1)[1] then
+        gone_ms = tonumber(string.match(one, '^%d+'))
         return true
       end
     end
@@ -94,7 +96,8 @@ end
 for _, read in ipairs(reads) do
   local from, upto = read[1], read[2]
   if at < upto then
-    if lost_before(from) and (ARGV[5] == 'reader' or redis.call('EXISTS', KEYS[8]) == 1) then
+    -- mutant: what is gone is forgotten while no reader is at work
+    if lost_before(from) and (ARGV[5] == 'reader' or redis.call('EXISTS', KEYS[8]) == 1 or now - gone_ms < 600000) then
       lost = 1
       break
     end
