@@ -42,6 +42,8 @@ TARGETS = (
     Target("scale", "oldest debt s max", 1, at_least=False, where={"processes": 8}),
     Target("scale", "paid after s", 1, at_least=False, where={"processes": 8}),
     Target("presets", "share of the best", 0.5),
+    Target("syncer", "MB at most", 120, at_least=False, where={"records": 0}),
+    Target("syncer", "MB at most", 250, at_least=False, where={"records": 1_000_000}),
     Target("verify", "chain us", 3, at_least=False),
     Target("verify", "signed us", 65, at_least=False),
     Target("verify", "full us", 120, at_least=False),

@@ -330,6 +330,7 @@ _WORDS: dict[str, Callable[[], str]] = {
     "twins_put": lambda: _bound(statements.TWINS_PUT, "new_twins"),
     "waiting": lambda: statements.WAITING,
     "in_two_places": lambda: statements.IN_TWO_PLACES,
+    "uris_in_two_places": lambda: _bound(statements.IN_TWO_PLACES, "uris"),
     "users": lambda: _bound(statements.USERS, "new_users"),
     "beats": lambda: statements.BEATS,
     "counters": lambda: str(statements.COUNTERS),

@@ -26,6 +26,7 @@ from fastworker.stream.bounded import BoundedParser
 from fastworker.stream.cluster import SlotPool, slot_pool
 from fastworker.stream.keys import STREAM
 from fastworker.stream.places import FoundPool
+from fastworker.stream.scripts import command_at
 from fastworker.stream.sentinel import master_pool
 
 __all__ = ["Redis", "connect", "error_code", "translate", "translating"]  # Redis: for annotations elsewhere
@@ -82,6 +83,7 @@ _CLASS_CODES: Final[tuple[tuple[type[exceptions.RedisError], str], ...]] = (
 _CODE: Final = re.compile(r"""(?:^|@user_script: ?\d+: |caused error: (?:\(['"])?)-?([A-Z]{3,})\b""")
 _FORBIDDEN: Final = re.compile(r"permissions to run the '([^']+)' command")
 # What a script is told that does what its user may not: without a code of its own (from 7.0, then 6.2).
+_IN_LINE: Final = re.compile(r"call to f_([0-9a-f]{40})\): @user_script:(\d+):")
 _NOPERM_IN_SCRIPT: Final = re.compile(r"^ACL failure in script|The user executing the script can't ")
 
 
@@ -161,6 +163,14 @@ def _of_several(error: Exception, redis: Redis) -> Exception | None:
     return None
 
 
+def _forbidden(text: str) -> str | None:
+    """The command that the user may not run; of a script of ours on Redis 6.2, that of its line."""
+    if found := _FORBIDDEN.search(text):
+        return found[1].upper()
+    found = _IN_LINE.search(text)
+    return command_at(found[1], int(found[2])) if found else None
+
+
 def translate(error: Exception, place: str = "") -> Exception:
     """What `error` means to a caller: `StreamUnavailable`, or the error itself (ours to fix)."""
     code = error_code(error) if isinstance(error, exceptions.RedisError) else ""
@@ -168,8 +178,8 @@ def translate(error: Exception, place: str = "") -> Exception:
     if code in _STATES:
         return StreamUnavailable(f"Redis{at} {_STATES[code]}")
     if code in _REFUSALS:
-        found, why = _FORBIDDEN.search(str(error)), _REFUSALS[code]
-        what = f"refuses {found[1].upper()}: {why}" if found else f"cannot be used: {why} ({redact(str(error))})"
+        name, why = _forbidden(str(error)), _REFUSALS[code]
+        what = f"refuses {name}: {why}" if name else f"cannot be used: {why} ({redact(str(error))})"
         return StreamUnavailable(f"Redis{at} {what}")
     if isinstance(error, exceptions.ResponseError) and str(error).lower().startswith("unknown command"):
         return StreamUnavailable(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import operators
-from tests.rig.chaos import ELSEWHERE, PLACES, SERVERS, WEIGHTS, Form, chaos, plan
+from tests.rig.chaos import ELSEWHERE, PLACES, SERVERS, WEIGHTS, Fault, Form, chaos, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PEOPLE = Form(with_operator=True)
@@ -51,9 +51,29 @@ async def test_a_minute_of_faults(server_dir: Path, seed: int, count: int) -> No
 async def test_what_people_do(server_dir: Path) -> None:
     """A few of their acts, with small limits: what the relay sent is in the tables, whatever they removed."""
     faults = plan(5, 15, PEOPLE)
-    assert {fault.kind for fault in faults} >= set(operators.WEIGHTS) - set(operators.SERVERS)
+    kinds = {operators.LATER.get(fault.kind, fault.kind) for fault in faults}
+    assert kinds >= set(operators.WEIGHTS) - set(operators.SERVERS)
     async with chaos(server_dir, 5, PEOPLE) as started:
         outcome = await started.run([fault for fault in faults if fault.kind in operators.WEIGHTS][:5], recovery_s=2.0)
+    assert outcome.problems == [], outcome.report()
+
+
+def test_kinds_that_came_later_leave_a_seeds_other_faults_as_they_were() -> None:
+    later = plan(7, 500, PEOPLE)
+    assert {fault.kind for fault in later} >= set(operators.LATER)
+    assert {fault.kind for fault in later} >= set(operators.LATER.values())
+    as_it_was = [fault._replace(kind=operators.LATER.get(fault.kind, fault.kind)) for fault in later]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "LATER", {})
+        assert plan(7, 500, PEOPLE) == as_it_was
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(600)
+async def test_a_promotion_and_an_upkeep_that_fails(server_dir: Path) -> None:
+    acts = [Fault(kind, 0.5, 0.5) for kind in ("op_upkeep", "op_promote", "op_upkeep", "op_promote")]
+    async with chaos(server_dir, 3, PEOPLE) as started:
+        outcome = await started.run(acts)
     assert outcome.problems == [], outcome.report()
 
 

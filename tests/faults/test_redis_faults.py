@@ -335,6 +335,8 @@ async def test_a_reader_waits_out_a_failover(house: House, redis_url: str) -> No
 @pytest.mark.parametrize("command", usually(["xadd", "evalsha", "set", "xtrim", "publish"], "set", "xtrim"))
 async def test_a_reader_waits_for_a_right_that_is_revoked(house: House, redis_url: str, command: str) -> None:
     """SET is asked for after XADD: a chunk is appended whole or not at all, however often it is tried."""
+    if command == "xtrim" and (await house.redis.info("server"))["redis_version"].startswith("6."):
+        pytest.skip("before 7.0 a script cannot ask, and is refused only where something is to be trimmed")
     frames = list(Network(6, accounts=50).frames(200))
     stats, stop = ReaderStats(), asyncio.Event()
     await house.redis.execute_command("ACL", "SETUSER", "limited", "reset", "on", ">x", "~*", "&*", "+@all")
@@ -356,6 +358,15 @@ async def test_a_reader_waits_for_a_right_that_is_revoked(house: House, redis_ur
     finally:
         await house.redis.execute_command("ACL", "DELUSER", "limited")
     assert await house.redis.xlen(KEY) == sum(map(is_entry, frames))
+
+
+async def test_a_reader_waits_for_a_right_that_is_revoked_on_redis_6_2(redis_6_2: str, postgres_url: str) -> None:
+    """There a script cannot ask what it may."""
+    client = connect(redis_6_2)
+    try:
+        await test_a_reader_waits_for_a_right_that_is_revoked(House(client, redis_6_2, postgres_url), redis_6_2, "set")
+    finally:
+        await client.aclose()
 
 
 def _as_limited(url: str) -> str:

@@ -501,6 +501,18 @@ async def test_entries_whose_reply_was_lost_are_read_back(bench: Any) -> None:
     assert await bench.ledger() == {"committed": 7}
 
 
+async def test_a_group_that_is_moved_back_gives_again_what_changes_nothing(bench: Any) -> None:
+    """The ledger counts endings: nobody keeps which ids have ended."""
+    await bench.add(likes(5))
+    async with bench.running():
+        await bench.until_settled(5)
+        stored = set(bench.store.uris)
+        await bench.redis.xgroup_setid(KEY, GROUP, "0")
+        await bench.until_settled(10)
+        assert bench.store.uris == stored
+    assert (await bench.ledger(), await bench.pending()) == ({"committed": 10}, 0)
+
+
 async def test_read_back_does_not_repeat_what_is_held(bench: Any) -> None:
     async with bench.running() as pipeline:
         bench.store.open.clear()

@@ -50,6 +50,7 @@ class LyingRelay:
         self.model = Model()
         self.did: Counter[str] = Counter()
         self.harmed: set[str] = set()
+        self.heard: set[str] = set()  # who had a commit
 
     def frames(self, count: int, *, honest: bool) -> list[SimFrame | bytes]:
         given: list[SimFrame | bytes] = []
@@ -57,6 +58,8 @@ class LyingRelay:
             if frame.event is None:
                 continue
             self.model.apply(frame.event, int(time.time() * 1000))
+            if frame.event["kind"] == "commit":
+                self.heard.add(frame.event["repo"])
             lie = () if honest or not may_be_lost(frame) else self._lie(number, frame)
             given += lie or (frame,)
         return given
@@ -130,7 +133,11 @@ async def test_what_a_relay_did_wrong_is_seen_and_mended(
             reader = services("reader", **env)
             relay.emit(*lying.frames(300, honest=True))  # everybody has a commit that is known, and a key
             await reached(client, relay.head)
-            await asyncio.sleep(2.0 if level == "full" else 0.0)
+            if level == "full":
+                async with asyncio.timeout(60):
+                    while len({path for _, path in sim.directory.asked}) < len(lying.heard):
+                        await asyncio.sleep(0.05)
+                await asyncio.sleep(0.5)  # until the last answer is read
             relay.emit(*lying.frames(400, honest=False))
             await asyncio.sleep(0.2)
             reader.process.kill()

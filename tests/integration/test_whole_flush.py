@@ -15,6 +15,7 @@ from fastworker.store import statements as sql
 from fastworker.store.flush import FEW_USERS
 from fastworker.store.migrate import check, migrate
 from fastworker.store.store import Store
+from fastworker.table.batch import Progress
 from fastworker.table.schema import TABLES
 from tests.property.feeding import batch_of, differences, lawful, settle
 from tests.rig.histories import Event, cid_of, number
@@ -120,6 +121,39 @@ async def test_what_overtook_it_is_looked_back_at(store: Told, pg: asyncpg.Conne
         await watcher.close()
         await other.close()
     assert store.whole == [True, True]
+    await settle(store)
+    assert await differences(lawful(events), pg) == "no difference"
+
+
+async def test_a_record_that_two_calls_put_in_two_places(
+    store: Told, pg: asyncpg.Connection, postgres_url: str
+) -> None:
+    """Its older form becomes a twin, its newer one a row with another pair: neither call sees the other before its commit."""
+    other_post = f"at://{B}/app.bsky.feed.post/o"
+    events = commits(post(B), post(B, "o"), like(A), like(A, POST, "r"), like(A, other_post, "r"))
+    await store.write(batch_of(events[:3]))
+    other = await Store.connect(postgres_url, application_name="other")
+    watcher = await asyncpg.connect(postgres_url)
+    twin = batch_of(events[3:4])
+    twin.progress = Progress("s", "c", 1, "1-0")  # stored last before the commit, and held there
+    try:
+        held = watcher.transaction()
+        await held.start()
+        await watcher.execute("INSERT INTO fastworker.progress (stream, consumer, entry_id) VALUES ('s', 'c', '0-1')")
+        writing = asyncio.create_task(store.write(twin))
+        async with asyncio.timeout(30):
+            while not await pg.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'whole' AND wait_event_type = 'Lock'"
+            ):
+                await asyncio.sleep(0.01)
+        await other.write(batch_of(events[4:]))
+        await held.rollback()
+        await writing
+    finally:
+        await watcher.close()
+        await other.close()
+    assert store.whole == [True, True]
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.twins") == 0
     await settle(store)
     assert await differences(lawful(events), pg) == "no difference"
 

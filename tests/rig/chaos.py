@@ -148,6 +148,8 @@ def plan(seed: int, count: int, form: Form = USUAL) -> list[Fault]:
             kinds.append(kind)
     if own:
         r.shuffle(kinds)
+    if form.with_operator:
+        kinds = _with_later(seed, kinds)
     places: list[Step] = []
     faults = []
     for kind in kinds:
@@ -162,6 +164,18 @@ def plan(seed: int, count: int, form: Form = USUAL) -> list[Fault]:
             detail = r.choice(("redis", "postgres", "relay"))
         faults.append(Fault(kind, r.uniform(0.1, 1.2), r.random(), detail))
     return faults
+
+
+def _with_later(seed: int, kinds: list[str]) -> list[str]:
+    """Each second of some kinds is of one that came later: which of the two comes first is the seed's."""
+    is_later = {old: bool((seed + at) % 2) for at, old in enumerate(operators.LATER.values())}
+    later = {old: new for new, old in operators.LATER.items()}
+    found = []
+    for kind in kinds:
+        found.append(later[kind] if is_later.get(kind) else kind)
+        if kind in is_later:
+            is_later[kind] = not is_later[kind]
+    return found
 
 
 class Outcome(NamedTuple):
@@ -226,6 +240,9 @@ class Chaos:
             sys.stderr.write(f"{time.monotonic() - started:7.1f} s  {number:4}/{len(faults)}  {fault}\n")
             await self._do(fault)
             done[fault.kind] += 1
+            if self._operator is not None:
+                problems += self._operator.problems
+                self._operator.problems.clear()
             problems += await stage.keep_running()
             problems += await stage.not_well(sum(kind in _DEADLY for kind in done.elements()))
             if fault.amount > ON_TOP:
@@ -320,7 +337,7 @@ class Chaos:
                 await self.stage.redis.delete(self.stage.keys.owners, self.stage.keys.members)
             case "owners_taken":
                 await self._owned_by_one()
-            case _ if self._operator is not None and kind in operators.WEIGHTS:
+            case _ if self._operator is not None and kind in (*operators.WEIGHTS, *operators.LATER):
                 await self._operator.act(kind)
             case _ if kind in self.stage.place.weights:
                 await self.stage.place.act(kind, amount)

@@ -52,6 +52,9 @@ ALTERS = (  # in the tables that are ours to write and somebody else's to change
 )
 CLOCKS = (-86_400.0, -3_600.0, 3_600.0, 864_000.0)
 
+UPKEEP_S = 90.0
+"""Within this /readyz says that what is owed is not looked after: 15 s (tests/rig/shrunk.py), on a machine that is busy."""
+
 # How often each comes in a hundred. Those that take a server away are counted as such by the plan.
 WEIGHTS = {
     "op_del": 8,
@@ -71,7 +74,9 @@ WEIGHTS = {
     "op_redis_older": 4,
     "op_postgres_older": 4,
 }
-SERVERS = ("op_redis_older", "op_postgres_older")
+LATER = {"op_promote": "op_postgres_older", "op_upkeep": "op_alter"}
+"""Kinds that came later take the place of some of another, so that a seed's other faults stay as they were."""
+SERVERS = ("op_redis_older", "op_postgres_older", "op_promote")
 UNREAD = (
     "op_del",
     "op_rename",
@@ -87,8 +92,9 @@ class Operator:
         self._stage = stage
         self._random = random.Random(f"operator {seed}")
         self._acts: dict[str, Callable[[], Awaitable[None]]] = {
-            kind: getattr(self, f"_{kind.removeprefix('op_')}") for kind in WEIGHTS
+            kind: getattr(self, f"_{kind.removeprefix('op_')}") for kind in (*WEIGHTS, *LATER)
         }
+        self.problems: list[str] = []
 
     @property
     def _redis(self) -> Redis:
@@ -175,6 +181,23 @@ class Operator:
     async def _postgres_older(self) -> None:
         await self._older(self._stage.postgres)
 
+    async def _promote(self) -> None:
+        """A standby that lags takes the place of the primary, on a timeline of its own."""
+        await self._older(self._stage.postgres, "standby.signal")
+        await self.sql("SELECT pg_promote()")
+
+    async def _upkeep(self) -> None:
+        """What dead flushes left owed is not found, while flushes go on: that has to be told."""
+        await self.sql("ALTER TABLE fastworker.notes RENAME COLUMN owed_at TO mislaid")
+        try:
+            async with asyncio.timeout(UPKEEP_S):
+                while (said := await self._stage.says()) is not None and "looked after" not in said[1]:
+                    await asyncio.sleep(0.5)
+        except TimeoutError:
+            self.problems.append(f"Nothing that is owed is looked after for {UPKEEP_S:g} s, and /readyz says {said}")
+        finally:
+            await self.sql("ALTER TABLE fastworker.notes RENAME COLUMN mislaid TO owed_at")
+
     # --- the machine
 
     async def _clock(self) -> None:
@@ -185,11 +208,14 @@ class Operator:
 
     # --- inside
 
-    async def _older(self, server: EmbeddedPostgres | EmbeddedRedis) -> None:
-        """Its files are put back to what they were a few seconds ago."""
+    async def _older(self, server: EmbeddedPostgres | EmbeddedRedis, mark: str = "") -> None:
+        """Its files are put back to what they were a few seconds ago; with a file of this name, if one is given."""
         copy = server.data_dir.with_suffix(".older")
         await asyncio.to_thread(_copied, server, server.files, copy)
         await self._a_while()
+        if mark:
+            (copy / mark).touch()
+            shutil.chown(copy / mark, copy.owner(), copy.group())
         await asyncio.to_thread(_copied, server, copy, server.files)
 
     async def _a_while(self) -> None:

@@ -30,6 +30,7 @@ LIMITS: dict[str, list[Any]] = {
     "fastworker.stream.skipped:PIECE": [2, 100, 1_000],
     "fastworker.stream.feed:CHUNK_ITEMS": [1, 20, 500],
     "fastworker.stream.feed:MARKS_MAX": [3, 10_000],
+    "fastworker.monitor.readiness:MAINTAINED_S": [15.0],
 }
 ENVIRONMENT: dict[str, list[str]] = {
     "BATCH_SIZE": ["1", "5", "50"],

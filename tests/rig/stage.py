@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import asyncpg
@@ -316,18 +317,22 @@ class Stage:
         letters: Any = await self.redis.xrange(self.keys.dead_letters)
         if strange := {fields[b"reason"].decode() for _, fields in letters} - {"bad_json"}:
             return [f"Set aside: {strange}"]
-        ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
-        if not why or not ports:
+        if not why or (said := await self.says()) is None:
             return []
-        well, words = await asyncio.to_thread(_ask, int(ports[-1]))
+        well, words = said
         return [f"/readyz says {words!r}, but {'; '.join(why)}: {self.worker.log}"] if well else []
+
+    async def says(self) -> tuple[bool, str] | None:
+        """What /readyz of the worker answers: whether all is well, and its words. None while it has no port."""
+        ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
+        return await asyncio.to_thread(_ask, int(ports[-1])) if ports else None
 
     async def wrongly_green(self, since_s: float) -> list[str]:
         """Nothing ended for so long: whether /readyz of the worker says that all is well all the same."""
-        ports = _PORT.findall(self.worker.log.read_text(errors="replace")) if self.worker.is_running else []
-        if not ports or await self.is_read():
+        said = None if await self.is_read() else await self.says()
+        if said is None:
             return []
-        well, words = await asyncio.to_thread(_ask, int(ports[-1]))
+        well, words = said
         return [f"Nothing ended for {since_s:g} s, and /readyz says {words!r}: {self.worker.log}"] if well else []
 
     async def has_progress(self) -> None:
@@ -467,6 +472,8 @@ def _ask(port: int) -> tuple[bool, str]:
     try:
         with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as answer:
             return answer.status == 200, answer.read().decode()
+    except HTTPError as refused:
+        return False, refused.read().decode()
     except OSError as error:
         return False, str(error)
 

@@ -95,7 +95,7 @@ BEGIN
     SELECT {{is_beaten}}, EXISTS (SELECT FROM fastworker.twins AS w WHERE w.uri = ANY(uris)) INTO is_late, is_waiting;
     IF is_waiting AND NOT is_late THEN
         -- mutant: a record in two places
-        is_late := EXISTS ({{in_two_places}});
+        is_late := EXISTS ({{uris_in_two_places}});
     END IF;
     IF posts IS NOT NULL AND with_contexts THEN
         contexts := ARRAY(
