@@ -75,6 +75,13 @@ class Time(NamedTuple):
     all_s: float
 
 
+NO_HURRY = Time(statement_s=None, all_s=86_400)
+HURRY = Time(statement_s=5, all_s=20)
+"""For a piece of what was not done in time."""
+ALONE = Time(statement_s=20, all_s=60)
+"""For one row or entry of it."""
+
+
 class Contended(Exception):
     """Another writer has changed what this transaction had read, and part of it is written: roll back, begin again."""
 

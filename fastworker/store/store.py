@@ -19,13 +19,22 @@ from fastworker.store.blame import LockedRow
 from fastworker.store.debts import Debts
 from fastworker.store.flush import Written
 from fastworker.store.rules import DEFAULTS, Rules
-from fastworker.store.session import DURABLE, SESSION, Connection, Time, borrow, hurried, open_pool, translating
+from fastworker.store.session import (
+    DURABLE,
+    NO_HURRY,
+    SESSION,
+    Connection,
+    Time,
+    borrow,
+    hurried,
+    open_pool,
+    translating,
+)
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
 from fastworker.store.writer import Writer
 from fastworker.table.batch import Batch, Change, Progress, Refused
 
 PING_S = 3.0
-NO_HURRY = Time(statement_s=None, all_s=86_400)
 
 
 class Store:

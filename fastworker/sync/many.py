@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -58,6 +58,7 @@ STALL_S: Final = 120.0  # without progress of the worker
 LIVE_S: Final = 2.0
 """While the oldest unfinished entry is older, history waits."""
 LIVE_PAUSE_S: Final = 10.0  # but never longer than this before one batch
+LARGE: Final = "fastworker-large"  # the session that writes a large account
 _SPOOL: Final = "fastworker-repositories-"
 _PASSING: Final = frozenset((Refusal.UNREACHABLE, Refusal.BAD_CAR, Refusal.BAD_ANSWER, Refusal.NO_SPACE, Refusal.STALE))
 _GONE: Final = frozenset((Refusal.GONE,))
@@ -160,23 +161,33 @@ class Live:
 
 
 class Pace:
-    """Live first: entered for each batch of history. It waits while the live stream is behind, and writes for no more
-    than `share` of the time."""
+    """Live first: entered for each batch of history, of one account or several at a time. It waits while the live
+    stream is behind, and writes for no more than `share` of the time."""
 
     def __init__(self, live: Live, share: float) -> None:
         self._live = live
         self._share = share
         self._began = self._not_before = 0.0
+        self._one = asyncio.Lock()
 
     async def __aenter__(self) -> None:
+        await self._one.acquire()
+        try:
+            await self._wait()
+        except BaseException:
+            self._one.release()
+            raise
+        self._began = time.monotonic()
+
+    async def _wait(self) -> None:
         # mutant: history does not wait for the live stream
         await self._live.first()
         await asyncio.sleep(self._not_before - time.monotonic())
-        self._began = time.monotonic()
 
     async def __aexit__(self, *_: object) -> None:
         ended = time.monotonic()
         self._not_before = ended + min((ended - self._began) * (1 / self._share - 1), LIVE_PAUSE_S)
+        self._one.release()
 
 
 def _order(entry_id: str) -> list[int]:
@@ -195,17 +206,24 @@ class _Ready(NamedTuple):
     settled: asyncio.Future[Settled]
 
 
+class Ways(NamedTuple):
+    """How accounts are settled: `now`; `history`, at its pace; `beside` gives one with connections of its own, for a
+    large account."""
+
+    now: Settle
+    history: Settle
+    beside: Callable[[Settle], AbstractAsyncContextManager[Settle]]
+
+
 class Many:
-    """The engine. `settle`, and how history is settled: at its pace. `repaired` is told of each account that is equal
-    now, with its S0. `keep`: see Keep."""
+    """The engine. `repaired` is told of each account that is equal now, with its S0. `keep`: see Keep."""
 
     def __init__(
         self,
         waiting: Waiting,
         hosts: Hosts,
         live: Live,
-        settle: Settle,
-        history: Settle,
+        ways: Ways,
         folder: Path,
         report: Report,
         repaired: Callable[[str, int], Awaitable[None]],
@@ -215,14 +233,16 @@ class Many:
         self._waiting = waiting
         self._hosts = hosts
         self._live = live
-        self._settle = settle
-        self._history = history
+        self._settle = ways.now
+        self._history = ways.history
+        self._beside = ways.beside
         self._folder = folder
         self._report = report
         self._repaired = repaired
         self._at_work: set[str] = set()
         self._one = asyncio.Lock()  # one group of accounts is compared at a time, while others are fetched
         self._ready: list[_Ready] = []  # fetched, to be compared
+        self._one_large = asyncio.Lock()
 
     async def all(self, work: Work, at_once: int, feed: Callable[[], Awaitable[None]] | None = None) -> None:
         """Until nothing is left that this may do. `feed` puts more into the queue meanwhile."""
@@ -328,7 +348,12 @@ class Many:
             async with self._one:
                 found = await self._account_of(one, mark, document)
             job = Job(repository, snapshot, one.part, accept_older=work.accept_older, result=found)
-            settled, size = await self._together(job, settle), repository.size
+            size = repository.size
+            # mutant: everybody waits for a large account
+            if size > SMALL_BYTES:
+                settled = await self._large(job, settle)
+            else:
+                settled = await self._together(job, settle)
         await self._settled(one, settled, snapshot, size)
 
     async def _together(self, job: Job, settle: Settle) -> Settled:
@@ -346,6 +371,13 @@ class Many:
                             one.settled.set_exception(error) if isinstance(error, Exception) else one.settled.cancel()
                     raise
         return await settled
+
+    async def _large(self, job: Job, settle: Settle) -> Settled:
+        """A large account takes minutes: the others do not wait for it."""
+        async with self._one_large, self._beside(settle) as another:
+            one = _Ready(job, another, asyncio.get_running_loop().create_future())
+            await self._settle_group([one])
+        return one.settled.result()
 
     def _next_group(self) -> list[_Ready]:
         """Those who came first, as many as may be held at once."""
@@ -460,9 +492,22 @@ async def settle_all(
 
     waiting: Waiting = scene.queue if only is None else only
     store = scene.store if only is None else None
-    settle = Settle(scene.stored, store, at_once=FLUSH_BESIDE)
+    settle = Settle(scene.stored, store, asyncio.Lock(), at_once=FLUSH_BESIDE)
     history = Settle(scene.stored, store, Pace(scene.live, scene.config.backfill_share), at_once=FLUSH_BESIDE)
-    many = Many(waiting, scene.hosts, scene.live, settle, history, scene.folder, report, forget, keep)
+
+    @asynccontextmanager
+    async def beside(of: Settle) -> AsyncIterator[Settle]:
+        config = scene.config
+        url = config.require_database_url("sync")
+        async with open_stored(url) as stored:
+            second = None if store is None else await Store.connect(url, application_name=LARGE, rules=config.rules)
+            try:
+                yield of.beside(stored, second)
+            finally:
+                if second is not None:
+                    await second.close()
+
+    many = Many(waiting, scene.hosts, scene.live, Ways(settle, history, beside), scene.folder, report, forget, keep)
     telling = None
     if only is None and work.priority_max >= CHOSEN:
         telling = asyncio.create_task(_keep_telling(scene))

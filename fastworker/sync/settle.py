@@ -21,10 +21,12 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fastworker.crashpoint import Step
-from fastworker.errors import RowRejected
+from fastworker.errors import Reason, RowRejected
 from fastworker.event.repository import Repository
 from fastworker.store.audit import StoredRecord
+from fastworker.store.blame import TooSlow
 from fastworker.store.floors import all_know_floors, put_floors, readers_are_through
+from fastworker.store.session import ALONE, HURRY, NO_HURRY, Time
 from fastworker.store.store import Store
 from fastworker.store.stored import AccountState, Holding, Standing, StandingRows, Stored
 from fastworker.sync.judge import agrees, differing, is_extra, is_same, is_unknown, judge
@@ -168,6 +170,10 @@ class Settle:
             if bad := look.job.repository.bad_paths:
                 look.result.drops["bad_path"] += bad
         return [look.result for look in looks]
+
+    def beside(self, stored: Stored, store: Store | None) -> Settle:
+        """One with connections of its own, which writes in turns with this one."""
+        return Settle(stored, store, self._pace, self._at_once)
 
     def alone(self, dids: Sequence[str]) -> AbstractAsyncContextManager[None]:
         """See Stored.alone."""
@@ -340,7 +346,7 @@ class Settle:
         for start in range(0, len(changes), self._at_once):
             await self._flush(changes[start : start + self._at_once], by_did)
 
-    async def _flush(self, changes: list[Change], looks: dict[str, _Look]) -> None:
+    async def _flush(self, changes: list[Change], looks: dict[str, _Look], time: Time = NO_HURRY) -> None:
         assert self._store is not None
         batch = Batch()
         for change in changes:
@@ -348,18 +354,32 @@ class Settle:
         try:
             old = max(look.snapshot.taken_at for look in looks.values()) - OLD
             async with self._pace:
-                written = await self._store.write(batch, read_before=old)
-        except RowRejected:
-            if len(changes) == 1:  # the database refuses this one: its siblings live
-                looks[changes[0].repo].result.drops["row_rejected"] += 1
-                return
-            half = len(changes) // 2
-            await self._flush(changes[:half], looks)
-            await self._flush(changes[half:], looks)
+                written = await self._store.write(batch, read_before=old, time=time)
+        except (RowRejected, TooSlow) as error:
+            await self._flush_less(changes, looks, time, error)
             return
         for did, count in Counter(change.repo for change in changes).items():
             looks[did].result.written += count
         looks[changes[-1].repo].result.written += written.rows - len(changes)  # what was newer meanwhile
+
+    async def _flush_less(
+        self, changes: list[Change], looks: dict[str, _Look], time: Time, error: RowRejected | TooSlow
+    ) -> None:
+        """Halves of what was refused or not done in time. The one that it is about is dropped: its siblings live.
+
+        Raises TooSlow where that one waits for a lock.
+        """
+        is_slow = isinstance(error, TooSlow)
+        if len(changes) > 1:
+            half = len(changes) // 2
+            for some in (changes[:half], changes[half:]):
+                await self._flush(some, looks, HURRY if is_slow else time)
+        elif is_slow and time is not ALONE:
+            await self._flush(changes, looks, ALONE)
+        elif isinstance(error, TooSlow) and not error.is_contents:
+            raise error
+        else:
+            looks[changes[0].repo].result.drops[Reason.TOO_SLOW if is_slow else Reason.ROW_REJECTED] += 1
 
 
 def _refusal(job: Job, account: AccountState) -> str | None:

@@ -13,15 +13,13 @@ import time
 from typing import Final, NamedTuple
 
 from fastworker.store.blame import TooSlow
-from fastworker.store.session import Time
+from fastworker.store.session import ALONE, HURRY, Time
 from fastworker.worker.held import Held
 
 log = logging.getLogger(__name__)
 
 PIECES: Final = 16
 """Of a batch that was not done in time: three steps down to one entry of 2,500."""
-HURRY = Time(statement_s=5, all_s=20)
-ALONE = Time(statement_s=20, all_s=60)
 USUAL = Time(statement_s=None, all_s=95)
 """The session's own limit. More than a command may take (90 s): the edge speaks first; and less than an attempt."""
 TRIES: Final = 3

@@ -22,9 +22,9 @@ from fastworker.law import compare
 from fastworker.law.model import Model
 from fastworker.simulator.hosts import SimHosts
 from fastworker.simulator.network import Network
-from fastworker.simulator.repo import SimFrame
+from fastworker.simulator.repo import SimFrame, car_bytes
 from fastworker.store.repos import REPAIR, Claim, Wanted, open_queue
-from fastworker.sync import many
+from fastworker.sync import many, settle
 from fastworker.sync.hosts import Bounds, Hosts
 from tests.integration.test_settle import comparable, may_be_lost
 from tests.replies import raw, to_add
@@ -241,6 +241,35 @@ async def test_nobody_is_compared_before_the_worker_has_finished_what_was_there(
     async with asyncio.timeout(20):
         assert await work == ExitCode.DONE
     assert await pg.fetchval("SELECT state FROM fastworker.repos") == "done"
+
+
+async def test_nobody_waits_for_a_large_account(
+    scene: Scene, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in scene.network.frames(300):
+        pass
+    scene.sim.settle()
+    scene.client.set(CURSOR, 5)
+    large = max(scene.network.world.accounts(), key=lambda one: len(one.live))
+    size = len(car_bytes(*large.repo.export()))
+    for module in (many, settle):
+        monkeypatch.setattr(module, "SMALL_BYTES", size - 1)
+    held, alone = asyncio.Event(), settle.Settle._alone
+
+    async def hold(self: settle.Settle, look: Any) -> None:
+        await held.wait()
+        await alone(self, look)
+
+    monkeypatch.setattr(settle.Settle, "_alone", hold)
+    work = asyncio.create_task(scene.repair())
+    async with asyncio.timeout(60):
+        while await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE state <> 'done'") != 1:
+            await asyncio.sleep(0.05)
+    assert await pg.fetchval("SELECT did FROM fastworker.repos WHERE state <> 'done'") == large.did
+    held.set()
+    assert await work == ExitCode.DONE
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.repos WHERE state <> 'done'") == 0
+    assert await scene.repair(large.did, dry_run=True) == ExitCode.DONE
 
 
 async def test_what_is_older_than_the_list_said_is_no_answer(

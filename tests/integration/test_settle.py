@@ -29,6 +29,7 @@ from fastworker.simulator.network import Network
 from fastworker.simulator.repo import Repo, SimFrame, account_frame, car_bytes, tid
 from fastworker.simulator.world import Account as SimAccount
 from fastworker.store.flush import Written
+from fastworker.store.session import NO_HURRY, Time
 from fastworker.store.store import Store
 from fastworker.store.stored import open_stored
 from fastworker.sync import settle as settle_module
@@ -165,14 +166,27 @@ async def test_lost_events_are_mended(scene: Scene, pg: asyncpg.Connection) -> N
     assert sum(one.differences for one in again) == 0, [one.examples for one in again if one.examples]
 
 
+async def test_a_record_that_makes_a_trigger_slow_holds_up_no_other(scene: Scene, pg: asyncpg.Connection) -> None:
+    [uri] = [next(post["uri"] for post in scene.expected()["posts"])]
+    await pg.execute(
+        "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'late' USING ERRCODE = "
+        "'57014'; END $$; CREATE TRIGGER late BEFORE INSERT ON posts FOR EACH ROW "
+        f"WHEN (NEW.uri = '{uri}') EXECUTE FUNCTION late()"
+    )
+    found = await scene.settle()
+    assert sum(one.drops["too_slow"] for one in found) == 1
+    posts = {row["uri"] for row in await pg.fetch("SELECT uri FROM posts")}
+    assert {post["uri"] for post in scene.expected()["posts"]} - posts == {uri}
+
+
 async def test_no_more_is_written_at_once_than_it_may(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A live flush that comes meanwhile is slower for as long as one of these takes."""
     sizes: list[int] = []
     write = scene.store.write
 
-    async def watched(batch: Batch, *, read_before: datetime | None = None) -> Written:
+    async def watched(batch: Batch, *, read_before: datetime | None = None, time: Time = NO_HURRY) -> Written:
         sizes.append(len(batch.changes))
-        return await write(batch, read_before=read_before)
+        return await write(batch, read_before=read_before, time=time)
 
     monkeypatch.setattr(scene.store, "write", watched)
     async with open_stored(scene.url) as stored:
