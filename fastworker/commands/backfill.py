@@ -27,6 +27,8 @@ from fastworker.table.chosen import is_account_left_out
 
 RECORDS: Final = 435  # of an account of the network, on average
 CAR_BYTES: Final = 160_000
+KNOWN_MIN: Final = 20
+"""Of fewer accounts nothing is reckoned for others."""
 HOSTS_SHOWN: Final = 10
 WRITES_S: Final = 8_000.0  # records that one process compares and writes in a second
 
@@ -48,16 +50,18 @@ async def estimate(config: Config, choice: Choice, *, hosts: Hosts | None = None
     choice.check()
     async with opened(config, "backfill", hosts, reads_only=True) as scene:
         by_host = await _count(scene, choice)
+        expected = _expected(by_host, Counter(dict(await scene.queue.rows(_KNOWN_HOSTS))))
         done = (
             await scene.queue.rows(
                 "SELECT count(*), avg(records)::float8, avg(bytes)::float8 FROM fastworker.repos WHERE state = 'done'"
             )
         )[0]
-        accounts, requests = by_host.total(), by_host + Counter({URL(config.plc_url).authority: by_host.total()})
-        seconds = {host: many / scene.hosts.rate(host) for host, many in requests.items() if host}
+        accounts, requests = by_host.total(), expected + Counter({URL(config.plc_url).authority: by_host.total()})
+        # Turns are evenly spaced, and the first comes at once.
+        seconds = {host: (many - 1) / scene.hosts.rate(host) for host, many in requests.items() if host}
         disk = await row_bytes(scene.queue.rows)
         rates = {host: scene.hosts.rate(host) for host in seconds}
-    is_known = done[0] >= 20
+    is_known = done[0] >= KNOWN_MIN
     records, size = (done[1], done[2]) if is_known else (RECORDS, CAR_BYTES)
     rows = accounts * records
     by_hosts, by_rows = max(seconds.values(), default=0.0), rows / WRITES_S / config.backfill_share
@@ -96,6 +100,15 @@ def _show_hosts(console: Console, requests: Counter[str], rates: dict[str, float
     console.print(grid)
     if len(longest) > HOSTS_SHOWN:
         console.print(f"and {len(longest) - HOSTS_SHOWN:,} more hosts, each in less time")
+
+
+def _expected(by_host: Counter[str], known_hosts: Counter[str]) -> Counter[str]:
+    """Accounts whose host is not known are spread over hosts as all those are whose host is known."""
+    every = known_hosts.total()
+    if not by_host[""] or every < KNOWN_MIN:
+        return by_host
+    spread = Counter({host: round(by_host[""] * many / every) for host, many in known_hosts.items()})
+    return by_host + spread - Counter({"": by_host[""]})
 
 
 async def _count(scene: Scene, choice: Choice) -> Counter[str]:
@@ -163,6 +176,7 @@ _HOSTS: Final = """
 SELECT coalesce(r.host, ''), count(*) FROM unnest($1::varchar[]) AS d (did)
 LEFT JOIN fastworker.repos AS r ON r.did = d.did GROUP BY 1
 """
+_KNOWN_HOSTS: Final = "SELECT host, count(*) FROM fastworker.repos WHERE host <> '' GROUP BY host"
 _STATES: Final = """
 SELECT reason, count(*) FILTER (WHERE state = 'waiting'), count(*) FILTER (WHERE state = 'fetching'),
     count(*) FILTER (WHERE state = 'done'), count(*) FILTER (WHERE state = 'gone'),

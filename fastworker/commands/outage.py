@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from fastworker.config import parse_config
+from fastworker.config import Config, parse_config
 from fastworker.errors import ExitCode
 from fastworker.law.compare import KEYS, Difference, Tables
 from fastworker.law.model import COLUMNS
@@ -114,8 +114,14 @@ def back_again(frames: list[bytes], *, port: int, rate: float | None) -> SimRela
     return relay
 
 
+def settings(places: Places, redis_url: str, database_url: str) -> Config:
+    """A repair's. It shows handles as the demo's worker does, which has nobody to verify them."""
+    servers = {"REDIS_URL": redis_url, "DATABASE_URL": database_url, "RELAY_URL": places.relay_url}
+    return parse_config({**servers, "FASTWORKER_RESOLVE_HANDLES": "off"})
+
+
 async def mend(places: Places, redis_url: str, database_url: str, stopping: asyncio.Event) -> ExitCode:
-    config = parse_config({"REDIS_URL": redis_url, "DATABASE_URL": database_url, "RELAY_URL": places.relay_url})
+    config = settings(places, redis_url, database_url)
     from fastworker.commands.repairs import RepairOptions, repair  # noqa: PLC0415 - checks signatures
 
     async with Hosts(places.plc_url, own=frozenset(places.own), rate=lambda _: RATE) as hosts:

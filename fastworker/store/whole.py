@@ -77,7 +77,7 @@ async def write_whole(writer: Writer, db: Connection, batch: Batch) -> Written |
 def _is_small(writer: Writer, batch: Batch) -> bool:
     size = len(batch.changes)
     return (
-        size <= writer.whole_rows_max
+        0 < writer.whole_rows_max >= size
         and bool(size or batch.dids or batch.syncs or batch.progress)
         and size < writer.copying.rows_min
         and len(writer.unknown(batch.dids)) <= FEW_USERS

@@ -58,7 +58,7 @@ class Writer:
         self.verified_only = rules.verified_only
         self.many_relays = False  # seq alone orders nothing, and what has no rev is older than what has one
         self.copying = Copying()
-        self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call
+        self.whole_rows_max = SMALL_FLUSH  # changes of a flush that may go as one call; 0: none does
         self.crowd = CROWD
         self.later_s: tuple[float, ...] = LATER_S
         self.known: dict[str, None] = {}  # DIDs whose users row is committed

@@ -48,6 +48,7 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(judged, IPv4Address):
+        # mutant: private addresses are asked
         return _is_public_4(judged)
     inner = list(_inside(judged))
     if not all(_is_public_4(one) for one in inner):

@@ -211,8 +211,10 @@ class _Turns:
         if remaining is None or reset is None:
             return
         left_s = min(max(reset - time.time(), 1.0), TOLD_MAX_S)
+        # mutant: a host that has nothing left is asked on
         if remaining < 1:
             self.park(left_s, is_limited=True)
+        # mutant: headers slow nobody down
         self._rate = min(self._rate_max, max(remaining / left_s, 0.05))
 
     def limited(self, headers: Any) -> None:
@@ -233,6 +235,7 @@ class _Turns:
             # mutant: requests at once count as failures in a row
             if not (self.failures and self.parked_until > time.monotonic()):
                 self.failures += 1
+                # mutant: a host that fails is asked on
                 self.park(self._closed_s[min(self.failures, len(self._closed_s)) - 1], is_limited=False)
         else:
             self.failures = self.limits = 0
@@ -445,6 +448,7 @@ class Hosts:
         while (pause := turns.parked_until - time.monotonic()) > 0:
             if not turns.is_limited:
                 raise HostError(HostFault.UNREACHABLE, name, "left alone after it failed", pause)
+            # mutant: a pause of any length is waited for
             if time.monotonic() + pause > deadline:
                 raise HostError(HostFault.LIMITED, name, f"it wants {pause:.0f} s of rest", pause)
             await asyncio.sleep(pause)
@@ -476,8 +480,10 @@ class Hosts:
             own = (asked.host is not None and str(asked.origin()) in self._own) or (
                 asked is url and str(url).startswith(self._plc_url + "/")
             )
+            # mutant: where a redirect leads is not judged
             if not own and (why := refusal(asked)) is not None:
                 raise HostError(HostFault.REFUSED, url.authority, why)
+            # mutant: a redirect takes no turn
             if asked is not url:
                 await self._wait(self._of(asked.authority), asked.authority, deadline)
             self.requests[asked.authority] = self.requests.get(asked.authority, 0) + 1
@@ -510,9 +516,11 @@ class Hosts:
         async for piece in _decoded(response, host):
             size += len(piece)
             in_window += len(piece)
+            # mutant: a bomb is unpacked
             if size > bytes_max:
                 raise HostError(HostFault.TOO_LARGE, host, f"more than {bytes_max:,} bytes")
             if time.monotonic() > window_ends:
+                # mutant: a trickle is waited for
                 if in_window < bounds.least_bytes:
                     raise HostError(HostFault.SLOW, host, f"{in_window:,} bytes in {bounds.window_s:.0f} s")
                 in_window, window_ends = 0, time.monotonic() + bounds.window_s
@@ -538,6 +546,7 @@ async def _decoded(response: aiohttp.ClientResponse, host: str) -> AsyncIterator
                 raise HostError(HostFault.BAD_ANSWER, host, "gzip that does not unpack") from None
             left = packed.unconsumed_tail
             yield piece  # also an empty one: time and speed are looked at
+    # mutant: a packed body that ends early
     if not packed.eof:
         raise HostError(HostFault.BAD_ANSWER, host, "gzip that ends early")
 

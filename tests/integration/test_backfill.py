@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastworker.store.repos import CHOSEN, REPAIR, Wanted, open_queue
 from fastworker.stream.admin import open_redis
 from fastworker.sync import gaps, many
 from fastworker.sync.choice import Choice
+from fastworker.sync.hosts import Bounds, Hosts
 from fastworker.sync.lists import GAP
 from fastworker.table.chosen import Part
 from fastworker.table.snapshot import tid_of
@@ -212,6 +214,20 @@ async def test_choices(
     assert "accounts 2 to fetch" in words
     assert f"{scene.sim.directory.url.removeprefix('http://')}" not in words  # of this configuration: plc.directory
     assert "plc.directory 2 at most 100" in words
+    at = [("a.test:443", 18), ("b.test:443", 6)]  # whoever is not known is spread over hosts as these are
+    await pg.execute("DELETE FROM fastworker.repos")
+    for host, count in at:
+        await pg.execute(
+            "INSERT INTO fastworker.repos (did, host, reason, priority) "
+            "SELECT $1 || i, $1, 'backfill', 5 FROM generate_series(1, $2) AS i",
+            host, count,
+        )  # fmt: skip
+    file.write_text("\n".join(f"did:plc:unknown{number}" for number in range(40)))
+    assert await history.estimate(config_of(scene), Choice(dids=file), hosts=scene.hosts) == ExitCode.DONE
+    words = " ".join(capsys.readouterr().out.split())
+    assert "a.test 30 at most 100" in words
+    assert "b.test 10 at most 100" in words
+    assert "not known yet" not in words
 
 
 async def test_more_than_before_is_looked_at_again(postgres_url: str, pg: asyncpg.Connection) -> None:
@@ -313,3 +329,44 @@ async def test_claims(postgres_url: str, pg: asyncpg.Connection) -> None:
         await pg.execute("UPDATE fastworker.repos SET owner = 1 WHERE state = 'fetching'")  # a killed process
         async with open_queue(postgres_url) as other:
             assert await other.claim(8, CHOSEN)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("directory", "pds"), [(0.5, 100.0), (100.0, 0.25)], ids=["directory", "hosts"])
+async def test_an_estimate_tells_how_long_it_takes(
+    scene: Scene,
+    worker: Service,
+    pg: asyncpg.Connection,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    directory: float,
+    pds: float,
+) -> None:
+    """Within a fifth: where the directory allows the least, and where the hosts do, which are known by then."""
+    scene.happen(400, lose=lambda _: True)
+    plc = scene.sim.directory.url
+    config = parse_config(
+        {
+            "REDIS_URL": scene.config.redis_url,
+            "DATABASE_URL": scene.config.database_url or "",
+            "FASTWORKER_PLC_URL": plc,
+        }
+    )
+
+    def rate(host: str) -> float:
+        return directory if plc.endswith(host) else pds
+
+    (file := tmp_path / "dids").write_text("\n".join(one.did for one in scene.network.world.accounts()))
+    if pds < directory:  # a first time, so that it is known who is where
+        assert await chosen(scene, dids=file) == ExitCode.DONE
+    async with Hosts(plc, own=scene.sim.own, bounds=Bounds(wait_max_s=30), rate=rate) as hosts:
+        capsys.readouterr()
+        assert await history.estimate(config, Choice(dids=file), hosts=hosts) == ExitCode.DONE
+        told = re.search(r"^time +(\d+) s: ", words := capsys.readouterr().out, re.MULTILINE)
+        began = time.monotonic()
+        assert await backfill(config, Choice(dids=file, again=True), asyncio.Event(), hosts=hosts) == ExitCode.DONE
+    took = time.monotonic() - began
+    with capsys.disabled():
+        sys.stdout.write(f"\n{words}It took {took:.1f} s.\n")
+    assert told is not None, words
+    assert 0.8 < float(told[1]) / took < 1.2

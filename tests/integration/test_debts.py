@@ -284,17 +284,19 @@ async def test_new_users_are_made_piece_by_piece(postgres_url: str, pg: asyncpg.
         await held.start()
         await other.execute(sql.USERS, dids[-1:])
         writing = asyncio.create_task(store.write(batch_of(commits(*map(like, dids)))))
-        async with asyncio.timeout(20):
-            while await pg.fetchval("SELECT count(*) FROM users") < 2 * USERS_AT_ONCE:
-                await asyncio.sleep(0.01)
-            assert not writing.done()
-            await held.rollback()
-            await writing
+        there = 0
+        while there < 2 * USERS_AT_ONCE and not writing.done():
+            await asyncio.sleep(0.01)
+            there = await pg.fetchval("SELECT count(*) FROM users")
+        assert there == 2 * USERS_AT_ONCE
+        assert not writing.done()
+        await held.rollback()
+        await writing
         assert await pg.fetchval("SELECT count(*) FROM users") == len(dids)
     finally:
         await other.close()
         if writing is not None:
-            await writing
+            await asyncio.wait([writing])
         await store.close()
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from fastworker.commands import outage
+from fastworker.config import Config
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -121,6 +124,13 @@ def test_an_outage_is_repaired_from_the_hosts(folder: Path) -> None:
     assert float(before["users"]) < 1  # handles that changed
     assert float(before["fastworker.accounts"]) < 1  # and who came back
     assert_nothing_is_left(folder, process.pid)
+
+
+def test_a_repair_after_an_outage_writes_by_the_rules_of_the_demos_worker() -> None:
+    """Else it hides every handle that it finds: nobody verifies them here."""
+    places = outage.Places("http://plc.test", "ws://relay.test", [])
+    found = outage.settings(places, "redis://127.0.0.1", "postgresql://127.0.0.1/a").rules
+    assert found == Config(redis_url="redis://127.0.0.1", resolve_handles=False).rules
 
 
 def test_without_the_curves() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import sys
 import tempfile
 import time
@@ -182,6 +183,23 @@ async def test_an_encoding_that_nobody_asked_for(hosts: Hosts, pds: SimPds, acco
     assert await refused(hosts, account.did, tmp_path) == Refusal.BAD_ANSWER
 
 
+async def test_a_packed_body_that_ends_early(
+    hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its bytes may be there, and only the checksum is not: then the file looks whole."""
+    compress = gzip.compress
+    monkeypatch.setattr(gzip, "compress", lambda data, level: compress(data, level)[:-4])
+    assert await refused(hosts, account.did, tmp_path) == Refusal.BAD_ANSWER
+    assert len(pds.asked) == 3
+
+
+@pytest.mark.parametrize(("remaining", "is_paused"), [("0", True), ("1", False)])
+def test_a_host_that_has_nothing_left_is_asked_after_its_reset(remaining: str, is_paused: bool) -> None:
+    turns = edge._Turns(8.0, 4, (60.0,))
+    turns.told({"ratelimit-remaining": remaining, "ratelimit-reset": str(int(time.time()) + 60)})
+    assert turns.is_limited == (turns.parked_until > time.monotonic() + 50) == is_paused
+
+
 async def test_a_host_that_is_down_is_left_alone_and_its_neighbour_is_not(
     sim: SimHosts, hosts: Hosts, network: Network, tmp_path: Path
 ) -> None:
@@ -217,7 +235,8 @@ async def test_a_429_that_asks_for_more_than_we_wait(
     hosts: Hosts, pds: SimPds, account: Account, tmp_path: Path
 ) -> None:
     pds.fail("limited")  # 30 s, and the bounds here have 2
-    assert await refused(hosts, account.did, tmp_path) == Refusal.LIMITED
+    async with asyncio.timeout(20):
+        assert await refused(hosts, account.did, tmp_path) == Refusal.LIMITED
     assert len(pds.asked) == 1
 
 

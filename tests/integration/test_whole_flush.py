@@ -158,6 +158,14 @@ async def test_a_record_that_two_calls_put_in_two_places(
     assert await differences(lawful(events), pg) == "no difference"
 
 
+async def test_step_by_step_is_every_flush(store: Told) -> None:
+    """Also one without rows, which has fewer than any limit: races hold a writer between its steps."""
+    store.writer.whole_rows_max = 0
+    await store.write(batch_of(commits(identity(A, "a.test"))))
+    await store.write(batch_of(commits(like(A))))
+    assert store.whole == [False, False]
+
+
 @pytest.mark.parametrize("whole_rows_max", [0, 200], ids=["step by step", "whole"])
 async def test_a_post_that_is_locked_is_not_waited_for_but_owed(
     store: Told, pg: asyncpg.Connection, postgres_url: str, whole_rows_max: int
