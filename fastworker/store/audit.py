@@ -179,9 +179,12 @@ def _twins(where: Where, _: frozenset[str]) -> str:
     """Twins that wait although the table holds no row of their pair, or one that comes after them."""
 
     def of(table: Table) -> str:
-        # The collation of the contract's columns: with that of ours their index would not be looked into.
+        # In the collation of the contract's columns, whose index could not be looked into with that of ours. As a
+        # range: of equal columns PostgreSQL may look up one alone, and a post may have a million likes.
         pair = 't.pair COLLATE "default"'
-        on = " AND ".join(f"w.{c} = split_part({pair}, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
+        held = _row([f"w.{column}" for column in table.pair])
+        waits = _row([f"split_part({pair}, E'\\n', {number})" for number in range(1, len(table.pair) + 1)])
+        on = f"{held} >= {waits} AND {held} <= {waits}"
         return (
             f"SELECT t.uri, t.pair, w.uri AS holder, t.rkey, {_rank(table, 'w.uri')} AS holds, "
             f"{_rank(table, 't.uri')} AS waits FROM fastworker.twins AS t "
