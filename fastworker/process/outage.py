@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Final
@@ -11,6 +12,8 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 AGAIN_S: Final = 60.0
+_ANSWER: Final = re.compile(r"SQLSTATE (?!57P|08)| refuses ", re.ASCII)
+"""A server that says why not is not away, unless it says that it goes (57P01, 08006 and the like)."""
 
 
 class Outage:
@@ -21,9 +24,11 @@ class Outage:
         self._clock = clock
         self._since: float | None = None
         self._told = 0.0
+        self._does = ""  # is away, or refuses
 
     def look(self, why: str | None, so: str = "", *, answered_at: float = math.inf) -> None:
-        """`why` it is away, None when nothing says so. `so`: what that means by now, for the line of each minute.
+        """`why` it is away, or refuses; None when nothing says so. `so`: what that means by now, for the line of each
+        minute.
 
         `answered_at`, by the same clock: an outage ends with an answer, not because those that waited are gone.
         """
@@ -32,14 +37,17 @@ class Outage:
             why = ""
         if why is None:
             if self._since is not None:
-                log.info("%s is back after %s", self._server, span(now - self._since))
+                again = "goes on" if self._does == "refuses" else "is back"
+                log.info("%s %s after %s", self._server, again, span(now - self._since))
             self._since = None
         elif self._since is None:
             self._since = self._told = now
-            log.warning("%s is away: %s", self._server, why)
+            self._does = "refuses" if _ANSWER.search(why) else "is away"
+            log.warning("%s %s: %s", self._server, self._does, why)
         elif now - self._told >= AGAIN_S:
             self._told = now
-            log.warning("%s away for %s%s", self._server, span(now - self._since), f", {so}" if so else "")
+            does = self._does.removeprefix("is ")
+            log.warning("%s %s for %s%s", self._server, does, span(now - self._since), f", {so}" if so else "")
 
 
 def span(seconds: float) -> str:

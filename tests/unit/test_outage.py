@@ -30,6 +30,30 @@ def test_an_outage_is_one_line_at_its_beginning_one_each_minute_and_one_at_its_e
     assert caplog.messages[-1] == "PostgreSQL is away: again"
 
 
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        ("PostgreSQL", "StoreUnavailable: PostgreSQL: canceling statement due to lock timeout (SQLSTATE 55P03)."),
+        ("Redis", "StreamUnavailable: Redis refuses XACK: a right is missing"),
+    ],
+)
+def test_a_server_that_says_why_not_is_not_away(caplog: pytest.LogCaptureFixture, server: str, why: str) -> None:
+    caplog.set_level(logging.INFO)
+    now = 0.0
+    outage = Outage(server, clock=lambda: now)
+    outage.look(why)
+    now = 61.0
+    outage.look(why, "70 entries wait")
+    outage.look(None)
+    assert caplog.messages == [
+        f"{server} refuses: {why}",
+        f"{server} refuses for 61 s, 70 entries wait",
+        f"{server} goes on after 61 s",
+    ]
+    outage.look("terminating connection due to administrator command (SQLSTATE 57P01)")
+    assert caplog.messages[-1].startswith(f"{server} is away: terminating")
+
+
 def test_an_outage_ends_with_an_answer(caplog: pytest.LogCaptureFixture) -> None:
     """Not because the process that waited was replaced, and its successor says nothing yet."""
     caplog.set_level(logging.INFO)
