@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastworker.errors import StreamUnavailable
+from fastworker.errors import StoreUnavailable, StreamUnavailable
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import Keys
@@ -51,7 +51,8 @@ class Group:
         """Create the group, and the stream, if they are missing.
 
         A new group starts behind what PostgreSQL remembers as settled, if that id belongs to this stream (an
-        empty or foreign Redis has lower ids), else at the beginning: never later than what is unfinished.
+        empty or foreign Redis has lower ids), else at the beginning: never later than what is unfinished. Raises
+        StreamUnavailable, also while PostgreSQL does not tell.
         """
         try:
             groups = await self._redis.xinfo_groups(self._stream_key)
@@ -62,7 +63,10 @@ class Group:
         if any(group["name"] == self._name.encode() for group in groups):
             return
         start = "0-0"
-        finished = await self._last_finished()
+        try:
+            finished = await self._last_finished()
+        except StoreUnavailable as error:
+            raise StreamUnavailable(f"the group is gone, and where it begins is in PostgreSQL: {error}") from error
         if finished is not None and await self._redis.exists(self._stream_key):
             info = await self._redis.xinfo_stream(self._stream_key)
             if id_order(finished) <= id_order(info["last-generated-id"].decode()):

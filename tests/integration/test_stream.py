@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from fastworker.errors import Reason, StreamUnavailable
+from fastworker.errors import Reason, StoreUnavailable, StreamUnavailable
 from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import (
@@ -472,6 +472,29 @@ async def test_a_lost_group_starts_behind_what_postgresql_knows(redis: Any) -> N
     with pytest.raises(StreamUnavailable, match="group"):
         await stream.read(block_ms=1)
     assert [e for e, _ in await stream.read(block_ms=1)] == ids[4:]
+
+
+async def test_a_lost_group_waits_for_postgresql_which_knows_where_it_begins(redis: Any) -> None:
+    """Both servers are in trouble at once: it is the stream that cannot be read, whatever the other one says."""
+    stream = await consumer(redis)
+    ids = await add(redis, 5)
+    is_away = True
+
+    async def finished() -> str:
+        if is_away:
+            raise StoreUnavailable("All 2 connections are at work, or wait for locks")
+        return ids[1]
+
+    stream = await consumer(redis, last_finished=finished)
+    await redis.xgroup_destroy(KEY, GROUP)
+    for attempt in (stream.read(block_ms=1), stream.lowest_pending()):
+        with pytest.raises(StreamUnavailable, match="group is gone.*PostgreSQL: All 2 connections"):
+            await attempt
+        await redis.delete(USUAL.recreate_lock)
+    is_away = False
+    with pytest.raises(StreamUnavailable, match="created again"):
+        await stream.read(block_ms=1)
+    assert [e for e, _ in await stream.read(block_ms=1)] == ids[2:]
 
 
 async def test_an_empty_redis_starts_at_the_beginning(redis: Any) -> None:
