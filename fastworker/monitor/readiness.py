@@ -100,8 +100,14 @@ def readiness(facts: Facts) -> list[str]:
     if facts.pending_id is not None and facts.pending_s > PENDING_S:
         why.append(f"the entry {facts.pending_id} is not settled for {facts.pending_s:.0f} s")
     before = facts.behind_before_s
-    if facts.behind_s > BEHIND_S and before is not None and facts.behind_s >= before:
-        why.append(f"the oldest unfinished entry is {facts.behind_s:.0f} s old, and gets no younger")
+    # mutant: behind, and nobody knows whether it catches up
+    if facts.behind_s > BEHIND_S and (before is None or facts.behind_s >= before):
+        so = (
+            "gets no younger"
+            if before is not None
+            else f"whether it gets younger is known {WINDOW_S / 2:.0f} s after a start"
+        )
+        why.append(f"the oldest unfinished entry is {facts.behind_s:.0f} s old, and {so}")
     if facts.set_aside >= ASIDE_MIN and facts.set_aside > ASIDE_SHARE * facts.finished:
         why.append(f"{facts.set_aside} of the last {facts.finished} entries were set aside: see `fastworker dlq list`")
     if facts.clocks:
