@@ -671,6 +671,12 @@ Every other collection goes to `generic_records`."""
 UNTOUCHED = {"bookmarks", "labels"}
 """Others write these, too: a snapshot says nothing about them."""
 
+REPLACED = {
+    *("app.bsky.feed.threadgate", "app.bsky.feed.postgate"),
+    *("app.bsky.graph.list", "app.bsky.feed.generator", "app.bsky.graph.starterpack"),
+}
+"""The key of these does not tell when they were written: a gate has that of its post, the others are replaced."""
+
 NEW_USERS = {"follows": "following_did", "blocks": "blocked_did", "list_items": "subject_did"}
 """Columns whose DID gets a users row."""
 
@@ -806,10 +812,10 @@ class Model:
             return
         self._floors[did] = max(self._floors.get(did, ("", 0)), (event["rev"], event["seq"]))
         for path, one in event["records"].items():
-            rkey = path.partition("/")[2]
+            collection, _, rkey = path.partition("/")
             is_tid = len(rkey) == 13 and set(rkey) <= set("234567abcdefghijklmnopqrstuvwxyz") and rkey[0] <= "j"
             time = tid_time(rkey) if is_tid else taken_at
-            if not datetime(2022, 1, 1) <= time <= taken_at + CLOCK_SKEW:  # noqa: DTZ001
+            if not datetime(2022, 1, 1) <= time <= taken_at + CLOCK_SKEW or collection in REPLACED:  # noqa: DTZ001
                 time = taken_at
             told = {"repo": did, "rev": event["rev"], "seq": event["seq"], "time": time.isoformat()}
             try:

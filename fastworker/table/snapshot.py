@@ -32,6 +32,13 @@ _LAST: Final = "j" + 12 * "z"
 PIECE_BYTES: Final = 8 * 1024 * 1024
 UNTOUCHED: Final = frozenset((BOOKMARKS.name, LABELS.name))
 """Tables whose rows others write, too: no snapshot touches them."""
+REPLACED: Final = frozenset(
+    (
+        *("app.bsky.feed.threadgate", "app.bsky.feed.postgate"),
+        *("app.bsky.graph.list", "app.bsky.feed.generator", "app.bsky.graph.starterpack"),
+    )
+)
+"""Collections whose key says nothing of when a record was written: a gate has its post's, the others are replaced."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -92,7 +99,7 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
         piece.others.add(uri)
         piece.drops[str(Reason.BAD_HASH)] += 1
         return
-    moment = moment_of(rkey, snapshot.taken_at)
+    moment = moment_of(uri, rkey, snapshot.taken_at)
     op = Op("create", collection, rkey, cid_text(cid), block)
     mapped = map_at(Commit(snapshot.seq, snapshot.did, snapshot.rev, None, [op], []), moment, moment)
     for drop in mapped.drops:
@@ -104,10 +111,13 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
             piece.changes.append(change)
 
 
-def moment_of(rkey: str, taken_at: datetime) -> datetime:
+def moment_of(uri: str, rkey: str, taken_at: datetime) -> datetime:
     """When a record was written, as far as its key tells; else when the snapshot was taken."""
     moment = tid_moment(rkey)
-    return moment if moment is not None and _FIRST_TID <= moment <= taken_at + SKEW else taken_at
+    if moment is None or not _FIRST_TID <= moment <= taken_at + SKEW:
+        return taken_at
+    # mutant: a gate is as old as its post
+    return taken_at if uri.split("/", 4)[3] in REPLACED else moment
 
 
 def tid_moment(tid: str) -> datetime | None:

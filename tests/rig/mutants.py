@@ -232,6 +232,7 @@ MUTANTS = [
     _mutant("a joined row that is refused stops its flush", "fastworker/store/joined.py", f"{DEBTS}::test_a_joined_row_that_is_refused_is_put_back_alone", "raise"),
     _mutant("joined rows that are owed wait for maintenance", _PAY_ALL, f"{DEBTS}::test_what_another_leaves_is_paid_by_a_tick_and_told", "IF false THEN"),
     _mutant("behind, and nobody knows whether it catches up", "fastworker/monitor/readiness.py", RULES, "if facts.behind_s > BEHIND_S and before is not None and facts.behind_s >= before:"),
+    _mutant("a gate is as old as its post", "fastworker/table/snapshot.py", "tests/unit/test_snapshot.py", "return moment"),
     _mutant("debts that are never paid are not noticed", "fastworker/monitor/readiness.py", RULES, "if False:"),
     _mutant("counters are not paid after the commit", _FLUSH, DEBTS, "if False:"),
     _mutant("users that no later commit makes durable", _FLUSH, DEBTS, "if False:"),
