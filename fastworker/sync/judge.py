@@ -38,7 +38,7 @@ def agrees(
             return True
     elif expected == row:
         return True
-    moment = moment_of(change.uri, change.rkey, snapshot.taken_at)
+    moment = moment_of(change.uri.split("/", 4)[3], change.rkey, snapshot.taken_at)
     return all(is_judged_date(expected[table.index(column)], moment) for column in differing(table, expected, row))
 
 
@@ -77,7 +77,7 @@ def judge(change: Change, held: StoredRecord, standing: Standing | None, snapsho
     # mutant: a newer record is overwritten
     if not snapshot.beats(held.rev, held.seq):
         return ""
-    moment = moment_of(change.uri, change.rkey, snapshot.taken_at)
+    moment = moment_of(change.uri.split("/", 4)[3], change.rkey, snapshot.taken_at)
     row = change.row or ()
     differs = [
         column

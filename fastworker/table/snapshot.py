@@ -99,7 +99,7 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
         piece.others.add(uri)
         piece.drops[str(Reason.BAD_HASH)] += 1
         return
-    moment = moment_of(uri, rkey, snapshot.taken_at)
+    moment = moment_of(collection, rkey, snapshot.taken_at)
     op = Op("create", collection, rkey, cid_text(cid), block)
     mapped = map_at(Commit(snapshot.seq, snapshot.did, snapshot.rev, None, [op], []), moment, moment)
     for drop in mapped.drops:
@@ -111,13 +111,13 @@ def _put(piece: Piece, record: TreeRecord, snapshot: Snapshot) -> None:
             piece.changes.append(change)
 
 
-def moment_of(uri: str, rkey: str, taken_at: datetime) -> datetime:
+def moment_of(collection: str, rkey: str, taken_at: datetime) -> datetime:
     """When a record was written, as far as its key tells; else when the snapshot was taken."""
     moment = tid_moment(rkey)
     if moment is None or not _FIRST_TID <= moment <= taken_at + SKEW:
         return taken_at
     # mutant: a gate is as old as its post
-    return taken_at if uri.split("/", 4)[3] in REPLACED else moment
+    return taken_at if collection in REPLACED else moment
 
 
 def tid_moment(tid: str) -> datetime | None:
