@@ -25,6 +25,7 @@ from fastworker.redact import redact
 from fastworker.stream.bounded import BoundedParser
 from fastworker.stream.cluster import SlotPool, slot_pool
 from fastworker.stream.keys import STREAM
+from fastworker.stream.lineage import follow_lineage
 from fastworker.stream.places import FoundPool
 from fastworker.stream.scripts import command_at
 from fastworker.stream.sentinel import master_pool
@@ -128,6 +129,7 @@ def connect(
     except (ValueError, TypeError):  # its text may quote a piece of the password
         raise ConfigError(f"{redact(url)!r} is not a Redis URL: its port or an option cannot be read") from None
     pool.connection_kwargs["decode_responses"] = False  # whatever the URL's options say
+    follow_lineage(pool)
     return Redis.from_pool(pool)
 
 

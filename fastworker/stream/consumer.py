@@ -24,6 +24,7 @@ from fastworker.stream.group import Group, unknown
 from fastworker.stream.holding import Holding
 from fastworker.stream.keys import GROUP, USUAL, Keys
 from fastworker.stream.limits import BATCH_SIZE, DEAD_LETTERS_MAX
+from fastworker.stream.lineage import lineage_of
 from fastworker.stream.scripts import script
 from fastworker.stream.skipped import give_skipped
 
@@ -123,6 +124,8 @@ class WorkerStream:
         self._window = min(batch_size, STEP)  # of one XREADGROUP
         self._token = secrets.token_hex(8)
         self._holding = Holding()
+        self._lineage = lineage_of(redis)
+        self._seen_changes = 0
         self._is_released = False
         self._ending = asyncio.Lock()  # an ack and a renewal never overtake each other
         # The client's parser of stream replies costs more than everything else in a read.
@@ -188,11 +191,13 @@ class WorkerStream:
                 return
             args += [lowest, " ".join(self._holding.ids), told]
             ghosts = await self._renew(keys=keys, args=args)
+        self._meet()
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
 
     async def tell_held(self) -> None:
         """Record in Redis what was held for longer than a flush takes; acks and renewals record it otherwise."""
+        self._meet()
         if not self._holding.is_told:
             keys = [self.stream_key, self._keys.held, self._keys.reads, self._keys.given]
             async with self._ending, self._holding.telling() as told, translating(self._redis):
@@ -319,7 +324,9 @@ class WorkerStream:
             for ids in tallies.values():
                 self._holding.let_go(ids)
             async with self._holding.telling() as told:
-                return int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
+                acked = int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
+        self._meet()
+        return acked
 
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:
         """Move entries to the dead letters and ack them, in one script; the number that was still pending.
@@ -358,12 +365,22 @@ class WorkerStream:
             reply = await self._redis.execute_command(
                 "XREADGROUP", "GROUP", self.group, self.name, "COUNT", window, *block, "STREAMS", self.stream_key, ">"
             )
+        self._meet()
         if not (entries := _entries_of(reply)):
             return [], 0
         self._holding.read([entry_id for entry_id, _ in entries])
         sizes = [sum(map(len, fields.values())) for _, fields in entries]
         self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
+
+    def _meet(self) -> None:
+        """Redis may have forgotten our last acks, or that we were given what we hold: what it thinks is pending in our
+        name is read again, and only that is told to be held. The rest it gives again."""
+        # mutant: another history goes unnoticed
+        if self._seen_changes != self._lineage.changes:
+            self._seen_changes = self._lineage.changes
+            self._holding.forget()
+            self.lost_reply = True
 
     def _take_over(self, found: list[Any]) -> list[Entry]:
         if entries := _entries_of([[b"", found]]):

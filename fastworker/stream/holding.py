@@ -13,6 +13,7 @@ class Holding:
         self.ids: dict[str, None] = {}  # that were read and that no ack was sent for
         self._in_order = True  # they are in the order of the stream
         self._lowest_told = ""
+        self._must_tell = False
         self._reads: list[str] = []  # first and last id of each read that is not recorded yet
 
     def read(self, ids: Sequence[str]) -> None:
@@ -30,6 +31,11 @@ class Holding:
             self.ids.pop(entry_id, None)
         self._in_order = self._in_order or not self.ids
 
+    def forget(self) -> None:
+        """Redis does not know, or no longer knows, what of this was given to us: it is asked again."""
+        self.ids.clear()
+        self._in_order = self._must_tell = True
+
     @property
     def lowest(self) -> str:
         """Of the ids that we hold; empty: none."""
@@ -40,7 +46,7 @@ class Holding:
     @property
     def is_told(self) -> bool:
         """Nothing is to be recorded, except that what was recorded is settled."""
-        return not self._reads and self.lowest in ("", self._lowest_told)
+        return not (self._reads or self._must_tell) and self.lowest in ("", self._lowest_told)
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[tuple[str, str]]:
@@ -53,6 +59,7 @@ class Holding:
             self._reads = reads + self._reads
             raise
         self._lowest_told = lowest
+        self._must_tell = False
 
     def _hold(self, ids: Sequence[str]) -> None:
         newest = next(reversed(self.ids), None)

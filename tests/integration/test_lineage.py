@@ -1,0 +1,178 @@
+"""Another server takes Redis's place between two commands, and nobody sees a connection break while it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from fastworker.edge.embedded import EmbeddedRedis, free_port
+from fastworker.process.board import Heartbeats
+from fastworker.stream.client import connect
+from fastworker.stream.consumer import Tally, WorkerStream
+from fastworker.stream.keys import GROUP, STREAM, USUAL
+from fastworker.worker.intake import Intake
+from tests import replies
+from tests.rig.proxy import Proxy
+from tests.servers import RedisUnderTest
+
+COMMITTED = Tally("committed", "#commit")
+
+
+class Pair:
+    """Two servers: the second follows the first. Clients go to `proxy`, which leads to one of them."""
+
+    def __init__(self, servers: list[EmbeddedRedis], clients: list[Redis], proxy: Proxy) -> None:
+        self.first, self.second = clients
+        self.url = f"redis://127.0.0.1:{proxy.port}"
+        self._servers = servers
+        self._proxy = proxy
+
+    async def in_step(self) -> None:
+        """What the first was told so far, the second has."""
+        assert await self.first.wait(1, 5_000) == 1
+
+    async def apart(self) -> None:
+        """From here on the second gets nothing more, and is a master like the first."""
+        await self.in_step()
+        await self.second.replicaof("NO", "ONE")
+
+    async def switch(self, client: Redis) -> None:
+        """New connections lead to the second; those of the client, idle just now, are gone."""
+        self._proxy.target = "127.0.0.1", self._servers[1].port or 0
+        await client.connection_pool.disconnect()
+
+
+@pytest.fixture
+async def pair(server_dir: Path) -> AsyncIterator[Pair]:
+    async with contextlib.AsyncExitStack() as stack:
+        ports = free_port(), free_port()
+        lead = {"repl-diskless-sync-delay": "0"}
+        follow = {"replicaof": f"127.0.0.1 {ports[0]}"}
+        servers = []
+        for number, port in enumerate(ports):
+            settings = follow if number else lead
+            servers.append(stack.enter_context(RedisUnderTest(server_dir / str(number), port=port, settings=settings)))
+        clients = [await stack.enter_async_context(connect(server.url)) for server in servers]
+        proxy = await stack.enter_async_context(Proxy(("127.0.0.1", ports[0])))
+        async with asyncio.timeout(30):
+            while (await clients[1].info("replication"))["master_link_status"] != "up":
+                await asyncio.sleep(0.05)
+        yield Pair(servers, clients, proxy)
+
+
+@pytest.fixture
+async def through(pair: Pair) -> AsyncIterator[Redis]:
+    async with connect(pair.url) as client:
+        yield client
+
+
+async def add(redis: Redis, count: int) -> list[str]:
+    return [replies.text(await redis.xadd(STREAM, {"type": "commit", "data": "{}", "seq": "1"})) for _ in range(count)]
+
+
+async def counted(redis: Redis) -> dict[str, int]:
+    return replies.counts(await redis.hgetall(USUAL.ledger))
+
+
+def texts(reply: Any) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in reply.items()}
+
+
+async def pending(redis: Redis) -> list[str]:
+    found: Any = await redis.xpending_range(STREAM, GROUP, "-", "+", 100)
+    return [one["message_id"].decode() for one in found]
+
+
+async def test_an_ack_that_the_new_master_never_got_is_given_again(pair: Pair, through: Redis) -> None:
+    stream = WorkerStream(through, consumer_id="w")
+    await stream.acquire()
+    intake = Intake(stream, Heartbeats(1)[0])
+    ids = await add(pair.first, 5)
+    assert [one for one, _ in await intake.next(100)] == ids
+    await pair.apart()
+    assert await stream.ack({COMMITTED: ids}) == 5
+    await pair.switch(through)
+    again: list[str] = []
+    for _ in range(3):  # no error tells it, and nothing new comes
+        again += [one for one, _ in await intake.next(10)]
+    assert again == ids
+    assert await stream.ack({COMMITTED: again}) == 5
+    assert await pending(pair.second) == []
+    assert await counted(pair.second) == {"committed": 5}
+
+
+async def test_what_the_new_master_never_gave_is_not_held_there(
+    pair: Pair, through: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that dies then did not lose it: the group does not go back, and nothing is counted twice."""
+    dead = WorkerStream(through, consumer_id="w")
+    await dead.acquire()
+    ids = await add(pair.first, 5)
+    await pair.apart()
+    assert [one for one, _ in await dead.read(100)] == ids
+    await dead.tell_held()
+    assert texts(await pair.first.hgetall(USUAL.held)) == {"w-0": ids[0]}
+    await pair.switch(through)
+    await dead.renew()
+    await dead.tell_held()
+    other = WorkerStream(through, consumer_id="v")
+    await other.acquire()
+    assert [one for one, _ in await other.read(100)] == ids  # it was not given here
+    assert await other.ack({COMMITTED: ids}) == 5
+    await pair.second.delete(USUAL.consumer_lease("w-0"))  # it died
+    with caplog.at_level(logging.WARNING):
+        assert (await other.claim("w-0", idle_ms=0)).entries == []
+    assert caplog.messages == []
+    assert await other.read(1) == []
+    assert await counted(pair.second) == {"committed": 5}
+
+
+async def test_what_is_pending_on_the_new_master_is_held_there(pair: Pair, through: Redis) -> None:
+    """If somebody deletes the consumer then, it is still known what it held (go_back.lua)."""
+    stream = WorkerStream(through, consumer_id="w")
+    await stream.acquire()
+    ids = await add(pair.first, 5)
+    assert [one for one, _ in await stream.read(100)] == ids
+    await stream.tell_held()
+    await pair.apart()
+    await stream.ack({COMMITTED: ids[:2]})
+    await pair.switch(through)
+    await stream.renew()
+    assert stream.lost_reply
+    own, _ = await stream.read_own("0")
+    assert [one for one, _ in own] == ids
+    await stream.ack({COMMITTED: ids[:2]})
+    assert texts(await pair.second.hgetall(USUAL.held)) == {"w-0": ids[2]}
+
+
+async def test_a_restart_from_the_disk_is_noticed(redis_server_of_its_own: EmbeddedRedis) -> None:
+    async with connect(redis_server_of_its_own.url) as redis:
+        stream = WorkerStream(redis, consumer_id="w")
+        await stream.acquire()
+        await redis.connection_pool.disconnect()
+        await stream.read(1)
+        assert not stream.lost_reply  # the same server, on another connection
+        await asyncio.to_thread(redis_server_of_its_own.kill)
+        await asyncio.to_thread(redis_server_of_its_own.start)
+        await asyncio.sleep(0.1)
+        await stream.read(1)
+        assert stream.lost_reply
+
+
+@pytest.fixture
+async def redis_server_of_its_own(server_dir: Path) -> AsyncIterator[EmbeddedRedis]:
+    with RedisUnderTest(server_dir) as server:
+        yield server
+
+
+async def test_a_server_that_does_not_say_what_it_is_works_all_the_same(pair: Pair) -> None:
+    await pair.first.acl_setuser("mute", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-info"])
+    async with connect(pair.url.replace("redis://", "redis://mute:x@")) as redis:
+        assert await redis.ping()
