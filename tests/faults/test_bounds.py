@@ -36,6 +36,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._(ack|set_aside|lease|renew|release|claim|ack_ghosts|append|retry_letter|script)\(", "Redis: a script, SOCKET_TIMEOUT_S"),
     (r"^self\._xreadgroup\(", "Redis: BLOCK is less than SOCKET_TIMEOUT_S"),
     (r"^(self\._\w+|_\w+)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
+    (r"^self\.(send_command|read_response)\(", "Redis: a new connection's first question, SOCKET_TIMEOUT_S"),
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),
     (r"^(self\._?)?(connection|conn|db|pool|pg|_cursor|transaction)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
