@@ -260,13 +260,25 @@ class Cluster(_Several):
         """The slot of the stream to another master, as `valkey-cli --cluster reshard` does it."""
         at = self._find()
         source_id, target_id = self._name(at), self._name(target)
-        self.ask(target, "CLUSTER SETSLOT", self.slot, "IMPORTING", source_id)
-        self.ask(at, "CLUSTER SETSLOT", self.slot, "MIGRATING", target_id)
+        self._set_slot(target, "IMPORTING", source_id)
+        self._set_slot(at, "MIGRATING", target_id)
         port = self.servers[target].port or 0
         while keys := self.ask(at, "CLUSTER GETKEYSINSLOT", self.slot, 100):
             self.ask(at, "MIGRATE", "127.0.0.1", port, "", 0, 5_000, "KEYS", *keys)
         for number in (target, at, *({*self._masters()} - {target, at})):
-            self.ask(number, "CLUSTER SETSLOT", self.slot, "NODE", target_id)
+            self._set_slot(number, "NODE", target_id)
+
+    def _set_slot(self, number: int, how: str, node_id: str) -> None:
+        """A node whose replicas were cut off a moment ago refuses: it wants to pass it on to them first."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self.ask(number, "CLUSTER SETSLOT", self.slot, how, node_id)
+                return
+            except ResponseError as error:
+                if error_code(error) != "NOREPLICAS" or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
 
     async def _begin(self) -> None:
         for number in range(2 * NODES):
