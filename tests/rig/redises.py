@@ -274,11 +274,12 @@ class Cluster(_Several):
         while True:
             try:
                 self.ask(number, "CLUSTER SETSLOT", self.slot, how, node_id)
-                return
             except ResponseError as error:
                 if error_code(error) != "NOREPLICAS" or time.monotonic() > end:
                     raise
-            time.sleep(0.1)
+                time.sleep(0.1)
+            else:
+                return
 
     async def _begin(self) -> None:
         for number in range(2 * NODES):
