@@ -38,7 +38,9 @@ LEASE_MS: Final = 15_000
 FOREIGN_IDLE_MS: Final = 60_000
 """Predecessors hold no leases: their consumers are dead after so long without a sign ."""
 BURST_ENTRIES: Final = 1_000
-"""What one round trip asks for when there is a backlog, in reads of BATCH_SIZE each."""
+"""What one piece has when there is a backlog, in reads of BATCH_SIZE each; the first pieces have fewer."""
+FIRST_BURST: Final = 100
+"""The first piece: it is stored and acked while the next ones, each twice as large, are read."""
 READ_BYTES: Final = 4 * 1024 * 1024
 """Of one piece, whatever it is: a burst, what is read back, what is adopted. The last step may exceed it."""
 WINDOW: Final = 256
@@ -122,6 +124,7 @@ class WorkerStream:
         self._lease_ms = lease_ms
         self._foreign_idle_ms = foreign_idle_ms
         self._window = min(batch_size, STEP)  # of one XREADGROUP
+        self._burst = min(FIRST_BURST, BURST_ENTRIES)
         self._token = secrets.token_hex(8)
         self._holding = Holding()
         self._lineage = lineage_of(redis)
@@ -223,7 +226,7 @@ class WorkerStream:
             entries: list[Entry] = []
             size = 0
             block = () if self.backlog else ("BLOCK", block_ms)
-            while size < READ_BYTES and len(entries) < BURST_ENTRIES:
+            while size < READ_BYTES and len(entries) < self._burst:
                 window = self._window
                 try:
                     found, found_bytes = await self._read_window(window, block)
@@ -241,6 +244,7 @@ class WorkerStream:
                 self.backlog, block = len(found) >= window, ()
                 if not self.backlog:
                     break
+            self._burst = min(2 * self._burst, BURST_ENTRIES)
             return entries
 
     async def read_own(self, after: str, count: int = 100) -> tuple[list[Entry], str | None]:
