@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastworker.crashpoint import Step
 from fastworker.errors import RowRejected, StoreUnavailable
 from fastworker.store import statements as sql
-from fastworker.store.joined import recompute
+from fastworker.store.joined import crowded, recompute
 from fastworker.store.look import Key
 from fastworker.store.session import Connection, translating
 from fastworker.store.writer import Writer, halves
@@ -72,11 +72,32 @@ async def recompute_owed(writer: Writer, db: Connection, *, age_s: float) -> int
     return await _recompute_due(writer, db, age_s=age_s)
 
 
+async def next_crowd(writer: Writer, db: Connection) -> tuple[str, datetime] | None:
+    """The root of a large thread whose joined rows are owed, and since when; None while somebody pays another."""
+    found = await db.fetchrow(sql.NEXT_CROWD, writer.crowd)
+    return None if found is None else (found[0], found[1])
+
+
+async def pay_crowd(writer: Writer, db: Connection, root: str, owed_at: datetime) -> int:
+    """All of it, in pieces. `db`: a session that nobody waits for. Returns 0 where another process does it."""
+    if not await db.fetchval(sql.CROWD_LOCK):
+        return 0
+    try:
+        await writer.reach(Step.IN_RECHECK)
+        await _recompute_each(writer, db, {("root", root): owed_at})
+    finally:
+        if not db.is_closed():
+            await db.execute(sql.CROWD_UNLOCK)
+    return 1
+
+
 async def _recompute_due(writer: Writer, db: Connection, *, age_s: float) -> int:
-    owed = await db.fetch(sql.OWED, age_s, OWED_PIECE)
+    owed = {(r[0], r[1]): r[2] for r in await db.fetch(sql.OWED, age_s, OWED_PIECE)}
+    for root in await crowded(writer, db, owed.keys()):
+        del owed["root", root]
     if owed:
         await writer.reach(Step.IN_RECHECK)
-        await _recompute_each(writer, db, {(r[0], r[1]): r[2] for r in owed})
+        await _recompute_each(writer, db, owed)
     return len(owed)
 
 

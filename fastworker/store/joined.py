@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import partial
 
@@ -80,23 +81,28 @@ async def recompute(
     Without `wait`, a post that another flush has locked is left owed instead: `maintain` comes back to it.
     """
     keys = owed.keys() | fresh
-    roots = sorted(key for kind, key in keys if kind == "root")
     # mutant: a crowd at once
-    crowded = {r[0] for r in await db.fetch(sql.CROWDED, roots, writer.crowd)} if roots else set()
-    if crowded and not wait:
+    crowds = await crowded(writer, db, keys)
+    if crowds and not wait:
         if note is not None:
-            await writer.retry(lambda: db.execute(sql.OWE_ROOTS, sorted(crowded)))
-        owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowded}
-        keys = keys - {("root", root) for root in crowded}
-    elif crowded:
-        for root in sorted(crowded):
+            await writer.retry(lambda: db.execute(sql.OWE_ROOTS, sorted(crowds)))
+        owed = {key: since for key, since in owed.items() if key[0] != "root" or key[1] not in crowds}
+        keys = keys - {("root", root) for root in crowds}
+    elif crowds:
+        for root in sorted(crowds):
             await _recompute_crowd(writer, db, root)
     by_kind: dict[str, list[str]] = {kind: [] for kind in sql.JOINED}
     for kind, key in sorted(keys):
-        if kind != "root" or key not in crowded:
+        if kind != "root" or key not in crowds:
             by_kind[kind].append(key)
     done = columns((*key, since) for key, since in sorted(owed.items())) or [()] * 3
     await writer.retry(lambda: db.execute(sql.RECOMPUTE, *by_kind.values(), *done, note, wait, *writer.counted))
+
+
+async def crowded(writer: Writer, db: Connection, keys: Iterable[Key]) -> set[str]:
+    """Roots among these whose replies are too many to be recomputed at once."""
+    roots = sorted(key for kind, key in keys if kind == "root")
+    return {r[0] for r in await db.fetch(sql.CROWDED, roots, writer.crowd)} if roots else set()
 
 
 async def _recompute_crowd(writer: Writer, db: Connection, root: str) -> None:

@@ -28,6 +28,7 @@ from fastworker.store.schema_admin import AUTHORITY, KNOWS_FLOORS
 
 Connection = PoolConnectionProxy  # asyncpg's: dead after release
 
+APART_S = 10.0  # that a session which nobody needs any more is kept
 POOLER = (
     "PostgreSQL is reached through a pooler that gives each transaction another session: set it to session mode "
     "(pgbouncer: pool_mode = session) or connect directly"
@@ -141,7 +142,22 @@ def translating() -> Iterator[None]:
         raise StoreUnavailable(f"PostgreSQL cannot be reached: {words_of(error, AUTHORITY)}") from error
 
 
-async def open_pool(
+class Pools(NamedTuple):
+    """`flushes`: one connection for each. `apart`: one that is opened when it is needed, for what takes minutes."""
+
+    flushes: asyncpg.Pool[Any]
+    apart: asyncpg.Pool[Any]
+
+    async def close(self) -> None:
+        await self.apart.close()
+        await self.flushes.close()
+
+    def terminate(self) -> None:
+        self.apart.terminate()
+        self.flushes.terminate()
+
+
+async def open_pools(
     database_url: str,
     *,
     size: int,
@@ -150,10 +166,10 @@ async def open_pool(
     command_timeout_s: float,
     settings: str = SESSION + DURABLE,
     begin: Callable[[asyncpg.Connection[Any]], Awaitable[None]] | None = None,
-) -> asyncpg.Pool[Any]:
+) -> Pools:
     """Raises StoreUnavailable where the server cannot be reached or refuses, Unreachable for a transaction pooler.
 
-    `settings`: SQL that each new session begins with; `begin`: what is done then.
+    `size`: connections for flushes. `settings`: SQL that each new session begins with; `begin`: what is done then.
     """
 
     async def session(connection: asyncpg.Connection[Any]) -> None:
@@ -164,20 +180,24 @@ async def open_pool(
     async def keep(connection: asyncpg.Connection[Any]) -> None:
         """No reset between flushes: sessions hold nothing but settings, and it costs a round trip."""
 
-    with translating():
-        pool = await asyncpg.create_pool(
+    async def pool_of(connections: int, idle_s: float) -> asyncpg.Pool[Any]:
+        return await asyncpg.create_pool(
             database_url,
             min_size=0,  # the pool would keep more alive by itself, and log a traceback for each failure
-            max_size=size,
+            max_size=connections,
             init=session,
             reset=keep,
             timeout=connect_timeout_s,
             command_timeout=command_timeout_s,
-            max_inactive_connection_lifetime=0,
+            max_inactive_connection_lifetime=idle_s,
             server_settings={"application_name": application_name},
         )
+
+    with translating():
+        pools = Pools(await pool_of(size, 0), await pool_of(1, APART_S))
         try:
             async with contextlib.AsyncExitStack() as stack:
+                pool = pools.flushes
                 first = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
                 if size > 1:
                     second = await stack.enter_async_context(pool.acquire(timeout=connect_timeout_s))
@@ -187,9 +207,9 @@ async def open_pool(
                     stack.push_async_callback(another.close, timeout=5)
                     await _refuse_pooler(first, another)
         except BaseException:
-            pool.terminate()
+            pools.terminate()
             raise
-    return pool
+    return pools
 
 
 @contextlib.asynccontextmanager

@@ -717,6 +717,17 @@ CROWDED = (
     "SELECT u.uri FROM unnest($1::varchar[]) AS u (uri) WHERE "
     "(SELECT count(*) FROM (SELECT FROM public.posts AS p WHERE p.root_uri = u.uri LIMIT $2 + 1) AS few) > $2"
 )
+_CROWD_LOCK = 0x66776377  # "fwcw": the advisory lock of who recomputes a large thread
+CROWD_LOCK = f"SELECT pg_try_advisory_lock({_CROWD_LOCK}, 1)"
+CROWD_UNLOCK = f"SELECT pg_advisory_unlock({_CROWD_LOCK}, 1)"
+# The one that is owed longest, of more than $1 replies, while nobody has the lock
+NEXT_CROWD = (
+    "SELECT r.key, r.owed_at FROM fastworker.recheck AS r WHERE r.kind = 'root' AND r.not_before <= now() AND "
+    "(SELECT count(*) FROM (SELECT FROM public.posts AS p WHERE p.root_uri = r.key LIMIT $1 + 1) AS few) > $1 "
+    f"AND NOT EXISTS (SELECT FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.classid = {_CROWD_LOCK} "
+    "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.granted) "
+    "ORDER BY r.owed_since LIMIT 1"
+)
 CROWD = "DECLARE crowd CURSOR WITH HOLD FOR SELECT uri FROM public.posts WHERE root_uri = '{root}' AND uri <> root_uri"
 CROWD_PIECE = "FETCH {count} FROM crowd"
 AGGREGATES_DROP = (

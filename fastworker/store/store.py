@@ -24,10 +24,11 @@ from fastworker.store.session import (
     NO_HURRY,
     SESSION,
     Connection,
+    Pools,
     Time,
     borrow,
     hurried,
-    open_pool,
+    open_pools,
     translating,
 )
 from fastworker.store.upkeep import DEAD_COMMIT, HORIZON_NOTICE, TOMBSTONES_KEPT, EntryRules
@@ -40,7 +41,7 @@ PING_S = 3.0
 class Store:
     """The connections of one process, and the writer that uses them. Every method raises StoreUnavailable."""
 
-    _pool: asyncpg.Pool[Any]
+    _pools: Pools
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
@@ -71,7 +72,7 @@ class Store:
             store.sessions += 1
             store.writer.forget()
 
-        store._pool = await open_pool(
+        store._pools = await open_pools(
             database_url,
             size=pool_size,
             application_name=application_name,
@@ -85,20 +86,21 @@ class Store:
     async def close(self) -> None:
         try:
             async with asyncio.timeout(5):
-                await self._pool.close()
+                await self._pools.close()
         except (TimeoutError, OSError, InterfaceError, PostgresError):
-            self._pool.terminate()
+            self._pools.terminate()
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        async with borrow(self._pool) as db:
+        async with borrow(self._pools.flushes) as db:
             yield db
 
     @property
     def connections(self) -> tuple[int, int]:
         """Open, and of these at work."""
-        size = self._pool.get_size()
-        return size, size - self._pool.get_idle_size()
+        pool = self._pools.flushes
+        size = pool.get_size()
+        return size, size - pool.get_idle_size()
 
     async def ping(self) -> None:
         """Raises StoreUnavailable unless the server answers within a moment."""
@@ -152,9 +154,11 @@ class Store:
         async with self.connection() as db:
             return await blame.still_locked(db, rows)
 
-    async def maintain(self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT) -> int:
+    async def maintain(
+        self, *, owed_age_s: float = 10.0, dead_commit: timedelta = DEAD_COMMIT, crowds: bool = True
+    ) -> int:
         """What is still owed (counters, joined rows, purges of deleted accounts, second looks), in one bounded piece.
-        Joined rows that `pay` has left for `owed_age_s` are waited for.
+        Joined rows that `pay` has left for `owed_age_s` are waited for. Large threads are left to it without `crowds`.
 
         Returns how much was done; 0 means that nothing is owed. Called at start and on a slow tick. Where no other
         writer is at work, both ages may be 0. Each of the four is tried whatever became of the others; an error is
@@ -174,6 +178,11 @@ class Store:
                     done += await act(db)
             except (StoreUnavailable, RowRejected) as error:
                 failure = failure or error
+        if crowds:
+            try:
+                done += await self._pay_crowd()
+            except StoreUnavailable as error:
+                failure = failure or error
         if failure is not None and not done:
             raise StoreUnavailable(str(failure)) from failure
         return done
@@ -181,7 +190,18 @@ class Store:
     async def pay(self) -> int:
         """What flushes owe who died before they paid, or whose payer had looked already. For a quick tick."""
         async with self.connection() as db:
-            return await debts.pay_apart(self.writer, db)
+            paid = await debts.pay_apart(self.writer, db)
+        return paid + await self._pay_crowd()
+
+    async def _pay_crowd(self) -> int:
+        """The joined rows of one large thread. It takes minutes, in a session of its own: flushes need theirs."""
+        async with self.connection() as db:
+            crowd = await debts.next_crowd(self.writer, db)
+        if crowd is None:
+            return 0
+        # mutant: a large thread takes a flush's connection
+        async with borrow(self._pools.apart) as db:
+            return await debts.pay_crowd(self.writer, db, *crowd)
 
     async def debts(self) -> Debts:
         """What is owed now."""

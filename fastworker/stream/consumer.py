@@ -378,8 +378,7 @@ class WorkerStream:
         return entries, sum(sizes)
 
     def _meet(self) -> None:
-        """Redis may have forgotten our last acks, or that we were given what we hold: what it thinks is pending in our
-        name is read again, and only that is told to be held. The rest it gives again."""
+        """After a failover: what is pending in our name there is read again, and only that is told to be held."""
         # mutant: another history goes unnoticed
         if self._seen_changes != self._lineage.changes:
             self._seen_changes = self._lineage.changes

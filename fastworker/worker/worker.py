@@ -346,7 +346,7 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
         await failover.note(store)
 
     async def maintain() -> None:
-        while await store.maintain():
+        while await store.maintain(crowds=False):  # `_pay` has them
             slot.set(maintained_ms=now_ms())
         await _look_at_debts(slot, store)
 

@@ -18,6 +18,7 @@ import asyncpg
 import pytest
 from yarl import URL
 
+from fastworker.crashpoint import Step
 from fastworker.edge.embedded import EmbeddedPostgres, free_port
 from fastworker.errors import RowRejected, StoreUnavailable, Unreachable
 from fastworker.event import Account, Action, Commit, Op
@@ -27,7 +28,7 @@ from fastworker.store.blame import RowLocked, TooSlow
 from fastworker.store.migrate import migrate
 from fastworker.store.rules import Rules
 from fastworker.store.schema_admin import open_schema
-from fastworker.store.session import SESSION, Time
+from fastworker.store.session import SESSION, Time, borrow
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.table.batch import Batch
@@ -876,9 +877,10 @@ async def test_a_large_thread_is_recomputed_in_pieces(postgres_url: str, pg: asy
         await maintained(store)
         assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 0
         assert await pg.fetch("SELECT FROM fastworker.recheck") == []
-        async with store.connection() as connection:
-            assert await connection.fetchval("SHOW statement_timeout") == "1min"
-            assert await connection.fetch("SELECT FROM pg_cursors WHERE name = 'crowd'") == []
+        for pool in store._pools:
+            async with borrow(pool) as connection:
+                assert await connection.fetchval("SHOW statement_timeout") == "1min"
+                assert await connection.fetch("SELECT FROM pg_cursors WHERE name = 'crowd'") == []
         await pg.execute("DELETE FROM fastworker.versions")
         store.writer.whole_rows_max = 0
         await store.write(records("app.bsky.feed.post", first=1))  # the root comes after its replies
@@ -888,6 +890,42 @@ async def test_a_large_thread_is_recomputed_in_pieces(postgres_url: str, pg: asy
         assert await pg.fetch("SELECT FROM fastworker.recheck") == []
     finally:
         await store.close()
+
+
+async def test_a_large_thread_takes_nobody_s_connection(postgres_url: str, pg: asyncpg.Connection) -> None:
+    """It may take minutes: 1.6 million replies stopped a process of one connection for 100 s."""
+    [root] = records("app.bsky.feed.post").changes
+    store = await Store.connect(postgres_url, pool_size=1)
+    other = await Store.connect(postgres_url, pool_size=1)  # another process
+    store.writer.crowd = other.writer.crowd = 20
+    try:
+        await store.write(records("app.bsky.feed.post"))
+        ref = {"uri": root, "cid": CID}
+        await store.write(records("app.bsky.feed.post", 90, first=2, reply={"root": ref, "parent": ref}))
+        await store.write(records("app.bsky.feed.post", action="delete"))
+        at_it, go_on = asyncio.Event(), asyncio.Event()
+
+        async def wait(step: Step) -> None:
+            if step is Step.IN_RECHECK:
+                at_it.set()
+                await go_on.wait()
+
+        store.writer.on_step = wait
+        paying = asyncio.create_task(store.pay())
+        async with asyncio.timeout(60):
+            await at_it.wait()
+            await store.write(records("app.bsky.feed.like"))
+            assert await store.maintain(owed_age_s=0, crowds=False) == 0
+            assert await other.pay() == 0, "one process does it, the others need not wait"
+            assert store.connections == (1, 0)
+            go_on.set()
+            assert await paying == 1
+        assert await pg.fetchval("SELECT count(*) FROM thread_contexts") == 0
+        assert await pg.fetch("SELECT FROM fastworker.recheck") == []
+        assert await pg.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = x'66776377'::int") == []
+    finally:
+        await store.close()
+        await other.close()
 
 
 async def test_one_horizon_covers_many_pieces(postgres_url: str, pg: asyncpg.Connection) -> None:

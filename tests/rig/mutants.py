@@ -77,7 +77,9 @@ RULES = "tests/unit/test_readiness_rules.py"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
 FAULTS, DEBTS = "tests/faults/test_postgres_faults.py", "tests/integration/test_debts.py"
-CROWDS = f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces"
+CROWDS = (
+    f"{FAULTS}::test_a_large_thread_is_recomputed_in_pieces {FAULTS}::test_a_large_thread_takes_nobody_s_connection"
+)
 OF_HOSTS, OF_FAULTS = "tests/integration/test_hosts.py", "tests/integration/test_failure_table.py"
 OF_BACKFILL, OF_FILTER = (f"tests/integration/test_{name}.py" for name in ("backfill", "reader_filter"))
 _FILTER = "fastworker/reader/filter.py"
@@ -255,7 +257,8 @@ MUTANTS = [
     _mutant("gate flags mixed up", _RECOMPUTE, LAW, "'thread') AS post", "'post') AS post"),
     _mutant("empty aggregates stay", _RECOMPUTE, LAW, "AND false;"),
     _mutant("no crowd bound", "fastworker/store/look.py", CROWDS, "if crowded := []:"),
-    _mutant("a crowd at once", "fastworker/store/joined.py", CROWDS, "crowded = set()"),
+    _mutant("a crowd at once", "fastworker/store/joined.py", CROWDS, "crowds = set()"),
+    _mutant("a large thread takes a flush's connection", "fastworker/store/store.py", CROWDS, "async with self.connection() as db:"),
     # accounts, relays, handles
     _mutant("deleted accounts not looked at", "fastworker/store/look.py", BUGS, "False", "is_gone(change.rev, change.seq, *gone)"),
     _mutant("purge never begins", _STATEMENTS, LAW, "", ", purge_pending = true, purged_at = NULL"),
