@@ -300,8 +300,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _env(
             "DB_POOL_SIZE",
             "worker up check",
-            "Most PostgreSQL connections of the whole worker, all processes together; pipelines shrink to it. One more is "
-            "opened while a thread of thousands of replies is worked through.",
+            "Most PostgreSQL connections of the whole worker, all processes together; pipelines shrink to it. One more "
+            "is opened while a thread of thousands of replies is worked through.",
             read=_integer,
         ),
     ] = 8
