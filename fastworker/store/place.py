@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeAlias
 
 import asyncpg
@@ -24,6 +25,7 @@ SELECT (SELECT system_identifier::text FROM pg_catalog.pg_control_system()),
        pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint,
        pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint
 """
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MANAGED: Final = (  # some managed servers do not allow the question
     FeatureNotSupportedError,
     InsufficientPrivilegeError,
@@ -38,8 +40,9 @@ NewConnection: TypeAlias = "asyncpg.Connection[Any]"
 class Place(msgspec.Struct, frozen=True, kw_only=True):
     """`system` empty: the server does not tell which it is, and only progress can be compared.
 
-    `entry_id`, `seq`: its progress on the stream; empty and None where there is none. `relay`: the only host whose
-    numbers `seq` can be; empty: none was named; `seq` is None where there are several.
+    `entry_id`, `seq`: its progress on the stream; empty and None where there is none. `noted_us`: when any of it was
+    written last, in microseconds since 1970, by the server's clock. `relay`: the only host whose numbers `seq` can be;
+    empty: none was named; `seq` is None where there are several.
     """
 
     system: str = ""
@@ -47,6 +50,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     flushed: int = 0  # bytes of log that are on disk
     inserted: int = 0  # bytes of log that end a record
     entry_id: str = ""
+    noted_us: int = 0
     seq: int | None = None
     relay: str = ""
 
@@ -64,6 +68,10 @@ async def places_of(connection: Connection | NewConnection, streams: Sequence[st
         hosts = [row[0] for row in await connection.fetch("SELECT host FROM fastworker.relays LIMIT 2")]
     system, timeline, flushed, inserted = told or ("", 0, 0, 0)
     newest: dict[str, Any] = {}
+    noted_us: dict[str, int] = {}
+    for mark in marks:
+        at = (mark["stored_at"] - _EPOCH) // timedelta(microseconds=1)
+        noted_us[mark["stream"]] = max(at, noted_us.get(mark["stream"], 0))
     for mark in sorted(marks, key=lambda mark: [int(part) for part in mark["entry_id"].split("-")]):
         newest[mark["stream"]] = mark
     return [
@@ -73,8 +81,9 @@ async def places_of(connection: Connection | NewConnection, streams: Sequence[st
             flushed=flushed,
             inserted=inserted,
             entry_id=mark["entry_id"] if mark else "",
+            noted_us=noted_us.get(stream, 0),
             seq=mark["seq"] if mark and len(hosts) < 2 else None,
             relay=hosts[0] if len(hosts) == 1 else "",
         )
-        for mark in map(newest.get, streams)
+        for stream, mark in ((stream, newest.get(stream)) for stream in streams)
     ]

@@ -452,7 +452,7 @@ REFUSED = (
     "WHERE NOT fastworker.newer(r.rev, r.seq, excluded.rev, excluded.seq)"
 )
 FOLLOWED = "SELECT DISTINCT following_did FROM public.follows WHERE follower_did = ANY($1::varchar[])"
-FINISHED = "SELECT stream, seq, entry_id FROM fastworker.progress WHERE stream = ANY ($1::text[])"
+FINISHED = "SELECT stream, seq, entry_id, stored_at FROM fastworker.progress WHERE stream = ANY ($1::text[])"
 NOTE_PROGRESS = (
     "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id) VALUES ($1, $2, $3, $4) "
     "ON CONFLICT (stream, consumer) DO UPDATE SET seq = excluded.seq, entry_id = excluded.entry_id, stored_at = now()"

@@ -16,12 +16,14 @@ from fastworker.stream.scripts import script
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """`written`: bytes of log that were on disk, up to the end of a record."""
+    """`written`: bytes of log that were on disk, up to the end of a record. `noted_us`: when progress was written last,
+    as the server says; 0 where a release before this one remembered."""
 
     system: str = ""
     timeline: int = 0
     written: int = 0
     entry_id: str = ""
+    noted_us: int = 0
 
 
 class Memory(NamedTuple):
@@ -42,7 +44,7 @@ class Database:
     def __init__(self, redis: Redis, keys: Keys, group: str) -> None:
         self._redis = redis
         self._group = group
-        self._keys = [keys.database, keys.stream, keys.ledger, keys.go_back, keys.given]
+        self._keys = [keys.database, keys.stream, keys.ledger, keys.go_back, keys.given, keys.held]
         self._remember = redis.register_script(script("remember"))
 
     async def look(self) -> Memory:

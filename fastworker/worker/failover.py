@@ -88,17 +88,20 @@ class _Partition:
         written = self._inserted if self._inserted <= found.flushed else 0
         self._inserted = found.inserted
         before = memory.known or Known()
+        # Progress that somebody wrote since may be behind: Redis went back, and has entries pending that were not.
+        is_newer = found.noted_us > before.noted_us
         now = Known(
             system=found.system,
             timeline=found.timeline,
             written=max(written, before.written),
-            entry_id=max(before.entry_id, found.entry_id, key=_order),
+            entry_id=found.entry_id if is_newer else max(before.entry_id, found.entry_id, key=_order),
+            noted_us=max(before.noted_us, found.noted_us),
         )
         return now == memory.known or await self.database.remember(memory, now) >= 0
 
     async def _go_back(self, memory: Memory, found: Place, why: str) -> bool:
         self._inserted = found.inserted
-        now = Known(system=found.system, timeline=found.timeline, entry_id=found.entry_id)
+        now = Known(system=found.system, timeline=found.timeline, entry_id=found.entry_id, noted_us=found.noted_us)
         again = await self.database.remember(
             memory, now, back_to=found.entry_id or "0-0", reader=GoBack(found.seq, found.relay)
         )
@@ -126,6 +129,8 @@ def _what_happened(known: Known | None, found: Place) -> str:
             return f"it is on timeline {found.timeline}, not {known.timeline}"
         if found.flushed < known.written:
             return f"its log ends {known.written - found.flushed:,} bytes before what was written"
-    if _order(found.entry_id) < _order(known.entry_id):
+    is_ours = 0 < known.noted_us < found.noted_us  # what is behind was written by a worker, and by no restore
+    # mutant: a worker's own progress looks like a restore
+    if _order(found.entry_id) < _order(known.entry_id) and not is_ours:
         return f"its progress is {found.entry_id or 'none'}, and was {known.entry_id}"
     return ""

@@ -25,10 +25,11 @@ from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
 from fastworker.stream.client import connect
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import USUAL
+from fastworker.stream.keys import GROUP, USUAL
 from fastworker.table.batch import Batch, Progress
 from fastworker.table.mapper import map_commit
 from fastworker.worker import worker as worker_module
+from fastworker.worker.failover import Failover
 from tests.e2e.house import House
 from tests.runs import usually
 from tests.servers import PostgresUnderTest, connected
@@ -192,3 +193,35 @@ async def test_a_progress_found_out_before_a_new_session_is_not_written(postgres
             assert await pg.fetchval("SELECT count(*) FROM fastworker.progress") == expected
     finally:
         await store.close()
+
+
+async def test_a_progress_that_a_worker_takes_back_is_no_restore(redis_url: str, postgres_url: str, pg: Any) -> None:
+    """Redis went back (a replica took over): what is pending there again is behind what was noted before."""
+    await pg.execute(
+        "INSERT INTO fastworker.progress (stream, consumer, seq, entry_id, stored_at) "
+        "VALUES ($1, 'w-0', 100, '100-0', now() - interval '1 hour')",
+        STREAM,
+    )
+    async with connect(redis_url) as redis:
+        failover = Failover(redis, STREAM, GROUP)
+
+        async def known() -> str:
+            return str(json.loads(await redis.get(USUAL.database) or b"{}").get("entry_id"))
+
+        for entry_id in ("100-0", "60-0", "60-0"):
+            await pg.execute(
+                "UPDATE fastworker.progress SET entry_id = $1, stored_at = now() WHERE entry_id <> $1", entry_id
+            )
+            await failover.meet(pg)
+            assert await known() == entry_id
+            assert not await redis.exists(USUAL.go_back)
+        # An earlier state of the table, and who was given what since: nobody need go back a second time.
+        await pg.execute("UPDATE fastworker.progress SET entry_id = '40-0', stored_at = now() - interval '1 minute'")
+        await redis.hset(USUAL.held, mapping={"w-0": "30-0", "w-1": "50-0"})
+        await redis.xadd(STREAM, {"type": "commit", "data": "{}", "seq": "1"}, id="70-0")
+        await redis.xgroup_create(STREAM, GROUP, id="70-0")
+        await failover.meet(pg)
+        assert await known() == "40-0"
+        assert await redis.hgetall(USUAL.held) == {b"w-0": b"30-0"}
+        [group] = await redis.xinfo_groups(STREAM)
+        assert group["last-delivered-id"] == b"40-0"

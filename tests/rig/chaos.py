@@ -259,13 +259,14 @@ class Chaos:
         return Outcome(len(self._served), entries, ledger, done, stage.worker.crashes, problems)
 
     async def _unbalanced(self) -> list[str]:
-        poison = self._poison
-        if (
-            self._form.redis
-        ):  # who takes a server's place may not have got what was put there last, and nobody repeats it
-            poison = min(poison, int(await self.stage.redis.xlen(self.stage.keys.dead_letters)))
+        letters = poison = self._poison
+        if self._form.redis:
+            # Who takes a server's place may not have got the poison that was put there last, and nobody repeats it; or
+            # not that it was set aside, and then there are two letters of it.
+            found: Any = await self.stage.redis.xrange(self.stage.keys.dead_letters)
+            letters, poison = len(found), len({fields[b"origId"] for _, fields in found})
         expected = entries_of(self._served, "native" if self._form.partitions else "json")
-        return await self.stage.unbalanced(poison + expected, {"bad_json": poison} if poison else {})
+        return await self.stage.unbalanced(poison + expected, {"bad_json": letters} if letters else {})
 
     async def _lost(self) -> list[str]:
         """With people at work: whether a gap is recorded that is none, or more was set aside than they can have doubled."""

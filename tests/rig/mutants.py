@@ -289,6 +289,7 @@ MUTANTS = [
     _mutant("what is too slow is tried for ever", "fastworker/worker/slow.py", OF_PIPELINE, "if False:"),
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
+    _mutant("a worker's own progress looks like a restore", "fastworker/worker/failover.py", "tests/faults/test_failover.py::test_a_progress_that_a_worker_takes_back_is_no_restore", "if _order(found.entry_id) < _order(known.entry_id):"),
     _mutant("another history goes unnoticed", "fastworker/stream/consumer.py", "tests/integration/test_lineage.py", "if False:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
     _mutant("what is gone is forgotten while no reader is at work", f"{_LUA}/give_skipped.lua", OF_STREAM, "if lost_before(from) and (ARGV[5] == 'reader' or redis.call('EXISTS', KEYS[8]) == 1) then"),

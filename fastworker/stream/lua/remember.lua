@@ -1,4 +1,4 @@
--- KEYS database, stream, ledger, go back, given. ARGV what it was, what it is, group, the entry up to which all is stored ('':
+-- KEYS database, stream, ledger, go back, given, held. ARGV what it was, what it is, group, the entry up to which all is stored ('':
 -- not back), JSON for the reader. Answers -1 (somebody else changed it), or how many finished entries are given again.
 -- The ledger counts each entry once: those that come again had ended, or are taken from who holds them. Of more than
 -- 20,000 the rest is not looked at.
@@ -20,6 +20,11 @@ if group and before(at, group['last-delivered-id']) then
     again = again + #found - #pending
   end
   redis.call('XGROUP', 'SETID', KEYS[2], ARGV[3], at)
+  -- Who is said to hold some of them and dies need not make the group go back once more.
+  local held = redis.call('HGETALL', KEYS[6])
+  for i = 1, #held, 2 do
+    if before(at, held[i + 1]) then redis.call('HDEL', KEYS[6], held[i]) end
+  end
   given_up_to(KEYS[5], at)
   if again > 0 then redis.call('HINCRBY', KEYS[3], 'committed', -again) end
 end
