@@ -8,6 +8,7 @@ killed half way, and the ledger still balances. Knows nothing of what an entry m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from fastworker.errors import Reason
+from fastworker.errors import Reason, StreamUnavailable
 from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
@@ -178,16 +179,9 @@ class WorkerStream:
 
     async def renew(self) -> None:
         """Keep the lease, and fresh what we hold: old workers claim at 10 seconds."""
-        keys = [
-            self._keys.consumer_lease(self.name),
-            self._keys.consumers,
-            self.stream_key,
-            self._keys.ledger,
-            self._keys.held,
-            self._keys.reads,
-            self._keys.tellers,
-            self._keys.given,
-        ]
+        own = self._keys
+        lease = own.consumer_lease(self.name)
+        keys = [lease, own.consumers, self.stream_key, own.ledger, own.held, own.reads, own.tellers, own.given]
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
         async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
             if self._is_released:  # meanwhile: the name may be somebody else's
@@ -329,7 +323,9 @@ class WorkerStream:
                 self._holding.let_go(ids)
             async with self._holding.telling() as told:
                 acked = int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
-        self._meet()
+        if self._meet():
+            with contextlib.suppress(StreamUnavailable):
+                await self.tell_held()
         return acked
 
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:
@@ -377,13 +373,15 @@ class WorkerStream:
         self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
 
-    def _meet(self) -> None:
+    def _meet(self) -> bool:
         """After a failover: what is pending in our name there is read again, and only that is told to be held."""
         # mutant: another history goes unnoticed
-        if self._seen_changes != self._lineage.changes:
-            self._seen_changes = self._lineage.changes
-            self._holding.forget()
-            self.lost_reply = True
+        if self._seen_changes == self._lineage.changes:
+            return False
+        self._seen_changes = self._lineage.changes
+        self._holding.forget()
+        self.lost_reply = True
+        return True
 
     def _take_over(self, found: list[Any]) -> list[Entry]:
         if entries := _entries_of([[b"", found]]):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Final
 
 from fastworker.stream.ids import id_order
+
+READS_KEPT: Final = 1_000
+"""Reads that were recorded lately: so many may be unknown to a server that takes the place of another."""
 
 
 class Holding:
@@ -15,6 +20,7 @@ class Holding:
         self._lowest_told = ""
         self._must_tell = False
         self._reads: list[str] = []  # first and last id of each read that is not recorded yet
+        self._recorded: deque[str] = deque(maxlen=2 * READS_KEPT)  # of those that were
 
     def read(self, ids: Sequence[str]) -> None:
         """A read returned these entries; all between the first and the last are ours."""
@@ -32,8 +38,11 @@ class Holding:
         self._in_order = self._in_order or not self.ids
 
     def forget(self) -> None:
-        """Redis does not know, or no longer knows, what of this was given to us: it is asked again."""
+        """Redis may not know what of this was given to us: it is asked again, and told again what we have read."""
         self.ids.clear()
+        # mutant: what was read is told to one server only
+        self._reads = [*self._recorded, *self._reads]
+        self._recorded.clear()
         self._in_order = self._must_tell = True
 
     @property
@@ -58,6 +67,7 @@ class Holding:
         except BaseException:
             self._reads = reads + self._reads
             raise
+        self._recorded += reads
         self._lowest_told = lowest
         self._must_tell = False
 

@@ -152,6 +152,24 @@ async def test_what_is_pending_on_the_new_master_is_held_there(pair: Pair, throu
     assert texts(await pair.second.hgetall(USUAL.held)) == {"w-0": ids[2]}
 
 
+async def test_what_was_read_is_told_to_the_new_master_too(pair: Pair, through: Redis) -> None:
+    """Else what it knows as read and acked looks like skipped by XGROUP SETID, and is given out again."""
+    stream = WorkerStream(through, consumer_id="w")
+    await stream.acquire()
+    ids = await add(pair.first, 5)
+    assert [one for one, _ in await stream.read(100)] == ids
+    await pair.apart()
+    await stream.tell_held()  # the new master does not get it
+    await pair.switch(through)
+    await stream.renew()
+    assert await stream.ack({COMMITTED: ids}) == 5
+    await stream.tell_held()
+    for _ in range(2):
+        await stream.give_skipped()
+    assert await pending(pair.second) == []
+    assert await counted(pair.second) == {"committed": 5}
+
+
 async def test_a_restart_from_the_disk_is_noticed(redis_server_of_its_own: EmbeddedRedis) -> None:
     async with connect(redis_server_of_its_own.url) as redis:
         stream = WorkerStream(redis, consumer_id="w")
