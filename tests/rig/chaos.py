@@ -284,10 +284,12 @@ class Chaos:
 
         What is wrong: the worker said all the while that it is well.
         """
-        before = ended_in(await self.stage.ledger())
+        lowest = ended = ended_in(await self.stage.ledger())
         try:
             async with asyncio.timeout(limit_s) as limit:
-                while ended_in(await self.stage.ledger()) <= before:
+                while ended <= lowest:
+                    ended = ended_in(await self.stage.ledger())
+                    lowest = min(lowest, ended)  # a server that took over may have lost some of it
                     unless_over(limit)
                     await asyncio.sleep(0.1)
         except TimeoutError:
