@@ -53,14 +53,13 @@ class Pair:
 async def pair(server_dir: Path) -> AsyncIterator[Pair]:
     async with contextlib.AsyncExitStack() as stack:
         ports = free_port(), free_port()
-        lead = {"repl-diskless-sync-delay": "0"}
-        follow = {"replicaof": f"127.0.0.1 {ports[0]}"}
         servers = []
         for number, port in enumerate(ports):
-            settings = follow if number else lead
+            settings = {"repl-diskless-sync-delay": "0"}
             servers.append(stack.enter_context(RedisUnderTest(server_dir / str(number), port=port, settings=settings)))
         clients = [await stack.enter_async_context(connect(server.url)) for server in servers]
         proxy = await stack.enter_async_context(Proxy(("127.0.0.1", ports[0])))
+        await clients[1].replicaof("127.0.0.1", str(ports[0]))
         async with asyncio.timeout(30):
             while (await clients[1].info("replication"))["master_link_status"] != "up":
                 await asyncio.sleep(0.05)
