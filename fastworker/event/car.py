@@ -16,6 +16,7 @@ RECORD_CID = b"\x01\x71\x12\x20"
 """CIDv1, dag-cbor, sha-256, 32 bytes: how every CID of a record begins."""
 RECORD_CID_BYTES = 36
 HEADER_BYTES_MAX = 4_096
+BLOCK_BYTES_MAX = 2 * 1024 * 1024
 
 
 def select_blocks(car: bytes, wanted: AbstractSet[bytes]) -> tuple[dict[bytes, bytes], bool]:

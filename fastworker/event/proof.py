@@ -23,7 +23,15 @@ from typing import Any, Final, TypeGuard
 import libipld
 import msgspec
 
-from fastworker.event.car import RECORD_CID, RECORD_CID_BYTES, is_block_of, read_header, read_varint, select_blocks
+from fastworker.event.car import (
+    BLOCK_BYTES_MAX,
+    RECORD_CID,
+    RECORD_CID_BYTES,
+    is_block_of,
+    read_header,
+    read_varint,
+    select_blocks,
+)
 from fastworker.event.frame import BLOCKS_BYTES_MAX, OPS_MAX
 from fastworker.event.syntax import is_did, is_tid, split_path
 
@@ -209,32 +217,41 @@ def read_blocks(car: bytes) -> tuple[bytes, dict[bytes, bytes]]:
     """(first root, blocks by CID) of a message's CAR, every block checked. A block may be there twice."""
     if len(car) > BLOCKS_BYTES_MAX:
         raise Unproved(Flaw.TOO_LARGE, f"blocks of {len(car)} bytes")
-    blocks: dict[bytes, bytes] = {}
     try:
         root, position = read_header(car)
-        end = len(car)
-        while position < end:
-            size = car[position]
-            if size < 128:
-                position += 1
-            elif (high := car[position + 1]) < 128:  # nearly every block is 128 bytes to 16 KB
-                size += (high << 7) - 128
-                position += 2
-            else:
-                size, position = read_varint(car, position)
-            stop = position + size
-            if stop > end:
-                raise IndexError  # noqa: TRY301 - as where the length itself is cut
-            content = position + RECORD_CID_BYTES
-            cid = car[position:content]
-            block = car[content:stop]
-            if cid != RECORD_CID + sha256(block).digest():
-                raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
-            blocks[cid] = block
-            position = stop
+        return root, check_blocks(car, position, only_records=True)
     except (IndexError, ValueError):
         raise Unproved(Flaw.BAD_CAR, "the CAR is broken or ends early") from None
-    return root, blocks
+
+
+def check_blocks(car: bytes, position: int, *, only_records: bool) -> dict[bytes, bytes]:
+    """The blocks from there on, by CID, each checked. Others than those of records and of the tree are a flaw, or
+    passed over. Raises Unproved, and IndexError where the CAR is cut."""
+    blocks: dict[bytes, bytes] = {}
+    end = len(car)
+    while position < end:
+        size = car[position]
+        if size < 128:
+            position += 1
+        elif (high := car[position + 1]) < 128:  # nearly every block is 128 bytes to 16 KB
+            size += (high << 7) - 128
+            position += 2
+        else:
+            size, position = read_varint(car, position)
+        stop = position + size
+        if size > BLOCK_BYTES_MAX:
+            raise Unproved(Flaw.TOO_LARGE, f"a block of {size} bytes")
+        if stop > end:
+            raise IndexError
+        content = position + RECORD_CID_BYTES
+        cid = car[position:content]
+        block = car[content:stop]
+        if cid == RECORD_CID + sha256(block).digest():
+            blocks[cid] = block
+        elif only_records or (size >= RECORD_CID_BYTES and cid.startswith(RECORD_CID)):
+            raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
+        position = stop
+    return blocks
 
 
 def prove_commit(payload: Mapping[str, Any], is_signed: IsSigned) -> Verdict:

@@ -18,13 +18,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from fastworker.event.car import HEADER_BYTES_MAX, RECORD_CID, RECORD_CID_BYTES, read_header, read_varint
-from fastworker.event.proof import LAYER_MAX, Flaw, SignedCommit, Unproved, is_cid, layer_of, read_commit, read_entries
+from fastworker.event.car import (
+    BLOCK_BYTES_MAX,
+    HEADER_BYTES_MAX,
+    RECORD_CID,
+    RECORD_CID_BYTES,
+    read_header,
+    read_varint,
+)
+from fastworker.event.proof import (
+    LAYER_MAX,
+    Flaw,
+    SignedCommit,
+    Unproved,
+    check_blocks,
+    is_cid,
+    layer_of,
+    read_commit,
+    read_entries,
+)
 from fastworker.event.syntax import is_nsid, is_rkey
 
 IN_MEMORY_MAX: Final = 16 * 1024 * 1024
 FILE_BYTES_MAX: Final = 1 << 30
-BLOCK_BYTES_MAX: Final = 2 * 1024 * 1024
 BLOCKS_MAX: Final = 8_000_000
 _PIECE: Final = 1 << 20
 _HEAD: Final = 16 * 1024  # a header, and a commit
@@ -194,7 +210,7 @@ class Repository:
             root, position = read_header(self._read(0, HEADER_BYTES_MAX + 16))
             index: list[int] = []
             if self._held is not None:
-                self._read_blocks(self._held, position)
+                self._blocks = check_blocks(self._held, position, only_records=False)
                 return root, index
             piece = self._read(position, _PIECE)
             base = position  # of the piece in the file
@@ -223,32 +239,6 @@ class Repository:
             raise Unproved(Flaw.BAD_CAR, str(error)[:200]) from None
         index.sort()
         return root, index
-
-    def _read_blocks(self, car: bytes, position: int) -> None:
-        """Raises Unproved, and IndexError at the end of what was cut."""
-        blocks, end = self._blocks, len(car)
-        while position < end:
-            size = car[position]
-            if size < 128:
-                position += 1
-            elif (high := car[position + 1]) < 128:  # nearly every block is 128 bytes to 16 KB
-                size += (high << 7) - 128
-                position += 2
-            else:
-                size, position = read_varint(car, position)
-            stop = position + size
-            if size > BLOCK_BYTES_MAX:
-                raise Unproved(Flaw.TOO_LARGE, f"a block of {size} bytes")
-            if stop > end:
-                raise IndexError
-            content = position + RECORD_CID_BYTES
-            cid = car[position:content]
-            block = car[content:stop]
-            if cid == RECORD_CID + sha256(block).digest():
-                blocks[cid] = block
-            elif size >= RECORD_CID_BYTES and cid.startswith(RECORD_CID):
-                raise Unproved(Flaw.BAD_HASH, "a block is not what its CID says")
-            position = stop
 
 
 def _collection_of(key: bytes) -> tuple[bytes, str]:
