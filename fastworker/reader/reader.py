@@ -302,18 +302,19 @@ class _Reader:
     async def _go_back(self, request: bytes = b"") -> None:
         """Unread entries are gone from the stream: read them, and what was in the outbox, from the relay again.
 
-        `request`: PostgreSQL asked for it: the entries were finished, and it lost them.
+        `request`: PostgreSQL asked for it: the entries were finished, and it lost them. Or a worker did.
         """
         host, cursor = self._stats.relay, self._stats.last_seq
         gap: dict[str, Any] = {}
-        if request:
-            back = msgspec.json.decode(request, type=GoBack)
+        back = msgspec.json.decode(request, type=GoBack) if request else GoBack(None, "", lost=True)
+        if not back.lost:
             seq = back.seq if back.relay in ("", host) else None
             reason, what = "store_lost", "PostgreSQL went back, and the stream no longer has all that it lost"
         else:
             seq = await self._stored_seq(host)
             stream, reason = self._settings.stream_key, "stream_lost"
-            what = f"Unread entries are gone from {stream}: it was deleted, renamed, evicted or trimmed"
+            whose = "Entries that a worker held when it died" if request else "Unread entries"
+            what = f"{whose} are gone from {stream}: it was deleted, renamed, evicted or trimmed"
         if cursor is None:
             so = ", and there is no cursor either"
         elif seq is None:

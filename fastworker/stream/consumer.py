@@ -162,14 +162,9 @@ class WorkerStream:
                 if name.encode() in theirs:
                     continue
                 args: list[Any] = [self._token, self._lease_ms, name, self.group]
-                keys = [
-                    self._keys.consumer_lease(name),
-                    self._keys.consumers,
-                    self.stream_key,
-                    self._keys.held,
-                    self._keys.given,
-                    self._keys.tellers,
-                ]
+                own = self._keys
+                lease = own.consumer_lease(name)
+                keys = [lease, own.consumers, own.stream, own.held, own.given, own.tellers, own.tail, own.go_back]
                 if leased := await self._lease(keys=keys, args=args):
                     self.name = name
                     if leased > 1:
@@ -253,7 +248,9 @@ class WorkerStream:
                 return [], None
             ghosts = [entry_id for entry_id, fields in found if not fields]
             if ghosts:
-                await self._ack_ghosts(keys=[self.stream_key, self._keys.ledger], args=[self.group, *ghosts])
+                own = self._keys
+                keys = [own.stream, own.ledger, own.tail, own.go_back]
+                await self._ack_ghosts(keys=keys, args=[self.group, *ghosts])
             return self._take_over(found), found[-1][0].decode()
 
     async def consumers(self) -> list[Consumer]:
@@ -275,14 +272,9 @@ class WorkerStream:
     async def claim(self, consumer: str, *, idle_ms: int, count: int = 100) -> Claimed:
         """Adopt a bounded piece of what `consumer` holds, unless it has a lease or is still at work on it."""
         other = consumer.encode(errors="surrogateescape")
-        keys: list[Any] = [
-            self.stream_key,
-            self._keys.consumers,
-            self._keys.consumer_lease().encode() + other,
-            self._keys.ledger,
-            self._keys.held,
-            self._keys.given,
-        ]
+        own = self._keys
+        lease = own.consumer_lease().encode() + other
+        keys: list[Any] = [own.stream, own.consumers, lease, own.ledger, own.held, own.given, own.tail, own.go_back]
         async with self._group.translating():
             found, ghosts, claimed = await self._claim(
                 keys=keys, args=[self.group, other, self.name, idle_ms, count, READ_BYTES, STEP, self._lease_ms]

@@ -34,8 +34,11 @@ class Memory(NamedTuple):
 
 
 class GoBack(msgspec.Struct, frozen=True):
+    """`lost`: entries are gone that nobody had settled, and how far they are is to be asked."""
+
     seq: int | None
     relay: str
+    lost: bool = False
 
 
 class Database:

@@ -97,7 +97,7 @@ class Keys(_StreamKeys):
         # Of the group
         self.go_back: Final = _key("fastworker:go-back", *of_group)
         """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
-        knows."""
+        knows. With `lost`: entries are gone that a dead worker held."""
         self.members: Final = _key("fastworker:members", *of_group)
         """Hash: token of each worker process that reads partitions -> ms until which it lives."""
         self.owners: Final = _key("fastworker:owners", *of_group)

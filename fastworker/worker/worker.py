@@ -256,6 +256,7 @@ def _choosing(settings: Config, store: Store, group: asyncio.TaskGroup) -> list[
     return [group.create_task(keep_reading(settings.accounts, store.followed), name="read the accounts")]
 
 
+_UPKEEP = "upkeep"
 Failing = dict[str, str]
 """What is done beside the pipelines and fails: why. They wait for a server that is away, and say so; what is refused
 here alone (a right to one command) would be said by nobody, so maintenance says it."""
@@ -335,7 +336,17 @@ async def _tell_held(readers: Readers, failing: Failing) -> None:
 
 
 async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Readers, failing: Failing) -> None:
-    """Store how far the group has come, then do what committed transactions left owed, in bounded pieces."""
+    """Store how far the group has come, then do what committed transactions left owed, in bounded pieces.
+
+    It may take long, and says so while it gets on; not where a part of it failed the last time: what succeeds beside
+    that says nothing of it.
+    """
+    has_failed = failing.pop(_UPKEEP, None) is not None
+
+    def got_on() -> None:
+        # mutant: upkeep that gets on hides what fails
+        if not has_failed:
+            slot.set(maintained_ms=now_ms())
 
     async def note() -> None:
         for stream in readers.owned_streams:
@@ -347,7 +358,7 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
 
     async def maintain() -> None:
         while await store.maintain(crowds=False):  # `_pay` has them
-            slot.set(maintained_ms=now_ms())
+            got_on()
         await _look_at_debts(slot, store)
 
     failure = next(iter(failing.values()), "")
@@ -355,13 +366,14 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
         note,
         partial(_take_entry_rules, store, readers),
         maintain,
-        partial(_prune, slot, store, readers.members, readers.pipelines),
+        partial(_prune, slot, store, readers.members, readers.pipelines, got_on),
     ):
         try:
             await act()
         except (StoreUnavailable, StreamUnavailable, RowRejected) as error:
             failure = failure or redact(str(error))
     if failure:
+        failing[_UPKEEP] = failure
         slot.text("maintain_error", failure)  # the monitor tells, where it goes on
     else:
         slot.set(maintained_ms=now_ms())
@@ -388,7 +400,9 @@ async def _note_idle(store: Store, readers: Readers) -> None:
         await store.note_progress(Progress(stream, "idle", cursor.seq, cursor.entry_id, sessions))
 
 
-async def _prune(slot: Slot, store: Store, members: Members, pipelines: list[Pipeline]) -> None:
+async def _prune(
+    slot: Slot, store: Store, members: Members, pipelines: list[Pipeline], got_on: Callable[[], None] = lambda: None
+) -> None:
     """Only while the clocks agree, and by the earliest: a delete forgotten too soon sets all new records aside."""
     clocks = {"PostgreSQL": await store.now(), "Redis": await members.time(), "this machine": datetime.now(UTC)}
     off = which_is_off(clocks)
@@ -400,7 +414,7 @@ async def _prune(slot: Slot, store: Store, members: Members, pipelines: list[Pip
     told = [at for one in pipelines if one.told and (at := parse_date(one.told)) is not None]
     now = min([clocks["this machine"], *(at.replace(tzinfo=UTC) for at in told)])
     while await store.prune(now=now):
-        slot.set(maintained_ms=now_ms())
+        got_on()
 
 
 async def _take_entry_rules(store: Store, readers: Readers) -> None:

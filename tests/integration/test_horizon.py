@@ -19,9 +19,12 @@ from fastworker.stream.keys import GROUP, USUAL
 from fastworker.stream.members import Members
 from fastworker.table.batch import Batch, Limits, Progress
 from fastworker.worker import worker
+from fastworker.worker.failover import Failover
 from fastworker.worker.intake import Intake
 from fastworker.worker.limits import DeadLetterLimit
 from fastworker.worker.pipeline import Pipeline
+from fastworker.worker.readers import Readers
+from fastworker.worker.suspects import Quiet
 
 KEY = "firehose:events"
 ALICE = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -214,3 +217,33 @@ async def test_a_second_relay_makes_seq_ambiguous(bench: Bench, pg: asyncpg.Conn
     await bench.ingest(commit("create", "c", 3, NEW, rev=False), commit("create", "d", 4, NEW))
     assert await posts(pg) == {"a", "b", "d"}
     assert await bench.letters() == [b"ambiguous_seq"]
+
+
+async def test_upkeep_that_fails_is_told_beside_what_succeeds(bench: Bench, pg: asyncpg.Connection) -> None:
+    """There are tombstones to look at again all the time: that one of four parts gets on says nothing of the others."""
+
+    def no_reader(number: int, partition: int) -> Any:
+        raise AssertionError((number, partition))
+
+    readers = Readers(Members(bench.redis, USUAL.stream, GROUP), Quiet(), no_reader, 1, 1_000)
+    failover, failing = Failover(bench.redis, USUAL.stream, GROUP), dict[str, str]()
+
+    async def maintain(hour: int) -> int:
+        await pg.execute(
+            "INSERT INTO fastworker.versions (uri, seq, deleted, written_at) "
+            "VALUES ('at://' || $1::int, 1, true, now() - interval '1 day' + $1::int * interval '1 hour')",
+            hour,
+        )
+        bench.slot.set(maintained_ms=1)
+        await worker._maintain(bench.slot, bench.store, failover, readers, failing)
+        return bench.slot.get("maintained_ms")
+
+    await pg.execute("UPDATE fastworker.horizon SET looked_until = now() - interval '2 days'")
+    assert await maintain(1) > 1
+    await pg.execute("ALTER TABLE fastworker.notes RENAME COLUMN owed_at TO mislaid")
+    await maintain(2)
+    assert await maintain(3) == 1
+    assert "owed_at" in bench.slot.snapshot().maintain_error
+    await pg.execute("ALTER TABLE fastworker.notes RENAME COLUMN mislaid TO owed_at")
+    assert await maintain(4) > 1
+    assert failing == {}

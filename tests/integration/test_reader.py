@@ -34,6 +34,7 @@ from fastworker.reader import start as start_module
 from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream import feed as feed_module
+from fastworker.stream.client import connect
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.scripts import script
@@ -1158,6 +1159,50 @@ async def test_what_somebody_removes_unread_comes_again_or_is_told(
     else:
         assert stored - {0} == set(range(1, 102))
         assert await redis.llen(USUAL.gaps) == 0
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("how", ["trimmed", "trimmed and the consumer deleted", "read back by its successor"])
+async def test_what_a_dead_worker_held_and_somebody_trims_comes_again(
+    relay: Relay, redis: Redis, redis_url: str, how: str
+) -> None:
+    """It is pending, so nobody misses it as unread; and whoever takes it over finds nothing."""
+    await redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+    await redis.set(CURSOR, "0")
+    async with reading(settings(redis_url, relay)) as stats, connect(redis_url) as of_worker:
+        relay.add(*range(1, 31))
+        await until(cursor_is(redis, 30))
+        await until(lambda: redis.llen(USUAL.marks))
+        stored = await _read(redis, 30)
+        await until(lambda: redis.get(USUAL.finished))
+        dead = WorkerStream(of_worker, consumer_id="dead")
+        await dead.acquire()
+        relay.add(*range(31, 101))
+        await until(cursor_is(redis, 100))
+        assert len(await dead.read(100)) == 70
+        await dead.tell_held()
+        await redis.delete(USUAL.consumer_lease("dead-0"))
+        await redis.xtrim(STREAM, maxlen=0, approximate=False)
+        if how == "trimmed and the consumer deleted":
+            await redis.xgroup_delconsumer(STREAM, GROUP, "dead-0")
+        if how == "read back by its successor":
+            heir = WorkerStream(of_worker, consumer_id="dead")
+            await heir.acquire()
+            assert heir.name == "dead-0"
+            assert await heir.read_own("0", 100) != ([], None)
+        else:
+            heir = WorkerStream(of_worker, consumer_id="heir")
+            await heir.acquire()
+            await heir.claim("dead-0", idle_ms=0)
+        relay.add(101)
+        await until(lambda: len(relay.asked) == 2)
+        await until(cursor_is(redis, 101))
+        await until(lambda: stats.last_seq == 101)
+        assert not await redis.exists(USUAL.go_back)
+    while some := await _read(redis, 100):
+        stored |= some
+    assert stored - {0} == set(range(1, 102))
+    assert await redis.llen(USUAL.gaps) == 0
 
 
 @pytest.mark.usefixtures("quick")

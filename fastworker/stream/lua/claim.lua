@@ -1,4 +1,4 @@
--- KEYS stream, consumers, lease of the other, ledger, held, given. ARGV group, from, to, idle, count, bytes, step,
+-- KEYS stream, consumers, lease of the other, ledger, held, given, tail, go back. ARGV group, from, to, idle, count, bytes, step,
 -- how long a lease is: one that never expires (a copy of Redis forgot it) runs out, unless its owner lives.
 -- Ids whose entry was trimmed come back from XCLAIM as nothing (from 7.0 they also leave the pending list, before
 -- that they have to be acked): ghosts, counted once because one script finds, acks and counts them.
@@ -8,7 +8,7 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
   if redis.call('PTTL', KEYS[3]) < 0 then redis.call('PEXPIRE', KEYS[3], ARGV[8]) end
   return {0, 0, {}}
 end
-if go_back(KEYS[1], KEYS[5], KEYS[6], ARGV[1], ARGV[2]) == 1 then return {0, -1, {}} end
+if go_back(KEYS[1], KEYS[5], KEYS[6], ARGV[1], ARGV[2], KEYS[7], KEYS[8]) == 1 then return {0, -1, {}} end
 local found = redis.call('XPENDING', KEYS[1], ARGV[1], 'IDLE', ARGV[4], '-', '+', ARGV[5], ARGV[2])
 if #found == 0 then
   if redis.call('SISMEMBER', KEYS[2], ARGV[2]) == 1 then
@@ -42,6 +42,7 @@ end
 local ghosts = 0
 for _, id in ipairs(ids) do
   if not present[id] then
+    lost(KEYS[7], KEYS[8])
     redis.call('XACK', KEYS[1], ARGV[1], id)
     ghosts = ghosts + 1
   end

@@ -38,7 +38,8 @@ local is_whole = exists and (not before(at, info['last-generated-id']) or first 
 if is_whole then return again end
 local old = redis.call('GET', KEYS[4])
 if old then
-  local was, is = cjson.decode(old)['seq'], cjson.decode(ARGV[5])['seq']
+  local told, is = cjson.decode(old), cjson.decode(ARGV[5])['seq']
+  local was = told['lost'] and math.huge or told['seq']
   if was == cjson.null or (is ~= cjson.null and was <= is) then return again end
 end
 redis.call('SET', KEYS[4], ARGV[5])

@@ -30,7 +30,8 @@ local given = string.match(redis.call('GET', KEYS[6]) or '', '^%S+')
 local finished = given and given < padded(read) and plain(given) or read
 local mark = redis.call('LINDEX', KEYS[2], 0)
 local function id_of(text) return string.match(text, '^%S+') end
-while mark do
+local asked = redis.call('EXISTS', KEYS[5]) == 1 -- then what is finished stays known, until the reader has gone back
+while mark and not asked do
   local id = id_of(mark)
   if before(finished, id) or (held and not before(id, held)) then break end
   redis.call('SET', KEYS[3], redis.call('LPOP', KEYS[2]))
