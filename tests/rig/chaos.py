@@ -434,6 +434,8 @@ class Chaos:
         await asyncio.to_thread(server.kill)
         await asyncio.sleep(0.5)
         await asyncio.to_thread(server.start)
+        if isinstance(server, EmbeddedRedis):
+            await self.stage.place.came_back(server)
 
     async def _sql(self, statement: str) -> Any:
         connection = await asyncpg.connect(self.stage.postgres.url, timeout=10)

@@ -87,6 +87,9 @@ class Place:
         self._at = await asyncio.to_thread(self._find)
         return self._at
 
+    async def came_back(self, server: EmbeddedRedis) -> None:
+        """It was killed and started again."""
+
     async def act(self, kind: str, amount: float) -> None:
         """One of `weights`."""
         raise NotImplementedError(kind)
@@ -192,9 +195,7 @@ class Sentinels(_Several):
     async def _begin(self) -> None:
         await self._start("first", {"repl-diskless-sync-delay": "0"}, "replica-announce")
         await self._start("second", {"repl-diskless-sync-delay": "0"}, "replica-announce")
-        # Not among its settings: after a restart each is what it was, and Sentinel says when it is to follow. Two that
-        # follow each other wait for ever.
-        await asyncio.to_thread(self._follow)
+        await asyncio.to_thread(self._follow, 1, 0)  # not by its settings: two that follow each other wait for ever
         for port in (free_port() for _ in range(SENTINELS)):
             self._config(port).write_text(
                 f"port {port}\nbind 127.0.0.1\ndir {self._folder}\n"
@@ -205,9 +206,16 @@ class Sentinels(_Several):
             self._stack.callback(self._end, port)
         await _until(self._all_see_all)
 
-    def _follow(self) -> None:
-        with SyncRedis(port=self.servers[1].port or 0, socket_timeout=5) as client:
-            client.replicaof("127.0.0.1", str(self.proxies[0].port))
+    async def came_back(self, server: EmbeddedRedis) -> None:
+        """Sentinel writes into a server's settings whom it follows; ours are on the command line."""
+        with contextlib.suppress(RedisError):  # no Sentinel knows a master just now, and one of them will say later
+            at, master = self.servers.index(server), await self.find()
+            if at != master:
+                await asyncio.to_thread(self._follow, at, master)
+
+    def _follow(self, number: int, master: int) -> None:
+        with SyncRedis(port=self.servers[number].port or 0, socket_timeout=5) as client:
+            client.replicaof("127.0.0.1", str(self.proxies[master].port))
 
     def _config(self, port: int) -> Path:
         return self._folder / f"sentinel-{port}.conf"
