@@ -8,26 +8,26 @@ at each new connection: the client opens one without a word where no command was
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import re
+from typing import Any, Final
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import ResponseError
 
+_REPLID: Final = re.compile(rb"^master_replid:(\w+)", re.MULTILINE)
+
 
 class Lineage:
-    """`changes`: how often it was another history than at the connection before. Not for what INFO is refused to."""
+    """`changes`: how often a connection found another history than the one made before it, or than itself before: one
+    may lead to the old master for a while when another leads to the new one. Nothing where INFO is refused."""
 
     def __init__(self) -> None:
         self.changes = 0
         self._id = ""
 
-    def meet(self, told: bytes) -> None:
-        """`told`: the section `replication` of INFO."""
-        for line in told.decode(errors="replace").splitlines():
-            name, _, found = line.partition(":")
-            if name == "master_replid" and found:
-                self.changes += bool(self._id) and found != self._id
-                self._id = found
+    def meet(self, found: str, before: str) -> None:
+        self.changes += any(one and one != found for one in (self._id, before))
+        self._id = found
 
 
 def follow_lineage(pool: ConnectionPool) -> None:
@@ -36,12 +36,16 @@ def follow_lineage(pool: ConnectionPool) -> None:
 
     class Asking(pool.connection_class):  # type: ignore[name-defined, misc]  # plain, TLS, a socket's, Sentinel's
         of = lineage
+        replid = ""
 
         async def on_connect_check_health(self, check_health: bool = True) -> None:
             await super().on_connect_check_health(check_health)
             await self.send_command("INFO", "replication", check_health=False)
             with contextlib.suppress(ResponseError):  # a server that keeps it to itself
-                lineage.meet(await self.read_response())
+                told = await self.read_response()
+                if found := _REPLID.search(told):
+                    lineage.meet(found[1].decode(), self.replid)
+                    self.replid = found[1].decode()
 
     pool.connection_class = Asking
 

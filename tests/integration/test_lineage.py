@@ -17,6 +17,7 @@ from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import Tally, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM, USUAL
+from fastworker.stream.lineage import lineage_of
 from fastworker.worker.intake import Intake
 from tests import replies
 from tests.rig.proxy import Proxy
@@ -43,10 +44,11 @@ class Pair:
         await self.in_step()
         await self.second.replicaof("NO", "ONE")
 
-    async def switch(self, client: Redis) -> None:
+    async def switch(self, client: Redis | None = None) -> None:
         """New connections lead to the second; those of the client, idle just now, are gone."""
         self._proxy.target = "127.0.0.1", self._servers[1].port or 0
-        await client.connection_pool.disconnect()
+        if client is not None:
+            await client.connection_pool.disconnect()
 
 
 @pytest.fixture
@@ -167,6 +169,27 @@ async def test_what_was_read_is_told_to_the_new_master_too(pair: Pair, through: 
         await stream.give_skipped()
     assert await pending(pair.second) == []
     assert await counted(pair.second) == {"committed": 5}
+
+
+async def test_a_connection_that_stays_with_the_old_master_for_a_while_is_noticed_when_it_comes(
+    pair: Pair, through: Redis
+) -> None:
+    lineage = lineage_of(through)
+    pool: Any = through.connection_pool
+    first, second = await pool.get_connection(), await pool.get_connection()
+    await pair.apart()
+    await pair.switch()
+    await first.disconnect()
+    await first.connect()
+    assert lineage.changes == 1
+    await second.disconnect()
+    await second.connect()
+    assert lineage.changes == 2  # what went through it meanwhile was said to the other one
+    await second.disconnect()
+    await second.connect()
+    assert lineage.changes == 2
+    for one in (first, second):
+        await pool.release(one)
 
 
 async def test_a_restart_from_the_disk_is_noticed(redis_server_of_its_own: EmbeddedRedis) -> None:
