@@ -25,9 +25,12 @@ class Lineage:
         self.changes = 0
         self._id = ""
 
-    def meet(self, found: str, before: str) -> None:
-        self.changes += any(one and one != found for one in (self._id, before))
+    def meet(self, found: str, before: str) -> bool:
+        """Whether it is another one."""
+        is_other = any(one and one != found for one in (self._id, before))
+        self.changes += is_other
         self._id = found
+        return is_other
 
 
 def follow_lineage(pool: ConnectionPool) -> None:
@@ -44,8 +47,10 @@ def follow_lineage(pool: ConnectionPool) -> None:
             with contextlib.suppress(ResponseError):  # a server that keeps it to itself
                 told = await self.read_response()
                 if found := _REPLID.search(told):
-                    lineage.meet(found[1].decode(), self.replid)
-                    self.replid = found[1].decode()
+                    before, self.replid = self.replid, found[1].decode()
+                    if lineage.meet(self.replid, before):
+                        # mutant: an idle connection still leads to the old master
+                        await pool.disconnect(inuse_connections=False)
 
     pool.connection_class = Asking
 

@@ -192,6 +192,20 @@ async def test_a_connection_that_stays_with_the_old_master_for_a_while_is_notice
         await pool.release(one)
 
 
+async def test_no_idle_connection_leads_to_the_old_master(pair: Pair, through: Redis) -> None:
+    """What is told to it is told to nobody."""
+    pool: Any = through.connection_pool
+    first, second = await pool.get_connection(), await pool.get_connection()
+    await pool.release(second)
+    await pair.apart()
+    await pair.switch()
+    await first.disconnect()
+    await first.connect()
+    await through.set("told", "1")  # by the second one
+    await pool.release(first)
+    assert await pair.second.get("told") == b"1"
+
+
 async def test_a_restart_from_the_disk_is_noticed(redis_server_of_its_own: EmbeddedRedis) -> None:
     async with connect(redis_server_of_its_own.url) as redis:
         stream = WorkerStream(redis, consumer_id="w")
