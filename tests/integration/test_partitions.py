@@ -44,6 +44,7 @@ from fastworker.stream.keys import GROUP, STREAM, USUAL, Keys
 from fastworker.stream.partitions import partition_of
 from fastworker.worker import worker as worker_module
 from fastworker.worker.worker import work
+from tests.servers import counts_reads
 from tests.services import Service
 
 MEMBER_MS = 1_000
@@ -184,8 +185,10 @@ class Bench:
         found: Any = await self.redis.hgetall(USUAL.ledger)
         return sum(int(value) for name, value in found.items() if not name.startswith(b"drop:"))
 
-    async def given(self, partitions: int) -> int:
-        """Entries ever put on the stream."""
+    async def given(self, partitions: int) -> int | None:
+        """Entries ever put on the stream; None where the server does not count them: before Redis 7."""
+        if not await counts_reads(self.redis):
+            return None
         infos: list[Any] = [
             await self.redis.xinfo_stream(Keys(partition=number).stream)
             for number in range(partitions)
@@ -220,7 +223,8 @@ async def test_the_same_tables_however_it_is_cut(bench: Bench, partitions: int, 
             await bench.settled(stats, last_of(frames), partitions)
             counts = [await bench.redis.exists(Keys(partition=number).stream) for number in range(5)]
             assert sum(counts) == partitions
-            assert await bench.ledger() == stats.entries == await bench.given(partitions)
+            assert await bench.ledger() == stats.entries
+            assert await bench.given(partitions) in (stats.entries, None)
         await bench.stop()
     await bench.assert_lawful(frames)
 
@@ -252,7 +256,7 @@ async def test_the_number_is_changed_while_everything_runs(bench: Bench) -> None
         assert (await bench.redis.get(USUAL.partitions)) == b"3 4"
         # what is not written any more is given back when it is empty
         await bench.until(lambda: _owned(bench, {b"0", b"1", b"2"}))
-        assert await bench.ledger() == await bench.given(4)
+        assert await bench.given(4) in (await bench.ledger(), None)
         await bench.stop()
     await bench.assert_lawful(frames)
 
@@ -502,7 +506,8 @@ async def test_what_an_operator_sees_and_does_is_of_all_partitions(
             await bench.settled(stats, last_of(frames), 4)
         await bench.stop()
         status, _ = await collect(admin, config)
-        assert (status.lag_entries, status.pending_entries, status.unaccounted_entries) == (0, 0, 0)
+        assert (status.lag_entries, status.pending_entries) == (0, 0)
+        assert status.unaccounted_entries == (0 if await counts_reads(bench.redis) else None)
         assert sum(status.ledger.values()) == stats.entries
         newest = await admin.newest(await admin.ends(), stats.entries)
         assert len({one[:2] for one in newest}) == stats.entries
