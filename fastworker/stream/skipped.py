@@ -40,6 +40,7 @@ async def give_skipped(redis: Redis, keys: Keys, group: str, *, who: Literal["re
         keys.ledger,
         keys.marks,
         keys.reader_lease,
+        keys.held,
     ]
     total, first, last, lost = 0, "", "", 0
     async with translating(redis):

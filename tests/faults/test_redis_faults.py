@@ -174,13 +174,13 @@ async def test_a_slow_redis(house: House, proxy: Proxy, pg: asyncpg.Connection, 
 
 
 async def test_a_server_that_loads_its_data(server_dir: Path, postgres_url: str, pg: asyncpg.Connection) -> None:
-    server = RedisUnderTest(server_dir, settings={"key-load-delay": "400"})
+    server = RedisUnderTest(server_dir, settings={"key-load-delay": "200"})
     server.start()
     client = connect(server.url)
     house = House(client, server.url, postgres_url)
     try:
         async with house.worker():
-            await add(house, 1, 3_000)
+            await add(house, 1, 12_000)  # it answers once for every two megabytes that it has loaded
             async with asyncio.timeout(60):
                 while house.slot.get("committed") < 500:
                     await asyncio.sleep(0.01)
@@ -199,7 +199,7 @@ async def test_a_server_that_loads_its_data(server_dir: Path, postgres_url: str,
                         if "the worker ended" in str(error):
                             raise
                         await asyncio.sleep(0.1)
-        await assert_all(house, pg, 3_000)
+        await assert_all(house, pg, 12_000)
     finally:
         await client.aclose()
         server.stop()

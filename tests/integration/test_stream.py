@@ -680,3 +680,34 @@ async def test_a_released_name_is_not_renewed(redis: Any) -> None:
     second = await consumer(redis)
     assert second.name == "w-0"
     await first.renew()
+
+
+@pytest.mark.parametrize(
+    ("whose", "adopted"), [("a dead worker's", 0), ("a dead worker's", 2), ("skipped", 0), ("skipped", 2)]
+)
+async def test_what_waits_to_be_adopted_survives_its_group(redis: Redis, whose: str, adopted: int) -> None:
+    """Somebody destroys the group and makes it again at its end before all of it is adopted."""
+    stream = await consumer(redis)
+    if whose == "skipped":
+        name = "fastworker-skipped"
+        ids = await add(redis, 5)
+        await redis.xgroup_setid(KEY, GROUP, "$")
+        for _ in range(2):
+            await stream.give_skipped()
+            await asyncio.sleep(1.1)  # who does not tell is believed for a second
+    else:
+        name = "dead-0"
+        dead = WorkerStream(redis, consumer_id="dead")
+        await dead.acquire()
+        ids = await add(redis, 5)
+        assert [one for one, _ in await dead.read(10)] == ids
+        await dead.tell_held()
+        await redis.delete(USUAL.consumer_lease(name))
+    if adopted:
+        piece = await stream.claim(name, idle_ms=0, count=adopted)
+        assert [one for one, _ in piece.entries] == ids[:adopted]
+        assert await stream.ack({COMMITTED: ids[:adopted]}) == adopted
+    await redis.xgroup_destroy(KEY, GROUP)
+    await redis.xgroup_create(KEY, GROUP, id="$")
+    await stream.claim(name, idle_ms=0, count=2)
+    assert {one for one, _ in await stream.read(10)} >= set(ids[adopted:])

@@ -294,6 +294,8 @@ MUTANTS = [
     _mutant("what a dead consumer held and somebody trimmed is lost", f"{_LUA}/lost.lua", "tests/integration/test_reader.py::test_what_a_dead_worker_held_and_somebody_trims_comes_again", ""),
     _mutant("upkeep that gets on hides what fails", "fastworker/worker/worker.py", "tests/integration/test_horizon.py::test_upkeep_that_fails_is_told_beside_what_succeeds", "if True:"),
     _mutant("an idle connection still leads to the old master", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "pass"),
+    _mutant("what was skipped is held by nobody", f"{_LUA}/give_skipped.lua", "tests/integration/test_stream.py::test_what_waits_to_be_adopted_survives_its_group", ""),
+    _mutant("what waits to be adopted is held by nobody", f"{_LUA}/claim.lua", "tests/integration/test_stream.py::test_what_waits_to_be_adopted_survives_its_group", "local rest = nil"),
     _mutant("another history goes unnoticed", "fastworker/stream/consumer.py", "tests/integration/test_lineage.py", "if True:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
     _mutant("what is gone is forgotten while no reader is at work", f"{_LUA}/give_skipped.lua", OF_STREAM, "if lost_before(from) and (ARGV[5] == 'reader' or redis.call('EXISTS', KEYS[8]) == 1) then"),

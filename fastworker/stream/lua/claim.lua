@@ -16,6 +16,7 @@ if #found == 0 then
     if not held[1] then
       redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
       redis.call('SREM', KEYS[2], ARGV[2])
+      redis.call('HDEL', KEYS[5], ARGV[2])
     end
   end
   return {0, 0, {}}
@@ -48,4 +49,8 @@ for _, id in ipairs(ids) do
   end
 end
 if ghosts > 0 then redis.call('HINCRBY', KEYS[4], 'ghosts', ghosts) end
+-- What is left waits for the next piece: if somebody destroys the group before it, the group goes back there.
+-- mutant: what waits to be adopted is held by nobody
+local rest = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2])[1]
+if rest then redis.call('HSET', KEYS[5], ARGV[2], rest[1]) else redis.call('HDEL', KEYS[5], ARGV[2]) end
 return {more and tonumber(ARGV[5]) or #ids, ghosts, entries}

@@ -1,4 +1,4 @@
--- KEYS stream, given, reads, tellers, consumers, ledger, marks, the reader's lease. ARGV group, beginning of the leases of
+-- KEYS stream, given, reads, tellers, consumers, ledger, marks, the reader's lease, held. ARGV group, beginning of the leases of
 -- consumers, entries looked at, who gets what was skipped, 'reader' or 'worker'. Answers how many were given out, the first
 -- and the last of them, whether there may be more, and whether an entry is gone that nobody was given.
 --
@@ -112,6 +112,12 @@ for first = 1, #skipped, 100 do
   for _, word in ipairs({'IDLE', 3600000, 'FORCE', 'JUSTID'}) do ids[#ids + 1] = word end
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[4], 0, unpack(ids))
 end
-if skipped[1] then redis.call('SADD', KEYS[5], ARGV[4]) end
+if skipped[1] then
+  redis.call('SADD', KEYS[5], ARGV[4])
+  -- Until they are adopted: else they are gone with the group, if somebody destroys it before that.
+  local held = redis.call('HGET', KEYS[9], ARGV[4])
+  -- mutant: what was skipped is held by nobody
+  if not held or padded(skipped[1]) < padded(held) then redis.call('HSET', KEYS[9], ARGV[4], skipped[1]) end
+end
 redis.call('SET', KEYS[2], at .. ' ' .. string.format('%.0f', now) .. ' ' .. last)
 return {#skipped, skipped[1] or '', skipped[#skipped] or '', more, lost}
