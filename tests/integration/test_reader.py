@@ -1195,7 +1195,7 @@ async def test_what_a_dead_worker_held_and_somebody_trims_comes_again(
             await heir.acquire()
             await heir.claim("dead-0", idle_ms=0)
         relay.add(101)
-        await until(lambda: len(relay.asked) == 2)
+        await until(lambda: len(relay.asked) >= 2)  # it may have missed them as unread, too
         await until(cursor_is(redis, 101))
         await until(lambda: stats.last_seq == 101)
         assert not await redis.exists(USUAL.go_back)
