@@ -44,7 +44,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^outage\.sent\(.* if plan\.outage else stopping\.wait\(\)$", "our own event; the demonstration's own servers"),
     (r"^redis\.connection_pool\.disconnect", "closes transports without waiting for the peer"),
     (r"^stack\.enter_async_context\(", "our own context managers; the pool with its timeout"),
-    (r"^self\._pool\.close\(", "PostgreSQL: inside asyncio.timeout(5)"),
+    (r"^self\._pools\.close\(|^self\.(apart|flushes)\.close\(", "PostgreSQL: inside asyncio.timeout(5)"),
     # HTTP and WebSocket: every session has a ClientTimeout
     (r"^(self\._)?session\.(close|ws_connect|get)\(|^response\.\w+\(|^\w+\.content\.\w+\(", "HTTP: ClientTimeout of the session"),
     (r"^self\._socket\.receive\(", "the relay: SilenceWatch and TCP keepalive (reader/follow.py)"),
