@@ -313,7 +313,7 @@ class _Reader:
         else:
             seq = await self._stored_seq(host)
             stream, reason = self._settings.stream_key, "stream_lost"
-            whose = "Entries that a worker held when it died" if request else "Unread entries"
+            whose = "Entries that nobody had stored" if request else "Unread entries"
             what = f"{whose} are gone from {stream}: it was deleted, renamed, evicted or trimmed"
         if cursor is None:
             so = ", and there is no cursor either"

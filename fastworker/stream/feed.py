@@ -183,8 +183,9 @@ class _Partition:
         self.removed = removed.decode() or self.removed
         self.newest, self.unread = "", unread.decode()
         self.note_finished(finished)
-        lost = self._group and await give_skipped(self._redis, keys, self._group, who="reader")
-        return bool(broken or lost), request
+        if self._group:
+            await give_skipped(self._redis, keys, self._group, who="reader")
+        return bool(broken), request
 
     async def set_aside_abandoned(self, args: list[str | int]) -> tuple[int, int]:
         keys = self.keys

@@ -74,7 +74,10 @@ class Group:
         known = "-".join(f"{part:020}" for part in id_order(start))
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.xgroup_create(self._stream_key, self._name, id=start, mkstream=True)
-            pipe.set(self._keys.given, f"{known} 0 {known}")
+            if start == "0-0":
+                pipe.delete(self._keys.given)  # the next look for what was skipped says where the stream begins
+            else:
+                pipe.set(self._keys.given, f"{known} 0 {known}")
             made, _ = await pipe.execute(raise_on_error=False)
         if isinstance(made, ResponseError) and error_code(made) != "BUSYGROUP":
             raise made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Final
 
 from fastworker.stream.ids import id_order
@@ -23,8 +24,8 @@ class Holding:
         self._recorded: deque[str] = deque(maxlen=2 * READS_KEPT)  # of those that were
 
     def read(self, ids: Sequence[str]) -> None:
-        """A read returned these entries; all between the first and the last are ours."""
-        self._reads += [ids[0], ids[-1]]
+        """A read returned these entries; all between the first and the last are ours, except what somebody removed."""
+        self._reads += _runs(ids)
         self._hold(ids)
 
     def take_over(self, ids: Sequence[str]) -> None:
@@ -76,3 +77,16 @@ class Holding:
         if newest is not None and id_order(ids[0]) < id_order(newest):
             self._in_order = False  # adopted, or read back
         self.ids.update(dict.fromkeys(ids))
+
+
+def _runs(ids: Sequence[str]) -> list[str]:
+    """First and last id of each run. A number that is left out (stream/lua/next_id.lua) ends one."""
+    numbers = [int(ids[0].partition("-")[2]), int(ids[-1].partition("-")[2])]
+    if numbers[1] - numbers[0] < len(ids):
+        return [ids[0], ids[-1]]
+    # mutant: what was removed between two entries of a read is taken for read
+    found = [ids[0]]
+    for before, after in pairwise(ids):
+        if int(after.partition("-")[2]) > int(before.partition("-")[2]) + 1:
+            found += [before, after]
+    return [*found, ids[-1]]

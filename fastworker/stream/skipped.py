@@ -25,10 +25,10 @@ PIECES_MAX: Final = 20
 """Runs in a row; the rest comes with the next look."""
 
 
-async def give_skipped(redis: Redis, keys: Keys, group: str, *, who: Literal["reader", "worker"] = "worker") -> bool:
+async def give_skipped(redis: Redis, keys: Keys, group: str, *, who: Literal["reader", "worker"] = "worker") -> None:
     """Make pending what was skipped, and note up to where all was given. Raises StreamUnavailable.
 
-    A reader gives nothing out. Whether an entry is gone that nobody was given.
+    Where somebody removed entries that nobody was given, a reader of ours is asked to go back. It gives nothing out.
     """
     run = redis.register_script(script("give_skipped"))
     names = [
@@ -38,15 +38,15 @@ async def give_skipped(redis: Redis, keys: Keys, group: str, *, who: Literal["re
         keys.tellers,
         keys.consumers,
         keys.ledger,
-        keys.marks,
-        keys.reader_lease,
+        keys.tail,
+        keys.go_back,
         keys.held,
     ]
-    total, first, last, lost = 0, "", "", 0
+    total, first, last = 0, "", ""
     async with translating(redis):
         for _ in range(PIECES_MAX):
             answer = await run(keys=names, args=[group, keys.consumer_lease(), PIECE, CONSUMER, who])
-            count, begin, end, more, lost = cast("tuple[int, bytes, bytes, int, int]", answer)
+            count, begin, end, more = cast("tuple[int, bytes, bytes, int]", answer)
             if count:
                 first, last, total = first or begin.decode(), end.decode(), total + count
             if not more:
@@ -56,4 +56,3 @@ async def give_skipped(redis: Redis, keys: Keys, group: str, *, who: Literal["re
             "%d entries of %s, from %s to %s, were given to nobody: somebody moved the group %s past them (XGROUP "
             "SETID, or destroyed and made again). They are given out now", total, keys.stream, first, last, group,
         )  # fmt: skip
-    return bool(lost)

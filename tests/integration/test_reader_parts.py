@@ -27,7 +27,7 @@ from fastworker.reader.silence import SilenceWatch
 from fastworker.redact import redact
 from fastworker.stream.client import connect, error_code, translate, translating
 from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, StreamBroken, trim_finished
-from fastworker.stream.keys import USUAL
+from fastworker.stream.keys import USUAL, Keys
 from tests import replies
 from tests.servers import RedisUnderTest
 
@@ -439,6 +439,47 @@ async def test_an_older_redis_is_not_judged_by_what_was_on_the_newer_one(redis: 
     await redis.delete(STREAM)
     with pytest.raises(StreamBroken):  # that one is a loss
         await feed.watch()
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+async def test_the_numbers_in_ids_go_on_from_entry_to_entry(redis: Redis, partitions: int) -> None:
+    """So that who reads two of them knows how many there were between them, whoever removed them."""
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.open_partitions(partitions)
+    await feed.go_to("relay.test")
+    keys = [Keys(STREAM, partition=number).stream for number in range(partitions)]
+    seqs = iter(range(1, 1000))
+
+    async def put(count: int) -> list[list[int]]:
+        chunk = Chunk()
+        for seq in itertools.islice(seqs, count * partitions):
+            chunk.entry([(b"n", b"x")], seq % partitions)
+            chunk.seq = seq
+        assert await feed.append(chunk)
+        found = [await redis.xrevrange(key, count=count) for key in keys]
+        return [[int(replies.text(one).partition("-")[2]) for one, _ in replies.entries(some)] for some in found]
+
+    assert await put(3) == [[3, 2, 1]] * partitions
+    await asyncio.sleep(0.002)
+    assert await put(2) == [[5, 4]] * partitions
+    for key in keys:
+        newest = replies.entries(await redis.xrevrange(key, count=1))[0][0]
+        await redis.xdel(key, newest)
+    assert await put(2) == [[7, 6]] * partitions
+    for key in keys:
+        await redis.xtrim(key, maxlen=0, approximate=False)
+    assert await put(1) == [[8]] * partitions
+    for key in keys:
+        await redis.xadd(key, {"n": "another reader's"})  # begins at 0 again
+    assert await put(2) == [[2, 1]] * partitions
+    ahead = 2 * int(time.time() * 1000)
+    for key in keys:
+        await redis.xadd(key, {"n": "x"}, id=f"{ahead}-7")
+    assert await put(1) == [[8]] * partitions
+    for key in keys:
+        await redis.xadd(key, {"n": "x"}, id=f"{ahead}-{2**63}")
+    assert await put(1) == [[2**63 + 1]] * partitions  # as Redis counts
 
 
 async def test_an_expired_lease_that_nobody_took_is_ours_again(redis: Redis) -> None:

@@ -22,7 +22,7 @@ from fastworker.stream.consumer import (
     WorkerStream,
     original_fields,
 )
-from fastworker.stream.feed import trim_finished
+from fastworker.stream.feed import Chunk, Feed, trim_finished
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.skipped import CONSUMER, give_skipped
@@ -53,6 +53,21 @@ async def add(redis: Redis, count: int, first: int = 0) -> list[str]:
         replies.text(await redis.xadd(KEY, {"type": "commit", "data": f"{{{n}}}", "seq": str(n)}))
         for n in range(first, first + count)
     ]
+
+
+async def put(redis: Redis, *seqs: int) -> list[str]:
+    """As a reader of ours does; the ids."""
+    feed = Feed(redis, stream_key=KEY, cursor_key="firehose:python_cursor", max_stream_len=10_000)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    newest = (await redis.xinfo_stream(KEY))["last-generated-id"] if await redis.exists(KEY) else b"0"
+    chunk = Chunk()
+    for seq in seqs:
+        chunk.entry([(b"type", b"commit"), (b"data", b"{}"), (b"seq", str(seq).encode())])
+        chunk.seq = seq
+    assert await feed.append(chunk)
+    await feed.release()
+    return [one.decode() for one, _ in replies.entries(await redis.xrange(KEY, b"(" + newest))]
 
 
 async def ledger(redis: Redis) -> dict[str, int]:
@@ -630,20 +645,93 @@ async def test_what_workers_read_that_do_not_tell_is_not_given_again(redis: Any)
     assert await redis.xlen(KEY) == 10
 
 
-async def test_what_was_skipped_and_trimmed_is_told_to_the_reader(redis: Any) -> None:
-    stream = await consumer(redis)
-    ids = await add(redis, 30)
-    await redis.rpush(USUAL.marks, f"{ids[9]} 10 relay.test", f"{ids[19]} 20 relay.test")
-    await redis.set(USUAL.reader_lease, "a reader's")
-    await _make_again(redis)
-    assert not await give_skipped(redis, USUAL, GROUP, who="reader")
+async def _trim(redis: Any, _ids: list[str]) -> None:
     await redis.xtrim(KEY, maxlen=8, approximate=False)
-    assert await give_skipped(redis, USUAL, GROUP, who="reader")
-    await stream.give_skipped()  # a worker leaves it to the reader
-    await redis.delete(USUAL.reader_lease)
-    await stream.give_skipped()  # also to one that is being started again
-    assert await give_skipped(redis, USUAL, GROUP, who="reader")
-    assert await pending(redis) == 0
+
+
+async def _trim_all(redis: Any, _ids: list[str]) -> None:
+    await redis.xtrim(KEY, maxlen=0, approximate=False)
+    await put(redis, 31)
+
+
+async def _pick(redis: Any, ids: list[str]) -> None:
+    await redis.xdel(KEY, ids[20], ids[21])
+
+
+async def _skip_and_trim(redis: Any, ids: list[str]) -> None:
+    await _make_again(redis)
+    await _trim(redis, ids)
+
+
+@pytest.mark.parametrize("remove", [_trim, _trim_all, _pick, _skip_and_trim])
+@pytest.mark.parametrize("read_before", [0, 5])
+@pytest.mark.parametrize("who", ["reader", "worker"])
+async def test_what_nobody_was_given_and_somebody_removed_is_told_to_the_reader(
+    redis: Any, read_before: int, remove: Any, who: Any
+) -> None:
+    """Also between two looks of the reader: the numbers in the ids tell."""
+    stream = await consumer(redis, batch_size=read_before or 10)
+    ids = await put(redis, *range(1, 31))
+    if read_before:
+        stream._burst = read_before
+        assert [one for one, _ in await stream.read(1)] == ids[:5]
+        await stream.ack({COMMITTED: ids[:5]})
+    await give_skipped(redis, USUAL, GROUP, who=who)
+    assert not await redis.exists(USUAL.go_back)
+    await remove(redis, ids)
+    await asyncio.sleep(0.01)
+    while found := await stream.read(1):
+        await stream.ack({COMMITTED: [one for one, _ in found]})
+    for _ in range(3):
+        await give_skipped(redis, USUAL, GROUP, who=who)
+        await asyncio.sleep(0.5)
+    assert b'"lost":true' in (await redis.get(USUAL.go_back) or b"")
+    assert await stream.lowest_pending() == "0-0"  # nothing counts as stored until the reader has gone back
+    await redis.delete(USUAL.go_back)
+    await give_skipped(redis, USUAL, GROUP, who=who)
+    assert not await redis.exists(USUAL.go_back)
+
+
+async def test_what_somebody_holds_was_given_to_him_though_it_is_trimmed(redis: Any) -> None:
+    first, second = await consumer(redis, batch_size=10), await consumer(redis, batch_size=10)
+    first._burst = second._burst = 10
+    ids = await put(redis, *range(1, 31))
+    assert [one for one, _ in await first.read(1)] == ids[:10]
+    assert [one for one, _ in await second.read(1)] == ids[10:20]
+    await redis.xtrim(KEY, maxlen=0, approximate=False)
+    await second.ack({COMMITTED: ids[10:20]})
+    await give_skipped(redis, USUAL, GROUP, who="reader")
+    await first.ack({COMMITTED: ids[:10]})
+    await give_skipped(redis, USUAL, GROUP, who="reader")
+    assert not await redis.exists(USUAL.go_back)
+    await put(redis, 31)  # the other ten nobody held
+    third = await second.read(1)
+    await second.ack({COMMITTED: [one for one, _ in third]})
+    await give_skipped(redis, USUAL, GROUP, who="reader")
+    assert await redis.exists(USUAL.go_back)
+
+
+@pytest.mark.parametrize("how", ["begins", "is sent back", "reads another maker's"])
+async def test_no_loss_is_seen_where_none_was(redis: Any, how: str) -> None:
+    ids = await put(redis, *range(1, 31))
+    await redis.xtrim(KEY, maxlen=8, approximate=False)  # another group had finished these
+    stream = await consumer(redis)
+    if how == "reads another maker's":
+        await stream.read(1)
+        await stream.ack({COMMITTED: ids[22:]})
+        for number in (0, 1, 0, 7, 8):
+            await asyncio.sleep(0.002)
+            await redis.xadd(KEY, {"type": "commit", "data": "{}", "seq": "1"})
+            await put(redis, 40 + number)
+    for _ in range(2):
+        while found := await stream.read(1):
+            await stream.ack({COMMITTED: [one for one, _ in found]})
+        await stream.give_skipped()
+        await asyncio.sleep(0.01)
+        if how == "is sent back":
+            await redis.xgroup_setid(KEY, GROUP, "0")
+    await stream.give_skipped()
+    assert not await redis.exists(USUAL.go_back)
 
 
 async def test_a_group_that_two_make_at_once_is_made_once(redis: Any) -> None:

@@ -9,6 +9,7 @@
 -- script that has written finish, so OOM leaves either all or nothing.
 -- An empty stream that does not remember our newest entry is another stream: ours was deleted, renamed or evicted.
 -- include ids
+-- include next_id
 local owner = redis.call('GET', KEYS[3])
 if owner and owner ~= ARGV[1] then return {'lease', owner} end
 local cursor = redis.call('GET', KEYS[2]) or ''
@@ -24,19 +25,30 @@ local entries, length, empty = tonumber(ARGV[6]), 0, {}
 for p = 0, others do
   local found = redis.call('XLEN', stream_of(p))
   length = length + found
-  local tail = others == 0 and found > 0 and redis.call('GET', tail_of(p))
-  if found == 0 or (tail and not redis.call('XRANGE', stream_of(p), tail, tail)[1]) then empty[#empty + 1] = p end
+  if found == 0 then empty[#empty + 1] = p end
 end
 if entries > 0 and length + entries > tonumber(ARGV[7]) then return {'full', ''} end
-for _, p in ipairs(empty) do
+local last = {}
+local function look(p)
   local tail = redis.call('GET', tail_of(p))
-  if tail then
-    local info, last = redis.pcall('XINFO', 'STREAM', stream_of(p)), '0-0'
-    for i = 1, #info, 2 do if info[i] == 'last-generated-id' then last = info[i + 1] end end
-    if before(last, tail) then return {'broken', ''} end
+  local found = tail and redis.call('XRANGE', stream_of(p), tail, '+', 'COUNT', 2) or {}
+  if found[1] and found[1][1] == tail and not found[2] then
+    last[p] = tail
+    return true
   end
+  last[p] = newest_id(stream_of(p))
+  return not tail or not before(last[p], tail)
+end
+if others == 0 then empty = {0} end
+for _, p in ipairs(empty) do
+  if not look(p) then return {'broken', ''} end
 end
 local body, at, newest = ARGV[11], 1, {}
+local function append(p, fields)
+  if not last[p] then look(p) end
+  newest[p] = redis.call('XADD', stream_of(p), next_id(last[p]), unpack(fields, 2))
+  last[p] = newest[p]
+end
 for p = 0, others do newest[p] = '' end
 while at <= #body do
   local item, count = {}, nil
@@ -44,11 +56,11 @@ while at <= #body do
   for i = 1, count do item[i], at = struct.unpack('<I4c0', body, at) end
   local what = item[1]
   if what == 'entry' then
-    newest[0] = redis.call('XADD', KEYS[1], '*', unpack(item, 2))
+    append(0, item)
   elseif what == 'dead letter' then
     redis.call('XADD', KEYS[6], 'MAXLEN', '~', ARGV[8], '*', unpack(item, 2))
   elseif tonumber(what) then
-    newest[tonumber(what)] = redis.call('XADD', stream_of(tonumber(what)), '*', unpack(item, 2))
+    append(tonumber(what), item)
   elseif what == 'repair' then
     redis.call('HSET', KEYS[7], item[2], item[3])
   elseif what == 'unverified' then

@@ -1,29 +1,47 @@
--- KEYS stream, given, reads, tellers, consumers, ledger, marks, the reader's lease, held. ARGV group, beginning of the leases of
+-- KEYS stream, given, reads, tellers, consumers, ledger, tail, go back, held. ARGV group, beginning of the leases of
 -- consumers, entries looked at, who gets what was skipped, 'reader' or 'worker'. Answers how many were given out, the first
--- and the last of them, whether there may be more, and whether an entry is gone that nobody was given.
+-- and the last of them, and whether there may be more.
 --
 -- The group's last id says what is handed out next, not what was: XGROUP SETID, or XGROUP CREATE with $, moves it past
 -- entries that nobody was given. Consumers of ours tell what they were given, before they ack it. So an entry behind the
 -- group's last id was given to somebody if it is pending or if somebody told so. What was skipped is made pending for a
 -- consumer that is nobody's: workers adopt it. Everything up to `given` is known to be given.
 -- Consumers that do not tell (older releases, other workers): while one is at work, the group's last id is believed.
--- A reader gives nothing out, and alone says that something is gone. While none is at work, it is left to the next one for
--- ten minutes: a reader that is started again.
+-- The numbers in the ids of ours tell how many entries there were (next_id): what is neither here nor pending nor told was
+-- removed by somebody before anybody was given it. A reader of ours reads it again. It gives nothing out itself.
 -- include padded
 -- include ids
-local nothing = {0, '', '', 0, 0}
+-- include lost
+-- include next_id
+local nothing = {0, '', '', 0}
 local group = redis.call('EXISTS', KEYS[1]) == 1 and group_of(KEYS[1], ARGV[1])
 if not group then return nothing end
 redis.pcall('XACK', KEYS[1], ARGV[1], '0-0')
 local time = redis.call('TIME')
-local now, last = time[1] * 1000 + math.floor(time[2] / 1000), padded(group['last-delivered-id'])
+now = time[1] * 1000 + math.floor(time[2] / 1000)
+local last = padded(group['last-delivered-id'])
 local at, looked, before_now = string.match(redis.call('GET', KEYS[2]) or '', '^(%S+) (%d+) (%S+)$')
+local function just_before(id)
+  local ms, number = parts(id)
+  if number ~= '0' then return padded(ms .. '-' .. string.format('%.0f', tonumber(number) - 1)) end
+  return padded(string.format('%.0f-18446744073709551615', tonumber(ms) - 1))
+end
+-- Whatever was removed before the first entry that there is, and was given before or not asked for, is nobody's loss.
+local function beginning()
+  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+  return first and just_before(first[1]) or padded(newest_id(KEYS[1]))
+end
+local zero = padded('0-0')
 if not at then
   at, looked, before_now = last, now, last
   -- Made by an operator, perhaps with $, and never used.
-  if group['consumers'] == 0 and redis.call('EXISTS', KEYS[6]) == 0 then at = padded('0-0') end
+  if group['consumers'] == 0 and redis.call('EXISTS', KEYS[6]) == 0 then at = zero end
+  if at == zero then at = beginning() end
+elseif last < at then -- sent back
+  local first = beginning()
+  if first < last then first = last end
+  if first < at then at = first end
 end
-if last < at then at = last end
 
 local function is_ours(name)
   local told = redis.call('HGET', KEYS[4], name)
@@ -42,20 +60,14 @@ table.sort(reads, function(a, b) return a[1] < b[1] end)
 local finish = string.rep('9', 20)
 reads[#reads + 1] = {finish, finish}
 
-local marks, lost, gone_ms = redis.call('LRANGE', KEYS[7], 0, 99), 0, 0
-local function lost_before(from)
-  for _, mark in ipairs(marks) do
-    local id = padded(string.match(mark, '^%S+'))
-    if id >= from or id > last then return false end
-    if id > at then
-      local one = plain(id)
-      if not redis.call('XRANGE', KEYS[1], one, one)[1] and not redis.call('XPENDING', KEYS[1], ARGV[1], one, one, 1)[1] then
-        gone_ms = tonumber(string.match(one, '^%d+'))
-        return true
-      end
-    end
-  end
-  return false
+-- Two ids that follow each other here; numbers that were never an entry's tell nothing.
+local function step(a, b)
+  local from, upto = tonumber(string.sub(a, 22)), tonumber(string.sub(b, 22))
+  local missing = upto - from - 1
+  if missing <= 0 or upto > 2 ^ 52 or (from == 0 and a ~= zero) then return end
+  local held = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. plain(a), '(' .. plain(b), math.min(missing, 20000))
+  -- mutant: what was trimmed between two looks of the reader is lost
+  if #held < missing then lost(KEYS[7], KEYS[8]) end
 end
 local function pending_in(first, stop)
   local found = {}
@@ -80,8 +92,12 @@ local function pass(from)
     for _, entry in ipairs(found) do
       local id = padded(entry[1])
       if id > last or id > before_now then return id > last end
+      step(at, id)
       if not pending[entry[1]] then
-        if ARGV[5] == 'reader' then return false end
+        if ARGV[5] == 'reader' then
+          at = just_before(entry[1])
+          return false
+        end
         skipped[#skipped + 1] = entry[1]
       end
       at, budget = id, budget - 1
@@ -96,16 +112,12 @@ end
 for _, read in ipairs(reads) do
   local from, upto = read[1], read[2]
   if at < upto then
-    -- mutant: what is gone is forgotten while no reader is at work
-    if lost_before(from) and (ARGV[5] == 'reader' or redis.call('EXISTS', KEYS[8]) == 1 or now - gone_ms < 600000) then
-      lost = 1
-      break
-    end
     if not pass(from) then break end
-    if upto == finish then upto = last end
-    at = upto < last and upto or last
+    if from > last then from, upto = last, last end
+    if at < from then step(at, from) end
+    if at < upto then at = upto < last and upto or last end
   end
-  if upto <= at and from ~= finish then redis.call('HDEL', KEYS[3], from) end
+  if upto <= at and read[1] ~= finish then redis.call('HDEL', KEYS[3], read[1]) end
 end
 for first = 1, #skipped, 100 do
   local ids = {unpack(skipped, first, math.min(first + 99, #skipped))}
@@ -120,4 +132,4 @@ if skipped[1] then
   if not held or padded(skipped[1]) < padded(held) then redis.call('HSET', KEYS[9], ARGV[4], skipped[1]) end
 end
 redis.call('SET', KEYS[2], at .. ' ' .. string.format('%.0f', now) .. ' ' .. last)
-return {#skipped, skipped[1] or '', skipped[#skipped] or '', more, lost}
+return {#skipped, skipped[1] or '', skipped[#skipped] or '', more}
