@@ -655,7 +655,7 @@ async def _trim_all(redis: Any, _ids: list[str]) -> None:
 
 
 async def _pick(redis: Any, ids: list[str]) -> None:
-    await redis.xdel(KEY, ids[20], ids[21])
+    await redis.xdel(KEY, ids[22], ids[23])
 
 
 async def _skip_and_trim(redis: Any, ids: list[str]) -> None:

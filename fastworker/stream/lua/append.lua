@@ -46,6 +46,7 @@ end
 local body, at, newest = ARGV[11], 1, {}
 local function append(p, fields)
   if not last[p] then look(p) end
+  -- mutant: ids are numbered as Redis does
   newest[p] = redis.call('XADD', stream_of(p), next_id(last[p]), unpack(fields, 2))
   last[p] = newest[p]
 end
