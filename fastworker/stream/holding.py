@@ -82,9 +82,9 @@ class Holding:
 def _runs(ids: Sequence[str]) -> list[str]:
     """First and last id of each run. A number that is left out (stream/lua/next_id.lua) ends one."""
     numbers = [int(ids[0].partition("-")[2]), int(ids[-1].partition("-")[2])]
+    # mutant: what was removed between two entries of a read is taken for read
     if numbers[1] - numbers[0] < len(ids):
         return [ids[0], ids[-1]]
-    # mutant: what was removed between two entries of a read is taken for read
     found = [ids[0]]
     for before, after in pairwise(ids):
         if int(after.partition("-")[2]) > int(before.partition("-")[2]) + 1:

@@ -299,7 +299,7 @@ MUTANTS = [
     _mutant("another history goes unnoticed", "fastworker/stream/consumer.py", "tests/integration/test_lineage.py", "if True:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
     _mutant("what was trimmed between two looks of the reader is lost", f"{_LUA}/give_skipped.lua", OF_STREAM, ""),
-    _mutant("what was removed between two entries of a read is taken for read", "fastworker/stream/holding.py", OF_STREAM, "return [ids[0], ids[-1]]"),
+    _mutant("what was removed between two entries of a read is taken for read", "fastworker/stream/holding.py", OF_STREAM, "if numbers:"),
     _mutant("ids are numbered as Redis does", f"{_LUA}/append.lua", "tests/integration/test_reader_parts.py", "newest[p] = redis.call('XADD', stream_of(p), '*', unpack(fields, 2))"),
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
     _mutant("an append without an answer is somebody else's", "fastworker/stream/feed.py", "tests/integration/test_reader_parts.py", "is_foreign = left is not None and seq is not None and seq > left"),
