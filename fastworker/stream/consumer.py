@@ -8,17 +8,17 @@ killed half way, and the ledger still balances. Knows nothing of what an entry m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from fastworker.errors import Reason, StreamUnavailable
+from fastworker.errors import Reason
 from fastworker.stream.bounded import ReplyTooLarge, reply_of_at_most
 from fastworker.stream.client import translating
 from fastworker.stream.group import Group, unknown
@@ -178,12 +178,11 @@ class WorkerStream:
         lease = own.consumer_lease(self.name)
         keys = [lease, own.consumers, self.stream_key, own.ledger, own.held, own.reads, own.tellers, own.given]
         args: list[Any] = [self._token, self._lease_ms, self.name, self.group]
-        async with self._ending, self._holding.telling() as (lowest, told), translating(self._redis):
+        async with self._ending, self._telling() as (lowest, told), translating(self._redis):
             if self._is_released:  # meanwhile: the name may be somebody else's
                 return
             args += [lowest, " ".join(self._holding.ids), told]
             ghosts = await self._renew(keys=keys, args=args)
-        self._meet()
         if ghosts < 0:
             raise ConsumerLeaseLost(f"the consumer name {self.name} has another owner now")
 
@@ -192,7 +191,7 @@ class WorkerStream:
         self._meet()
         if not self._holding.is_told:
             keys = [self.stream_key, self._keys.held, self._keys.reads, self._keys.given]
-            async with self._ending, self._holding.telling() as told, translating(self._redis):
+            async with self._ending, self._telling() as told, translating(self._redis):
                 await self._tell_held(keys=keys, args=[self.group, self.name, *told])
 
     async def give_skipped(self) -> None:
@@ -313,12 +312,8 @@ class WorkerStream:
         async with self._ending, translating(self._redis):
             for ids in tallies.values():
                 self._holding.let_go(ids)
-            async with self._holding.telling() as told:
-                acked = int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
-        if self._meet():
-            with contextlib.suppress(StreamUnavailable):
-                await self.tell_held()
-        return acked
+            async with self._telling() as told:
+                return int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
 
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:
         """Move entries to the dead letters and ack them, in one script; the number that was still pending.
@@ -335,7 +330,7 @@ class WorkerStream:
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
             async with self._ending, self._group.translating():
                 self._holding.let_go([letter.entry_id for letter in piece])
-                async with self._holding.telling() as told:
+                async with self._telling() as told:
                     head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, *told]
                     total += int(await self._set_aside(keys=keys, args=[*head, *args]))
         return total
@@ -365,15 +360,17 @@ class WorkerStream:
         self._window = max(1, min(2 * window, WINDOW, self._count, READ_BYTES // max(1, *sizes)))
         return entries, sum(sizes)
 
-    def _meet(self) -> bool:
+    def _meet(self) -> None:
         """After a failover: what is pending in our name there is read again, and only that is told to be held."""
         # mutant: another history goes unnoticed
-        if self._seen_changes == self._lineage.changes:
-            return False
-        self._seen_changes = self._lineage.changes
-        self._holding.forget()
-        self.lost_reply = True
-        return True
+        if self._seen_changes != self._lineage.changes:
+            self._seen_changes = self._lineage.changes
+            self._holding.forget()
+            self.lost_reply = True
+
+    def _telling(self) -> AbstractAsyncContextManager[tuple[str, str]]:
+        self._meet()
+        return self._holding.telling()
 
     def _take_over(self, found: list[Any]) -> list[Entry]:
         if entries := _entries_of([[b"", found]]):

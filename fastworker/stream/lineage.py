@@ -3,6 +3,9 @@
 A replica that takes the master's place, and a server that starts again from its disk, may not know what was done
 last: an ack, a read. `master_replid` of INFO tells one history from another (Redis's docs, replication). It is asked
 at each new connection: the client opens one without a word where no command was under way when the old one was lost.
+
+A command that was made up for one history is not sent to another, and a reply from one that others have left is not
+believed: both fail as on a connection that is lost, and are made up again.
 """
 
 from __future__ import annotations
@@ -12,24 +15,25 @@ import re
 from typing import Any, Final
 
 from redis.asyncio import ConnectionPool, Redis
+from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import ResponseError
 
 _REPLID: Final = re.compile(rb"^master_replid:(\w+)", re.MULTILINE)
+_OTHER: Final = "it is another server than before, or was started again"
 
 
 class Lineage:
-    """`changes`: how often a connection found another history than the one made before it, or than itself before: one
-    may lead to the old master for a while when another leads to the new one. Nothing where INFO is refused."""
+    """`changes`: how often a connection found another history than the one made before it; none where INFO is refused."""
 
     def __init__(self) -> None:
         self.changes = 0
-        self._id = ""
+        self.newest = ""  # as the connection says that was made last
 
-    def meet(self, found: str, before: str) -> bool:
+    def meet(self, found: str) -> bool:
         """Whether it is another one."""
-        is_other = any(one and one != found for one in (self._id, before))
+        is_other = self.newest not in ("", found)
         self.changes += is_other
-        self._id = found
+        self.newest = found
         return is_other
 
 
@@ -39,18 +43,36 @@ def follow_lineage(pool: ConnectionPool) -> None:
 
     class Asking(pool.connection_class):  # type: ignore[name-defined, misc]  # plain, TLS, a socket's, Sentinel's
         of = lineage
-        replid = ""
+        replid = ""  # while it is being made, too: what a login says is believed
 
         async def on_connect_check_health(self, check_health: bool = True) -> None:
+            self.replid = ""
             await super().on_connect_check_health(check_health)
             await self.send_command("INFO", "replication", check_health=False)
             with contextlib.suppress(ResponseError):  # a server that keeps it to itself
                 told = await self.read_response()
                 if found := _REPLID.search(told):
-                    before, self.replid = self.replid, found[1].decode()
-                    if lineage.meet(self.replid, before):
+                    self.replid = found[1].decode()
+                    if lineage.meet(self.replid):
                         # mutant: an idle connection still leads to the old master
                         await pool.disconnect(inuse_connections=False)
+                        # mutant: what was made up for the old master is sent to the new one
+                        raise LostConnection(_OTHER)
+
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            await self._leave_old()
+            await super().send_packed_command(command, check_health)
+
+        async def read_response(self, *args: Any, **options: Any) -> Any:
+            reply = await super().read_response(*args, **options)
+            await self._leave_old()
+            return reply
+
+        async def _leave_old(self) -> None:
+            # mutant: the old master is believed
+            if self.replid and self.replid != lineage.newest:
+                await self.disconnect(nowait=True)
+                raise LostConnection(_OTHER)
 
     pool.connection_class = Asking
 

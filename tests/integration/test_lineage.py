@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as LostConnection
 
 from fastworker.edge.embedded import EmbeddedRedis, free_port
+from fastworker.errors import StreamUnavailable
 from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import Tally, WorkerStream
@@ -49,6 +51,8 @@ class Pair:
         self._proxy.target = "127.0.0.1", self._servers[1].port or 0
         if client is not None:
             await client.connection_pool.disconnect()
+            with pytest.raises(LostConnection, match="another server"):
+                await client.ping()
 
 
 @pytest.fixture
@@ -171,25 +175,61 @@ async def test_what_was_read_is_told_to_the_new_master_too(pair: Pair, through: 
     assert await counted(pair.second) == {"committed": 5}
 
 
-async def test_a_connection_that_stays_with_the_old_master_for_a_while_is_noticed_when_it_comes(
-    pair: Pair, through: Redis
-) -> None:
+async def test_a_connection_in_use_that_leads_to_the_old_master_is_left(pair: Pair, through: Redis) -> None:
+    """Neither is anything sent on it, nor is the reply believed that it waited for."""
     lineage = lineage_of(through)
     pool: Any = through.connection_pool
-    first, second = await pool.get_connection(), await pool.get_connection()
+    first, second, third = [await pool.get_connection() for _ in range(3)]
+    await third.send_command("XREAD", "BLOCK", 0, "STREAMS", STREAM, "$")
     await pair.apart()
     await pair.switch()
     await first.disconnect()
+    with pytest.raises(LostConnection, match="another server"):
+        await first.connect()
     await first.connect()
     assert lineage.changes == 1
-    await second.disconnect()
-    await second.connect()
-    assert lineage.changes == 2  # what went through it meanwhile was said to the other one
-    await second.disconnect()
-    await second.connect()
-    assert lineage.changes == 2
-    for one in (first, second):
+    with pytest.raises(LostConnection, match="another server"):
+        await second.send_command("SET", "told", "1")
+    assert await pair.first.get("told") is None
+    await add(pair.first, 1)
+    with pytest.raises(LostConnection, match="another server"):
+        await third.read_response()
+    for one in (second, third):
+        await one.connect()
+    assert lineage.changes == 1
+    for one in (first, second, third):
         await pool.release(one)
+
+
+async def test_what_was_made_up_for_the_old_master_is_not_sent_to_the_new_one(pair: Pair, through: Redis) -> None:
+    """Killed between the two, a worker would hold for good what it was never given there: the group would go back."""
+    stream = WorkerStream(through, consumer_id="w")
+    await stream.acquire()
+    await pair.apart()
+    ids = await add(pair.first, 5)
+    assert [one for one, _ in await stream.read(100)] == ids
+    await pair.switch()
+    await through.connection_pool.disconnect()
+    with pytest.raises(StreamUnavailable):
+        await stream.ack({COMMITTED: ids[:2]})
+    assert await pair.second.hgetall(USUAL.held) == {}
+    assert await stream.ack({COMMITTED: ids[:2]}) == 0
+    assert await pair.second.hgetall(USUAL.held) == {}
+
+
+async def test_a_group_does_not_go_forward_to_what_a_dead_worker_held_elsewhere(pair: Pair, through: Redis) -> None:
+    dead = WorkerStream(through, consumer_id="dead")
+    await dead.acquire()
+    ids = await add(pair.first, 5)
+    await pair.apart()
+    await pair.second.hset(USUAL.held, "dead-0", ids[3])  # of a release that told it
+    await pair.second.delete(USUAL.consumer_lease("dead-0"))
+    async with connect(pair.url) as client:
+        await pair.switch()
+        heir = WorkerStream(client, consumer_id="heir")
+        await heir.acquire()
+        await heir.claim("dead-0", idle_ms=0)
+        assert [one for one, _ in await heir.read(10)] == ids
 
 
 async def test_no_idle_connection_leads_to_the_old_master(pair: Pair, through: Redis) -> None:
@@ -200,7 +240,8 @@ async def test_no_idle_connection_leads_to_the_old_master(pair: Pair, through: R
     await pair.apart()
     await pair.switch()
     await first.disconnect()
-    await first.connect()
+    with pytest.raises(LostConnection):
+        await first.connect()
     await through.set("told", "1")  # by the second one
     await pool.release(first)
     assert await pair.second.get("told") == b"1"
@@ -216,6 +257,8 @@ async def test_a_restart_from_the_disk_is_noticed(redis_server_of_its_own: Embed
         await asyncio.to_thread(redis_server_of_its_own.kill)
         await asyncio.to_thread(redis_server_of_its_own.start)
         await asyncio.sleep(0.1)
+        with pytest.raises(StreamUnavailable, match="started again"):
+            await stream.read(1)
         await stream.read(1)
         assert stream.lost_reply
 
