@@ -217,6 +217,9 @@ def worker(reapply: str | None) -> ExitCode:
     SIGTERM drains; SIGHUP replaces the processes one by one; SIGTTIN and SIGTTOU add and remove one; SIGUSR1 logs the
     status.
     """
+    from fastworker.process.signals import nothing_to_replace_yet
+
+    nothing_to_replace_yet()
     config = _begin("worker")
     if reapply is not None:
         from fastworker.commands.check import preflight

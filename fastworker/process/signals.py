@@ -22,6 +22,12 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 log = logging.getLogger(__name__)
 
 
+def nothing_to_replace_yet() -> None:
+    """What an operator asks of a supervisor, before there is one, does not end the process: it may wait for servers."""
+    for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
+        signal.signal(number, lambda _number, _frame: None)
+
+
 @contextmanager
 def stop_on_signals(*, left_s: float = LEFT_S) -> Iterator[asyncio.Event]:
     """The event that the first signal sets. `left_s`: how long the process may live then, its closing included."""

@@ -42,6 +42,7 @@ from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
 from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StoreWentBack, StreamBroken
+from fastworker.stream.lineage import lineage_of
 from fastworker.stream.others import other_reader
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ class _Reader:
         others = partial(other_reader, self._redis, settings.stream_key, settings.group)
         self._receiver.filter = filter_of(settings, others, stats)
         self._follower = Follower(settings, stop, self._feed, stats, self._receiver, self._dashboard, self._stored_seq)
-        self._run_id = ""
+        self._lineage = lineage_of(self._redis)
+        self._changes = 0
 
     # A reader's life: wait for the lease, serve a term, again.
 
@@ -169,7 +171,7 @@ class _Reader:
                     await self._feed.own_cursor()
                     await self._feed.begin_term()
                     await self._open_partitions()
-                    self._run_id = await self._feed.run_id()
+                    self._changes = self._lineage.changes
                     self._outage.look(None)
                     self._receiver.empty()
                     self._stats.standby = False
@@ -204,7 +206,7 @@ class _Reader:
 
         A Redis that restarted or failed over lost some writes, and that explains a cursor by itself.
         """
-        if await self._feed.run_id() != self._run_id:
+        if self._lineage.changes != self._changes:
             return True
         cursor = await self._feed.peek_cursor()
         until = time.monotonic() + SETTLE_S

@@ -296,11 +296,6 @@ class Feed:
         more = range(len(self._parts), known)  # of the others we remember how far they were finished
         self._parts = self._parts[:known] + [_Partition(self._redis, self._stream, self._group, n) for n in more]
 
-    async def run_id(self) -> str:
-        """Names this run of the server: another one means that it restarted or that another took over."""
-        async with translating(self._redis):
-            return str((await self._redis.info("server")).get("run_id", ""))
-
     async def acquire(self) -> bool:
         """Take the lease, or keep it; False while another reader has it."""
         async with translating(self._redis):

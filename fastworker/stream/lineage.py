@@ -23,7 +23,7 @@ _OTHER: Final = "it is another server than before, or was started again"
 
 
 class Lineage:
-    """`changes`: how often a connection found another history than the one made before it; none where INFO is refused."""
+    """`changes`: how often a connection found another history than the one before it; none where INFO is refused."""
 
     def __init__(self) -> None:
         self.changes = 0

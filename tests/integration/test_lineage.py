@@ -220,7 +220,9 @@ async def test_what_was_made_up_for_the_old_master_is_not_sent_to_the_new_one(pa
 async def test_a_group_does_not_go_forward_to_what_a_dead_worker_held_elsewhere(pair: Pair, through: Redis) -> None:
     dead = WorkerStream(through, consumer_id="dead")
     await dead.acquire()
-    ids = await add(pair.first, 5)
+    ids = await add(pair.first, 2)
+    await asyncio.sleep(0.01)
+    ids += await add(pair.first, 3)
     await pair.apart()
     await pair.second.hset(USUAL.held, "dead-0", ids[3])  # of a release that told it
     await pair.second.delete(USUAL.consumer_lease("dead-0"))

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -553,3 +554,28 @@ async def _has(count: Callable[[], Awaitable[int]]) -> bool:
 
 async def _is(value: Awaitable[object], expected: object) -> bool:
     return await value == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1])
+def test_what_is_asked_of_a_worker_that_waits_for_its_servers_does_not_end_it(number: signal.Signals) -> None:
+    """`systemctl reload` while it starts: there is nothing to replace yet."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are taken, and nothing is said
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        environment = {
+            "PATH": os.environ["PATH"],
+            "REDIS_URL": f"redis://{url}",
+            "DATABASE_URL": f"postgresql://{url}/x",
+        }
+        command = [sys.executable, "-m", "fastworker", "worker"]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            assert b"worker on Python" in process.stdout.readline()
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state != "T", "stopped"
+        finally:
+            process.kill()
+            process.communicate()

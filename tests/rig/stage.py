@@ -329,11 +329,16 @@ class Stage:
 
     async def wrongly_green(self, since_s: float) -> list[str]:
         """Nothing ended for so long: whether /readyz of the worker says that all is well all the same."""
-        said = None if await self.is_read() else await self.says()
+        said = await self.says() if await self._is_something_left() else None
         if said is None:
             return []
         well, words = said
         return [f"Nothing ended for {since_s:g} s, and /readyz says {words!r}: {self.worker.log}"] if well else []
+
+    async def _is_something_left(self) -> bool:
+        """On a stream, or in the group's hands. A new partition that nothing was appended to has no group yet."""
+        streams = [one for one in await self.streams() if await self.redis.xlen(one)]
+        return not all([await self._is_read(one) for one in streams]) or await self.pending() > 0
 
     async def has_progress(self) -> None:
         """Wait until PostgreSQL knows how far the stream is stored."""
