@@ -27,6 +27,7 @@ from fastworker.stream.cluster import SlotPool, slot_pool
 from fastworker.stream.keys import STREAM
 from fastworker.stream.lineage import follow_lineage
 from fastworker.stream.places import FoundPool
+from fastworker.stream.quick import QuickRedis
 from fastworker.stream.scripts import command_at
 from fastworker.stream.sentinel import master_pool
 
@@ -130,7 +131,7 @@ def connect(
         raise ConfigError(f"{redact(url)!r} is not a Redis URL: its port or an option cannot be read") from None
     pool.connection_kwargs["decode_responses"] = False  # whatever the URL's options say
     follow_lineage(pool)
-    return Redis.from_pool(pool)
+    return QuickRedis.from_pool(pool)
 
 
 def error_code(error: exceptions.RedisError) -> str:

@@ -18,6 +18,8 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import ResponseError
 
+from fastworker.stream.quick import Quick
+
 _REPLID: Final = re.compile(rb"^master_replid:(\w+)", re.MULTILINE)
 _OTHER: Final = "it is another server than before, or was started again"
 
@@ -41,7 +43,7 @@ def follow_lineage(pool: ConnectionPool) -> None:
     """From now on each new connection of the pool asks."""
     lineage = Lineage()
 
-    class Asking(pool.connection_class):  # type: ignore[name-defined, misc]  # plain, TLS, a socket's, Sentinel's
+    class Asking(Quick, pool.connection_class):  # type: ignore[name-defined, misc]  # plain, TLS, a socket's, Sentinel's
         of = lineage
         replid = ""  # while it is being made, too: what a login says is believed
 
@@ -60,19 +62,20 @@ def follow_lineage(pool: ConnectionPool) -> None:
                         raise LostConnection(_OTHER)
 
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-            await self._leave_old()
+            if self.replid != lineage.newest and self.replid:
+                await self._leave()
             await super().send_packed_command(command, check_health)
 
         async def read_response(self, *args: Any, **options: Any) -> Any:
             reply = await super().read_response(*args, **options)
-            await self._leave_old()
+            if self.replid != lineage.newest and self.replid:
+                await self._leave()
             return reply
 
-        async def _leave_old(self) -> None:
+        async def _leave(self) -> None:
+            await self.disconnect(nowait=True)
             # mutant: the old master is believed
-            if self.replid and self.replid != lineage.newest:
-                await self.disconnect(nowait=True)
-                raise LostConnection(_OTHER)
+            raise LostConnection(_OTHER)
 
     pool.connection_class = Asking
 

@@ -36,7 +36,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._(ack|set_aside|lease|renew|release|claim|ack_ghosts|append|retry_letter|script)\(", "Redis: a script, SOCKET_TIMEOUT_S"),
     (r"^self\._xreadgroup\(", "Redis: BLOCK is less than SOCKET_TIMEOUT_S"),
     (r"^(self\._\w+|_\w+)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
-    (r"^self\.(send_command|read_response)\(", "Redis: a new connection's first question, SOCKET_TIMEOUT_S"),
+    (r"^self\.(send_command|(read|parse)_response)\(|^connection\.send_command\(", "Redis: SOCKET_TIMEOUT_S of the connection"),
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),
     (r"^(self\._?)?(connection|conn|db|pool|pg|_cursor|transaction)\.\w+\(|^execute\(|^fetch\(", "PostgreSQL: command_timeout of the connection"),
@@ -132,6 +132,9 @@ def test_every_connection_is_made_with_timeouts() -> None:
         "redis.Redis.from_url",
         "ConnectionPool.from_url",
         "Redis.from_pool",
+        "QuickRedis",
+        "QuickRedis.from_pool",
+        "QuickRedis.from_url",
     ):
         for file, call in all_calls[name]:
             # cluster.py's ask who has a slot, ANSWER_S at most

@@ -470,8 +470,10 @@ async def test_the_numbers_in_ids_go_on_from_entry_to_entry(redis: Redis, partit
     for key in keys:
         await redis.xtrim(key, maxlen=0, approximate=False)
     assert await put(1) == [[8]] * partitions
+    await asyncio.sleep(0.002)
     for key in keys:
         await redis.xadd(key, {"n": "another reader's"})  # begins at 0 again
+    await asyncio.sleep(0.002)
     assert await put(2) == [[2, 1]] * partitions
     ahead = 2 * int(time.time() * 1000)
     for key in keys:

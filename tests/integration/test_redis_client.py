@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import DataError, ResponseError
 
 from fastworker.errors import StreamUnavailable
 from fastworker.stream.client import connect, translating
@@ -63,4 +67,58 @@ async def test_a_swallowed_cancellation_is_raised_after_the_command(redis_url: s
             assert await redis.ping()
     finally:
         task.uncancel()
+        await redis.aclose()
+
+
+@pytest.mark.parametrize("value", ["text é", b"\x00\xff", 7, -1, 1.5, bytearray(b"ab"), memoryview(b"cd"), "a b"])
+async def test_arguments_arrive_as_the_library_sends_them(redis_url: str, value: Any) -> None:
+    redis, theirs = connect(redis_url), Redis.from_url(redis_url)
+    try:
+        await redis.set("ours", value)
+        await theirs.set("theirs", value)
+        assert await redis.get("ours") == await theirs.get("theirs") is not None
+        with pytest.raises(DataError):
+            await redis.set("ours", None)  # type: ignore[arg-type]
+    finally:
+        await redis.aclose()
+        await theirs.aclose()
+
+
+@pytest.mark.parametrize("size", [1_000, 65_535, 65_536, 30_000_000])
+async def test_a_command_of_any_size_is_sent_whole(redis_url: str, size: int) -> None:
+    redis = connect(redis_url)
+    try:
+        await redis.set("large", b"x" * size)
+        assert await redis.strlen("large") == size
+        async with redis.pipeline(transaction=True) as pipe:
+            pipe.set("large", b"y" * size)
+            pipe.strlen("large")
+            assert (await pipe.execute())[1] == size
+    finally:
+        await redis.aclose()
+
+
+async def test_a_server_that_takes_nothing_is_not_waited_for_longer_than_the_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        redis = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}", socket_timeout=0.3)
+        for value in (b"x", b"x" * 30_000_000):
+            with pytest.raises(StreamUnavailable):
+                async with asyncio.timeout(5), translating(redis):
+                    await redis.set("large", value)
+        await redis.aclose()
+
+
+async def test_a_command_is_sent_once_and_its_connection_serves_the_next_one(redis_url: str) -> None:
+    redis = connect(redis_url, max_connections=1)
+    try:
+        await redis.set("text", "no number")
+        with pytest.raises(ResponseError):
+            await redis.incr("text")
+        assert await redis.get("text") == b"no number"
+        blocked: asyncio.Future[Any] = asyncio.ensure_future(redis.blpop(["never"], timeout=5))
+        await asyncio.sleep(0.05)
+        blocked.cancel()
+        await asyncio.wait([blocked])
+        assert await redis.get("text") == b"no number"  # the reply to what was cancelled is nobody's
+    finally:
         await redis.aclose()

@@ -297,7 +297,7 @@ MUTANTS = [
     _mutant("what was skipped is held by nobody", f"{_LUA}/give_skipped.lua", "tests/integration/test_stream.py::test_what_waits_to_be_adopted_survives_its_group", ""),
     _mutant("what waits to be adopted is held by nobody", f"{_LUA}/claim.lua", "tests/integration/test_stream.py::test_what_waits_to_be_adopted_survives_its_group", "local rest = nil"),
     _mutant("what was made up for the old master is sent to the new one", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "pass"),
-    _mutant("the old master is believed", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "if False:"),
+    _mutant("the old master is believed", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "await self.connect()"),
     _mutant("the group goes forward to what it has not read", f"{_LUA}/go_back.lua", "tests/integration/test_lineage.py", ""),
     _mutant("another history goes unnoticed", "fastworker/stream/consumer.py", "tests/integration/test_lineage.py", "if True:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),

@@ -3,7 +3,7 @@
 -- ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 -- dead-letter limit, gaps kept, ms now, the chunk's body
 -- Answers a word, and for `ok` the newest id in each partition, '' where there is none.
--- The body is one argument, because the client packs every argument in Python: per item a count, then so many strings,
+-- The body is one argument, which costs the client less than many: per item a count, then so many strings,
 -- each after its length; numbers are four bytes, little-endian.
 -- The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
 -- script that has written finish, so OOM leaves either all or nothing.

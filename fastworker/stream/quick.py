@@ -1,0 +1,50 @@
+"""Commands to Redis at a lower price than the client library's.
+
+For asyncio it packs arguments in Python, one by one, makes a task for each sending, and keeps telemetry that nobody
+reads: together more than the sending and the reading of a small command (docs/lab/2026-11-30-cheaper-commands.md).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from redis.asyncio import Redis
+from redis.connection import HiredisRespSerializer
+
+_WAITS_FROM: Final = 65_536
+"""Bytes that the socket did not take yet. Below it nobody waits for them, so that nothing has to time the waiting."""
+_serializer: Final = HiredisRespSerializer()
+
+
+class QuickRedis(Redis):
+    """A command is sent once: that a failed one is repeated is the callers' business."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        pool = self.connection_pool
+        connection = await pool.get_connection()
+        try:
+            await connection.send_command(*args)
+            return await self.parse_response(connection, args[0], **options)
+        finally:
+            await pool.release(connection)
+
+
+class Quick:
+    """Beside a class of the library's connections."""
+
+    _writer: Any
+    is_connected: bool
+    next_health_check: float
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        packed: list[bytes] = _serializer.pack(*args)
+        return packed
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if self.is_connected and time.monotonic() <= self.next_health_check:
+            self._writer.writelines([command] if isinstance(command, bytes) else command)
+            if self._writer.transport.get_write_buffer_size() < _WAITS_FROM:
+                return
+            command = b""  # the rest is waited for
+        await super().send_packed_command(command, check_health)  # type: ignore[misc]
