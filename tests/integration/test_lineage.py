@@ -14,10 +14,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as LostConnection
 
 from fastworker.edge.embedded import EmbeddedRedis, free_port
-from fastworker.errors import StreamUnavailable
+from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.board import Heartbeats
 from fastworker.stream.client import connect
-from fastworker.stream.consumer import Tally, WorkerStream
+from fastworker.stream.consumer import SetAside, Tally, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM, USUAL
 from fastworker.stream.lineage import lineage_of
 from fastworker.worker.intake import Intake
@@ -275,3 +275,56 @@ async def test_a_server_that_does_not_say_what_it_is_works_all_the_same(pair: Pa
     await pair.first.acl_setuser("mute", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-info"])
     async with connect(pair.url.replace("redis://", "redis://mute:x@")) as redis:
         assert await redis.ping()
+
+
+async def test_what_another_acks_its_first_owner_holds_no_longer(
+    pair: Pair, through: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Adopted on the old master; on the new one it is pending for the dead one, and acked by who adopted it."""
+    dead = WorkerStream(through, consumer_id="dead")
+    await dead.acquire()
+    ids = await add(pair.first, 5)
+    assert [one for one, _ in await dead.read(100)] == ids
+    await dead.tell_held()
+    await pair.apart()
+    await pair.first.delete(USUAL.consumer_lease("dead-0"))
+    heir = WorkerStream(through, consumer_id="heir")
+    await heir.acquire()
+    assert [one for one, _ in (await heir.claim("dead-0", idle_ms=0)).entries] == ids
+    await pair.switch(through)
+    assert await heir.ack({COMMITTED: ids[:3]}) == 3
+    assert texts(await pair.second.hgetall(USUAL.held)) == {"dead-0": ids[3]}
+    assert await heir.set_aside([SetAside(ids[3], {b"data": b"{}"}, Reason.BAD_JSON, "")], now_ms=1) == 1
+    assert texts(await pair.second.hgetall(USUAL.held)) == {"dead-0": ids[4]}
+    assert await heir.ack({COMMITTED: ids[4:]}) == 1
+    assert texts(await pair.second.hgetall(USUAL.held)) == {}
+    await pair.second.delete(USUAL.consumer_lease("dead-0"))
+    with caplog.at_level(logging.WARNING):
+        await heir.claim("dead-0", idle_ms=0)
+    assert caplog.messages == []
+
+
+async def test_what_the_old_master_gave_is_not_missed_on_the_new_one(pair: Pair, through: Redis) -> None:
+    """Numbers of ids that were told to it are of entries that the new one never had: nothing is lost between them."""
+    stream = WorkerStream(through, consumer_id="w")
+    await stream.acquire()
+    await pair.first.set(USUAL.tail, "1-1")
+    for number in (1, 2):
+        await pair.first.xadd(STREAM, {"data": "{}"}, id=f"1-{number}")
+    assert len(await stream.read(100)) == 2
+    await stream.tell_held()
+    await pair.apart()
+    for number in (3, 4, 5, 6, 7):
+        await pair.first.xadd(STREAM, {"data": "{}"}, id=f"2-{number}")
+    await pair.first.xreadgroup(GROUP, "another", {STREAM: ">"}, count=3)  # who told only the old master
+    assert len(await stream.read(100)) == 2
+    await pair.switch(through)
+    for number in (3, 4):
+        await pair.second.xadd(STREAM, {"data": "{}"}, id=f"3-{number}")
+    await stream.renew()
+    assert [one for one, _ in await stream.read(100)] == ["3-3", "3-4"]
+    await stream.tell_held()
+    for _ in range(3):
+        await stream.give_skipped()
+        await asyncio.sleep(0.5)
+    assert not await pair.second.exists(USUAL.go_back)

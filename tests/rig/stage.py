@@ -333,7 +333,10 @@ class Stage:
         if said is None:
             return []
         well, words = said
-        return [f"Nothing ended for {since_s:g} s, and /readyz says {words!r}: {self.worker.log}"] if well else []
+        state = f"{await self.pending()} pending, the oldest {await self.unfinished_s():.0f} s old, ledger {await self.ledger()}"
+        place = (await self.redis.info("server"))["tcp_port"]
+        why = f"Nothing ended for {since_s:g} s, and /readyz says {words!r} ({state}, server at {place})"
+        return [f"{why}: {self.worker.log}"] if well else []
 
     async def _is_something_left(self) -> bool:
         """On a stream, or in the group's hands. A new partition that nothing was appended to has no group yet."""
