@@ -7,6 +7,7 @@ reads: together more than the sending and the reading of a small command (docs/l
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -36,6 +37,7 @@ class Quick:
     _writer: Any
     is_connected: bool
     next_health_check: float
+    disconnect: Callable[..., Awaitable[None]]
 
     def pack_command(self, *args: Any) -> list[bytes]:
         packed: list[bytes] = _serializer.pack(*args)
@@ -43,7 +45,11 @@ class Quick:
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if self.is_connected and time.monotonic() <= self.next_health_check:
-            self._writer.writelines([command] if isinstance(command, bytes) else command)
+            try:
+                self._writer.writelines([command] if isinstance(command, bytes) else command)
+            except BaseException:  # uvloop's, of a socket that is closed
+                await self.disconnect(nowait=True)
+                raise
             if self._writer.transport.get_write_buffer_size() < _WAITS_FROM:
                 return
             command = b""  # the rest is waited for
