@@ -6,7 +6,7 @@
 -- include disown
 -- mutant: an ack that does not tell what was read
 hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], ARGV[4])
-local at, total, others = 5, 0, other_holders(KEYS[4], ARGV[2])
+local at, total = 5, 0
 while at <= #ARGV do
   local outcome, kind = ARGV[at], ARGV[at + 1]
   local drop_count, id_count = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
@@ -17,7 +17,6 @@ while at <= #ARGV do
     acked = acked + redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, first, math.min(first + 999, stop - 1)))
   end
   if acked > 0 then
-    disown(KEYS[1], ARGV[1], KEYS[4], others, ARGV, ids_at, stop - 1)
     redis.call('HINCRBY', KEYS[2], outcome, acked)
     redis.call('HINCRBY', KEYS[3], 'totalEvents', acked)
     if kind ~= '' then redis.call('HINCRBY', KEYS[3], kind, acked) end
@@ -30,4 +29,5 @@ while at <= #ARGV do
   end
   at = stop
 end
+if total > 0 then disown(KEYS[1], ARGV[1], KEYS[4], ARGV[2], ARGV) end
 return total
