@@ -20,6 +20,7 @@ class Holding:
         self._in_order = True  # they are in the order of the stream
         self._lowest_told = ""
         self._must_tell = False
+        self._is_doubtful = False  # another server may have given us what is not recorded
         self._reads: list[str] = []  # first and last id of each read that is not recorded yet
         self._recorded: deque[str] = deque(maxlen=2 * READS_KEPT)  # of those that were
 
@@ -44,7 +45,7 @@ class Holding:
         # mutant: what was read is told to one server only
         self._reads = [*self._recorded, *self._reads]
         self._recorded.clear()
-        self._in_order = self._must_tell = True
+        self._in_order = self._must_tell = self._is_doubtful = True
 
     @property
     def lowest(self) -> str:
@@ -60,16 +61,17 @@ class Holding:
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[tuple[str, str]]:
-        """The lowest id that we hold, and what was read: kept for the next time where it could not be told."""
+        """The lowest id that we hold, and what was read (stream/lua/hold.lua): kept where it could not be told."""
         reads, self._reads = self._reads, []
-        lowest = self.lowest
+        lowest, was_doubtful = self.lowest, self._is_doubtful
         try:
-            yield lowest, " ".join(reads)
+            yield lowest, " ".join(["?", *reads] if was_doubtful else reads)
         except BaseException:
             self._reads = reads + self._reads
             raise
         self._recorded += reads
         self._lowest_told = lowest
+        self._is_doubtful = False
         self._must_tell = False
 
     def _hold(self, ids: Sequence[str]) -> None:

@@ -300,7 +300,7 @@ MUTANTS = [
     _mutant("the old master is believed", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "await self.connect()"),
     _mutant("the group goes forward to what it has not read", f"{_LUA}/go_back.lua", "tests/integration/test_lineage.py", ""),
     _mutant("what another acked is still held", f"{_LUA}/disown.lua", "tests/integration/test_lineage.py", "if false then"),
-    _mutant("what an old master gave is missed on the new one", f"{_LUA}/give_skipped.lua", "tests/integration/test_lineage.py", ""),
+    _mutant("what an old master gave is missed on the new one", f"{_LUA}/hold.lua", "tests/integration/test_lineage.py", "if known < one then"),
     _mutant("another history goes unnoticed", "fastworker/stream/consumer.py", "tests/integration/test_lineage.py", "if True:"),
     _mutant("an ack that does not tell what was read", f"{_LUA}/ack.lua", OF_STREAM, 'hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], "")'),
     _mutant("what was trimmed between two looks of the reader is lost", f"{_LUA}/give_skipped.lua", OF_STREAM, ""),

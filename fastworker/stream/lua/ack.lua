@@ -5,7 +5,7 @@
 -- include hold
 -- include disown
 -- mutant: an ack that does not tell what was read
-hold(KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], ARGV[4])
+hold(KEYS[1], KEYS[4], KEYS[5], KEYS[6], ARGV[2], ARGV[3], ARGV[4])
 local at, total = 5, 0
 while at <= #ARGV do
   local outcome, kind = ARGV[at], ARGV[at + 1]

@@ -60,14 +60,11 @@ table.sort(reads, function(a, b) return a[1] < b[1] end)
 local finish = string.rep('9', 20)
 reads[#reads + 1] = {finish, finish}
 
--- Two ids that follow each other here; numbers that were never an entry's tell nothing. What consumers tell may be of a
--- server whose place this one took: such ids are not here, and tell nothing of what is between them.
+-- Two ids that follow each other here; numbers that were never an entry's tell nothing.
 local function step(a, b)
   local from, upto = tonumber(string.sub(a, 22)), tonumber(string.sub(b, 22))
   local missing = upto - from - 1
   if missing <= 0 or upto > 2 ^ 52 or (from == 0 and a ~= zero) then return end
-  -- mutant: what an old master gave is missed on the new one
-  if not redis.call('XRANGE', KEYS[1], plain(b), plain(b))[1] and plain(b) ~= newest_id(KEYS[1]) then return end
   local held = redis.call('XPENDING', KEYS[1], ARGV[1], '(' .. plain(a), '(' .. plain(b), math.min(missing, 20000))
   -- mutant: what was trimmed between two looks of the reader is lost
   if #held < missing then lost(KEYS[7], KEYS[8]) end

@@ -12,7 +12,7 @@ redis.pcall('XACK', KEYS[3], ARGV[4], '0-0')
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SADD', KEYS[2], ARGV[3])
 redis.call('HSET', KEYS[7], ARGV[3], ARGV[1])
-hold(KEYS[5], KEYS[6], KEYS[8], ARGV[3], ARGV[5], ARGV[7])
+hold(KEYS[3], KEYS[5], KEYS[6], KEYS[8], ARGV[3], ARGV[5], ARGV[7])
 local ours, ghosts = {}, 0
 local function renew()
   if #ours == 0 then return end

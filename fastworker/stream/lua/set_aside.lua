@@ -5,7 +5,7 @@
 -- include set_aside_one
 -- include hold
 -- include disown
-hold(KEYS[5], KEYS[6], KEYS[7], ARGV[2], ARGV[5], ARGV[6])
+hold(KEYS[1], KEYS[5], KEYS[6], KEYS[7], ARGV[2], ARGV[5], ARGV[6])
 local total, ended = 0, {}
 for at = 7, #ARGV, 9 do
   local id = ARGV[at]
