@@ -60,7 +60,10 @@ def _set_clock(file: Path) -> None:
     real = time.time
 
     def ahead() -> float:
-        return real() + float(file.read_text() or 0) if file.exists() else real()
+        try:
+            return real() + float(file.read_text() or 0)
+        except FileNotFoundError:  # no longer, perhaps at this moment
+            return real()
 
     class Moved(datetime):
         @classmethod
