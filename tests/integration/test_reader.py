@@ -1198,7 +1198,12 @@ async def test_what_a_dead_worker_held_and_somebody_trims_comes_again(
         await until(lambda: len(relay.asked) >= 2)  # it may have missed them as unread, too
         await until(cursor_is(redis, 101))
         await until(lambda: stats.last_seq == 101)
-        assert not await redis.exists(USUAL.go_back)
+
+        async def has_gone_back() -> bool:
+            return not await redis.exists(USUAL.go_back)
+
+        await until(has_gone_back)
+        await until(cursor_is(redis, 101))
     while some := await _read(redis, 100):
         stored |= some
     assert stored - {0} == set(range(1, 102))
