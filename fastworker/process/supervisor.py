@@ -266,10 +266,10 @@ class Supervisor:
             if new not in self._children:
                 self._replacement = None
                 self._to_replace.clear()
+            elif old not in self._children:  # it died meanwhile, perhaps just when the new one was ready
+                self._replacement = None
             elif new.ready_at is not None:
                 self._retire_replaced(old, now)
-                self._replacement = None
-            elif old not in self._children:
                 self._replacement = None
             return
         if not self._to_replace or now < self._to_replace[0].kind.start_at:

@@ -110,6 +110,17 @@ async def will_not_drain(slot: Slot, stopping: asyncio.Event) -> None:
     await asyncio.sleep(60)
 
 
+async def heir(slot: Slot, stopping: asyncio.Event) -> None:
+    """Ready, and its predecessor dead, at the same moment."""
+    first = Path(os.environ["FIRST"])
+    if first.exists():
+        predecessor = int(first.read_text())
+        slot.set(ready=1)
+        os.kill(predecessor, signal.SIGKILL)
+    first.write_text(str(os.getpid()))
+    await healthy(slot, stopping)
+
+
 async def fat(slot: Slot, stopping: asyncio.Event) -> None:
     ballast: list[bytes] = []
     growing = asyncio.create_task(grow(ballast)) if slot.get("starts") == 1 and slot.number == 0 else None
@@ -164,6 +175,7 @@ SCENARIOS = {
         ("will_not_drain", will_not_drain, 1),
         ("may_drain_for_long", will_not_drain, 1),
         ("fat", fat, 1),
+        ("heir", heir, 1),
         ("leaves_an_orphan", leaves_an_orphan, 1),
         ("orphaned_deaf", deaf_loop, 1),
         ("orphaned_busy", will_not_drain, 1),
@@ -383,6 +395,20 @@ def test_replaced_twice_keeps_labels_and_is_no_crash(start: Any) -> None:
     assert run.end() == 0
     names = set(re.findall(r"(worker-\d+) \(pid", run.text))
     assert names == {"worker-0", "worker-1"}
+
+
+def test_who_dies_when_its_successor_is_ready_is_not_told_to_stop(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRST", str(tmp_path / "first"))
+    run = start("heir")
+    run.ups(1)
+    for _ in range(3):
+        run.send(signal.SIGHUP)
+        [pid] = run.ups(1)
+        until(lambda: children_of(run.process.pid) == [pid])  # noqa: B023
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
 
 
 def full_pipe() -> tuple[int, int]:
