@@ -10,6 +10,7 @@ from typing import Final
 
 from fastworker.stream.ids import id_order
 
+_MISSING: Final = object()
 READS_KEPT: Final = 1_000
 """Reads that were recorded lately: so many may be unknown to a server that takes the place of another."""
 
@@ -35,8 +36,12 @@ class Holding:
         self._hold(ids)
 
     def let_go(self, ids: Sequence[str]) -> None:
+        """They end. What another server gave us is told here, too, however long ago that was."""
         for entry_id in ids:
-            self.ids.pop(entry_id, None)
+            # mutant: what was held of another server ends untold
+            if self.ids.pop(entry_id, _MISSING) is _MISSING:
+                self._reads += [entry_id, entry_id]
+                self._is_doubtful = True
         self._in_order = self._in_order or not self.ids
 
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import ResponseError
 
+from fastworker.stream.places import FoundPool
 from fastworker.stream.quick import Quick
 
 _REPLID: Final = re.compile(rb"^master_replid:(\w+)", re.MULTILINE)
@@ -53,6 +54,9 @@ def follow_lineage(pool: ConnectionPool) -> None:
             await self.send_command("INFO", "replication", check_health=False)
             with contextlib.suppress(ResponseError):  # a server that keeps it to itself
                 told = await self.read_response()
+                # mutant: a replica is taken for the master
+                if b"\nrole:slave" in told and isinstance(pool, FoundPool):
+                    raise LostConnection("it is no master any more")
                 if found := _REPLID.search(told):
                     self.replid = found[1].decode()
                     if lineage.meet(self.replid):

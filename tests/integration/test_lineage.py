@@ -16,6 +16,7 @@ from redis.exceptions import ConnectionError as LostConnection
 from fastworker.edge.embedded import EmbeddedRedis, free_port
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.board import Heartbeats
+from fastworker.stream import holding
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import SetAside, Tally, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM, USUAL
@@ -36,6 +37,7 @@ class Pair:
         self.url = f"redis://127.0.0.1:{proxy.port}"
         self._servers = servers
         self._proxy = proxy
+        self.ports = [server.port or 0 for server in servers]
 
     async def in_step(self) -> None:
         """What the first was told so far, the second has."""
@@ -332,3 +334,53 @@ async def test_what_the_old_master_gave_is_not_missed_on_the_new_one(pair: Pair,
         await stream.give_skipped()
         await asyncio.sleep(0.5)
     assert not await pair.second.exists(USUAL.go_back)
+
+
+async def test_what_ends_is_told_to_the_new_master_however_long_ago_it_was_given(
+    pair: Pair, through: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adopted from a dead worker, each entry is told by itself; so many are not kept."""
+    monkeypatch.setattr(holding, "READS_KEPT", 1)
+    dead, heir = WorkerStream(through, consumer_id="dead"), WorkerStream(through, consumer_id="heir")
+    await dead.acquire()
+    await heir.acquire()
+    ids = await add(pair.first, 5)
+    await pair.first.xreadgroup(GROUP, "dead-0", {STREAM: ">"}, count=5)
+    await pair.apart()
+    await pair.first.delete(USUAL.consumer_lease("dead-0"))
+    assert [one for one, _ in (await heir.claim("dead-0", idle_ms=0)).entries] == ids
+    await heir.tell_held()
+    late = await add(pair.first, 1)  # which the new one never gets
+    assert [one for one, _ in await heir.read(10)] == late
+    await pair.switch(through)
+    await heir.tell_held()
+    assert await heir.ack({COMMITTED: ids + late}) == 5
+    assert sorted(texts(await pair.second.hgetall(USUAL.reads))) == sorted(map(padded, ids))
+    for _ in range(2):
+        await heir.give_skipped()
+        await asyncio.sleep(1.1)
+    assert await pending(pair.second) == []
+
+
+def padded(entry_id: str) -> str:
+    ms, number = entry_id.split("-")
+    return f"{int(ms):020}-{int(number):020}"
+
+
+async def test_a_replica_is_not_taken_for_the_master_that_it_was(pair: Pair) -> None:
+    """Sentinel may not know yet; who only reads would stay with what is no longer true."""
+
+    class Names:
+        async def discover_master(self, _name: str) -> tuple[str, int]:
+            return "127.0.0.1", pair.ports[1]
+
+        async def aclose(self) -> None:
+            pass
+
+    async with connect("redis+sentinel://127.0.0.1:1/events") as client:
+        pool: Any = client.connection_pool
+        pool.sentinel_manager = Names()
+        with pytest.raises(LostConnection, match="no master any more"):
+            await client.get("a")
+        await pair.apart()
+        assert await client.get("a") is None

@@ -207,6 +207,16 @@ def two_updates_of_a_profile(s: Scene) -> Any:
     return base, [s.put(s.a, path, {"displayName": "two"}, "update")], [s.delete(s.a, path)]
 
 
+def a_bookmark_goes_and_another_takes_its_key(s: Scene) -> Any:
+    """Cold, with a counter: that it is gone since it was read must not be counted twice."""
+
+    def bookmark(repo: str, of: str) -> Event:
+        return s.put(repo, "app.bsky.bookmark/k", {"subject": s.ref(s.uri(of))})
+
+    base = [s.post(s.b), s.post(s.c), bookmark(s.a, s.b), bookmark(s.c, s.b)]
+    return base, [s.delete(s.a, "app.bsky.bookmark/k")], [bookmark(s.a, s.c)]
+
+
 def a_winner_deleted_while_its_twin_arrives(s: Scene) -> Any:
     to = s.uri(s.b)
     return [s.post(s.b), s.like(s.a, to, "l1")], [s.like(s.a, to, "l2")], [s.delete(s.a, "app.bsky.feed.like/l1")]
@@ -351,6 +361,7 @@ RACES: tuple[Race, ...] = (
     two_identities,
     an_account_deleted_while_its_older_record_arrives,
     an_account_deleted_while_its_newer_record_arrives,
+    a_bookmark_goes_and_another_takes_its_key,
 )
 
 

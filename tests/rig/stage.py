@@ -24,6 +24,7 @@ from urllib.request import urlopen
 
 import asyncpg
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from yarl import URL
 
@@ -329,7 +330,7 @@ class Stage:
 
     async def wrongly_green(self, since_s: float) -> list[str]:
         """Nothing ended for so long: whether /readyz of the worker says that all is well all the same."""
-        said = await self.says() if await self._is_something_left() else None
+        said = await self.says() if await self._is_something_left() and not await self._goes_on() else None
         if said is None:
             return []
         well, words = said
@@ -337,6 +338,15 @@ class Stage:
         place = (await self.redis.info("server"))["tcp_port"]
         why = f"Nothing ended for {since_s:g} s, and /readyz says {words!r} ({state}, server at {place})"
         return [f"{why}: {self.worker.log}"] if well else []
+
+    async def _goes_on(self) -> bool:
+        """Whether entries end where clients are led to now: our connection may be to a server that is no master any more."""
+        before = ended_in(await self.ledger())
+        await self.redis.connection_pool.disconnect()
+        with contextlib.suppress(RedisConnectionError):  # said once of another server
+            await self.redis.ping()
+        await asyncio.sleep(1.0)
+        return ended_in(await self.ledger()) > before
 
     async def _is_something_left(self) -> bool:
         """On a stream, or in the group's hands. A new partition that nothing was appended to has no group yet."""
