@@ -393,7 +393,9 @@ async def test_every_interleaving_ends_as_the_law_says(
     """Each race in each form; without --extended a ninth of the orders each: every order in each form in some race."""
     await pg.execute("SET deadlock_timeout = '20ms'")
     cases = list(_cases())
-    if not pytestconfig.getoption("--extended"):
+    # One order of this one alone shows a winner that is gone since it was read.
+    in_every_order = (race, form) == (a_winner_deleted_while_its_twin_arrives, "whole")
+    if not (in_every_order or pytestconfig.getoption("--extended")):
         number = RACES.index(race)
         cases = cases[(3 * number + number // 3 + list(FORMS).index(form)) % 9 :: 9]
     copy_rows_min, whole_rows_max = FORMS[form]
@@ -403,11 +405,11 @@ async def test_every_interleaving_ends_as_the_law_says(
         base, *parts = race(scene)
         if turned:
             parts.reverse()
-        for held, is_whole in zip(stage.held, BESIDE[case % len(BESIDE)], strict=True):
+        for held, is_in_form in zip(stage.held, BESIDE[case % len(BESIDE)], strict=True):
             held.hold(None)
             writer = held.store.writer
             writer.copying.rows_min, writer.copying.pause = copy_rows_min, 0
-            writer.whole_rows_max = whole_rows_max * is_whole
+            writer.whole_rows_max = whole_rows_max * is_in_form
         if base:
             await stage.stores[0].write(batch_of(base))
         await stage.play((batch_of(parts[0]), batch_of(parts[1])), (one, other))

@@ -203,7 +203,7 @@ MUTANTS = [
     _mutant("joined rows of a whole flush never recomputed", _WHOLE, OF_WHOLE, "IF false THEN"),
     _mutant("a row that changed since it was read", "fastworker/store/routines.py", IN_TWO_CALLS.format("two_updates"), "true", "f.uri || ' ' || f.xmin = ANY(seen)"),
     _mutant("what is there although it was not read", "fastworker/store/routines.py", IN_TWO_CALLS.format("a_winner_deleted_while_its_twin_arrives"), "IF false THEN"),
-    _mutant("a row that is gone since it was read", _CHANGE, IN_TWO_CALLS.format("a_bookmark_goes_and_another_takes_its_key"), "IF false THEN"),
+    _mutant("a row that is gone since it was read", _CHANGE, IN_TWO_CALLS.format("a_winner_deleted_while_its_twin_arrives"), "IF false THEN"),
     _mutant("the gate of a small flush open", _CHANGE, IN_TWO_CALLS.format("create_and_delete_of_a_cold_record"), "IF false THEN"),
     _mutant("identities of who must not be stored", _FIRST, BUGS, "IF false THEN"),
     _mutant("two of a pair in a small flush", "fastworker/store/whole.py", OF_WHOLE, "pass"),
