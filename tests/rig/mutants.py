@@ -247,7 +247,7 @@ MUTANTS = [
     _mutant("trusted verifier ignored", "fastworker/table/schema.py", "tests/integration/test_verify.py", "rank = 0"),
     # what follows from rows
     _mutant("notifications to oneself", _DERIVE, LAW, 'if parent is not None and (to := did_of(parent)) != "":'),
-    _mutant("no allow means nobody", _DERIVE, LAW, "allow = []"),
+    _mutant("no allow means nobody", _DERIVE, "tests/unit/test_mapper.py", "allow = []"),
     _mutant("unlike drops the state of the API", _WRITTEN, BUGS, "AND NOT t.bookmarked;"),
     _mutant("a like resets the viewer state", _WRITTEN, BUGS, "bookmarked = excluded.bookmarked,", "bookmarked = t.bookmarked OR excluded.bookmarked,"),
     _mutant("profile stays after its delete", _DERIVE, LAW, "pass"),

@@ -1094,6 +1094,24 @@ def test_a_rule_without_a_column_is_kept_but_is_no_row(rule: str, others: list[s
 
 
 @pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        ({}, None),  # everyone may reply
+        ({"allow": None}, None),
+        ({"allow": "mention"}, None),
+        ({"allow": []}, (False, False, False, "[]")),  # nobody
+        ({"allow": [{"$type": "app.bsky.feed.threadgate#mentionRule"}]}, (True, False, False, "[]")),
+        ({"allow": [{"$type": "app.bsky.feed.threadgate#followingRule"}]}, (False, True, False, "[]")),
+    ],
+)
+def test_who_may_reply(record: dict[str, Any], columns: tuple[Any, ...] | None) -> None:
+    (change,) = mapped("app.bsky.feed.threadgate", record).changes
+    assert change.row is not None
+    row = thread_gate_row(change.row)
+    assert (None if row is None else row[2:6]) == columns
+
+
+@pytest.mark.parametrize(
     ("pinned", "expected"),
     [
         (REF, REF),
