@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -11,8 +10,6 @@ from typing import Final
 from fastworker.stream.ids import id_order
 
 _MISSING: Final = object()
-READS_KEPT: Final = 1_000
-"""Reads that were recorded lately: so many may be unknown to a server that takes the place of another."""
 
 
 class Holding:
@@ -23,7 +20,6 @@ class Holding:
         self._must_tell = False
         self._is_doubtful = False  # another server may have given us what is not recorded
         self._reads: list[str] = []  # first and last id of each read that is not recorded yet
-        self._recorded: deque[str] = deque(maxlen=2 * READS_KEPT)  # of those that were
 
     def read(self, ids: Sequence[str]) -> None:
         """A read returned these entries; all between the first and the last are ours, except what somebody removed."""
@@ -45,12 +41,10 @@ class Holding:
         self._in_order = self._in_order or not self.ids
 
     def forget(self) -> None:
-        """Redis may not know what of this was given to us: it is asked again, and told again what we have read."""
+        """Redis may not know what of this was given to us: it is asked again, and what ends is told again."""
         self.ids.clear()
-        # mutant: what was read is told to one server only
-        self._reads = [*self._recorded, *self._reads]
-        self._recorded.clear()
-        self._in_order = self._must_tell = self._is_doubtful = True
+        self._reads.clear()
+        self._in_order = self._must_tell = True
 
     @property
     def lowest(self) -> str:
@@ -74,7 +68,6 @@ class Holding:
         except BaseException:
             self._reads = reads + self._reads
             raise
-        self._recorded += reads
         self._lowest_told = lowest
         self._is_doubtful = False
         self._must_tell = False

@@ -16,7 +16,6 @@ from redis.exceptions import ConnectionError as LostConnection
 from fastworker.edge.embedded import EmbeddedRedis, free_port
 from fastworker.errors import Reason, StreamUnavailable
 from fastworker.process.board import Heartbeats
-from fastworker.stream import holding
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import SetAside, Tally, WorkerStream
 from fastworker.stream.keys import GROUP, STREAM, USUAL
@@ -336,11 +335,8 @@ async def test_what_the_old_master_gave_is_not_missed_on_the_new_one(pair: Pair,
     assert not await pair.second.exists(USUAL.go_back)
 
 
-async def test_what_ends_is_told_to_the_new_master_however_long_ago_it_was_given(
-    pair: Pair, through: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Adopted from a dead worker, each entry is told by itself; so many are not kept."""
-    monkeypatch.setattr(holding, "READS_KEPT", 1)
+async def test_what_ends_is_told_to_the_new_master_however_long_ago_it_was_given(pair: Pair, through: Redis) -> None:
+    """Acked there, it would look as if nobody had been given it."""
     dead, heir = WorkerStream(through, consumer_id="dead"), WorkerStream(through, consumer_id="heir")
     await dead.acquire()
     await heir.acquire()

@@ -290,7 +290,6 @@ MUTANTS = [
     _mutant("a postponed entry is forgotten", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("a lost reply is not read again", "fastworker/worker/intake.py", "tests/integration/test_stream.py", "if False:"),
     _mutant("a worker's own progress looks like a restore", "fastworker/worker/failover.py", "tests/faults/test_failover.py::test_a_progress_that_a_worker_takes_back_is_no_restore", "if _order(found.entry_id) < _order(known.entry_id):"),
-    _mutant("what was read is told to one server only", "fastworker/stream/holding.py", "tests/integration/test_lineage.py", "pass"),
     _mutant("what a dead consumer held and somebody trimmed is lost", f"{_LUA}/lost.lua", "tests/integration/test_reader.py::test_what_a_dead_worker_held_and_somebody_trims_comes_again", ""),
     _mutant("upkeep that gets on hides what fails", "fastworker/worker/worker.py", "tests/integration/test_horizon.py::test_upkeep_that_fails_is_told_beside_what_succeeds", "if True:"),
     _mutant("an idle connection still leads to the old master", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "pass"),
