@@ -62,7 +62,7 @@ def backfill(folder: Path, *, derive: str, bulk: bool, likes: int = 0) -> Figure
     """From the start of the command to its end, decoding, derived tables and indexes included."""
     load = None if not likes else lambda url: uvloop.run(preload(url, likes))
     with servers(preload=load) as running:
-        figures: Figures = uvloop.run(_import(running, folder, derive, bulk=bulk))
+        figures: Figures = uvloop.run(_import(running, folder, derive, bulk=bulk, likes=likes))
         figures |= _in_sync(running, folder, derive)
         if not likes:
             before = cpu_s(running.postgres.pid)
@@ -95,7 +95,7 @@ def _ended_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) -> dict[str, Any]:
+async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool, likes: int = 0) -> dict[str, Any]:
     before, before_us = cpu_s(running.postgres.pid), _ended_s()
     began = time.perf_counter()
     words = ("import", "--bulk", str(folder)) if bulk else ("import", str(folder))
@@ -113,7 +113,7 @@ async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) ->
     seconds = time.perf_counter() - began
     connection = await asyncpg.connect(running.postgres.url)
     counts = [int(await connection.fetchval(one) or 0) for one in _COUNTS]
-    records = int(
+    stored = int(
         await connection.fetchval(
             "SELECT (SELECT count(*) FROM fastworker.versions WHERE NOT deleted) + (SELECT count(*) FROM posts) "
             "+ (SELECT count(*) FROM likes) + (SELECT count(*) FROM reposts) + (SELECT count(*) FROM follows) "
@@ -122,6 +122,7 @@ async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) ->
     )
     sizes = await connection.fetch(_SIZES)
     await connection.close()
+    records = stored - likes  # that were there before
     return {
         "records/s": records / seconds,
         "records": records,
@@ -130,6 +131,6 @@ async def _import(running: Servers, folder: Path, derive: str, *, bulk: bool) ->
         "postgres CPU us/record": (cpu_s(running.postgres.pid) - before) / records * 1e6,
         "memory MB (PSS)": peak,
         "rows": sum(counts),
-        "bytes/record in PostgreSQL": sum(size for _, size in sizes) / records,
-        **{f"{table} bytes/record": size / records for table, size in sizes if size > records},
+        "bytes/record in PostgreSQL": sum(size for _, size in sizes) / stored,
+        **{f"{table} bytes/record": size / stored for table, size in sizes if size > stored},
     }
