@@ -309,11 +309,9 @@ class WorkerStream:
             args += ["", "", len(more_drops), 0, *more_drops]
         own = self._keys
         keys = [self.stream_key, own.ledger, own.metrics, own.held, own.reads, own.given]
-        async with self._ending, translating(self._redis):
-            for ids in tallies.values():
-                self._holding.let_go(ids)
-            async with self._telling() as told:
-                return int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
+        ended = [one for ids in tallies.values() for one in ids]
+        async with self._ending, translating(self._redis), self._telling(ended) as told:
+            return int(await self._ack(keys=keys, args=[self.group, self.name, *told, *args]))
 
     async def set_aside(self, letters: Sequence[SetAside], now_ms: int) -> int:
         """Move entries to the dead letters and ack them, in one script; the number that was still pending.
@@ -328,11 +326,10 @@ class WorkerStream:
         total = 0
         for piece in _pieces(letters):
             args = [argument for letter in piece for argument in _letter_arguments(letter)]
-            async with self._ending, self._group.translating():
-                self._holding.let_go([letter.entry_id for letter in piece])
-                async with self._telling() as told:
-                    head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, *told]
-                    total += int(await self._set_aside(keys=keys, args=[*head, *args]))
+            ended = [letter.entry_id for letter in piece]
+            async with self._ending, self._group.translating(), self._telling(ended) as told:
+                head: list[Any] = [self.group, self.name, self._dead_letter_maxlen, now_ms, *told]
+                total += int(await self._set_aside(keys=keys, args=[*head, *args]))
         return total
 
     async def pushed_out(self, count: int) -> list[dict[bytes, bytes]]:
@@ -368,8 +365,9 @@ class WorkerStream:
             self._holding.forget()
             self.lost_reply = True
 
-    def _telling(self) -> AbstractAsyncContextManager[tuple[str, str]]:
+    def _telling(self, ended: Sequence[str] = ()) -> AbstractAsyncContextManager[tuple[str, str]]:
         self._meet()
+        self._holding.let_go(ended)
         return self._holding.telling()
 
     def _take_over(self, found: list[Any]) -> list[Entry]:
