@@ -246,12 +246,10 @@ def _blob_cid(value: Any, origin: _Origin) -> str | None:
 
 def _via(value: Any, origin: _Origin) -> str | None:
     """The record through which somebody came to like or repost."""
-    if type(value) is not dict:
-        return None
-    if _is_no_reference(value.get("uri")):
+    if type(value) is dict and _is_no_reference(value.get("uri")):
         origin.lost.append("via.uri")
         return None
-    return json_text(value, origin.op, origin.lost)
+    return _json_object(value, origin)
 
 
 def _is_no_reference(uri: Any) -> bool:
@@ -289,7 +287,7 @@ def _embed(value: Any, origin: _Origin) -> Any:
     if media is not None and quoted is told:
         return embed if media is embed["media"] else {**embed, "media": media}
     # Without its media it is a plain quote, and the other way round; without both it is nothing.
-    if type(quoted) is not dict:
+    if type(quoted) is not dict and type(quoted) is not bytes:
         return media
     if media is None:
         return {"$type": "app.bsky.embed.record", "record": quoted}

@@ -8,7 +8,9 @@ Ids such as W20 or T44 are the predecessors' bugs (docs/bugs.md) that the case s
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -18,7 +20,8 @@ import pytest
 from fastworker.errors import Reason
 from fastworker.event import Commit, Drop, Op
 from fastworker.event.entry import decode_entry, encode_json, encode_native
-from fastworker.table import schema
+from fastworker.simulator.cbor import encode_record
+from fastworker.table import control, schema
 from fastworker.table.batch import Change, Mapped
 from fastworker.table.derive import mentioned, quoted_post, thread_gate_row
 from fastworker.table.mapper import SELF_ONLY, TEXT_BYTES_MAX, map_commit
@@ -1130,3 +1133,47 @@ def test_mentions_are_left_to_the_facets() -> None:
     """T35: nothing is read out of the text."""
     row = row_of("app.bsky.feed.post", {"text": "mail me: a@b.test.", "facets": []})
     assert row["facets"] == "[]"
+
+
+MEDIA = {"$type": "app.bsky.embed.recordWithMedia", "media": {"$type": "app.bsky.embed.images", "images": []}}
+QUOTES = [
+    {"$type": "app.bsky.feed.post", "text": "a quote", "createdAt": "2026-01-01T00:00:00Z", "embed": MEDIA | {"record": quoted}}
+    for quoted in ({"record": {"uri": "at://did:plc:a/app.bsky.feed.post/1", "cid": "no"}}, {"record": "x"}, {})
+]  # fmt: skip
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each member of each object and array, as who holds it and its name."""
+    for name, member in list(value.items()) if isinstance(value, dict) else list(enumerate(value)):
+        if name == "$link":
+            continue
+        yield value, name
+        if isinstance(member, dict | list):
+            yield from places(member)
+
+
+def comparable(mapped: Mapped) -> Any:
+    """Members of JSON in the order of their names."""
+    rows = [
+        [json.loads(one) if str(one)[:1] in ("{", "[") else one for one in change.row or ()]
+        for change in mapped.changes
+    ]
+    return rows, sorted(mapped.dids), [(drop.reason, drop.collection) for drop in mapped.drops]
+
+
+def test_a_link_and_bytes_make_the_same_rows_in_every_form() -> None:
+    """As JSON they are objects. Whatever member is one by mistake: the form of the stream changes no row."""
+    known = [(name, control._record(name, control.FULL, TIME, is_full=True, wide=False)) for name in schema.COLLECTIONS]
+    looked = 0
+    for (collection, template), odd in itertools.product(
+        known + [("app.bsky.feed.post", record) for record in QUOTES], ({"$bytes": "AAEC"}, {"$link": BLOB})
+    ):
+        rkey, record = "self" if collection in SELF_ONLY else RKEY, json.loads(json.dumps(template))
+        for holder, name in list(places(record)):
+            before, holder[name] = holder[name], odd
+            ops = (create(collection, record, rkey), Op("create", collection, rkey, CID, encode_record(record)))
+            as_json, as_block = (comparable(map_commit(commit(op), ENTRY_MS)) for op in ops)
+            assert as_json == as_block, (collection, name, odd)
+            holder[name] = before
+            looked += 1
+    assert looked > 200
