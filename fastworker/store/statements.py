@@ -731,8 +731,8 @@ NEXT_CROWD = (
 CROWD = "DECLARE crowd CURSOR WITH HOLD FOR SELECT uri FROM public.posts WHERE root_uri = '{root}' AND uri <> root_uri"
 CROWD_PIECE = "FETCH {count} FROM crowd"
 AGGREGATES_DROP = (
-    "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
-    "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
+    "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) "
+    "AND greatest(a.like_count, a.repost_count, a.reply_count, a.bookmark_count, a.quote_count) <= 0 "
     "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri)"
 )
 
