@@ -169,12 +169,14 @@ BEATS = (
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL"
 )
 WAITING = "SELECT 'twin', w.uri, NULL, NULL FROM fastworker.twins AS w WHERE w.uri = ANY($1::text[])"
-# Those that are in the table as well: two writers moved them, to two pairs.
+# Those that are in the table as well: two writers moved them, to two pairs. OFFSET 0: else PostgreSQL may read all of a table
+# into a hash, to look for one record.
 IN_TWO_PLACES = (
     WAITING
     + " AND CASE w.table_name "
     + " ".join(
-        f"WHEN '{table.name}' THEN EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = w.uri COLLATE \"default\")"
+        f"WHEN '{table.name}' THEN EXISTS ("
+        f'SELECT FROM {table.qualified} AS t WHERE t.uri = w.uri COLLATE "default" OFFSET 0)'
         for table in TABLES
         if table.hot
     )

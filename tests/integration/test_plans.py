@@ -89,6 +89,15 @@ async def test_not_all_twins_are_read(postgres_url: str, pg: asyncpg.Connection)
 
 
 @pytest.mark.usefixtures("reads")
+async def test_not_all_likes_are_read_to_find_a_twin_among_them(postgres_url: str, pg: asyncpg.Connection) -> None:
+    likes = [like(A, f"at://{B}/app.bsky.feed.post/p{n}", f"l{n}") for n in range(PAIRS)]
+    events = commits(post(B), like(C), like(C, POST, "t"), *likes)
+    read = await _read_by(postgres_url, pg, events, events[2:3])
+    assert await pg.fetchval("SELECT count(*) FROM fastworker.twins") == 1
+    assert read.get("likes_pkey", 0) + read.get("public.likes", 0) < PAIRS
+
+
+@pytest.mark.usefixtures("reads")
 async def test_not_all_gates_are_read(postgres_url: str, pg: asyncpg.Connection) -> None:
     """PostgreSQL 18 reads a whole table for EXISTS among the columns, whatever it is told of such plans."""
 
