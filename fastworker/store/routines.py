@@ -157,8 +157,10 @@ def _change_arguments() -> list[tuple[str, str]]:
 def _with_pairs(table: Table) -> str:
     """What is read beside the records of `mine`: the winners and twins of their pairs, and of the pairs that they want.
     Records that are taken to be new are among them only if one of these is taken."""
-    same = " AND ".join(f"t.{c} = split_part(p.pair, E'\\n', {n})" for n, c in enumerate(table.pair, 1))
-    winners = f"ARRAY(SELECT t.uri FROM unnest(places) AS p (pair) JOIN {table.qualified} AS t ON {same})"
+    parts = ", ".join(f"split_part(pair, E'\\n', {n}) AS {c}" for n, c in enumerate(table.pair, 1))
+    # Split first (OFFSET 0 keeps it so): else one half of the pair is looked up, by an index that many rows share.
+    wanted = f"(SELECT {parts} FROM unnest(places) AS u (pair) OFFSET 0)"
+    winners = f"ARRAY(SELECT t.uri FROM {wanted} AS p JOIN {table.qualified} AS t USING ({', '.join(table.pair)}))"
     fresh = ""
     if statements.may_be_taken(table):
         fresh = f"""
@@ -193,7 +195,7 @@ def _with_pairs(table: Table) -> str:
             INTO more, got, strays, places
             FROM fastworker.twins AS w WHERE w.table_name = '{table.name}' AND w.pair = ANY(places || ARRAY(
                 SELECT {statements.pair_in(table)} FROM {table.qualified} AS t WHERE t.uri = ANY(mine) UNION ALL
-                SELECT v.pair FROM fastworker.twins AS v WHERE v.table_name = '{table.name}' AND v.uri = ANY(mine)));
+                SELECT v.pair FROM fastworker.twins AS v WHERE v.uri = ANY(mine)));
             IF more IS NOT NULL THEN
                 old_twins := old_twins || more;
                 seen := seen || got;
@@ -233,7 +235,7 @@ def _as_read(table: Table) -> str:
         -- cannot be missed.
         SELECT count(*), count(*) FILTER (WHERE 'twin ' || w.uri || ' ' || w.xmin = ANY(seen)), {there}
         INTO waiting, as_seen, there FROM fastworker.twins AS w
-        WHERE w.table_name = '{table.name}' AND (w.pair = ANY(places) OR w.uri = ANY(mine));
+        WHERE (w.table_name = '{table.name}' AND w.pair = ANY(places)) OR w.uri = ANY(mine);
         held := held + as_seen;"""
     return f"""
         mine := {statements.slice_of("read_uris", table)};

@@ -169,12 +169,14 @@ BEATS = (
     "WHERE did = ANY($2::varchar[]) AND deleted_seq IS NOT NULL"
 )
 WAITING = "SELECT 'twin', w.uri, NULL, NULL FROM fastworker.twins AS w WHERE w.uri = ANY($1::text[])"
-# Those that are in the table as well: two writers moved them, to two pairs.
+# Those that are in the table as well: two writers moved them, to two pairs. OFFSET 0: else PostgreSQL may read all of a table
+# into a hash, to look for one record.
 IN_TWO_PLACES = (
     WAITING
     + " AND CASE w.table_name "
     + " ".join(
-        f"WHEN '{table.name}' THEN EXISTS (SELECT FROM {table.qualified} AS t WHERE t.uri = w.uri COLLATE \"default\")"
+        f"WHEN '{table.name}' THEN EXISTS ("
+        f'SELECT FROM {table.qualified} AS t WHERE t.uri = w.uri COLLATE "default" OFFSET 0)'
         for table in TABLES
         if table.hot
     )
@@ -731,8 +733,8 @@ NEXT_CROWD = (
 CROWD = "DECLARE crowd CURSOR WITH HOLD FOR SELECT uri FROM public.posts WHERE root_uri = '{root}' AND uri <> root_uri"
 CROWD_PIECE = "FETCH {count} FROM crowd"
 AGGREGATES_DROP = (
-    "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) AND a.like_count <= 0 "
-    "AND a.repost_count <= 0 AND a.reply_count <= 0 AND a.bookmark_count <= 0 AND a.quote_count <= 0 "
+    "DELETE FROM public.post_aggregations AS a WHERE a.post_uri = ANY($1::varchar[]) "
+    "AND greatest(a.like_count, a.repost_count, a.reply_count, a.bookmark_count, a.quote_count) <= 0 "
     "AND NOT EXISTS (SELECT 1 FROM public.posts AS p WHERE p.uri = a.post_uri)"
 )
 

@@ -1,15 +1,18 @@
 """Commands to Redis at a lower price than the client library's.
 
 For asyncio it packs arguments in Python, one by one, makes a task for each sending, and keeps telemetry that nobody
-reads: together more than the sending and the reading of a small command (docs/lab/2026-11-30-cheaper-commands.md).
+reads, of the pool, too: together more than the sending and the reading of a small command
+(docs/lab/2026-11-30-cheaper-commands.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from hiredis import pack_command
 from redis.asyncio import Redis
 from redis.connection import HiredisRespSerializer
 
@@ -23,8 +26,9 @@ class QuickRedis(Redis):
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         pool = self.connection_pool
-        connection = await pool.get_connection()
+        connection = pool.get_available_connection()
         try:
+            await pool.ensure_connection(connection)
             await connection.send_command(*args)
             return await self.parse_response(connection, args[0], **options)
         finally:
@@ -40,6 +44,10 @@ class Quick:
     disconnect: Callable[..., Awaitable[None]]
 
     def pack_command(self, *args: Any) -> list[bytes]:
+        # The library looks at every argument first. It is left what it splits (a name of two words), alters or refuses.
+        if isinstance(args[0], str) and " " not in args[0]:
+            with contextlib.suppress(TypeError):
+                return [pack_command(args)]
         packed: list[bytes] = _serializer.pack(*args)
         return packed
 
