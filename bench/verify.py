@@ -27,7 +27,7 @@ from fastworker.reader.stats import ReaderStats
 from fastworker.reader.verify import Verifier
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.repo import Repo, tid
-from fastworker.stream.feed import Chunk
+from fastworker.stream.chunk import Chunk
 from fastworker.sync.keys import multikey_of
 
 CHAIN_BYTES = 128 * 1024 * 1024

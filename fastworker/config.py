@@ -26,7 +26,7 @@ from fastworker.errors import ConfigError
 from fastworker.event.syntax import is_did
 from fastworker.redact import redact
 from fastworker.store.rules import Rules
-from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM, slot
+from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM, has_slots, in_slot, slot
 from fastworker.stream.limits import ABANDONED_MS, BATCH_SIZE, DEAD_LETTERS_MAX, PARTITIONS_MAX, STREAM_LEN_MAX
 from fastworker.table import derive as derived
 from fastworker.table.batch import Limits
@@ -852,9 +852,9 @@ def parse_config(environment: Mapping[str, str]) -> Config:
 
 
 def _one_slot(values: dict[str, Any]) -> None:
-    """On a Redis Cluster stream and cursor are on one node: their names have one hash tag."""
+    """On a Redis Cluster stream and cursor, and those of each partition, are in one slot: they have one hash tag."""
     stream, cursor = (values.setdefault(*pair) for pair in zip(("stream_key", "cursor_key"), CLUSTERED, strict=True))
-    if "{" not in stream or slot(stream) != slot(cursor):
+    if not has_slots(stream) or slot(in_slot(stream, 1)) != slot(in_slot(cursor, 1)):
         raise ConfigError(
             f"On a Redis Cluster REDIS_STREAM_KEY={stream!r} and REDIS_CURSOR_KEY={cursor!r} need one hash tag, as in "
             f"{CLUSTERED[0]} and {CLUSTERED[1]}"

@@ -30,9 +30,10 @@ from fastworker.store.migrate import SchemaRefused, encoding_problem
 from fastworker.store.migrate import check as check_schema
 from fastworker.store.tuning import Server as PostgresServer
 from fastworker.store.tuning import open_tuning
-from fastworker.stream.admin import ConsumerState, Fields, Pending, RedisAdmin, Server, Stream, age_s, open_redis
+from fastworker.stream.admin import RedisAdmin, Server, age_s, open_redis
 from fastworker.stream.consumer import form_of
 from fastworker.stream.feed import OURS
+from fastworker.stream.parts import ConsumerState, Fields, Pending, Stream
 from fastworker.terminal import Terminal, write_json
 
 log = logging.getLogger(__name__)
@@ -596,7 +597,7 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
             *unreadable_for_others(consumers, newest),
             *other_groups_read_json(stream, config),
             *partitions_are_read(stream, config),
-            *partitions_as_set((await admin.layout()).written, config),
+            *partitions_as_set((await admin.parts.layout()).written, config),
             *old_dialect(newest),
             *abandoned_pending(consumers, oldest),
             *trimmed_pending(missing),
@@ -610,7 +611,7 @@ async def _ask_redis(admin: RedisAdmin, config: Config, seen: _Seen) -> list[Fin
         frame_age_s=time.time() - float(frame_at) if frame_at else None,
         stream=stream,
     )
-    return [*found, *gaps(await admin.gaps()), *dead_letters(await admin.dead_letters())]
+    return [*found, *gaps(await admin.gaps()), *dead_letters(await admin.letters.count())]
 
 
 async def _postgres_findings(config: Config, url: str, seen: _Seen) -> list[Finding]:

@@ -24,7 +24,9 @@ from fastworker.event.entry import decode_entry, received_ms
 from fastworker.metrics import OUTCOMES
 from fastworker.store.audit import Audit, Check, Drift, StoredRecord, open_audit
 from fastworker.store.migrate import check as check_schema
-from fastworker.stream.admin import ConsumerState, GroupCount, Placed, RedisAdmin, id_ms, open_redis
+from fastworker.stream.admin import GroupCount, Placed, RedisAdmin, open_redis
+from fastworker.stream.ids import id_ms
+from fastworker.stream.parts import ConsumerState
 from fastworker.table.batch import Batch, Change, is_gone, newer
 from fastworker.table.dates import entry_moment
 from fastworker.table.mapper import map_commit

@@ -25,9 +25,10 @@ from fastworker.event.entry import decode_entry, encode_frame_entry, encode_json
 from fastworker.event.frame import decode_frame
 from fastworker.event.record import json_bytes, load_record
 from fastworker.redact import printable
-from fastworker.stream.admin import Fields, RedisAdmin, open_redis
+from fastworker.stream.admin import RedisAdmin, open_redis
 from fastworker.stream.consumer import original_fields
 from fastworker.stream.letters import Letter, line_of, reason_of
+from fastworker.stream.parts import Fields
 from fastworker.terminal import Terminal, write_json
 
 PIECE = 100
@@ -69,9 +70,9 @@ def _from_reader(letter: Fields) -> bool:
 
 async def _letters(admin: RedisAdmin) -> AsyncIterator[tuple[str, Fields]]:
     """All letters there are at the start, in pieces: those written meanwhile do not keep it going."""
-    left, after = await admin.dead_letters(), None
+    left, after = await admin.letters.count(), None
     while left > 0:
-        piece = await admin.letters(after=after, count=PIECE)
+        piece = await admin.letters.page(after=after, count=PIECE)
         if not piece:
             return
         for letter in piece:
@@ -116,7 +117,7 @@ async def show_letter(config: Config, letter_id: str) -> ExitCode:
     """One letter with what can be understood of it, as JSON; NO when there is none of this id. Raises ConfigError."""
     check_id(letter_id)
     async with _open(config) as admin:
-        letter = await admin.letter(letter_id)
+        letter = await admin.letters.one(letter_id)
     if letter is None:
         sys.stderr.write(f"There is no dead letter {letter_id}.\n")
         return ExitCode.NO
@@ -146,7 +147,7 @@ async def retry_letters(config: Config, wanted: Wanted) -> ExitCode:
             except (InvalidEvent, ValueError) as error:
                 refused.append(f"{letter_id}: {error}")
                 continue
-            retried += await admin.retry_letter(letter_id, fields, _account(letter))
+            retried += await admin.letters.retry(letter_id, fields, _account(letter))
     sys.stdout.write(f"{counted(retried, 'dead letter')} went back to {config.stream_key}.\n")
     return _end(wanted, found, refused)
 
@@ -161,7 +162,7 @@ async def purge_letters(config: Config, wanted: Wanted) -> ExitCode:
                 found.append(letter_id)
         purged = 0
         for at in range(0, len(found), PIECE):
-            purged += await admin.purge_letters(found[at : at + PIECE])
+            purged += await admin.letters.purge(found[at : at + PIECE])
     sys.stdout.write(f"{counted(purged, 'dead letter is', 'dead letters are')} gone.\n")
     return _end(wanted, set(found), [])
 

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from fastworker.errors import ExitCode
 from fastworker.store.schema_admin import ADVISORY_LOCK, open_schema
-from fastworker.stream.keys import BROADCAST
+from fastworker.stream.keys import BROADCAST, has_slots, in_slot
 from fastworker.table.schema import DERIVED, TABLES, qualified
 
 Service = Literal["worker", "reader"]
@@ -138,8 +138,9 @@ def _statements(service: Service, role: str) -> str:
 
 def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
     """A command for redis-cli. `keys`: those that are configured, which need not have the usual beginnings."""
-    usual = ("firehose:*", "fastworker:*", "cluster:metrics")
+    usual = ("firehose:*", "fastworker:*", "cluster:metrics", "cluster:metrics:*")
     others = [key for key in keys if not key.startswith(("firehose:", "fastworker:"))]
+    others += [name for key in others for name in sorted({in_slot(key, "*"), f"{key}:*"})]  # of further partitions
     words = [
         "ACL SETUSER",
         user,
@@ -149,6 +150,8 @@ def acl(service: Service, user: str, keys: tuple[str, ...] = ()) -> str:
         ">PASSWORD",
         *(f"~{key}" for key in (*usual, *others)),
     ]
+    if any(map(has_slots, keys)):
+        words.append("+cluster|slots")
     if service == "reader":
         words.append(f"&{BROADCAST}")
     return " ".join([*words, *(f"+{command}" for command in COMMANDS[service])])

@@ -111,7 +111,7 @@ async def reapply(settings: Config, from_id: str) -> ExitCode:
         except StoreUnavailable as error:
             raise Unreachable(str(error)) from error
         try:
-            for number in range((await admin.layout()).known):  # ids of two partitions may be equal
+            for number in range((await admin.parts.layout()).known):  # ids of two partitions may be equal
                 keys = Keys(settings.stream_key, settings.group, number)
                 await _apply(settings, store, admin, keys, after, stream.last_id, counts)
             while await store.maintain():

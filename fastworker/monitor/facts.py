@@ -19,7 +19,8 @@ from fastworker.config import Config
 from fastworker.metrics import OUTCOMES
 from fastworker.monitor.rates import per_s
 from fastworker.process.board import Snapshot
-from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, Stream, age_s
+from fastworker.stream.admin import STATUS_STALE_S, RedisAdmin, age_s
+from fastworker.stream.parts import Stream
 from fastworker.stream.repairs import told
 from fastworker.sync.told import HistoryStatus, Mended, RepairStatus, TableTruth
 
@@ -325,7 +326,7 @@ async def collect(admin: RedisAdmin, config: Config, before: RatePoint | None = 
         lag_seconds=ours.unfinished_s,
         pending_entries=ours.pending,
         oldest_pending_seconds=ours.pending_s,
-        dead_letters=await admin.dead_letters(),
+        dead_letters=await admin.letters.count(),
         appended_per_s=appended_per_s,
         finished_per_s=finished_per_s,
         ledger=outcomes,

@@ -170,7 +170,7 @@ class _WorkerMonitor:
             group=settings.group,
             keep_s=settings.keep_s,
             max_stream_len=settings.max_stream_len,
-            partitions=(await admin.layout()).known,
+            partitions=(await admin.parts.layout()).known,
         )
         self._trimmed += trimmed.trimmed
         measure = turn % MEASURE_EVERY == 0
@@ -181,7 +181,7 @@ class _WorkerMonitor:
             self._others = await admin.statuses()
         count = await admin.count(settings.group)
         left = await admin.reader_stats()
-        letters = await admin.newest_letters(LETTERS_SHOWN)
+        letters = await admin.letters.newest(LETTERS_SHOWN)
         self._reading = Reading(
             at=time.monotonic(),
             time_ms=await admin.time_ms(),
@@ -189,7 +189,7 @@ class _WorkerMonitor:
             ledger=count.ledger,
             unaccounted=count.unaccounted,
             events=await admin.event_counts(),
-            dead_letters=await admin.dead_letters() if letters else 0,
+            dead_letters=await admin.letters.count() if letters else 0,
             newest_letters=[line_of(*letter) for letter in letters],
             reader=left_in_redis(left),
             reader_age_s=max(0.0, time.time() - int(left.get("at") or 0) / 1000),

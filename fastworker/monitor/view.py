@@ -11,8 +11,8 @@ from fastworker.monitor.facts import Backlog, DebtStatus, ProcessStatus
 from fastworker.monitor.rates import Written
 from fastworker.process.board import HISTOGRAMS, Snapshot, State
 from fastworker.reader.stats import ReaderStats
-from fastworker.stream.admin import Stream
 from fastworker.stream.letters import Letter
+from fastworker.stream.parts import Stream
 from fastworker.sync.told import HistoryStatus, RepairStatus
 
 

@@ -19,7 +19,8 @@ from fastworker.reader.receive import Receiver, TooFar
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.reader.silence import SilenceWatch
 from fastworker.reader.stats import ReaderStats
-from fastworker.stream.feed import Feed, Position
+from fastworker.stream.feed import Feed
+from fastworker.stream.slots import Position
 from fastworker.table.dates import parse_date
 
 T = TypeVar("T")
@@ -150,6 +151,21 @@ class Follower:
             self._receiver.gap["after"] = None
         return seq
 
+    async def _seq_of_partition_lost(self, host: str, cursor: int | None) -> int | None:
+        """A node of a Cluster came back empty: the others have everything up to the cursor."""
+        seq = await self._stored_seq(host)
+        if seq is None or cursor is None:
+            log.error(
+                "A partition came back empty. What was unread in it is lost: a gap up to %s, recorded in "
+                "fastworker:gaps", cursor,
+            )  # fmt: skip
+            self._receiver.note_gap("stream_lost")
+            assert self._receiver.gap is not None
+            self._receiver.gap["after"] = None
+            return cursor
+        log.warning("A partition came back empty: going on from what is known to be stored, %d", min(seq, cursor))
+        return min(seq, cursor)
+
     async def _go_to(self, relay: RelayAddress) -> Position:
         """Make `relay` the sequence space that is read, and say where to begin there."""
         backoff, outage = Backoff(0.1, 5.0), Outage("Redis")
@@ -164,9 +180,12 @@ class Follower:
             await asyncio.sleep(backoff.next())
         if position.seq is None and position.switched_from is None:
             position = Position(await self._seq_without_cursor(relay.host), None)
+        if position.is_partial:
+            position = Position(await self._seq_of_partition_lost(relay.host, position.seq), None)
         if position.switched_from is not None:
             self._gate.no_skip()
         self._receiver.last_seq = self._stats.last_seq = position.seq
+        self._receiver.places = self._feed.places
         self._stats.relay = relay.host
         return position
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from fastworker.stream.feed import Chunk
+from fastworker.stream.chunk import Chunk
 
 OUTBOX_ITEMS: Final = 8_000
 OUTBOX_BYTES: Final = 16_000_000
@@ -42,8 +42,12 @@ class Outbox:
         if not self._wake.is_set():
             self._wake.set()
             self._idle.clear()
-        if chunk.items < self._chunk_items and chunk.bytes < self._chunk_bytes:
-            return
+        if chunk.items >= self._chunk_items or chunk.bytes >= self._chunk_bytes:
+            await self.seal()
+
+    async def seal(self) -> None:
+        """What comes next goes into another chunk."""
+        chunk = self.filling
         if self.on_full is not None:
             self.on_full(chunk)
         self._sealed.append(chunk)

@@ -41,9 +41,10 @@ from fastworker.reader.stats import ReaderStats, figures, status_json
 from fastworker.redact import redact
 from fastworker.stream.client import connect
 from fastworker.stream.database import GoBack
-from fastworker.stream.feed import LEASE_MS, Feed, ReaderLeaseLost, StoreWentBack, StreamBroken
-from fastworker.stream.lineage import lineage_of
+from fastworker.stream.feed import Feed, StoreWentBack
 from fastworker.stream.others import other_reader
+from fastworker.stream.slot import LEASE_MS, ReaderLeaseLost, StreamBroken
+from fastworker.stream.slots import PartitionsMayChange
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ SETTLE_S: Final = 12.0
 """A cursor that a foreign reader moved must stand still for this long; the predecessor saves it every 5 s."""
 START_S: Final = 5.0
 """How long the first connection to Redis may take before the reader gives up with exit code 3."""
+
+
+ENDS_OF_TERM: Final = (ReaderLeaseLost, StreamBroken, StoreWentBack, PartitionsMayChange)
 
 
 async def run_reader(
@@ -112,7 +116,6 @@ class _Reader:
         others = partial(other_reader, self._redis, settings.stream_key, settings.group)
         self._receiver.filter = filter_of(settings, others, stats)
         self._follower = Follower(settings, stop, self._feed, stats, self._receiver, self._dashboard, self._stored_seq)
-        self._lineage = lineage_of(self._redis)
         self._changes = 0
 
     # A reader's life: wait for the lease, serve a term, again.
@@ -132,6 +135,8 @@ class _Reader:
                 except StoreWentBack as told:
                     settle = False
                     await until(self._stop, self._go_back(told.request))
+                except PartitionsMayChange:
+                    settle = False
                 except ReaderLeaseLost as lost:
                     settle = self._stats.standby = True
                     self._stats.last_error = str(lost)
@@ -171,7 +176,7 @@ class _Reader:
                     await self._feed.own_cursor()
                     await self._feed.begin_term()
                     await self._open_partitions()
-                    self._changes = self._lineage.changes
+                    self._changes = self._feed.changes
                     self._outage.look(None)
                     self._receiver.empty()
                     self._stats.standby = False
@@ -190,10 +195,10 @@ class _Reader:
     async def _open_partitions(self) -> None:
         """New ones are known to PostgreSQL before anything is in them: it says from where to resume."""
         partitions = self._settings.partitions
-        new, cursor = await self._feed.new_partitions(partitions), await self._feed.peek_cursor()
-        if new and cursor.isdigit() and self._note_floor is not None:
+        new, lowest = await self._feed.new_partitions(partitions), await self._feed.lowest_cursor()
+        if new and lowest is not None and self._note_floor is not None:
             try:
-                await self._note_floor(new, int(cursor))
+                await self._note_floor(new, lowest)
             except StoreUnavailable as error:
                 log.warning(
                     "PostgreSQL does not know of the new partitions yet (%s): if Redis is lost in the next seconds, "
@@ -206,7 +211,7 @@ class _Reader:
 
         A Redis that restarted or failed over lost some writes, and that explains a cursor by itself.
         """
-        if self._lineage.changes != self._changes:
+        if self._feed.changes != self._changes:
             return True
         cursor = await self._feed.peek_cursor()
         until = time.monotonic() + SETTLE_S
@@ -252,7 +257,7 @@ class _Reader:
                     task.cancel()
         except ExceptionGroup as group:
             for error in group.exceptions:
-                if isinstance(error, ReaderLeaseLost | StreamBroken | StoreWentBack | FastworkerError):
+                if isinstance(error, (*ENDS_OF_TERM, FastworkerError)):
                     raise error from None
             raise
 

@@ -22,7 +22,8 @@ from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import RelayLost, Subscription
 from fastworker.reader.stats import ReaderStats
 from fastworker.reader.verify import Verifier
-from fastworker.stream.feed import Chunk, Feed
+from fastworker.stream.chunk import Chunk
+from fastworker.stream.feed import Feed
 from fastworker.stream.partitions import partition_of
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Receiver:
         self.outbox = Outbox(feed.chunk_items, CHUNK_BYTES)
         self.last_seq: int | None = None  # newest in the outbox or beyond it
         self.gap: dict[str, Any] | None = None  # to be recorded with the next seq
+        self.places: list[int] = []  # seqs, the lowest first, at which a chunk has to end
         self.events = 0  # frames with a seq: what else comes is no sign of life
         self.verifier: Verifier | None = None
         self.filter: Filter | None = None
@@ -52,7 +54,6 @@ class Receiver:
         self._feed = feed
         self._stats = stats
         self._dashboard = dashboard
-        self._partitions = settings.partitions
         self._set_aside_until = 0.0
         self._set_aside_left = 0
 
@@ -90,6 +91,8 @@ class Receiver:
                         continue
                     if self.gap is not None and gate.is_too_far():
                         raise TooFar
+                if self.places and seq is not None and seq > self.places[0]:
+                    await self._end_chunk(seq)
                 if seq is not None and last is not None and (gate.doubted or (last and seq - last > SEQ_JUMP)):
                     self._judge_jump(seq, last, data, host)  # last 0: all there is
                     if gate.doubted is not None:
@@ -114,6 +117,13 @@ class Receiver:
             await put()
             if gate.gives_up():
                 raise RelayLost("too many malformed frames in a row")
+
+    async def _end_chunk(self, seq: int) -> None:
+        while self.places and seq > self.places[0]:
+            self.places.pop(0)
+        # mutant: a chunk goes beyond the place where a slot is
+        if self.outbox.filling.items or self.outbox.filling.seq is not None:
+            await self.outbox.seal()
 
     def _judge_jump(self, seq: int, last: int, data: bytes, host: str) -> None:
         verdict, (high, waited) = self.gate.jump(seq, last, data, is_announced=self.gap is not None)
@@ -184,7 +194,8 @@ class Receiver:
             chunk.entry(fields)
 
     def _partition_of(self, event: Event) -> int:
-        return partition_of(account_of(event), self._partitions) if self._partitions > 1 else 0
+        partitions = self._feed.partitions
+        return partition_of(account_of(event), partitions) if partitions > 1 else 0
 
     def _put_malformed(self, data: bytes, invalid: InvalidEvent) -> None:
         self.gate.malformed()

@@ -12,6 +12,8 @@ from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.store.admin import finished_seq
 from fastworker.store.admin import note_floor as store_floor
+from fastworker.stream.keys import Keys
+from fastworker.stream.limits import PARTITIONS_MAX
 
 
 async def read_and_resume(
@@ -24,11 +26,12 @@ async def read_and_resume(
     """`run_reader`, which asks PostgreSQL for the cursor if there is one to ask and Redis has none."""
 
     database_url = settings.database_url
+    streams = [Keys(settings.stream_key, partition=number).stream for number in range(PARTITIONS_MAX)]
 
     async def fallback_seq(host: str) -> int | None:
         assert database_url is not None
         try:
-            return await finished_seq(database_url, settings.stream_key, host, settings.partitions)
+            return await finished_seq(database_url, streams, host, settings.partitions)
         except Unreachable as error:
             raise StoreUnavailable(str(error)) from error
 

@@ -18,8 +18,11 @@ from fastworker.errors import ConfigError, InvalidEvent, Unreachable
 from fastworker.event.frame import decode_frame
 from fastworker.reader.relay import RelayAddress, RelayLost, RelayRefused, Subscription, subscribe
 from fastworker.store.admin import note_gap
+from fastworker.stream.chunk import Chunk
 from fastworker.stream.client import connect
-from fastworker.stream.feed import LEASE_MS, Chunk, Feed, Position, ReaderLeaseLost
+from fastworker.stream.feed import Feed
+from fastworker.stream.slot import LEASE_MS, ReaderLeaseLost
+from fastworker.stream.slots import Position
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ async def begin_at(settings: Config, start: Start) -> None:
             before = await feed.go_to(host)
         except ConfigError:  # the stored cursor is no number: what it said is not asked for
             before = Position(None, None)
+        feed.pass_over_nothing()
         chunk = Chunk()
         chunk.seq = cursor
         if gap := _gap(host, before, cursor):

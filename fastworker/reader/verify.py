@@ -31,7 +31,7 @@ from fastworker.reader.prove import KeysOf, Proof, prove
 from fastworker.reader.prover import Provers
 from fastworker.reader.stats import ReaderStats
 from fastworker.redact import redact
-from fastworker.stream.feed import Chunk
+from fastworker.stream.chunk import Chunk
 from fastworker.table.snapshot import tid_of
 
 log = logging.getLogger(__name__)

@@ -117,16 +117,16 @@ async def _connection(database_url: str, application_name: str) -> AsyncIterator
         connection.terminate()
 
 
-async def finished_seq(database_url: str, stream_key: str, host: str, partitions: int = 1) -> int | None:
+async def finished_seq(database_url: str, streams: Iterable[str], host: str, partitions: int = 1) -> int | None:
     """Up to which seq of `host` everything is in the tables; None when nobody knows.
 
-    Of several partitions the lowest, if all `partitions` are known. None also when the tables were fed from another
-    relay: its numbers mean nothing here.
+    `streams`: those of all partitions that there may be; of these the lowest, if the first `partitions` are known. None
+    also when the tables were fed from another relay: its numbers mean nothing here.
     """
     async with _connection(database_url, "fastworker-reader") as connection:
         if await connection.fetchval("SELECT to_regnamespace('fastworker')") is None:
             return None
-        seq: int | None = await connection.fetchval(_FINISHED, stream_key, host, partitions)
+        seq: int | None = await connection.fetchval(_FINISHED, list(streams), host, partitions)
         return seq
 
 
@@ -220,20 +220,16 @@ def name_of(database_url: str) -> str:
     return f"PostgreSQL at {place_of(database_url)}"
 
 
-# A partition's stream is called <stream>:<number>.
-_FINISHED = r"""
-SELECT CASE WHEN count(*) FILTER (WHERE number < $3) = $3 THEN
+# $1: the streams of all partitions that there may be.
+_FINISHED = """
+SELECT CASE WHEN count(*) FILTER (WHERE number <= $3) = $3 THEN
 -- mutant: the reader resumes from the furthest partition
     min(seq)
 END
 FROM (
-    SELECT DISTINCT ON (number) number, seq FROM fastworker.progress,
-        LATERAL (SELECT CASE
-            WHEN stream = $1 THEN 0
-            WHEN left(stream, length($1) + 1) = $1 || ':'
-            THEN substring(substr(stream, length($1) + 2) FROM '^[1-9]\d?$')::int
-        END) AS partition (number)
-    WHERE number IS NOT NULL AND seq IS NOT NULL
+    SELECT DISTINCT ON (number) number, seq FROM fastworker.progress
+    JOIN unnest($1::text[]) WITH ORDINALITY AS partition (stream, number) USING (stream)
+    WHERE seq IS NOT NULL
       AND NOT EXISTS (SELECT FROM fastworker.relays WHERE host <> $2)
     ORDER BY number, string_to_array(entry_id, '-')::numeric[] DESC
 ) AS partitions

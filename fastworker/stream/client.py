@@ -120,11 +120,19 @@ def connect(
         options["socket_keepalive"] = True
     if max_connections is not None:
         options["max_connections"] = max_connections
+    pool: ConnectionPool
     try:
         if "+sentinel://" in url:
             pool = master_pool(url, options)
         elif "+cluster://" in url:
-            pool = slot_pool(url, stream_key, options)
+            pool = slots = slot_pool(url, stream_key, options)
+            slots.connect = lambda key: connect(
+                url,
+                stream_key=key,
+                client_name=client_name,
+                socket_timeout=socket_timeout,
+                max_connections=max_connections,
+            )
         else:
             pool = ConnectionPool.from_url(url, **options)
     except (ValueError, TypeError):  # its text may quote a piece of the password

@@ -1,4 +1,4 @@
-"""Redis Cluster: the keys of a stream share a hash tag, so one node has them. Which, is asked at each connection.
+"""Redis Cluster: the keys of a script share a hash tag, so one node has them. Which, is asked at each connection.
 
 URL: `redis+cluster://[user:password@]host[:6379],host,...`, any nodes; `rediss+cluster://` is TLS. The client library's
 cluster client is not used: it repeats commands by itself, which only their caller may do.
@@ -6,9 +6,10 @@ cluster client is not used: it repeats commands by itself, which only their call
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import RedisError
 
@@ -58,13 +59,37 @@ class _Nodes:
 
 
 class SlotPool(FoundPool):
+    """Connections to the node that has one slot. The clients for other slots are closed with them."""
+
     what = "the node of the cluster that has {}"
     nobody = "no node of the cluster can be reached that says who has it"
+    connect: Callable[[str], Redis]
+    """A client for the node that has this key."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self.others: dict[int, Redis] = {}
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            for client in self.others.values():
+                await client.connection_pool.disconnect()
 
 
-def slot_pool(url: str, stream_key: str, options: dict[str, Any]) -> ConnectionPool:
+def node_of(redis: Redis, key: str) -> Redis:
+    """The client for the node that has this key: on a Cluster another one for each slot, else always the same."""
+    pool = redis.connection_pool
+    if not isinstance(pool, SlotPool) or (wanted := slot(key)) == slot(pool.service_name):
+        return redis
+    if wanted not in pool.others:
+        pool.others[wanted] = pool.connect(key)
+    return pool.others[wanted]
+
+
+def slot_pool(url: str, stream_key: str, options: dict[str, Any]) -> SlotPool:
     """Of a URL that urls.redis accepted. `options`: of each connection. ValueError for a bad option of the URL."""
     found = split(url, PORT)
     waits = {"socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S, "retry": options["retry"]}
     nodes = _Nodes(found.hosts, {"protocol": options["protocol"], **found.options, **waits})
-    return SlotPool(stream_key, nodes, **{**found.options, **options})  # type: ignore[no-untyped-call]
+    return SlotPool(stream_key, nodes, **{**found.options, **options})

@@ -2,13 +2,17 @@
 
 The usual stream and the usual group have the keys as they are written here. Another stream, or another group, has its
 own: with its name behind a colon, as in `fastworker:ledger:staging:events`. A stream may have partitions: the first is
-the stream itself, the others are `firehose:events:1` and so on, each with consumers of its own. All keys are used in
-scripts together, so on a Redis Cluster the stream's name has a hash tag, as in `{firehose}:events`: then all of its
-keys have it.
+the stream itself, the others are `firehose:events:1` and so on, each with consumers of its own.
+
+Keys that one script uses have to be in one slot of a Redis Cluster, so there the stream's name has a hash tag, as in
+`{firehose}:events`: then all of its keys have it. The partitions of such a stream are in slots of their own, and what a
+script of one of them changes must be there, too. So each is a stream by itself, `{firehose:1}:events` and so on: with a
+cursor, a reader's lease, a ledger and dead letters of its own. What there is of one kind is the sum of all partitions'.
 """
 
 from __future__ import annotations
 
+import re
 from binascii import crc_hqx
 from typing import Final
 
@@ -24,6 +28,9 @@ CLUSTERED: Final = ("{firehose}:events", "{firehose}:python_cursor")
 BROADCAST: Final = "firehose:events:broadcast"
 """Channel: JSON of some of the events."""
 _CURSOR_STREAM: Final = "fastworker:stream-of"
+
+
+_TAG: Final = re.compile(r"^([^{]*\{[^}]+)(\}.*)$", re.DOTALL)
 
 
 def _key(name: str, *more: str) -> str:
@@ -86,6 +93,9 @@ class Keys(_StreamKeys):
     """Also those of one of its partitions, and of one group."""
 
     def __init__(self, stream: str = STREAM, group: str = GROUP, partition: int = 0) -> None:
+        number = partition
+        if partition and has_slots(stream):
+            stream, partition = in_slot(stream, partition), 0
         super().__init__(stream)
         of_stream = [stream] if stream != STREAM else []
         of_group = [*of_stream, group] if group != GROUP else of_stream
@@ -93,7 +103,7 @@ class Keys(_StreamKeys):
         of_members = [*of_partition, group] if group != GROUP else of_partition
         self.stream: Final = f"{stream}:{partition}" if partition else stream
         """The partition's."""
-        self.partition: Final = partition
+        self.partition: Final = number
         # Of the group
         self.go_back: Final = _key("fastworker:go-back", *of_group)
         """String: JSON {seq, relay} to where the reader has to go back, because PostgreSQL did; seq null: nobody
@@ -131,6 +141,18 @@ class Keys(_StreamKeys):
     def consumer_lease(self, consumer: str = "") -> str:
         """String: token of the process that has this consumer's name. Without a name: the beginning of these keys."""
         return f"{self._consumer_lease}:{consumer}"
+
+
+def has_slots(stream: str) -> bool:
+    """Whether each partition of this stream has a slot of its own on a Redis Cluster."""
+    return _TAG.match(stream) is not None
+
+
+def in_slot(key: str, partition: int | str) -> str:
+    """What a key of a stream with slots is called where this partition is: `{firehose:1}:events`."""
+    if not partition:
+        return key
+    return _TAG.sub(rf"\1:{partition}\2", key) if has_slots(key) else f"{key}:{partition}"
 
 
 def slot(key: str) -> int:

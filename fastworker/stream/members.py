@@ -6,6 +6,7 @@ in Redis by the members themselves: who does not say for a while that it lives h
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,7 +15,8 @@ from typing import Any, Final, NamedTuple, cast
 from redis.asyncio import Redis
 
 from fastworker.stream.client import translating
-from fastworker.stream.keys import Keys
+from fastworker.stream.cluster import node_of
+from fastworker.stream.keys import Keys, has_slots
 from fastworker.stream.partitions import Layout, layout, layout_of
 from fastworker.stream.scripts import script
 
@@ -72,11 +74,14 @@ class Members:
                 return None
         keys = self._keys
         streams = [self.stream_of(n) for n in range(self._known)]
+        # In their own slots the others are asked one by one.
+        here = 1 if has_slots(self._stream_key) else self._known
         async with translating(self._redis):
-            members, flat, told, waiting, unfinished = await self._look(
-                keys=[keys.members, keys.owners, keys.partitions, *streams],
+            members, flat, told, *backlogs = await self._look(
+                keys=[keys.members, keys.owners, keys.partitions, *streams[:here]],
                 args=[self.token, MEMBER_MS, self._group],
             )
+        backlogs += await asyncio.gather(*(self._backlog(stream) for stream in streams[here:]))
         found = layout_of(told)
         if found.known > self._known:
             self._known = found.known
@@ -86,9 +91,15 @@ class Members:
             layout=found,
             members=sorted(one.decode() for one in members),
             owners={int(number): token.decode() for number, token in zip(pairs, pairs, strict=True)},
-            waiting=cast("list[int]", waiting),
-            unfinished=cast("list[int]", unfinished),
+            waiting=[waiting for waiting, _ in backlogs],
+            unfinished=[unfinished for _, unfinished in backlogs],
         )
+
+    async def _backlog(self, stream: str) -> tuple[int, int]:
+        node = node_of(self._redis, stream)
+        async with translating(node):
+            waiting, unfinished = await node.register_script(script("backlog"))(keys=[stream], args=[self._group])
+        return int(waiting), int(unfinished)
 
     def stream_of(self, partition: int) -> str:
         return Keys(self._stream_key, self._group, partition).stream
@@ -101,21 +112,32 @@ class Members:
 
     async def newest(self) -> datetime:
         """Of the newest id of each partition, the latest."""
-        async with translating(self._redis):
-            pipe = self._redis.pipeline(transaction=False)
-            for number in range(self._known):
-                pipe.xinfo_stream(self.stream_of(number))
-            found: list[Any] = await pipe.execute(raise_on_error=False)
-        infos = [one for one in found if isinstance(one, dict)]  # else there is no stream yet
-        at = max((int(one["last-generated-id"].partition(b"-")[0]) for one in infos), default=0)
+        at = 0
+        for number in range(self._known):
+            stream = self.stream_of(number)
+            node = node_of(self._redis, stream)
+            async with translating(node), node.pipeline(transaction=False) as pipe:
+                pipe.xinfo_stream(stream)
+                found: list[Any] = await pipe.execute(raise_on_error=False)
+            if isinstance(found[0], dict):  # else there is no stream yet
+                at = max(at, int(found[0]["last-generated-id"].partition(b"-")[0]))
         return datetime.fromtimestamp(min(at, _LATEST_MS) / 1000, UTC)
 
-    async def cursor(self) -> Appended | None:
-        """Up to where everything is on the stream; None while no reader of ours has said so."""
-        async with translating(self._redis):
-            seconds, micros = await self._redis.time()
-            host = cast("bytes | None", await self._redis.get(self._keys.relay))
-            seq = await self._redis.get(self._keys.cursor_of(host.decode())) if host else None
+    async def cursors(self) -> dict[int, Appended]:
+        """By partition up to where everything is on it; without those of which no reader of ours has said so."""
+        if not has_slots(self._stream_key):
+            found = await self._cursor(0)
+            return dict.fromkeys(range(self._known), found) if found is not None else {}
+        of_each = [(number, await self._cursor(number)) for number in range(self._known)]
+        return {number: found for number, found in of_each if found is not None}
+
+    async def _cursor(self, partition: int) -> Appended | None:
+        keys = Keys(self._stream_key, self._group, partition)
+        node = node_of(self._redis, keys.stream)
+        async with translating(node):
+            seconds, micros = await node.time()
+            host = cast("bytes | None", await node.get(keys.relay))
+            seq = await node.get(keys.cursor_of(host.decode())) if host else None
         if seq is None or not seq.isdigit():
             return None
         return Appended(int(seq), f"{seconds * 1000 + micros // 1000 - 1}-0")

@@ -1,7 +1,7 @@
 """The partitions of a stream: how many there are, and whose events are in which.
 
 The reader says how many it appends to; who reads asks. A partition that the reader appends to no longer is read until
-it is empty, and stays known: its figures are part of the sums.
+it is empty, and stays known: its figures are part of the sums. On a Cluster each has a slot of its own (keys.py).
 """
 
 from __future__ import annotations

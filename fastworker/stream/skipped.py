@@ -12,6 +12,7 @@ from typing import Final, Literal, cast
 from redis.asyncio import Redis
 
 from fastworker.stream.client import translating
+from fastworker.stream.cluster import node_of
 from fastworker.stream.keys import Keys
 from fastworker.stream.scripts import script
 
@@ -30,6 +31,7 @@ async def give_skipped(redis: Redis, keys: Keys, group: str, *, who: Literal["re
 
     Where somebody removed entries that nobody was given, a reader of ours is asked to go back. It gives nothing out.
     """
+    redis = node_of(redis, keys.stream)
     run = redis.register_script(script("give_skipped"))
     names = [
         keys.stream,

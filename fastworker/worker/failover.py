@@ -15,6 +15,7 @@ from fastworker.errors import StoreUnavailable, StreamUnavailable
 from fastworker.store.place import NewConnection, Place, places_of
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis
+from fastworker.stream.cluster import node_of
 from fastworker.stream.database import Database, GoBack, Known, Memory
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import Keys
@@ -67,7 +68,8 @@ class Failover:
         known = (await layout(self._redis, self._stream_key)).known
         for number in range(len(self._partitions), known):
             keys = Keys(self._stream_key, self._group, number)
-            self._partitions.append(_Partition(keys.stream, Database(self._redis, keys, self._group)))
+            node = node_of(self._redis, keys.stream)
+            self._partitions.append(_Partition(keys.stream, Database(node, keys, self._group)))
         return self._partitions[:known]
 
 

@@ -25,6 +25,7 @@ from fastworker.store.chosen_accounts import keep_reading, read_accounts
 from fastworker.store.debts import Debts
 from fastworker.store.store import Store
 from fastworker.stream.client import Redis, connect
+from fastworker.stream.cluster import node_of
 from fastworker.stream.consumer import ConsumerLeaseLost, WorkerStream
 from fastworker.stream.keys import Keys
 from fastworker.stream.members import Members
@@ -144,9 +145,10 @@ def _readers(settings: Config, shared: Shared, slot: Slot, redis: Redis, store: 
             progress = await store.finished(stream.stream_key)
             return progress.entry_id if progress is not None else None
 
+        keys = Keys(settings.stream_key, settings.group, partition)
         stream = WorkerStream(
-            redis,
-            keys=Keys(settings.stream_key, settings.group, partition),
+            node_of(redis, keys.stream),
+            keys=keys,
             group=settings.group,
             consumer_id=settings.consumer_id,
             batch_size=settings.batch_size,
@@ -382,22 +384,22 @@ async def _maintain(slot: Slot, store: Store, failover: Failover, readers: Reade
 async def _note_idle(store: Store, readers: Readers) -> None:
     """A partition that gets few events has come as far as the reader, when nothing is left in it.
 
-    The reader's cursor is asked first: what it covers was on the stream before we look.
+    The reader's cursors are asked first: what they cover was on the stream before we look.
     """
     if readers.layout.known == 1:
         return
     sessions = store.sessions
-    cursor = await readers.members.cursor()
-    if cursor is None:
-        return
+    cursors = await readers.members.cursors()
     # mutant: progress without a look
-    finished = [one.stream_key for one in readers.owned_streams if await one.is_finished()]
+    finished = [one.partition for one in readers.owned_streams if await one.is_finished()]
     look = await readers.members.look()
     if look is not None and look.members[0] == readers.members.token:
         # What the reader does not append to any more must not hold back what follows from the lowest of all.
-        finished += [readers.members.stream_of(number) for number in look.empty]
-    for stream in finished:
-        await store.note_progress(Progress(stream, "idle", cursor.seq, cursor.entry_id, sessions))
+        finished += look.empty
+    for number in finished:
+        if cursor := cursors.get(number):
+            stream = readers.members.stream_of(number)
+            await store.note_progress(Progress(stream, "idle", cursor.seq, cursor.entry_id, sessions))
 
 
 async def _prune(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.rig import operators
+from tests.rig import operators, shrunk
 from tests.rig.chaos import ELSEWHERE, PLACES, SERVERS, WEIGHTS, Fault, Form, chaos, plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,12 @@ def test_a_short_plan_has_what_is_of_its_form(form: Form) -> None:
     kinds = {fault.kind for fault in plan(7, 60, form)}
     assert kinds >= set(form.weights)
     assert kinds - set(form.weights) <= set(WEIGHTS)
+
+
+@pytest.mark.parametrize("name", shrunk.LIMITS)
+def test_a_limit_that_chaos_makes_small_is_there(name: str) -> None:
+    module, _, constant = name.partition(":")
+    assert hasattr(importlib.import_module(module), constant)
 
 
 @pytest.mark.timeout(300)  # each fault waits until the pipeline is at work again: a busy machine takes its time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from redis import Redis as SyncRedis
 
+from fastworker.commands.grants import COMMANDS, acl
 from fastworker.edge.embedded import EmbeddedRedis, free_port
 from fastworker.errors import StreamUnavailable
 from fastworker.simulator.network import Network
@@ -34,6 +36,9 @@ class Nodes(NamedTuple):
     @property
     def url(self) -> str:
         return f"redis+cluster://{','.join(f'127.0.0.1:{server.port}' for server in self.servers[1:3])}"
+
+    def as_user(self, name: str) -> str:
+        return self.url.replace("://", f"://{name}:secret@")
 
     def ask(self, number: int, *words: str | int) -> Any:
         with SyncRedis(port=self.servers[number].port or 0, socket_timeout=5) as client:
@@ -115,18 +120,22 @@ async def test_a_cluster_that_is_gone_is_named(nodes: Nodes) -> None:
     assert "redis+cluster://" in said.stderr
 
 
+@pytest.mark.parametrize("partitions", [1, 5])
 @pytest.mark.parametrize("what", usually(["the master is killed", "the slot moves"], "the master is killed"))
 async def test_nothing_is_lost_under_load(
-    nodes: Nodes, postgres_url: str, services: Callable[..., Service], what: str
+    nodes: Nodes, postgres_url: str, services: Callable[..., Service], what: str, partitions: int
 ) -> None:
     frames = list(Network("cluster", accounts=200).frames(FRAMES))
     env = {
         "REDIS_URL": nodes.url, "DATABASE_URL": postgres_url, "FASTWORKER_HTTP_PORT": "off",
         "FASTWORKER_STREAM_FORMAT": "native", "FASTWORKER_RESOLVE_HANDLES": "off",
+        "FASTWORKER_STREAM_PARTITIONS": str(partitions),
     }  # fmt: skip
+    for number, service in itertools.product(range(4), COMMANDS):  # with the rights that they need
+        nodes.ask(number, *acl(service, service, CLUSTERED).replace(">PASSWORD", ">secret").split())
     async with SimRelay(frames, rate=1_000, start="oldest", wait_for_client=True) as relay:
-        services("worker", **env).wait_for("worker-1 .* is ready")
-        services("reader", RELAY_URL=relay.url, **env)
+        services("worker", **env | {"REDIS_URL": nodes.as_user("worker")}).wait_for("worker-1 .* is ready")
+        services("reader", RELAY_URL=relay.url, **env | {"REDIS_URL": nodes.as_user("reader")})
         async with asyncio.timeout(120):
             while await cursor_at(nodes.url, STREAM, CURSOR) < (frames[FRAMES // 3].seq or 0):
                 await asyncio.sleep(0.05)

@@ -40,7 +40,7 @@ from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import Entry, WorkerStream
 from fastworker.stream.ids import id_order
-from fastworker.stream.keys import GROUP, STREAM, USUAL, Keys
+from fastworker.stream.keys import CLUSTERED, CURSOR, GROUP, STREAM, Keys
 from fastworker.stream.partitions import partition_of
 from fastworker.worker import worker as worker_module
 from fastworker.worker.worker import work
@@ -90,12 +90,16 @@ class Process:
 
 
 class Bench:
-    def __init__(self, redis: Redis, redis_url: str, postgres_url: str, pg: asyncpg.Connection[Any]) -> None:
+    def __init__(
+        self, redis: Redis, redis_url: str, postgres_url: str, pg: asyncpg.Connection[Any], stream: str, cursor: str
+    ) -> None:
         self.redis = redis
         self.pg = pg
         self.settings = Config(
             redis_url=redis_url,
             database_url=postgres_url,
+            stream_key=stream,
+            cursor_key=cursor,
             stream_format="native",
             resolve_handles=False,
             consumer_id="w",
@@ -105,6 +109,9 @@ class Bench:
             scan_s=0.2,
         )
         self.processes: list[Process] = []
+
+    def keys(self, partition: int = 0) -> Keys:
+        return Keys(self.settings.stream_key, partition=partition)
 
     @contextlib.asynccontextmanager
     async def reader(self, relay: SimRelay, *, resume: bool = True, **changes: Any) -> AsyncIterator[ReaderStats]:
@@ -142,7 +149,7 @@ class Bench:
         """Entries of all partitions that are not settled."""
         total = 0
         for number in range(partitions):
-            stream = Keys(partition=number).stream
+            stream = self.keys(number).stream
             if not await self.redis.exists(stream):
                 continue
             info: Any = await self.redis.xinfo_stream(stream)
@@ -179,28 +186,30 @@ class Bench:
             await store.close()
         differences = diff(model_of(frames), await dump(self.pg))
         assert not differences, report(differences)
-        assert not await self.redis.exists(USUAL.dead_letters)
+        assert not await RedisAdmin(self.redis, self.settings.stream_key).letters.count()
 
     async def ledger(self) -> int:
-        found: Any = await self.redis.hgetall(USUAL.ledger)
-        return sum(int(value) for name, value in found.items() if not name.startswith(b"drop:"))
+        found = await RedisAdmin(self.redis, self.settings.stream_key).ledger()
+        return sum(value for name, value in found.items() if not name.startswith("drop:"))
 
     async def given(self, partitions: int) -> int | None:
         """Entries ever put on the stream; None where the server does not count them: before Redis 7."""
         if not await counts_reads(self.redis):
             return None
         infos: list[Any] = [
-            await self.redis.xinfo_stream(Keys(partition=number).stream)
+            await self.redis.xinfo_stream(self.keys(number).stream)
             for number in range(partitions)
-            if await self.redis.exists(Keys(partition=number).stream)
+            if await self.redis.exists(self.keys(number).stream)
         ]
         return sum(int(info["entries-added"]) for info in infos)
 
 
-@pytest.fixture
-async def bench(redis_url: str, postgres_url: str, pg: asyncpg.Connection[Any]) -> AsyncIterator[Bench]:
+@pytest.fixture(params=[(STREAM, CURSOR), CLUSTERED], ids=["in one script", "each in its slot"])
+async def bench(
+    request: pytest.FixtureRequest, redis_url: str, postgres_url: str, pg: asyncpg.Connection[Any]
+) -> AsyncIterator[Bench]:
     redis = connect(redis_url)
-    bench = Bench(redis, redis_url, postgres_url, pg)
+    bench = Bench(redis, redis_url, postgres_url, pg, *request.param)
     try:
         yield bench
     finally:
@@ -221,7 +230,7 @@ async def test_the_same_tables_however_it_is_cut(bench: Bench, partitions: int, 
             bench.start(processes=processes)
         async with bench.reader(relay, partitions=partitions) as stats:
             await bench.settled(stats, last_of(frames), partitions)
-            counts = [await bench.redis.exists(Keys(partition=number).stream) for number in range(5)]
+            counts = [await bench.redis.exists(bench.keys(number).stream) for number in range(5)]
             assert sum(counts) == partitions
             assert await bench.ledger() == stats.entries
             assert await bench.given(partitions) in (stats.entries, None)
@@ -237,8 +246,10 @@ async def test_one_partition_leaves_nothing_of_partitions(bench: Bench) -> None:
             await bench.settled(stats, last_of(frames), 1)
         await bench.stop()
     keys = {key.decode() async for key in bench.redis.scan_iter()}
-    assert not {key for key in keys if key.startswith(("fastworker:members", "fastworker:owners", USUAL.partitions))}
-    assert not {key for key in keys if key.startswith(f"{STREAM}:")}
+    assert not {
+        key for key in keys if key.startswith(("fastworker:members", "fastworker:owners", bench.keys().partitions))
+    }
+    assert not {key for key in keys if key.startswith(f"{bench.settings.stream_key}:")}
 
 
 async def test_the_number_is_changed_while_everything_runs(bench: Bench) -> None:
@@ -253,7 +264,7 @@ async def test_the_number_is_changed_while_everything_runs(bench: Bench) -> None
             async with bench.reader(relay, partitions=partitions) as stats:
                 await bench.appended(stats, last_of(frames[:upto]))
         await bench.until(lambda: _none_left(bench, 4))
-        assert (await bench.redis.get(USUAL.partitions)) == b"3 4"
+        assert (await bench.redis.get(bench.keys().partitions)) == b"3 4"
         # what is not written any more is given back when it is empty
         await bench.until(lambda: _owned(bench, {b"0", b"1", b"2"}))
         assert await bench.given(4) in (await bench.ledger(), None)
@@ -266,7 +277,7 @@ async def _none_left(bench: Bench, partitions: int) -> bool:
 
 
 async def _owned(bench: Bench, partitions: set[bytes]) -> bool:
-    found: Any = await bench.redis.hgetall(USUAL.owners)
+    found: Any = await bench.redis.hgetall(bench.keys().owners)
     return set(found) == partitions
 
 
@@ -300,14 +311,14 @@ async def test_two_owners_cost_no_row(bench: Bench) -> None:
             async def disturb() -> None:
                 turn = 0
                 while True:
-                    members: Any = await bench.redis.hgetall(USUAL.members)
+                    members: Any = await bench.redis.hgetall(bench.keys().members)
                     tokens = sorted(members)
                     if tokens and turn % 2:
                         await bench.redis.hset(
-                            USUAL.owners, mapping={n: tokens[(turn + n) % len(tokens)] for n in range(3)}
+                            bench.keys().owners, mapping={n: tokens[(turn + n) % len(tokens)] for n in range(3)}
                         )
                     else:
-                        await bench.redis.delete(USUAL.owners)
+                        await bench.redis.delete(bench.keys().owners)
                     turn += 1
                     await asyncio.sleep(0.03)
 
@@ -372,7 +383,7 @@ async def _all_known(bench: Bench, partitions: int) -> bool:
 async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Bench, stuck: Stuck) -> None:
     """What was in one that nobody got on with is read from the relay again."""
     frames = list(Network(12, accounts=30).frames(400))
-    behind = Keys(partition=2).stream
+    behind = bench.keys(2).stream
     async with SimRelay(frames[:200], start="oldest", wait_for_client=True) as relay:
         bench.start()
         async with bench.reader(relay, partitions=4) as stats:
@@ -382,7 +393,7 @@ async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Benc
             relay.emit(*frames[200:])
             await bench.appended(stats, last_of(frames))
             assert await bench.redis.xlen(behind)
-            others = [Keys(partition=number).stream for number in (0, 1, 3)]
+            others = [bench.keys(number).stream for number in (0, 1, 3)]
 
             async def are_done() -> bool:
                 told = await _progress(bench)
@@ -401,10 +412,40 @@ async def test_an_empty_redis_is_resumed_where_the_last_partition_is(bench: Benc
     await bench.assert_lawful(frames)
 
 
+@pytest.mark.parametrize("bench", [CLUSTERED], ids=["each in its slot"], indirect=True)
+@pytest.mark.parametrize("resume", [True, False])
+async def test_a_node_that_comes_back_empty(bench: Bench, stuck: Stuck, caplog: Any, *, resume: bool) -> None:
+    """Its partition is read again from where PostgreSQL says; without PostgreSQL what was unread there is a gap."""
+    frames = list(Network(22, accounts=30).frames(400))
+    async with SimRelay(frames[:200], start="oldest", wait_for_client=True) as relay:
+        bench.start()
+        async with bench.reader(relay, partitions=4) as stats:
+            await bench.settled(stats, last_of(frames[:200]), 4)
+            await bench.until(lambda: _all_known(bench, 4))
+            await stuck.hold(2)
+            relay.emit(*frames[200:300])
+            await bench.appended(stats, last_of(frames[:300]))
+            assert await bench.redis.xlen(bench.keys(2).stream)
+        await bench.redis.delete(*[key async for key in bench.redis.scan_iter("*{firehose:2}*")])
+        stuck.clear()
+        relay.emit(*frames[300:])
+        async with bench.reader(relay, partitions=4, resume=resume) as stats:
+            await bench.settled(stats, last_of(frames), 4)
+            gaps: Any = await bench.redis.lrange(bench.keys().gaps, 0, -1)
+            assert stats.gaps == len(gaps) == (0 if resume else 1)
+        await bench.stop()
+    if resume:
+        await bench.assert_lawful(frames)
+        assert "going on from what is known to be stored" in caplog.text
+    else:
+        gap = json.loads(gaps[0])
+        assert (gap["reason"], gap["after"], gap["resumed"]) == ("stream_lost", None, frames[300].seq)
+
+
 async def test_a_partition_that_is_deleted_is_read_again_from_where_it_was(bench: Bench, stuck: Stuck) -> None:
     """Without PostgreSQL: the reader's own marks, of which the lowest counts."""
     frames = list(Network(13, accounts=30).frames(400))
-    behind = Keys(partition=2).stream
+    behind = bench.keys(2).stream
     async with SimRelay(frames[:200], start="oldest", wait_for_client=True) as relay:
         bench.start()
         async with bench.reader(relay, partitions=4, resume=False) as stats:
@@ -435,12 +476,12 @@ async def test_a_raised_number_has_a_floor_before_anything_is_in_the_new_ones(be
         async with bench.reader(relay, partitions=3) as stats:
             await bench.appended(stats, last_of(frames))
     told = await _progress(bench)
-    assert told == {Keys(partition=number).stream: last_of(frames[:50]) for number in (1, 2)}
+    assert told == {bench.keys(number).stream: last_of(frames[:50]) for number in (1, 2)}
 
 
 async def test_the_limit_is_that_of_the_sum(bench: Bench) -> None:
     frames = list(Network(15, accounts=30).frames(300))
-    streams = [Keys(partition=number).stream for number in range(4)]
+    streams = [bench.keys(number).stream for number in range(4)]
     async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
         async with bench.reader(relay, partitions=4, max_stream_len=50) as stats:
             await bench.until(lambda: stats.full)
@@ -471,7 +512,7 @@ async def test_one_that_lags_is_read_by_several(bench: Bench) -> None:
     async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
         async with bench.reader(relay, partitions=4) as stats:
             await bench.appended(stats, last_of(frames))
-            assert await bench.redis.xlen(Keys(partition=1).stream) == stats.entries > 200
+            assert await bench.redis.xlen(bench.keys(1).stream) == stats.entries > 200
             processes = [bench.start(batch_size=1, max_stream_len=2_500) for _ in range(4)]
             most = 0
 
@@ -494,7 +535,7 @@ async def test_what_an_operator_sees_and_does_is_of_all_partitions(
 ) -> None:
     frames = list(Network(17, accounts=30).frames(200))
     config = msgspec.structs.replace(bench.settings, partitions=4, keep_s=3_600)
-    admin = RedisAdmin(bench.redis, STREAM)
+    admin = RedisAdmin(bench.redis, bench.settings.stream_key)
     async with SimRelay(frames, start="oldest", wait_for_client=True) as relay:
         async with bench.reader(relay, partitions=4, keep_s=3_600) as stats:
             await bench.appended(stats, last_of(frames))
@@ -518,20 +559,20 @@ async def test_what_an_operator_sees_and_does_is_of_all_partitions(
         await bench.pg.execute("TRUNCATE posts, likes, reposts, follows CASCADE")
         assert await reapply(config, "0") is ExitCode.DONE
     assert f"{stats.entries:,} entries applied again" in capsys.readouterr().out
-    # dead letters: one stream of them, and back to where the account's events are
+    # a dead letter goes back to where the account's events are
     did = next(f"did:plc:{number:024}" for number in range(100) if partition_of(f"did:plc:{number:024}", 4) == 3)
     letter = {b"n": encode_native(Account(None, did, True, None, None))[0][1]}
     letter_id: Any = await bench.redis.xadd(
-        USUAL.dead_letters, {b"form": b"native", b"data": letter[b"n"], b"reason": b"x"}
+        bench.keys(3).dead_letters, {b"form": b"native", b"data": letter[b"n"], b"reason": b"x"}
     )
-    before = await bench.redis.xlen(Keys(partition=3).stream)
+    before = await bench.redis.xlen(bench.keys(3).stream)
     assert await retry_letters(config, Wanted(ids=frozenset([letter_id.decode()]))) is ExitCode.DONE
-    assert await bench.redis.xlen(Keys(partition=3).stream) == before + 1
+    assert await bench.redis.xlen(bench.keys(3).stream) == before + 1
     # entries that are put there by hand
     fields = [(b"n", letter[b"n"])]
     assert not await admin.append_if_room([(did, fields)], stats.entries + 1)
     assert await admin.append_if_room([(did, fields), ("", fields)], stats.entries + 3)
-    assert await bench.redis.xlen(Keys(partition=3).stream) == before + 2
+    assert await bench.redis.xlen(bench.keys(3).stream) == before + 2
 
 
 async def test_a_host_that_is_killed_is_followed_within_seconds(bench: Bench) -> None:
@@ -542,6 +583,8 @@ async def test_a_host_that_is_killed_is_followed_within_seconds(bench: Bench) ->
         "DATABASE_URL": bench.settings.require_database_url("test"),
         "FASTWORKER_HTTP_PORT": "off",
         "FASTWORKER_RESOLVE_HANDLES": "off",
+        "REDIS_STREAM_KEY": bench.settings.stream_key,
+        "REDIS_CURSOR_KEY": bench.settings.cursor_key,
     }
     async with SimRelay(frames[:300], start="oldest", wait_for_client=True) as relay:
         async with bench.reader(relay, partitions=4) as stats:
@@ -565,6 +608,6 @@ async def test_a_host_that_is_killed_is_followed_within_seconds(bench: Bench) ->
 
 
 async def _owners(bench: Bench, *, partitions: int, processes: int) -> bool:
-    owners: Any = await bench.redis.hgetall(USUAL.owners)
-    members: Any = await bench.redis.hgetall(USUAL.members)
+    owners: Any = await bench.redis.hgetall(bench.keys().owners)
+    members: Any = await bench.redis.hgetall(bench.keys().members)
     return len(owners) == partitions and set(owners.values()) == set(members) and len(members) == processes

@@ -34,6 +34,7 @@ from fastworker.reader import start as start_module
 from fastworker.reader.reader import run_reader
 from fastworker.reader.stats import ReaderStats
 from fastworker.stream import feed as feed_module
+from fastworker.stream import slot as slot_module
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import SetAside, WorkerStream, original_fields
 from fastworker.stream.keys import USUAL, Keys
@@ -1011,7 +1012,7 @@ async def test_a_readers_lease_without_an_end_is_given_one(
     relay: Relay, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a move to another Redis by a tool that copies no expiry."""
-    monkeypatch.setattr(feed_module, "LEASE_MS", 500)
+    monkeypatch.setattr(slot_module, "LEASE_MS", 500)
     await redis.set("fastworker:reader", "the token of a reader that is no more")
     await redis.set(CURSOR, "0")
     relay.add(1)

@@ -25,9 +25,11 @@ from fastworker.reader.outbox import Outbox
 from fastworker.reader.relay import PATH, RelayAddress, _at_least
 from fastworker.reader.silence import SilenceWatch
 from fastworker.redact import redact
+from fastworker.stream.chunk import Chunk
 from fastworker.stream.client import connect, error_code, translate, translating
-from fastworker.stream.feed import Chunk, Feed, ReaderLeaseLost, StreamBroken, trim_finished
+from fastworker.stream.feed import Feed, trim_finished
 from fastworker.stream.keys import USUAL, Keys
+from fastworker.stream.slot import ReaderLeaseLost, StreamBroken
 from tests import replies
 from tests.servers import RedisUnderTest
 
@@ -332,7 +334,7 @@ async def test_a_chunk_given_again_is_put_down_once(redis: Redis) -> None:
     await feed.go_to("relay.test")
     assert await feed.append(chunk_of(1, 2))
     again = feed_on(redis)  # as after a reply that was lost: same token, cursor not known to have moved
-    again._token = feed._token
+    again._slots.first._token = feed._slots.first._token
     again._host = "relay.test"
     assert await again.append(chunk_of(1, 2))
     assert await redis.xlen(STREAM) == 2
@@ -348,7 +350,7 @@ async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
     assert await feed.acquire()
     await feed.go_to("relay.test")
     assert await feed.append(chunk_of(1))
-    run = feed._append
+    run = feed._slots.first._append
 
     async def unheard(**told: Any) -> NoReturn:
         await run(**told)
@@ -356,7 +358,7 @@ async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
 
     for seq in (2, 3):
         with monkeypatch.context() as patch, pytest.raises(asyncio.CancelledError):
-            patch.setattr(feed, "_append", unheard)
+            patch.setattr(feed._slots.first, "_append", unheard)
             await feed.append(chunk_of(seq))
         if seq == 2:
             assert (await feed.go_to("relay.test")).seq == 2
@@ -378,14 +380,14 @@ async def test_going_back_again_after_no_answer_is_done_once(
     assert await feed.acquire()
     await feed.go_to("relay.test")
     assert await feed.append(chunk_of(1, 2))
-    run, gap = feed._go_back, b"" if seq else b"a gap"
+    run, gap = feed._slots.first._go_back, b"" if seq else b"a gap"
 
     async def unheard(**told: Any) -> NoReturn:
         await run(**told)
         raise ConnectionError("the connection was closed while it was used")
 
     with monkeypatch.context() as patch, pytest.raises(StreamUnavailable):
-        patch.setattr(feed, "_go_back", unheard)
+        patch.setattr(feed._slots.first, "_go_back", unheard)
         await feed.go_back(seq, gap)
     assert await feed.go_back(seq, gap)
     assert await redis.get(CURSOR) == (b"1" if seq else b"2")

@@ -33,7 +33,7 @@ from fastworker.store import repos, routines, schema_admin
 from fastworker.store import statements as sql
 from fastworker.store.migrate import packaged
 from fastworker.stream import consumer as stream
-from fastworker.stream import feed, members, skipped
+from fastworker.stream import feed, members, skipped, slot
 from fastworker.stream.scripts import script
 from fastworker.sync import gaps, history, progress, syncer, tell, widen
 from fastworker.table.schema import (
@@ -197,8 +197,8 @@ async def test_both_services_run_with_what_is_printed(
             stop(reader)
     allowed = seen.known(set(rights.COMMANDS["reader"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
-    assert allowed == allowed & (used | seen.known(in_scripts(feed, skipped))), "more is allowed than is used"
-    assert in_scripts(feed, skipped) <= set(rights.COMMANDS["reader"])
+    assert allowed == allowed & (used | seen.known(in_scripts(feed, slot, skipped))), "more is allowed than is used"
+    assert in_scripts(feed, slot, skipped) <= set(rights.COMMANDS["reader"])
     assert in_scripts(stream, members, skipped) <= set(rights.COMMANDS["worker"])
 
     seen = Seen(client)
@@ -224,7 +224,9 @@ async def test_both_services_run_with_what_is_printed(
     allowed = seen.known(set(rights.COMMANDS["worker"]))
     assert not seen.refused() - seen.known({"config|get", "client|setinfo"})  # these may be refused
     seldom = {"hlen"}  # while partitions change: stream/group.py
-    assert allowed == allowed & (used | seldom | seen.known(in_scripts(stream, members, feed))), "more than is used"
+    assert allowed == allowed & (used | seldom | seen.known(in_scripts(stream, members, feed, slot))), (
+        "more than is used"
+    )
     client.close()
 
 

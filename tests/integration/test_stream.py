@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 
 from fastworker.errors import Reason, StoreUnavailable, StreamUnavailable
 from fastworker.process.board import Heartbeats
+from fastworker.stream.chunk import Chunk
 from fastworker.stream.client import connect
 from fastworker.stream.consumer import (
     REPLY_BYTES,
@@ -22,7 +23,7 @@ from fastworker.stream.consumer import (
     WorkerStream,
     original_fields,
 )
-from fastworker.stream.feed import Chunk, Feed, trim_finished
+from fastworker.stream.feed import Feed, trim_finished
 from fastworker.stream.ids import id_order
 from fastworker.stream.keys import USUAL, Keys
 from fastworker.stream.skipped import CONSUMER, give_skipped

@@ -263,8 +263,8 @@ class Chaos:
         if self._form.redis:
             # Who takes a server's place may not have got the poison that was put there last, and nobody repeats it; or
             # not that it was set aside, and then there are two letters of it.
-            found: Any = await self.stage.redis.xrange(self.stage.keys.dead_letters)
-            letters, poison = len(found), len({fields[b"origId"] for _, fields in found})
+            found = await self.stage.dead_letters()
+            letters, poison = len(found), len({fields[b"origId"] for fields in found})
         expected = entries_of(self._served, "native" if self._form.partitions else "json")
         return await self.stage.unbalanced(poison + expected, {"bad_json": letters} if letters else {})
 
@@ -273,7 +273,7 @@ class Chaos:
         stage = self.stage
         gaps: Any = await stage.redis.lrange(stage.keys.gaps, 0, -1)
         lost = [gap.decode() for gap in gaps if json.loads(gap)["reason"] in LOST]
-        letters: Any = await stage.redis.xlen(stage.keys.dead_letters)
+        letters = len(await stage.dead_letters())
         return [
             *(f"A gap is recorded, and the relay has it all: {gap}" for gap in lost),
             *[f"{letters} dead letters for {self._poison} poisons"] * (letters > 2 * self._poison),
@@ -302,6 +302,7 @@ class Chaos:
     async def _do(self, fault: Fault) -> None:
         kind, amount = fault.kind, fault.amount
         target, _, what = kind.partition("_")
+        await self.stage.place.aim(self._random.choice(await self.stage.partitions()).stream)
         match kind:
             case "child_kill":
                 self.stage.worker.tell_child(amount, signal.SIGKILL)

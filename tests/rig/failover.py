@@ -9,6 +9,7 @@ import asyncpg
 from fastworker.errors import StreamUnavailable
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.store import Store
+from fastworker.stream.admin import RedisAdmin
 from fastworker.stream.client import connect, translating
 from tests.e2e.test_forms_and_mixes import assert_equal, model_of
 
@@ -20,8 +21,8 @@ async def is_done(url: str, stream: str, cursor: str, seq: int) -> bool:
     client = connect(url, stream_key=stream)
     try:
         async with translating(client):
-            groups = await client.xinfo_groups(stream)
-            return [(group["pending"], group["lag"]) for group in groups] == [(0, 0)]
+            found = await RedisAdmin(client, stream).stream()
+            return found is not None and [(group.pending, group.lag) for group in found.groups] == [(0, 0)]
     finally:
         await client.aclose()
 

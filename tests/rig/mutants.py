@@ -73,6 +73,7 @@ BUGS, RELAYS, RESOLVER, HORIZON, OF_PIPELINE, OF_WHOLE = (
     f"tests/integration/test_{name}.py" for name in ("bugs", "relays", "resolver", "horizon", "pipeline", "whole_flush")
 )
 OF_PARTITIONS = "tests/integration/test_partitions.py"
+OF_SLOTS = "tests/integration/test_slots.py"
 RULES = "tests/unit/test_readiness_rules.py"
 OF_STREAM, _LUA = "tests/integration/test_stream.py", "fastworker/stream/lua"
 _BULK, OF_BULK = "fastworker/store/bulk.py", "tests/integration/test_bulk.py"
@@ -309,11 +310,16 @@ MUTANTS = [
     _mutant("ids are numbered as Redis does", f"{_LUA}/append.lua", "tests/integration/test_reader_parts.py", "newest[p] = redis.call('XADD', stream_of(p), '*', unpack(fields, 2))"),
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
     _mutant("an append without an answer is somebody else's", "fastworker/stream/feed.py", "tests/integration/test_reader_parts.py", "is_foreign = left is not None and seq is not None and seq > left"),
+    _mutant("cursors of an older number of partitions are believed", "fastworker/stream/slots.py", OF_SLOTS, "is_one_number = True"),
+    _mutant("the number of partitions changes while their cursors differ", "fastworker/stream/slots.py", OF_SLOTS, "is_level = True"),
+    _mutant("what a slot has already is appended again", "fastworker/stream/slots.py", OF_SLOTS, "slot.there = None"),
+    _mutant("the cursor that others know is ahead of a partition", "fastworker/stream/slots.py", OF_SLOTS, "if not all([await first.append(*pieces.get(0, (b'', 0)), chunk.seq, host, **limits), *await of_every(of_each)]):"),
+    _mutant("a chunk goes beyond the place where a slot is", "fastworker/reader/receive.py", OF_SLOTS, "if False:"),
     _mutant("the furthest partition counts", "fastworker/stream/feed.py", OF_PARTITIONS, "return max(known)"),
     _mutant("the reader resumes from the furthest partition", "fastworker/store/admin.py", OF_PARTITIONS, "max(seq)"),
     _mutant("an idle partition is further than it is", f"{_LUA}/watch.lua", OF_PARTITIONS, "if ARGV[5] ~= '' then"),
     _mutant("an older state is judged by what was known of the newer one", f"{_LUA}/watch.lua", "tests/integration/test_reader_parts.py", "if false then return end"),
-    _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.stream_key for one in readers.owned_streams]"),
+    _mutant("progress without a look", "fastworker/worker/worker.py", OF_PARTITIONS, "finished = [one.partition for one in readers.owned_streams]"),
     _mutant("progress with every flush", _WRITING, OF_PIPELINE, "if False:"),
     _mutant("marks are kept", _PIPELINE, OF_PIPELINE, "pass"),
     _mutant("dead letters not counted", _LIMITS, OF_PIPELINE, "pass"),

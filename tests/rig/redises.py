@@ -49,7 +49,7 @@ class Place:
     def __init__(self, folder: Path, *, proxied: bool = True) -> None:
         self.servers: list[EmbeddedRedis] = []
         self.proxies: list[Proxy] = []
-        self._at = 0  # of the servers, the one that had the stream when it was looked for last
+        self._at = 0  # of the servers, the one that was aimed at when it was looked for last
         self._folder = folder
         self._proxied = proxied
         self._stack = contextlib.AsyncExitStack()
@@ -77,15 +77,22 @@ class Place:
     def proxy(self) -> Proxy:
         return self.proxies[self._at]
 
-    def client(self) -> Redis:
-        """One that goes to the server itself, and waits until it is found again."""
-        pool = SentinelConnectionPool("", _Finder(self))
+    def client(self, stream: str = "") -> Redis:
+        """One that goes to the server itself that has this stream, and waits until it is found again."""
+        pool = SentinelConnectionPool(stream or self.stream, _Finder(self))
         return _Patient.from_pool(pool)
 
+    async def aim(self, stream: str) -> None:
+        """What happens from now on happens to the server that has this partition."""
+
     async def find(self) -> int:
-        """Which of the servers has the stream now, as the others say."""
+        """Which of the servers is aimed at now, as the others say."""
         self._at = await asyncio.to_thread(self._find)
         return self._at
+
+    def locate(self, _stream: str) -> int:
+        """Which of the servers has it."""
+        return self._find()
 
     async def came_back(self, server: EmbeddedRedis) -> None:
         """It was killed and started again."""
@@ -246,11 +253,18 @@ class Sentinels(_Several):
 
 
 class Cluster(_Several):
-    """Three masters, of which the first has the stream, and a replica of each."""
+    """Three masters, of which the first has the stream, and a replica of each. Further partitions are somewhere."""
 
     weights: ClassVar[dict[str, int]] = {**_Several.weights, "slots_move": 8}
     stream, cursor = CLUSTERED
-    slot: ClassVar[int] = slot(CLUSTERED[0])
+
+    def __init__(self, folder: Path, *, proxied: bool = True) -> None:
+        super().__init__(folder, proxied=proxied)
+        self.slot = slot(self.stream)
+
+    async def aim(self, stream: str) -> None:
+        self.slot = slot(stream)
+        await self.find()
 
     @property
     def url(self) -> str:
@@ -271,7 +285,7 @@ class Cluster(_Several):
         await self.find()
 
     def move(self, target: int) -> None:
-        """The slot of the stream to another master, as `valkey-cli --cluster reshard` does it."""
+        """The slot that is aimed at to another master, as `valkey-cli --cluster reshard` does it."""
         at = self._find()
         source_id, target_id = self._name(at), self._name(target)
         self._set_slot(target, "IMPORTING", source_id)
@@ -342,10 +356,16 @@ class Cluster(_Several):
         return {number for _, _, number in self._slots()}
 
     def _find(self) -> int:
-        return next(number for first, last, number in self._slots() if first <= self.slot <= last)
+        return self._owner(self.slot)
+
+    def locate(self, stream: str) -> int:
+        return self._owner(slot(stream))
+
+    def _owner(self, wanted: int) -> int:
+        return next(number for first, last, number in self._slots() if first <= wanted <= last)
 
     def _fail_over(self) -> None:
-        """To the replica of the master that has the stream."""
+        """To the replica of the master that is aimed at."""
         at = self._at
         name = self._name(at)
         for number in range(len(self.servers)):
@@ -384,8 +404,9 @@ class _Finder:
     def __init__(self, place: Place) -> None:
         self._place = place
 
-    async def discover_master(self, _: str) -> tuple[str, int]:
-        return "127.0.0.1", self._place.servers[await self._place.find()].port or 0
+    async def discover_master(self, stream: str) -> tuple[str, int]:
+        found = await asyncio.to_thread(self._place.locate, stream)
+        return "127.0.0.1", self._place.servers[found].port or 0
 
 
 class _Patient(Redis):

@@ -29,7 +29,7 @@ LIMITS: dict[str, list[Any]] = {
     "fastworker.stream.consumer:READ_BYTES": [5_000, 4_194_304],
     "fastworker.stream.skipped:PIECE": [2, 100, 1_000],
     "fastworker.stream.feed:CHUNK_ITEMS": [1, 20, 500],
-    "fastworker.stream.feed:MARKS_MAX": [3, 10_000],
+    "fastworker.stream.slot:MARKS_MAX": [3, 10_000],
     "fastworker.monitor.readiness:MAINTAINED_S": [15.0],
 }
 ENVIRONMENT: dict[str, list[str]] = {

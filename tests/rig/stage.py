@@ -36,7 +36,7 @@ from fastworker.simulator.relay import SimRelay
 from fastworker.simulator.repo import SimFrame
 from fastworker.store.migrate import migrate
 from fastworker.store.store import Store
-from fastworker.stream.keys import Keys
+from fastworker.stream.keys import Keys, has_slots
 from fastworker.stream.partitions import layout_of
 from tests.rig.proxy import Proxy
 from tests.rig.redises import Place
@@ -195,6 +195,7 @@ class Stage:
         self._proxied = proxied
         self._env = env or {}
         self._proxies: dict[str, Proxy] = {}
+        self._clients: dict[str, Redis] = {}
         self._stack = contextlib.AsyncExitStack()
 
     @property
@@ -239,8 +240,7 @@ class Stage:
             "FASTWORKER_SYNC": "off",
             **self._env,
         }
-        self.redis = self.place.client()
-        self._stack.push_async_callback(self.redis.aclose)
+        self.redis = self.at(self.keys.stream)
         self.reader = Command("reader", self.folder, env)
         self.worker = Command("worker", self.folder, env | {"FASTWORKER_HTTP_PORT": "0"})
         self._stack.push_async_callback(self._stop_all)
@@ -255,24 +255,47 @@ class Stage:
 
     # --- what is so now
 
+    def at(self, stream: str) -> Redis:
+        """A client for the server that has it."""
+        key = stream if has_slots(stream) else ""  # else all are on one
+        if key not in self._clients:
+            self._clients[key] = self.place.client(stream)
+            self._stack.push_async_callback(self._clients[key].aclose)
+        return self._clients[key]
+
+    async def partitions(self) -> list[Keys]:
+        """Of all that there ever were."""
+        told: Any = await self.redis.get(self.keys.partitions)
+        return [Keys(self.place.stream, partition=number) for number in range(layout_of(told).known)]
+
     async def streams(self) -> list[str]:
         """The first partition, and the others that are there."""
-        told: Any = await self.redis.get(self.keys.partitions)
-        others = [Keys(self.place.stream, partition=number).stream for number in range(1, layout_of(told).known)]
-        return [self.keys.stream, *[stream for stream in others if await self.redis.exists(stream)]]
+        first, *others = [keys.stream for keys in await self.partitions()]
+        return [first, *[stream for stream in others if await self.at(stream).exists(stream)]]
 
     async def added(self) -> int:
         """Entries that were ever put on the stream."""
-        return sum([int((await self.redis.xinfo_stream(one))["entries-added"]) for one in await self.streams()])
+        return sum([int((await self.at(one).xinfo_stream(one))["entries-added"]) for one in await self.streams()])
 
     async def ledger(self) -> dict[str, int]:
-        found: dict[bytes, bytes] = await self.redis.hgetall(self.keys.ledger)  # type: ignore[assignment]
-        return {name.decode(): int(value) for name, value in found.items()}
+        """The sum of all partitions that have one."""
+        total: Counter[str] = Counter()
+        for name, stream in {keys.ledger: keys.stream for keys in await self.partitions()}.items():
+            found: Any = await self.at(stream).hgetall(name)
+            total.update({field.decode(): int(value) for field, value in found.items()})
+        return dict(total)
+
+    async def dead_letters(self) -> list[dict[bytes, bytes]]:
+        letters: list[dict[bytes, bytes]] = []
+        for name, stream in {keys.dead_letters: keys.stream for keys in await self.partitions()}.items():
+            found: Any = await self.at(stream).xrange(name)
+            letters += [fields for _, fields in found]
+        return letters
 
     async def pending(self) -> int:
         """-1 while the group is not there (again)."""
         try:
-            return sum([int((await self.redis.xpending(one, GROUP))["pending"]) for one in await self.streams()])
+            return sum([int((await self.at(one).xpending(one, GROUP))["pending"]) for one in await self.streams()])
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
@@ -284,16 +307,17 @@ class Stage:
 
     async def _unfinished_s(self, stream: str) -> float:
         try:
-            found: Any = [one for one in await self.redis.xinfo_groups(stream) if one["name"] == GROUP.encode()]
+            redis = self.at(stream)
+            found: Any = [one for one in await redis.xinfo_groups(stream) if one["name"] == GROUP.encode()]
             if not found:
                 return 0.0
-            lowest: Any = (await self.redis.xpending(stream, GROUP))["min"]
+            lowest: Any = (await redis.xpending(stream, GROUP))["min"]
         except ResponseError:
             return 0.0
         if not lowest:
-            unread: Any = await self.redis.xrange(stream, b"(" + found[0]["last-delivered-id"], count=1)
+            unread: Any = await redis.xrange(stream, b"(" + found[0]["last-delivered-id"], count=1)
             lowest = unread[0][0] if unread else None
-        seconds, micros = await self.redis.time()
+        seconds, micros = await redis.time()
         return seconds + micros / 1e6 - int(lowest.split(b"-")[0]) / 1000 if lowest else 0.0
 
     async def is_read(self) -> bool:
@@ -302,8 +326,8 @@ class Stage:
 
     async def _is_read(self, stream: str) -> bool:
         try:
-            last = (await self.redis.xinfo_stream(stream))["last-generated-id"]
-            groups: Any = await self.redis.xinfo_groups(stream)
+            last = (await self.at(stream).xinfo_stream(stream))["last-generated-id"]
+            groups: Any = await self.at(stream).xinfo_groups(stream)
         except ResponseError:
             return False
         return any(one["name"] == GROUP.encode() and one["last-delivered-id"] == last for one in groups)
@@ -315,8 +339,8 @@ class Stage:
             why.append(f"the oldest entry is {age:.0f} s old")
         if (died := self.worker.deaths() - deaths) > DEATHS_MAX:
             why.append(f"{died} children died by themselves")
-        letters: Any = await self.redis.xrange(self.keys.dead_letters)
-        if strange := {fields[b"reason"].decode() for _, fields in letters} - {"bad_json"}:
+        letters = await self.dead_letters()
+        if strange := {fields[b"reason"].decode() for fields in letters} - {"bad_json"}:
             return [f"Set aside: {strange}"]
         if not why or (said := await self.says()) is None:
             return []
@@ -342,15 +366,16 @@ class Stage:
     async def _goes_on(self) -> bool:
         """Whether entries end where clients are led to now: our connection may be to a server that is no master any more."""
         before = ended_in(await self.ledger())
-        await self.redis.connection_pool.disconnect()
-        with contextlib.suppress(RedisConnectionError):  # said once of another server
-            await self.redis.ping()
+        for client in self._clients.values():
+            await client.connection_pool.disconnect()
+            with contextlib.suppress(RedisConnectionError):  # said once of another server
+                await client.ping()
         await asyncio.sleep(1.0)
         return ended_in(await self.ledger()) > before
 
     async def _is_something_left(self) -> bool:
         """On a stream, or in the group's hands. A new partition that nothing was appended to has no group yet."""
-        streams = [one for one in await self.streams() if await self.redis.xlen(one)]
+        streams = [one for one in await self.streams() if await self.at(one).xlen(one)]
         return not all([await self._is_read(one) for one in streams]) or await self.pending() > 0
 
     async def has_progress(self) -> None:
@@ -441,8 +466,7 @@ class Stage:
             problems.append(f"{entries} entries were put on the stream for {expected} events")
         if (ended := ended_in(ledger)) != entries:
             problems.append(f"The ledger knows the end of {ended} of {entries} entries: {ledger}")
-        found: Any = await self.redis.xrange(self.keys.dead_letters)
-        reasons = Counter(fields[b"reason"].decode() for _, fields in found)
+        reasons = Counter(fields[b"reason"].decode() for fields in await self.dead_letters())
         if reasons != Counter(letters):
             problems.append(f"The dead letters hold {dict(reasons)}; they should hold {letters}")
         if pending := await self.pending():

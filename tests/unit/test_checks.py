@@ -11,7 +11,8 @@ from fastworker.commands import check as checks
 from fastworker.commands.check import Finding, Verdict
 from fastworker.config import Config
 from fastworker.store.admin import Client, Facts, Past
-from fastworker.stream.admin import ConsumerState, Group, Pending, Server, Stream
+from fastworker.stream.admin import Server
+from fastworker.stream.parts import ConsumerState, Group, Pending, Stream
 
 SERVER = Server(
     version="7.2.4",

@@ -10,7 +10,7 @@ import pytest
 from fastworker.monitor.facts import backlog
 from fastworker.monitor.rates import WINDOW, Rates, Sample, per_s
 from fastworker.process.board import LATENCY_MS
-from fastworker.stream.admin import Group, Stream
+from fastworker.stream.parts import Group, Stream
 
 NOW = 100_000
 GROUP = Group("g", 1, 3, "60000-0", 5, 7, lag_is_exact=True, oldest_pending_id="50000-0", next_id="70000-0")

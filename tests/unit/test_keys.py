@@ -9,8 +9,10 @@ from importlib import resources
 from redis.crc import key_slot
 
 from fastworker.commands.grants import COMMANDS
-from fastworker.stream import admin, consumer, database, feed, members, skipped
-from fastworker.stream.keys import CLUSTERED, USUAL, Keys, slot, stream_of
+from fastworker.stream import admin, consumer, database, feed, letters, members, skipped
+from fastworker.stream import slot as reader_slot
+from fastworker.stream.keys import CLUSTERED, USUAL, Keys, has_slots, in_slot, slot, stream_of
+from fastworker.stream.limits import PARTITIONS_MAX
 from fastworker.stream.scripts import script
 
 FOR_ALL = {"cluster:metrics", "firehose:status", "firehose:recent_events"}
@@ -87,11 +89,29 @@ def test_the_slot_of_a_key_is_what_the_servers_say() -> None:
         assert slot(key) == key_slot(key.encode()), key
 
 
-def test_on_a_cluster_all_keys_share_a_slot() -> None:
+def test_on_a_cluster_all_keys_of_a_partition_share_a_slot() -> None:
     stream, cursor = CLUSTERED
-    for partition in (0, 7):
-        every = {*names(Keys(stream, "mine", partition)), cursor, stream_of(cursor)}
-        assert {slot(key) for key in every} == {slot(stream)}
+    slots = set()
+    for partition in range(PARTITIONS_MAX):
+        moved = in_slot(cursor, partition)
+        every = {*names(Keys(stream, "mine", partition)), moved, stream_of(moved)}
+        (one,) = {slot(key) for key in every}
+        slots.add(one)
+    assert len(slots) > PARTITIONS_MAX - 3  # two may meet
+    assert Keys(stream, partition=7).stream == "{firehose:7}:events"
+    assert in_slot("a{b}{c}", 12) == "a{b:12}{c}"
+    assert in_slot(cursor, 0) == cursor
+    assert in_slot("cursor", 2) == "cursor:2"  # on a server that is no cluster
+    assert [has_slots(name) for name in (stream, "a{}", "a{b", "{}{a}")] == [True, False, False, False]
+
+
+def test_a_partition_with_a_slot_is_a_stream_by_itself() -> None:
+    """So that everything which its scripts change is where it is."""
+    stream, _ = CLUSTERED
+    first, third = Keys(stream, "mine"), Keys(stream, "mine", 3)
+    assert not {*names(first)} & {*names(third)}
+    assert {*names(third)} == {*names(Keys(in_slot(stream, 3), "mine"))}
+    assert third.partition == 3
 
 
 def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
@@ -119,7 +139,7 @@ def test_a_partition_has_its_own_of_what_belongs_to_its_entries() -> None:
 
 
 def test_every_script_is_used_and_whole() -> None:
-    modules = (admin, consumer, database, feed, members, skipped)
+    modules = (admin, consumer, database, feed, letters, members, reader_slot, skipped)
     used = re.findall(r'script\("(\w+)"\)', "".join(map(inspect.getsource, modules)))
     included = {
         name

@@ -23,7 +23,7 @@ from fastworker.reader.verify import Verifier, only_proved
 from fastworker.simulator.cbor import cid_text, encode
 from fastworker.simulator.keys import SigningKey
 from fastworker.simulator.repo import Clock, Repo, Write, tid
-from fastworker.stream.feed import Chunk
+from fastworker.stream.chunk import Chunk
 from fastworker.sync.keys import multikey_of
 
 DID = "did:plc:" + "a" * 24

@@ -1,9 +1,8 @@
 -- KEYS members, owners, partitions, then the streams of all known partitions. ARGV token, ms that a member lives, group.
 -- Says that this process lives, and takes the partitions of those that do not from them. Answers the members, the
--- owners (number, token, ...), what the reader says of the partitions, and per partition how many entries wait to be given
--- to the group and how many are not finished.
+-- owners (number, token, ...), what the reader says of the partitions, and per partition what backlog.lua answers.
 -- The first write is one that Redis lets through at maxmemory: workers make room.
--- include ids
+-- include backlog_of
 redis.call('HDEL', KEYS[2], '')
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -25,19 +24,6 @@ for i = 1, #flat, 2 do
     redis.call('HDEL', KEYS[2], flat[i])
   end
 end
-local waiting, unfinished = {}, {}
-for i = 4, #KEYS do
-  local length = redis.call('XLEN', KEYS[i])
-  local group = redis.call('EXISTS', KEYS[i]) == 1 and group_of(KEYS[i], ARGV[3])
-  local lag, pending = length, 0
-  if group then
-    pending = group['pending']
-    lag = group['lag']
-    if not lag then -- this server does not count
-      local more = redis.call('XRANGE', KEYS[i], '(' .. group['last-delivered-id'], '+', 'COUNT', 1)[1]
-      lag = more and length or 0
-    end
-  end
-  waiting[#waiting + 1], unfinished[#unfinished + 1] = lag, lag + pending
-end
-return {members, owners, redis.call('GET', KEYS[3]) or '', waiting, unfinished}
+local answer = {members, owners, redis.call('GET', KEYS[3]) or ''}
+for i = 4, #KEYS do answer[i] = backlog_of(KEYS[i], ARGV[3]) end
+return answer
