@@ -27,7 +27,7 @@ from fastworker.stream.cluster import SlotPool, slot_pool
 from fastworker.stream.keys import STREAM
 from fastworker.stream.lineage import follow_lineage
 from fastworker.stream.places import FoundPool
-from fastworker.stream.quick import QuickRedis
+from fastworker.stream.quick import QuickRedis, close_idle
 from fastworker.stream.scripts import command_at
 from fastworker.stream.sentinel import master_pool
 
@@ -232,7 +232,7 @@ async def translating(redis: Redis) -> AsyncIterator[None]:
         if isinstance(error, RuntimeError) and "handler is closed" not in str(error):  # uvloop's, of a lost socket
             raise
         if isinstance(error, exceptions.RedisError) and error_code(error) in ("READONLY", *_MOVING):
-            await redis.connection_pool.disconnect(inuse_connections=False)
+            await close_idle(redis.connection_pool)
         translated = _of_several(error, redis) or translate(error, _place_of(redis))
         if translated is error:
             raise

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import ResponseError
 
 from fastworker.stream.places import FoundPool
-from fastworker.stream.quick import Quick
+from fastworker.stream.quick import Quick, close_idle
 
 _REPLID: Final = re.compile(rb"^master_replid:(\w+)", re.MULTILINE)
 _OTHER: Final = "it is another server than before, or was started again"
@@ -61,7 +61,7 @@ def follow_lineage(pool: ConnectionPool) -> None:
                     self.replid = found[1].decode()
                     if lineage.meet(self.replid):
                         # mutant: an idle connection still leads to the old master
-                        await pool.disconnect(inuse_connections=False)
+                        await close_idle(pool)
                         # mutant: what was made up for the old master is sent to the new one
                         raise LostConnection(_OTHER)
 

@@ -8,6 +8,8 @@ from urllib.parse import unquote, urlsplit
 from redis.asyncio.connection import parse_url
 from redis.asyncio.sentinel import SentinelConnectionPool
 
+from fastworker.stream.quick import close_idle
+
 
 class _Asked(Protocol):
     async def aclose(self) -> None: ...
@@ -27,9 +29,11 @@ class FoundPool(SentinelConnectionPool):
     """Why it is not."""
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
-        await super().disconnect(inuse_connections)
-        if inuse_connections:
-            await self.sentinel_manager.aclose()
+        if not inuse_connections:  # the library's own, where the master has another address
+            await close_idle(self)
+            return
+        await super().disconnect()
+        await self.sentinel_manager.aclose()
 
     @property
     def place(self) -> str:

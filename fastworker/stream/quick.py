@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from hiredis import pack_command
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.connection import HiredisRespSerializer
 
 _WAITS_FROM: Final = 65_536
@@ -33,6 +33,19 @@ class QuickRedis(Redis):
             return await self.parse_response(connection, args[0], **options)
         finally:
             await pool.release(connection)
+
+
+async def close_idle(pool: ConnectionPool) -> None:
+    """Idle connections are closed, and new ones are made when they are needed.
+
+    The library closes them while they stand in the pool: who takes one meanwhile finds it closed under his hands.
+    """
+    in_pool: list[Any] = vars(pool)["_available_connections"]
+    idle = list(in_pool)
+    # mutant: a connection is taken while it is closed
+    in_pool.clear()
+    for connection in idle:
+        await connection.disconnect(nowait=True)
 
 
 class Quick:

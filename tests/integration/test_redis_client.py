@@ -14,6 +14,7 @@ from redis.exceptions import DataError, ResponseError
 
 from fastworker.errors import StreamUnavailable
 from fastworker.stream.client import connect, translating
+from fastworker.stream.quick import close_idle
 
 CANCELLATIONS = 400
 
@@ -120,5 +121,33 @@ async def test_a_command_is_sent_once_and_its_connection_serves_the_next_one(red
         blocked.cancel()
         await asyncio.wait([blocked])
         assert await redis.get("text") == b"no number"  # the reply to what was cancelled is nobody's
+    finally:
+        await redis.aclose()
+
+
+async def test_a_connection_that_is_being_closed_is_given_to_nobody(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing takes a moment; a command that was on it found nothing to write to, and ended the process."""
+    redis = connect(redis_url)
+    pool, may_end = redis.connection_pool, asyncio.Event()
+    try:
+        before = await redis.client_id()
+        (idle,) = pool._available_connections
+        disconnect = idle.disconnect
+
+        async def slowly(**options: Any) -> None:
+            await may_end.wait()
+            await disconnect(**options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(idle, "disconnect", slowly)
+            closing = asyncio.create_task(close_idle(pool))
+            await asyncio.sleep(0)
+            assert await redis.client_id() != before
+            may_end.set()
+            await closing
+        assert await redis.client_id() != before
+        assert not idle.is_connected
     finally:
         await redis.aclose()
