@@ -32,10 +32,10 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^asyncio\.(create_subprocess_exec|open_connection)\(", "a prover's start: inside asyncio.timeout(START_S)"),
     (r"^reader\.readexactly\(", "a prover's answer: whoever asked kills one that answers nobody for ANSWER_S"),
     # Redis: connect() gives every client a socket timeout
-    (r"^(cast\('Any', )?(self\._redis|admin\.redis|self\._client|redis|pipe|client|redis_client)\.\w+\(", "Redis: SOCKET_TIMEOUT_S of the client"),
+    (r"^(cast\('Any', )?(self\._?redis|admin\.redis|self\._client|redis|pipe|client|redis_client|node|(part|first)\.redis)\.\w+\(", "Redis: SOCKET_TIMEOUT_S of the client"),
     (r"^self\._(ack|set_aside|lease|renew|release|claim|ack_ghosts|append|retry_letter|script)\(", "Redis: a script, SOCKET_TIMEOUT_S"),
     (r"^self\._xreadgroup\(", "Redis: BLOCK is less than SOCKET_TIMEOUT_S"),
-    (r"^(self\._\w+|_\w+)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
+    (r"^(self\._\w+|_\w+|retry|append)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
     (r"^self\.(send_command|(read|parse)_response)\(|^connection\.send_command\(", "Redis: SOCKET_TIMEOUT_S of the connection"),
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),
