@@ -29,6 +29,7 @@ from fastworker.stream.partitions import partition_of
 from fastworker.stream.slot import ReaderLeaseLost, StreamBroken
 from fastworker.stream.slots import PartitionsMayChange
 from tests.rig.stage import entries_of
+from tests.servers import counts_reads
 
 STREAM, CURSOR = CLUSTERED
 HOST = "relay.test"
@@ -457,4 +458,4 @@ async def test_entries_by_hand_go_where_they_belong(redis: Redis) -> None:
     assert await admin.append_if_room([(did, [(b"n", b"1")]), ("", [(b"n", b"2")])], 2)
     assert not await admin.append_if_room([(did, [(b"n", b"3")])], 2)
     assert [await appended(redis, number) for number in range(3)] == [[2], [], [1]]
-    assert (await admin.count(GROUP)).appended == 2
+    assert (await admin.count(GROUP)).appended == (2 if await counts_reads(redis) else None)
