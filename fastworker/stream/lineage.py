@@ -81,7 +81,17 @@ def follow_lineage(pool: ConnectionPool) -> None:
             # mutant: the old master is believed
             raise LostConnection(_OTHER)
 
+    ensure = pool.ensure_connection
+
+    async def ensure_connection(connection: Any) -> None:
+        changes = lineage.changes
+        await ensure(connection)
+        # mutant: what waited for its connection is sent to whom another one has met
+        if lineage.changes != changes:
+            raise LostConnection(_OTHER)
+
     pool.connection_class = Asking
+    pool.ensure_connection = ensure_connection  # type: ignore[method-assign]
 
 
 def lineage_of(redis: Redis) -> Lineage:

@@ -382,3 +382,18 @@ async def test_a_replica_is_not_taken_for_the_master_that_it_was(pair: Pair) -> 
             await client.get("a")
         await pair.apart()
         assert await client.get("a") is None
+
+
+async def test_of_commands_that_wait_for_a_connection_none_is_sent_to_another_server(
+    pair: Pair, through: Redis
+) -> None:
+    """The first of them finds it out; the others were made up for the old one as well."""
+    await asyncio.gather(*(through.set("told", number) for number in range(3)))
+    await pair.apart()
+    pool = through.connection_pool
+    await pair.switch()
+    await pool.disconnect()
+    found = await asyncio.gather(*(through.set("told", "by the old one") for _ in range(3)), return_exceptions=True)
+    assert [str(one) for one in found] == ["it is another server than before, or was started again"] * 3
+    assert await pair.second.get("told") != b"by the old one"
+    assert await through.set("told", "by the new one")

@@ -293,6 +293,7 @@ MUTANTS = [
     _mutant("a worker's own progress looks like a restore", "fastworker/worker/failover.py", "tests/faults/test_failover.py::test_a_progress_that_a_worker_takes_back_is_no_restore", "if _order(found.entry_id) < _order(known.entry_id):"),
     _mutant("what a dead consumer held and somebody trimmed is lost", f"{_LUA}/lost.lua", "tests/integration/test_reader.py::test_what_a_dead_worker_held_and_somebody_trims_comes_again", ""),
     _mutant("upkeep that gets on hides what fails", "fastworker/worker/worker.py", "tests/integration/test_horizon.py::test_upkeep_that_fails_is_told_beside_what_succeeds", "if True:"),
+    _mutant("what waited for its connection is sent to whom another one has met", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "if False:"),
     _mutant("a connection is taken while it is closed", "fastworker/stream/quick.py", "tests/integration/test_redis_client.py", "pass"),
     _mutant("an idle connection still leads to the old master", "fastworker/stream/lineage.py", "tests/integration/test_lineage.py", "pass"),
     _mutant("what was skipped is held by nobody", f"{_LUA}/give_skipped.lua", "tests/integration/test_stream.py::test_what_waits_to_be_adopted_survives_its_group", ""),
