@@ -1,6 +1,7 @@
 """How the statements of a flush find their rows: by keys, although they were planned while the tables were empty.
 
-A plan that goes by what many rows share is right, and nobody sees it until the table is large.
+A plan that goes by what many rows share is right, and nobody sees it until the table is large. What is planned depends on
+what autovacuum did a moment ago, too, so these are for `--extended`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from fastworker.store.store import Store
 from tests.integration.test_whole_flush import A, B, C, commits, gone, like, post
 from tests.property.feeding import batch_of
 from tests.rig.histories import Event
+
+pytestmark = pytest.mark.extended
 
 POST = f"at://{B}/app.bsky.feed.post/p"
 PAIRS = 20  # of likes that are written twice: the second one is a twin
