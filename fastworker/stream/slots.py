@@ -169,7 +169,7 @@ class Slots:
     async def append(self, chunk: Chunk, host: str, *, max_len: int, dead_letter_maxlen: int) -> bool:
         """As Feed.append. Raises PartitionsMayChange before anything is done."""
         first, *others = self.all
-        if self._reopen_at is not None and first.cursor.isdigit() and int(first.cursor) >= self._reopen_at:
+        if (at := self._reopen_at) is not None and all(int(slot.cursor or 0) >= at for slot in self.all):
             raise PartitionsMayChange
         limits = {"max_len": max_len, "dead_letter_maxlen": dead_letter_maxlen}
         body, entries = chunk.body, chunk.entries

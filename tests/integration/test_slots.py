@@ -251,6 +251,25 @@ async def test_the_number_changes_when_all_have_come_as_far(redis: Redis, monkey
     assert await cursors(redis, 4) == [13, 13, 13, 13]  # also where nothing comes any more
 
 
+@pytest.mark.parametrize("keeps", ["nothing", "what it had before"])
+async def test_the_number_waits_for_one_that_is_behind_the_first(redis: Redis, keeps: str) -> None:
+    """A term that ends before anything is appended would begin again and again."""
+    feed = await term(redis)
+    assert await feed.append(chunk_of(1, 2, 3))
+    before = await state_of(redis, "{firehose:2}")
+    assert await feed.append(chunk_of(4, 5, 6))
+    if keeps == "nothing":
+        await redis.delete(*before)
+    else:
+        await fail_over(redis, before)
+    feed = await term(redis, 4)
+    assert feed.partitions == 3
+    assert await feed.append(chunk_of(5, 6))
+    with pytest.raises(PartitionsMayChange):
+        await feed.append(chunk_of(7))
+    assert (await term(redis, 4, feed=feed)).partitions == 4
+
+
 async def test_cursors_of_another_number_are_not_believed(redis: Redis) -> None:
     """The first slot's node failed over just after the number had changed, and does not know of that."""
     feed = await term(redis, 2)
