@@ -17,11 +17,11 @@ import asyncpg
 import hypothesis
 import pytest
 import redis
-import uvloop
 
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis
 from fastworker.store.migrate import migrate
 from tests.databases import TEMPLATE, Contents
+from tests.loop import Loop
 from tests.servers import POSTGRES_BIN, REDIS_BIN, PostgresUnderTest, RedisUnderTest
 from tests.services import Service
 
@@ -64,7 +64,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The loop of production."""
-    return {"uvloop": uvloop.new_event_loop}
+    return {"uvloop": Loop}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import asyncpg
 import pytest
-import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastworker.store.store import Store
+from tests.loop import Loop
 from tests.property.feeding import batch_of, clear, differences, lawful, settle
 from tests.rig.histories import History, histories
 
@@ -25,7 +25,7 @@ class Bench:
     """One loop, three writers and a reader of the tables for many examples."""
 
     def __init__(self, url: str) -> None:
-        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._runner = asyncio.Runner(loop_factory=Loop)
         self._thread = ThreadPoolExecutor(1)  # the test's own thread has a loop already
         self.stores: list[Store] = []
         self.run(self._open(url))
