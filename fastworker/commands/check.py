@@ -6,7 +6,6 @@ Each hazard is one function from facts to findings, pure, so that each can be te
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -35,6 +34,7 @@ from fastworker.stream.consumer import form_of
 from fastworker.stream.feed import OURS
 from fastworker.stream.parts import ConsumerState, Fields, Pending, Stream
 from fastworker.terminal import Terminal, write_json
+from fastworker.together import together
 
 log = logging.getLogger(__name__)
 
@@ -679,7 +679,7 @@ async def preflight(config: Config, service: Service) -> None:
     else:
         require_curves(config)
         postgres = _reader_preflight(config.database_url)
-    log.info(", ".join(await asyncio.gather(_redis_preflight(config), postgres)))
+    log.info(", ".join(await together(_redis_preflight(config), postgres)))
 
 
 async def _redis_preflight(config: Config) -> str:

@@ -23,6 +23,7 @@ import msgspec
 
 from fastworker.event.frame import open_frame
 from fastworker.reader.prove import Proof, prove
+from fastworker.together import together
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class Provers:
     async def prove(self, asked: Sequence[Asked]) -> list[Proof]:
         """In the order of what was asked."""
         pieces = [asked[start : start + PIECE] for start in range(0, len(asked), PIECE)]
-        answers = await asyncio.gather(*(self._least().prove(piece) for piece in pieces))
+        answers = await together(*(self._least().prove(piece) for piece in pieces))
         return [proof for answer in answers for proof in answer]
 
     def _least(self) -> Prover:

@@ -6,7 +6,6 @@ in Redis by the members themselves: who does not say for a while that it lives h
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from fastworker.stream.cluster import node_of
 from fastworker.stream.keys import Keys, has_slots
 from fastworker.stream.partitions import Layout, layout, layout_of
 from fastworker.stream.scripts import script
+from fastworker.together import together
 
 MEMBER_MS: Final = 5_000
 """A process that gave no sign for so long reads nothing; its partitions are free."""
@@ -81,7 +81,7 @@ class Members:
                 keys=[keys.members, keys.owners, keys.partitions, *streams[:here]],
                 args=[self.token, MEMBER_MS, self._group],
             )
-        backlogs += await asyncio.gather(*(self._backlog(stream) for stream in streams[here:]))
+        backlogs += await together(*(self._backlog(stream) for stream in streams[here:]))
         found = layout_of(told)
         if found.known > self._known:
             self._known = found.known

@@ -7,6 +7,7 @@ reads, of the pool, too: together more than the sending and the reading of a sma
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,8 @@ from typing import Any, Final
 from hiredis import pack_command
 from redis.asyncio import ConnectionPool, Redis
 from redis.connection import HiredisRespSerializer
+from redis.exceptions import ConnectionError as ConnectionLost
+from redis.exceptions import TimeoutError as SendingTimedOut
 
 _WAITS_FROM: Final = 65_536
 """Bytes that the socket did not take yet. Below it nobody waits for them, so that nothing has to time the waiting."""
@@ -54,6 +57,9 @@ class Quick:
     _writer: Any
     is_connected: bool
     next_health_check: float
+    socket_timeout: float | None
+    connect_check_health: Callable[..., Awaitable[None]]
+    check_health: Callable[[], Awaitable[None]]
     disconnect: Callable[..., Awaitable[None]]
 
     def pack_command(self, *args: Any) -> list[bytes]:
@@ -65,13 +71,20 @@ class Quick:
         return packed
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if self.is_connected and time.monotonic() <= self.next_health_check:
-            try:
-                self._writer.writelines([command] if isinstance(command, bytes) else command)
-            except BaseException:  # uvloop's, of a socket that is closed
-                await self.disconnect(nowait=True)
-                raise
-            if self._writer.transport.get_write_buffer_size() < _WAITS_FROM:
-                return
-            command = b""  # the rest is waited for
-        await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        if not self.is_connected:
+            await self.connect_check_health(check_health=False)
+        if check_health and time.monotonic() > self.next_health_check:
+            await self.check_health()
+        try:
+            self._writer.writelines([command] if isinstance(command, bytes) else command)
+            if self._writer.transport.get_write_buffer_size() >= _WAITS_FROM:
+                # not the library's wait_for, which swallows a cancellation on Python 3.11
+                async with asyncio.timeout(self.socket_timeout):
+                    await self._writer.drain()
+        except BaseException as error:
+            await self.disconnect(nowait=True)  # a part of the command may have gone
+            if isinstance(error, TimeoutError):
+                raise SendingTimedOut("Timeout writing to socket") from None
+            if isinstance(error, OSError):
+                raise ConnectionLost(f"Error while writing to socket: {error}") from error
+            raise  # uvloop's RuntimeError, of a socket that is closed, too

@@ -22,7 +22,7 @@ ROOMS = ("commands", "edge", "monitor", "process", "reader", "store", "stream", 
 # what is awaited -> what bounds it. First match counts.
 CLASSES: tuple[tuple[str, str], ...] = (
     # waits for ourselves
-    (r"^asyncio\.(sleep|wait|wait_for|gather|to_thread)\(", "our own tasks and threads; nothing of a peer's"),
+    (r"^asyncio\.(sleep|wait|gather|to_thread)\(", "our own tasks and threads; nothing of a peer's"),
     (r"^(pause|backoff\.wait)\(", "given seconds"),
     (r"^self\._(wake|room|idle|news|flowing|passing)\.wait\(|^stop(ping)?\.wait\(", "our own event"),
     (r"^news\.wait_for\(", "the steps of our other connections, which end with those"),
@@ -36,6 +36,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     (r"^self\._(ack|set_aside|lease|renew|release|claim|ack_ghosts|append|retry_letter|script)\(", "Redis: a script, SOCKET_TIMEOUT_S"),
     (r"^self\._xreadgroup\(", "Redis: BLOCK is less than SOCKET_TIMEOUT_S"),
     (r"^(self\._\w+|_\w+|retry|append)\(keys=", "Redis: a script, SOCKET_TIMEOUT_S"),
+    (r"^self\.(check_health|connect_check_health)\(|^self\._writer\.drain\(", "Redis: SOCKET_TIMEOUT_S of the connection"),
     (r"^self\.(send_command|(read|parse)_response)\(|^connection\.send_command\(", "Redis: SOCKET_TIMEOUT_S of the connection"),
     # PostgreSQL: every connection has a command_timeout
     (r"^asyncpg\.(connect|create_pool)\(", "PostgreSQL: timeout and command_timeout, see the next test"),

@@ -19,11 +19,12 @@ from fastworker.commands import check as checks
 from fastworker.commands import grants as rights
 from fastworker.config import parse_config
 from fastworker.edge.embedded import EmbeddedPostgres, EmbeddedRedis, free_port
-from fastworker.errors import ExitCode
+from fastworker.errors import ExitCode, Unreachable
 from fastworker.store.migrate import migrate
 from fastworker.store.tuning import Server
 from tests import replies
 from tests.rig.histories import random_history, to_entry
+from tests.rig.proxy import Proxy
 
 STREAM, GROUP = "firehose:events", "firehose-processors"
 
@@ -421,3 +422,18 @@ def test_settings_that_fit_are_left_in_peace() -> None:
     elsewhere = [one.sentence for one in checks.postgres_settings(Server(small))]
     assert "Set 1GB, or more where its machine has four times that memory" in elsewhere[0]
     assert "Set 8GB, or more where" in elsewhere[1]
+
+
+async def test_a_service_that_may_not_begin_leaves_nothing_at_work(redis_url: str) -> None:
+    """Redis takes its time, PostgreSQL refuses: what asked Redis has ended, too."""
+    before = asyncio.all_tasks()
+    async with Proxy(redis_url.removeprefix("unix://")) as slow:
+        slow.hold()
+        urls = {
+            "REDIS_URL": f"redis://127.0.0.1:{slow.port}",
+            "DATABASE_URL": f"postgresql://nobody@127.0.0.1:{free_port()}/x",
+        }
+        with pytest.raises(Unreachable, match="PostgreSQL"):
+            await checks.preflight(parse_config(urls), "worker")
+        left = {task.get_name() for task in asyncio.all_tasks() - before if "preflight" in repr(task.get_coro())}
+    assert not left

@@ -71,6 +71,19 @@ async def test_a_swallowed_cancellation_is_raised_after_the_command(redis_url: s
         await redis.aclose()
 
 
+@pytest.mark.parametrize("steps", range(12))
+async def test_who_connects_to_a_server_that_says_nothing_can_be_cancelled_at_any_step(steps: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        redis = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}")
+        task = asyncio.ensure_future(redis.ping())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait((task,), timeout=2)
+        await redis.aclose()
+    assert done
+
+
 @pytest.mark.parametrize("value", ["text é", b"\x00\xff", 7, -1, 1.5, bytearray(b"ab"), memoryview(b"cd"), "a b"])
 async def test_arguments_arrive_as_the_library_sends_them(redis_url: str, value: Any) -> None:
     redis, theirs = connect(redis_url), Redis.from_url(redis_url)

@@ -72,13 +72,11 @@ async def tls(path: str, context: ssl.SSLContext, *, postgres: bool) -> AsyncIte
     tasks: set[asyncio.Task[Any]] = set()
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with contextlib.suppress(OSError):
-                while piece := await reader.read(65_536):
-                    writer.write(piece)
-                    await writer.drain()
-        finally:
-            writer.close()
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(65_536):
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -90,7 +88,11 @@ async def tls(path: str, context: ssl.SSLContext, *, postgres: bool) -> AsyncIte
                 writer.write(b"S")
                 await writer.start_tls(context)
             behind = await asyncio.open_unix_connection(path)
-            await asyncio.gather(copy(reader, behind[1]), copy(behind[0], writer))
+            try:
+                await asyncio.gather(copy(reader, behind[1]), copy(behind[0], writer))
+            finally:  # what is cancelled before it began closes nothing
+                behind[1].close()
+                writer.close()
         tasks.discard(task)
 
     async with await asyncio.start_server(serve, "localhost", 0, ssl=None if postgres else context) as server:

@@ -26,6 +26,7 @@ def test_what_was_closed_is_fine() -> None:
     with ours, theirs:
         loop = Loop()
         transport, _ = loop.run_until_complete(loop.create_connection(asyncio.Protocol, sock=ours.dup()))
+        assert isinstance(transport, asyncio.Transport)
         transport.close()
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
