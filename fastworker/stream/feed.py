@@ -171,18 +171,22 @@ class Feed:
         """Make `host` the relay that chunks come from, and say where to go on there.
 
         A cursor that somebody moved forward while nothing came on the stream does not count: it would pass what nobody
-        appended.
+        appended. With one that a server brought back, which was the master before another one, its entries came, too.
         """
         first = self._slots.first
         left = int(first.cursor) if self._host == host and first.cursor.isdigit() else None
         found = await self._slots.cursors(host)
         self._host = host
+        pairs = list(zip(self._slots, found, strict=True))
+        # mutant: entries that came with a cursor are not seen
+        has_come = any(slot.has_come(cursors.tails) for slot, cursors in pairs)
         asked = first.asked
-        for slot, cursors in zip(self._slots, found, strict=True):
-            slot.cursor, slot.asked, slot.there = cursors.cursor or "", "", None
+        for slot, cursors in pairs:
+            slot.note(cursors)
         seq = seq_of(self._cursor_key, found[0].of(host))
+        is_ahead = left is not None and seq is not None and seq > left
         # mutant: an append without an answer is somebody else's
-        is_foreign = left is not None and seq is not None and seq > left and first.cursor != asked
+        is_foreign = is_ahead and not has_come and first.cursor != asked
         if is_foreign and all(await of_every([slot.is_newest_ours() for slot in self._slots])):
             log.warning(
                 "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",

@@ -11,6 +11,7 @@ from redis.exceptions import ResponseError
 
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.cluster import node_of
+from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, Keys
 from fastworker.stream.partitions import layout_of
 from fastworker.stream.scripts import script
@@ -31,12 +32,14 @@ class StreamBroken(Exception):
 
 class Cursors(NamedTuple):
     """`cursor` is the one that moves, `relay` its host; `kept`: that of the host which was asked about. `layout`: how
-    many partitions there were when it moved."""
+    many partitions there were when it moved. `tails`: the entry that a reader appended last, of each partition; empty:
+    not known."""
 
     cursor: str | None
     relay: str | None
     kept: str | None
     layout: str | None
+    tails: tuple[str, ...]
 
     @property
     def written(self) -> int:
@@ -57,6 +60,7 @@ class Partition:
     def __init__(self, redis: Redis, stream_key: str, group: str, number: int) -> None:
         self.keys = Keys(stream_key, group or GROUP, number)
         self.redis = redis = node_of(redis, self.keys.stream)
+        self.tail = ""  # the entry appended last when the cursor was seen or written last
         self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
         self.unread = ""  # the first unread id when we looked last
         self.removed = ""  # the newest that XDEL had removed then
@@ -146,10 +150,23 @@ class Slot:
             pipe.get(self.keys.partitions)
             for part in self.parts:
                 pipe.get(part.keys.finished)
+                pipe.get(part.keys.tail)
             found = cast("list[bytes | None]", await pipe.execute())
-        for part, mark in zip(self.parts, found[4:], strict=True):
+        for part, mark in zip(self.parts, found[4::2], strict=True):
             part.note_finished(mark or b"")
-        return Cursors(*(None if text is None else text.decode("utf-8", "replace") for text in found[:4]))
+        cursor, relay, kept, layout = (None if text is None else text.decode("utf-8", "replace") for text in found[:4])
+        return Cursors(cursor, relay, kept, layout, tuple((tail or b"").decode() for tail in found[5::2]))
+
+    def has_come(self, tails: Sequence[str]) -> bool:
+        """Whether a reader, ours without an answer too, appended something since the cursor was seen last."""
+        pairs = zip(self.parts, tails, strict=True)
+        return any(tail and id_order(tail) > id_order(part.tail or "0") for part, tail in pairs)
+
+    def note(self, found: Cursors) -> None:
+        """Where it is at one relay now."""
+        self.cursor, self.asked, self.there = found.cursor or "", "", None
+        for part, tail in zip(self.parts, found.tails, strict=True):
+            part.tail = tail
 
     async def level(self, seq: int | None, host: str, layout: str) -> None:
         """Move the cursor without appending anything; None: there is none any more."""
@@ -203,9 +220,12 @@ class Slot:
             )
         if after:
             self.cursor, self.there = after, seq
-            for part, newest in zip(self.parts, (detail, *more), strict=False):  # `already` says nothing of them
-                if newest not in (b"", b"already"):
-                    part.newest = f"{newest.decode()} {after} {host}"
+        is_now = detail != b"already"
+        for part, newest in zip(self.parts, (detail, *more) if is_now else more, strict=True):
+            if newest:
+                part.tail = newest.decode()
+                if is_now and after:
+                    part.newest = f"{part.tail} {after} {host}"
         self.length += entries
         return True
 

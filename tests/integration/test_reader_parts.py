@@ -342,8 +342,9 @@ async def test_a_chunk_given_again_is_put_down_once(redis: Redis) -> None:
     assert await redis.get(CURSOR) == b"3"
 
 
+@pytest.mark.parametrize("has_entries", [True, False])
 async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_entries: bool
 ) -> None:
     """A term that ends in the middle of an append does not hear of it."""
     feed = feed_on(redis)
@@ -359,7 +360,7 @@ async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
     for seq in (2, 3):
         with monkeypatch.context() as patch, pytest.raises(asyncio.CancelledError):
             patch.setattr(feed._slots.first, "_append", unheard)
-            await feed.append(chunk_of(seq))
+            await feed.append(chunk_of(seq) if has_entries else _moved_to(seq))
         if seq == 2:
             assert (await feed.go_to("relay.test")).seq == 2
     assert await feed.go_back(1, b"")
@@ -370,6 +371,76 @@ async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
     await redis.set(CURSOR, "9")
     assert not await feed.go_back(1, b"")  # that one is somebody's
     assert (await feed.go_to("relay.test")).seq == 2
+
+
+@pytest.mark.parametrize("entries", [1, 0])
+async def test_a_cursor_that_comes_back_with_its_entries_is_our_own(
+    redis: Redis, caplog: pytest.LogCaptureFixture, entries: int
+) -> None:
+    """Two masters in turn: the reader leaves one at 3, goes on at 1 on the other, and is brought back to the first one."""
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1))
+    at_first = await _kept(redis)
+    assert await feed.append(chunk_of(2, 3) if entries else _moved_to(3))
+    further = await _kept(redis)
+    await _restore(redis, at_first)  # the other master had got no more
+    await feed.begin_term()
+    assert (await feed.go_to("relay.test")).seq == 1
+    await _restore(redis, further)
+    with pytest.raises(ReaderLeaseLost):
+        await feed.append(chunk_of(2))
+    await feed.begin_term()
+    found = await feed.go_to("relay.test")
+    if entries:
+        assert found.seq == 3
+        assert "Somebody" not in caplog.text
+        assert await feed.append(chunk_of(4))
+        entries_there: Any = await redis.xrange(STREAM)
+        assert [fields[b"seq"] for _, fields in entries_there] == [b"1", b"2", b"3", b"4"]
+    else:  # nothing tells this from a hand that moves the cursor; between the two there was nothing
+        assert found.seq == 1
+
+
+async def _kept(redis: Redis) -> dict[Any, Any]:
+    return {key: await redis.dump(key) for key in await redis.keys("*")}
+
+
+async def _restore(redis: Redis, kept: dict[Any, Any]) -> None:
+    for key in await redis.keys("*"):
+        await redis.delete(key)
+    for key, value in kept.items():
+        await redis.restore(key, 60_000 if key == b"fastworker:reader" else 0, value)
+
+
+def _moved_to(seq: int) -> Chunk:
+    chunk = Chunk()
+    chunk.seq = seq
+    return chunk
+
+
+async def test_what_an_answered_append_left_is_known_when_it_is_given_again(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then a cursor that somebody moves is still told from one that an append moved."""
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    run = feed._slots.first._append
+
+    async def unheard(**told: Any) -> NoReturn:
+        await run(**told)
+        raise StreamUnavailable("no answer")
+
+    with monkeypatch.context() as patch, pytest.raises(StreamUnavailable):
+        patch.setattr(feed._slots.first, "_append", unheard)
+        await feed.append(chunk_of(1))
+    assert await feed.append(chunk_of(1))
+    assert await redis.xlen(STREAM) == 1
+    await redis.set(CURSOR, "9")
+    assert (await feed.go_to("relay.test")).seq == 1
+    assert "Somebody" in caplog.text
 
 
 @pytest.mark.parametrize("seq", [1, None])

@@ -2,7 +2,8 @@
 -- other partitions, then their tails
 -- ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 -- dead-letter limit, gaps kept, ms now, the chunk's body
--- Answers a word, and for `ok` the newest id in each partition, '' where there is none.
+-- Answers a word, and for `ok` the new id that is the last in each partition, '' where there is none; `already` and the
+-- last ones, when the cursor says that all of it is there.
 -- The body is one argument, which costs the client less than many: per item a count, then so many strings,
 -- each after its length; numbers are four bytes, little-endian.
 -- The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
@@ -13,14 +14,16 @@
 local owner = redis.call('GET', KEYS[3])
 if owner and owner ~= ARGV[1] then return {'lease', owner} end
 local cursor = redis.call('GET', KEYS[2]) or ''
-if cursor ~= ARGV[3] then
-  if cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5] then return {'ok', 'already'} end
-  return {'cursor', cursor}
-end
 -- Partition p is the p-th after the stream itself.
 local others = (#KEYS - 11) / 2
 local function stream_of(p) return p == 0 and KEYS[1] or KEYS[11 + p] end
 local function tail_of(p) return p == 0 and KEYS[10] or KEYS[11 + others + p] end
+if cursor ~= ARGV[3] then
+  if cursor ~= ARGV[4] or redis.call('GET', KEYS[5]) ~= ARGV[5] then return {'cursor', cursor} end
+  local answer = {'ok', 'already'}
+  for p = 0, others do answer[p + 3] = redis.call('GET', tail_of(p)) or '' end
+  return answer
+end
 local entries, length, empty = tonumber(ARGV[6]), 0, {}
 for p = 0, others do
   local found = redis.call('XLEN', stream_of(p))
