@@ -179,14 +179,14 @@ class Feed:
         self._host = host
         pairs = list(zip(self._slots, found, strict=True))
         # mutant: entries that came with a cursor are not seen
-        has_come = any(slot.has_come(cursors.tails) for slot, cursors in pairs)
+        has_others = any(slot.has_others(cursors.tails) for slot, cursors in pairs)
         asked = first.asked
         for slot, cursors in pairs:
             slot.note(cursors)
         seq = seq_of(self._cursor_key, found[0].of(host))
         is_ahead = left is not None and seq is not None and seq > left
         # mutant: an append without an answer is somebody else's
-        is_foreign = is_ahead and not has_come and first.cursor != asked
+        is_foreign = is_ahead and not has_others and first.cursor != asked
         if is_foreign and all(await of_every([slot.is_newest_ours() for slot in self._slots])):
             log.warning(
                 "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",

@@ -11,7 +11,6 @@ from redis.exceptions import ResponseError
 
 from fastworker.stream.client import error_code, translating
 from fastworker.stream.cluster import node_of
-from fastworker.stream.ids import id_order
 from fastworker.stream.keys import GROUP, Keys
 from fastworker.stream.partitions import layout_of
 from fastworker.stream.scripts import script
@@ -157,10 +156,9 @@ class Slot:
         cursor, relay, kept, layout = (None if text is None else text.decode("utf-8", "replace") for text in found[:4])
         return Cursors(cursor, relay, kept, layout, tuple((tail or b"").decode() for tail in found[5::2]))
 
-    def has_come(self, tails: Sequence[str]) -> bool:
-        """Whether a reader, ours without an answer too, appended something since the cursor was seen last."""
-        pairs = zip(self.parts, tails, strict=True)
-        return any(tail and id_order(tail) > id_order(part.tail or "0") for part, tail in pairs)
+    def has_others(self, tails: Sequence[str]) -> bool:
+        """Whether the entries that readers appended last are others than when the cursor was seen last."""
+        return any(tail and tail != part.tail for part, tail in zip(self.parts, tails, strict=True))
 
     def note(self, found: Cursors) -> None:
         """Where it is at one relay now."""

@@ -373,9 +373,9 @@ async def test_a_cursor_that_an_unanswered_append_moved_is_our_own(
     assert (await feed.go_to("relay.test")).seq == 2
 
 
-@pytest.mark.parametrize("entries", [1, 0])
+@pytest.mark.parametrize(("entries", "between"), [(1, 0), (1, 1), (0, 0)])
 async def test_a_cursor_that_comes_back_with_its_entries_is_our_own(
-    redis: Redis, caplog: pytest.LogCaptureFixture, entries: int
+    redis: Redis, caplog: pytest.LogCaptureFixture, entries: int, between: int
 ) -> None:
     """Two masters in turn: the reader leaves one at 3, goes on at 1 on the other, and is brought back to the first one."""
     feed = feed_on(redis)
@@ -388,9 +388,11 @@ async def test_a_cursor_that_comes_back_with_its_entries_is_our_own(
     await _restore(redis, at_first)  # the other master had got no more
     await feed.begin_term()
     assert (await feed.go_to("relay.test")).seq == 1
+    if between:  # an entry with a newer id than those of the first one
+        assert await feed.append(chunk_of(2))
     await _restore(redis, further)
     with pytest.raises(ReaderLeaseLost):
-        await feed.append(chunk_of(2))
+        await feed.append(chunk_of(4))
     await feed.begin_term()
     found = await feed.go_to("relay.test")
     if entries:
