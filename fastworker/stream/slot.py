@@ -31,8 +31,8 @@ class StreamBroken(Exception):
 
 class Cursors(NamedTuple):
     """`cursor` is the one that moves, `relay` its host; `kept`: that of the host which was asked about. `layout`: how
-    many partitions there were when it moved. `tails`: the entry that a reader appended last, of each partition; empty:
-    not known."""
+    many partitions there were when it moved. `tails`: what a reader appended last, of each partition; '' where nobody
+    says."""
 
     cursor: str | None
     relay: str | None

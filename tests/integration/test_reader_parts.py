@@ -422,6 +422,21 @@ def _moved_to(seq: int) -> Chunk:
     return chunk
 
 
+async def test_a_chunk_that_moves_no_cursor_is_not_taken_for_appended_when_the_cursor_is_gone(redis: Redis) -> None:
+    feed = feed_on(redis)
+    assert await feed.acquire()
+    await feed.go_to("relay.test")
+    assert await feed.append(chunk_of(1))
+    chunk = chunk_of(2)  # as what was set aside until its key was known
+    chunk.seq = None
+    await redis.delete(CURSOR)
+    with pytest.raises(ReaderLeaseLost, match="holds nothing"):
+        await feed.append(chunk)
+    await redis.set(CURSOR, "1")
+    assert await feed.append(chunk)
+    assert await redis.xlen(STREAM) == 2
+
+
 async def test_what_an_answered_append_left_is_known_when_it_is_given_again(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

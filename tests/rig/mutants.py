@@ -313,6 +313,7 @@ MUTANTS = [
     _mutant("what was skipped is trimmed", f"{_LUA}/trim.lua", OF_STREAM, "if false then upto = upto end"),
     _mutant("an append without an answer is somebody else's", "fastworker/stream/feed.py", "tests/integration/test_reader_parts.py", "is_foreign = is_ahead and not has_others"),
     _mutant("entries that came with a cursor are not seen", "fastworker/stream/feed.py", "tests/integration/test_reader_parts.py", "has_others = False"),
+    _mutant("a chunk without a seq is there when the cursor is gone", f"{_LUA}/append.lua", "tests/integration/test_reader_parts.py", "local is_there = cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5]"),
     _mutant("cursors of an older number of partitions are believed", "fastworker/stream/slots.py", OF_SLOTS, "is_one_number = True"),
     _mutant("the number of partitions changes while their cursors differ", "fastworker/stream/slots.py", OF_SLOTS, "is_level = True"),
     _mutant("what a slot has already is appended again", "fastworker/stream/slots.py", OF_SLOTS, "slot.there = None"),

@@ -19,7 +19,9 @@ local others = (#KEYS - 11) / 2
 local function stream_of(p) return p == 0 and KEYS[1] or KEYS[11 + p] end
 local function tail_of(p) return p == 0 and KEYS[10] or KEYS[11 + others + p] end
 if cursor ~= ARGV[3] then
-  if cursor ~= ARGV[4] or redis.call('GET', KEYS[5]) ~= ARGV[5] then return {'cursor', cursor} end
+  -- mutant: a chunk without a seq is there when the cursor is gone
+  local is_there = ARGV[4] ~= '' and cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5]
+  if not is_there then return {'cursor', cursor} end
   local answer = {'ok', 'already'}
   for p = 0, others do answer[p + 3] = redis.call('GET', tail_of(p)) or '' end
   return answer
