@@ -61,7 +61,11 @@ _CAP_DAC_READ_SEARCH = 2
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Signals that have a handler of Python's wait until this is over. Only the main thread gets any."""
+    """Signals that have a handler of Python's wait until this is over. Only the main thread gets any.
+
+    Around a fork: what a handler raises in one of the functions that others have registered for it (logging has) is
+    printed, and lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,22 +253,27 @@ class _Server(ABC):
 
     def _run(self, command: Sequence[str | Path], *, stdin: bytes = b"") -> None:
         """Run one of the server's tools to its end, as the server's user."""
-        with subprocess.Popen(  # noqa: S603 - our own binary
-            command,
-            cwd=self.data_dir,
-            env=_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_in_child(signal.SIGKILL, self._account),  # noqa: PLW1509 - see the module's text
-        ) as tool:
-            try:
-                out, _ = tool.communicate(stdin, timeout=START_SECONDS_MAX)
-            except BaseException:
+        tool: subprocess.Popen[bytes] | None = None
+        try:
+            with _uninterrupted():
+                tool = subprocess.Popen(  # noqa: S603 - our own binary
+                    command,
+                    cwd=self.data_dir,
+                    env=_environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_in_child(signal.SIGKILL, self._account),  # noqa: PLW1509 - see the module's text
+                )
+            out, _ = tool.communicate(stdin, timeout=START_SECONDS_MAX)
+        except BaseException:
+            if tool is not None:
                 with suppress(ProcessLookupError):
                     os.killpg(tool.pid, signal.SIGKILL)  # initdb has a server below it, which goes on writing
-                raise
+                with tool:  # waits for it
+                    pass
+            raise
         if tool.returncode != 0:
             said = out.decode(errors="replace").strip()
             raise Unreachable(f"{Path(command[0]).name} failed in {self.data_dir}: {said[-500:]}")

@@ -362,6 +362,29 @@ def test_an_interrupt_while_a_server_is_started_waits_until_it_is_known(
     assert not server.is_running()
 
 
+_interrupted_forks: list[int] = []
+os.register_at_fork(
+    after_in_parent=lambda: signal.raise_signal(_interrupted_forks.pop()) if _interrupted_forks else None
+)
+
+
+def test_an_interrupt_in_the_middle_of_a_fork_is_not_lost(server_dir: Path) -> None:
+    """What a handler raises in a function that was registered for forks, as logging's, is printed and forgotten."""
+    server = EmbeddedPostgres(server_dir, durable=False)
+    server_dir.mkdir()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    _interrupted_forks.append(signal.SIGINT)
+    try:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            server._run(["/bin/sleep", "30"])
+        assert time.monotonic() - began < 25
+    finally:
+        _interrupted_forks.clear()
+        signal.signal(signal.SIGINT, before)
+    assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-x", "sleep"], capture_output=True, check=False).stdout
+
+
 def test_an_interrupt_while_a_server_gets_ready_stops_it(server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = EmbeddedPostgres(server_dir, durable=False)
     found: list[int | None] = []
