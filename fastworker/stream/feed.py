@@ -171,7 +171,7 @@ class Feed:
         """Make `host` the relay that chunks come from, and say where to go on there.
 
         A cursor that somebody moved forward while nothing came on the stream does not count: it would pass what nobody
-        appended. With one that a server brought back, which was the master before another one, its entries came, too.
+        appended. One that comes with other entries does: a server brought them back that was the master before.
         """
         first = self._slots.first
         left = int(first.cursor) if self._host == host and first.cursor.isdigit() else None
