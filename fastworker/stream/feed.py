@@ -171,22 +171,19 @@ class Feed:
         """Make `host` the relay that chunks come from, and say where to go on there.
 
         A cursor that somebody moved forward while nothing came on the stream does not count: it would pass what nobody
-        appended. One that comes with other entries does: a server brought them back that was the master before.
+        appended.
         """
         first = self._slots.first
         left = int(first.cursor) if self._host == host and first.cursor.isdigit() else None
         found = await self._slots.cursors(host)
         self._host = host
-        pairs = list(zip(self._slots, found, strict=True))
-        # mutant: entries that came with a cursor are not seen
-        has_others = any(slot.has_others(cursors.tails) for slot, cursors in pairs)
-        asked = first.asked
-        for slot, cursors in pairs:
-            slot.note(cursors)
+        for slot, cursors in zip(self._slots, found, strict=True):
+            slot.cursor, slot.asked, slot.there = cursors.cursor or "", "", None
         seq = seq_of(self._cursor_key, found[0].of(host))
         is_ahead = left is not None and seq is not None and seq > left
+        # Our scripts move the relay's own cursor with it, whoever was answered, on whatever server; a hand does not.
         # mutant: an append without an answer is somebody else's
-        is_foreign = is_ahead and not has_others and first.cursor != asked
+        is_foreign = is_ahead and found[0].kept != found[0].cursor
         if is_foreign and all(await of_every([slot.is_newest_ours() for slot in self._slots])):
             log.warning(
                 "Somebody moved %s from %d to %d, and nothing of that is on the stream: going on at %d",

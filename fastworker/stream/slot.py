@@ -31,14 +31,12 @@ class StreamBroken(Exception):
 
 class Cursors(NamedTuple):
     """`cursor` is the one that moves, `relay` its host; `kept`: that of the host which was asked about. `layout`: how
-    many partitions there were when it moved. `tails`: what a reader appended last, of each partition; '' where nobody
-    says."""
+    many partitions there were when it moved."""
 
     cursor: str | None
     relay: str | None
     kept: str | None
     layout: str | None
-    tails: tuple[str, ...]
 
     @property
     def written(self) -> int:
@@ -59,7 +57,6 @@ class Partition:
     def __init__(self, redis: Redis, stream_key: str, group: str, number: int) -> None:
         self.keys = Keys(stream_key, group or GROUP, number)
         self.redis = redis = node_of(redis, self.keys.stream)
-        self.tail = ""  # the entry appended last when the cursor was seen or written last
         self.newest = ""  # mark of the entry appended last, if it was not left in Redis yet
         self.unread = ""  # the first unread id when we looked last
         self.removed = ""  # the newest that XDEL had removed then
@@ -149,22 +146,10 @@ class Slot:
             pipe.get(self.keys.partitions)
             for part in self.parts:
                 pipe.get(part.keys.finished)
-                pipe.get(part.keys.tail)
             found = cast("list[bytes | None]", await pipe.execute())
-        for part, mark in zip(self.parts, found[4::2], strict=True):
+        for part, mark in zip(self.parts, found[4:], strict=True):
             part.note_finished(mark or b"")
-        cursor, relay, kept, layout = (None if text is None else text.decode("utf-8", "replace") for text in found[:4])
-        return Cursors(cursor, relay, kept, layout, tuple((tail or b"").decode() for tail in found[5::2]))
-
-    def has_others(self, tails: Sequence[str]) -> bool:
-        """Whether the entries that readers appended last are others than when the cursor was seen last."""
-        return any(tail and tail != part.tail for part, tail in zip(self.parts, tails, strict=True))
-
-    def note(self, found: Cursors) -> None:
-        """Where it is at one relay now."""
-        self.cursor, self.asked, self.there = found.cursor or "", "", None
-        for part, tail in zip(self.parts, found.tails, strict=True):
-            part.tail = tail
+        return Cursors(*(None if text is None else text.decode("utf-8", "replace") for text in found[:4]))
 
     async def level(self, seq: int | None, host: str, layout: str) -> None:
         """Move the cursor without appending anything; None: there is none any more."""
@@ -218,12 +203,9 @@ class Slot:
             )
         if after:
             self.cursor, self.there = after, seq
-        is_now = detail != b"already"
-        for part, newest in zip(self.parts, (detail, *more) if is_now else more, strict=True):
-            if newest:
-                part.tail = newest.decode()
-                if is_now and after:
-                    part.newest = f"{part.tail} {after} {host}"
+            for part, newest in zip(self.parts, (detail, *more), strict=False):  # `already` says nothing of them
+                if newest not in (b"", b"already"):
+                    part.newest = f"{newest.decode()} {after} {host}"
         self.length += entries
         return True
 

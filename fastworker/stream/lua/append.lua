@@ -2,8 +2,7 @@
 -- other partitions, then their tails
 -- ARGV token, lease ms, cursor expected ('' absent), cursor after ('' as it is), host, entries, stream limit,
 -- dead-letter limit, gaps kept, ms now, the chunk's body
--- Answers a word, and for `ok` the new id that is the last in each partition, '' where there is none; `already` and the
--- last ones, when the cursor says that all of it is there.
+-- Answers a word, and for `ok` the newest id in each partition, '' where there is none; `already`: all of it is there.
 -- The body is one argument, which costs the client less than many: per item a count, then so many strings,
 -- each after its length; numbers are four bytes, little-endian.
 -- The first write is an XADD, or else the SETs: Redis refuses a script's first write when memory is out and lets a
@@ -22,9 +21,7 @@ if cursor ~= ARGV[3] then
   -- mutant: a chunk without a seq is there when the cursor is gone
   local is_there = ARGV[4] ~= '' and cursor == ARGV[4] and redis.call('GET', KEYS[5]) == ARGV[5]
   if not is_there then return {'cursor', cursor} end
-  local answer = {'ok', 'already'}
-  for p = 0, others do answer[p + 3] = redis.call('GET', tail_of(p)) or '' end
-  return answer
+  return {'ok', 'already'}
 end
 local entries, length, empty = tonumber(ARGV[6]), 0, {}
 for p = 0, others do
